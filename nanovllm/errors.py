@@ -1,0 +1,184 @@
+"""The one error tree. Every failure that a user or an operator can meet has a class here.
+
+A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it) and a ``remedy``
+(what a person does about it). The message of an instance names the thing and the value; it never carries secrets,
+local paths of the worker or object representations, because it travels into dead letters.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class ErrorClass(StrEnum):
+    """What a failure means for the delivery of a job."""
+
+    INVALID = "invalid"  # the message itself is wrong: dead letter at once
+    PERMANENT = "permanent"  # the job is well-formed but can never succeed: dead letter at once
+    TRANSIENT = "transient"  # may succeed later: retry with backoff, then dead letter as retries_exhausted
+    EXPIRED = "expired"  # its deadline passed: dead letter
+    SYSTEMIC = "systemic"  # nothing can succeed now: stop taking work, drop nothing
+
+
+class NanoVLLMError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+    code: ClassVar[str] = "internal"
+    error_class: ClassVar[ErrorClass] = ErrorClass.PERMANENT
+    remedy: ClassVar[str] = "Report this with the log around it."
+
+
+class InvalidInput(NanoVLLMError, ValueError):
+    """Input that can never be accepted as it is."""
+
+    code = "invalid_input"
+    error_class = ErrorClass.INVALID
+    remedy = "Correct the input named in the message."
+
+
+class InvalidJob(InvalidInput):
+    """A record that is not a valid job: broken encoding, wrong types, unknown names."""
+
+    code = "invalid_job"
+    remedy = "Send a job that follows docs/schemas/job.v1.json."
+
+
+class InvalidImage(InvalidInput):
+    """Bytes that are not a readable image."""
+
+    code = "invalid_image"
+    remedy = "Send a complete image in an allowed format."
+
+
+class UnsupportedImageFormat(InvalidImage):
+    """An image format that is not on the allow-list."""
+
+    code = "unsupported_image_format"
+    remedy = "Convert the image to PNG or JPEG, or allow its format in the settings."
+
+
+class ImageTooLarge(InvalidImage):
+    """An image beyond the limit in bytes, pixels or frames; refused before it is decoded."""
+
+    code = "image_too_large"
+    remedy = "Send a smaller image, or raise the image limits in the settings."
+
+
+class PlaceholderMismatch(InvalidInput):
+    """The number of ``<|image|>`` placeholders differs from the number of images."""
+
+    code = "placeholder_mismatch"
+    remedy = "Write one <|image|> for each image."
+
+
+class PromptTooLong(InvalidInput):
+    """A request that could never fit the context or the KV cache."""
+
+    code = "prompt_too_long"
+    remedy = "Shorten the prompt, lower max_tokens, or raise max_model_len or kv_cache_bytes."
+
+
+class ForbiddenUri(InvalidInput):
+    """A URI whose scheme, bucket or prefix is not allowed."""
+
+    code = "forbidden_uri"
+    remedy = "Add the bucket and prefix to NANOVLLM_S3__ALLOW."
+
+
+class PermanentError(NanoVLLMError):
+    """The job is well-formed and will never succeed."""
+
+    code = "permanent"
+
+
+class ObjectNotFound(PermanentError):
+    """The object or bucket is not there."""
+
+    code = "object_not_found"
+    remedy = "Upload the object before the job that names it."
+
+
+class ObjectChanged(PermanentError):
+    """The object's content is not what the job's sha256 promised."""
+
+    code = "object_changed"
+    remedy = "Name a version_id, or produce the job again with the new sha256."
+
+
+class ObjectForbidden(PermanentError):
+    """The worker's credentials may not read this object, though they work elsewhere."""
+
+    code = "object_forbidden"
+    remedy = "Grant the worker's role s3:GetObject on the object."
+
+
+class DecoderFailed(PermanentError):
+    """A decoder process died or ran out of time or memory on this image."""
+
+    code = "decoder_failed"
+    remedy = "Re-encode the image; it exhausts or crashes the decoder."
+
+
+class TransientError(NanoVLLMError):
+    """May succeed when tried again."""
+
+    code = "transient"
+    error_class = ErrorClass.TRANSIENT
+    remedy = "Wait; it is retried with backoff."
+
+
+class FetchFailed(TransientError):
+    """The object store could not be reached or answered with a server error."""
+
+    code = "fetch_failed"
+
+
+class DeadlineExceeded(NanoVLLMError):
+    """The job's deadline passed before it was done."""
+
+    code = "deadline_exceeded"
+    error_class = ErrorClass.EXPIRED
+    remedy = "Give the job a later deadline, or add workers."
+
+
+class SystemicError(NanoVLLMError):
+    """Nothing can succeed until an operator or the platform acts."""
+
+    code = "systemic"
+    error_class = ErrorClass.SYSTEMIC
+
+
+class CredentialsRefused(SystemicError):
+    """The object store refuses the worker's credentials altogether."""
+
+    code = "credentials_refused"
+    remedy = "Give the worker valid AWS credentials."
+
+
+class EngineDead(SystemicError):
+    """The engine thread stopped: an error in a step, or a step that never ended."""
+
+    code = "engine_dead"
+    remedy = "Restart the worker; its offsets are not committed."
+
+
+class ConfigurationError(NanoVLLMError, ValueError):
+    """Settings or arguments that contradict one another or name what does not exist."""
+
+    code = "configuration"
+    remedy = "Correct the setting named in the message."
+
+
+class ModelNotFound(ConfigurationError):
+    """A model name that no directory, alias or local hub cache knows."""
+
+    code = "model_not_found"
+    remedy = "Give a local directory, or download the checkpoint into the hub cache first."
+
+
+class UnsupportedModel(ConfigurationError):
+    """A checkpoint whose architecture or option this engine does not implement."""
+
+    code = "unsupported_model"
+    remedy = "Use a Qwen3 text checkpoint, or a LLaVA-layout one over a CLIP or SigLIP tower."
