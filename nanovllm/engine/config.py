@@ -1,0 +1,88 @@
+"""The options of an engine, under the names that nano-vllm and vLLM users know. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ConfigurationError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user may decide about an engine; ``None`` leaves the decision to the checkpoint or the machine.
+
+    Raises:
+        ConfigurationError: a value that is out of range or not supported yet.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 2048  # the token budget of one step
+    max_num_seqs: int = 64
+    max_model_len: int | None = None  # prompt and output together; None: the checkpoint's, as far as the KV cache holds it
+    block_size: int | None = None  # None: the attention backend's
+    kv_cache_bytes: int | None = None  # None: 1 GiB on the CPU, what gpu_memory_utilization leaves on a GPU
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    embedding_cache_bytes: int = 256 * MIB
+    dtype: str | None = None  # None or "auto": float32 on the CPU, the checkpoint's on a GPU
+    device: str | None = None
+    seed: int | None = None  # of the requests that bring none; None: drawn from the system
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    quantization: str | None = None
+    deterministic: bool = False
+    max_images_per_request: int = 16
+    enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named
+    vision_model: str | None = None
+    max_image_size: int | None = None
+    num_vision_tokens: int | None = None
+    projector: str | Path | None = None
+    freeze_vision_weights: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before a checkpoint is opened."""
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_images_per_request"):
+            self._require_positive(name, optional=False)
+        for name in ("max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens"):
+            self._require_positive(name, optional=True)
+        if self.embedding_cache_bytes < 0:
+            raise ConfigurationError(f"embedding_cache_bytes must not be negative, got {self.embedding_cache_bytes}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.tensor_parallel_size != 1:
+            raise ConfigurationError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported, only 1 is")
+        if self.quantization is not None:
+            raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None is")
+        if self.deterministic:
+            raise ConfigurationError("deterministic=True is not supported yet")
+        if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+            raise ConfigurationError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16")
+
+    def _require_positive(self, name: str, *, optional: bool) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
+
+    @classmethod
+    def from_options(cls, model: str | Path, options: Mapping[str, Any]) -> EngineConfig:
+        """The configuration for ``model`` with ``options`` by name; an unknown name is a ConfigurationError."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigurationError(f"unknown engine option: {', '.join(unknown)}")
+        return cls(model=str(model), **options)
+
+    @property
+    def wants_vision(self) -> bool | None:
+        """Whether images are asked for; None when the checkpoint decides."""
+        if self.enable_multimodal is not None:
+            return self.enable_multimodal
+        return True if self.vision_model is not None else None

@@ -1,0 +1,125 @@
+"""What leaves the engine: the text of a request, its chunks on the way, and the engine's own figures. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from nanovllm.vision.cache import CacheStats
+
+FinishReason = Literal["stop", "length", "abort"]
+ImageOutcome = Literal["hit", "joined", "miss", "prefix"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one request. ``cached_tokens``: prompt tokens whose KV came from the prefix cache."""
+
+    input_tokens: int
+    output_tokens: int
+    image_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class RequestTimings:
+    """Where the time of one request went, in milliseconds.
+
+    ``encode_ms`` is the time of the encoder calls that the request waited for; ``generation_ms`` runs from the first
+    token to the last; ``mean_itl_ms`` is the mean time between two tokens (0 for fewer than two).
+    """
+
+    queue_ms: float = 0.0
+    encode_ms: float = 0.0
+    time_to_first_token_ms: float = 0.0
+    generation_ms: float = 0.0
+    mean_itl_ms: float = 0.0
+    e2e_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """One image of a request and where its embedding came from; ``prefix``: all its KV came from the prefix cache."""
+
+    digest: str
+    outcome: ImageOutcome
+    tokens: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class RequestOutput(Mapping[str, Any]):
+    """The finished request. Also a mapping: ``output["text"]`` and ``output.text`` are the same."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: RequestTimings
+    images: tuple[ImageUse, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        """The field called ``name``; KeyError when there is none."""
+        if name not in _OUTPUT_FIELDS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields."""
+        return iter(_OUTPUT_FIELDS)
+
+    def __len__(self) -> int:
+        """The number of fields."""
+        return len(_OUTPUT_FIELDS)
+
+
+_OUTPUT_FIELDS = tuple(field.name for field in fields(RequestOutput))
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """New tokens of a running request; ``text`` is what may be shown now and never ends inside a character."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one engine step did for one request; ``finished`` is set on its last step."""
+
+    request_id: str
+    chunk: TokenChunk
+    finished: RequestOutput | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model answered: the name that was asked for, its revision, and the sha256 of its stored parameters."""
+
+    id: str
+    revision: str
+    parameter_digest: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    encoder_images: int = 0
+    encoder_seconds: float = 0.0
+    embedding_cache: CacheStats | None = None

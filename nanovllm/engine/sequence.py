@@ -1,0 +1,145 @@
+"""One request inside the engine: its tokens, how many of them are computed, and the KV blocks that hold them.
+
+There is no prefill state and no decode state. A sequence has a number of tokens and a number of computed tokens; every
+step computes some of the difference, and the step that computes the last one samples the next token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanovllm.engine.outputs import FinishReason, ImageOutcome
+    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.vision.transform import PreparedImage
+
+_arrivals = count()
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is: in the waiting queue, in the running batch, or done."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class ImageSpan:
+    """An image of a sequence and the positions [start, end) that it takes there.
+
+    ``embedding`` [length, hidden] is held only while the sequence runs and has not computed past ``end``.
+    """
+
+    image: PreparedImage
+    key: bytes  # the identity of the embedding: pixels, transform, tower, salt
+    start: int
+    length: int
+    embedding: torch.Tensor | None = None
+    outcome: ImageOutcome | None = None  # of the first look-up; None while there was none
+
+    @property
+    def end(self) -> int:
+        """The first position after the image."""
+        return self.start + self.length
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether the image has a position in [start, end)."""
+        return self.start < end and start < self.end
+
+
+@dataclass
+class Timestamps:
+    """Moments of a request's life in seconds of ``time.perf_counter``; 0 where it has not come yet."""
+
+    arrived: float = 0.0
+    first_scheduled: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's tokens (prompt, then output), its images, and its KV blocks in order."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_tokens: int  # of output; already cut to what the context and the KV cache hold
+    images: tuple[ImageSpan, ...] = ()
+    priority: int = 0  # lower goes first
+    cache_salt: bytes = b""
+    stop_token_ids: frozenset[int] = frozenset()  # that end the output, end-of-sequence among them unless ignored
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
+    block_table: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    times: Timestamps = field(default_factory=Timestamps)
+    arrival: int = field(default_factory=_arrivals.__next__)
+    _block_hashes: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """The number of tokens, prompt and output."""
+        return len(self.token_ids)
+
+    def __lt__(self, other: Sequence) -> bool:
+        """Whether this one goes first: lower priority number, then earlier arrival."""
+        return (self.priority, self.arrival) < (other.priority, other.arrival)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose KV is still missing."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be computed."""
+        return self.status is SequenceStatus.FINISHED
+
+    def block_hashes(self, block_size: int) -> list[bytes]:
+        """The chained hashes of all blocks that are full of known tokens, computed once each.
+
+        A hash names the whole prefix up to the block's end: the salt, every token, and of every image that touches a
+        block its key and its offset from the block's start (equal placeholders of different images, or of one image
+        shifted by a token, have different KV).
+        """
+        hashes = self._block_hashes
+        for block in range(len(hashes), len(self.token_ids) // block_size):
+            start, end = block * block_size, (block + 1) * block_size
+            # The salt is hashed, so that no choice of it can imitate a parent's hash.
+            parent = hashes[-1] if hashes else hashlib.sha256(b"nanovllm prefix\0" + self.cache_salt).digest()
+            digest = hashlib.sha256(parent)
+            digest.update(array("q", self.token_ids[start:end]))
+            for span in self.images:
+                if span.touches(start, end):
+                    digest.update(span.key)
+                    digest.update(array("q", (span.start - start,)))
+            hashes.append(digest.digest())
+        return hashes
+
+    def drop_embeddings(self, computed: int | None = None) -> None:
+        """Let go of the embeddings of images that end at or before ``computed`` tokens; of all when it is None."""
+        for span in self.images:
+            if computed is None or span.end <= computed:
+                span.embedding = None
