@@ -1,0 +1,470 @@
+"""Settings of the worker and the command line: ``NANOVLLM_`` variables, or a YAML or TOML file with the same names.
+
+Every field is documented where it is defined; ``docs/settings.md`` is generated from here. Environment variables win
+over the file. An unknown name is an error in both: a misspelt limit that is silently ignored is worse than a refusal to
+start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from nanovllm.errors import ConfigurationError, ForbiddenUri
+from nanovllm.sampling_params import SamplingParams
+
+ENV_PREFIX = "NANOVLLM_"
+CONFIG_VARIABLE = "NANOVLLM_CONFIG"
+
+# What Kubernetes injects into every pod for a Service called nanovllm (or nanovllm-…): never settings of ours. The
+# double underscore of our own levels keeps NANOVLLM_HTTP__PORT apart from them.
+_KUBERNETES_SERVICE = re.compile(
+    r"^NANOVLLM(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
+)
+
+
+def _split_list(value: Any) -> Any:
+    """Accept ``a,b`` or a JSON/YAML list from the environment, where every value is one string."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return yaml.safe_load(value)
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+Bytes = Annotated[int, Field(ge=1)]
+Millis = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """One level of the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class KafkaSettings(Section):
+    """Where the brokers are and how to speak to them."""
+
+    bootstrap_servers: str = Field("localhost:9092", min_length=1, description="Brokers, `host:port,host:port`.")
+    group_id: str = Field("nanovllm", min_length=1, description="Consumer group of the workers.")
+    client_id: str = Field("nanovllm", min_length=1, description="Name shown in the brokers' logs and quotas.")
+    auto_offset_reset: Literal["earliest", "latest"] = Field(
+        "earliest", description="Where a new group starts: `earliest` takes the jobs that are waiting."
+    )
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="`SSL` and `SASL_SSL` encrypt; the `SASL_` ones log in."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
+        None, description="How to log in. `OAUTHBEARER` is refused at start: no token provider is built in yet."
+    )
+    sasl_username: str | None = Field(None, description="User name of PLAIN and SCRAM.")
+    sasl_password: SecretStr | None = Field(None, description="Password of PLAIN and SCRAM.")
+    ssl_cafile: Path | None = Field(None, description="PEM file of the brokers' CA; unset: the system's CAs.")
+    ssl_certfile: Path | None = Field(None, description="PEM file of the client's certificate (mutual TLS).")
+    ssl_keyfile: Path | None = Field(
+        None, description="PEM file of the client's key, where the certificate's lacks it."
+    )
+    ssl_key_password: SecretStr | None = Field(None, description="Password of an encrypted client key.")
+    ssl_check_hostname: bool = Field(True, description="Check that the broker's certificate names its host.")
+    request_timeout_ms: Millis = Field(40_000, description="Longest wait for one answer of a broker.")
+    session_timeout_ms: Millis = Field(10_000, description="A worker silent for this long loses its partitions.")
+    heartbeat_interval_ms: Millis = Field(3_000, description="Time between heartbeats; a third of the session timeout.")
+    rebalance_timeout_ms: Millis = Field(
+        60_000, description="Longest time a rebalance waits for a draining worker; above `admission.drain_timeout_s`."
+    )
+    max_poll_interval_ms: Millis = Field(
+        300_000, description="A worker that polls no more for this long leaves the group."
+    )
+    fetch_max_bytes: Bytes = Field(50 * 2**20, description="Most bytes of one fetch from a broker.")
+    max_partition_fetch_bytes: Bytes = Field(2**20, description="Most bytes of one fetch from one partition.")
+    max_request_bytes: Bytes = Field(2**20, description="Largest message that is sent; at most the topics' own limit.")
+    compression_type: Literal["gzip", "lz4", "snappy", "zstd"] | None = Field(
+        None, description="Compression of what is sent; all but gzip need their library."
+    )
+    linger_ms: int = Field(5, ge=0, description="Wait for more messages before a batch is sent.")
+
+    @model_validator(mode="after")
+    def _check_security(self) -> KafkaSettings:
+        uses_sasl = self.security_protocol.startswith("SASL_")
+        if self.sasl_mechanism == "OAUTHBEARER":
+            raise ValueError("sasl_mechanism OAUTHBEARER is not supported; use PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+        if uses_sasl and self.sasl_mechanism is None:
+            raise ValueError(f"security_protocol {self.security_protocol} needs a sasl_mechanism")
+        if uses_sasl and (not self.sasl_username or self.sasl_password is None):
+            raise ValueError(f"sasl_mechanism {self.sasl_mechanism} needs sasl_username and sasl_password")
+        if not uses_sasl and (self.sasl_mechanism or self.sasl_username or self.sasl_password):
+            # Otherwise a password would be set and the connection would go out without any login.
+            raise ValueError(f"sasl_* is set, but security_protocol is {self.security_protocol}; use SASL_SSL")
+        if not self.uses_tls and (self.ssl_cafile or self.ssl_certfile or self.ssl_keyfile):
+            raise ValueError(
+                f"ssl_* files are set, but security_protocol is {self.security_protocol}; use SSL or SASL_SSL"
+            )
+        if (self.ssl_keyfile or self.ssl_key_password) and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile or ssl_key_password is set without ssl_certfile")
+        if self.heartbeat_interval_ms >= self.session_timeout_ms:
+            raise ValueError("heartbeat_interval_ms must be below session_timeout_ms")
+        return self
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.security_protocol.endswith("SSL")
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The TLS context for aiokafka, or None without TLS.
+
+        Raises:
+            ConfigurationError: a file that is missing or holds no usable certificate or key.
+        """
+        if not self.uses_tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=str(self.ssl_cafile) if self.ssl_cafile else None)
+            context.check_hostname = self.ssl_check_hostname
+            if self.ssl_certfile:
+                # A callable in place of None: OpenSSL would otherwise ask on the terminal and block the worker.
+                password = self.ssl_key_password.get_secret_value() if self.ssl_key_password else ""
+                context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password=lambda: password)
+        except (OSError, ssl.SSLError) as error:
+            reason = error.strerror or getattr(error, "reason", None) or type(error).__name__
+            raise ConfigurationError(
+                f"kafka.ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {reason}"
+            ) from error
+        return context
+
+    def client_kwargs(self) -> dict[str, Any]:
+        """Arguments that every aiokafka client takes: brokers, TLS and login."""
+        kwargs: dict[str, Any] = {
+            "bootstrap_servers": self.bootstrap_servers,
+            "client_id": self.client_id,
+            "request_timeout_ms": self.request_timeout_ms,
+            "security_protocol": self.security_protocol,
+            "ssl_context": self.ssl_context(),
+        }
+        if self.sasl_mechanism and self.sasl_password:
+            kwargs |= {
+                "sasl_mechanism": self.sasl_mechanism,
+                "sasl_plain_username": self.sasl_username,
+                "sasl_plain_password": self.sasl_password.get_secret_value(),
+            }
+        return kwargs
+
+    def consumer_kwargs(self) -> dict[str, Any]:
+        """Arguments of the worker's AIOKafkaConsumer; offsets are never committed behind its back."""
+        return self.client_kwargs() | {
+            "group_id": self.group_id,
+            "auto_offset_reset": self.auto_offset_reset,
+            "enable_auto_commit": False,
+            "isolation_level": "read_committed",
+            "session_timeout_ms": self.session_timeout_ms,
+            "heartbeat_interval_ms": self.heartbeat_interval_ms,
+            "rebalance_timeout_ms": self.rebalance_timeout_ms,
+            "max_poll_interval_ms": self.max_poll_interval_ms,
+            "fetch_max_bytes": self.fetch_max_bytes,
+            "max_partition_fetch_bytes": self.max_partition_fetch_bytes,
+        }
+
+    def producer_kwargs(self) -> dict[str, Any]:
+        """Arguments of an AIOKafkaProducer whose sends are acknowledged by all replicas, once and in order."""
+        return self.client_kwargs() | {
+            "acks": "all",
+            "enable_idempotence": True,
+            "max_request_size": self.max_request_bytes,
+            "compression_type": self.compression_type,
+            "linger_ms": self.linger_ms,
+        }
+
+
+class TopicSettings(Section):
+    """Names of the topics."""
+
+    jobs: str = Field("nanovllm.jobs", min_length=1, description="Jobs come from here.")
+    results: str = Field("nanovllm.results", min_length=1, description="Results go here, keyed by `job_id`.")
+    metrics: str = Field("nanovllm.metrics", min_length=1, description="One record of figures for each job goes here.")
+    dead_letters: str = Field("nanovllm.dead-letters", min_length=1, description="Jobs that failed for good go here.")
+    in_flight: str = Field("nanovllm.in-flight", min_length=1, description="Reserved for the record of jobs at work.")
+    reply_to: StrList = Field((), description="Topics that a job's `reply_to` may name; any other is refused.")
+
+    def result_topic(self, reply_to: str | None) -> str:
+        """Where a job's result goes.
+
+        Raises:
+            ForbiddenUri: ``reply_to`` names a topic that is not allowed: a job must not write wherever the worker may.
+        """
+        if reply_to is None or reply_to == self.results:
+            return self.results
+        if reply_to not in self.reply_to:
+            raise ForbiddenUri("reply_to: this topic is not listed in topics.reply_to")
+        return reply_to
+
+
+class S3Settings(Section):
+    """The object store; credentials come from the AWS SDK's own variables, files and roles."""
+
+    endpoint_url: str | None = Field(None, description="Another S3 than AWS's, such as `http://minio:9000`.")
+    region: str | None = Field(None, description="Region; unset: the AWS SDK's own settings.")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="`path` for most other S3 servers."
+    )
+    allow: StrList = Field((), description="`s3://bucket/prefix` list that jobs may read; unset: nothing may be read.")
+    connect_timeout_s: Seconds = Field(5.0, description="Longest wait for a connection.")
+    read_timeout_s: Seconds = Field(20.0, description="Longest silence while an object is read.")
+    max_attempts: int = Field(4, ge=1, le=20, description="Attempts at one object before the job is a dead letter.")
+    max_connections: int = Field(16, ge=1, description="Objects that are read at the same time.")
+
+    @model_validator(mode="after")
+    def _check_allow(self) -> S3Settings:
+        for entry in self.allow:
+            if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.\-_]{1,62}(/.*)?", entry, re.DOTALL):
+                raise ValueError("allow: every entry has the form s3://bucket or s3://bucket/prefix")
+        return self
+
+
+class HttpSettings(Section):
+    """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
+
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+
+
+class EngineSettings(Section):
+    """The model and the limits of the engine."""
+
+    model: str | None = Field(
+        None, description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model."
+    )
+    backend: Literal["native", "echo"] = Field(
+        "native", description="`echo` answers with the prompt: for tests of the pipeline."
+    )
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict, description="Short names for checkpoint directories (JSON object)."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Most jobs in one step of the engine.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens in one step of the engine.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; unset: the checkpoint's.")
+    block_size: int | None = Field(
+        None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's."
+    )
+    kv_cache_bytes: Bytes | None = Field(
+        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1/4 GiB on CPU."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
+    )
+    embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
+    max_images_per_request: int = Field(16, ge=0, description="Most images of one job.")
+    enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal beginnings.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="Type of the weights at work.")
+    device: str | None = Field(None, description="`cpu`, `cuda`, `cuda:1`; unset: a GPU where there is one.")
+    quantization: str | None = Field(None, description="Reserved; only unset is accepted now.")
+    deterministic: bool = Field(False, description="Reserved; only false is accepted now.")
+    step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
+
+
+class SamplingSettings(SamplingParams):
+    """What a job gets where its own `sampling` says nothing; the names are those of `sampling`."""
+
+    temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 means greedy: the most probable token.")
+    max_tokens: int = Field(256, ge=1, le=1_000_000, description="Most tokens to generate.")
+
+
+class ImageSettings(Section):
+    """Limits that hold before an image is decoded, and the processes that decode."""
+
+    max_bytes: Bytes = Field(32 * 2**20, description="Largest encoded image.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image.")
+    min_side: int = Field(1, ge=1, description="Shortest side in pixels.")
+    max_frames: int = Field(1, ge=1, description="Most frames or pages; above 1 the first one is used.")
+    formats: StrList = Field(
+        ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"), description="Allowed formats, by Pillow's names."
+    )
+    decoders: int = Field(2, ge=1, description="Decoder processes.")
+    decode_timeout_s: Seconds = Field(20.0, description="A decoder that takes longer is killed.")
+    decoder_memory_bytes: Bytes = Field(2**30, description="Address space of one decoder process.")
+
+
+class AdmissionSettings(Section):
+    """How much work the worker takes at once, and how long it goes on when told to stop."""
+
+    max_jobs: int | None = Field(
+        None, ge=1, description="Most jobs between Kafka and result; unset: twice engine.max_num_seqs."
+    )
+    max_bytes: Bytes = Field(512 * 2**20, description="Most bytes of messages and images held by those jobs.")
+    max_out_of_order: int = Field(
+        1_000, ge=1, description="Most offsets of a partition finished above its oldest unfinished one."
+    )
+    max_tokens: int = Field(4_096, ge=1, description="Largest `max_tokens` that a job may ask for.")
+    drain_timeout_s: Seconds = Field(
+        25.0, description="After SIGTERM, or when partitions leave, jobs at work get this long."
+    )
+    idle_exit_s: Seconds = Field(
+        5.0, description="With --exit-when-drained: leave when every partition is read and this long was idle."
+    )
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=False,
+    )
+
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once",
+        description="`at_least_once`: a repeated result carries the same `result_id`. `exactly_once` is refused for now.",
+    )
+    result_format: Literal["as_job", "json", "msgpack"] = Field(
+        "as_job", description="Format of results and metrics; `as_job`: the one that the job came in."
+    )
+    worker_id: str = Field(
+        default_factory=socket.gethostname,
+        min_length=1,
+        description="Name of this worker in results; unset: the host's name.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    kafka: KafkaSettings = KafkaSettings()
+    topics: TopicSettings = TopicSettings()
+    s3: S3Settings = S3Settings()
+    http: HttpSettings = HttpSettings()
+    engine: EngineSettings = EngineSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    images: ImageSettings = ImageSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        if self.delivery == "exactly_once":
+            raise ValueError("delivery: exactly_once is not available in this version; use at_least_once")
+        if self.kafka.rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
+            raise ValueError(
+                "kafka.rebalance_timeout_ms must exceed admission.drain_timeout_s, or a drain ends in eviction"
+            )
+        return self
+
+    @property
+    def max_admitted_jobs(self) -> int:
+        """Most jobs between Kafka and result: the horizon of priority, order and dedup."""
+        return self.admission.max_jobs or 2 * self.engine.max_num_seqs
+
+    def masked(self) -> dict[str, Any]:
+        """The effective values as plain data; secrets, and passwords inside URLs, are masked."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        values["s3"]["endpoint_url"] = _mask_userinfo(self.s3.endpoint_url)
+        return values
+
+    def masked_yaml(self) -> str:
+        """The effective values in the form of a configuration file, secrets masked."""
+        return yaml.safe_dump(self.masked(), sort_keys=False, allow_unicode=True)
+
+
+def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from a file (optional), the environment over it, and ``overrides`` (nested, as in the file) over both.
+
+    Raises:
+        ConfigurationError: an unknown name, a wrong value, or a file that cannot be read. Values are never repeated in
+            the message: they may be secrets.
+    """
+    if unknown := list(unknown_variables(os.environ)):
+        raise ConfigurationError(f"unknown settings in the environment: {', '.join(unknown)}")
+    values = _read_config(config) if config else {}
+    try:
+        _merge(values, EnvSettingsSource(Settings)())
+        _merge(values, overrides or {})
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigurationError(describe_errors(error)) from None
+    except SettingsError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def unknown_variables(names: Iterable[str]) -> Iterable[str]:
+    """Those of ``names`` that carry our prefix and name no setting (pydantic-settings ignores them)."""
+    for name in sorted(names):
+        upper = name.upper()
+        if not upper.startswith(ENV_PREFIX) or upper == CONFIG_VARIABLE:
+            continue
+        if _is_setting(upper.removeprefix(ENV_PREFIX)) or _KUBERNETES_SERVICE.match(upper):
+            continue
+        yield name
+
+
+def describe_errors(error: ValidationError) -> str:
+    """One line that names each wrong field and what is wrong with it, without its value."""
+    lines = []
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append("unknown setting " + where if item["type"] == "extra_forbidden" else f"{where}: {message}")
+    return "; ".join(lines)
+
+
+def _is_setting(name: str) -> bool:
+    section, *rest = name.lower().split("__")
+    field = Settings.model_fields.get(section)
+    if field is None:
+        return False
+    if not rest:
+        return True
+    nested = field.annotation
+    fields = nested.model_fields if isinstance(nested, type) and issubclass(nested, BaseModel) else {}
+    return len(rest) == 1 and rest[0] in fields
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"configuration file {path} cannot be read: {type(error).__name__}") from error
+    try:
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text) or {}
+        else:
+            raise ConfigurationError(f"configuration file {path}: its name must end in .yaml, .yml or .toml")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        # The parsers quote the line they fell on, which may hold a password: only its place is repeated.
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigurationError(f"configuration file {path} is not valid {path.suffix[1:].upper()}{place}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"configuration file {path} must hold a mapping of settings")
+    return values
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(below.get(name), dict):
+            _merge(below[name], value)
+        else:
+            below[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _mask_userinfo(url: str | None) -> str | None:
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc="**********@" + parts.netloc.rpartition("@")[2]))
