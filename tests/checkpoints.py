@@ -1,0 +1,298 @@
+"""Builders of small random checkpoints in Hugging Face's own layouts, saved by transformers itself.
+
+Weights are seeded and drawn wide (norms and biases too), so that greedy decoding wanders instead of repeating one token
+and a forgotten bias or norm weight shows. Every builder takes a directory that need not exist and returns it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+IMAGE_TOKEN = "<|image|>"
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+PLAIN_ADDED_TOKENS = ("<think>", "</think>")  # added tokens that are not marked special, as in Qwen3's own tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CORPUS = (
+    "Describe this image: What is the total? Extract the fields as JSON: Extract text from this document: "
+    '{"vendor": "North Cafe", "number": "A-1042", "date": "2024-05-17", "total": "18.40"} '
+    "The quick brown fox jumps over the lazy dog. Compare these two images and say which one is larger. "
+    "user assistant system hello world receipt invoice shape circle square triangle red green blue yellow"
+)
+
+
+def make_tokenizer(*, chat_template: bool = True, image_token: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens: any text round-trips, single tokens may be part of a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=IM_END,
+        pad_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE if chat_template else None,
+    )
+    fast.add_tokens(list(PLAIN_ADDED_TOKENS))
+    if image_token:
+        fast.add_special_tokens({"additional_special_tokens": [IM_START, IMAGE_TOKEN]})
+    return fast
+
+
+def randomise(model: torch.nn.Module, seed: int, std: float = 0.12, embedding_std: float = 0.3) -> None:
+    """Draw every parameter anew: matrices at ``std``, embeddings and output head at ``embedding_std``, norms around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("logit_scale"):
+                continue
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1.0 + 0.1 * noise)
+            elif parameter.ndim <= 1:
+                parameter.copy_(0.1 * noise)
+            elif "embed" in name or "lm_head" in name:
+                parameter.copy_(embedding_std * noise)
+            else:
+                parameter.copy_(std * noise)
+
+
+def make_qwen3(
+    directory: Path,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 24,
+    max_position_embeddings: int = 2048,
+    tie_word_embeddings: bool = False,
+    chat_template: bool = True,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A Qwen3 text checkpoint with its tokenizer."""
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    config = _qwen3_config(
+        len(tokenizer), hidden_size, num_layers, num_heads, num_kv_heads, head_dim, max_position_embeddings,
+        tie_word_embeddings, tokenizer,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    randomise(model, seed)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+def make_clip(
+    directory: Path,
+    *,
+    seed: int = 1,
+    patch: int = 32,
+    size: int = 224,
+    hidden_size: int = 32,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    with_text_tower: bool = False,
+    crop: bool = True,
+) -> Path:
+    """A CLIP vision tower with its image processor.
+
+    With ``with_text_tower`` the whole two-tower CLIP is saved, as ``openai/clip-vit-base-patch32`` is on the hub.
+    """
+    config = _clip_config(patch, size, hidden_size, num_layers, num_heads)
+    model: torch.nn.Module
+    if with_text_tower:
+        text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "vocab_size": 64, "projection_dim": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=config.to_dict(), projection_dim=16))
+    else:
+        model = CLIPVisionModel(config)
+    randomise(model.eval(), seed)
+    model.save_pretrained(directory)
+    clip_image_processor(size, crop=crop).save_pretrained(directory)
+    return Path(directory)
+
+
+def make_siglip(
+    directory: Path,
+    *,
+    seed: int = 2,
+    patch: int = 16,
+    size: int = 64,
+    hidden_size: int = 32,
+    num_layers: int = 3,
+    num_heads: int = 4,
+) -> Path:
+    """A SigLIP vision tower (no class token) with its image processor."""
+    model = SiglipVisionModel(_siglip_config(patch, size, hidden_size, num_layers, num_heads)).eval()
+    randomise(model, seed)
+    model.save_pretrained(directory)
+    SiglipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(directory)
+    return Path(directory)
+
+
+def make_llava(
+    directory: Path,
+    *,
+    seed: int = 3,
+    tower: Literal["clip", "siglip"] = "clip",
+    patch: int = 32,
+    size: int = 224,
+    vision_hidden_size: int = 32,
+    vision_layers: int = 3,
+    vision_feature_layer: int | list[int] = -2,
+    vision_feature_select_strategy: Literal["default", "full"] | None = None,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 24,
+    max_position_embeddings: int = 4096,
+    tie_word_embeddings: bool = False,
+    chat_template: bool = True,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A LLaVA checkpoint (tower, projector, Qwen3 text) with tokenizer and processor; loads as it is in transformers.
+
+    ``vision_feature_select_strategy`` unset means the tower's usual one: ``default`` (class token cut) for CLIP,
+    ``full`` for SigLIP, which has no class token.
+    """
+    strategy = vision_feature_select_strategy or ("default" if tower == "clip" else "full")
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    vision_config = (
+        _clip_config(patch, size, vision_hidden_size, vision_layers, 4)
+        if tower == "clip"
+        else _siglip_config(patch, size, vision_hidden_size, vision_layers, 4)
+    )
+    text_config = _qwen3_config(
+        len(tokenizer), hidden_size, num_layers, num_heads, num_kv_heads, head_dim, max_position_embeddings,
+        tie_word_embeddings, tokenizer,
+    )  # fmt: skip
+    class_tokens = 1 if tower == "clip" else 0
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=(size // patch) ** 2 + class_tokens - (1 if strategy == "default" else 0),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    randomise(model, seed)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    image_processor = (
+        clip_image_processor(size)
+        if tower == "clip"
+        else SiglipImageProcessorPil(size={"height": size, "width": size})
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=strategy,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=class_tokens,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(directory)
+    return Path(directory)
+
+
+def clip_image_processor(size: int, *, crop: bool = True) -> CLIPImageProcessorPil:
+    """CLIP's own preprocessing: shortest edge and centre crop, or one fixed square without a crop."""
+    if crop:
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False)
+
+
+def _clip_config(patch: int, size: int, hidden_size: int, num_layers: int, num_heads: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        patch_size=patch,
+        image_size=size,
+        projection_dim=16,
+    )
+
+
+def _siglip_config(patch: int, size: int, hidden_size: int, num_layers: int, num_heads: int) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        patch_size=patch,
+        image_size=size,
+        vision_use_head=False,
+    )
+
+
+def _qwen3_config(
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_position_embeddings: int,
+    tie_word_embeddings: bool,
+    tokenizer: Any,
+) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
