@@ -1,0 +1,69 @@
+"""The house itself: links, wheel, imports, and what must never stand in the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("engine", "pipeline", "sinks", "vision")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_root_shows_each_room_by_a_relative_link(room: str) -> None:
+    link = ROOT / room
+    assert link.is_symlink()
+    assert os.readlink(link) == f"nanovllm/{room}"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_once_and_the_shipped_checkpoint(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    assert {name.split("/")[0] for name in names} == {"nanovllm", "nanovllm-0.1.0.dist-info"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nanovllm").rglob("*.py")}
+    assert modules <= set(names)
+    assert "nanovllm/engine/assets/tiny-receipts/model.safetensors" in names
+    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12 * 2**20
+
+
+def test_the_package_wins_beside_packages_of_the_same_names_as_its_rooms(tmp_path: Path) -> None:
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text(f"OWNER = 'the user of {room}'\n")
+    script = (
+        "import engine, pipeline, vision, sinks\n"
+        "import nanovllm.engine.sequence, nanovllm.vision.images, nanovllm.sinks.messages, nanovllm.pipeline.job\n"
+        "assert engine.OWNER == 'the user of engine' and vision.OWNER == 'the user of vision'\n"
+        "assert nanovllm.engine.__file__ != engine.__file__\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+
+
+def test_no_tracked_text_names_a_registry_host_or_a_path_of_one_machine() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    forbidden = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian|/root/|/work/main|/home/\w+/")
+    found = []
+    for name in tracked.stdout.split("\0"):
+        path = ROOT / name
+        if not name or path.is_symlink() or path.suffix in {".safetensors", ".png"} or path == Path(__file__):
+            continue
+        found += [f"{name}: {match.group()}" for match in [forbidden.search(path.read_text(errors="ignore"))] if match]
+    assert not found
+
+
+def test_make_help_names_every_promised_target() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in shown.splitlines()} >= {"demo", "test", "test-all", "proof", "check", "bench"}
