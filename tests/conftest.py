@@ -1,0 +1,84 @@
+"""Fixtures for real parts. Whatever a machine lacks skips the test, with the reason."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
+
+from nanovllm.pipeline.broker import EmbeddedBroker
+
+
+@pytest.fixture
+def unique() -> Callable[[str], str]:
+    """``unique("topic")`` → a name that no other test uses."""
+    return unique_name
+
+
+@pytest.fixture(scope="session")
+def embedded_broker() -> Iterator[str]:
+    """``host:port`` of the embedded broker, shared by the session."""
+    broker = EmbeddedBroker()
+    asyncio.run(broker.start())
+    yield broker.bootstrap_servers
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``host:port`` of an Apache Kafka node, shared by the session. Tests that use it carry the marker ``kafka``."""
+    if kafka_node_program() is not None:
+        node = KafkaNode(tmp_path_factory.mktemp("kafka"))
+        asyncio.run(node.start())
+        yield node.bootstrap_servers
+        node.stop()
+    elif docker_answers():
+        from testcontainers.kafka import KafkaContainer
+
+        with KafkaContainer().with_kraft() as container:
+            yield container.get_bootstrap_server()
+    else:
+        pytest.skip("Apache Kafka: no KAFKA_NODE, no ../shared/kafka/kafka-node, and no Docker daemon answers")
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """URL of moto's S3 server, in a thread of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def _use(part: S3Part, monkeypatch: pytest.MonkeyPatch) -> S3Part:
+    for name, value in part.environment.items():
+        monkeypatch.setenv(name, value)
+    return part
+
+
+@pytest.fixture
+def s3(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3Part:
+    """moto's S3 server with a client and ``make_bucket()``; the AWS SDK's variables are set for the test."""
+    return _use(S3Part(moto_endpoint, "test", "testsecret"), monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def versity_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VersityNode]:
+    """A real S3 server, shared by the session."""
+    if s3_node_program() is None:
+        pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
+    node = VersityNode(tmp_path_factory.mktemp("s3"))
+    node.start()
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def versity_s3(versity_node: VersityNode, monkeypatch: pytest.MonkeyPatch) -> S3Part:
+    """The real S3 server as ``s3``. Tests that use it carry the marker ``s3``."""
+    return _use(S3Part(versity_node.endpoint_url, "test", "testsecret"), monkeypatch)

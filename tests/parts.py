@@ -1,0 +1,252 @@
+"""Real parts for the tests: Kafka brokers, S3 servers, and where they come from on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from botocore.config import Config
+
+from nanovllm.pipeline.broker import answers_metadata
+from nanovllm.pipeline.local_process import LocalProcess, free_port
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def unique_name(prefix: str = "t") -> str:
+    """A name that no other test uses, fit for topics, groups and buckets."""
+    return f"{prefix}-{uuid4().hex[:10]}"
+
+
+async def eventually(is_true: Callable[[], object], *, within_s: float = 60.0, why: str = "") -> None:
+    """Return as soon as ``is_true()`` is; AssertionError after ``within_s`` seconds, which only a fault should take."""
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < deadline, why or "what was waited for never came"
+        await asyncio.sleep(0.02)
+
+
+def _program(variable: str, default: Path) -> Path | None:
+    program = Path(os.environ.get(variable) or default)
+    return program if os.access(program, os.X_OK) else None
+
+
+def kafka_node_program() -> Path | None:
+    """The program that runs one Apache Kafka node: ``KAFKA_NODE``, or the one beside the repository."""
+    return _program("KAFKA_NODE", REPOSITORY.parent / "shared" / "kafka" / "kafka-node")
+
+
+def s3_node_program() -> Path | None:
+    """The program that runs a real S3 server: ``S3_NODE``, or the one beside the repository."""
+    return _program("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
+
+
+@cache
+def docker_answers() -> bool:
+    """Whether a Docker daemon answers here."""
+    import docker
+    from docker.errors import DockerException
+
+    try:
+        client = docker.from_env(timeout=5)
+    except DockerException:
+        return False
+    with contextlib.closing(client):
+        try:
+            return bool(client.ping())
+        except DockerException:
+            return False
+
+
+class KafkaNode:
+    """One Apache Kafka node on loopback, on its own directory: start, stop, kill, start again.
+
+    ``settings`` are broker properties that win over the node's own (``{port}`` in a value is replaced by the node's
+    port, ``{controller_port}`` by its controller's), ``scram`` user names with their passwords.
+    ``probe`` False skips the wait for a plaintext Metadata answer: a listener with TLS or a login gives none.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        scram: Mapping[str, str] | None = None,
+        probe: bool = True,
+    ) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.controller_port = free_port()
+        self._settings = dict(settings or {})
+        self._scram = dict(scram or {})
+        self._probe = probe
+        self._process: LocalProcess | None = None
+
+    @property
+    def bootstrap_servers(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self, timeout_s: float = 90.0) -> None:
+        program = kafka_node_program()
+        assert program is not None, "ask kafka_node_program() first"
+        command = [str(program), "--dir", str(self.directory / "node"), "--port", str(self.port)]
+        command += ["--controller-port", str(self.controller_port)]
+        for name, value in self._settings.items():
+            text = value.replace("{port}", str(self.port)).replace("{controller_port}", str(self.controller_port))
+            command += ["--set", f"{name}={text}"]
+        for user, password in self._scram.items():
+            command += ["--scram", f"{user}:{password}"]
+        self._process = LocalProcess("kafka", command, self.directory / "kafka.log")
+        self._process.start()
+        deadline = time.monotonic() + timeout_s
+        while not await (answers_metadata(self.bootstrap_servers) if self._probe else self._is_open()):
+            if not self._process.is_running:
+                raise RuntimeError(f"kafka ended with {self._process.exit_code}: {self._process.tail(20)}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"kafka did not answer within {timeout_s:g} s: {self._process.tail(20)}")
+            await asyncio.sleep(0.1)
+
+    async def _is_open(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop(grace_s=20)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    async def __aenter__(self) -> KafkaNode:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop()
+
+
+async def create_topic(
+    bootstrap_servers: str, *names: str, partitions: int = 4, settings: Mapping[str, str] | None = None
+) -> None:
+    """Create topics and return when the broker lists all of their partitions."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        topics = [NewTopic(name, partitions, 1, topic_configs=dict(settings or {})) for name in names]
+        response = await admin.create_topics(topics)
+        for topic, code, *rest in response.topic_errors:
+            assert code == 0, f"create {topic}: error {code} {rest}"
+        for _ in range(200):
+            described = await admin.describe_topics(list(names))
+            if all(len(topic["partitions"]) == partitions for topic in described):
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{names} did not get {partitions} partitions")
+    finally:
+        await admin.close()
+
+
+@dataclass
+class S3Part:
+    """An S3 server with a client and buckets of this test's own."""
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+    region: str = "us-east-1"
+    client: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=self.region,
+            config=Config(signature_version="s3v4", s3={"addressing_style": "path"}, retries={"max_attempts": 2}),
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The AWS SDK's variables for whatever process shall use this server."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def make_bucket(self, *, versioned: bool = False) -> str:
+        name = unique_name("bucket")
+        self.client.create_bucket(Bucket=name)
+        if versioned:
+            self.client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+        return name
+
+    def put(self, bucket: str, key: str, body: bytes) -> str:
+        """Store an object; returns its ``s3://`` URI."""
+        self.client.put_object(Bucket=bucket, Key=key, Body=body)
+        return f"s3://{bucket}/{key}"
+
+
+class VersityNode:
+    """A real S3 server (Versity S3 Gateway) on its own directory; ``more`` are further options of ``s3-node``."""
+
+    def __init__(self, directory: Path, *, more: Iterable[str] = ()) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self._more = list(more)
+        self._process: LocalProcess | None = None
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, timeout_s: float = 60.0) -> S3Part:
+        program = s3_node_program()
+        assert program is not None, "ask s3_node_program() first"
+        command = [str(program), "--dir", str(self.directory / "node"), "--port", str(self.port), *self._more]
+        self._process = LocalProcess("s3", command, self.directory / "s3.log")
+        self._process.start()
+        deadline = time.monotonic() + timeout_s
+        while not self._is_up():
+            if not self._process.is_running or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"the S3 server does not answer: {self._process.tail(20)}")
+            time.sleep(0.05)
+        return S3Part(self.endpoint_url, "test", "testsecret")
+
+    def _is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError:
+            return False
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
