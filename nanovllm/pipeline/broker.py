@@ -1,7 +1,7 @@
 """The embedded broker: one small program that speaks Kafka on loopback, for the demo and the default tests.
 
 It is the binary inside the package ``noida-db`` (extras ``demo`` and ``dev``): groups, idempotence, transactions,
-fencing and read_committed work with aiokafka. It is no place for anybody's data, and its limits matter to whoever uses it:
+fencing and read_committed work with aiokafka. It is no place for anybody's data, and its limits matter:
 
 - it writes its snapshots behind the traffic, so a crash of the broker loses the last second;
 - it never enforces session timeouts: a killed member keeps its partitions, and nobody else gets them, until somebody
