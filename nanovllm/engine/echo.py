@@ -1,0 +1,209 @@
+"""A backend that answers with the question: what a test of the pipeline needs of an engine, without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.engine.backend import Generation, Request
+from nanovllm.engine.outputs import (
+    EngineStats,
+    FinishReason,
+    ImageOutcome,
+    ImageUse,
+    ModelInfo,
+    RequestOutput,
+    RequestTimings,
+    TokenChunk,
+    Usage,
+)
+from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
+
+if TYPE_CHECKING:
+    from nanovllm.vision.transform import ImageTransform
+
+IMAGE_PLACEHOLDER = "<|image|>"
+_WORD = re.compile(r"\s*\S+|\s+$")
+
+
+class EchoEngine:
+    """Echoes the text of a request, then the digest of each image in hex, a word a token, up to ``max_tokens`` words.
+
+    ``delay_s`` is spent on each request while it holds one of ``max_num_seqs`` places. ``fault`` may return an error
+    for a request, which then fails with it. ``kill`` makes the engine die. An image is a ``miss`` when its digest is
+    new to this engine and a ``hit`` afterwards.
+    """
+
+    def __init__(
+        self,
+        *,
+        delay_s: float = 0.0,
+        max_num_seqs: int = 64,
+        image_tokens: int = 49,
+        image_transform: ImageTransform | None = None,
+        fault: Callable[[Request], BaseException | None] | None = None,
+    ) -> None:
+        """``image_transform`` None means CLIP's own, at 224 pixels."""
+        self.model_info = ModelInfo(id="echo", revision="1", parameter_digest="0" * 64)
+        self.image_transform = image_transform if image_transform is not None else _clip_transform()
+        self.max_num_seqs = max_num_seqs
+        self.dead = asyncio.Event()
+        self.death: EngineDead | None = None
+        self._delay_s = delay_s
+        self._image_tokens = image_tokens
+        self._fault = fault
+        self._places = asyncio.Semaphore(max_num_seqs)
+        self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
+        self._digests: set[bytes] = set()
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def __aenter__(self) -> EchoEngine:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    def submit(self, request: Request) -> Generation:
+        """Answer ``request`` after the delay."""
+        generation = Generation(request.request_id, self.abort)
+        if self.death is not None:
+            generation.fail(self.death)
+        elif request.request_id in self._running:
+            generation.fail(InvalidInput(f"request {request.request_id} is already running"))
+        else:
+            task = asyncio.get_running_loop().create_task(self._answer(request, generation))
+            self._running[request.request_id] = (generation, task)
+        return generation
+
+    def abort(self, request_id: str) -> None:
+        """End a request early, with no text."""
+        if request_id in self._running:
+            generation, task = self._running.pop(request_id)
+            task.cancel()
+            usage = Usage(input_tokens=0, output_tokens=0, image_tokens=0, cached_tokens=0)
+            output = RequestOutput(request_id, "", (), "abort", usage, RequestTimings())
+            generation.deliver(TokenChunk("", (), "abort"), output)
+
+    def stats(self) -> EngineStats:
+        """Running and waiting requests, and token counters."""
+        running = min(len(self._running), self.max_num_seqs)
+        return EngineStats(
+            num_requests_running=running,
+            num_requests_waiting=len(self._running) - running,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            encoder_images=len(self._digests),
+        )
+
+    async def close(self) -> None:
+        """Stop; unfinished generations end with EngineDead."""
+        self.kill("the engine was closed")
+
+    def kill(self, reason: str = "killed") -> None:
+        """Die now: every unfinished generation, and every later one, fails with EngineDead."""
+        if self.death is not None:
+            return
+        self.death = EngineDead(reason)
+        for generation, task in self._running.values():
+            task.cancel()
+            generation.fail(self.death)
+        self._running.clear()
+        self.dead.set()
+
+    async def _answer(self, request: Request, generation: Generation) -> None:
+        start = time.perf_counter()
+        async with self._places:
+            admitted = time.perf_counter()
+            if self._delay_s:
+                await asyncio.sleep(self._delay_s)
+        self._running.pop(request.request_id, None)
+        error = self._fault(request) if self._fault is not None else None
+        if error is not None:
+            generation.fail(error)
+            return
+        try:
+            output = self._echo(request, start, admitted)
+        except Exception as failure:
+            generation.fail(failure)
+            return
+        words = _WORD.findall(output.text)
+        for word, token in zip(words[:-1], output.token_ids, strict=False):
+            generation.deliver(TokenChunk(word, (token,)))
+        generation.deliver(TokenChunk(words[-1] if words else "", output.token_ids[-1:], output.finish_reason), output)
+
+    def _echo(self, request: Request, start: float, admitted: float) -> RequestOutput:
+        text, places = _text_and_places(request)
+        if places != len(request.images):
+            raise PlaceholderMismatch(f"the prompt has {places} image placeholders for {len(request.images)} images")
+        words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
+        kept = words[: request.sampling.max_tokens]
+        finish_reason: FinishReason = "stop" if len(kept) == len(words) else "length"
+        image_tokens = self._image_tokens * len(request.images)
+        uses = []
+        for image in request.images:
+            outcome: ImageOutcome = "hit" if image.digest in self._digests else "miss"
+            self._digests.add(image.digest)
+            uses.append(ImageUse(image.digest.hex(), outcome, self._image_tokens, image.width, image.height))
+        self._prompt_tokens += len(_WORD.findall(text)) + image_tokens
+        self._generation_tokens += len(kept)
+        now = time.perf_counter()
+        return RequestOutput(
+            request_id=request.request_id,
+            text="".join(kept),
+            token_ids=tuple(range(len(kept))),
+            finish_reason=finish_reason,
+            usage=Usage(len(_WORD.findall(text)) + image_tokens, len(kept), image_tokens, 0),
+            timings=RequestTimings(
+                queue_ms=(admitted - start) * 1000,
+                time_to_first_token_ms=(now - start) * 1000,
+                e2e_ms=(now - start) * 1000,
+            ),
+            images=tuple(uses),
+        )
+
+
+def _text_and_places(request: Request) -> tuple[str, int]:
+    """The text to echo and the number of image placeholders in it."""
+    if request.prompt is not None:
+        return request.prompt, request.prompt.count(IMAGE_PLACEHOLDER)
+    texts: list[str] = []
+    places = 0
+    for message in request.messages or ():
+        content: Any = message.get("content") or ""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if isinstance(part, Mapping) and part.get("type") == "text":
+                texts.append(str(part.get("text", "")))
+            else:
+                places += 1
+    return "\n".join(texts), places
+
+
+def _clip_transform() -> ImageTransform:
+    from nanovllm.vision.transform import ImageTransform
+
+    return ImageTransform.from_preprocessor_config(
+        {
+            "do_resize": True,
+            "size": {"shortest_edge": 224},
+            "do_center_crop": True,
+            "crop_size": {"height": 224, "width": 224},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "do_convert_rgb": True,
+        }
+    )
