@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
+from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
 ENV_PREFIX = "NANOVLLM_"
@@ -237,7 +238,8 @@ class S3Settings(Section):
 class HttpSettings(Section):
     """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
 
-    host: str = Field("0.0.0.0", description="Address to listen on.")
+    # Probes and scrapes come from outside the pod.
+    host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
 
 
@@ -330,7 +332,7 @@ class Settings(BaseSettings):
 
     delivery: Literal["at_least_once", "exactly_once"] = Field(
         "at_least_once",
-        description="`at_least_once`: a repeated result carries the same `result_id`. `exactly_once` is refused for now.",
+        description="`at_least_once`: a repeated result has the same `result_id`. `exactly_once` is refused for now.",
     )
     result_format: Literal["as_job", "json", "msgpack"] = Field(
         "as_job", description="Format of results and metrics; `as_job`: the one that the job came in."
@@ -393,7 +395,7 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
         _merge(values, overrides or {})
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigurationError(describe_errors(error)) from None
+        raise ConfigurationError(describe_errors(error, "settings")) from None
     except SettingsError as error:
         raise ConfigurationError(str(error)) from None
 
@@ -407,16 +409,6 @@ def unknown_variables(names: Iterable[str]) -> Iterable[str]:
         if _is_setting(upper.removeprefix(ENV_PREFIX)) or _KUBERNETES_SERVICE.match(upper):
             continue
         yield name
-
-
-def describe_errors(error: ValidationError) -> str:
-    """One line that names each wrong field and what is wrong with it, without its value."""
-    lines = []
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        where = ".".join(str(part) for part in item["loc"]) or "settings"
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append("unknown setting " + where if item["type"] == "extra_forbidden" else f"{where}: {message}")
-    return "; ".join(lines)
 
 
 def _is_setting(name: str) -> bool:

@@ -1,0 +1,116 @@
+"""Bytes to jobs and back. The first byte tells JSON from msgpack; what the two cannot both say exactly is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+import msgpack
+from pydantic import ValidationError
+
+from nanovllm.errors import InvalidJob
+from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.validation import describe_errors
+from nanovllm.sinks.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
+
+_JSON_SPACE = b" \t\r\n"
+_MAX_DIGITS = len(str(MAX_INTEGER))
+
+
+def message_format(value: bytes) -> MessageFormat:
+    """The format of an encoded job, by its first byte.
+
+    Raises:
+        InvalidJob: neither a JSON object nor a msgpack map can begin so.
+    """
+    first = value.lstrip(_JSON_SPACE)[:1]
+    if first == b"{":
+        return "json"
+    # fixmap, map 16, map 32; leading white space is JSON's alone
+    if value and (value[0] & 0xF0 == 0x80 or value[0] in (0xDE, 0xDF)):
+        return "msgpack"
+    raise InvalidJob("the message is empty" if not value else "the message is neither a JSON object nor a msgpack map")
+
+
+def decode_job(value: bytes) -> Job:
+    """The job that an untrusted message holds.
+
+    Raises:
+        InvalidJob: whatever else the bytes are; the message names the field, never its value.
+    """
+    fmt = message_format(value)
+    fields = _parse_json(value) if fmt == "json" else _parse_msgpack(value)
+    try:
+        check_json_value(fields, allow_bytes_in="data" if fmt == "msgpack" else None)
+    except ValueError as error:
+        raise InvalidJob(f"the message holds {error}") from None
+    try:
+        return Job.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidJob(describe_errors(error, "job")) from None
+
+
+def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:
+    """``job`` as a message: JSON, or msgpack with images as raw bytes (a third smaller)."""
+    return encode(job, fmt)
+
+
+def _parse_json(value: bytes) -> Any:
+    try:
+        return json.loads(
+            value.decode(),
+            object_pairs_hook=_unique_keys,
+            parse_int=_exact_int,
+            parse_float=_finite_float,
+            parse_constant=_refuse_constant,
+        )
+    except UnicodeDecodeError:
+        raise InvalidJob("the message is not valid UTF-8") from None
+    except RecursionError:
+        raise InvalidJob("the message is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJob(f"the message is not valid JSON: {error.msg} at character {error.pos}") from None
+
+
+def _parse_msgpack(value: bytes) -> Any:
+    try:
+        return msgpack.unpackb(
+            value, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys, ext_hook=_refuse_extension
+        )
+    except InvalidJob:
+        raise
+    except UnicodeDecodeError:
+        raise InvalidJob("the message holds a string that is not valid UTF-8") from None
+    except (msgpack.exceptions.UnpackException, ValueError, TypeError, RecursionError, OverflowError):
+        # Incomplete, trailing bytes, lengths beyond the buffer, keys that are no strings: msgpack's texts repeat bytes.
+        raise InvalidJob("the message is not one complete msgpack map with string keys") from None
+
+
+def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise InvalidJob("the message holds a key twice")
+    return unique
+
+
+def _exact_int(digits: str) -> int:
+    # Before int(): a number of a million digits takes quadratic time.
+    if len(digits.lstrip("-")) > _MAX_DIGITS or abs(number := int(digits)) > MAX_INTEGER:
+        raise InvalidJob("the message holds an integer beyond 2^53")
+    return number
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise InvalidJob("the message holds a number beyond the range of a double")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidJob(f"the message holds {name}, which JSON does not have")
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise InvalidJob("the message holds a msgpack extension type")

@@ -1,0 +1,332 @@
+"""A job: what a producer asks for. Everything in it comes from outside and is trusted for nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from nanovllm.errors import InvalidJob, PlaceholderMismatch
+from nanovllm.pipeline.validation import describe_errors
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.sinks.encoding import check_json_value
+
+IMAGE_PLACEHOLDER = "<|image|>"
+MAX_METADATA_BYTES = 65_536
+
+_S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})/(.+)", re.DOTALL)
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+
+
+def _bytes_from_base64(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("is not valid base64") from None
+
+
+def _bytes_to_base64(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _check_s3_uri(value: str) -> str:
+    if not _S3_URI.fullmatch(value):
+        raise ValueError("is not an s3://bucket/key URI")
+    return value
+
+
+def _datetime_from_text(value: Any) -> Any:
+    # pydantic alone would take a number for seconds or for milliseconds, by its size.
+    if isinstance(value, str):
+        if not _RFC3339.fullmatch(value):
+            raise ValueError("is not an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
+        return datetime.fromisoformat(value.upper())
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return value
+    raise ValueError("is not an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
+
+
+ImageBytes = Annotated[
+    bytes,
+    BeforeValidator(_bytes_from_base64),
+    Field(min_length=1),
+    PlainSerializer(_bytes_to_base64, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
+]
+S3Uri = Annotated[str, StringConstraints(max_length=2048), BeforeValidator(_check_s3_uri)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+JobId = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=_PRINTABLE)]
+Deadline = Annotated[
+    datetime, BeforeValidator(_datetime_from_text), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+
+
+class _Strict(BaseModel):
+    # Strict: "64" is no number and 1 is no true; a sender learns of the mistake instead of getting a guess.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ImageRef(_Strict):
+    """One image: an object in S3, or its bytes."""
+
+    uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
+    version_id: str | None = Field(None, min_length=1, max_length=1024, description="Version of the object.")
+    sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
+    data: ImageBytes | None = Field(None, description="The encoded image: base64 in JSON, bytes in msgpack.")
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> ImageRef:
+        if (self.uri is None) == (self.data is None):
+            raise ValueError("an image has either uri or data")
+        if self.version_id is not None and self.uri is None:
+            raise ValueError("version_id belongs to a uri")
+        return self
+
+    @property
+    def bucket_and_key(self) -> tuple[str, str]:
+        """Bucket and key of the object; the key is taken literally, as S3 does.
+
+        Raises:
+            ValueError: the image is given by its bytes.
+        """
+        match = _S3_URI.fullmatch(self.uri or "")
+        if match is None:
+            raise ValueError("this image has no uri")
+        return match[1], match[2]
+
+    @property
+    def identity(self) -> str:
+        """The same for images that are provably the same before anything is downloaded."""
+        if self.sha256:
+            return f"sha256:{self.sha256}"
+        if self.data is not None:
+            return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+        return f"{self.uri}#{self.version_id}" if self.version_id else str(self.uri)
+
+
+def _image_from_uri(value: Any) -> Any:
+    return {"uri": value} if isinstance(value, str) else value
+
+
+Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=S3Uri | ImageRef)]
+
+
+class TextPart(_Strict):
+    """Text of a message; ``<|image|>`` in it is plain text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Strict):
+    """The place of the next one of the job's ``images``."""
+
+    type: Literal["image"]
+
+
+class ImageUrl(_Strict):
+    """Where an image of a message is."""
+
+    url: str = Field(description="An s3:// URI, or a data: URL with base64.")
+    detail: Literal["auto"] = Field("auto", description="Only `auto`: the checkpoint decides the resolution.")
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if not _DATA_URL.match(url):
+            return _check_s3_uri(url) if url.startswith("s3://") else _refuse_scheme()
+        return url
+
+
+class ImageUrlPart(_Strict):
+    """An image given in the message itself."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    def image(self) -> ImageRef:
+        """The image that the URL names or holds."""
+        url = self.image_url.url
+        if header := _DATA_URL.match(url):
+            return ImageRef(data=_bytes_from_base64(url[header.end() :]))
+        return ImageRef(uri=url)
+
+    @model_validator(mode="after")
+    def _check_image(self) -> ImageUrlPart:
+        self.image()
+        return self
+
+
+def _refuse_scheme() -> str:
+    raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
+
+
+def _content_kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "parts"
+
+
+Part = Annotated[TextPart | ImagePart | ImageUrlPart, Field(discriminator="type")]
+# Lists arrive as lists, and strict mode would take nothing but a tuple for a tuple.
+Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_content_kind)]
+
+
+class ChatMessage(_Strict):
+    """One message of a chat, in the OpenAI form."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+class Job(BaseModel):
+    """What a producer asks for: one prompt or chat, its images, and how to answer.
+
+    Unknown top-level fields are tolerated (a newer producer may send them); unknown names in ``sampling`` or in an
+    image are refused, because an ignored constraint would be a lie.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+    schema_name: ClassVar[str] = "job.v1"
+
+    version: Literal[1] = 1
+    job_id: JobId | None = Field(None, description="Unset: derived from topic, partition and offset.")
+    prompt: str | None = Field(None, min_length=1, description="Text with one `<|image|>` for each of `images`.")
+    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description="A chat in place of `prompt`."
+    )
+    images: Annotated[tuple[Image, ...], Field(strict=False)] = Field((), description="In the order of their places.")
+    sampling: Annotated[
+        dict[str, Any], WithJsonSchema({"allOf": [SamplingParams.model_json_schema()], "type": "object"})
+    ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")
+    deadline: Deadline | None = Field(None, description="RFC 3339; a job that is not done by then is a dead letter.")
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower goes first.")
+    metadata: dict[str, Any] = Field(default_factory=dict, description="Comes back in the result, untouched.")
+    reply_to: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,249}$", description="Topic of the result, where the worker allows it."
+    )
+
+    @field_validator("sampling")
+    @classmethod
+    def _check_sampling(cls, sampling: dict[str, Any]) -> dict[str, Any]:
+        return _explicit_sampling(sampling)
+
+    @field_validator("metadata")
+    @classmethod
+    def _check_metadata(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        check_json_value(metadata)
+        if len(_json_bytes(metadata)) > MAX_METADATA_BYTES:
+            raise ValueError(f"is larger than {MAX_METADATA_BYTES} bytes")
+        return metadata
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Job:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a job has either prompt or messages")
+        return self
+
+    def image_refs(self) -> tuple[ImageRef, ...]:
+        """All images of the job in the order of their places in the text.
+
+        Raises:
+            PlaceholderMismatch: the places in the text are more or fewer than the images.
+        """
+        if self.messages is None:
+            _check_count((self.prompt or "").count(IMAGE_PLACEHOLDER), len(self.images))
+            return self.images
+        parts = [part for message in self.messages if not isinstance(message.content, str) for part in message.content]
+        _check_count(sum(isinstance(part, ImagePart) for part in parts), len(self.images))
+        waiting = iter(self.images)
+        return tuple(
+            part.image() if isinstance(part, ImageUrlPart) else next(waiting)
+            for part in parts
+            if not isinstance(part, TextPart)
+        )
+
+    def image_key(self) -> str | None:
+        """The record's key, or None without an image: the first one's identity, so that equal images meet one cache."""
+        images = self.image_refs()
+        return images[0].identity if images else None
+
+    def message_dicts(self) -> tuple[dict[str, Any], ...] | None:
+        """The chat in the OpenAI form as plain data; images are ``{"type": "image"}`` parts (see ``image_refs``)."""
+        if self.messages is None:
+            return None
+        return tuple(
+            {
+                "role": message.role,
+                "content": message.content
+                if isinstance(message.content, str)
+                else [
+                    part.model_dump() if isinstance(part, TextPart) else {"type": "image"} for part in message.content
+                ],
+            }
+            for message in self.messages
+        )
+
+    def sampling_params(self, defaults: SamplingParams, max_tokens: int | None = None) -> SamplingParams:
+        """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.
+
+        Args:
+            max_tokens: the largest number that the job may ask for.
+
+        Raises:
+            InvalidJob: the job asks for more tokens than allowed, or for more at least than at most.
+        """
+        values = {name: getattr(defaults, name) for name in SamplingParams.model_fields} | self.sampling
+        if values["seed"] is None and self.job_id is not None:
+            values["seed"] = int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:8], "big") >> 1
+        try:
+            params = SamplingParams(**values)
+        except ValidationError as error:
+            raise InvalidJob(describe_errors(error, "sampling")) from None
+        if max_tokens is not None and params.max_tokens > max_tokens:
+            raise InvalidJob(f"sampling.max_tokens: {params.max_tokens} is above this worker's limit of {max_tokens}")
+        return params
+
+
+def derive_job_id(topic: str, partition: int, offset: int) -> str:
+    """The identity of a job that came without one; the same at every delivery. A topic's name never holds a colon."""
+    return f"{topic}:{partition}:{offset}"
+
+
+def _explicit_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    check_json_value(sampling)
+    try:
+        # From JSON, because strict Python input would refuse a list for a tuple.
+        params = SamplingParams.model_validate_json(_json_bytes(sampling), strict=True)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, "sampling")) from None
+    return {name: getattr(params, name) for name in SamplingParams.model_fields if name in sampling}
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _check_count(places: int, images: int) -> None:
+    if places != images:
+        raise PlaceholderMismatch(f"the text has {places} image placeholders, the job has {images} images")

@@ -1,0 +1,34 @@
+"""Wrong fields in words: which one, and what is wrong with it, never its value (it may be a secret, or huge)."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+MAX_ERRORS = 3
+MAX_NAME_CHARS = 64
+
+
+def describe_errors(error: ValidationError, root: str) -> str:
+    """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # A sequence with a wrong item is also reported as too short: only the item says anything.
+    items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
+    lines = []
+    for item in items[:MAX_ERRORS]:
+        where = ".".join(printable(str(part)) for part in item["loc"]) or root
+        # pydantic repeats the sender's own value for a wrong tag, and only there.
+        message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
+        lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
+    if len(items) > MAX_ERRORS:
+        lines.append(f"and {len(items) - MAX_ERRORS} more")
+    return "; ".join(lines)
+
+
+def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def printable(name: str) -> str:
+    """``name`` cut to a readable length, control and non-ASCII characters escaped."""
+    cut = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"
+    return cut.encode("unicode_escape").decode("ascii").replace("\\u2026", "…")

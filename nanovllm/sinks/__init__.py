@@ -1,0 +1,1 @@
+"""Outgoing messages and where they go: Kafka, JSON lines."""
