@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -52,7 +53,7 @@ CORPUS = (
 
 
 def make_tokenizer(*, chat_template: bool = True, image_token: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 tokens: any text round-trips, single tokens may be part of a character."""
+    """A byte-level BPE tokenizer of about 400 tokens: any text round-trips, one token may be part of a character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +77,7 @@ def make_tokenizer(*, chat_template: bool = True, image_token: bool = True) -> P
 
 
 def randomise(model: torch.nn.Module, seed: int, std: float = 0.12, embedding_std: float = 0.3) -> None:
-    """Draw every parameter anew: matrices at ``std``, embeddings and output head at ``embedding_std``, norms around 1."""
+    """Draw all parameters anew: matrices at ``std``, embeddings and head at ``embedding_std``, norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -141,8 +142,17 @@ def make_clip(
     config = _clip_config(patch, size, hidden_size, num_layers, num_heads)
     model: torch.nn.Module
     if with_text_tower:
-        text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "vocab_size": 64, "projection_dim": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+        text = CLIPTextConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=64,
+            projection_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ).to_dict()
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=config.to_dict(), projection_dim=16))
     else:
         model = CLIPVisionModel(config)
@@ -223,9 +233,7 @@ def make_llava(
     model.tie_weights()
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     image_processor = (
-        clip_image_processor(size)
-        if tower == "clip"
-        else SiglipImageProcessorPil(size={"height": size, "width": size})
+        clip_image_processor(size) if tower == "clip" else SiglipImageProcessorPil(size={"height": size, "width": size})
     )
     processor = LlavaProcessor(
         image_processor=image_processor,

@@ -1,0 +1,1 @@
+"""Paths of the user's guide; the code lives in the rooms."""

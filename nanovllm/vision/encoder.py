@@ -1,0 +1,397 @@
+"""The vision encoder: a CLIP or SigLIP tower and the projector into the language model's space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import ACT2FN
+
+from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+from nanovllm.vision.checkpoints import read_config, resolve_checkpoint
+from nanovllm.vision.transform import ImageTransform
+
+SelectStrategy = Literal["default", "full"]
+
+# Images that go through the tower at once; more only costs memory.
+MAX_BATCH_SIZE = 32
+
+DEFAULT_IMAGE_SIZE = 224
+DEFAULT_VISION_TOKENS = 49
+PROJECTOR_SEED = 0
+
+_has_warned_untrained = False
+
+
+class Projector(nn.Module):
+    """LLaVA's projector: two linear layers around an activation, ``[…, in_features]`` to ``[…, hidden_size]``."""
+
+    def __init__(self, in_features: int, hidden_size: int, *, activation: str = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_size, bias=bias)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project tower features."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class VisionEncoder(nn.Module):
+    """Pixels to the embeddings that take the place of an image's tokens.
+
+    Composes a tower with a projector to a language model of ``hidden_size``. The tower is resolved by name, never
+    downloaded. Another ``max_image_size`` than the tower's own interpolates its position embeddings; fewer
+    ``num_vision_tokens`` than patches pool the patch grid by adaptive averages, before the projector.
+
+    Args:
+        hidden_size: width of the language model's embeddings.
+        vision_model: directory, alias or cached hub name of a CLIP or SigLIP checkpoint.
+        projector: safetensors file, or directory of a LLaVA checkpoint or of an aligned projector. Unset, the
+            projector is drawn from a fixed seed, which works, means nothing, and warns once a process.
+        max_image_size: side of the square that images are brought to, in pixels; unset 224.
+        num_vision_tokens: a square number of tokens an image; unset 49, or the patches where they are fewer.
+        freeze_vision_weights: whether the tower's parameters take no gradient (the projector's do).
+        vision_feature_layer: index or indices into the tower's hidden states; unset the projector's own, or -2.
+        dtype, device: of the parameters and the embeddings.
+
+    Raises:
+        ModelNotFound: a name that leads nowhere, or a checkpoint without the tensors.
+        ConfigurationError: options that contradict one another or the projector.
+        UnsupportedModel: a tower of another kind.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        vision_model: str | Path = "openai/clip-vit-base-patch32",
+        *,
+        projector: str | Path | None = None,
+        max_image_size: int | None = None,
+        num_vision_tokens: int | None = None,
+        freeze_vision_weights: bool = True,
+        vision_feature_layer: int | list[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        directory = resolve_checkpoint(vision_model)
+        options = _projector_options(projector)
+        layer = vision_feature_layer if vision_feature_layer is not None else options.get("vision_feature_layer", -2)
+        self._build_tower(_tower_config(read_config(directory)), layer, None)
+        _load(self.tower, _tensors(directory, ("vision_model.", "vision_tower.", "model.vision_tower.", "")))
+
+        size = max_image_size or DEFAULT_IMAGE_SIZE
+        self._set_transform(_composed_transform(directory, self.tower.config, size))
+        self._pool_to(num_vision_tokens)
+
+        self.projector = Projector(
+            self.tower.config.hidden_size * len(self._layers),
+            hidden_size,
+            activation=options.get("projector_hidden_act", "gelu"),
+            bias=options.get("multimodal_projector_bias", True),
+        )
+        if projector is None:
+            _draw(self.projector)
+            _warn_untrained()
+        else:
+            path = _resolve_projector(projector)
+            _load(self.projector, _tensors(path, ("model.multi_modal_projector.", "multi_modal_projector.", "")))
+        self._finish(str(vision_model), freeze_vision_weights, dtype, device)
+
+    @classmethod
+    def from_llava(
+        cls,
+        directory: str | Path,
+        *,
+        freeze_vision_weights: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """Take tower and projector out of a LLaVA checkpoint, with its own feature layers and preprocessing.
+
+        Raises:
+            ModelNotFound: the directory lacks a file or tensors.
+            UnsupportedModel: no LLaVA checkpoint, or a tower of another kind than CLIP's and SigLIP's.
+        """
+        directory = Path(directory)
+        fields = read_config(directory)
+        if fields.get("model_type") != "llava":
+            raise UnsupportedModel(f"{directory.name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
+        config = LlavaConfig.from_dict(fields)
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder._build_tower(config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy)
+        encoder._set_transform(ImageTransform.from_preprocessor_config(directory))
+        encoder._pool_to_all()
+        encoder.projector = Projector(
+            encoder.tower.config.hidden_size * len(encoder._layers),
+            config.text_config.hidden_size,
+            activation=config.projector_hidden_act,
+            bias=config.multimodal_projector_bias,
+        )
+        _load(encoder.tower, _tensors(directory, ("model.vision_tower.", "vision_tower.")))
+        _load(encoder.projector, _tensors(directory, ("model.multi_modal_projector.", "multi_modal_projector.")))
+        side = encoder.tower.config.image_size
+        if encoder.transform.output_size != (side, side):
+            raise ConfigurationError(
+                f"the preprocessor makes images of {encoder.transform.output_size}, the tower takes {side}x{side}"
+            )
+        encoder._finish(directory.name, freeze_vision_weights, dtype, device)
+        return encoder
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """Embeddings, and so positions in the sequence, that one image takes."""
+        return self._num_vision_tokens
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an embedding."""
+        return self.projector.linear_2.out_features
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The preprocessing that makes this encoder's pixels."""
+        return self._transform
+
+    @property
+    def vision_model(self) -> str:
+        """The tower's name as it was given."""
+        return self._vision_model
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of tower and projector that an encoding uses."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @cached_property
+    def revision(self) -> str:
+        """SHA-256 (hex) over architecture, parameters and preprocessing: equal revisions embed an image equally.
+
+        Taken when first read; change no parameter afterwards.
+        """
+        config = {
+            "tower": {
+                key: value for key, value in self.tower.config.to_dict().items() if key != "transformers_version"
+            },
+            "layers": self._layers,
+            "strategy": self._strategy,
+            "pooled_grid": self._pooled_grid,
+        }
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(self.transform.fingerprint().encode())
+        for name, parameter in sorted(self.named_parameters()):
+            digest.update(f"{name}:{parameter.dtype}:{list(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels: np.ndarray | Tensor) -> Tensor:
+        """Embed uint8 images ``[N, H, W, 3]``: ``[N, num_vision_tokens, hidden_size]``.
+
+        Raises:
+            ConfigurationError: pixels of another type or size than this encoder's transform makes.
+        """
+        started = time.perf_counter()
+        batch = torch.as_tensor(pixels)
+        expected = self.transform.output_size
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or (*batch.shape[1:],) != (*(expected or ()), 3):
+            raise ConfigurationError(
+                f"the encoder takes uint8 pixels [N, {expected}, 3], not {batch.dtype} {list(batch.shape)}"
+            )
+        if not len(batch):
+            return self._levels.new_empty((0, self.num_vision_tokens, self.hidden_size), dtype=self._dtype)
+        embeddings = torch.cat([self(self.normalise(part)) for part in batch.split(MAX_BATCH_SIZE)])
+        self.images_encoded += len(batch)
+        self.encode_seconds += time.perf_counter() - started
+        return embeddings
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Rescale and normalise uint8 ``[N, H, W, 3]`` to the tower's ``pixel_values`` ``[N, 3, H, W]``."""
+        channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).long()
+        values = torch.stack([self._levels[channel][channels[:, channel]] for channel in range(3)], dim=1)
+        return values.to(self._dtype)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embed normalised images ``[N, 3, H, W]``: ``[N, num_vision_tokens, hidden_size]``."""
+        return self.projector(self.features(pixel_values))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """The tower's selected hidden states, pooled: ``[N, num_vision_tokens, tower width × feature layers]``."""
+        own = self.tower.config.image_size
+        outputs = self.tower(
+            pixel_values,
+            output_hidden_states=True,
+            interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own),
+        )
+        selected = torch.cat([outputs.hidden_states[layer] for layer in self._layers], dim=-1)
+        if self._strategy == "default":
+            selected = selected[:, 1:]
+        if self._pooled_grid is None:
+            return selected
+        grid = selected.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(grid, self._pooled_grid).flatten(2).transpose(1, 2)
+
+    def _build_tower(
+        self,
+        config: CLIPVisionConfig | SiglipVisionConfig,
+        feature_layer: int | list[int],
+        strategy: SelectStrategy | None,
+    ) -> None:
+        indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        depth = config.num_hidden_layers
+        if not indices or any(not -depth - 1 <= index <= depth for index in indices):
+            raise ConfigurationError(f"vision_feature_layer {feature_layer} is not within a tower of {depth} layers")
+        self._layers = [index if index >= 0 else depth + 1 + index for index in indices]
+        has_class_token = config.model_type == "clip_vision_model"
+        self._strategy: SelectStrategy = strategy or ("default" if has_class_token else "full")
+        self._has_class_token = has_class_token
+        # Layers behind the last selected one would be computed for nothing.
+        config.num_hidden_layers = max(self._layers)
+        if not has_class_token:
+            config.vision_use_head = False
+        tower: Any = (CLIPVisionModel if has_class_token else SiglipVisionModel)(config)
+        # Hidden states are taken before this norm; some releases of transformers hand out the last one behind it.
+        getattr(tower, "vision_model", tower).post_layernorm = nn.Identity()
+        self.tower = tower
+
+    def _set_transform(self, transform: ImageTransform) -> None:
+        if transform.output_size is None or transform.output_size[0] != transform.output_size[1]:
+            raise UnsupportedModel("the preprocessor's images have no one square size")
+        self._transform = transform
+        self._grid: int = transform.output_size[0] // self.tower.config.patch_size
+        if self._grid < 1:
+            raise ConfigurationError(f"images of {transform.output_size[0]} pixels are smaller than the tower's patch")
+
+    def _pool_to_all(self) -> None:
+        class_tokens = int(self._has_class_token)
+        self._pooled_grid: int | None = None
+        self._num_vision_tokens = self._grid**2 + class_tokens - int(self._strategy == "default")
+
+    def _pool_to(self, num_vision_tokens: int | None) -> None:
+        self._pool_to_all()
+        wanted = min(DEFAULT_VISION_TOKENS, self._grid**2) if num_vision_tokens is None else num_vision_tokens
+        side = math.isqrt(max(wanted, 0))
+        if side < 1 or side * side != wanted:
+            raise ConfigurationError(f"num_vision_tokens={wanted} is not a square number, as pooling a grid needs")
+        if side > self._grid:
+            raise ConfigurationError(
+                f"num_vision_tokens={wanted} is more than the {self._grid**2} patches of a "
+                f"{self._transform.output_size} image in patches of {self.tower.config.patch_size}"
+            )
+        if side < self._grid:
+            self._pooled_grid = side
+        self._num_vision_tokens = wanted
+
+    def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
+        self._vision_model = name
+        self._dtype = dtype
+        self.images_encoded = 0
+        self.encode_seconds = 0.0
+        self.to(dtype=dtype, device=device).eval()
+        self.register_buffer("_levels", torch.from_numpy(self._transform.lookup_table()).to(device), persistent=False)
+        self._levels: Tensor
+        if freeze:
+            self.tower.requires_grad_(False)
+
+
+def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:
+    """The vision half of a CLIP, SigLIP or LLaVA configuration, or the configuration of a lone tower."""
+    fields = {**fields.get("vision_config", fields)}
+    kind = fields.get("model_type")
+    if kind in ("clip_vision_model", "clip"):
+        return CLIPVisionConfig.from_dict({**fields, "model_type": "clip_vision_model"})
+    if kind in ("siglip_vision_model", "siglip"):
+        return SiglipVisionConfig.from_dict({**fields, "model_type": "siglip_vision_model"})
+    raise UnsupportedModel(f"a vision tower of type {kind!r} is not supported; CLIP's and SigLIP's are")
+
+
+def _composed_transform(directory: Path, config: Any, size: int) -> ImageTransform:
+    if any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return ImageTransform.from_preprocessor_config(directory, size_override=size)
+    if config.model_type == "clip_vision_model":
+        return ImageTransform.for_clip(size)
+    return ImageTransform.for_siglip(size)
+
+
+def _resolve_projector(projector: str | Path) -> Path:
+    path = Path(projector).expanduser()
+    return path if path.exists() else resolve_checkpoint(projector)
+
+
+def _projector_options(projector: str | Path | None) -> dict[str, Any]:
+    """What the projector was trained with, from the ``config.json`` beside it where there is one."""
+    if projector is None:
+        return {}
+    path = _resolve_projector(projector)
+    directory = path if path.is_dir() else path.parent
+    return read_config(directory) if (directory / "config.json").is_file() else {}
+
+
+def _tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a safetensors file, or of all files of a checkpoint, that carry one of ``prefixes``, without it."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFound(f"{path} holds no safetensors file")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+                if prefix is not None:
+                    yield name.removeprefix(prefix).removeprefix("vision_model."), tensors.get_tensor(name)
+
+
+def _load(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy tensors into all parameters of ``module``; a tensor without a parameter there is passed over."""
+    # Releases of transformers differ in whether a lone tower keeps its parts under "vision_model".
+    parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters:
+                continue
+            if parameters[name].shape != tensor.shape:
+                raise ConfigurationError(
+                    f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+                )
+            parameters[name].copy_(tensor)
+            missing.discard(name)
+    if missing:
+        raise ModelNotFound(f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}")
+
+
+def _draw(projector: nn.Module) -> None:
+    """Fill an untrained projector from a fixed seed, at a scale that keeps the features' size."""
+    generator = torch.Generator().manual_seed(PROJECTOR_SEED)
+    with torch.no_grad():
+        for _, parameter in sorted(projector.named_parameters()):
+            if parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
+
+
+def _warn_untrained() -> None:
+    global _has_warned_untrained
+    if _has_warned_untrained:
+        return
+    _has_warned_untrained = True
+    warnings.warn(
+        "The projector between the vision tower and the language model is untrained (random): the model runs, but it "
+        "cannot see what is in an image. Pass projector=, or train one with `nanovllm align`.",
+        stacklevel=3,
+    )

@@ -1,0 +1,298 @@
+"""Any image to plain 8-bit RGB: limits first, then orientation, colour and transparency as the file means them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from nanovllm.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+
+ImageSource = Image.Image | np.ndarray | str | Path | bytes
+
+WHITE = (255, 255, 255)
+_DIGEST_STRIP_PIXELS = 1 << 20
+
+# First bytes of formats that people do send, so that a refusal can say what it saw without running other decoders.
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"%PDF", "PDF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyp", "HEIF"),
+    (0, b"8BPS", "PSD"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "SVG"),
+)
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost, checked before its pixels are decoded.
+
+    ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used.
+    """
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+    min_side: int = 1
+    max_frames: int = 1
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode ``source`` to an RGB image of 8 bits a channel.
+
+    EXIF orientation is applied, an embedded ICC profile is converted to sRGB, transparency is composited on white,
+    16-bit samples are scaled. Arrays are ``[H, W]``, ``[H, W, 1]`` (grey), ``[H, W, 2]`` (grey, alpha),
+    ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA) of uint8, uint16, bool, floats in 0..1, or other integers in 0..255.
+
+    Raises:
+        ImageTooLarge: beyond a limit in bytes, pixels or frames.
+        UnsupportedImageFormat: a format that is not allowed.
+        InvalidImage: not a readable image, or an array of another shape, type or range.
+    """
+    if isinstance(source, np.ndarray):
+        return _flatten(_from_array(source, limits))
+    if isinstance(source, Image.Image):
+        _check_dimensions(source.width, source.height, limits)
+        _check_frames(source, limits)
+        return _decode(source)
+    if isinstance(source, (str, Path)):
+        source = _read_file(Path(source), limits)
+    if not isinstance(source, bytes):
+        raise InvalidImage(f"an image is a PIL image, an array, a path or bytes, not {type(source).__name__}")
+    return _from_bytes(source, limits)
+
+
+def pixel_digest(rgb: Image.Image) -> bytes:
+    """SHA-256 (32 bytes) over mode, size and pixels, so that equal bytes of another shape differ."""
+    digest = hashlib.sha256(rgb.mode.encode() + struct.pack(">II", rgb.width, rgb.height))
+    rows = max(1, _DIGEST_STRIP_PIXELS // rgb.width)
+    for top in range(0, rgb.height, rows):
+        digest.update(rgb.crop((0, top, rgb.width, min(top + rows, rgb.height))).tobytes())
+    return digest.digest()
+
+
+def _read_file(path: Path, limits: ImageLimits) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise InvalidImage(f"the image file cannot be read: {error.strerror}") from error
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"the image has more than the {limits.max_bytes} bytes allowed")
+    return data
+
+
+def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"the image has {len(data)} bytes; {limits.max_bytes} are allowed")
+    if not data:
+        raise InvalidImage("the image is empty: 0 bytes")
+    webp_size = _webp_canvas(data)
+    if webp_size is not None:
+        # Pillow allocates a WebP's whole canvas on opening, before anybody could ask for its size.
+        _check_dimensions(*webp_size, limits)
+    try:
+        image = Image.open(io.BytesIO(data), formats=limits.formats)
+    except UnidentifiedImageError:
+        raise _unidentified(data, limits) from None
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"the image has more than the {limits.max_pixels} pixels allowed") from None
+    except MemoryError:
+        raise
+    except Exception:
+        raise InvalidImage("the image's header is corrupt") from None
+    with image:
+        _check_dimensions(image.width, image.height, limits)
+        _check_frames(image, limits)
+        return _decode(image)
+
+
+def _unidentified(data: bytes, limits: ImageLimits) -> InvalidImage:
+    name = next((name for at, mark, name in _SIGNATURES if data[at : at + len(mark)] == mark), None)
+    if name is None:
+        return InvalidImage(f"the {len(data)} bytes are no image in an allowed format ({', '.join(limits.formats)})")
+    if name in limits.formats:
+        return InvalidImage(f"the {name} image's header is corrupt")
+    return UnsupportedImageFormat(f"{name} is not an allowed image format ({', '.join(limits.formats)})")
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a WebP from its header, or None where there is none to read."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return None
+
+
+def _check_dimensions(width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the image has {width}x{height} = {width * height} pixels; {limits.max_pixels} are allowed"
+        )
+    if min(width, height) < limits.min_side:
+        raise InvalidImage(f"the image is {width}x{height} pixels; each side needs at least {limits.min_side}")
+
+
+def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
+    # A phone's JPEG often carries a depth or gain map as a second picture (MPO); it is still one photograph.
+    if image.format == "MPO":
+        return
+    with _as_invalid_image(image.format):
+        frames = getattr(image, "n_frames", 1)
+    if frames > limits.max_frames:
+        raise ImageTooLarge(f"the image has {frames} frames or pages; {limits.max_frames} are allowed")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    with _as_invalid_image(image.format):
+        image.load()
+        return _flatten(_to_srgb(_oriented(image)))
+
+
+@contextmanager
+def _as_invalid_image(name: str | None) -> Iterator[None]:
+    """Turn whatever a decoder raises into one plain error: the originals hold addresses and library internals."""
+    try:
+        yield
+    except (MemoryError, InvalidImage):
+        raise
+    except Exception:
+        raise InvalidImage(f"the {name + ' ' if name else ''}image is truncated or corrupt") from None
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing about the orientation
+        return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert an image with an embedded ICC profile to sRGB; an unusable profile is as none."""
+    embedded = image.info.get("icc_profile")
+    if not embedded:
+        return image
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        if "sRGB" in (profile.profile.profile_description or ""):
+            return image
+        space = profile.profile.xcolor_space.strip()
+        srgb = ImageCms.createProfile("sRGB")
+        if space == "RGB" and image.mode in ("RGB", "RGBA"):
+            return ImageCms.profileToProfile(image, profile, srgb, outputMode=image.mode) or image
+        if (space, image.mode) in (("CMYK", "CMYK"), ("GRAY", "L")):
+            return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB") or image
+        if space == "GRAY" and image.mode == "LA":
+            colour = ImageCms.profileToProfile(image.getchannel("L"), profile, srgb, outputMode="RGB")
+            if colour is not None:
+                colour.putalpha(image.getchannel("A"))
+                return colour
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return image
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Bring any mode to RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):
+        image = _scale_16_bit(image)
+    elif image.mode == "F":
+        image = Image.fromarray(_unit_to_bytes(np.asarray(image)))
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy() if image.readonly else image
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if not image.has_transparency_data:
+        try:
+            return image.convert("RGB")
+        except ValueError:
+            raise UnsupportedImageFormat(f"the colour mode {image.mode} is not supported") from None
+    image = image.convert("RGBA")
+    flat = Image.new("RGB", image.size, WHITE)
+    flat.paste(image, mask=image.getchannel("A"))
+    return flat
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image)
+    if samples.size and (samples.min() < 0 or samples.max() > 65535):
+        raise InvalidImage("the image's integer samples are not within 16 bits")
+    grey = Image.fromarray(_wide_to_bytes(samples))
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _from_array(array: np.ndarray, limits: ImageLimits) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+        hint = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            hint = "; channels come last: array.transpose(1, 2, 0)"
+        elif array.ndim == 4:
+            hint = "; pass the images one by one, not as a batch"
+        raise InvalidImage(f"an image array has shape [H, W] or [H, W, 1..4], not {list(array.shape)}{hint}")
+    height, width = array.shape[:2]
+    if not height or not width:
+        raise InvalidImage(f"the image array is empty: shape {list(array.shape)}")
+    _check_dimensions(width, height, limits)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(_array_to_bytes(array)))
+
+
+def _array_to_bytes(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return _wide_to_bytes(array)
+    if np.issubdtype(array.dtype, np.floating):
+        return _unit_to_bytes(array)
+    if np.issubdtype(array.dtype, np.integer):
+        if array.min() < 0 or array.max() > 255:
+            raise InvalidImage(f"an {array.dtype} image array holds 0..255, not {array.min()}..{array.max()}")
+        return array.astype(np.uint8)
+    raise InvalidImage(f"an image array holds integers or floats, not {array.dtype}")
+
+
+def _wide_to_bytes(samples: np.ndarray) -> np.ndarray:
+    """0..65535 to 0..255, rounded: the exact inverse of repeating a byte."""
+    return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _unit_to_bytes(samples: np.ndarray) -> np.ndarray:
+    low, high = float(samples.min()), float(samples.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise InvalidImage(f"a float image holds values in 0..1, not {low:g}..{high:g}; for 0..255 pass uint8")
+    return np.rint(samples * 255.0).astype(np.uint8)
