@@ -1,0 +1,121 @@
+"""What the demo asks: generated receipts and shapes with their exact truth, several questions about one picture.
+
+Each round draws one receipt and asks three questions about it; every second round also draws a pair of shapes, compares
+them and asks what the first one is. The third question about a receipt names a copy of its picture: the same pixels
+under another key and in another file format, which only a digest of the pixels recognises.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import Image
+
+from nanovllm.errors import ConfigurationError
+from nanovllm.vision.synthetic import DEMO_SEED, Split, ask, compare, describe, generator, receipt, shape_pair
+
+BUCKET = "nanovllm-demo"
+MIN_JOBS = 24
+DEFAULT_JOBS = 48
+BROKEN_JOB_ID = "demo-broken-image"
+MALFORMED_MESSAGE = b'{"version": 1, "job_id": "demo-malformed", "prompt": "What is the total? <|image|>", "images": ['
+
+_SPLIT: Split = "heldout"
+_RECEIPT_QUESTIONS = ("json", "total", "text", "vendor", "date", "number")
+
+
+@dataclass(frozen=True)
+class DemoJob:
+    """One job and its truth; ``keys`` name its images in the demo's bucket."""
+
+    job_id: str
+    kind: str
+    prompt: str
+    keys: tuple[str, ...]
+    truth: str
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The images as the job names them."""
+        return tuple(f"s3://{BUCKET}/{key}" for key in self.keys)
+
+
+@dataclass(frozen=True)
+class DemoSet:
+    """Everything that the demo sends.
+
+    ``objects`` maps keys to encoded images; ``pictures`` maps keys to the number of the picture that they hold, equal
+    for copies. ``broken`` is a job whose image is cut off in the middle: it belongs in the dead letters.
+    """
+
+    jobs: tuple[DemoJob, ...]
+    broken: DemoJob
+    objects: Mapping[str, bytes]
+    pictures: Mapping[str, int]
+
+    @property
+    def distinct_images(self) -> int:
+        """Number of different pictures that the answerable jobs name."""
+        return len({self.pictures[key] for job in self.jobs for key in job.keys})
+
+
+class _Album:
+    """The pictures as they are uploaded."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.pictures: dict[str, int] = {}
+        self._count = 0
+
+    def add(self, image: Image.Image, key: str, *, copy: str | None = None) -> None:
+        """One picture under ``key`` as PNG, and under ``copy`` as lossless WebP."""
+        self._count += 1
+        for name, options in ((key, {"format": "PNG"}), (copy, {"format": "WEBP", "lossless": True, "exact": True})):
+            if name is not None:
+                buffer = io.BytesIO()
+                image.save(buffer, **options)
+                self.objects[name] = buffer.getvalue()
+                self.pictures[name] = self._count
+
+
+def demo_set(count: int = DEFAULT_JOBS) -> DemoSet:
+    """The demo's ``count`` jobs, always the same ones, in an order that mixes rounds.
+
+    Raises:
+        ConfigurationError: ``count`` is too small for every kind of question to come three times.
+    """
+    if count < MIN_JOBS:
+        raise ConfigurationError(f"the demo needs at least {MIN_JOBS} jobs to ask every kind of question, not {count}")
+    album = _Album()
+    jobs: list[DemoJob] = []
+
+    def add(kind: str, prompt: str, keys: tuple[str, ...], truth: str) -> None:
+        jobs.append(DemoJob(f"demo-{len(jobs) + 1:03d}-{kind}", kind, prompt, keys, truth))
+
+    for number in range(count):
+        drawn = receipt(generator(number, seed=DEMO_SEED, split=_SPLIT), _SPLIT)
+        key, copy = f"receipts/{number:03d}.png", f"copies/{number:03d}.webp"
+        album.add(drawn.image, key, copy=copy)
+        for turn in range(3):
+            asked = ask(drawn, _RECEIPT_QUESTIONS[(3 * number + turn) % len(_RECEIPT_QUESTIONS)])
+            add(asked.kind, asked.prompt, (copy if turn == 2 else key,), asked.answer)
+        if number % 2:
+            first, second = shape_pair(generator(10_000 + number, seed=DEMO_SEED, split=_SPLIT), _SPLIT)
+            keys = (f"shapes/{number:03d}-a.png", f"shapes/{number:03d}-b.png")
+            album.add(first.image, keys[0])
+            album.add(second.image, keys[1])
+            described, compared = describe(first), compare(first, second)
+            add(described.kind, described.prompt, keys[:1], described.answer)
+            add(compared.kind, compared.prompt, keys, compared.answer)
+        if len(jobs) >= count:
+            break
+
+    broken = DemoJob(BROKEN_JOB_ID, "broken", "What is the total? <|image|>", ("broken.png",), "")
+    whole = album.objects["receipts/000.png"]
+    album.objects["broken.png"] = whole[: len(whole) // 2]
+    chosen = jobs[:count]
+    random.Random(DEMO_SEED).shuffle(chosen)
+    return DemoSet(tuple(chosen), broken, album.objects, album.pictures)
