@@ -1,0 +1,44 @@
+"""nanovllm: image and prompt jobs in, text out.
+
+The names below are imported when they are first used: producing jobs and reading results needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine as LLM  # noqa: N814
+    from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
+    from nanovllm.pipeline.job import Job
+    from nanovllm.pipeline.producer import JobProducer
+    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.sinks.messages import DeadLetter, Result
+
+__all__ = ["LLM", "DeadLetter", "Job", "JobProducer", "MultiModalLLM", "Result", "SamplingParams"]
+
+_HOMES = {
+    "LLM": ("nanovllm.engine.llm_engine", "LLMEngine"),
+    "MultiModalLLM": ("nanovllm.engine.multimodal_llm_engine", "MultiModalLLM"),
+    "SamplingParams": ("nanovllm.sampling_params", "SamplingParams"),
+    "JobProducer": ("nanovllm.pipeline.producer", "JobProducer"),
+    "Job": ("nanovllm.pipeline.job", "Job"),
+    "Result": ("nanovllm.sinks.messages", "Result"),
+    "DeadLetter": ("nanovllm.sinks.messages", "DeadLetter"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public name ``name`` from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The module's names, the lazy ones among them."""
+    return sorted({*globals(), *__all__})
