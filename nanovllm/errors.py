@@ -120,6 +120,13 @@ class DecoderFailed(PermanentError):
     remedy = "Re-encode the image; it exhausts or crashes the decoder."
 
 
+class MessageTooLarge(PermanentError):
+    """A message above the limit of its topic or of the producer."""
+
+    code = "message_too_large"
+    remedy = "Send less in one message, or raise the topic's max.message.bytes and NANOVLLM_KAFKA__MAX_REQUEST_BYTES."
+
+
 class TransientError(NanoVLLMError):
     """May succeed when tried again."""
 

@@ -1,0 +1,76 @@
+"""Topics: create them, and ask how large a message they take."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from nanovllm.errors import SystemicError
+from nanovllm.pipeline.settings import KafkaSettings
+
+
+async def create_topics(
+    kafka: KafkaSettings,
+    names: Sequence[str],
+    *,
+    partitions: int = 4,
+    replication: int = 1,
+    configs: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Create those of ``names`` that are not there, and return them; those that are there stay as they are.
+
+    Raises:
+        SystemicError: the brokers cannot be reached, or refuse.
+    """
+    created = []
+    async with _admin(kafka) as admin:
+        topics = [NewTopic(name, partitions, replication, topic_configs=dict(configs or {})) for name in names]
+        response = await admin.create_topics(topics)
+        for name, code, *reason in response.topic_errors:
+            error = for_code(code)
+            if code == 0:
+                created.append(name)
+            elif error is not TopicAlreadyExistsError:
+                why = reason[0] if reason and reason[0] else error.__name__
+                raise SystemicError(f"topic {name} cannot be created: {why}")
+    return created
+
+
+async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, int]:
+    """The largest message in bytes for each of ``names``: the topic's ``max.message.bytes`` or the producer's own limit.
+
+    A broker that does not tell (or a user who may not ask) leaves the producer's own limit.
+
+    Raises:
+        SystemicError: the brokers cannot be reached.
+    """
+    limits = dict.fromkeys(names, kafka.max_request_bytes)
+    async with _admin(kafka) as admin:
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name, {"max.message.bytes": None}) for name in names]
+        try:
+            responses = await admin.describe_configs(resources)
+        except (KafkaError, ValueError):
+            return limits
+    for response in responses:
+        for code, _, _, name, entries in response.resources:
+            for entry in entries if code == 0 else ():
+                if entry[0] == "max.message.bytes" and str(entry[1]).isdigit():
+                    limits[name] = min(kafka.max_request_bytes, int(entry[1]))
+    return limits
+
+
+@asynccontextmanager
+async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**kafka.client_kwargs())
+    try:
+        await admin.start()
+        yield admin
+    except KafkaError as error:
+        why = type(error).__name__
+        raise SystemicError(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
+    finally:
+        await admin.close()

@@ -1,0 +1,225 @@
+"""Outgoing messages as Kafka records, and the sink that publishes them.
+
+Results and metrics are CloudEvents in Kafka binary mode: the event's attributes are ``ce_*`` headers, the value is the
+message itself. A dead letter's value is the original message, untouched, and its envelope is in the headers, so that
+whoever repairs it can send the value again as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    BrokerNotAvailableError,
+    KafkaError,
+    KafkaTimeoutError,
+    KafkaUnavailableError,
+    MessageSizeTooLargeError,
+    ReplicaNotAvailableError,
+    UnknownTopicOrPartitionError,
+)
+
+from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
+from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat, encode
+from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
+
+Headers = tuple[tuple[str, bytes], ...]
+
+# What may travel on from a job's own headers; everything else stays behind (tokens and internal names hide in headers).
+TRACE_HEADERS = ("traceparent", "tracestate")
+DEAD_LETTER_HEADERS = (*TRACE_HEADERS, "content-type")
+MAX_HEADER_BYTES = 1_024
+MAX_MESSAGE_CHARS = 1_000
+DEFAULT_MAX_RECORD_BYTES = 1_000_000
+
+_BATCH_OVERHEAD_BYTES = 128
+_HEADER_OVERHEAD_BYTES = 10
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@\"']*@)?(?P<rest>[^\s?#\"'<>]*)[?#]?[^\s\"'<>]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+@dataclass(frozen=True)
+class OutgoingRecord:
+    """One Kafka record that is to be published."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """At least what the record takes in a batch of its own."""
+        headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
+        return _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value) + headers
+
+
+def result_record(result: Result, topic: str, fmt: MessageFormat, original_headers: Headers = ()) -> OutgoingRecord:
+    """``result`` as a CloudEvent, keyed by its job."""
+    headers = _event_headers("nanovllm.result.v1", result.result_id, result, fmt, original_headers)
+    return OutgoingRecord(topic, result.job_id.encode(), encode(result, fmt), headers)
+
+
+def metrics_record(
+    metrics: JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
+) -> OutgoingRecord:
+    """``metrics`` as a CloudEvent, keyed by its job."""
+    headers = _event_headers("nanovllm.metrics.v1", metrics.result_id, metrics, fmt, original_headers)
+    return OutgoingRecord(topic, metrics.job_id.encode(), encode(metrics, fmt), headers)
+
+
+def dead_letter_record(
+    letter: DeadLetter,
+    topic: str,
+    *,
+    key: bytes | None,
+    value: bytes | None,
+    original_headers: Headers = (),
+    max_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> OutgoingRecord:
+    """The original message with ``letter`` in its headers.
+
+    What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
+    partition for good. A cut value keeps its beginning; its digest, its size and where it still lies are headers.
+    """
+    original = value or b""
+    headers = [*_kept(original_headers, DEAD_LETTER_HEADERS), *_envelope_headers(letter)]
+    record = OutgoingRecord(topic, key, original, tuple(headers))
+    if record.size_bytes <= max_bytes:
+        return record
+    headers += [
+        ("nanovllm_value_truncated", b"true"),
+        ("nanovllm_value_sha256", hashlib.sha256(original).hexdigest().encode()),
+        ("nanovllm_value_size", str(len(original)).encode()),
+    ]
+    # A key larger than the room that is left goes too: without the value it identifies nothing.
+    without_value = OutgoingRecord(topic, key, b"", tuple(headers))
+    if without_value.size_bytes > max_bytes:
+        without_value = OutgoingRecord(topic, None, b"", tuple(headers))
+    room = max(0, max_bytes - without_value.size_bytes)
+    return OutgoingRecord(topic, without_value.key, original[:room], tuple(headers))
+
+
+class KafkaSink:
+    """Publishes records and returns when all of them are acknowledged.
+
+    ``max_record_bytes`` holds each topic's own limit. A record above it is refused here, before anything is sent:
+    aiokafka's idempotent producer has counted a record that the broker then refuses, and could not send to that
+    partition again.
+    """
+
+    def __init__(self, producer: AIOKafkaProducer, max_record_bytes: Mapping[str, int] | None = None) -> None:
+        self._producer = producer
+        self._max_record_bytes = dict(max_record_bytes or {})
+
+    def max_record_bytes(self, topic: str) -> int:
+        """The largest record that ``topic`` takes."""
+        return self._max_record_bytes.get(topic, DEFAULT_MAX_RECORD_BYTES)
+
+    async def publish(self, records: Sequence[OutgoingRecord]) -> None:
+        """Send ``records`` and wait until all replicas have them.
+
+        When it raises, some of them may have been published; they are the same when published again.
+
+        Raises:
+            MessageTooLarge: a record exceeds its topic's limit; none was sent.
+            TransientError: the brokers did not answer in time.
+            SystemicError: the brokers refuse, whatever is sent.
+        """
+        for record in records:
+            if record.size_bytes > self.max_record_bytes(record.topic):
+                raise MessageTooLarge(
+                    f"a record of {record.size_bytes} bytes is above the limit of {self.max_record_bytes(record.topic)}"
+                    f" bytes of topic {record.topic}"
+                )
+        outcomes = await asyncio.gather(*(self._send(record) for record in records), return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for error in errors:
+            if not isinstance(error, NanoVLLMError):
+                raise error
+        if errors:
+            raise max(errors, key=lambda error: getattr(error, "error_class", None) is ErrorClass.SYSTEMIC)
+
+    async def _send(self, record: OutgoingRecord) -> None:
+        try:
+            await self._producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
+        except KafkaError as error:
+            raise publish_error(error, record.topic) from error
+
+
+# Retriable by their meaning, though aiokafka does not mark them so.
+_TRANSIENT = (KafkaTimeoutError, KafkaUnavailableError, BrokerNotAvailableError, ReplicaNotAvailableError)
+
+
+def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
+    """What aiokafka's ``error`` at a send means for us."""
+    name = type(error).__name__
+    if isinstance(error, MessageSizeTooLargeError):
+        return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
+    if isinstance(error, UnknownTopicOrPartitionError):
+        return SystemicError(f"topic {topic} does not exist and is not created by itself ({name})")
+    if error.retriable or isinstance(error, _TRANSIENT):
+        return TransientError(f"topic {topic} could not be written ({name})")
+    return SystemicError(f"the brokers refuse what is sent to topic {topic} ({name})")
+
+
+def without_url_queries(text: str) -> str:
+    """``text`` with the queries, fragments and user names of its URLs removed: signatures and passwords stand there."""
+    return _URL.sub(lambda url: url["scheme"] + url["rest"], text)
+
+
+def _event_headers(
+    event_type: str, event_id: str, message: Result | JobMetrics, fmt: MessageFormat, original_headers: Headers
+) -> Headers:
+    source = message.source
+    attributes = {
+        "ce_specversion": "1.0",
+        "ce_id": event_id,
+        "ce_type": event_type,
+        "ce_source": f"/nanovllm/{source.topic}/{source.partition}",
+        "ce_subject": message.job_id,
+        "ce_time": _rfc3339(datetime.now(UTC)),
+        "content-type": CONTENT_TYPES[fmt],
+    }
+    own = tuple((name, value.encode()) for name, value in attributes.items())
+    return (*own, *_kept(original_headers, TRACE_HEADERS))
+
+
+def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
+    message = _CONTROL.sub(" ", without_url_queries(letter.message))
+    source = letter.source
+    fields = {
+        "version": letter.version,
+        "job_id": letter.job_id,
+        "code": letter.code,
+        "class": letter.error_class,
+        "stage": letter.stage,
+        "message": message[:MAX_MESSAGE_CHARS],
+        "attempts": letter.attempts,
+        "source_topic": source.topic,
+        "source_partition": source.partition,
+        "source_offset": source.offset,
+        "source_timestamp_ms": source.timestamp_ms,
+        "worker": letter.worker,
+        "received_at": _rfc3339(letter.received_at),
+        "failed_at": _rfc3339(letter.failed_at),
+    }
+    for name, field in fields.items():
+        if field is not None:
+            yield f"nanovllm_{name}", str(field).encode(errors="replace")
+
+
+def _kept(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+    for name, value in headers:
+        if name.lower() in names and value is not None and len(value) <= MAX_HEADER_BYTES:
+            yield name.lower(), value
+
+
+def _rfc3339(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
