@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.transform import PreparedImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanovllm.vision.transform import PreparedImage
 
 CacheOutcome = Literal["hit", "joined", "miss"]
 

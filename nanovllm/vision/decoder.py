@@ -1,0 +1,117 @@
+"""The decoder process: ``python -m nanovllm.vision.decoder``, fed by `nanovllm.vision.decoder_pool`.
+
+It holds what attackers aim at (image libraries on bytes from a message) and nothing worth taking: no credentials, no
+model, bounded memory, no files to write. Frames on stdin: a length (4 bytes, big-endian) and that many bytes, first
+the settings as JSON, then one image each. Frames on stdout: a JSON header likewise, then the pixels it announces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from nanovllm.errors import DecoderFailed, NanoVLLMError
+from nanovllm.vision.images import ImageLimits
+from nanovllm.vision.transform import ImageTransform, prepare_image
+
+LENGTH = struct.Struct(">I")
+
+MAX_OPEN_FILES = 64
+
+
+def frame(body: bytes) -> bytes:
+    """``body`` behind its length."""
+    return LENGTH.pack(len(body)) + body
+
+
+def settings_frame(transform: ImageTransform, limits: ImageLimits, memory_bytes: int, timeout_s: float) -> bytes:
+    """The first frame that a decoder process is sent."""
+    settings = {
+        "transform": transform.to_json(),
+        "limits": asdict(limits),
+        "memory_bytes": memory_bytes,
+        "timeout_s": timeout_s,
+    }
+    return frame(json.dumps(settings).encode())
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    requests, answers = _take_over_streams()
+    settings = json.loads(_read_frame(requests) or b"{}")
+    transform = ImageTransform.from_json(settings["transform"])
+    limits = ImageLimits(**{**settings["limits"], "formats": tuple(settings["limits"]["formats"])})
+    # The limits above are checked on every header; Pillow's own global bound would only get in the way of larger ones.
+    Image.MAX_IMAGE_PIXELS = None
+    _confine(settings["memory_bytes"])
+    _answer(answers, {"ready": True})
+    is_usable = True
+    while is_usable and (data := _read_frame(requests)) is not None:
+        # The parent kills on time; the alarm ends a process whose parent was killed itself.
+        signal.setitimer(signal.ITIMER_REAL, 2 * settings["timeout_s"])
+        is_usable = _serve(data, transform, limits, settings["memory_bytes"], answers)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _serve(data: bytes, transform: ImageTransform, limits: ImageLimits, memory_bytes: int, answers: BinaryIO) -> bool:
+    """Answer one request; false when the process should not take another."""
+    try:
+        image = prepare_image(data, transform, limits)
+    except NanoVLLMError as error:
+        _answer(answers, {"error": error.code, "message": str(error)})
+        return True
+    except MemoryError:
+        message = f"decoding needs more than the {memory_bytes} bytes of memory allowed"
+        _answer(answers, {"error": DecoderFailed.code, "message": message, "is_last": True})
+        return False
+    header = {
+        "shape": image.pixels.shape,
+        "digest": image.digest.hex(),
+        "width": image.width,
+        "height": image.height,
+    }
+    _answer(answers, header, image.pixels.tobytes())
+    return True
+
+
+def _take_over_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the two pipes to ourselves: a library that prints must not write into the answers."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return sys.stdin.buffer, answers
+
+
+def _confine(memory_bytes: int) -> None:
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    ):
+        resource.setrlimit(limit, (value, value))
+
+
+def _read_frame(requests: BinaryIO) -> bytes | None:
+    length = requests.read(LENGTH.size)
+    if len(length) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(length)
+    body = requests.read(size)
+    return body if len(body) == size else None
+
+
+def _answer(answers: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
+    answers.write(frame(json.dumps({**header, "payload_bytes": len(payload)}).encode()) + payload)
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""A few decoder processes, each busy with one image at a time, killed and replaced when one hangs or dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nanovllm
+from nanovllm.errors import (
+    DecoderFailed,
+    ImageTooLarge,
+    InvalidImage,
+    NanoVLLMError,
+    SystemicError,
+    UnsupportedImageFormat,
+)
+from nanovllm.vision.decoder import LENGTH, frame, settings_frame
+from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits
+from nanovllm.vision.transform import ImageTransform, PreparedImage
+
+# All that a decoder's environment may hold of ours: what finds shared libraries and names the locale.
+INHERITED_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
+
+START_TIMEOUT_S = 60.0
+
+_ERRORS: dict[str, type[NanoVLLMError]] = {
+    error.code: error for error in (InvalidImage, UnsupportedImageFormat, ImageTooLarge, DecoderFailed)
+}
+
+
+class DecoderPool:
+    """Decodes and transforms images in child processes without credentials and with bounded memory and time.
+
+    Args:
+        transform: the preprocessing to apply.
+        limits: what an image may cost.
+        workers: number of processes.
+        timeout_s: wall-clock seconds for one image.
+        memory_bytes: address space of one process.
+    """
+
+    def __init__(
+        self,
+        transform: ImageTransform,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        *,
+        workers: int = 2,
+        timeout_s: float = 20.0,
+        memory_bytes: int = 1 << 30,
+    ) -> None:
+        self._limits = limits
+        self._timeout_s = timeout_s
+        settings = settings_frame(transform, limits, memory_bytes, timeout_s)
+        self._decoders = [_Decoder(settings) for _ in range(workers)]
+        self._idle: asyncio.LifoQueue[_Decoder] = asyncio.LifoQueue()
+        self._exchanges: set[asyncio.Task[PreparedImage]] = set()
+        self._is_open = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the decoders that run."""
+        return [decoder.process.pid for decoder in self._decoders if decoder.process is not None]
+
+    @property
+    def starts(self) -> int:
+        """Processes started so far, replacements included."""
+        return sum(decoder.starts for decoder in self._decoders)
+
+    async def start(self) -> None:
+        """Start all processes.
+
+        Raises:
+            SystemicError: a process does not come up.
+        """
+        self._idle = asyncio.LifoQueue()
+        self._is_open = True
+        try:
+            await asyncio.gather(*(decoder.ensure_started() for decoder in self._decoders))
+        except BaseException:
+            await self.close()
+            raise
+        for decoder in self._decoders:
+            self._idle.put_nowait(decoder)
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        """Decode and transform one encoded image, waiting for a free process.
+
+        A cancelled call gives up its answer only: the process finishes the image and is then free.
+
+        Raises:
+            ImageTooLarge, UnsupportedImageFormat, InvalidImage: as `nanovllm.vision.images.load_rgb`.
+            DecoderFailed: the image exhausts time or memory, or killed two processes.
+            SystemicError: no process could be started.
+        """
+        if len(data) > self._limits.max_bytes:
+            raise ImageTooLarge(f"the image has {len(data)} bytes; {self._limits.max_bytes} are allowed")
+        decoder = await self._take_idle()
+        exchange = asyncio.create_task(self._decode(decoder, data))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._forget)
+        return await asyncio.shield(exchange)
+
+    async def close(self) -> None:
+        """Kill all processes; calls under way are cancelled."""
+        self._is_open = False
+        for exchange in self._exchanges:
+            exchange.cancel()
+        await asyncio.gather(*self._exchanges, return_exceptions=True)
+        await asyncio.gather(*(decoder.kill() for decoder in self._decoders))
+
+    async def _take_idle(self) -> _Decoder:
+        if self._is_open:
+            decoder = await self._idle.get()
+            if self._is_open:
+                return decoder
+            # Closed while waiting: pass the decoder on, so that whoever else waits learns it too.
+            self._idle.put_nowait(decoder)
+        raise RuntimeError("the decoder pool is not started, or closed")
+
+    async def _decode(self, decoder: _Decoder, data: bytes) -> PreparedImage:
+        try:
+            for is_last_try in (False, True):
+                await decoder.ensure_started()
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        return await decoder.exchange(data)
+                except TimeoutError:
+                    await decoder.kill()
+                    raise DecoderFailed(f"decoding the image took longer than {self._timeout_s:g} s") from None
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    # Once may be the kernel's doing (memory, a node that drains); twice it is the image's.
+                    cause = await decoder.kill()
+                    if is_last_try:
+                        raise DecoderFailed(f"the image ended two decoder processes ({cause})") from None
+        finally:
+            self._idle.put_nowait(decoder)
+        raise AssertionError("unreachable: the second try returns or raises")
+
+    def _forget(self, exchange: asyncio.Task[PreparedImage]) -> None:
+        self._exchanges.discard(exchange)
+        if not exchange.cancelled():
+            # Marks the error as seen: the caller may have been cancelled and be gone.
+            exchange.exception()
+
+
+class _Decoder:
+    """One process and the pipes to it; started when it is needed, dead in between."""
+
+    def __init__(self, settings: bytes) -> None:
+        self._settings = settings
+        self.process: asyncio.subprocess.Process | None = None
+        self.starts = 0
+
+    async def ensure_started(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            return
+        await self.kill()
+        self.starts += 1
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "nanovllm.vision.decoder"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # Image libraries print what the image says; none of it belongs into a log.
+            stderr=asyncio.subprocess.DEVNULL,
+            env=_environment(),
+            cwd="/",
+            # Ctrl-C reaches the whole group: the worker drains, and needs its decoders for that.
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._send(self._settings)
+                await self._receive()
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            cause = await self.kill()
+            raise SystemicError(f"a decoder process does not come up ({cause})") from None
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def exchange(self, data: bytes) -> PreparedImage:
+        await self._send(frame(data))
+        header, payload = await self._receive()
+        if header.get("is_last"):
+            await self.kill()
+        if "error" in header:
+            raise _ERRORS[header["error"]](header["message"])
+        pixels = np.frombuffer(payload, np.uint8).reshape(header["shape"])
+        return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"])
+
+    async def kill(self) -> str:
+        """End the process, if there is one, and say how it ended."""
+        process, self.process = self.process, None
+        if process is None:
+            return "not started"
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        if process.stdin is not None:
+            process.stdin.close()
+        code = await process.wait()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def _send(self, data: bytes) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        await self.process.stdin.drain()
+
+    async def _receive(self) -> tuple[dict[str, Any], bytes]:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        (length,) = LENGTH.unpack(await self.process.stdout.readexactly(LENGTH.size))
+        header = json.loads(await self.process.stdout.readexactly(length))
+        return header, await self.process.stdout.readexactly(header["payload_bytes"])
+
+
+def _environment() -> dict[str, str]:
+    """A decoder's whole environment: where our package lies, one thread, the locale; no credentials, no settings."""
+    inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+    package = nanovllm.__file__ or nanovllm.__path__[0]
+    root = str(Path(package).resolve().parent.parent)
+    return {**inherited, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
