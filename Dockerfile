@@ -1,0 +1,32 @@
+# A worker for CPUs:  docker build -t nanovllm .
+# For GPUs take a CUDA base, torch from the index that fits its driver, and nanovllm[cuda].
+
+FROM python:3.12-slim AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/nanovllm
+ENV PATH=/opt/nanovllm/bin:$PATH
+# By itself, before the sources: pip's own index would bring the CUDA build, and this layer outlives changes of ours.
+RUN pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<3"
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY nanovllm ./nanovllm
+RUN pip install ".[worker]"
+
+FROM python:3.12-slim
+COPY --from=build /opt/nanovllm /opt/nanovllm
+# HF_HUB_OFFLINE: checkpoints come from volumes, never from the network. GOMP_SPINCOUNT: OpenMP's threads that spin
+# while they wait make a pod that shares its cores many times slower.
+ENV PATH=/opt/nanovllm/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HUB_OFFLINE=1 \
+    GOMP_SPINCOUNT=0 \
+    HOME=/tmp
+# By number: Kubernetes cannot tell from a name that a user is not root. The chart runs it under the same one.
+USER 65532:65532
+WORKDIR /tmp
+EXPOSE 8080
+# The chart's probes ask /healthz and /readyz.
+HEALTHCHECK NONE
+ENTRYPOINT ["nanovllm"]
+CMD ["worker"]

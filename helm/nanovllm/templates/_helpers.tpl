@@ -1,0 +1,120 @@
+{{- define "nanovllm.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "nanovllm.fullname" -}}
+{{- $name := include "nanovllm.name" . }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "nanovllm.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "nanovllm.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "nanovllm.labels" -}}
+{{ include "nanovllm.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/component: worker
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "nanovllm.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "nanovllm.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "nanovllm.image" -}}
+{{- if .Values.image.digest }}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest }}
+{{- else }}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
+{{- end }}
+{{- end }}
+
+{{/* One setting's text. Strings stand as they are; the rest as JSON, because Helm reads every number as a float and
+     would print 8589934592 as 8.589934592e+09. */}}
+{{- define "nanovllm.settingText" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end }}
+{{- end }}
+
+{{/* NANOVLLM_SECTION__FIELD: "text" lines of .Values.settings; null means unset. */}}
+{{- define "nanovllm.settings" -}}
+{{- range $section, $fields := .Values.settings }}
+{{- if kindIs "map" $fields }}
+{{- range $field, $value := $fields }}
+{{- if not (kindIs "invalid" $value) }}
+NANOVLLM_{{ upper $section }}__{{ upper $field }}: {{ include "nanovllm.settingText" $value | quote }}
+{{- end }}
+{{- end }}
+{{- else if not (kindIs "invalid" $fields) }}
+NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "nanovllm.drainSeconds" -}}
+{{- $admission := default dict .Values.settings.admission }}
+{{- default 25 $admission.drain_timeout_s | ceil | int }}
+{{- end }}
+
+{{- define "nanovllm.graceSeconds" -}}
+{{- $drain := include "nanovllm.drainSeconds" . | int }}
+{{- if kindIs "invalid" .Values.terminationGracePeriodSeconds }}
+{{- add $drain 30 }}
+{{- else }}
+{{- $grace := int .Values.terminationGracePeriodSeconds }}
+{{- if le $grace $drain }}
+{{- fail (printf "terminationGracePeriodSeconds (%d) must be above settings.admission.drain_timeout_s (%d): a worker killed while it drains repeats its jobs" $grace $drain) }}
+{{- end }}
+{{- $grace }}
+{{- end }}
+{{- end }}
+
+{{/* What must agree between values; called by the Deployment. */}}
+{{- define "nanovllm.check" -}}
+{{- $protocol := default "PLAINTEXT" .Values.settings.kafka.security_protocol }}
+{{- if and .Values.kafka.sasl.existingSecret (not (hasPrefix "SASL_" $protocol)) }}
+{{- fail (printf "kafka.sasl.existingSecret is set, but settings.kafka.security_protocol is %s: the password would never be used" $protocol) }}
+{{- end }}
+{{- if and .Values.kafka.tls.existingSecret (not (hasSuffix "SSL" $protocol)) }}
+{{- fail (printf "kafka.tls.existingSecret is set, but settings.kafka.security_protocol is %s: the connection would not be encrypted" $protocol) }}
+{{- end }}
+{{- if ne (empty .Values.kafka.tls.certKey) (empty .Values.kafka.tls.keyKey) }}
+{{- fail "kafka.tls.certKey and kafka.tls.keyKey go together" }}
+{{- end }}
+{{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicaCount) (int .Values.keda.maxReplicaCount)) }}
+{{- fail "keda.minReplicaCount is above keda.maxReplicaCount" }}
+{{- end }}
+{{- if and .Values.model.existingClaim .Values.model.volume }}
+{{- fail "model.existingClaim and model.volume exclude each other" }}
+{{- end }}
+{{- end }}
+
+{{/* KEDA's word for the SASL mechanism. */}}
+{{- define "nanovllm.kedaSasl" -}}
+{{- $words := dict "PLAIN" "plaintext" "SCRAM-SHA-256" "scram_sha256" "SCRAM-SHA-512" "scram_sha512" }}
+{{- $mechanism := default "" .Values.settings.kafka.sasl_mechanism }}
+{{- if not (hasKey $words $mechanism) }}
+{{- fail (printf "keda: no trigger authentication can be made for settings.kafka.sasl_mechanism %q; name one in keda.authenticationRef" $mechanism) }}
+{{- end }}
+{{- get $words $mechanism }}
+{{- end }}
+
+{{/* Whether the chart makes the TriggerAuthentication: "true" or empty. */}}
+{{- define "nanovllm.makesTriggerAuthentication" -}}
+{{- if and .Values.keda.enabled (not .Values.keda.authenticationRef.name) (or .Values.kafka.sasl.existingSecret .Values.kafka.tls.existingSecret) }}true{{ end }}
+{{- end }}

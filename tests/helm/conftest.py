@@ -1,0 +1,42 @@
+"""The chart, rendered and linted by real Helm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helm_python.chart import Chart
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Objects = dict[str, dict[str, Any]]
+Render = Callable[..., Objects]
+
+
+@pytest.fixture(scope="session")
+def chart_path() -> Path:
+    return REPOSITORY / "helm" / "nanovllm"
+
+
+@pytest.fixture(scope="session")
+def render(chart_path: Path) -> Render:
+    """``render({"gpu": {"count": 1}})`` → the objects by kind, of release ``demo`` in namespace ``ns``."""
+    chart = Chart.load(chart_path)
+
+    def objects_by_kind(values: dict[str, Any] | None = None) -> Objects:
+        chart.validate_schema(values or {})
+        texts = chart.render(values or {}, name="demo", namespace="ns")
+        documents = [
+            document
+            for name, text in texts.items()
+            if name.endswith(".yaml")
+            for document in yaml.safe_load_all(text)
+            if document
+        ]
+        by_kind = {document["kind"]: document for document in documents}
+        assert len(by_kind) == len(documents), "two objects of one kind"
+        return by_kind
+
+    return objects_by_kind

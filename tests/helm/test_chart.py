@@ -1,0 +1,410 @@
+"""What the chart renders, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import lzma
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python.chart import Chart, lint
+from helm_python.errors import HelmError, HelmRenderError
+
+from nanovllm.pipeline.settings import Settings, load_settings, unknown_variables
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEDA_CRDS = REPOSITORY.parent / "shared" / "k8s" / "keda-crds.json.xz"
+# Each of the chart's alternatives is taken in one of these.
+VALUES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "scram_tls": {
+        "settings": {
+            "kafka": {
+                "bootstrap_servers": "a.kafka.svc:9093,b.kafka.svc:9093",
+                "security_protocol": "SASL_SSL",
+                "sasl_mechanism": "SCRAM-SHA-512",
+            }
+        },
+        "kafka": {
+            "sasl": {"existingSecret": "kafka-user"},
+            "tls": {
+                "existingSecret": "kafka-tls",
+                "certKey": "tls.crt",
+                "keyKey": "tls.key",
+                "keyPasswordKey": "tls.password",
+            },
+        },
+        "aws": {"existingSecret": "aws", "sessionTokenKey": "AWS_SESSION_TOKEN"},
+    },
+    "tls_only": {
+        "settings": {"kafka": {"security_protocol": "SSL"}},
+        "kafka": {"tls": {"existingSecret": "kafka-tls"}},
+    },
+    "gpu": {
+        "image": {"repository": "registry.example/nanovllm", "digest": "sha256:" + "0" * 64, "pullPolicy": "Always"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "gpu": {"count": 1},
+        "nodeSelector": {"accelerator": "h100"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "topology.kubernetes.io/zone",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "nanovllm"}},
+            }
+        ],
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+        "priorityClassName": "batch",
+        "runtimeClassName": "nvidia",
+        "model": {"existingClaim": "checkpoints", "subPath": "v1"},
+        "settings": {
+            "engine": {"model": "/models/receipts", "kv_cache_bytes": 8 * 2**30, "max_num_seqs": 128},
+            "s3": {"allow": ["s3://jobs/in/", "s3://more"], "addressing_style": "path"},
+            "sampling": {"temperature": 0.5, "stop": ["\n\n", 'a "quoted", stop']},
+        },
+    },
+    "no_keda": {
+        "keda": {"enabled": False},
+        "replicaCount": 3,
+        "serviceAccount": {"create": False, "name": "worker"},
+        "resources": {"requests": None, "limits": None},
+        "existingSecret": "nanovllm-secrets",
+        "extraEnv": [{"name": "NANOVLLM_LOG_LEVEL", "value": "debug"}],
+        "extraEnvFrom": [{"configMapRef": {"name": "proxy"}}],
+    },
+    "everything_optional": {
+        "fullnameOverride": "nanovllm",
+        "commonLabels": {"team": "documents"},
+        "podLabels": {"tier": "batch"},
+        "podAnnotations": {"example.com/a": "b"},
+        "annotations": {"example.com/c": "d"},
+        "model": {"volume": {"hostPath": {"path": "/srv/models"}}},
+        "extraVolumes": [{"name": "scratch", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/worker"}},
+        "terminationGracePeriodSeconds": 120,
+        "metrics": {"service": {"enabled": True}, "podMonitor": {"enabled": True, "labels": {"release": "prom"}}},
+        "podDisruptionBudget": {"enabled": True, "maxUnavailable": "25%"},
+        "networkPolicy": {
+            "enabled": True,
+            "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "egress": [{"ports": [{"port": 53, "protocol": "UDP"}, {"port": 9092}, {"port": 443}]}],
+        },
+        "keda": {
+            "limitToPartitionsWithLag": True,
+            "bootstrapServers": "kafka.streaming.svc.cluster.local:9092",
+            "fallback": {"failureThreshold": 3, "replicas": 1},
+            "advanced": {
+                "horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 600}}}
+            },
+            "extraTriggers": [
+                {
+                    "type": "cron",
+                    "metadata": {"timezone": "UTC", "start": "0 6 * * *", "end": "0 7 * * *", "desiredReplicas": "1"},
+                }
+            ],
+            "annotations": {"autoscaling.keda.sh/paused": "true"},
+        },
+    },
+}
+CORE_KINDS = {"Deployment", "ConfigMap", "ServiceAccount", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
+
+every_value_set = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
+Render = Callable[..., dict[str, dict[str, Any]]]
+
+
+def container_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def pod_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return objects["Deployment"]["spec"]["template"]["spec"]
+
+
+@every_value_set
+def test_helm_lint_finds_nothing(chart_path: Path, values: dict[str, Any]) -> None:
+    report = lint(chart_path, values, strict=True)
+    found = [message for message in report["messages"] if message["severity"] > 1]
+    assert not found
+    assert not report["errors"]
+
+
+@every_value_set
+def test_core_objects_are_valid_kubernetes(render: Render, values: dict[str, Any]) -> None:
+    objects = render(values)
+    for kind in CORE_KINDS & objects.keys():
+        for version in ("1.27", "1.35"):
+            kubernetes_validate.validate(objects[kind], version, strict=True)
+    assert objects.keys() <= CORE_KINDS | KEDA_KINDS | {"PodMonitor"}
+
+
+@every_value_set
+def test_keda_objects_fit_kedas_own_schema(render: Render, values: dict[str, Any]) -> None:
+    if not KEDA_CRDS.exists():
+        pytest.skip("KEDA's CRDs: no ../shared/k8s/keda-crds.json.xz")
+    schemas = {
+        crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        for crd in json.loads(lzma.open(KEDA_CRDS).read())
+    }
+    for kind, rendered in render(values).items():
+        if kind in KEDA_KINDS:
+            jsonschema.validate(rendered, _closed(schemas[kind]))
+
+
+def _closed(schema: Any) -> Any:
+    """The same schema with unknown fields refused, where the API server would silently prune them."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "type" in schema:
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+@every_value_set
+def test_the_worker_understands_every_setting(
+    render: Render, chart_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = render(values)
+    variables = dict(objects["ConfigMap"]["data"])
+    for entry in container_of(objects)["env"]:
+        # What comes from a Secret stands here as some text; a setting is checked by its name.
+        variables[entry["name"]] = entry.get("value", "1")
+    assert not list(unknown_variables(variables))
+    for name in os.environ:
+        if name.startswith("NANOVLLM_"):
+            monkeypatch.delenv(name)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    settings = load_settings()
+    for section, fields in Chart.load(chart_path).merge_values(values)["settings"].items():
+        for field, value in fields.items():
+            effective = getattr(getattr(settings, section), field)
+            assert (list(effective) if isinstance(effective, tuple) else effective) == value
+
+
+def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
+    specification = importlib.util.spec_from_file_location("chart_schema", REPOSITORY / "tools" / "chart_schema.py")
+    assert specification is not None
+    assert specification.loader is not None
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    written = json.loads((chart_path / "values.schema.json").read_text())["properties"]["settings"]
+    assert written == tool.settings_schema(), "run python tools/chart_schema.py"
+    assert written["properties"].keys() == Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"replicas": 3}, "replicas"),
+        ({"image": {"tags": "1"}}, "tags"),
+        ({"image": {"digest": "latest"}}, "digest"),
+        ({"image": {"tag": "a b"}}, "tag"),
+        ({"settings": {"kafka": {"sasl_password": "hunter2"}}}, "sasl_password"),
+        ({"settings": {"kafka": {"ssl_key_password": "hunter2"}}}, "ssl_key_password"),
+        ({"settings": {"kafka": {"bootstrap_server": "a:1"}}}, "bootstrap_server"),
+        ({"settings": {"kafka": {"bootstrap_servers": "kafka"}}}, "bootstrap_servers"),
+        ({"settings": {"kafka": {"auto_offset_reset": "oldest"}}}, "auto_offset_reset"),
+        ({"settings": {"kafak": {}}}, "kafak"),
+        ({"settings": {"engine": {"max_num_seqs": 0}}}, "max_num_seqs"),
+        ({"settings": {"engine": {"max_num_seqs": "many"}}}, "max_num_seqs"),
+        ({"settings": {"http": {"port": 80}}}, "port"),
+        ({"settings": {"topics": {"jobs": "not a topic"}}}, "jobs"),
+        ({"keda": {"allowIdleConsumers": True, "limitToPartitionsWithLag": True}}, "keda"),
+        ({"keda": {"lagThreshold": 0}}, "lagThreshold"),
+        ({"keda": {"maxReplicaCount": "8"}}, "maxReplicaCount"),
+        ({"gpu": {"count": -1}}, "count"),
+        ({"gpu": {"resourceName": "gpu"}}, "resourceName"),
+        ({"extraEnv": [{"value": "x"}]}, "extraEnv"),
+        ({"startupProbe": {"httpGet": {"path": "/"}}}, "httpGet"),
+        ({"kafka": {"sasl": {"password": "hunter2"}}}, "password"),
+        ({"aws": {"secretAccessKey": "hunter2"}}, "secretAccessKey"),
+        ({"existingSecret": "Not A Name"}, "existingSecret"),
+        ({"podAnnotations": {"a": 1}}, "podAnnotations"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(HelmError) as refusal:
+        render(values)
+    assert named in str(refusal.value)
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"terminationGracePeriodSeconds": 25}, "drain_timeout_s"),
+        ({"kafka": {"sasl": {"existingSecret": "kafka-user"}}}, "the password would never be used"),
+        ({"kafka": {"tls": {"existingSecret": "kafka-tls"}}}, "would not be encrypted"),
+        (VALUES["tls_only"] | {"kafka": {"tls": {"existingSecret": "t", "certKey": "tls.crt"}}}, "go together"),
+        (
+            {"settings": {"kafka": {"security_protocol": "SASL_SSL", "sasl_mechanism": "PLAIN"}}},
+            "keda.authenticationRef",
+        ),
+        ({"model": {"existingClaim": "a", "volume": {"emptyDir": {}}}}, "exclude each other"),
+        ({"keda": {"minReplicaCount": 9}}, "minReplicaCount"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_contradict_one_another_are_refused_with_the_reason(
+    render: Render, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(HelmRenderError, match=reason):
+        render(values)
+
+
+@every_value_set
+def test_secret_values_stand_nowhere(render: Render, values: dict[str, Any]) -> None:
+    objects = render(values)
+    assert "Secret" not in objects
+    secret_fields = {"NANOVLLM_KAFKA__SASL_PASSWORD", "NANOVLLM_KAFKA__SSL_KEY_PASSWORD"}
+    secret_fields |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    assert not secret_fields & objects["ConfigMap"]["data"].keys()
+    for entry in container_of(objects)["env"]:
+        if entry["name"] in secret_fields:
+            assert "secretKeyRef" in entry["valueFrom"]
+
+
+@every_value_set
+def test_the_pod_is_confined(render: Render, values: dict[str, Any]) -> None:
+    objects = render(values)
+    pod, container = pod_of(objects), container_of(objects)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert "readOnly" not in mounts["/tmp"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_probes_and_metrics_meet_at_the_workers_port(render: Render) -> None:
+    objects = render({"settings": {"http": {"port": 9999}}, "metrics": {"service": {"enabled": True}}})
+    container = container_of(objects)
+    assert container["ports"] == [{"name": "http", "containerPort": 9999, "protocol": "TCP"}]
+    assert objects["ConfigMap"]["data"]["NANOVLLM_HTTP__PORT"] == "9999"
+    assert objects["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    asked = {name: container[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert asked == {
+        "startupProbe": {"path": "/healthz", "port": "http"},
+        "livenessProbe": {"path": "/healthz", "port": "http"},
+        "readinessProbe": {"path": "/readyz", "port": "http"},
+    }
+
+
+def test_a_pod_may_drain_before_it_is_killed(render: Render) -> None:
+    values = {"settings": {"admission": {"drain_timeout_s": 40.5}}}
+    assert pod_of(render(values))["terminationGracePeriodSeconds"] == 71
+
+
+def test_a_changed_setting_brings_new_pods_and_an_equal_one_does_not(render: Render) -> None:
+    def checksum(values: dict[str, Any]) -> str:
+        return render(values)["Deployment"]["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+
+    assert checksum({}) == checksum({"keda": {"maxReplicaCount": 2}})
+    assert checksum({}) != checksum({"settings": {"engine": {"max_num_seqs": 8}}})
+
+
+def test_keda_alone_decides_how_many_workers_there_are(render: Render) -> None:
+    assert "replicas" not in render({})["Deployment"]["spec"]
+    without = render(VALUES["no_keda"])
+    assert without["Deployment"]["spec"]["replicas"] == 3
+    assert not KEDA_KINDS & without.keys()
+
+
+def test_keda_watches_what_the_workers_consume(render: Render) -> None:
+    values = {
+        "settings": {
+            "kafka": {"bootstrap_servers": "k.example:9092", "group_id": "readers", "auto_offset_reset": "latest"},
+            "topics": {"jobs": "scans"},
+        },
+        "keda": {"lagThreshold": 5_000_000},
+    }
+    (trigger,) = render(values)["ScaledObject"]["spec"]["triggers"]
+    watched = {"bootstrapServers": "k.example:9092", "consumerGroup": "readers", "topic": "scans"}
+    watched |= {"offsetResetPolicy": "latest", "lagThreshold": "5000000", "tls": "disable"}
+    assert watched.items() <= trigger["metadata"].items()
+    assert "authenticationRef" not in trigger
+
+
+def test_keda_logs_in_with_the_workers_own_secret(render: Render) -> None:
+    objects = render(VALUES["scram_tls"])
+    (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
+    assert trigger["metadata"]["sasl"] == "scram_sha512"
+    assert trigger["metadata"]["tls"] == "enable"
+    assert trigger["authenticationRef"] == {"name": "demo-nanovllm"}
+    taken = {
+        one["parameter"]: (one["name"], one["key"])
+        for one in objects["TriggerAuthentication"]["spec"]["secretTargetRef"]
+    }
+    assert taken == {
+        "username": ("kafka-user", "username"),
+        "password": ("kafka-user", "password"),
+        "ca": ("kafka-tls", "ca.crt"),
+        "cert": ("kafka-tls", "tls.crt"),
+        "key": ("kafka-tls", "tls.key"),
+        "keyPassword": ("kafka-tls", "tls.password"),
+    }
+
+
+def test_an_authentication_made_elsewhere_is_used_as_it_is(render: Render) -> None:
+    reference = {"name": "msk", "kind": "ClusterTriggerAuthentication"}
+    objects = render(VALUES["scram_tls"] | {"keda": {"authenticationRef": reference}})
+    (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
+    assert trigger["authenticationRef"] == reference
+    assert "TriggerAuthentication" not in objects
+
+
+def test_limits_carry_memory_and_accelerators(render: Render) -> None:
+    assert container_of(render(VALUES["gpu"]))["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "1"}
+    assert "nvidia.com/gpu" not in container_of(render({}))["resources"]["limits"]
+
+
+def test_the_engine_takes_no_more_threads_than_the_pod_has_cores(render: Render) -> None:
+    def names(values: dict[str, Any]) -> set[str]:
+        return {entry["name"] for entry in container_of(render(values))["env"]}
+
+    assert "OMP_NUM_THREADS" in names({})
+    assert "OMP_NUM_THREADS" not in names({"resources": {"requests": {"cpu": None}}})
+
+
+def test_the_notes_name_what_is_still_to_do(chart_path: Path) -> None:
+    def notes(values: dict[str, Any]) -> str:
+        return Chart.load(chart_path).render(values, name="demo", namespace="ns")["nanovllm/templates/NOTES.txt"]
+
+    assert "settings.s3.allow" in notes({})
+    assert "settings.s3.allow" not in notes(VALUES["gpu"])
+    assert "keda.enabled is false" in notes(VALUES["no_keda"])
+
+
+def test_the_chart_is_the_packages_version(chart_path: Path) -> None:
+    chart = yaml.safe_load((chart_path / "Chart.yaml").read_text())
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert chart["appVersion"] == project["version"]
+
+
+def test_every_value_has_a_place_in_the_schema(chart_path: Path) -> None:
+    values = yaml.safe_load((chart_path / "values.yaml").read_text())
+    schema = json.loads((chart_path / "values.schema.json").read_text())
+    assert values.keys() == schema["properties"].keys() - {"global"}

@@ -1,0 +1,249 @@
+"""Real Helm installs the chart into a real API server with KEDA, against Apache Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from helm_python import Config
+from kubernetes import client, config
+from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
+
+from nanovllm.pipeline.local_process import LocalProcess, free_port
+
+pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
+
+Values = dict[str, Any]
+
+
+def cluster_program() -> Path | None:
+    """The program that runs a control plane with KEDA: ``K8S_CLUSTER``, or the one beside the repository."""
+    program = Path(os.environ.get("K8S_CLUSTER") or REPOSITORY.parent / "shared" / "k8s" / "cluster")
+    return program if os.access(program, os.X_OK) else None
+
+
+def wait_for(is_true: Callable[[], object], why: str, within_s: float = 90.0) -> Any:
+    deadline = time.monotonic() + within_s
+    while not (answer := is_true()):
+        assert time.monotonic() < deadline, why
+        time.sleep(0.2)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    program = cluster_program()
+    if program is None:
+        pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
+    directory = tmp_path_factory.mktemp("k8s")
+    # The program takes eight ports from --port upwards; a random base keeps two runs on one machine apart.
+    port = max(10_000, free_port() - 16)
+    cluster = LocalProcess(
+        "cluster",
+        [sys.executable, str(program), "--dir", str(directory), "--port", str(port)],
+        directory / "cluster.log",
+    )
+    cluster.start()
+    try:
+
+        def is_ready() -> bool:
+            assert cluster.is_running, cluster.tail(20)
+            return re.search(r"^ready kubeconfig=", cluster.tail(20), re.MULTILINE) is not None
+
+        wait_for(is_ready, "the control plane did not become ready", within_s=150)
+        yield directory / "kubeconfig"
+    finally:
+        cluster.stop(grace_s=30)
+
+
+@pytest.fixture(scope="module")
+def api(kubeconfig: Path) -> client.ApiClient:
+    return config.new_client_from_config(str(kubeconfig))
+
+
+@pytest.fixture
+def secured_broker(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """(``host:port``, CA as PEM) of a broker that wants TLS and SCRAM; it has a topic ``jobs``."""
+    if kafka_node_program() is None:
+        pytest.skip("Apache Kafka with TLS and SCRAM: no KAFKA_NODE and no ../shared/kafka/kafka-node")
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=broker"]
+    openssl += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(openssl, check=True, capture_output=True)
+    keystore = tmp_path / "keystore.pem"
+    keystore.write_text(key.read_text() + certificate.read_text())
+    secured = f"SASL_SSL://127.0.0.1:{port}"
+    settings = {
+        "listeners": "PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}," + secured,
+        "advertised.listeners": "PLAINTEXT://127.0.0.1:{port}," + secured,
+        "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+        "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": (
+            "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        ),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(keystore),
+    }
+    node = KafkaNode(tmp_path / "kafka", settings=settings, scram={"worker": "right"})
+    asyncio.run(node.start())
+    try:
+        asyncio.run(create_topic(node.bootstrap_servers, "jobs"))
+        yield f"127.0.0.1:{port}", certificate.read_text()
+    finally:
+        node.stop()
+
+
+@pytest.fixture
+def namespace(api: client.ApiClient, unique: Callable[[str], str]) -> str:
+    name = unique("ns")
+    client.CoreV1Api(api).create_namespace({"metadata": {"name": name}})
+    return name
+
+
+def scaled_object(api: client.ApiClient, namespace: str) -> dict[str, Any]:
+    custom = client.CustomObjectsApi(api)
+    return custom.get_namespaced_custom_object("keda.sh", "v1alpha1", namespace, "scaledobjects", "nanovllm")
+
+
+def condition(found: dict[str, Any], kind: str) -> str | None:
+    conditions = found.get("status", {}).get("conditions", [])
+    return next((one["status"] for one in conditions if one["type"] == kind), None)
+
+
+def replicas(api: client.ApiClient, namespace: str) -> int:
+    return client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace).spec.replicas or 0
+
+
+async def produce(bootstrap_servers: str, topic: str, count: int) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers) as producer:
+        for number in range(count):
+            await producer.send_and_wait(topic, b"{}", partition=number % 4)
+
+
+async def commit_all(bootstrap_servers: str, topic: str, group: str) -> None:
+    """What a worker that has done every job leaves behind."""
+    async with AIOKafkaConsumer(
+        bootstrap_servers=bootstrap_servers, group_id=group, enable_auto_commit=False
+    ) as consumer:
+        partitions = [TopicPartition(topic, number) for number in range(4)]
+        consumer.assign(partitions)
+        await consumer.commit(await consumer.end_offsets(partitions))
+
+
+def test_install_scale_upgrade_and_uninstall(
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    kafka_broker: str,
+    unique: Callable[[str], str],
+) -> None:
+    topic = unique("jobs")
+    asyncio.run(create_topic(kafka_broker, topic))
+    values: Values = {
+        "settings": {
+            "kafka": {"bootstrap_servers": kafka_broker, "group_id": topic},
+            "topics": {"jobs": topic},
+            "s3": {"allow": ["s3://bucket/in/"]},
+        },
+        "keda": {"lagThreshold": 10, "pollingInterval": 1, "cooldownPeriod": 4},
+        "metrics": {"service": {"enabled": True}},
+        "podDisruptionBudget": {"enabled": True},
+        "networkPolicy": {"enabled": True},
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/worker"}},
+    }
+    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        release = helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        assert release["status"] == "deployed"
+        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
+        wait_for(lambda: replicas(api, namespace) == 0, "no job waits, and still a worker runs")
+
+        asyncio.run(produce(kafka_broker, topic, 40))
+        wait_for(lambda: replicas(api, namespace) == 4, "40 jobs at a threshold of 10 did not bring four workers")
+        wait_for(lambda: len(client.CoreV1Api(api).list_namespaced_pod(namespace).items) == 4, "the pods do not exist")
+
+        before = client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace)
+        values["settings"]["engine"] = {"max_num_seqs": 8}
+        assert helm.upgrade(chart_path, "nanovllm", values, namespace=namespace)["version"] == 2
+        after = client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace)
+        assert after.spec.replicas == 4, "an upgrade took the number of workers out of KEDA's hands"
+        assert after.spec.template.metadata.annotations != before.spec.template.metadata.annotations
+        stored = client.CoreV1Api(api).read_namespaced_config_map("nanovllm", namespace)
+        assert stored.data["NANOVLLM_ENGINE__MAX_NUM_SEQS"] == "8"
+
+        asyncio.run(commit_all(kafka_broker, topic, topic))
+        wait_for(lambda: replicas(api, namespace) == 0, "every job is done, and still a worker runs")
+
+        helm.uninstall("nanovllm")
+        assert not helm.list()
+    wait_for(lambda: not leftovers(api, namespace), f"left behind: {leftovers(api, namespace)}")
+
+
+def test_keda_logs_in_with_tls_and_scram(
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    secured_broker: tuple[str, str],
+    unique: Any,
+) -> None:
+    bootstrap_servers, ca = secured_broker
+    secrets = client.CoreV1Api(api)
+    secrets.create_namespaced_secret(namespace, secret("kafka-user", username="worker", password="wrong"))
+    secrets.create_namespaced_secret(namespace, secret("kafka-tls", **{"ca.crt": ca}))
+    kafka = {"bootstrap_servers": bootstrap_servers, "security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512"}
+    values: Values = {
+        "settings": {"kafka": kafka, "topics": {"jobs": "jobs"}},
+        "kafka": {"sasl": {"existingSecret": "kafka-user"}, "tls": {"existingSecret": "kafka-tls"}},
+        "keda": {"pollingInterval": 1},
+    }
+    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "False", "a wrong password is no trouble")
+        secrets.replace_namespaced_secret(
+            "kafka-user", namespace, secret("kafka-user", username="worker", password="right")
+        )
+        wait_for(
+            lambda: condition(scaled_object(api, namespace), "Ready") == "True", "the right password does not help"
+        )
+        helm.uninstall("nanovllm")
+    wait_for(lambda: not leftovers(api, namespace), f"left behind: {leftovers(api, namespace)}")
+
+
+def secret(name: str, **texts: str) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "stringData": texts}
+
+
+def leftovers(api: client.ApiClient, namespace: str) -> list[str]:
+    """Names of what an uninstalled release left in its namespace."""
+    core, apps, custom = client.CoreV1Api(api), client.AppsV1Api(api), client.CustomObjectsApi(api)
+    found = [apps.list_namespaced_deployment(namespace), core.list_namespaced_service(namespace)]
+    found += [
+        core.list_namespaced_pod(namespace),
+        client.AutoscalingV2Api(api).list_namespaced_horizontal_pod_autoscaler(namespace),
+    ]
+    found += [client.PolicyV1Api(api).list_namespaced_pod_disruption_budget(namespace)]
+    found += [client.NetworkingV1Api(api).list_namespaced_network_policy(namespace)]
+    names = [item.metadata.name for one in found for item in one.items]
+    for kind in ("scaledobjects", "triggerauthentications"):
+        listed = custom.list_namespaced_custom_object("keda.sh", "v1alpha1", namespace, kind)
+        names += [item["metadata"]["name"] for item in listed["items"]]
+    names += [
+        one.metadata.name
+        for one in core.list_namespaced_config_map(namespace).items
+        if "kube-root" not in one.metadata.name
+    ]
+    names += [
+        one.metadata.name
+        for one in core.list_namespaced_service_account(namespace).items
+        if one.metadata.name != "default"
+    ]
+    return names
