@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -250,3 +251,14 @@ class VersityNode:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
+
+
+def worker_process(directory: Path, *options: str, settings: Mapping[str, str], name: str = "worker") -> LocalProcess:
+    """``nanovllm worker`` as its own process, not started yet.
+
+    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
+    own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "nanovllm.pipeline.cli", "worker", *options]
+    return LocalProcess(name, command, directory / f"{name}.log", env=inherited | own | dict(settings))

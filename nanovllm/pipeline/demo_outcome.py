@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, DemoJob, DemoSet
-from nanovllm.sinks.messages import DeadLetter, Result
+from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.sinks.messages import DeadLetter, Message, Result
 
 MIN_EXACT_SHARE = 0.9
 STAGES = ("admit", "fetch", "prepare", "queue", "encode", "prefill", "generate")
@@ -110,8 +111,15 @@ class Outcome:
     def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``results.jsonl`` and ``dead-letters.jsonl``."""
         (directory / "summary.json").write_text(json.dumps(asdict(self.summary), indent=2) + "\n")
-        _write_lines(directory / "results.jsonl", [result.model_dump_json() for result in self.results.values()])
-        _write_lines(directory / "dead-letters.jsonl", [letter.model_dump_json() for letter in self.dead_letters])
+        files: dict[str, Iterable[Message]] = {
+            "results.jsonl": self.results.values(),
+            "dead-letters.jsonl": self.dead_letters,
+        }
+        for name, messages in files.items():
+            (directory / name).unlink(missing_ok=True)
+            with JsonLinesSink(directory / name) as sink:
+                for message in messages:
+                    sink.write(message)
 
 
 def stage_times(result: Result) -> dict[str, float]:
@@ -132,7 +140,3 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that at least ``percent`` of the (non-empty) ``values`` do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

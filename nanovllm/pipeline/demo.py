@@ -1,0 +1,306 @@
+"""``nanovllm demo``: the whole way of a job on one machine, with real parts and nobody's data.
+
+It starts the embedded broker and object store, uploads generated pictures, produces jobs, runs the real worker as a
+process of its own, and compares what comes out with the generator's truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+from aiokafka import AIOKafkaProducer
+from botocore.config import Config
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nanovllm.errors import SystemicError
+from nanovllm.pipeline.broker import EmbeddedBroker
+from nanovllm.pipeline.demo_answers import answer_reader
+from nanovllm.pipeline.demo_jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
+from nanovllm.pipeline.demo_outcome import Outcome
+from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.pipeline.object_store import EmbeddedObjectStore
+from nanovllm.pipeline.producer import JobProducer
+from nanovllm.pipeline.report import render_report
+from nanovllm.pipeline.settings import ENV_PREFIX, KafkaSettings, TopicSettings
+from nanovllm.pipeline.topics import create_topics
+from nanovllm.sinks.messages import DeadLetter, Result
+
+TOPICS = TopicSettings()
+EXPECTED_DEAD_LETTERS = 2
+STALL_S = 180.0
+"""Without any answer for so long, the run is given up: loading the model takes seconds."""
+
+# Of the caller's own settings only these reach the worker: the demo must never touch anybody's brokers or buckets.
+_KEPT_SETTINGS = ("NANOVLLM_ENGINE__", "NANOVLLM_IMAGES__", "NANOVLLM_LOG_LEVEL")
+_COMMAND = [sys.executable, "-m", "nanovllm.pipeline.cli"]
+
+
+def run_demo(*, keep: bool = False, output: Path = Path("build/demo"), jobs: int = DEFAULT_JOBS) -> int:
+    """Run the demo; returns its exit code, 0 only when everything came out as it should.
+
+    Args:
+        keep: leave everything running afterwards, until Ctrl-C.
+        output: directory of the report and the other files.
+        jobs: how many jobs to send, at least ``MIN_JOBS``.
+
+    Raises:
+        ConfigurationError: too few jobs, or the extra ``demo`` is not installed.
+        SystemicError: a part did not start or ended early.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return asyncio.run(_run(demo_set(jobs), keep, output, console))
+
+
+async def _run(demo: DemoSet, keep: bool, output: Path, console: Console) -> int:
+    with _ended_by_signals():
+        try:
+            with ExitStack() as parts:
+                return await _demo(demo, keep, output, console, parts)
+        except asyncio.CancelledError:
+            console.print("Interrupted; everything that was started has been ended.")
+            return 1
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal all cancel the running task, so that every part is ended in order."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts: ExitStack) -> int:
+    started = time.monotonic()
+    _clear(output)
+
+    broker, store = EmbeddedBroker(), EmbeddedObjectStore()
+    parts.callback(broker.stop)
+    parts.callback(store.stop)
+    with _step(console, "Starting the embedded broker and object store") as done:
+        await asyncio.gather(broker.start(), store.start())
+        kafka = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, client_id="nanovllm-demo")
+        await create_topics(kafka, [TOPICS.jobs, TOPICS.results, TOPICS.metrics, TOPICS.dead_letters])
+        done(f"Kafka on {broker.bootstrap_servers}, S3 on {store.endpoint_url}")
+
+    environment = _settings(broker, store)
+    worker = LocalProcess("worker", [*_COMMAND, "worker"], output / "worker.log", env=_worker_environment(environment))
+    worker.start()
+    parts.callback(worker.stop, grace_s=30.0)
+    with _step(console, f"Uploading {len(demo.objects)} images, producing {len(demo.jobs) + 2} messages") as done:
+        await asyncio.to_thread(_upload, demo, store)
+        await _produce(demo, kafka)
+        done(f"{demo.distinct_images} different pictures, one image broken, one message malformed")
+
+    results, dead_letters = await _collect(demo, kafka, worker, console)
+    worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
+    outcome = Outcome(demo, results, dead_letters, time.monotonic() - started, worker_exit)
+    outcome.write(output)
+    (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
+    _show(outcome, output, console)
+    if keep:
+        await _wait_for_the_end(environment, worker, console)
+    return 1 if outcome.complaints else 0
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it passes for this one's."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"):
+        (output / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _step(console: Console, title: str) -> Iterator[Any]:
+    started = time.monotonic()
+    details: list[str] = []
+    with console.status(title):
+        yield details.append
+    seconds = time.monotonic() - started
+    console.print(f"[green]✓[/] {title} [dim]{seconds:5.1f} s[/]")
+    for detail in details:
+        console.print(f"  [dim]{detail}[/]")
+
+
+def _settings(broker: EmbeddedBroker, store: EmbeddedObjectStore) -> dict[str, str]:
+    """What a client or worker of this demo needs in its environment."""
+    return {
+        "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+        "NANOVLLM_KAFKA__GROUP_ID": "nanovllm-demo",
+        "NANOVLLM_S3__ENDPOINT_URL": store.endpoint_url,
+        "NANOVLLM_S3__ADDRESSING_STYLE": "path",
+        "NANOVLLM_S3__ALLOW": f"s3://{BUCKET}/",
+        **store.environment,
+    }
+
+
+def _worker_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith((ENV_PREFIX, "AWS_")) or name.startswith(_KEPT_SETTINGS)
+    }
+    # Threads that spin while they wait take the cores from one another on a small machine.
+    quiet = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    own = {
+        "NANOVLLM_WORKER_ID": "demo-worker",
+        "NANOVLLM_HTTP__HOST": "127.0.0.1",
+        "NANOVLLM_HTTP__PORT": str(free_port()),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return quiet | inherited | own | dict(settings)
+
+
+def _upload(demo: DemoSet, store: EmbeddedObjectStore) -> None:
+    client = boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        aws_access_key_id=store.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=store.environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=store.environment["AWS_DEFAULT_REGION"],
+        config=Config(s3={"addressing_style": "path"}),
+    )
+    client.create_bucket(Bucket=BUCKET)
+    for key, data in demo.objects.items():
+        client.put_object(Bucket=BUCKET, Key=key, Body=data)
+
+
+async def _produce(demo: DemoSet, kafka: KafkaSettings) -> None:
+    """All jobs at once; the two that must fail go in between, so that they meet a busy worker."""
+    middle = len(demo.jobs) // 2
+    async with JobProducer(kafka) as producer:
+        for job in (*demo.jobs[:middle], demo.broken, *demo.jobs[middle:]):
+            await producer.send(job_id=job.job_id, prompt=job.prompt, images=list(job.uris))
+    async with AIOKafkaProducer(**kafka.producer_kwargs()) as plain:
+        await plain.send_and_wait(TOPICS.jobs, MALFORMED_MESSAGE)
+
+
+async def _collect(
+    demo: DemoSet, kafka: KafkaSettings, worker: LocalProcess, console: Console
+) -> tuple[dict[str, Result], list[DeadLetter]]:
+    """Follow the topics until every message has ended in one of them, or nothing has come for ``STALL_S``.
+
+    Raises:
+        SystemicError: the worker ended by itself.
+    """
+    waiting = {job.job_id for job in demo.jobs}
+    results: dict[str, Result] = {}
+    dead_letters: list[DeadLetter] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("The worker answers", total=len(waiting) + EXPECTED_DEAD_LETTERS)
+        last_answer = time.monotonic()
+        async with answer_reader(kafka, TOPICS) as reader:
+            while waiting - results.keys() or len(dead_letters) < EXPECTED_DEAD_LETTERS:
+                answers = await reader.read()
+                for answer in answers:
+                    if isinstance(answer, Result):
+                        results[answer.job_id] = answer
+                    else:
+                        dead_letters.append(answer)
+                progress.update(task, completed=len(results) + len(dead_letters))
+                if answers:
+                    last_answer = time.monotonic()
+                elif not worker.is_running:
+                    raise SystemicError(f"the worker ended with exit code {worker.exit_code}:\n{worker.tail(15)}")
+                elif time.monotonic() - last_answer > STALL_S:
+                    break
+    return results, dead_letters
+
+
+def _show(outcome: Outcome, output: Path, console: Console) -> None:
+    console.print(_answer_table(outcome))
+    console.print(_latency_table(outcome))
+    summary, caches = outcome.summary, outcome.cache_outcomes
+    console.print(
+        f"[bold]Images[/]: {summary.images} in the answered jobs, {summary.distinct_images} different; "
+        f"the encoder ran {summary.encoder_runs} times, {summary.cache_hits} were answered from caches "
+        f"({caches['hit']} hit, {caches['joined']} joined, {caches['prefix']} prefix)"
+    )
+    console.print(f"[bold]Dead letters[/]: {summary.dead_letters}")
+    for letter in outcome.dead_letters:
+        console.print(Text(f"  {_printable(letter.job_id or '–')}  {letter.code}: {_printable(letter.message)}"))
+    console.print(
+        f"[bold]Answered[/] {summary.answered} of {summary.jobs}, [bold]exactly right[/] {summary.exact} "
+        f"({summary.exact / summary.jobs:.0%}), in {summary.seconds:.1f} s"
+    )
+    console.print(f"Report: {output / 'report.html'}")
+    for complaint in outcome.complaints:
+        console.print(Text(f"✗ {complaint}", style="bold red"))
+
+
+def _answer_table(outcome: Outcome) -> Table:
+    table = Table("prompt", "text", "", title="Prompt → text", title_justify="left")
+    for job in sorted(outcome.demo.jobs, key=lambda job: (job.kind, job.job_id)):
+        table.add_row(Text(job.prompt), _answer(job, outcome), _mark(outcome.is_exact(job)))
+    return table
+
+
+def _answer(job: DemoJob, outcome: Outcome) -> Text:
+    result = outcome.results.get(job.job_id)
+    if result is None:
+        return Text("no result", style="red")
+    text = Text(_printable(result.text))
+    return text if outcome.is_exact(job) else text.append(f"\ntruth: {_printable(job.truth)}", style="dim")
+
+
+def _mark(is_exact: bool) -> Text:
+    return Text("✓", style="green") if is_exact else Text("✗", style="bold red")
+
+
+def _latency_table(outcome: Outcome) -> Table:
+    table = Table("stage", title="Latency of a job, ms", title_justify="left")
+    table.add_column("p50", justify="right")
+    table.add_column("p95", justify="right")
+    for latency in outcome.latencies:
+        table.add_row(latency.stage, f"{latency.p50_ms:,.1f}", f"{latency.p95_ms:,.1f}")
+    return table
+
+
+def _printable(text: str) -> str:
+    """``text`` on one line without control characters: a terminal must show model text, never obey it."""
+    return "".join(character if character.isprintable() else "�" for character in text.replace("\n", " ⏎ "))
+
+
+async def _wait_for_the_end(environment: Mapping[str, str], worker: LocalProcess, console: Console) -> None:
+    """Say how to use what is running, and wait for Ctrl-C or the worker's end."""
+    program = Path(sys.executable).with_name("nanovllm")
+    command = shlex.quote(str(program)) if program.exists() else shlex.join(_COMMAND)
+    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+    console.print("\n[bold]All of it is still running.[/] In another terminal:\n")
+    for line in (
+        f"export {settings}",
+        f"{command} submit --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
+        f"{command} submit --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
+        f"{command} results",
+    ):
+        console.print(Text(line), soft_wrap=True)
+    console.print("\nCtrl-C ends it.")
+    try:
+        while worker.is_running:  # noqa: ASYNC110 - a process that may end is no event
+            await asyncio.sleep(0.5)
+    except asyncio.CancelledError:
+        console.print("Ending.")
+        return
+    raise SystemicError(f"the worker ended with exit code {worker.exit_code}:\n{worker.tail(15)}")
