@@ -1,0 +1,174 @@
+"""Every metric of a process, typed, in one registry; vLLM's names under ``nanovllm_`` where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+
+class CacheSnapshot(Protocol):
+    """What the embedding cache tells of itself."""
+
+    @property
+    def hits(self) -> int: ...  # noqa: D102
+    @property
+    def misses(self) -> int: ...  # noqa: D102
+    @property
+    def joined(self) -> int: ...  # noqa: D102
+    @property
+    def evictions(self) -> int: ...  # noqa: D102
+    @property
+    def entries(self) -> int: ...  # noqa: D102
+    @property
+    def bytes(self) -> int: ...  # noqa: D102
+    @property
+    def max_bytes(self) -> int: ...  # noqa: D102
+
+
+class EngineSnapshot(Protocol):
+    """What an engine tells of itself; ``nanovllm.engine.outputs.EngineStats`` is one."""
+
+    @property
+    def num_requests_running(self) -> int: ...  # noqa: D102
+    @property
+    def num_requests_waiting(self) -> int: ...  # noqa: D102
+    @property
+    def kv_cache_usage(self) -> float: ...  # noqa: D102
+    @property
+    def num_preemptions(self) -> int: ...  # noqa: D102
+    @property
+    def steps(self) -> int: ...  # noqa: D102
+    @property
+    def prompt_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def generation_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def prefix_cache_queries(self) -> int: ...  # noqa: D102
+    @property
+    def prefix_cache_hits(self) -> int: ...  # noqa: D102
+    @property
+    def encoder_images(self) -> int: ...  # noqa: D102
+    @property
+    def encoder_seconds(self) -> float: ...  # noqa: D102
+    @property
+    def embedding_cache(self) -> CacheSnapshot | None: ...  # noqa: D102
+
+
+class Metrics:
+    """The registry of one worker. A process may hold several (tests do): nothing here is global."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        # The delivery of jobs
+        self.consumed = self._counter(
+            "messaging_client_consumed_messages", "Records taken from the jobs topic.", ("topic",)
+        )
+        self.sent = self._counter("messaging_client_sent_messages", "Records acknowledged by Kafka.", ("topic",))
+        self.jobs = self._counter("jobs", "Deliveries by how they ended.", ("outcome",))
+        self.dead_letters = self._counter(
+            "dead_letters", "Jobs that failed for good.", ("error_class", "code", "stage")
+        )
+        self.process_seconds = self._histogram(
+            "messaging_process_duration_seconds", "From the receipt of a job to its settlement.", _SECONDS
+        )
+        self.stage_seconds = self._histogram("stage_seconds", "Time of a job in each stage.", _SECONDS, ("stage",))
+        self.jobs_in_flight = self._gauge("jobs_in_flight", "Jobs between Kafka and settlement.")
+        self.admitted_bytes = self._gauge("admitted_bytes", "Bytes of records and images held by those jobs.")
+        self.fetched_bytes = self._counter("fetched_bytes", "Bytes read from the object store.")
+        self.retries = self._counter("retries", "Attempts that failed and were repeated in place.", ("stage",))
+        self.consumer_lag = self._gauge(
+            "consumer_lag_records", "Records of a partition that are not finished.", ("topic", "partition")
+        )
+        self.watermark = self._gauge(
+            "consumer_watermark_offset", "Offset up to which a partition is finished.", ("topic", "partition")
+        )
+        self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
+        self.event_loop_lag_seconds = self._gauge(
+            "event_loop_lag_seconds", "How late the event loop's last tick was; heartbeats to Kafka share it."
+        )
+
+        # Requests, under vLLM's names
+        self.request_success = self._counter("request_success", "Finished requests.", ("finished_reason",))
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the engine's receipt to the first token.", _SECONDS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Mean time between the tokens of a request.", _TOKEN_SECONDS
+        )
+        self.request_queue_time = self._histogram(
+            "request_queue_time_seconds", "Time of a request in the engine before its first step.", _SECONDS
+        )
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From the engine's receipt to the finished text.", _SECONDS
+        )
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens of a request.", _TOKENS
+        )
+        self.images = self._counter("images", "Images by where their embedding came from.", ("outcome",))
+
+    def watch_engine(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        """Add the engine's own figures, read anew at every scrape; ``snapshot`` is called in the scraping thread."""
+        self.registry.register(_EngineCollector(snapshot))
+
+    def exposition(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
+        return Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))
+
+
+class _EngineCollector(Collector):
+    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not ask an engine that is not started
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._snapshot()
+        yield _gauge("num_requests_running", "Requests in the engine's steps.", stats.num_requests_running)
+        yield _gauge("num_requests_waiting", "Requests that wait for a place.", stats.num_requests_waiting)
+        yield _gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", stats.kv_cache_usage)
+        yield _counter("num_preemptions", "Requests whose KV was dropped and computed again.", stats.num_preemptions)
+        yield _counter("engine_steps", "Steps of the engine.", stats.steps)
+        yield _counter("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
+        yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield _counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries)
+        yield _counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits)
+        yield _counter("encoder_images", "Images that went through the vision tower.", stats.encoder_images)
+        yield _counter("encoder_seconds", "Time in the vision tower and projector.", stats.encoder_seconds)
+        cache = stats.embedding_cache
+        if cache is None:
+            return
+        yield _counter("embedding_cache_hits", "Images answered from the embedding cache.", cache.hits)
+        yield _counter("embedding_cache_misses", "Images that had to be encoded.", cache.misses)
+        yield _counter("embedding_cache_joined", "Images that waited for an equal one in work.", cache.joined)
+        yield _counter("embedding_cache_evictions", "Embeddings dropped for room.", cache.evictions)
+        yield _gauge("embedding_cache_entries", "Embeddings held.", cache.entries)
+        yield _gauge("embedding_cache_bytes", "Bytes that they hold.", cache.bytes)
+        yield _gauge("embedding_cache_max_bytes", "Bytes that they may hold.", cache.max_bytes)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"nanovllm_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"nanovllm_{name}", text, value=value)

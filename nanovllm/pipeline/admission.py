@@ -1,0 +1,155 @@
+"""How much work the worker holds at once: a number of jobs, and bytes of records and images."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from types import TracebackType
+
+
+class Admission:
+    """Bounds jobs and bytes; whoever polls asks for ``room`` first, so that Kafka keeps what does not fit.
+
+    A record is in memory when it is admitted, so ``admit`` never waits. What it makes the worker download does:
+    ``Ticket.reserve`` waits its turn, first come first served. A job reserves all it may need at once and never again:
+    jobs that held a part each and waited for the rest would wait for ever. A reservation above the whole bound is
+    granted alone, when no other one is held.
+    """
+
+    def __init__(self, *, max_jobs: int, max_bytes: int) -> None:
+        if max_jobs < 1 or max_bytes < 1:
+            raise ValueError(f"max_jobs {max_jobs} or max_bytes {max_bytes} is below 1")
+        self._max_jobs = max_jobs
+        self._max_bytes = max_bytes
+        self._jobs = 0
+        self._bytes = 0
+        self._reservations = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._changed = asyncio.Event()
+
+    @property
+    def jobs(self) -> int:
+        """Admitted jobs."""
+        return self._jobs
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that they hold."""
+        return self._bytes
+
+    @property
+    def room(self) -> int:
+        """How many more records may be taken from Kafka now."""
+        return 0 if self._bytes >= self._max_bytes else self._max_jobs - self._jobs
+
+    def admit(self, record_bytes: int) -> Ticket:
+        """Take in one job whose record holds ``record_bytes``; leave its ticket when it ends."""
+        self._jobs += 1
+        self._bytes += record_bytes
+        return Ticket(self, record_bytes)
+
+    async def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until there is room, at most ``timeout_s``; returns whether there is."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self.room <= 0 and (left := deadline - loop.time()) > 0:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+            except TimeoutError:
+                break
+        return self.room > 0
+
+    def audit(self) -> None:
+        """Assert what always holds."""
+        assert self._jobs >= 0, "more jobs left than came"
+        assert self._bytes >= 0, "more bytes were given back than taken"
+        assert self._jobs > 0 or (self._bytes == 0 and self._reservations == 0), "bytes are held by no job"
+
+    async def _reserve(self, nbytes: int) -> None:
+        if self._waiting or not self._fits(nbytes):
+            turn = asyncio.get_running_loop().create_future()
+            entry = (nbytes, turn)
+            self._waiting.append(entry)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    # Granted in the very step in which the job was cancelled: nobody will use it.
+                    self._give_back(nbytes, reservations=1)
+                else:
+                    with contextlib.suppress(ValueError):
+                        self._waiting.remove(entry)
+                    self._wake()
+                raise
+        else:
+            self._take(nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._reservations == 0 or self._bytes + nbytes <= self._max_bytes
+
+    def _take(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        self._reservations += 1
+
+    def _give_back(self, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
+        self._bytes -= nbytes
+        self._jobs -= jobs
+        self._reservations -= reservations
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
+            nbytes, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._take(nbytes)
+                turn.set_result(None)
+        self._changed.set()
+
+
+class Ticket:
+    """One job's share of the admission; a context manager that gives everything back."""
+
+    def __init__(self, admission: Admission, record_bytes: int) -> None:
+        self._admission = admission
+        self._record_bytes = record_bytes
+        self._reserved_bytes: int | None = None
+        self._is_released = False
+
+    async def reserve(self, nbytes: int) -> None:
+        """Wait until ``nbytes`` more may be held. Once for each job.
+
+        Raises:
+            RuntimeError: the job has reserved before.
+        """
+        if self._reserved_bytes is not None or self._is_released:
+            raise RuntimeError("a job reserves once, while it is admitted")
+        await self._admission._reserve(nbytes)
+        self._reserved_bytes = nbytes
+
+    def shrink(self, nbytes: int) -> None:
+        """Keep only ``nbytes`` of what was reserved (never more than that)."""
+        if self._reserved_bytes is None or nbytes >= self._reserved_bytes:
+            return
+        given_back, self._reserved_bytes = self._reserved_bytes - nbytes, nbytes
+        self._admission._give_back(given_back)
+
+    def release(self) -> None:
+        """The job ended: give back all that it holds. Again does nothing."""
+        if self._is_released:
+            return
+        self._is_released = True
+        reserved = self._reserved_bytes
+        self._admission._give_back(
+            self._record_bytes + (reserved or 0), jobs=1, reservations=0 if reserved is None else 1
+        )
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,199 @@
+"""The worker process: the one place that builds the object graph, in the order in which its parts need one another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from nanovllm.errors import ConfigurationError, NanoVLLMError
+from nanovllm.pipeline.settings import EngineSettings, ImageSettings, Settings
+
+if TYPE_CHECKING:
+    from nanovllm.engine.backend import EngineBackend
+    from nanovllm.pipeline.worker import Worker
+    from nanovllm.vision.images import ImageLimits
+
+logger = logging.getLogger("nanovllm.worker")
+
+DONE = 0
+FAILED = 1
+MISUSE = 2
+
+DEFAULT_MODEL = "tiny-receipts"
+
+
+def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
+    """Run one worker until it is told to stop; returns the exit code of the process.
+
+    SIGTERM and SIGINT drain: jobs at work are finished within ``admission.drain_timeout_s``, the rest goes back to
+    Kafka. A second signal ends the process at once. 0: stopped or drained; 1: a failure, with the offsets of what was
+    at work uncommitted; 2: settings that cannot work.
+    """
+    _prepare_threads()
+    _log_to_stderr(settings.log_level)
+    try:
+        asyncio.run(_run(settings, exit_when_drained))
+    except ConfigurationError as error:
+        logger.error("%s. %s", error, error.remedy)
+        return MISUSE
+    except NanoVLLMError as error:
+        logger.error("%s: %s. %s", error.code, error, error.remedy)
+        return FAILED
+    except Exception:
+        logger.exception("the worker failed")
+        return FAILED
+    return DONE
+
+
+def _prepare_threads() -> None:
+    """Before torch is imported: OpenMP threads that spin while others work make a step up to ten times slower."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "torch" in sys.modules:
+        logger.warning("torch was imported before its threads could be set up")
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
+    for name in ("aiokafka", "botocore", "boto3", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+async def _run(settings: Settings, exit_when_drained: bool) -> None:
+    from aiokafka import AIOKafkaProducer
+
+    from nanovllm.metrics import Metrics
+    from nanovllm.pipeline.fetch import ObjectFetcher
+    from nanovllm.pipeline.health import Health, HealthServer
+    from nanovllm.pipeline.source import JobSource
+    from nanovllm.pipeline.topics import message_limits
+    from nanovllm.pipeline.worker import Worker
+    from nanovllm.sinks.kafka import KafkaSink
+    from nanovllm.vision.decoder_pool import DecoderPool
+
+    signals = _Signals()
+    metrics, health = Metrics(), Health()
+    async with AsyncExitStack() as stack:
+        server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
+        stack.callback(server.close)
+        server.start()
+        logger.info("health and metrics on port %d", server.port)
+
+        # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
+        engine = await _load_engine(settings.engine)
+        stack.push_async_callback(engine.close)
+        await engine.start()
+        decoders = None
+        if engine.image_transform is not None:
+            decoders = DecoderPool(
+                engine.image_transform,
+                _image_limits(settings.images),
+                workers=settings.images.decoders,
+                timeout_s=settings.images.decode_timeout_s,
+                memory_bytes=settings.images.decoder_memory_bytes,
+            )
+            stack.push_async_callback(decoders.close)
+            await decoders.start()
+        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        stack.callback(fetcher.close)
+        health.tick()
+        health.is_model_loaded = True
+        logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
+
+        topics = settings.topics
+        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to]
+        limits_by_topic = await message_limits(settings.kafka, written)
+        producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
+        stack.push_async_callback(producer.stop)
+        await producer.start()
+
+        worker = Worker(
+            settings,
+            engine=engine,
+            decoders=decoders,
+            fetcher=fetcher,
+            sink=KafkaSink(producer, limits_by_topic),
+            metrics=metrics,
+            health=health,
+        )
+        metrics.watch_engine(lambda: worker.engine_stats)
+        signals.drain(worker)
+        source = JobSource(
+            settings.kafka,
+            [topics.jobs],
+            max_out_of_order=settings.admission.max_out_of_order,
+            drain=worker.drain,
+            lost=worker.drop,
+        )
+        # From here on the worker leaves the group before anything above is closed.
+        await source.start()
+        logger.info("consuming %s as %s in group %s", topics.jobs, settings.worker_id, settings.kafka.group_id)
+        await worker.run(source, exit_when_drained=exit_when_drained)
+
+
+async def _load_engine(settings: EngineSettings) -> EngineBackend:
+    if settings.backend == "echo":
+        from nanovllm.engine.echo import EchoEngine
+
+        return EchoEngine(max_num_seqs=settings.max_num_seqs)
+    from nanovllm.engine.async_engine import AsyncEngine
+    from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.vision.checkpoints import register_alias
+
+    for name, directory in settings.model_aliases.items():
+        register_alias(name, Path(directory))
+    options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    # In a thread: the probes answer while weights are read, and a signal ends the process.
+    engine = await asyncio.to_thread(LLMEngine, settings.model or DEFAULT_MODEL, **options)
+    return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)
+
+
+def _image_limits(settings: ImageSettings) -> ImageLimits:
+    from nanovllm.vision.images import ImageLimits
+
+    return ImageLimits(
+        max_bytes=settings.max_bytes,
+        max_pixels=settings.max_pixels,
+        min_side=settings.min_side,
+        max_frames=settings.max_frames,
+        formats=settings.formats,
+    )
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first one drains, the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._received = 0
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def drain(self, worker: Worker) -> None:
+        """What the first signal stops; before that, nothing was taken and there is nothing to drain."""
+        self._worker = worker
+
+    def _on_signal(self) -> None:
+        self._received += 1
+        if self._worker is None:
+            _end_at_once(DONE)
+        if self._received > 1:
+            _end_at_once(FAILED)
+        logger.info("stopping: no more jobs are taken")
+        self._worker.stop()
+
+
+def _end_at_once(code: int) -> NoReturn:
+    # Not sys.exit: that would wait for threads that read or compute.
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,255 @@
+"""Images of a job to bytes: what is allowed, how much of it, and what each failure means."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+
+from nanovllm.errors import (
+    CredentialsRefused,
+    FetchFailed,
+    ForbiddenUri,
+    ImageTooLarge,
+    InvalidInput,
+    NanoVLLMError,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
+    PermanentError,
+)
+from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.settings import S3Settings
+
+CHUNK_BYTES = 256 * 1024
+
+_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
+
+_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "NotFound", "MethodNotAllowed"})
+_CREDENTIALS = frozenset(
+    {
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "InvalidToken",
+        "TokenRefreshRequired",
+        "RequestTimeTooSkewed",
+        "UnrecognizedClientException",
+        "AuthorizationHeaderMalformed",
+    }
+)
+_BUSY = frozenset({"SlowDown", "ThrottlingException", "RequestTimeout", "OperationAborted", "TooManyRequests"})
+
+
+@dataclass(frozen=True)
+class FetchedImage:
+    """The encoded bytes of one image, and exactly what they are."""
+
+    data: bytes
+    sha256: str
+    uri: str | None = None
+    version_id: str | None = None
+
+
+@dataclass(frozen=True)
+class AllowList:
+    """Buckets and prefixes that jobs may read; empty: none.
+
+    A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``.
+    """
+
+    entries: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, uris: Sequence[str]) -> AllowList:
+        """From ``s3://bucket`` and ``s3://bucket/prefix`` entries.
+
+        Raises:
+            ForbiddenUri: an entry of another form.
+        """
+        entries = []
+        for uri in uris:
+            match = _URI.fullmatch(uri)
+            if match is None:
+                raise ForbiddenUri("an entry of the allow-list is not s3://bucket or s3://bucket/prefix")
+            entries.append((match[1], (match[2] or "").rstrip("/")))
+        return cls(tuple(entries))
+
+    def check(self, bucket: str, key: str) -> None:
+        """Return when a job may read the object.
+
+        Raises:
+            ForbiddenUri: it may not.
+        """
+        # HTTP clients resolve dot segments: s3://bucket/in/../secret would be asked for as s3://bucket/secret.
+        if any(segment in (".", "..") for segment in key.split("/")):
+            raise ForbiddenUri("the key of an image has a '.' or '..' segment")
+        for allowed_bucket, prefix in self.entries:
+            if bucket == allowed_bucket and (not prefix or key == prefix or key.startswith(prefix + "/")):
+                return
+        raise ForbiddenUri(f"s3://{bucket}/… is not on the allow-list of this worker, or not this prefix of it")
+
+
+class ObjectFetcher:
+    """Reads images from S3 in threads of its own: the SDK blocks, and the event loop must not.
+
+    One attempt a call: the SDK's own retries are off, because the worker's are counted, backed off and seen in metrics.
+    """
+
+    def __init__(
+        self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
+    ) -> None:
+        self._settings = settings
+        self._allow = AllowList.parse(settings.allow)
+        self._max_bytes = max_bytes
+        self._make_client = client_factory or make_client
+        self._client: Any = None
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(settings.max_connections, thread_name_prefix="nanovllm-fetch")
+
+    def check(self, ref: ImageRef) -> None:
+        """Refuse before anything is read what a job may not read.
+
+        Raises:
+            ForbiddenUri: its bucket, prefix or key is not allowed.
+            ImageTooLarge: its bytes, given in the job itself, are too many.
+        """
+        if ref.data is not None:
+            self._check_size(len(ref.data), "an image in the job")
+        else:
+            self._allow.check(*ref.bucket_and_key)
+
+    async def fetch(self, ref: ImageRef) -> FetchedImage:
+        """The bytes of one image.
+
+        Raises:
+            ForbiddenUri, ImageTooLarge, ObjectNotFound, ObjectForbidden, ObjectChanged: for good.
+            FetchFailed: worth another attempt.
+            CredentialsRefused: nothing can be read until somebody acts.
+        """
+        self.check(ref)
+        if ref.data is not None:
+            return self._checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, ref)
+
+    def close(self) -> None:
+        """Take no more work; threads that still read end with their read timeout."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    def _read(self, ref: ImageRef) -> FetchedImage:
+        try:
+            bucket, key = ref.bucket_and_key
+            version = {"VersionId": ref.version_id} if ref.version_id else {}
+            answer = self._connected().get_object(Bucket=bucket, Key=key, **version)
+            try:
+                data = self._read_body(answer)
+            finally:
+                answer["Body"].close()
+        except NanoVLLMError:
+            raise
+        except Exception as error:
+            classed = classify(error)
+            if isinstance(classed, CredentialsRefused):
+                # The next attempt reads credentials anew: a mounted secret may have been replaced.
+                with self._lock:
+                    self._client = None
+            raise classed from error
+        version_id = answer.get("VersionId") or ref.version_id
+        fetched = FetchedImage(
+            data, hashlib.sha256(data).hexdigest(), ref.uri, None if version_id == "null" else version_id
+        )
+        return self._checked(ref, fetched)
+
+    def _read_body(self, answer: Any) -> bytes:
+        self._check_size(answer.get("ContentLength", 0), "the object")
+        data = bytearray()
+        for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
+            data += chunk
+            self._check_size(len(data), "the object")
+        return bytes(data)
+
+    def _check_size(self, nbytes: int, what: str) -> None:
+        if nbytes > self._max_bytes:
+            raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
+
+    def _checked(self, ref: ImageRef, fetched: FetchedImage) -> FetchedImage:
+        if ref.sha256 is not None and ref.sha256 != fetched.sha256:
+            raise ObjectChanged(f"the image has sha256 {fetched.sha256}, the job promised {ref.sha256}")
+        return fetched
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                self._client = self._make_client(self._settings)
+            return self._client
+
+
+def make_client(settings: S3Settings) -> Any:
+    """An S3 client with the worker's time-outs; credentials come from the SDK's own chain."""
+    # A session of its own: boto3's default one keeps credentials that were refused.
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        config=Config(
+            connect_timeout=settings.connect_timeout_s,
+            read_timeout=settings.read_timeout_s,
+            max_pool_connections=settings.max_connections,
+            retries={"total_max_attempts": 1},
+            s3={"addressing_style": settings.addressing_style},
+            # Only where the store sends checksums by itself: other S3 servers refuse or lack the newer header.
+            response_checksum_validation="when_required",
+            request_checksum_calculation="when_required",
+        ),
+    )
+
+
+def classify(error: Exception) -> NanoVLLMError:
+    """What a failure of the SDK means for the job. The message never repeats URLs or credentials."""
+    if isinstance(error, ClientError):
+        return _classify_answer(error)
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
+        return CredentialsRefused(f"no usable credentials for the object store: {type(error).__name__}")
+    if isinstance(error, ParamValidationError):
+        return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
+    if isinstance(error, (BotoCoreError, OSError)):
+        return FetchFailed(f"the object store could not be reached or broke off: {type(error).__name__}")
+    # urllib3 and http.client raise their own errors while the body is read.
+    return FetchFailed(f"reading the object broke off: {type(error).__name__}")
+
+
+def _classify_answer(error: ClientError) -> NanoVLLMError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    said = f"the object store answered {status} {code}".rstrip()
+    if code in _CREDENTIALS:
+        return CredentialsRefused(said)
+    if code in _NOT_FOUND or status == 404:
+        return ObjectNotFound(said)
+    if code in _BUSY or status >= 500 or status in (408, 409, 429):
+        return FetchFailed(said)
+    if status in (401, 403):
+        return ObjectForbidden(said)
+    if code in ("InvalidArgument", "InvalidBucketName", "KeyTooLongError"):
+        return InvalidInput(said)
+    return PermanentError(said)

@@ -1,0 +1,123 @@
+"""``/healthz``, ``/readyz`` and ``/metrics``, in threads of their own: they answer when the event loop does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from nanovllm.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Heartbeats to Kafka share the event loop; one that stood still for longer has lost its partitions long ago.
+MAX_SILENCE_S = 30.0
+
+
+class Health:
+    """What the worker says about itself. Each attribute is written by the worker and read by the server's threads."""
+
+    def __init__(self) -> None:
+        self.is_model_loaded = False
+        self.is_engine_alive = True
+        self.has_joined = False
+        self.is_draining = False
+        self.systemic: str | None = None
+        self._last_tick = time.monotonic()
+
+    def tick(self) -> None:
+        """The event loop is alive."""
+        self._last_tick = time.monotonic()
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """Why the process should be restarted; nothing when it is well."""
+        troubles = []
+        # Loading a model holds the loop's start back, not its life: before that there is nothing to restart.
+        if self.is_model_loaded and (silence_s := time.monotonic() - self._last_tick) > MAX_SILENCE_S:
+            troubles.append(f"the event loop has stood still for {silence_s:.0f} s")
+        if not self.is_engine_alive:
+            troubles.append("the engine is dead")
+        return tuple(troubles)
+
+    @property
+    def unready(self) -> tuple[str, ...]:
+        """Why the worker takes no work now; nothing when it does."""
+        reasons = list(self.troubles)
+        if not self.is_model_loaded:
+            reasons.append("the model is not loaded")
+        if not self.has_joined:
+            reasons.append("the consumer group is not joined")
+        if self.is_draining:
+            reasons.append("draining")
+        if self.systemic:
+            reasons.append(self.systemic)
+        return tuple(reasons)
+
+
+class HealthServer:
+    """The HTTP server over a worker's health and metrics. Port 0 takes a free one; ``port`` tells which."""
+
+    def __init__(self, health: Health, metrics: Metrics, *, host: str, port: int) -> None:
+        self._server = _Server((host, port), _handler(health, metrics))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="nanovllm-http", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self._server.server_address[1])
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+def _handler(health: Health, metrics: Metrics) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10.0  # a client that says nothing must not keep a thread
+        server_version = "nanovllm"
+        sys_version = ""
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path == "/healthz":
+                self._report(health.troubles)
+            elif path == "/readyz":
+                self._report(health.unready)
+            elif path == "/metrics":
+                self._answer(200, metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
+            else:
+                self._answer(404, b'{"status": "not found"}\n', "application/json")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def _report(self, reasons: tuple[str, ...]) -> None:
+            body = json.dumps({"status": "unavailable" if reasons else "ok", "reasons": reasons}) + "\n"
+            self._answer(503 if reasons else 200, body.encode(), "application/json")
+
+        def _answer(self, status: int, body: bytes, content_type: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            logger.debug("http: " + format, *args)
+
+    return Handler

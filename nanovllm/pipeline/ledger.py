@@ -1,0 +1,99 @@
+"""Which offsets of a partition are done. A pure object: it knows no Kafka and never waits."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class PartitionLedger:
+    """The offsets delivered from one partition during one assignment, and how far they may be committed.
+
+    Jobs finish out of order; the watermark moves over what is finished without a gap, so that a crash repeats work and
+    never loses any. It runs over *delivered* offsets: compacted and transactional topics have offsets that no consumer
+    ever sees. One object belongs to one assignment: when the partition leaves, the ledger is fenced, and a completion
+    that comes later moves nothing.
+
+    Args:
+        position: the first offset that may be delivered.
+        max_out_of_order: most offsets delivered above the oldest unfinished one; bounds what a crash repeats.
+    """
+
+    def __init__(self, position: int, *, max_out_of_order: int) -> None:
+        if position < 0 or max_out_of_order < 1:
+            raise ValueError(f"position {position} or max_out_of_order {max_out_of_order} is out of range")
+        self._position = position
+        self._max_out_of_order = max_out_of_order
+        # Delivered offsets from the oldest unfinished one on, in order; the finished ones among them.
+        self._span: deque[int] = deque()
+        self._finished: set[int] = set()
+        self._is_fenced = False
+
+    @property
+    def watermark(self) -> int:
+        """The offset to commit: everything below it is finished."""
+        return self._span[0] if self._span else self._position
+
+    @property
+    def position(self) -> int:
+        """The lowest offset that may be delivered next."""
+        return self._position
+
+    @property
+    def in_flight(self) -> int:
+        """How many delivered offsets are not finished."""
+        return len(self._span) - len(self._finished)
+
+    @property
+    def room(self) -> int:
+        """How many more offsets may be delivered now."""
+        return max(0, self._max_out_of_order + 1 - len(self._span))
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the partition has left: nothing moves this ledger any more."""
+        return self._is_fenced
+
+    def deliver(self, offset: int) -> None:
+        """Note that the record at ``offset`` was taken to work on.
+
+        Raises:
+            ValueError: an offset at or below one that was delivered already.
+        """
+        if offset < self._position:
+            raise ValueError(f"offset {offset} was delivered before; the next is {self._position} or above")
+        self._span.append(offset)
+        self._position = offset + 1
+
+    def advance(self, position: int) -> None:
+        """Note that the consumer stands at ``position``: no record will ever come from below it."""
+        self._position = max(self._position, position)
+
+    def settle(self, offset: int) -> bool:
+        """Note that the record at ``offset`` ended; False when the ledger is fenced or the offset ended before.
+
+        Raises:
+            ValueError: an offset that was never delivered here.
+        """
+        if self._is_fenced:
+            return False
+        if offset >= self._position:
+            raise ValueError(f"offset {offset} was never delivered")
+        if offset < self.watermark or offset in self._finished:
+            return False
+        self._finished.add(offset)
+        while self._span and self._span[0] in self._finished:
+            self._finished.remove(self._span.popleft())
+        return True
+
+    def fence(self) -> None:
+        """The partition has left for good: completions from now on move nothing."""
+        self._is_fenced = True
+
+    def audit(self) -> None:
+        """Assert what always holds."""
+        span = list(self._span)
+        assert span == sorted(set(span)), "delivered offsets are not in order"
+        assert self._finished <= set(span), "a finished offset was never delivered"
+        assert not span or span[0] not in self._finished, "the watermark stands on a finished offset"
+        assert not span or span[-1] < self._position, "the position is below a delivered offset"
+        assert self.watermark <= self._position, "the watermark is above the position"

@@ -1,0 +1,181 @@
+"""What a delivery sends when it ends: a result with its figures, or a dead letter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+from nanovllm.engine.outputs import EngineStats, ModelInfo, RequestOutput
+from nanovllm.errors import NanoVLLMError
+from nanovllm.pipeline.fetch import FetchedImage
+from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.passage import Passage
+from nanovllm.pipeline.settings import Settings
+from nanovllm.sinks.encoding import MessageFormat
+from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_record, metrics_record, result_record
+from nanovllm.sinks.messages import (
+    DeadLetter,
+    ImageMetrics,
+    InputUse,
+    JobMetrics,
+    ModelUse,
+    Result,
+    Source,
+    StageTimings,
+    TokenUsage,
+    result_id_for,
+)
+
+
+class OutgoingRecords:
+    """Builds the records of one worker. ``max_record_bytes`` tells the largest record that a topic takes."""
+
+    def __init__(self, settings: Settings, model: ModelInfo, max_record_bytes: Callable[[str], int]) -> None:
+        self._settings = settings
+        self._model = model
+        self._max_record_bytes = max_record_bytes
+
+    def answer(
+        self, passage: Passage, job: Job, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats
+    ) -> list[OutgoingRecord]:
+        """The result and the metrics of an answered job."""
+        passage.output = output
+        fmt = self._format(passage)
+        headers = passage.delivery.headers
+        job_id = job.job_id or ""
+        result = Result(
+            job_id=job_id,
+            result_id=result_id_for(job_id),
+            status="ok" if output.finish_reason == "stop" else "incomplete",
+            text=output.text,
+            token_ids=output.token_ids,
+            finish_reason=output.finish_reason,
+            usage=TokenUsage(
+                input_tokens=output.usage.input_tokens,
+                output_tokens=output.usage.output_tokens,
+                image_tokens=output.usage.image_tokens,
+                cached_tokens=output.usage.cached_tokens,
+            ),
+            model=ModelUse(
+                id=self._model.id, revision=self._model.revision, parameter_digest=self._model.parameter_digest
+            ),
+            inputs=tuple(
+                InputUse(
+                    uri=image.uri,
+                    version_id=image.version_id,
+                    sha256=image.sha256,
+                    width=use.width,
+                    height=use.height,
+                    cache=use.outcome,
+                )
+                for image, use in zip(fetched, output.images, strict=True)
+            ),
+            timings_ms=self._timings(passage, output),
+            source=_source(passage),
+            worker=self._settings.worker_id,
+            metadata=job.metadata,
+        )
+        metrics = self._metrics(passage, result, fetched, output, stats)
+        topics = self._settings.topics
+        return [
+            result_record(result, passage.result_topic or topics.results, fmt, headers),
+            metrics_record(metrics, topics.metrics, fmt, headers),
+        ]
+
+    def dead_letter(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord:
+        """The original record with the reason why it failed."""
+        delivery = passage.delivery
+        letter = DeadLetter(
+            job_id=passage.job_id,
+            code=error.code,
+            error_class=passage.failure_class,
+            stage=passage.failed_stage,
+            message=str(error),
+            attempts=passage.attempts,
+            source=_source(passage),
+            worker=self._settings.worker_id,
+            received_at=passage.received_at,
+            failed_at=datetime.now(UTC),
+        )
+        topic = self._settings.topics.dead_letters
+        return dead_letter_record(
+            letter,
+            topic,
+            key=delivery.key,
+            value=delivery.value,
+            original_headers=delivery.headers,
+            max_bytes=self._max_record_bytes(topic),
+        )
+
+    def _format(self, passage: Passage) -> MessageFormat:
+        wanted = self._settings.result_format
+        return passage.format if wanted == "as_job" else wanted
+
+    def _timings(self, passage: Passage, output: RequestOutput) -> StageTimings:
+        seconds = passage.seconds
+        return StageTimings(
+            admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
+            fetch=_ms(seconds.get("fetch", 0.0)),
+            prepare=_ms(seconds.get("prepare", 0.0)),
+            queue=round(output.timings.queue_ms, 3),
+            encode=round(output.timings.encode_ms, 3),
+            time_to_first_token=round(output.timings.time_to_first_token_ms, 3),
+            generation=round(output.timings.generation_ms, 3),
+            total=_ms(passage.elapsed_s),
+        )
+
+    def _metrics(
+        self,
+        passage: Passage,
+        result: Result,
+        fetched: Sequence[FetchedImage],
+        output: RequestOutput,
+        stats: EngineStats,
+    ) -> JobMetrics:
+        timings, usage = output.timings, output.usage
+        generation_s = timings.generation_ms / 1000
+        # The first token belongs to the prefill; what generation_ms covers are the ones after it.
+        after_first = max(0, usage.output_tokens - 1)
+        encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
+        spared = sum(image.outcome != "miss" for image in output.images)
+        return JobMetrics(
+            job_id=result.job_id,
+            result_id=result.result_id,
+            worker=result.worker,
+            model=result.model.id,
+            source=result.source,
+            finish_reason=output.finish_reason,
+            num_prompt_tokens=usage.input_tokens,
+            num_generation_tokens=usage.output_tokens,
+            num_cached_tokens=usage.cached_tokens,
+            num_image_tokens=usage.image_tokens,
+            queue_time_ms=result.timings_ms.queue,
+            time_to_first_token_ms=result.timings_ms.time_to_first_token,
+            generation_time_ms=result.timings_ms.generation,
+            mean_itl_ms=round(timings.mean_itl_ms, 3),
+            e2e_time_ms=result.timings_ms.total,
+            tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
+            fetch_time_ms=result.timings_ms.fetch,
+            prepare_time_ms=result.timings_ms.prepare,
+            encode_time_ms=result.timings_ms.encode,
+            engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
+            engine_seconds_saved=round(spared * encode_s, 6),
+            images=tuple(
+                ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
+                for image, use in zip(fetched, output.images, strict=True)
+            ),
+        )
+
+
+def _source(passage: Passage) -> Source:
+    delivery = passage.delivery
+    return Source(
+        topic=delivery.topic,
+        partition=delivery.partition,
+        offset=delivery.offset,
+        timestamp_ms=delivery.timestamp_ms,
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

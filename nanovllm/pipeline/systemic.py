@@ -1,0 +1,55 @@
+"""Faults under which nothing can succeed: while one is present, the worker takes no work and says so."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from nanovllm.errors import NanoVLLMError
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.health import Health
+
+logger = logging.getLogger(__name__)
+
+
+class SystemicFaults:
+    """The parts that are known not to work now.
+
+    A fault ends when its part works again, and lapses ``lapse_s`` after the last report: the jobs that kept trying may
+    have expired, and then new work must find out.
+    """
+
+    def __init__(
+        self, health: Health, metrics: Metrics, *, lapse_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._health = health
+        self._metrics = metrics
+        self._lapse_s = lapse_s
+        self._clock = clock
+        self._faults: dict[str, tuple[str, float]] = {}
+
+    @property
+    def are_present(self) -> bool:
+        """Whether anything is reported that has not lapsed."""
+        return any(self._clock() - reported < self._lapse_s for _, reported in self._faults.values())
+
+    def report(self, part: str, error: NanoVLLMError) -> None:
+        """``part`` does not work."""
+        if part not in self._faults:
+            logger.error("%s: %s; taking no work until it is back", part, error)
+        self._faults[part] = (str(error), self._clock())
+        self.observe()
+
+    def clear(self, part: str) -> None:
+        """``part`` works."""
+        if self._faults.pop(part, None) is not None:
+            logger.info("%s: works again", part)
+            self.observe()
+
+    def observe(self) -> None:
+        """Forget what has lapsed, and tell health and metrics the rest."""
+        now = self._clock()
+        self._faults = {part: fault for part, fault in self._faults.items() if now - fault[1] < self._lapse_s}
+        self._health.systemic = "; ".join(f"{part}: {text}" for part, (text, _) in self._faults.items()) or None
+        self._metrics.is_systemic.set(1 if self._faults else 0)

@@ -1,0 +1,429 @@
+"""The way of a job through the worker: receive → admit → fetch → infer → publish → settle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from nanovllm.engine.backend import EngineBackend, Request
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.errors import (
+    EngineDead,
+    InvalidInput,
+    MessageTooLarge,
+    NanoVLLMError,
+    SystemicError,
+    TransientError,
+)
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.admission import Admission, Ticket
+from nanovllm.pipeline.backoff import Backoff
+from nanovllm.pipeline.codec import decode_job, message_format
+from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
+from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.outgoing import OutgoingRecords
+from nanovllm.pipeline.passage import Passage
+from nanovllm.pipeline.settings import Settings
+from nanovllm.pipeline.source import Delivery, JobSource
+from nanovllm.pipeline.systemic import SystemicFaults
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
+from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.transform import PreparedImage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+POLL_MS = 250
+COMMIT_INTERVAL_S = 1.0
+TICK_S = 0.25
+LEAVE_TIMEOUT_S = 5.0
+
+
+class Worker:
+    """Takes jobs from a source and sees to it that each delivery ends in exactly one way.
+
+    A delivery ends as a result, as a dead letter, or back in Kafka: its offset is not committed, and it comes again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        engine: EngineBackend,
+        decoders: DecoderPool | None,
+        fetcher: ObjectFetcher,
+        sink: KafkaSink,
+        metrics: Metrics,
+        health: Health,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._decoders = decoders
+        self._fetcher = fetcher
+        self._sink = sink
+        self._metrics = metrics
+        self._health = health
+        self._backoff = backoff or Backoff()
+        self._admission = Admission(max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes)
+        self._outgoing = OutgoingRecords(settings, engine.model_info, sink.max_record_bytes)
+        self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
+        self._at_work: dict[asyncio.Task[None], Delivery] = {}
+        self._stop = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._breach: BaseException | None = None
+        self._submitted = 0
+        self.engine_stats = engine.stats()
+
+    def stop(self) -> None:
+        """Take no more jobs, finish those at work within the drain's budget, and let ``run`` return."""
+        self._stop.set()
+
+    async def run(self, source: JobSource, *, exit_when_drained: bool = False) -> None:
+        """Work until ``stop`` is called, or until nothing is left with ``exit_when_drained``.
+
+        Raises:
+            EngineDead: the engine can answer nothing any more; what was at work goes back to Kafka.
+            Exception: a delivery could not be ended in any of the three ways; the same.
+        """
+        is_polling = asyncio.Event()
+        is_polling.set()
+        polling = asyncio.create_task(self._take(source, is_polling), name="poll")
+        others = [
+            asyncio.create_task(self._commit_and_observe(source), name="commit"),
+            asyncio.create_task(self._stop.wait(), name="stop"),
+            asyncio.create_task(self._engine.dead.wait(), name="engine"),
+            asyncio.create_task(self._broken.wait(), name="broken"),
+        ]
+        if exit_when_drained:
+            others.append(asyncio.create_task(self._wait_until_drained(source), name="drained"))
+        try:
+            done, _ = await asyncio.wait([polling, *others], return_when=asyncio.FIRST_COMPLETED)
+            if self._engine.dead.is_set():
+                raise self._engine.death or EngineDead("the engine stopped")
+            if self._breach is not None:
+                raise self._breach
+            for task in done:
+                task.result()
+            self._health.is_draining = True
+            source.stop_taking()
+            await self.drain()
+        finally:
+            self._health.is_draining = True
+            source.stop_taking()
+            await self._give_back(list(self._at_work))
+            is_polling.clear()
+            for task in others:
+                task.cancel()
+            await asyncio.wait([polling, *others], timeout=4 * POLL_MS / 1000)
+            await self._leave(source)
+            # Only a poll that a rebalance holds is still there; once the consumer has stopped, cancelling does no harm.
+            polling.cancel()
+            await asyncio.gather(polling, *others, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Wait until the jobs at work have ended, at most ``admission.drain_timeout_s``."""
+        if self._at_work:
+            logger.info("draining %d jobs", len(self._at_work))
+            await asyncio.wait(list(self._at_work), timeout=self._settings.admission.drain_timeout_s)
+
+    def drop(self, ledger: PartitionLedger) -> None:
+        """A partition has left: end its jobs, for somebody else gets them now."""
+        for task, delivery in list(self._at_work.items()):
+            if delivery.ledger is ledger:
+                task.cancel()
+
+    async def deliver(self, delivery: Delivery, ticket: Ticket) -> None:
+        """One delivery from the record to its end, whatever that is."""
+        passage = Passage(delivery)
+        try:
+            try:
+                with passage.stage("receive"):
+                    job = self._receive(delivery, passage)
+                async with passage.deadline(job.deadline):
+                    with passage.stage("admit"):
+                        refs = await self._admit(job, ticket)
+                    with passage.stage("fetch"):
+                        fetched = await self._fetch(refs, ticket, passage)
+                    with passage.stage("prepare"):
+                        images = await self._prepare(fetched, ticket, passage)
+                    with passage.stage("infer"):
+                        output = await self._infer(job, images)
+                records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
+            except Exception as error:
+                records = self._bury(passage, error)
+            with passage.stage("publish"):
+                await self._publish(records, passage)
+            delivery.settle()
+            self._observe(passage)
+        finally:
+            ticket.release()
+
+    def _receive(self, delivery: Delivery, passage: Passage) -> Job:
+        passage.job_id = derive_job_id(delivery.topic, delivery.partition, delivery.offset)
+        job = decode_job(delivery.value)
+        passage.format = message_format(delivery.value)
+        if job.job_id is None:
+            job = job.model_copy(update={"job_id": passage.job_id})
+        passage.job_id = job.job_id
+        passage.result_topic = self._settings.topics.result_topic(job.reply_to)
+        return job
+
+    async def _admit(self, job: Job, ticket: Ticket) -> tuple[ImageRef, ...]:
+        """Refuse what can be refused before a byte is read, and wait for room for the rest."""
+        refs = job.image_refs()
+        if refs and self._decoders is None:
+            raise InvalidInput(f"the model {self._engine.model_info.id} takes no images")
+        if len(refs) > self._settings.engine.max_images_per_request:
+            raise InvalidInput(
+                f"the job has {len(refs)} images, above the limit of {self._settings.engine.max_images_per_request}"
+            )
+        self._sampling(job)
+        for ref in refs:
+            self._fetcher.check(ref)
+        objects = sum(ref.data is None for ref in refs)
+        if objects:
+            # Their sizes are not known yet; what is too much is given back as soon as they are.
+            await ticket.reserve(objects * self._settings.images.max_bytes)
+        return refs
+
+    async def _fetch(self, refs: tuple[ImageRef, ...], ticket: Ticket, passage: Passage) -> list[FetchedImage]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._fetch_one(ref, passage)) for ref in refs]
+        fetched = [task.result() for task in tasks]
+        ticket.shrink(sum(len(image.data) for image in fetched if image.uri is not None))
+        return fetched
+
+    async def _fetch_one(self, ref: ImageRef, passage: Passage) -> FetchedImage:
+        image = await self._persist(
+            lambda: self._fetcher.fetch(ref), "object store", passage, max_attempts=self._settings.s3.max_attempts
+        )
+        if image.uri is not None:
+            self._metrics.fetched_bytes.inc(len(image.data))
+        return image
+
+    async def _prepare(
+        self, fetched: list[FetchedImage], ticket: Ticket, passage: Passage
+    ) -> tuple[PreparedImage, ...]:
+        if self._decoders is None:
+            return ()
+        prepare = self._decoders.prepare
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._persist(partial(prepare, image.data), "image decoders", passage))
+                for image in fetched
+            ]
+        images = tuple(task.result() for task in tasks)
+        ticket.shrink(sum(image.pixels.nbytes for image in images))
+        return images
+
+    async def _infer(self, job: Job, images: tuple[PreparedImage, ...]) -> RequestOutput:
+        self._submitted += 1
+        generation = self._engine.submit(
+            Request(
+                # The same job may be at work twice, delivered again or sent again: the number keeps the two apart.
+                request_id=f"{job.job_id}#{self._submitted}",
+                prompt=job.prompt,
+                messages=job.message_dicts(),
+                images=images,
+                sampling=self._sampling(job),
+                priority=job.priority,
+            )
+        )
+        try:
+            return await generation
+        finally:
+            generation.abort()
+
+    async def _publish(self, records: list[OutgoingRecord], passage: Passage) -> None:
+        """Returns when all are acknowledged: only then may the ledger move."""
+        try:
+            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+        except MessageTooLarge as error:
+            records = self._bury(passage, error)
+            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+        for record in records:
+            self._metrics.sent.labels(record.topic).inc()
+
+    async def _persist(
+        self, attempt: Callable[[], Awaitable[T]], part: str, passage: Passage, *, max_attempts: int | None = None
+    ) -> T:
+        """Repeat what may succeed later.
+
+        ``max_attempts`` bounds what is the job's own bad luck. Without it, and while nothing at all can succeed, it goes
+        on for ever, and the worker takes no work until it has succeeded.
+        """
+        failures = 0
+        while True:
+            try:
+                outcome = await attempt()
+            except (TransientError, SystemicError) as error:
+                failures += 1
+                passage.attempts = failures
+                if isinstance(error, SystemicError) or max_attempts is None:
+                    self._faults.report(part, error)
+                elif failures >= max_attempts:
+                    raise
+                self._metrics.retries.labels(passage.current_stage).inc()
+                await asyncio.sleep(self._backoff.wait_s(failures))
+            else:
+                self._faults.clear(part)
+                return outcome
+
+    def _bury(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
+        """The dead letter for what can never succeed.
+
+        Raises:
+            SystemicError: it can, once the worker is well or another one takes it: back to Kafka.
+        """
+        reason = _first_cause(error)
+        if isinstance(reason, SystemicError):
+            raise reason
+        if not isinstance(reason, NanoVLLMError):
+            logger.error("job %r failed in stage %s", passage.job_id, passage.failed_stage, exc_info=reason)
+            reason = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
+        passage.fail(reason)
+        logger.warning(
+            "job %r is a dead letter: %s in stage %s: %r",
+            passage.job_id,
+            reason.code,
+            passage.failed_stage,
+            str(reason),
+        )
+        return [self._outgoing.dead_letter(passage, reason)]
+
+    def _sampling(self, job: Job) -> SamplingParams:
+        return job.sampling_params(self._settings.sampling, self._settings.admission.max_tokens)
+
+    async def _take(self, source: JobSource, is_polling: asyncio.Event) -> None:
+        failures = 0
+        while is_polling.is_set():
+            takes_work = not (self._faults.are_present or self._health.is_draining)
+            room = self._admission.room if takes_work else 0
+            try:
+                # With its hands full it waits below, for room; otherwise here, for records.
+                deliveries = await source.poll(room, POLL_MS if room or not takes_work else 0)
+            except SystemicError as error:
+                failures += 1
+                self._faults.report("kafka consumer", error)
+                await asyncio.sleep(self._backoff.wait_s(failures))
+                continue
+            failures = 0
+            self._faults.clear("kafka consumer")
+            for delivery in deliveries:
+                self._begin(delivery)
+            if takes_work:
+                await self._admission.wait_for_room(POLL_MS / 1000)
+
+    def _begin(self, delivery: Delivery) -> None:
+        self._metrics.consumed.labels(delivery.topic).inc()
+        ticket = self._admission.admit(len(delivery.value))
+        task = asyncio.create_task(self.deliver(delivery, ticket))
+        self._at_work[task] = delivery
+        # Not inside the coroutine: a task that is cancelled before its first step never runs a line of it.
+        task.add_done_callback(lambda ended: self._end(ended, ticket))
+
+    def _end(self, task: asyncio.Task[None], ticket: Ticket) -> None:
+        ticket.release()
+        del self._at_work[task]
+        if task.cancelled():
+            self._metrics.jobs.labels("returned").inc()
+        elif (error := task.exception()) is not None:
+            # A delivery that has not ended would hold its partition's watermark for ever: the worker ends instead.
+            self._metrics.jobs.labels("returned").inc()
+            self._breach = error
+            self._broken.set()
+
+    async def _give_back(self, tasks: list[asyncio.Task[None]]) -> None:
+        if not tasks:
+            return
+        logger.warning("%d jobs go back to Kafka", len(tasks))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
+
+    async def _leave(self, source: JobSource) -> None:
+        try:
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await source.stop()
+        except TimeoutError:
+            logger.warning("the consumer group was not left in time")
+
+    async def _commit_and_observe(self, source: JobSource) -> None:
+        committed_at = time.monotonic()
+        while True:
+            planned = time.monotonic() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self._metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
+            self._health.tick()
+            self._health.has_joined = source.has_joined
+            self.engine_stats = self._engine.stats()
+            self._faults.observe()
+            self._metrics.jobs_in_flight.set(self._admission.jobs)
+            self._metrics.admitted_bytes.set(self._admission.bytes)
+            if time.monotonic() - committed_at >= COMMIT_INTERVAL_S:
+                await source.commit()
+                committed_at = time.monotonic()
+                self._observe_partitions(source)
+
+    def _observe_partitions(self, source: JobSource) -> None:
+        # Cleared first: partitions that left must not go on showing their last lag.
+        self._metrics.consumer_lag.clear()
+        self._metrics.watermark.clear()
+        for (topic, partition), lag in source.lags.items():
+            self._metrics.consumer_lag.labels(topic, partition).set(lag)
+        for (topic, partition), offset in source.watermarks.items():
+            self._metrics.watermark.labels(topic, partition).set(offset)
+
+    async def _wait_until_drained(self, source: JobSource) -> None:
+        idle_since: float | None = None
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._at_work or self._faults.are_present or not await source.is_drained():
+                idle_since = None
+                continue
+            idle_since = idle_since or time.monotonic()
+            if time.monotonic() - idle_since >= self._settings.admission.idle_exit_s:
+                logger.info("nothing is left to do")
+                return
+
+    def _observe(self, passage: Passage) -> None:
+        metrics = self._metrics
+        metrics.jobs.labels("result" if passage.failure is None else "dead_letter").inc()
+        metrics.process_seconds.observe(passage.elapsed_s)
+        for stage, seconds in passage.seconds.items():
+            metrics.stage_seconds.labels(stage).observe(seconds)
+        if passage.waited_in_kafka_s is not None:
+            metrics.stage_seconds.labels("kafka").observe(passage.waited_in_kafka_s)
+        if passage.failure is not None:
+            metrics.dead_letters.labels(passage.failure_class, passage.failure.code, passage.failed_stage).inc()
+        output = passage.output
+        if output is None:
+            return
+        timings = output.timings
+        metrics.request_success.labels(output.finish_reason).inc()
+        metrics.time_to_first_token.observe(timings.time_to_first_token_ms / 1000)
+        metrics.request_queue_time.observe(timings.queue_ms / 1000)
+        metrics.e2e_request_latency.observe(timings.e2e_ms / 1000)
+        if output.usage.output_tokens > 1:
+            metrics.inter_token_latency.observe(timings.mean_itl_ms / 1000)
+        metrics.request_prompt_tokens.observe(output.usage.input_tokens)
+        metrics.request_generation_tokens.observe(output.usage.output_tokens)
+        for image in output.images:
+            metrics.images.labels(image.outcome).inc()
+
+
+def _first_cause(error: Exception) -> Exception:
+    """What failed first, out of the groups that a TaskGroup makes of it; an error that is systemic before others."""
+    if not isinstance(error, ExceptionGroup):
+        return error
+    causes = [_first_cause(cause) for cause in error.exceptions]
+    return next((cause for cause in causes if isinstance(cause, SystemicError)), causes[0])

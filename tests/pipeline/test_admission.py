@@ -1,0 +1,120 @@
+"""Admission: a bound on jobs and bytes that cannot deadlock."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nanovllm.pipeline.admission import Admission
+
+
+def admission(*, max_jobs: int = 4, max_bytes: int = 100) -> Admission:
+    return Admission(max_jobs=max_jobs, max_bytes=max_bytes)
+
+
+async def started(*coroutines: object) -> list[asyncio.Task[None]]:
+    tasks = [asyncio.ensure_future(c) for c in coroutines]  # type: ignore[call-overload]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return tasks
+
+
+def test_room_is_what_is_left_of_the_jobs() -> None:
+    of = admission(max_jobs=2)
+    first, second = of.admit(1), of.admit(1)
+    assert of.room == 0
+    first.release()
+    assert of.room == 1
+    second.release()
+    second.release()
+    assert (of.room, of.jobs, of.bytes) == (2, 0, 0)
+    of.audit()
+
+
+def test_there_is_no_room_while_records_hold_all_the_bytes() -> None:
+    of = admission(max_bytes=100)
+    ticket = of.admit(100)
+    assert of.room == 0
+    ticket.release()
+    assert of.room == 4
+
+
+async def test_a_reservation_waits_until_its_bytes_are_free() -> None:
+    of = admission()
+    first, second = of.admit(0), of.admit(0)
+    await first.reserve(70)
+    (waiting,) = await started(second.reserve(40))
+    assert not waiting.done()
+    first.shrink(60)
+    await waiting
+    assert of.bytes == 100
+
+
+async def test_reservations_are_granted_first_come_first_served() -> None:
+    of = admission()
+    holder, large, small = of.admit(0), of.admit(0), of.admit(0)
+    await holder.reserve(50)
+    waiting_large, waiting_small = await started(large.reserve(60), small.reserve(10))
+    assert not waiting_small.done(), "the small one fits, and would starve the large one for ever"
+    holder.release()
+    await waiting_large
+    await waiting_small
+
+
+async def test_more_than_the_whole_bound_is_granted_alone() -> None:
+    of = admission(max_bytes=100)
+    small, huge, later = of.admit(0), of.admit(0), of.admit(0)
+    await small.reserve(10)
+    waiting_huge, waiting_later = await started(huge.reserve(500), later.reserve(10))
+    assert not waiting_huge.done()
+    small.release()
+    await waiting_huge
+    await started()
+    assert not waiting_later.done()
+    huge.shrink(20)
+    await waiting_later
+
+
+async def test_a_cancelled_wait_holds_nothing_and_lets_the_next_one_pass() -> None:
+    of = admission()
+    holder, cancelled, follower = of.admit(0), of.admit(0), of.admit(0)
+    await holder.reserve(90)
+    waiting, behind = await started(cancelled.reserve(80), follower.reserve(10))
+    waiting.cancel()
+    await behind
+    assert of.bytes == 100
+    for ticket in (holder, cancelled, follower):
+        ticket.release()
+    of.audit()
+    assert of.bytes == 0
+
+
+async def test_cancelled_in_the_step_in_which_it_was_granted_holds_nothing() -> None:
+    of = admission()
+    holder, unlucky = of.admit(0), of.admit(0)
+    await holder.reserve(90)
+    (waiting,) = await started(unlucky.reserve(80))
+    holder.release()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    unlucky.release()
+    of.audit()
+    assert (of.bytes, of.jobs) == (0, 0)
+
+
+async def test_a_job_reserves_once() -> None:
+    ticket = admission().admit(0)
+    await ticket.reserve(1)
+    with pytest.raises(RuntimeError, match="reserves once"):
+        await ticket.reserve(1)
+
+
+async def test_waiting_for_room_ends_when_a_job_ends_or_time_is_up() -> None:
+    of = admission(max_jobs=1)
+    ticket = of.admit(0)
+    assert not await of.wait_for_room(0.01)
+    (waiting,) = await started(of.wait_for_room(30))
+    ticket.release()
+    assert await waiting

@@ -1,0 +1,204 @@
+"""Reading images from S3: what is allowed, how much, and what each failure means."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+
+from nanovllm.errors import (
+    CredentialsRefused,
+    FetchFailed,
+    ForbiddenUri,
+    ImageTooLarge,
+    NanoVLLMError,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
+)
+from nanovllm.pipeline.fetch import AllowList, ObjectFetcher, classify
+from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.settings import S3Settings
+
+
+def fetcher_for(endpoint_url: str, *allow: str, max_bytes: int = 1_000_000, **settings: Any) -> ObjectFetcher:
+    return ObjectFetcher(
+        S3Settings(endpoint_url=endpoint_url, addressing_style="path", allow=allow, **settings), max_bytes=max_bytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "is_allowed"),
+    [
+        ("s3://in", "any/key.png", True),
+        ("s3://in/", "any/key.png", True),
+        ("s3://in/a", "a/key.png", True),
+        ("s3://in/a/", "a/key.png", True),
+        ("s3://in/a", "a", True),
+        ("s3://in/a", "apart/key.png", False),
+        ("s3://in/a", "b/a/key.png", False),
+        ("s3://other", "key.png", False),
+        ("s3://in/a", "a/../secret.png", False),
+        ("s3://in", "./key.png", False),
+        ("s3://in/a", "a/x..y/key.png", True),
+    ],
+)
+def test_a_prefix_ends_at_a_path_boundary(entry: str, key: str, is_allowed: bool) -> None:
+    allow = AllowList.parse([entry])
+    if is_allowed:
+        allow.check("in", key)
+    else:
+        with pytest.raises(ForbiddenUri):
+            allow.check("in", key)
+
+
+def test_an_empty_allow_list_allows_nothing() -> None:
+    with pytest.raises(ForbiddenUri):
+        AllowList.parse([]).check("in", "key.png")
+
+
+def test_a_forbidden_object_is_refused_before_anything_is_read() -> None:
+    def never(_: S3Settings) -> Any:
+        raise AssertionError("a client was made")
+
+    fetcher = ObjectFetcher(S3Settings(allow=("s3://in",)), max_bytes=10, client_factory=never)
+    with pytest.raises(ForbiddenUri):
+        fetcher.check(ImageRef(uri="s3://elsewhere/key.png"))
+    fetcher.close()
+
+
+async def test_reads_an_object_with_its_digest(s3: Any) -> None:
+    bucket = s3.make_bucket()
+    uri = s3.put(bucket, "a key with ümlaut & %20.png", b"bytes")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    image = await fetcher.fetch(ImageRef(uri=uri))
+    assert (image.data, image.uri, image.version_id) == (b"bytes", uri, None)
+    assert image.sha256 == hashlib.sha256(b"bytes").hexdigest()
+    fetcher.close()
+
+
+async def test_reads_the_version_that_the_job_names(s3: Any) -> None:
+    bucket = s3.make_bucket(versioned=True)
+    first = s3.client.put_object(Bucket=bucket, Key="k", Body=b"first")["VersionId"]
+    second = s3.client.put_object(Bucket=bucket, Key="k", Body=b"second")["VersionId"]
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    old = await fetcher.fetch(ImageRef(uri=f"s3://{bucket}/k", version_id=first))
+    new = await fetcher.fetch(ImageRef(uri=f"s3://{bucket}/k"))
+    assert (old.data, old.version_id) == (b"first", first)
+    assert (new.data, new.version_id) == (b"second", second)
+    fetcher.close()
+
+
+async def test_bytes_in_the_job_need_no_store() -> None:
+    fetcher = ObjectFetcher(S3Settings(), max_bytes=4)
+    assert (await fetcher.fetch(ImageRef(data=b"1234"))).data == b"1234"
+    with pytest.raises(ImageTooLarge, match="5 bytes or more, above the limit of 4"):
+        await fetcher.fetch(ImageRef(data=b"12345"))
+    fetcher.close()
+
+
+async def test_what_the_job_promised_must_be_there(s3: Any) -> None:
+    bucket = s3.make_bucket()
+    uri = s3.put(bucket, "k", b"other")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    with pytest.raises(ObjectChanged):
+        await fetcher.fetch(ImageRef(uri=uri, sha256=hashlib.sha256(b"promised").hexdigest()))
+    with pytest.raises(ObjectNotFound):
+        await fetcher.fetch(ImageRef(uri=f"s3://{bucket}/missing"))
+    fetcher.close()
+
+
+async def test_an_object_above_the_limit_is_not_read(s3: Any) -> None:
+    bucket = s3.make_bucket()
+    uri = s3.put(bucket, "k", b"x" * 11)
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_bytes=10)
+    with pytest.raises(ImageTooLarge, match="11 bytes or more, above the limit of 10"):
+        await fetcher.fetch(ImageRef(uri=uri))
+    fetcher.close()
+
+
+@contextmanager
+def answering(response: bytes) -> Iterator[str]:
+    """A server that reads a request, says ``response`` and hangs up, again and again."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                connection.sendall(response)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(5)
+
+
+def http(status: str, body: bytes = b"", length: int | None = None) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body) if length is None else length}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def s3_error(status: str, code: str) -> bytes:
+    return http(status, f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode())
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (http("200 OK", b"half", length=8), FetchFailed),
+        (http("500 Internal Server Error"), FetchFailed),
+        (s3_error("503 Slow Down", "SlowDown"), FetchFailed),
+        (b"", FetchFailed),
+        (s3_error("403 Forbidden", "AccessDenied"), ObjectForbidden),
+        (s3_error("403 Forbidden", "InvalidAccessKeyId"), CredentialsRefused),
+        (s3_error("400 Bad Request", "ExpiredToken"), CredentialsRefused),
+        (s3_error("404 Not Found", "NoSuchBucket"), ObjectNotFound),
+    ],
+)
+async def test_each_failure_of_the_store_has_its_class(s3: Any, response: bytes, expected: type[NanoVLLMError]) -> None:
+    with answering(response) as endpoint_url:
+        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        with pytest.raises(expected) as caught:
+            await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
+        assert type(caught.value) is expected
+        assert endpoint_url not in str(caught.value)
+        fetcher.close()
+
+
+async def test_refused_credentials_are_read_anew_at_the_next_attempt(s3: Any) -> None:
+    bucket = s3.make_bucket()
+    uri = s3.put(bucket, "k", b"bytes")
+    clients = [_Refusing(), s3.client]
+    fetcher = ObjectFetcher(
+        S3Settings(allow=(f"s3://{bucket}",)), max_bytes=10, client_factory=lambda _: clients.pop(0)
+    )
+    with pytest.raises(CredentialsRefused):
+        await fetcher.fetch(ImageRef(uri=uri))
+    assert (await fetcher.fetch(ImageRef(uri=uri))).data == b"bytes"
+
+
+class _Refusing:
+    def get_object(self, **_: Any) -> Any:
+        raise NoCredentialsError
+
+
+def test_nothing_secret_is_repeated() -> None:
+    error = EndpointConnectionError(endpoint_url="http://user:secret@host")
+    assert "secret" not in str(classify(error))
+    said = ClientError({"Error": {"Code": "AccessDenied", "Message": "secret"}}, "GetObject")
+    assert "secret" not in str(classify(said))

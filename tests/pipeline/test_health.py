@@ -1,0 +1,87 @@
+"""The worker's endpoints, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from nanovllm.engine.outputs import EngineStats
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.health import Health, HealthServer
+
+
+@dataclass
+class Served:
+    health: Health
+    metrics: Metrics
+    port: int
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    health, metrics = Health(), Metrics()
+    server = HealthServer(health, metrics, host="127.0.0.1", port=0)
+    server.start()
+    yield Served(health, metrics, server.port)
+    server.close()
+
+
+def test_a_worker_that_loads_its_model_is_alive_and_not_ready(served: Served) -> None:
+    assert served.get("/healthz")[0] == 200
+    status, body = served.get("/readyz")
+    assert status == 503
+    assert json.loads(body)["reasons"] == ["the model is not loaded", "the consumer group is not joined"]
+
+
+def test_a_worker_in_its_group_is_ready_until_it_drains_or_a_fault_is_systemic(served: Served) -> None:
+    served.health.is_model_loaded = served.health.has_joined = True
+    assert served.get("/readyz") == (200, '{"status": "ok", "reasons": []}\n')
+    served.health.systemic = "object store: no credentials"
+    assert served.get("/readyz")[0] == 503
+    assert served.get("/healthz")[0] == 200
+    served.health.systemic = None
+    served.health.is_draining = True
+    assert "draining" in served.get("/readyz")[1]
+
+
+def test_a_dead_engine_or_a_stuck_event_loop_is_unhealthy(served: Served) -> None:
+    served.health.is_model_loaded = True
+    served.health.is_engine_alive = False
+    assert served.get("/healthz")[0] == 503
+    served.health.is_engine_alive = True
+    served.health._last_tick -= 60
+    status, body = served.get("/healthz")
+    assert status == 503
+    assert "event loop" in body
+    served.health.tick()
+    assert served.get("/healthz")[0] == 200
+
+
+def test_metrics_carry_the_engines_figures_under_vllms_names(served: Served) -> None:
+    served.metrics.watch_engine(lambda: EngineStats(num_requests_running=3, kv_cache_usage=0.5, generation_tokens=7))
+    served.metrics.time_to_first_token.observe(0.2)
+    status, text = served.get("/metrics")
+    assert status == 200
+    for line in (
+        "nanovllm_num_requests_running 3.0",
+        "nanovllm_kv_cache_usage_perc 0.5",
+        "nanovllm_generation_tokens_total 7.0",
+        "nanovllm_time_to_first_token_seconds_count 1.0",
+    ):
+        assert line in text.splitlines()
+
+
+def test_an_unknown_path_is_not_found(served: Served) -> None:
+    assert served.get("/secret")[0] == 404
