@@ -170,6 +170,12 @@ class EngineDead(SystemicError):
     remedy = "Restart the worker; its offsets are not committed."
 
 
+class EngineFault(SystemicError):
+    """The engine broke one of its own rules: no request's mistake, and nothing that a retry would mend."""
+
+    code = "engine_fault"
+
+
 class ConfigurationError(NanoVLLMError, ValueError):
     """Settings or arguments that contradict one another or name what does not exist."""
 

@@ -24,7 +24,7 @@ class EngineConfig:
     model: str
     max_num_batched_tokens: int = 2048  # the token budget of one step
     max_num_seqs: int = 64
-    max_model_len: int | None = None  # prompt and output together; None: the checkpoint's, as far as the KV cache holds it
+    max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
     block_size: int | None = None  # None: the attention backend's
     kv_cache_bytes: int | None = None  # None: 1 GiB on the CPU, what gpu_memory_utilization leaves on a GPU
     gpu_memory_utilization: float = 0.9

@@ -1,0 +1,294 @@
+"""Attention over paged keys and values: one small interface, and who implements it where.
+
+A backend prepares once a step what every layer needs (``plan``), and then, layer by layer, writes the new keys and
+values to their slots and lets the queries attend (``attend``). All state comes in as arguments. A row is a sequence's
+share of the step; rows of a single token come first, so that decoding is one batched call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """The rows of one step, single-token rows first and those by context length.
+
+    ``block_tables`` may name more blocks than ``context_lens`` (which include the row's own tokens) need.
+    """
+
+    query_lens: Sequence[int]
+    context_lens: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+
+
+class AttentionBackend(Protocol):
+    """What a model layer needs of attention; ``cache`` is one layer's keys and values, as ``allocate`` shaped them."""
+
+    block_size: int
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """Zeroed keys and values of one layer."""
+        ...
+
+    def plan(self, batch: AttentionBatch) -> Any:
+        """What all layers of this step share; handed back to ``attend`` as it is."""
+        ...
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
+        """Write ``key`` and ``value`` [T, kv_heads, d] to their slots and attend with ``query`` [T, heads, d].
+
+        Every token sees the tokens of its own sequence up to itself. Returns [T, heads, d].
+        """
+        ...
+
+
+def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
+    """The cache slot of every new token, in row order: block number times block size plus offset."""
+    slots: list[int] = []
+    for length, context, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+        start = context - length
+        if length == 1:
+            slots.append(table[start // block_size] * block_size + start % block_size)
+            continue
+        for block in range(start // block_size, (context - 1) // block_size + 1):
+            low, high = max(start, block * block_size), min(context, (block + 1) * block_size)
+            first = (table[block] - block) * block_size
+            slots.extend(range(first + low, first + high))
+    return slots
+
+
+@dataclass(frozen=True)
+class _DecodeGroup:
+    """Single-token rows [start, end) of similar context: pages [rows * width], additive mask [rows, 1, 1, ctx]."""
+
+    start: int
+    end: int
+    pages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class _PrefillRow:
+    """A row of many tokens [start, end); without ``pages`` its context is the row itself."""
+
+    start: int
+    end: int
+    context: int
+    pages: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _SdpaPlan:
+    slots: Tensor
+    decodes: tuple[_DecodeGroup, ...]
+    prefills: tuple[_PrefillRow, ...]
+
+
+class SdpaAttention:
+    """Gather pages, then torch's scaled_dot_product_attention: the CPU's backend, and a GPU's when it has no other.
+
+    A page is [block_size, 2, kv_heads, d], keys and values together: one gather fetches both, in contiguous copies.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> None:
+        """``dtype`` is the model's."""
+        self.block_size = block_size or 16
+        self._device = device
+        self._dtype = dtype
+        # Gathering into memory of its own is ten times faster than into a fresh allocation, which faults page by page.
+        self._workspace = torch.empty(0, dtype=dtype, device=device)
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """[num_blocks, block_size, 2, kv_heads, d]; zeros, since a masked NaN would still be NaN times zero."""
+        shape = (num_blocks, self.block_size, 2, num_kv_heads, head_dim)
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        # NumPy leaves zero pages to the system until they are written, torch writes them all at once.
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+
+    def plan(self, batch: AttentionBatch) -> _SdpaPlan:
+        """Slots, pages and masks of the step, each in one tensor."""
+        num_decodes = sum(length == 1 for length in batch.query_lens)
+        decodes: list[_DecodeGroup] = []
+        start = 0
+        while start < num_decodes:
+            # Rows up to twice as long as the shortest share a group: padding costs less than another call.
+            limit = 2 * self._num_pages(batch.context_lens[start]) + 2
+            end = start + 1
+            while end < num_decodes and self._num_pages(batch.context_lens[end]) <= limit:
+                end += 1
+            decodes.append(self._decode_group(batch, start, end))
+            start = end
+        prefills: list[_PrefillRow] = []
+        for index in range(num_decodes, len(batch.query_lens)):
+            prefills.append(self._prefill_row(batch, index, start))
+            start += batch.query_lens[index]
+        slots = torch.tensor(slots_of(batch, self.block_size), device=self._device)
+        return _SdpaPlan(slots, tuple(decodes), tuple(prefills))
+
+    def _num_pages(self, context: int) -> int:
+        return -(-context // self.block_size)
+
+    def _decode_group(self, batch: AttentionBatch, start: int, end: int) -> _DecodeGroup:
+        contexts = batch.context_lens[start:end]
+        width = self._num_pages(max(contexts))
+        pages: list[int] = []
+        for table in batch.block_tables[start:end]:
+            pages += table[:width]
+            pages += [table[0]] * (width - len(table))  # masked: any page will do
+        lengths = torch.tensor(contexts, device=self._device).view(-1, 1, 1, 1)
+        beyond = torch.arange(width * self.block_size, device=self._device) >= lengths
+        mask = torch.zeros(beyond.shape, dtype=self._dtype, device=self._device).masked_fill_(beyond, float("-inf"))
+        return _DecodeGroup(start, end, torch.tensor(pages, device=self._device), mask)
+
+    def _prefill_row(self, batch: AttentionBatch, index: int, start: int) -> _PrefillRow:
+        length, context = batch.query_lens[index], batch.context_lens[index]
+        if length == context:
+            return _PrefillRow(start, start + length, context, None, None)
+        pages = torch.tensor(batch.block_tables[index][: self._num_pages(context)], device=self._device)
+        mask = torch.full((length, context), float("-inf"), dtype=self._dtype, device=self._device)
+        return _PrefillRow(start, start + length, context, pages, mask.triu_(context - length + 1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _SdpaPlan) -> Tensor:
+        """See AttentionBackend."""
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.slots, torch.stack((key, value), 1))
+        if len(plan.decodes) == 1 and not plan.prefills:
+            return self._decode(query, cache, plan.decodes[0])
+        output = torch.empty_like(query)
+        for group in plan.decodes:
+            output[group.start : group.end] = self._decode(query[group.start : group.end], cache, group)
+        for row in plan.prefills:
+            part = slice(row.start, row.end)
+            if row.pages is None:
+                keys, values = key[part], value[part]
+            else:
+                keys, values = self._gather(cache, row.pages).view(-1, *cache.shape[2:])[: row.context].unbind(1)
+            output[part] = F.scaled_dot_product_attention(
+                query[part].transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                attn_mask=row.mask,
+                is_causal=row.mask is None,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return output
+
+    def _decode(self, query: Tensor, cache: Tensor, group: _DecodeGroup) -> Tensor:
+        rows = group.end - group.start
+        keys, values = self._gather(cache, group.pages).view(rows, -1, *cache.shape[2:]).unbind(2)
+        return F.scaled_dot_product_attention(
+            query.unsqueeze(2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, enable_gqa=True
+        ).squeeze(2)
+
+    def _gather(self, cache: Tensor, pages: Tensor) -> Tensor:
+        shape = (len(pages), *cache.shape[1:])
+        size = len(pages) * cache[0].numel()
+        if self._workspace.numel() < size:
+            self._workspace = torch.empty(size + size // 2, dtype=cache.dtype, device=cache.device)
+        return torch.index_select(cache, 0, pages, out=self._workspace[:size].view(shape))
+
+
+@dataclass(frozen=True)
+class _VarlenPlan:
+    slots: Tensor
+    query_starts: Tensor
+    context_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_query: int
+    max_context: int
+
+
+class PagedVarlenAttention:
+    """Kernels that read pages themselves on CUDA: flash-attn, or torch's own varlen_attn where flash-attn is missing.
+
+    Keys and values are [2, num_blocks, block_size, kv_heads, d]; both kernels want pages of a multiple of 256 tokens.
+    """
+
+    def __init__(self, device: torch.device, kernel: Callable[..., Tensor], block_size: int | None = None) -> None:
+        """``kernel`` is one of :func:`flash_attn_kernel` and :func:`torch_varlen_kernel`."""
+        self.block_size = block_size or 256
+        self._device = device
+        self._kernel = kernel
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """[2, num_blocks, block_size, kv_heads, d]."""
+        return torch.zeros(2, num_blocks, self.block_size, num_kv_heads, head_dim, dtype=dtype, device=self._device)
+
+    def plan(self, batch: AttentionBatch) -> _VarlenPlan:
+        """Cumulative lengths and the padded block table."""
+        width = -(-max(batch.context_lens) // self.block_size)
+        tables = [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
+        lengths = torch.tensor([batch.query_lens, batch.context_lens], dtype=torch.int32)
+        starts = F.pad(lengths.cumsum(1, dtype=torch.int32), (1, 0)).to(self._device)
+        return _VarlenPlan(
+            slots=torch.tensor(slots_of(batch, self.block_size), device=self._device),
+            query_starts=starts[0],
+            context_starts=starts[1],
+            context_lens=lengths[1].to(self._device),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
+            max_query=max(batch.query_lens),
+            max_context=max(batch.context_lens),
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _VarlenPlan) -> Tensor:
+        """See AttentionBackend."""
+        keys, values = cache.unbind(0)
+        keys.view(-1, *key.shape[1:]).index_copy_(0, plan.slots, key)
+        values.view(-1, *value.shape[1:]).index_copy_(0, plan.slots, value)
+        return self._kernel(query, keys, values, plan)
+
+
+def flash_attn_kernel() -> Callable[..., Tensor]:
+    """flash-attn 2 over a block table."""
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: _VarlenPlan) -> Tensor:
+        output: Tensor = flash_attn_varlen_func(
+            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
+            causal=True, block_table=plan.block_tables,
+        )  # fmt: skip
+        return output
+
+    return attend
+
+
+def torch_varlen_kernel() -> Callable[..., Tensor]:
+    """torch's own flash attention over a block table (torch 2.13 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: _VarlenPlan) -> Tensor:
+        output = varlen_attn(
+            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
+            window_size=(-1, 0), enable_gqa=True, seqused_k=plan.context_lens, block_table=plan.block_tables,
+        )  # fmt: skip
+        assert isinstance(output, Tensor)  # a pair only when return_aux is asked for
+        return output
+
+    return attend
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
+    """The best backend that is there, told by what can be imported and called, not by version strings."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        if importlib.util.find_spec("flash_attn") is not None:
+            return PagedVarlenAttention(device, flash_attn_kernel(), block_size)
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            from torch.nn.attention.varlen import varlen_attn
+
+            if "block_table" in inspect.signature(varlen_attn).parameters:
+                return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
+    return SdpaAttention(device, dtype, block_size)

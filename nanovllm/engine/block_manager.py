@@ -1,0 +1,113 @@
+"""Which KV block holds what: allocation, reference counts, and the prefix cache over full blocks.
+
+A block is in one of three states. *Held*: its reference count says by how many sequences. *Cached*: nobody holds it,
+but its hash is known, so a later prefix can take it up again. *Blank*: neither. Blank and cached blocks are both free:
+cached ones are given away last, the longest unused first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from nanovllm.errors import EngineFault
+
+
+class BlockManager:
+    """The books of ``num_blocks`` blocks of ``block_size`` tokens: hashes and numbers, no tokens and no tensors."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        """All blocks start blank."""
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        """The share of blocks that are held, 0 to 1."""
+        return 1.0 - self.num_free / self.num_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks ``num_tokens`` tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of ``hashes``. Nothing is taken yet."""
+        blocks: list[int] = []
+        if self.enable_prefix_caching:
+            for key in hashes:
+                block = self._block_of.get(key)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def can_take(self, num_new: int, cached: Sequence[int] = ()) -> bool:
+        """Whether ``num_new`` blank blocks are there besides the ``cached`` ones, which may be free themselves."""
+        return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= self.num_free
+
+    def take(self, num_new: int, cached: Sequence[int] = ()) -> list[int]:
+        """Hold ``cached`` and ``num_new`` other blocks, in this order; raises EngineFault when it cannot."""
+        if not self.can_take(num_new, cached):
+            raise EngineFault(f"{num_new} blocks wanted, {self.num_free} of {self.num_blocks} are free")
+        for block in cached:
+            self._ref_counts[block] += 1
+            self._free.pop(block, None)
+        return [*cached, *(self._take_blank() for _ in range(num_new))]
+
+    def _take_blank(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._ref_counts[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        key = self._hash_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._hash_of[block] = None
+
+    def remember(self, block: int, key: bytes) -> None:
+        """Make a held block, now full and computed, findable by its hash.
+
+        The first block with a hash keeps it. An equal one, computed beside it in the same step, stays anonymous and is
+        blank when it is let go: its content is right, and the map keeps naming exactly one block.
+        """
+        if self.enable_prefix_caching and self._hash_of[block] is None and key not in self._block_of:
+            self._hash_of[block] = key
+            self._block_of[key] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Let go of one sequence's blocks; of those that become free, the end of the prefix is given away first."""
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+                if self._hash_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def forget_all(self) -> None:
+        """Drop the prefix cache; held blocks stay held."""
+        for block in list(self._block_of.values()):
+            self._forget(block)
+
+    def audit(self, tables: Iterable[Sequence[int]]) -> None:
+        """Check every invariant against the block tables of all live sequences; raises AssertionError."""
+        held = Counter(block for table in tables for block in table)
+        for block, references in enumerate(self._ref_counts):
+            assert references == held[block], f"block {block}: {references} references, {held[block]} holders"
+            assert (references == 0) == (block in self._free), f"block {block}: free list and references disagree"
+            key = self._hash_of[block]
+            assert key is None or self._block_of.get(key) == block, f"block {block}: its hash names another block"
+        assert set(held) <= set(range(self.num_blocks)), "a table names a block that does not exist"
+        for key, block in self._block_of.items():
+            assert self._hash_of[block] == key, f"the map names block {block} by a hash that it does not have"

@@ -1,0 +1,120 @@
+"""A Hugging Face checkpoint directory: its configuration, its tensors (one file or shards), and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+from nanovllm.errors import ModelNotFound, UnsupportedModel
+from nanovllm.vision.checkpoints import read_config
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_READ_BYTES = 1 << 24
+
+
+class Checkpoint:
+    """Reads a checkpoint directory; nothing in it is executed, and no weight format but safetensors is opened."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelNotFound where config.json or the weights are missing."""
+        self.directory = directory
+        self.fields = read_config(directory)
+        if (directory / _INDEX).is_file():
+            index = json.loads((directory / _INDEX).read_text())
+            self.files = sorted({directory / name for name in index["weight_map"].values()})
+        else:
+            self.files = [directory / _SINGLE]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise ModelNotFound(f"checkpoint {directory.name!r} lacks {', '.join(missing)}")
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration with the defaults of its family filled in."""
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            self.directory, local_files_only=True, trust_remote_code=False
+        )
+        return config
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of ``architectures``; empty where there is none."""
+        return next(iter(self.fields.get("architectures") or ()), "")
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of all stored tensors."""
+        names: set[str] = set()
+        for file in self.files:
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+        return frozenset(names)
+
+    def tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything that is ``wanted``, one at a time, on the CPU in the stored type."""
+        for file in self.files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    if wanted(name):
+                        yield name, tensors.get_tensor(name)
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text: of generation_config.json where it names any, else of the configuration."""
+        text: Any = self.config.get_text_config()
+        found = text.eos_token_id
+        if (self.directory / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
+            found = generation.eos_token_id if generation.eos_token_id is not None else found
+        if found is None:
+            return frozenset()
+        return frozenset(found) if isinstance(found, list) else frozenset((found,))
+
+    @cached_property
+    def parameter_digest(self) -> str:
+        """sha256 (hex) over the weight files in order of their names; reads all of them once."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                while part := stream.read(_READ_BYTES):
+                    digest.update(part)
+        return digest.hexdigest()
+
+    @property
+    def revision(self) -> str:
+        """The hub's commit where the directory is a snapshot of the hub cache, else the start of the digest."""
+        if self.directory.parent.name == "snapshots":
+            return self.directory.name
+        return self.parameter_digest[:12]
+
+
+def load_parameters(
+    checkpoint: Checkpoint, places: Mapping[str, Sequence[Tensor]], rename: Callable[[str], str | None]
+) -> None:
+    """Copy stored tensors to their places, converting to the place's type.
+
+    ``rename`` gives the name that ``places`` uses, or None for a tensor of no concern. Raises UnsupportedModel when a
+    tensor is missing, is unknown, or has another shape.
+    """
+    missing = set(places)
+    for stored_name, tensor in checkpoint.tensors(lambda name: rename(name) is not None):
+        name = str(rename(stored_name))
+        if name not in places:
+            raise UnsupportedModel(f"checkpoint tensor {stored_name!r} has no place in this model")
+        for place in places[name]:
+            if place.shape != tensor.shape:
+                raise UnsupportedModel(
+                    f"checkpoint tensor {stored_name!r} is {list(tensor.shape)}, expected {list(place.shape)}"
+                )
+            place.copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise UnsupportedModel(f"the checkpoint lacks {len(missing)} tensors, among them {min(missing)!r}")

@@ -1,0 +1,178 @@
+"""Runs the model: plan in, logits out. Owns the weights, the KV memory and the vision processor."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.attention import AttentionBatch, choose_backend
+from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.loader import Checkpoint
+from nanovllm.engine.models import load_encoder, load_text_model
+from nanovllm.engine.scheduler import Plan, ScheduledRow
+from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.errors import ConfigurationError
+from nanovllm.vision.cache import EmbeddingCache
+from nanovllm.vision.encoder import VisionEncoder
+from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One forward pass: T tokens of all rows in one line, and what attention and sampling need to know about them."""
+
+    rows: tuple[ScheduledRow, ...]  # in the order of the tokens
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T], or what the family's positions are
+    images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, hidden] that stand there
+    attention: Any
+    sampling_rows: tuple[ScheduledRow, ...]
+    sampling_indices: Tensor | None  # [len(sampling_rows)]; None when every token samples
+
+
+class ModelRunner:
+    """Weights, KV caches and the steps between a plan and its logits, each callable on its own."""
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
+        """Load everything. Raises ConfigurationError and its kin for what the checkpoint or machine cannot do."""
+        self.config = config
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = self._choose_dtype(checkpoint)
+        self.model = load_text_model(checkpoint, self.dtype, self.device)
+        self.encoder: VisionEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
+        self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
+        self.processor: VisionProcessor | None = None
+        if self.encoder is not None:
+            self.processor = VisionProcessor(
+                self.encoder,
+                image_token_id=self.image_token_id,
+                cache=EmbeddingCache(config.embedding_cache_bytes),
+            )
+        self.attention = choose_backend(self.device, self.dtype, config.block_size)
+        text = self.model.config
+        block_bytes = (
+            2 * self.attention.block_size * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
+        ) * text.num_hidden_layers
+        self.num_blocks = self._kv_cache_bytes() // block_bytes
+        if self.num_blocks < 1:
+            raise ConfigurationError(f"the KV cache must hold a block of {block_bytes} bytes; raise kv_cache_bytes")
+        self.kv_caches = [
+            self.attention.allocate(self.num_blocks, text.num_key_value_heads, text.head_dim, self.dtype)
+            for _ in range(text.num_hidden_layers)
+        ]
+
+    def _choose_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        if self.config.dtype not in (None, "auto"):
+            return _DTYPES[str(self.config.dtype)]
+        if self.device.type == "cpu":
+            return torch.float32
+        stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
+        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+    def _choose_image_token_id(self, checkpoint: Checkpoint, tokenizer: Any) -> int:
+        """The token that marks an image: the checkpoint's, the tokenizer's, or one that no text can contain."""
+        own = getattr(checkpoint.config, "image_token_index", None)
+        if own is None:
+            own = getattr(checkpoint.config, "image_token_id", None)
+        if own is None:
+            own = tokenizer.get_vocab().get(IMAGE_TOKEN)
+        return int(own) if own is not None else max(self.model.config.vocab_size, len(tokenizer))
+
+    def _kv_cache_bytes(self) -> int:
+        if self.config.kv_cache_bytes is not None:
+            return self.config.kv_cache_bytes
+        if self.device.type != "cuda":
+            return GIB
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, free - int(total * (1.0 - self.config.gpu_memory_utilization)))
+
+    def embed_images(self, rows: Rows[ScheduledRow]) -> None:
+        """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
+
+        The embeddings stay with the sequence until it has computed past them, so that no eviction can take them away
+        between two chunks of its prompt.
+        """
+        wanted: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
+        for row in rows:
+            for span in row.sequence.images:
+                if span.embedding is None and span.touches(row.start, row.end):
+                    wanted[row.sequence.cache_salt].append((row.sequence, span))
+        for salt, spans in wanted.items():
+            started = time.perf_counter()
+            assert self.processor is not None  # a sequence with images passed admission
+            embedded = self.processor.embed([span.image for _, span in spans], salt)
+            elapsed = time.perf_counter() - started
+            for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
+                span.embedding = embedding
+                span.outcome = span.outcome or outcome
+            for sequence in {id(sequence): sequence for sequence, _ in spans}.values():
+                sequence.times.encode_s += elapsed
+
+    def prepare(self, plan: Plan) -> StepInputs:
+        """Turn a plan's rows into tensors, single-token rows first; encodes the images that they touch."""
+        rows = tuple(sorted(plan.rows, key=lambda row: (row.num_tokens != 1, row.end)))
+        token_ids: list[int] = []
+        positions: list[int] = []
+        images: list[tuple[int, Tensor]] = []
+        sampling: list[int] = []
+        for row in rows:
+            sequence, start, end = row.sequence, row.start, row.end
+            for span in sequence.images:
+                if span.touches(start, end):
+                    assert span.embedding is not None  # embed_images ran before
+                    first, last = max(start, span.start), min(end, span.end)
+                    part = span.embedding[first - span.start : last - span.start]
+                    images.append((len(token_ids) + first - start, part))
+            token_ids += sequence.token_ids[start:end]
+            positions += self.model.positions(start, end)
+            if row.samples:
+                sampling.append(len(token_ids) - 1)
+        batch = AttentionBatch(
+            query_lens=[row.num_tokens for row in rows],
+            context_lens=[row.end for row in rows],
+            block_tables=[row.sequence.block_table for row in rows],
+        )
+        ids = torch.tensor(token_ids, device=self.device)
+        if images:
+            ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
+        return StepInputs(
+            rows=rows,
+            token_ids=ids,
+            positions=torch.tensor(positions, device=self.device),
+            images=tuple(images),
+            attention=self.attention.plan(batch),
+            sampling_rows=tuple(row for row in rows if row.samples),
+            sampling_indices=None if len(sampling) == len(token_ids) else torch.tensor(sampling, device=self.device),
+        )
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Compute the step and return the logits [sampling rows, vocab]."""
+        hidden = self.model.embed(inputs.token_ids)
+        for first, embedding in inputs.images:
+            hidden[first : first + len(embedding)] = embedding
+        hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention)
+        if inputs.sampling_indices is not None:
+            hidden = hidden.index_select(0, inputs.sampling_indices)
+        return self.model.logits(hidden)
+
+    def get_vision_stats(self) -> dict[str, Any]:
+        """The embedding cache's figures under the guide's names; empty without vision."""
+        if self.encoder is None or self.processor is None:
+            return {}
+        cache = self.processor.cache.stats()
+        return {
+            "vision_cache_size": cache.entries,
+            "vision_cache_bytes": cache.bytes,
+            "vision_cache_hits": cache.hits,
+            "vision_cache_misses": cache.misses,
+            "images_encoded": self.encoder.images_encoded,
+            "encode_seconds": self.encoder.encode_seconds,
+        }

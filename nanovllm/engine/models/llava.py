@@ -1,0 +1,79 @@
+"""LLaVA: image embeddings stand among the token embeddings of a text model, and attention does the rest.
+
+The text half is loaded here, the tower and projector by :class:`nanovllm.vision.encoder.VisionEncoder`.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlavaConfig, Qwen3Config
+
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.loader import Checkpoint
+from nanovllm.engine.models.qwen3 import Qwen3, load_qwen3
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.checkpoints import resolve_checkpoint
+from nanovllm.vision.encoder import VisionEncoder
+
+# transformers before 4.52 and after it: where the text model's tensors stand in a LLaVA checkpoint.
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+
+
+def text_name(name: str) -> str | None:
+    """The name that a stored tensor has in ``Qwen3ForCausalLM``, in either layout; None for tower and projector."""
+    for prefix, replacement in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return replacement + name[len(prefix) :]
+    return None
+
+
+def from_llava_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Qwen3:
+    """The text model of a ``LlavaForConditionalGeneration`` directory."""
+    config = checkpoint.config
+    assert isinstance(config, LlavaConfig)
+    if not isinstance(config.text_config, Qwen3Config):
+        kind = getattr(config.text_config, "model_type", None)
+        raise UnsupportedModel(f"a LLaVA checkpoint over {kind!r} text is not supported, only over 'qwen3'")
+    tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+    return load_qwen3(checkpoint, config.text_config, tied=tied, rename=text_name, dtype=dtype, device=device)
+
+
+def own_encoder(
+    checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> VisionEncoder:
+    """The encoder that a LLaVA checkpoint was trained with; options that contradict it are a ConfigurationError."""
+    encoder = VisionEncoder.from_llava(
+        checkpoint.directory, freeze_vision_weights=config.freeze_vision_weights, dtype=dtype, device=device
+    )
+    name = checkpoint.directory.name
+    size = encoder.transform.output_size
+    if config.max_image_size is not None and size != (config.max_image_size, config.max_image_size):
+        raise ConfigurationError(f"max_image_size={config.max_image_size}, but {name!r} was trained on {size}")
+    if config.num_vision_tokens not in (None, encoder.num_vision_tokens):
+        raise ConfigurationError(
+            f"num_vision_tokens={config.num_vision_tokens}, but {name!r} was trained with {encoder.num_vision_tokens}"
+        )
+    if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
+        raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")
+    if config.projector is not None:
+        raise ConfigurationError(f"projector={str(config.projector)!r}, but {name!r} brings a projector of its own")
+    return encoder
+
+
+def composed_encoder(config: EngineConfig, text: Qwen3, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
+    """A separate vision model in front of a text model."""
+    return VisionEncoder(
+        text.config.hidden_size,
+        config.vision_model or "openai/clip-vit-base-patch32",
+        projector=config.projector,
+        max_image_size=config.max_image_size,
+        num_vision_tokens=config.num_vision_tokens,
+        freeze_vision_weights=config.freeze_vision_weights,
+        dtype=dtype,
+        device=device,
+    )

@@ -1,0 +1,91 @@
+"""From logits to the next token of every row, all rows in one go.
+
+A greedy row is always the argmax of its own logits, whatever its neighbours ask for. A row with a seed draws from a
+generator of its own, so that its choices do not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.sequence import Sequence
+
+_NEVER = float("-inf")
+
+
+class Sampler:
+    """Greedy and random sampling with temperature, top-k, top-p and min-p, in vLLM's order."""
+
+    def __init__(self, device: torch.device, seed: int | None = None) -> None:
+        """``seed`` is for the requests that bring none; None draws one from the system."""
+        self._device = device
+        self._generator = torch.Generator(device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
+        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten."""
+        self._forbid_early_end(logits, sequences)
+        random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
+        if not random:
+            return _to_ints(logits.argmax(-1))
+        if len(random) == len(sequences):
+            return _to_ints(self._draw(logits.float(), sequences))
+        tokens = logits.argmax(-1)
+        rows = torch.tensor(random, device=logits.device)
+        tokens[rows] = self._draw(logits[rows].float(), [sequences[row] for row in random])
+        return _to_ints(tokens)
+
+    def _forbid_early_end(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
+        for row, sequence in enumerate(sequences):
+            if sequence.num_output_tokens < sequence.sampling.min_tokens and sequence.stop_token_ids:
+                logits[row, list(sequence.stop_token_ids)] = _NEVER
+
+    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        params = [sequence.sampling for sequence in sequences]
+        logits = logits / self._column([param.temperature for param in params])
+        if any(param.min_p > 0.0 for param in params):
+            floor = logits.amax(-1, keepdim=True) + self._column([param.min_p for param in params]).log()
+            logits = logits.masked_fill(logits < floor, _NEVER)
+        if any(param.top_k > 0 or param.top_p < 1.0 for param in params):
+            logits = self._keep_top(logits, [param.top_k for param in params], [param.top_p for param in params])
+        # Dividing by exponential noise and taking the maximum draws from the distribution without a cumulative sum.
+        return (logits.softmax(-1) / self._noise(logits, sequences)).argmax(-1)
+
+    def _keep_top(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
+        """Drop what is outside the k best, then outside the smallest set of probability p; the best one stays."""
+        vocab = logits.shape[-1]
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(vocab, device=logits.device)
+        limits = self._column([k if k > 0 else vocab for k in top_k])
+        ordered = ordered.masked_fill(ranks >= limits, _NEVER)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        limits = self._column([p if p < 1.0 else 2.0 for p in top_p])  # rounding may sum to more than one
+        ordered = ordered.masked_fill((before >= limits) & (ranks > 0), _NEVER)
+        return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+    def _noise(self, like: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """Exponential noise: rows with a seed from their own generator, the others from the shared one."""
+        noise = torch.empty_like(like)
+        if any(sequence.sampling.seed is None for sequence in sequences):
+            noise.exponential_(generator=self._generator)
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.seed is not None:
+                if sequence.generator is None:
+                    sequence.generator = torch.Generator(self._device).manual_seed(sequence.sampling.seed)
+                noise[row].exponential_(generator=sequence.generator)
+        return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
+
+    def _column(self, values: list[float] | list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+
+
+def _to_ints(tokens: Tensor) -> list[int]:
+    values: list[int] = tokens.tolist()
+    return values
