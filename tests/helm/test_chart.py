@@ -156,7 +156,7 @@ def test_keda_objects_fit_kedas_own_schema(render: Render, values: dict[str, Any
         pytest.skip("KEDA's CRDs: no ../shared/k8s/keda-crds.json.xz")
     schemas = {
         crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-        for crd in json.loads(lzma.open(KEDA_CRDS).read())
+        for crd in json.loads(lzma.decompress(KEDA_CRDS.read_bytes()))
     }
     for kind, rendered in render(values).items():
         if kind in KEDA_KINDS:

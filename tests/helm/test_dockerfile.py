@@ -82,8 +82,18 @@ def test_the_wheels_build_has_all_the_files_that_it_names(
 
 @pytest.mark.parametrize(
     "path",
-    ["engine", "pipeline/app.py", "vision", "sinks", "tests/parts.py", ".venv/bin/python", "build/demo/report.html"]
-    + [".git/config", "nanovllm/__pycache__/errors.cpython-312.pyc", ".env"],
+    [
+        "engine",
+        "pipeline/app.py",
+        "vision",
+        "sinks",
+        "tests/parts.py",
+        ".venv/bin/python",
+        "build/demo/report.html",
+        ".git/config",
+        "nanovllm/__pycache__/errors.cpython-312.pyc",
+        ".env",
+    ],
 )
 def test_links_tests_and_litter_stay_out_of_the_build(path: str) -> None:
     assert not is_sent_to_the_build(path)

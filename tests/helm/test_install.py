@@ -172,7 +172,7 @@ def test_install_scale_upgrade_and_uninstall(
 
         before = client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace)
         values["settings"]["engine"] = {"max_num_seqs": 8}
-        assert helm.upgrade(chart_path, "nanovllm", values, namespace=namespace)["version"] == 2
+        assert helm.upgrade(chart_path, "nanovllm", values, namespace=namespace)["revision"] == 2
         after = client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace)
         assert after.spec.replicas == 4, "an upgrade took the number of workers out of KEDA's hands"
         assert after.spec.template.metadata.annotations != before.spec.template.metadata.annotations
