@@ -79,7 +79,7 @@ class EmbeddingCache:
         pending = list(range(len(keys)))
         while pending:
             led, followed = self._claim(keys, pending, embeddings, outcomes)
-            # Computing before waiting is what keeps two threads, each leading what the other needs, from a deadlock.
+            # Our own first: others wait for it, while what we wait for is under way already.
             if led:
                 self._lead(keys, led, compute)
             pending = []

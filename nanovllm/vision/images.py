@@ -232,10 +232,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if not image.has_transparency_data:
-        try:
-            return image.convert("RGB")
-        except ValueError:
-            raise UnsupportedImageFormat(f"the colour mode {image.mode} is not supported") from None
+        return image.convert("RGB")
     image = image.convert("RGBA")
     flat = Image.new("RGB", image.size, WHITE)
     flat.paste(image, mask=image.getchannel("A"))
