@@ -1,0 +1,151 @@
+"""What the engine's tests share: transformers as the reference, and engines whose logits can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.engine.sampler import Sampler
+from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.sampling_params import SamplingParams
+
+MARGIN = 1e-3
+WORDS = "the total receipt hello world {json} 42 über 日本 quick fox <think> shape: circle".split()
+
+
+def greedy(max_tokens: int = 64, **options: Any) -> SamplingParams:
+    """Greedy sampling of exactly ``max_tokens`` tokens."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def noise_image(seed: int, width: int = 260, height: int = 240) -> Image.Image:
+    """A picture of coloured blocks, different for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with its images, and what transformers answers: tokens [n] and the logits [n, vocab] they came from."""
+
+    prompt: str
+    images: tuple[Image.Image, ...]
+    token_ids: tuple[int, ...]
+    logits: Tensor
+
+    @property
+    def margin(self) -> float:
+        """The smallest distance between the two best logits."""
+        best = self.logits.topk(2, -1).values
+        return float((best[:, 0] - best[:, 1]).min())
+
+
+class Reference:
+    """A checkpoint in transformers, in float32."""
+
+    def __init__(self, directory: Path, *, is_llava: bool) -> None:
+        """Load it."""
+        loader: Any = LlavaForConditionalGeneration if is_llava else AutoModelForCausalLM
+        self.model = loader.from_pretrained(directory, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(directory)
+
+    def answer(self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 64) -> Case:
+        """Greedy decoding, one prompt at a time, never stopped by an end token."""
+        pictures = {"images": list(images)} if images else {}
+        inputs = self.processor(text=prompt, **pictures, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return Case(prompt, tuple(images), tuple(tokens), torch.cat(output.logits))
+
+
+def random_prompt(seed: int, num_words: int) -> str:
+    """Words in an order of their own."""
+    return " ".join(np.random.default_rng(seed).choice(WORDS, num_words))
+
+
+def draw_cases(reference: Reference, num_images: Sequence[int], max_tokens: int = 64) -> list[Case]:
+    """One case for each entry, of mixed lengths, drawn until the two best logits never come closer than the margin."""
+    cases: list[Case] = []
+    seed = 0
+    while len(cases) < len(num_images):
+        seed += 1
+        wanted = num_images[len(cases)]
+        prompt = random_prompt(seed, 1 + 5 * (len(cases) % 7)) + " <|image|> and" * wanted
+        case = reference.answer(prompt, [noise_image(100 * seed + n) for n in range(wanted)], max_tokens)
+        if case.margin >= MARGIN:
+            cases.append(case)
+    assert all(case.margin >= MARGIN for case in cases)
+    return cases
+
+
+class RecordingSampler(Sampler):
+    """A sampler that keeps every row of logits it was given, by request."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Record nothing yet."""
+        super().__init__(device, seed=0)
+        self.logits: dict[str, list[Tensor]] = {}
+
+    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence]) -> list[int]:
+        """Record, then sample."""
+        for sequence, row in zip(sequences, logits.clone(), strict=True):
+            self.logits.setdefault(sequence.request_id, []).append(row)
+        return super().sample(logits, sequences)
+
+
+def recording_engine(directory: Path, **options: Any) -> LLMEngine:
+    """An engine with a RecordingSampler and a small KV cache."""
+    engine = LLMEngine(str(directory), **{"kv_cache_bytes": 4 << 20, **options})
+    engine.sampler = RecordingSampler(engine.model_runner.device)
+    return engine
+
+
+def drain(engine: LLMEngine, outputs: dict[str, RequestOutput] | None = None) -> dict[str, RequestOutput]:
+    """Step to the end, auditing every step; the outputs by request."""
+    outputs = {} if outputs is None else outputs
+    while engine.has_unfinished():
+        step(engine, outputs)
+    return outputs
+
+
+def step(engine: LLMEngine, outputs: dict[str, RequestOutput]) -> None:
+    """One audited step; finished requests go to ``outputs``."""
+    for output in engine.step():
+        if output.finished is not None:
+            outputs[output.request_id] = output.finished
+    engine.audit()
+
+
+def assert_same(case: Case, output: RequestOutput, logits: Iterable[Tensor]) -> None:
+    """Equal tokens, and logits within 1e-4 of the largest one."""
+    assert output.token_ids == case.token_ids
+    ours = torch.stack(list(logits))
+    assert ours.shape == case.logits.shape
+    assert float((ours - case.logits).abs().max() / case.logits.abs().max()) <= 1e-4
+
+
+def assert_all_same(engine: LLMEngine, cases: Mapping[str, Case], outputs: Mapping[str, RequestOutput]) -> None:
+    """Every case has its output, recorded by the engine's RecordingSampler."""
+    assert isinstance(engine.sampler, RecordingSampler)
+    assert set(outputs) == set(cases)
+    for name, case in cases.items():
+        assert_same(case, outputs[name], engine.sampler.logits[name])
