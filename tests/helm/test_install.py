@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +34,19 @@ def cluster_program() -> Path | None:
     return program if os.access(program, os.X_OK) else None
 
 
+def first_of_free_ports(count: int) -> int:
+    """The first of ``count`` neighbouring ports that are free, below those that the kernel hands out by itself."""
+    while True:
+        first = random.randrange(15_000, 30_000)
+        try:
+            with contextlib.ExitStack() as stack:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+
+
 def wait_for(is_true: Callable[[], object], why: str, within_s: float = 90.0) -> Any:
     deadline = time.monotonic() + within_s
     while not (answer := is_true()):
@@ -45,8 +61,7 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if program is None:
         pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
     directory = tmp_path_factory.mktemp("k8s")
-    # The program takes eight ports from --port upwards; a random base keeps two runs on one machine apart.
-    port = max(10_000, free_port() - 16)
+    port = first_of_free_ports(8)
     cluster = LocalProcess(
         "cluster",
         [sys.executable, str(program), "--dir", str(directory), "--port", str(port)],
@@ -184,7 +199,7 @@ def test_install_scale_upgrade_and_uninstall(
 
         helm.uninstall("nanovllm")
         assert not helm.list()
-    wait_for(lambda: not leftovers(api, namespace), f"left behind: {leftovers(api, namespace)}")
+    wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
 
 
 def test_keda_logs_in_with_tls_and_scram(
@@ -215,7 +230,7 @@ def test_keda_logs_in_with_tls_and_scram(
             lambda: condition(scaled_object(api, namespace), "Ready") == "True", "the right password does not help"
         )
         helm.uninstall("nanovllm")
-    wait_for(lambda: not leftovers(api, namespace), f"left behind: {leftovers(api, namespace)}")
+    wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
 
 
 def secret(name: str, **texts: str) -> dict[str, Any]:
