@@ -156,8 +156,13 @@ class JobSource(ConsumerRebalanceListener):
         deliveries: list[Delivery] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
-            if tp in self._active:
+            if tp not in self._active:
+                continue
+            if self._takes_work:
                 deliveries += [self._deliver(tp, record) for record in records]
+            else:
+                # Asked for before the end was known. The position is committed: it must not stay behind them.
+                consumer.seek(tp, records[0].offset)
         await self._note_positions()
         return deliveries
 

@@ -78,6 +78,7 @@ class Worker:
         self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
         self._at_work: dict[asyncio.Task[None], Delivery] = {}
         self._stop = asyncio.Event()
+        self._is_draining = False
         self._broken = asyncio.Event()
         self._breach: BaseException | None = None
         self._submitted = 0
@@ -113,12 +114,10 @@ class Worker:
                 raise self._breach
             for task in done:
                 task.result()
-            self._health.is_draining = True
-            source.stop_taking()
+            self._stop_taking(source)
             await self.drain()
         finally:
-            self._health.is_draining = True
-            source.stop_taking()
+            self._stop_taking(source)
             await self._give_back(list(self._at_work))
             is_polling.clear()
             for task in others:
@@ -248,6 +247,7 @@ class Worker:
         try:
             await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
         except MessageTooLarge as error:
+            passage.failed_stage = "publish"
             records = self._bury(passage, error)
             await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
         for record in records:
@@ -258,8 +258,8 @@ class Worker:
     ) -> T:
         """Repeat what may succeed later.
 
-        ``max_attempts`` bounds what is the job's own bad luck. Without it, and while nothing at all can succeed, it goes
-        on for ever, and the worker takes no work until it has succeeded.
+        ``max_attempts`` bounds what is the job's own bad luck. Without it, and while nothing at all can succeed, it
+        goes on for ever, and the worker takes no work until it has succeeded.
         """
         failures = 0
         while True:
@@ -306,7 +306,7 @@ class Worker:
     async def _take(self, source: JobSource, is_polling: asyncio.Event) -> None:
         failures = 0
         while is_polling.is_set():
-            takes_work = not (self._faults.are_present or self._health.is_draining)
+            takes_work = not (self._faults.are_present or self._is_draining)
             room = self._admission.room if takes_work else 0
             try:
                 # With its hands full it waits below, for room; otherwise here, for records.
@@ -341,6 +341,10 @@ class Worker:
             self._metrics.jobs.labels("returned").inc()
             self._breach = error
             self._broken.set()
+
+    def _stop_taking(self, source: JobSource) -> None:
+        self._is_draining = self._health.is_draining = True
+        source.stop_taking()
 
     async def _give_back(self, tasks: list[asyncio.Task[None]]) -> None:
         if not tasks:

@@ -1,0 +1,463 @@
+"""The way of a job through the worker: real broker, real S3 server, real decoder processes, an engine that echoes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgpack
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from parts import S3Part, create_topic
+from PIL import Image
+
+from nanovllm.engine.backend import Generation, Request
+from nanovllm.engine.echo import EchoEngine
+from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.backoff import Backoff
+from nanovllm.pipeline.fetch import ObjectFetcher
+from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.settings import Settings
+from nanovllm.pipeline.source import JobSource
+from nanovllm.pipeline.worker import Worker
+from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.images import ImageLimits
+
+PARTITIONS = 2
+
+
+def png(color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass
+class Bench:
+    """Topics of one test, and what a worker needs to work on them."""
+
+    bootstrap_servers: str
+    settings: Settings
+    producer: AIOKafkaProducer
+    decoders: DecoderPool
+    metrics: Metrics = field(default_factory=Metrics)
+    health: Health = field(default_factory=Health)
+
+    async def send(self, *jobs: Mapping[str, Any] | bytes, partition: int = 0) -> None:
+        for job in jobs:
+            value = job if isinstance(job, bytes) else json.dumps(job).encode()
+            await self.producer.send_and_wait(self.settings.topics.jobs, value, partition=partition)
+
+    @asynccontextmanager
+    async def working(
+        self, engine: EchoEngine, fetcher: Any = None, sink: KafkaSink | None = None, **settings: Any
+    ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
+        """A worker at work inside, stopped and awaited at the end."""
+        self.health = Health()
+        effective = self.settings.model_copy(update=settings)
+        worker = Worker(
+            effective,
+            engine=engine,
+            decoders=self.decoders,
+            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
+            sink=sink or KafkaSink(self.producer),
+            metrics=self.metrics,
+            health=self.health,
+            backoff=Backoff(base_s=0.01, cap_s=0.05),
+        )
+        source = JobSource(
+            effective.kafka,
+            [effective.topics.jobs],
+            max_out_of_order=effective.admission.max_out_of_order,
+            drain=worker.drain,
+            lost=worker.drop,
+        )
+        await source.start()
+        running = asyncio.create_task(worker.run(source))
+        try:
+            yield worker, running
+            if not running.done():
+                worker.stop()
+                await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def read(self, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
+        """The first ``count`` records of a topic; fails when fewer come in time."""
+        consumer = AIOKafkaConsumer(
+            topic, bootstrap_servers=self.bootstrap_servers, auto_offset_reset="earliest", enable_auto_commit=False
+        )
+        await consumer.start()
+        records: list[Any] = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(records) < count:
+                    for batch in (await consumer.getmany(timeout_ms=200)).values():
+                        records += batch
+        finally:
+            await consumer.stop()
+        return records
+
+    async def results(self, count: int) -> dict[str, dict[str, Any]]:
+        records = await self.read(self.settings.topics.results, count)
+        return {record.key.decode(): json.loads(record.value) for record in records}
+
+    async def dead_letters(self, count: int) -> list[tuple[dict[str, str], bytes]]:
+        records = await self.read(self.settings.topics.dead_letters, count)
+        return [({name: value.decode() for name, value in record.headers}, record.value) for record in records]
+
+    async def committed(self, partition: int = 0) -> int | None:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap_servers,
+            group_id=self.settings.kafka.group_id,
+            enable_auto_commit=False,
+        )
+        await consumer.start()
+        try:
+            return await consumer.committed(TopicPartition(self.settings.topics.jobs, partition))
+        finally:
+            await consumer.stop()
+
+    async def ends(self, partition: int = 0) -> int:
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap_servers)
+        await consumer.start()
+        try:
+            tp = TopicPartition(self.settings.topics.jobs, partition)
+            return (await consumer.end_offsets([tp]))[tp]
+        finally:
+            await consumer.stop()
+
+
+@pytest.fixture
+async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    await create_topic(embedded_broker, *topics.values(), partitions=PARTITIONS)
+    settings = Settings.model_validate(
+        {
+            "kafka": {"bootstrap_servers": embedded_broker, "group_id": unique("group")},
+            "topics": topics,
+            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
+            "images": {"max_bytes": 100_000},
+            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
+        }
+    )
+    producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
+    await producer.start()
+    echo = EchoEngine()
+    assert echo.image_transform is not None
+    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
+    await decoders.start()
+    yield Bench(embedded_broker, settings, producer, decoders)
+    await decoders.close()
+    await producer.stop()
+
+
+@pytest.fixture
+def images(s3: S3Part) -> Callable[[str, bytes], str]:
+    names = {bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]}
+    if "images" not in names:
+        s3.client.create_bucket(Bucket="images")
+    return lambda key, body: s3.put("images", key, body)
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 30) -> None:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            answer = holds()
+            if await answer if isinstance(answer, Awaitable) else answer:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    good = images("good.png", png())
+    broken = images("broken.png", png()[:-30])
+    huge = images("huge.png", b"x" * 100_001)
+    await bench.send(
+        {"job_id": "first", "prompt": "what is <|image|>", "images": [good], "metadata": {"k": [1]}},
+        b"{not json",
+        {"job_id": "unknown-sampling", "prompt": "p", "sampling": {"temprature": 1}},
+        {"job_id": "broken", "prompt": "<|image|>", "images": [broken]},
+        {"job_id": "huge", "prompt": "<|image|>", "images": [huge]},
+        {"job_id": "forbidden", "prompt": "<|image|>", "images": ["s3://private/key.png"]},
+        {"job_id": "missing", "prompt": "<|image|>", "images": ["s3://images/nowhere.png"]},
+        {"job_id": "mismatch", "prompt": "<|image|> <|image|>", "images": [good]},
+        {"job_id": "greedy", "prompt": "p", "sampling": {"max_tokens": 1_000_000}},
+        {"job_id": "reply", "prompt": "p", "reply_to": "somebody-elses-topic"},
+        {"job_id": "late", "prompt": "p", "deadline": "2020-01-01T00:00:00Z"},
+        {"job_id": "last", "prompt": "no image"},
+    )
+    async with bench.working(EchoEngine()):
+        results = await bench.results(2)
+        letters = await bench.dead_letters(10)
+        await eventually(lambda: reached(bench, 12))
+    assert set(results) == {"first", "last"}
+    first = results["first"]
+    assert first["text"].startswith("what is <|image|>")
+    assert first["status"] == "ok"
+    assert first["metadata"] == {"k": [1]}
+    assert first["source"]["offset"] == 0
+    assert [(i["uri"], i["width"], i["height"], i["cache"]) for i in first["inputs"]] == [(good, 8, 6, "miss")]
+    reasons = {
+        headers["nanovllm_job_id"]: (headers["nanovllm_class"], headers["nanovllm_code"], headers["nanovllm_stage"])
+        for headers, _ in letters
+    }
+    malformed = f"{bench.settings.topics.jobs}:0:1"
+    assert reasons == {
+        malformed: ("invalid", "invalid_job", "receive"),
+        f"{bench.settings.topics.jobs}:0:2": ("invalid", "invalid_job", "receive"),
+        "broken": ("invalid", "invalid_image", "prepare"),
+        "huge": ("invalid", "image_too_large", "fetch"),
+        "forbidden": ("invalid", "forbidden_uri", "admit"),
+        "missing": ("permanent", "object_not_found", "fetch"),
+        "mismatch": ("invalid", "placeholder_mismatch", "admit"),
+        "greedy": ("invalid", "invalid_job", "admit"),
+        "reply": ("invalid", "forbidden_uri", "receive"),
+        "late": ("expired", "deadline_exceeded", "admit"),
+    }
+    assert b"{not json" in {value for _, value in letters}
+    metrics = await bench.read(bench.settings.topics.metrics, 2)
+    assert {record.key for record in metrics} == {b"first", b"last"}
+    text = bench.metrics.exposition().decode()
+    assert 'nanovllm_jobs_total{outcome="result"} 2.0' in text
+    assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
+
+
+async def reached(bench: Bench, offset: int, partition: int = 0) -> bool:
+    return await bench.committed(partition) == offset
+
+
+async def test_a_slow_job_holds_the_watermark_and_not_the_jobs_behind_it(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send(*({"job_id": f"j{i}", "prompt": f"p{i}"} for i in range(5)))
+    async with bench.working(engine):
+        await engine.submitted("j1", "j2", "j3", "j4", "j0")
+        engine.open("j0", "j2", "j4")
+        assert set(await bench.results(3)) == {"j0", "j2", "j4"}
+        await eventually(lambda: reached(bench, 1))
+        engine.open("j1")
+        await eventually(lambda: reached(bench, 3))
+        engine.open("j3")
+        await eventually(lambda: reached(bench, 5))
+
+
+async def test_the_lag_of_an_idle_and_an_empty_partition_reaches_zero(bench: Bench) -> None:
+    await bench.send({"prompt": "p"}, {"prompt": "q"})
+    async with bench.working(EchoEngine()):
+        await bench.results(2)
+        await eventually(lambda: reached(bench, 2))
+        await eventually(lambda: reached(bench, 0, partition=1))
+    assert await bench.ends() == 2
+
+
+async def test_stopping_finishes_what_is_at_work_and_commits_it(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send({"job_id": "j0", "prompt": "p"})
+    async with bench.working(engine) as (worker, running):
+        await engine.submitted("j0")
+        worker.stop()
+        await bench.send({"job_id": "j1", "prompt": "later"})
+        await asyncio.sleep(0.5)
+        assert not running.done()
+        engine.open("j0", "j1")
+        await running
+    assert set(await bench.results(1)) == {"j0"}
+    assert await bench.committed() == 1
+
+
+async def test_what_the_drain_cannot_finish_goes_back_to_kafka(bench: Bench) -> None:
+    admission = bench.settings.admission.model_copy(update={"drain_timeout_s": 0.2})
+    engine = GatedEngine()
+    await bench.send({"job_id": "j0", "prompt": "p"})
+    async with bench.working(engine, admission=admission) as (worker, running):
+        await engine.submitted("j0")
+        worker.stop()
+        await running
+    assert await bench.committed() == 0
+    async with bench.working(EchoEngine()):
+        assert set(await bench.results(1)) == {"j0"}
+
+
+async def test_a_dead_engine_ends_the_worker_with_nothing_committed_or_buried(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send({"job_id": "j0", "prompt": "p"})
+    async with bench.working(engine) as (_, running):
+        await engine.submitted("j0")
+        engine.kill()
+        with pytest.raises(EngineDead):
+            await running
+    assert await bench.committed() == 0
+    async with bench.working(EchoEngine()):
+        assert set(await bench.results(1)) == {"j0"}
+
+
+async def test_a_job_whose_deadline_passes_at_work_is_aborted_and_buried(bench: Bench) -> None:
+    engine = GatedEngine()
+    deadline = datetime.now(UTC) + timedelta(seconds=3)
+    await bench.send({"job_id": "slow", "prompt": "p", "deadline": deadline.isoformat()})
+    async with bench.working(engine):
+        await engine.submitted("slow")
+        ((headers, _),) = await bench.dead_letters(1)
+        assert (headers["nanovllm_class"], headers["nanovllm_stage"]) == ("expired", "infer")
+        assert engine.stats().num_requests_running == 0
+        await eventually(lambda: reached(bench, 1))
+
+
+class FaultyFetcher(ObjectFetcher):
+    """Fails in ways that a healthy store cannot be brought to, until ``heal``."""
+
+    def __init__(self, settings: Settings, error: Exception, *, failures: int | None = None) -> None:
+        super().__init__(settings.s3, max_bytes=100_000)
+        self.error: Exception | None = error
+        self.left = failures
+        self.attempts = 0
+
+    def heal(self) -> None:
+        self.error = None
+
+    async def fetch(self, ref: Any) -> Any:
+        self.attempts += 1
+        if self.error is None or self.left == 0:
+            return await super().fetch(ref)
+        if self.left is not None:
+            self.left -= 1
+        raise self.error
+
+
+async def test_a_fault_that_passes_costs_only_attempts(bench: Bench, images: Callable[[str, bytes], str]) -> None:
+    uri = images("a.png", png())
+    fetcher = FaultyFetcher(bench.settings, FetchFailed("the store hiccupped"), failures=3)
+    await bench.send({"job_id": "j", "prompt": "<|image|>", "images": [uri]})
+    async with bench.working(EchoEngine(), fetcher):
+        assert set(await bench.results(1)) == {"j"}
+    assert fetcher.attempts == 4
+
+
+async def test_a_fault_that_stays_is_buried_after_the_last_attempt(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    uri = images("a.png", png())
+    fetcher = FaultyFetcher(bench.settings, FetchFailed("the store is down"))
+    await bench.send({"job_id": "j", "prompt": "<|image|>", "images": [uri]}, {"job_id": "k", "prompt": "text"})
+    async with bench.working(EchoEngine(), fetcher):
+        ((headers, _),) = await bench.dead_letters(1)
+        assert set(await bench.results(1)) == {"k"}
+    assert headers["nanovllm_class"] == "retries_exhausted"
+    assert headers["nanovllm_attempts"] == str(bench.settings.s3.max_attempts)
+
+
+async def test_refused_credentials_stop_the_intake_and_lose_nothing(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    uri = images("a.png", png())
+    fetcher = FaultyFetcher(bench.settings, CredentialsRefused("the object store answered 403 InvalidAccessKeyId"))
+    await bench.send({"job_id": "j", "prompt": "<|image|>", "images": [uri]})
+    async with bench.working(EchoEngine(), fetcher):
+        bench.health.is_model_loaded = True
+        await eventually(lambda: bench.health.systemic is not None)
+        assert any("InvalidAccessKeyId" in reason for reason in bench.health.unready)
+        await bench.send({"job_id": "k", "prompt": "text"})
+        await eventually(lambda: fetcher.attempts > bench.settings.s3.max_attempts + 3)
+        fetcher.heal()
+        assert set(await bench.results(2)) == {"j", "k"}
+        await eventually(lambda: bench.health.systemic is None)
+
+
+async def test_results_follow_the_format_of_the_job(bench: Bench) -> None:
+    packed = msgpack.packb({"job_id": "m", "prompt": "<|image|>", "images": [{"data": png()}]})
+    await bench.send(packed)
+    async with bench.working(EchoEngine()):
+        (record,) = await bench.read(bench.settings.topics.results, 1)
+    headers = dict(record.headers)
+    assert headers["content-type"] == b"application/msgpack"
+    assert headers["ce_type"] == b"nanovllm.result.v1"
+    assert msgpack.unpackb(record.value)["job_id"] == "m"
+
+
+async def test_a_result_that_no_topic_takes_is_buried(bench: Bench) -> None:
+    await bench.send({"job_id": "large", "prompt": "word " * 20_000, "sampling": {"max_tokens": 4096}})
+    worker_sink = KafkaSink(bench.producer, {bench.settings.topics.results: 5_000})
+    async with bench.working(EchoEngine(), sink=worker_sink):
+        ((headers, _),) = await bench.dead_letters(1)
+        await eventually(lambda: reached(bench, 1))
+    assert (headers["nanovllm_code"], headers["nanovllm_stage"]) == ("message_too_large", "publish")
+
+
+async def test_the_seed_of_a_sampled_job_depends_on_its_id_alone(bench: Bench) -> None:
+    engine = GatedEngine()
+    sampled = {"prompt": "p", "sampling": {"temperature": 1.0}}
+    await bench.send({"job_id": "a", **sampled}, {"job_id": "a", **sampled}, {"job_id": "b", **sampled})
+    async with bench.working(engine):
+        await eventually(lambda: len(engine.requests) == 3)
+        first, again, other = (request.sampling.seed for request in engine.requests)
+        assert first == again is not None
+        assert other != first
+        engine.open("a", "b")
+        await bench.results(3)
+
+
+async def test_the_window_is_bounded_and_the_rest_stays_in_kafka(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send(*({"job_id": f"j{i}", "prompt": "p"} for i in range(40)))
+    async with bench.working(engine):
+        await eventually(lambda: len(engine.requests) == 16)
+        await asyncio.sleep(1)
+        assert len(engine.requests) == 16
+        engine.open(*(f"j{i}" for i in range(40)))
+        await bench.results(40)
+
+
+async def test_a_partition_out_of_order_by_the_bound_is_read_no_further(bench: Bench) -> None:
+    admission = bench.settings.admission.model_copy(update={"max_out_of_order": 4})
+    engine = GatedEngine()
+    await bench.send(*({"job_id": f"j{i}", "prompt": "p"} for i in range(12)))
+    await bench.send({"job_id": "other", "prompt": "p"}, partition=1)
+    async with bench.working(engine, admission=admission):
+        engine.open(*(f"j{i}" for i in range(1, 12)), "other")
+        assert set(await bench.results(5)) == {"j1", "j2", "j3", "j4", "other"}
+        await asyncio.sleep(1)
+        assert len(engine.requests) == 6
+        engine.open("j0")
+        await bench.results(13)
+
+
+class GatedEngine(EchoEngine):
+    """Answers a job only after its gate was opened, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+        self._gates: dict[str, asyncio.Event] = {}
+
+    def open(self, *job_ids: str) -> None:
+        for job_id in job_ids:
+            self._gate(job_id).set()
+
+    async def submitted(self, *job_ids: str) -> None:
+        await eventually(lambda: set(job_ids) <= {job_id_of(request) for request in self.requests})
+
+    def submit(self, request: Request) -> Generation:
+        self.requests.append(request)
+        return super().submit(request)
+
+    async def _answer(self, request: Request, generation: Generation) -> None:
+        await self._gate(job_id_of(request)).wait()
+        await super()._answer(request, generation)
+
+    def _gate(self, job_id: str) -> asyncio.Event:
+        return self._gates.setdefault(job_id, asyncio.Event())
+
+
+def job_id_of(request: Request) -> str:
+    return request.request_id.rpartition("#")[0]
