@@ -39,16 +39,25 @@ def decode_job(value: bytes) -> Job:
     Raises:
         InvalidJob: whatever else the bytes are; the message names the field, never its value.
     """
+    try:
+        return Job.model_validate(decode_fields(value))
+    except ValidationError as error:
+        raise InvalidJob(describe_errors(error, "job")) from None
+
+
+def decode_fields(value: bytes) -> dict[str, Any]:
+    """The fields of an untrusted message, not yet those of a job; bytes stand at most in ``data``, and in msgpack.
+
+    Raises:
+        InvalidJob: bytes that are no JSON object and no msgpack map, or hold what the other of the two cannot.
+    """
     fmt = message_format(value)
-    fields = _parse_json(value) if fmt == "json" else _parse_msgpack(value)
+    fields: dict[str, Any] = _parse_json(value) if fmt == "json" else _parse_msgpack(value)
     try:
         check_json_value(fields, allow_bytes_in="data" if fmt == "msgpack" else None)
     except ValueError as error:
         raise InvalidJob(f"the message holds {error}") from None
-    try:
-        return Job.model_validate(fields)
-    except ValidationError as error:
-        raise InvalidJob(describe_errors(error, "job")) from None
+    return fields
 
 
 def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:

@@ -41,7 +41,7 @@ async def create_topics(
 
 
 async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, int]:
-    """The largest message in bytes for each of ``names``: the topic's ``max.message.bytes`` or the producer's own limit.
+    """The largest message in bytes that each of ``names`` and the producer's own limit allow.
 
     A broker that does not tell (or a user who may not ask) leaves the producer's own limit.
 

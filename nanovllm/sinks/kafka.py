@@ -169,6 +169,22 @@ def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
     return SystemicError(f"the brokers refuse what is sent to topic {topic} ({name})")
 
 
+def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
+    """The envelope of a dead letter from its record's headers.
+
+    Raises:
+        ValueError: the record is no dead letter of ours.
+    """
+    prefix = "nanovllm_"
+    fields = {
+        name.removeprefix(prefix): value.decode(errors="replace") for name, value in headers if name.startswith(prefix)
+    }
+    source = {name: fields.get(f"source_{name}") for name in ("topic", "partition", "offset", "timestamp_ms")}
+    fields["error_class"] = fields.pop("class", "")
+    fields.pop("version", None)
+    return DeadLetter.model_validate(fields | {"source": source})
+
+
 def without_url_queries(text: str) -> str:
     """``text`` with the queries, fragments and user names of its URLs removed: signatures and passwords stand there."""
     return _URL.sub(lambda url: url["scheme"] + url["rest"], text)

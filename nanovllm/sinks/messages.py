@@ -21,9 +21,9 @@ def result_id_for(job_id: str) -> str:
 
 
 class Message(BaseModel):
-    """A part of an outgoing message. Readers must tolerate new fields; writers misspell none."""
+    """A part of an outgoing message. Readers ignore unknown fields: today's must take the messages of tomorrow."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Source(Message):

@@ -1,0 +1,100 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 misuse. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
+from nanovllm.pipeline import client_commands
+from nanovllm.pipeline.client_commands import ConfigOption
+from nanovllm.pipeline.console import plain
+from nanovllm.pipeline.settings import load_settings
+
+DONE = 0
+FAILED = 1
+MISUSE = 2
+
+app = typer.Typer(
+    name="nanovllm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Images and prompts from Kafka and S3 in, text out.",
+)
+app.command("submit")(client_commands.submit)
+app.command("results")(client_commands.results)
+app.add_typer(client_commands.topics_app, name="topics")
+
+
+@app.command()
+def worker(
+    config: ConfigOption = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show the effective settings, secrets masked, and leave.")
+    ] = False,
+    exit_when_drained: Annotated[
+        bool, typer.Option("--exit-when-drained", help="Leave when every job has been answered: for batches.")
+    ] = False,
+) -> None:
+    """Answer jobs until told to stop (SIGTERM finishes what is at work)."""
+    settings = load_settings(config)
+    if print_config:
+        print(settings.masked_yaml(), end="")
+        return
+    from nanovllm.pipeline.app import run_worker
+
+    raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave broker, store and worker running until Ctrl-C.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("build/demo"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="How many jobs; unset: the demo's own number.")] = None,
+) -> None:
+    """Show the whole way on this machine: generated images in, text out, with a report."""
+    from nanovllm.pipeline.demo import DEFAULT_JOBS, run_demo
+
+    raise typer.Exit(run_demo(keep=keep, output=output, jobs=DEFAULT_JOBS if jobs is None else jobs))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def align(context: typer.Context) -> None:
+    """Train a projector between a vision tower and a language model (`nanovllm align --help`)."""
+    from nanovllm.vision import align as tool
+
+    raise typer.Exit(tool.main(context.args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (None: the process's own arguments) and return the exit code."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="nanovllm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else DONE
+    except (ConfigurationError, InvalidInput) as error:
+        _print_error(error)
+        return MISUSE
+    except NanoVLLMError as error:
+        _print_error(error)
+        return FAILED
+    except KeyboardInterrupt:
+        return FAILED
+    return DONE
+
+
+def _print_error(error: NanoVLLMError) -> None:
+    print(f"nanovllm: {plain(str(error)).plain}", file=sys.stderr)
+    print(f"          {error.remedy}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""``nanovllm submit``, ``results`` and ``topics``: what needs brokers and no model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nanovllm.errors import InvalidInput, SystemicError
+from nanovllm.pipeline.console import plain, print_json, print_table
+from nanovllm.pipeline.producer import JobKey, JobProducer
+from nanovllm.pipeline.results import ResultReader
+from nanovllm.pipeline.results_view import ResultRows
+from nanovllm.pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
+from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
+from nanovllm.pipeline.topics import create_topics
+from nanovllm.sinks.messages import Result
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", envvar=CONFIG_VARIABLE, help="YAML or TOML file of settings.")
+]
+BrokersOption = Annotated[
+    str | None, typer.Option("--bootstrap-servers", "-b", help="Brokers, over the settings' own.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
+
+topics_app = typer.Typer(no_args_is_help=True, help="Create the topics.")
+
+
+def submit(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, directories, globs, s3:// URIs, or .jsonl files of whole jobs (- reads them from stdin)."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text; <|image|> marks the image's place.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
+    key: Annotated[JobKey, typer.Option(help="Record key; image: equal images meet one worker's cache.")] = "image",
+    upload: Annotated[str | None, typer.Option(help="s3://bucket/prefix for files too large for a message.")] = None,
+    format: Annotated[Literal["json", "msgpack"], typer.Option(help="Encoding of the jobs.")] = "json",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of each answer.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the answers and print them.")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to --wait.")] = 300.0,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Send jobs: one for each image, or those of a file."""
+    settings = client_settings(config, bootstrap_servers)
+    sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
+    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling)
+    producer = JobProducer(
+        settings.kafka, topic=settings.topics.jobs, key=key, fmt=format, upload=upload, s3=settings.s3
+    )
+    failed = asyncio.run(_submit(settings, producer, submissions, timeout if wait else None, as_json))
+    raise typer.Exit(1 if failed else 0)
+
+
+def results(
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="Also those that are there already.")
+    ] = False,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many.")] = None,
+    dead_letters: Annotated[bool, typer.Option("--dead-letters", help="Dead letters too.")] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Follow the results as they come; Ctrl-C ends it."""
+    settings = client_settings(config, bootstrap_servers)
+    reader = ResultReader(settings, from_beginning=from_beginning, dead_letters=dead_letters)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_follow(reader, ResultRows(as_json=as_json), count))
+
+
+@topics_app.command("create")
+def topics_create(
+    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic: the most workers at once.")] = 4,
+    replication: Annotated[int, typer.Option(min=1, help="Copies of each new topic; 3 in production.")] = 1,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Create the jobs, results, metrics and dead-letter topics that are missing; the others stay as they are."""
+    settings = client_settings(config, bootstrap_servers)
+    topics = settings.topics
+    names = [topics.jobs, topics.results, topics.metrics, topics.dead_letters]
+    created = asyncio.run(create_topics(settings.kafka, names, partitions=partitions, replication=replication))
+    rows = [(name, "created" if name in created else "exists") for name in names]
+    print_table(("topic", "state"), rows, as_json=as_json)
+
+
+def client_settings(config: Path | None, bootstrap_servers: str | None) -> Settings:
+    """The settings, with ``bootstrap_servers`` over them."""
+    overrides = {"kafka": {"bootstrap_servers": bootstrap_servers}} if bootstrap_servers else {}
+    return load_settings(config, overrides)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
+    if prompt is not None and prompt_file is not None:
+        raise InvalidInput("give --prompt or --prompt-file, not both")
+    if prompt_file is None:
+        return prompt
+    try:
+        # A file ends with a line end; the prompt does not.
+        return prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the prompt file {prompt_file} cannot be read ({type(error).__name__})") from None
+
+
+async def _submit(
+    settings: Settings, producer: JobProducer, submissions: list[Submission], wait_s: float | None, as_json: bool
+) -> bool:
+    """Send everything, wait where asked; whether something failed or did not come."""
+    async with contextlib.AsyncExitStack() as stack:
+        # Before the first job is sent, so that no answer can be missed.
+        reader = (
+            await stack.enter_async_context(ResultReader(settings, dead_letters=True)) if wait_s is not None else None
+        )
+        await stack.enter_async_context(producer)
+        job_ids: list[str] = []
+        try:
+            async for job_id in send_all(producer, submissions):
+                job_ids.append(job_id)
+        finally:
+            _print_sent(job_ids, settings.topics.jobs, as_json=as_json)
+        if reader is None or wait_s is None:
+            return False
+        return await _wait_for(reader, set(job_ids), ResultRows(as_json=as_json), wait_s)
+
+
+def _print_sent(job_ids: list[str], topic: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"topic": topic, "jobs": len(job_ids), "job_ids": job_ids})
+        return
+    print(f"{len(job_ids)} {'job' if len(job_ids) == 1 else 'jobs'} sent to {topic}", file=sys.stderr)
+    for job_id in job_ids:
+        print(plain(job_id).plain)
+
+
+async def _wait_for(reader: ResultReader, missing: set[str], rows: ResultRows, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    failed = False
+    while missing:
+        if time.monotonic() > deadline:
+            raise SystemicError(f"{len(missing)} answers did not come within {wait_s:g} s")
+        for outcome in await reader.read():
+            if outcome.job_id in missing:
+                missing.discard(outcome.job_id)
+                failed = failed or not isinstance(outcome, Result)
+                rows.show(outcome)
+    return failed
+
+
+async def _follow(reader: ResultReader, rows: ResultRows, count: int | None) -> None:
+    shown = 0
+    async with reader:
+        while count is None or shown < count:
+            for outcome in (await reader.read())[: None if count is None else count - shown]:
+                rows.show(outcome)
+                shown += 1

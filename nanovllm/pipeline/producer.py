@@ -1,0 +1,250 @@
+"""The client of services that produce jobs. It imports neither torch nor numpy.
+
+async with JobProducer(bootstrap_servers="localhost:9092") as producer:
+    job_id = await producer.send("What is the total? <|image|>", images=["s3://receipts/0001.png"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from pydantic import ValidationError
+
+from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, SystemicError
+from nanovllm.pipeline.codec import encode_job
+from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.settings import KafkaSettings, S3Settings
+from nanovllm.pipeline.topics import message_limits
+from nanovllm.pipeline.upload import ImageUploader
+from nanovllm.pipeline.validation import describe_errors
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat
+from nanovllm.sinks.kafka import OutgoingRecord, publish_error
+
+JobKey = Literal["image", "job_id", "none"]
+JobImage = str | Path | bytes | ImageRef
+
+
+class JobProducer:
+    """Sends jobs to Kafka and says under which ``job_id`` their results will come. An async context manager.
+
+    Args:
+        kafka: brokers, TLS and login; ``bootstrap_servers`` alone will do where neither is needed.
+        topic: where the jobs go.
+        key: the record's key. ``image``: the first image's identity, so that equal images meet one worker's cache;
+            ``job_id``; ``none``: spread evenly.
+        fmt: ``json``, or ``msgpack`` (images inside the message take a third less).
+        upload: ``s3://bucket/prefix`` for images that are too large for a message; None refuses them.
+        s3: how ``upload`` is reached; credentials are the AWS SDK's own.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings | None = None,
+        *,
+        bootstrap_servers: str | None = None,
+        topic: str = "nanovllm.jobs",
+        key: JobKey = "image",
+        fmt: MessageFormat = "json",
+        upload: str | None = None,
+        s3: S3Settings | None = None,
+    ) -> None:
+        kafka = kafka or KafkaSettings()
+        self._kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}) if bootstrap_servers else kafka
+        self._topic = topic
+        self._key = key
+        self._format: MessageFormat = fmt
+        self._uploader = ImageUploader(upload, s3 or S3Settings()) if upload else None
+        self._producer: AIOKafkaProducer | None = None
+        self._max_bytes = 0
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            SystemicError: the brokers cannot be reached, or refuse the login.
+        """
+        self._max_bytes = (await message_limits(self._kafka, [self._topic]))[self._topic]
+        producer = AIOKafkaProducer(**self._kafka.producer_kwargs())
+        try:
+            await producer.start()
+        except KafkaError as error:
+            await producer.stop()
+            raise SystemicError(
+                f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({type(error).__name__})"
+            ) from error
+        self._producer = producer
+
+    async def stop(self) -> None:
+        """Send what is waiting and disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+            self._producer = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def send(
+        self,
+        prompt: str | None = None,
+        *,
+        images: Sequence[JobImage] = (),
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        job_id: str | None = None,
+        deadline: datetime | str | None = None,
+        priority: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+        reply_to: str | None = None,
+    ) -> str:
+        """Send one job and return its ``job_id`` when all replicas have it.
+
+        Give a ``job_id`` of your own where the call may be repeated: the result's identity depends on it alone.
+
+        Args:
+            images: ``s3://`` URIs, paths of local files, encoded bytes, or ImageRef; one for each ``<|image|>``.
+            sampling: only what is set is sent; the worker's defaults stand for the rest.
+
+        Raises:
+            InvalidJob: a field is wrong; named in the message.
+            PlaceholderMismatch: more or fewer images than places for them.
+            MessageTooLarge: the job does not fit a message, and there is no place to upload its images.
+            TransientError, SystemicError: the brokers did not answer, or refuse.
+        """
+        explicit = sampling.model_dump(exclude_unset=True) if isinstance(sampling, SamplingParams) else sampling
+        fields = {
+            "job_id": job_id,
+            "prompt": prompt,
+            "messages": None if messages is None else list(messages),
+            "images": [await _image_ref(image) for image in images],
+            "sampling": _lists(explicit or {}),
+            "deadline": deadline,
+            "priority": priority,
+            "metadata": dict(metadata or {}),
+            "reply_to": reply_to,
+        }
+        try:
+            job = Job.model_validate(fields)
+        except ValidationError as error:
+            raise InvalidJob(describe_errors(error, "job")) from None
+        return await self.send_job(job)
+
+    async def send_job(self, job: Job) -> str:
+        """Send ``job`` and return its ``job_id`` when all replicas have it. Raises as ``send`` does."""
+        if self._producer is None:
+            raise InvalidInput("the producer is not started: use it as an async context manager")
+        record = await self._record(job)
+        try:
+            sent = await self._producer.send_and_wait(
+                record.topic, record.value, key=record.key, headers=list(record.headers)
+            )
+        except KafkaError as error:
+            raise publish_error(error, self._topic) from error
+        return job.job_id or derive_job_id(sent.topic, sent.partition, sent.offset)
+
+    async def _record(self, job: Job) -> OutgoingRecord:
+        key = self._record_key(job)
+        record = self._encode(job, key)
+        if record.size_bytes > self._max_bytes and self._uploader is not None:
+            job = await self._with_uploaded_images(job, self._uploader)
+            record = self._encode(job, key)
+        if record.size_bytes > self._max_bytes:
+            held = any(image.data is not None for image in job.images)
+            hint = "; give a place for large images (--upload s3://bucket/prefix)" if held else ""
+            raise MessageTooLarge(
+                f"the job takes {record.size_bytes} bytes, topic {self._topic} takes {self._max_bytes}{hint}"
+            )
+        return record
+
+    def _record_key(self, job: Job) -> bytes | None:
+        # Also with other keys: a job whose images and places differ in number can only become a dead letter.
+        image = job.image_key()
+        key = {"image": image, "job_id": job.job_id, "none": None}[self._key]
+        return None if key is None else key.encode()
+
+    def _encode(self, job: Job, key: bytes | None) -> OutgoingRecord:
+        headers = (("content-type", CONTENT_TYPES[self._format].encode()),)
+        return OutgoingRecord(self._topic, key, encode_job(job, self._format), headers)
+
+    @staticmethod
+    async def _with_uploaded_images(job: Job, uploader: ImageUploader) -> Job:
+        images = [image if image.data is None else await uploader.upload(image.data) for image in job.images]
+        return job.model_copy(update={"images": tuple(images)})
+
+
+class SyncJobProducer:
+    """JobProducer for services without an event loop: the same arguments, a plain context manager, thread-safe."""
+
+    def __init__(self, kafka: KafkaSettings | None = None, **options: Any) -> None:
+        self._producer = JobProducer(kafka, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="nanovllm-producer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._run(self._producer.start())
+        except BaseException:
+            self._end_loop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._run(self._producer.stop())
+        finally:
+            self._end_loop()
+
+    def send(self, prompt: str | None = None, **fields: Any) -> str:
+        """As ``JobProducer.send``."""
+        job_id: str = self._run(self._producer.send(prompt, **fields))
+        return job_id
+
+    def send_job(self, job: Job) -> str:
+        """As ``JobProducer.send_job``."""
+        job_id: str = self._run(self._producer.send_job(job))
+        return job_id
+
+    def _run(self, work: Any) -> Any:
+        waiting: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return waiting.result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _image_ref(image: JobImage) -> dict[str, Any] | ImageRef | str:
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, bytes):
+        return {"data": image}
+    if isinstance(image, str) and "://" in image:
+        return image
+    path = Path(image)
+    try:
+        return {"data": await asyncio.to_thread(path.read_bytes)}
+    except OSError as error:
+        raise InvalidInput(f"the image {path} cannot be read: {error.strerror or type(error).__name__}") from None
+
+
+def _lists(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}

@@ -1,0 +1,50 @@
+"""Results as rows that appear as they come: in columns on a terminal, or as JSON lines."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nanovllm.pipeline.console import plain, print_json
+from nanovllm.pipeline.results import Outcome
+from nanovllm.sinks.messages import DeadLetter
+
+_WIDTHS = {"job": 24, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
+
+
+class ResultRows:
+    """Prints one outcome at a time; the head of the columns stands above the first."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._console = Console()
+        self._has_head = False
+
+    def show(self, outcome: Outcome) -> None:
+        """Print ``outcome``."""
+        if self._as_json:
+            print_json(outcome.model_dump(mode="json", exclude_none=True))
+            return
+        table = Table(box=None, show_header=not self._has_head, expand=True, pad_edge=False)
+        for name, width in _WIDTHS.items():
+            table.add_column(name, width=width, overflow="fold", ratio=None if width else 1)
+        table.add_row(*_cells(outcome))
+        self._console.print(table)
+        self._has_head = True
+
+
+def _cells(outcome: Outcome) -> tuple[Text, ...]:
+    job = plain(outcome.job_id or "?")
+    if isinstance(outcome, DeadLetter):
+        status = Text(outcome.error_class, style="red")
+        return job, status, plain(f"{outcome.code}: {outcome.message}"), Text("-"), Text("-"), Text("-")
+    usage = outcome.usage
+    return (
+        job,
+        Text(outcome.status, style="green" if outcome.status == "ok" else "yellow"),
+        plain(outcome.text),
+        Text(f"{usage.input_tokens}+{usage.output_tokens}"),
+        Text(", ".join(image.cache for image in outcome.inputs) or "-"),
+        Text(f"{outcome.timings_ms.total:,.0f}"),
+    )
