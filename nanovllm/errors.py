@@ -154,6 +154,14 @@ class SystemicError(NanoVLLMError):
 
     code = "systemic"
     error_class = ErrorClass.SYSTEMIC
+    remedy = "Repair what the message names and try again; nothing was dropped."
+
+
+class BrokersUnavailable(SystemicError):
+    """The Kafka brokers do not answer, or refuse this client."""
+
+    code = "brokers_unavailable"
+    remedy = "Check NANOVLLM_KAFKA__BOOTSTRAP_SERVERS, the TLS and SASL settings, and the user's rights."
 
 
 class CredentialsRefused(SystemicError):

@@ -209,7 +209,13 @@ class Job(BaseModel):
     image are refused, because an ignored constraint would be a lie.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]},
+    )
     schema_name: ClassVar[str] = "job.v1"
 
     version: Literal[1] = 1

@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, SystemicError
+from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
 from nanovllm.pipeline.codec import encode_job
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
 from nanovllm.pipeline.settings import KafkaSettings, S3Settings
@@ -71,7 +71,7 @@ class JobProducer:
         """Connect.
 
         Raises:
-            SystemicError: the brokers cannot be reached, or refuse the login.
+            BrokersUnavailable: the brokers cannot be reached, or refuse the login.
         """
         self._max_bytes = (await message_limits(self._kafka, [self._topic]))[self._topic]
         producer = AIOKafkaProducer(**self._kafka.producer_kwargs())
@@ -79,7 +79,7 @@ class JobProducer:
             await producer.start()
         except KafkaError as error:
             await producer.stop()
-            raise SystemicError(
+            raise BrokersUnavailable(
                 f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({type(error).__name__})"
             ) from error
         self._producer = producer
@@ -124,7 +124,7 @@ class JobProducer:
             InvalidJob: a field is wrong; named in the message.
             PlaceholderMismatch: more or fewer images than places for them.
             MessageTooLarge: the job does not fit a message, and there is no place to upload its images.
-            TransientError, SystemicError: the brokers did not answer, or refuse.
+            TransientError, BrokersUnavailable: the brokers did not answer, or refuse.
         """
         explicit = sampling.model_dump(exclude_unset=True) if isinstance(sampling, SamplingParams) else sampling
         fields = {

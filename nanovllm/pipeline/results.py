@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from nanovllm.errors import InvalidJob, SystemicError
+from nanovllm.errors import InvalidJob, BrokersUnavailable
 from nanovllm.pipeline.codec import decode_fields
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import read_dead_letter
@@ -27,19 +27,20 @@ class ResultReader:
     """
 
     def __init__(self, settings: Settings, *, from_beginning: bool = False, dead_letters: bool = False) -> None:
-        self._bootstrap = settings.kafka.bootstrap_servers
         self._results = settings.topics.results
         self._topics = [self._results, *([settings.topics.dead_letters] if dead_letters else [])]
         self._from_beginning = from_beginning
+        self._kafka = settings.kafka
+        self.unreadable = 0
+
+    async def __aenter__(self) -> Self:
+        # Not in __init__: aiokafka takes the running event loop when it is constructed.
         self._consumer = AIOKafkaConsumer(
-            **settings.kafka.client_kwargs(),
+            **self._kafka.client_kwargs(),
             enable_auto_commit=False,
             isolation_level="read_committed",
             auto_offset_reset="earliest",
         )
-        self.unreadable = 0
-
-    async def __aenter__(self) -> Self:
         try:
             await self._consumer.start()
             partitions = [TopicPartition(topic, n) for topic in self._topics for n in await self._partitions(topic)]
@@ -50,12 +51,14 @@ class ResultReader:
                 await self._consumer.seek_to_end(*partitions)
             for partition in partitions:
                 await self._consumer.position(partition)
-        except (KafkaError, SystemicError) as error:
+        except (KafkaError, BrokersUnavailable) as error:
             await self._consumer.stop()
-            if isinstance(error, SystemicError):
+            if isinstance(error, BrokersUnavailable):
                 raise
             why = type(error).__name__
-            raise SystemicError(f"the brokers at {self._bootstrap} refuse or do not answer ({why})") from error
+            raise BrokersUnavailable(
+                f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({why})"
+            ) from error
         return self
 
     async def __aexit__(
@@ -67,12 +70,12 @@ class ResultReader:
         """What came within ``timeout_ms``; records that are not ours are counted in ``unreadable`` and skipped.
 
         Raises:
-            SystemicError: the brokers refuse.
+            BrokersUnavailable: the brokers refuse.
         """
         try:
             batches = await self._consumer.getmany(timeout_ms=timeout_ms)
         except KafkaError as error:
-            raise SystemicError(f"the results cannot be read ({type(error).__name__})") from error
+            raise BrokersUnavailable(f"the results cannot be read ({type(error).__name__})") from error
         records = sorted((record for batch in batches.values() for record in batch), key=lambda r: r.timestamp)
         return [outcome for record in records if (outcome := self._parse(record)) is not None]
 
@@ -92,4 +95,4 @@ class ResultReader:
             if found := self._consumer._client.cluster.partitions_for_topic(topic):
                 return sorted(found)
             await asyncio.sleep(0.1)
-        raise SystemicError(f"topic {topic} does not exist; create it with: nanovllm topics create")
+        raise BrokersUnavailable(f"topic {topic} does not exist; create it with: nanovllm topics create")

@@ -9,7 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from nanovllm.errors import SystemicError
+from nanovllm.errors import BrokersUnavailable
 from nanovllm.pipeline.settings import KafkaSettings
 
 
@@ -24,7 +24,7 @@ async def create_topics(
     """Create those of ``names`` that are not there, and return them; those that are there stay as they are.
 
     Raises:
-        SystemicError: the brokers cannot be reached, or refuse.
+        BrokersUnavailable: the brokers cannot be reached, or refuse.
     """
     created = []
     async with _admin(kafka) as admin:
@@ -36,7 +36,7 @@ async def create_topics(
                 created.append(name)
             elif error is not TopicAlreadyExistsError:
                 why = reason[0] if reason and reason[0] else error.__name__
-                raise SystemicError(f"topic {name} cannot be created: {why}")
+                raise BrokersUnavailable(f"topic {name} cannot be created: {why}")
     return created
 
 
@@ -46,7 +46,7 @@ async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str
     A broker that does not tell (or a user who may not ask) leaves the producer's own limit.
 
     Raises:
-        SystemicError: the brokers cannot be reached.
+        BrokersUnavailable: the brokers cannot be reached.
     """
     limits = dict.fromkeys(names, kafka.max_request_bytes)
     async with _admin(kafka) as admin:
@@ -71,6 +71,6 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
         yield admin
     except KafkaError as error:
         why = type(error).__name__
-        raise SystemicError(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
+        raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
     finally:
         await admin.close()

@@ -25,7 +25,7 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
+from nanovllm.errors import BrokersUnavailable, ErrorClass, MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat, encode
 from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 
@@ -130,7 +130,7 @@ class KafkaSink:
         Raises:
             MessageTooLarge: a record exceeds its topic's limit; none was sent.
             TransientError: the brokers did not answer in time.
-            SystemicError: the brokers refuse, whatever is sent.
+            BrokersUnavailable: the brokers refuse, whatever is sent.
         """
         for record in records:
             if record.size_bytes > self.max_record_bytes(record.topic):
@@ -163,10 +163,10 @@ def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
     if isinstance(error, MessageSizeTooLargeError):
         return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
     if isinstance(error, UnknownTopicOrPartitionError):
-        return SystemicError(f"topic {topic} does not exist and is not created by itself ({name})")
+        return BrokersUnavailable(f"topic {topic} does not exist and is not created by itself ({name})")
     if error.retriable or isinstance(error, _TRANSIENT):
         return TransientError(f"topic {topic} could not be written ({name})")
-    return SystemicError(f"the brokers refuse what is sent to topic {topic} ({name})")
+    return BrokersUnavailable(f"the brokers refuse what is sent to topic {topic} ({name})")
 
 
 def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:

@@ -1,0 +1,124 @@
+"""The generated references: JSON Schemas of the messages, and the page of all settings.
+
+``python -m nanovllm.pipeline.reference`` writes them into ``docs/``; a test fails while they differ from the models.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, SecretStr, TypeAdapter
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaMode
+
+from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.settings import ENV_PREFIX, Settings
+from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
+
+_MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaMode], ...] = (
+    (Job, "validation"),
+    (Result, "serialization"),
+    (JobMetrics, "serialization"),
+    (DeadLetter, "serialization"),
+)
+
+_SETTINGS_HEAD = """# Settings
+
+Set them by environment (`NANOVLLM_KAFKA__GROUP_ID=receipts`) or in a YAML or TOML file (`nanovllm worker --config worker.yaml`,
+or `NANOVLLM_CONFIG`), where the same names stand in sections:
+
+```yaml
+kafka:
+  bootstrap_servers: broker:9092
+  group_id: receipts
+s3:
+  allow: [s3://receipts/inbox]
+```
+
+The environment wins over the file. Lists are written `a,b` or as JSON, objects as JSON. An unknown name is an error.
+`nanovllm worker --print-config` shows the effective values with secrets masked. Credentials for S3 are the AWS SDK's own
+(`AWS_ACCESS_KEY_ID`, profiles, roles).
+
+This page is generated from the settings themselves (`python -m nanovllm.pipeline.reference`).
+"""
+
+
+def schemas() -> dict[str, str]:
+    """JSON Schema texts by file name, one for each message and version."""
+    texts = {}
+    for model, mode in _MESSAGES:
+        schema = model.model_json_schema(mode=mode)
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"nanovllm:{model.schema_name}"}
+        texts[f"{model.schema_name}.json"] = json.dumps(head | schema, indent=2) + "\n"
+    return texts
+
+
+def settings_page() -> str:
+    """Markdown of every setting: its variable, type, default and meaning."""
+    top: list[str] = []
+    sections: list[str] = []
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows = [_row(f"{name}__{inner}", info) for inner, info in field.annotation.model_fields.items()]
+            sections += ["", f"## {name}", "", field.annotation.__doc__ or "", "", *_table(rows)]
+        else:
+            top.append(_row(name, field))
+    return "\n".join([_SETTINGS_HEAD, "## Everywhere", "", *_table(top), *sections]) + "\n"
+
+
+def write(docs: Path) -> None:
+    """Write all of it below ``docs``."""
+    (docs / "schemas").mkdir(parents=True, exist_ok=True)
+    for name, text in schemas().items():
+        (docs / "schemas" / name).write_text(text, encoding="utf-8")
+    (docs / "settings.md").write_text(settings_page(), encoding="utf-8")
+
+
+def _table(rows: list[str]) -> Iterator[str]:
+    yield "| variable | type | default | meaning |"
+    yield "|---|---|---|---|"
+    yield from rows
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    cells = (f"`{ENV_PREFIX}{name.upper()}`", _type_name(field), _default(field), field.description or "")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type_name(field: FieldInfo) -> str:
+    schema = _schema_of(field)
+    kinds = schema.get("anyOf", [schema])
+    return " or ".join(text for kind in kinds if (text := _kind(kind)) != "null")
+
+
+def _schema_of(field: FieldInfo) -> dict[str, Any]:
+    annotation: Any = field.annotation
+    return TypeAdapter(annotation).json_schema()
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    names = {"array": "list", "string": {"password": "secret", "path": "path"}.get(schema.get("format", ""), "text")}
+    return names.get(schema["type"], schema["type"])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "" if field.annotation is str else "empty"
+    value = field.default
+    if value is None or isinstance(value, SecretStr):
+        return "unset"
+    if isinstance(value, tuple):
+        return f"`{','.join(str(item) for item in value)}`" if value else "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs"))
