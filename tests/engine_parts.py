@@ -20,7 +20,22 @@ from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.sampling_params import SamplingParams
 
 MARGIN = 1e-3
-WORDS = "the total receipt hello world {json} 42 über 日本 quick fox <think> shape: circle".split()
+WORDS = [
+    "the",
+    "total",
+    "receipt",
+    "hello",
+    "world",
+    "{json}",
+    "42",
+    "über",
+    "日本",
+    "quick",
+    "fox",
+    "<think>",
+    "shape:",
+    "circle",
+]
 
 
 def greedy(max_tokens: int = 64, **options: Any) -> SamplingParams:

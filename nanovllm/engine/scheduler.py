@@ -18,20 +18,16 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 @dataclass(frozen=True)
 class ScheduledRow:
-    """``num_tokens`` uncomputed tokens of one sequence, to be computed in this step."""
+    """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step."""
 
     sequence: Sequence
+    start: int
     num_tokens: int
-
-    @property
-    def start(self) -> int:
-        """The position of the first token."""
-        return self.sequence.num_computed_tokens
 
     @property
     def end(self) -> int:
         """The position after the last token: the context length of the row."""
-        return self.sequence.num_computed_tokens + self.num_tokens
+        return self.start + self.num_tokens
 
     @property
     def samples(self) -> bool:
@@ -85,7 +81,7 @@ class Scheduler:
         for sequence in list(self.running):
             if budget == 0 or sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted below by one that goes before it
-            row = ScheduledRow(sequence, min(sequence.num_uncomputed_tokens, budget))
+            row = ScheduledRow(sequence, sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget))
             missing = self._missing_blocks(row)
             while not self.blocks.can_take(missing):
                 preempted = True
@@ -143,7 +139,7 @@ class Scheduler:
             if self.blocks.enable_prefix_caching:
                 in_flight.update(hashes[len(cached) :])
             budget -= num_tokens
-            yield ScheduledRow(sequence, num_tokens)
+            yield ScheduledRow(sequence, num_cached, num_tokens)
 
     def _in_flight_hashes(self) -> set[bytes]:
         """The hashes of the full blocks that running sequences have yet to compute."""

@@ -1,0 +1,72 @@
+"""Text as it streams: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm.engine.detokenizer import REPLACEMENT, Detokenizer
+
+TOKENIZER: PreTrainedTokenizerFast = make_tokenizer()
+
+
+def stream(text: str, **options: object) -> tuple[list[str], Detokenizer]:
+    """The chunks for the tokens of ``text``, up to a stop string."""
+    detokenizer = Detokenizer(TOKENIZER, **options)  # type: ignore[arg-type]
+    chunks = []
+    for token in TOKENIZER.encode(text, add_special_tokens=False):
+        chunks.append(detokenizer.append(token))
+        if detokenizer.is_stopped:
+            break
+    return [*chunks, detokenizer.finish()], detokenizer
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT), max_size=30))
+def test_chunks_join_to_the_text_and_hold_whole_characters(text: str) -> None:
+    chunks, detokenizer = stream(text, skip_special_tokens=False)
+    assert "".join(chunks) == text == detokenizer.text
+    assert not any(REPLACEMENT in chunk for chunk in chunks)
+
+
+def test_a_character_that_was_cut_off_is_left_out() -> None:
+    tokens = TOKENIZER.encode("a日", add_special_tokens=False)
+    detokenizer = Detokenizer(TOKENIZER)
+    chunks = [detokenizer.append(token) for token in tokens[:-1]]
+    assert "".join([*chunks, detokenizer.finish()]) == "a" == detokenizer.text
+
+
+def test_special_tokens_are_left_out_unless_wanted() -> None:
+    assert stream("a<|im_end|>b")[1].text == "ab"
+    assert stream("a<|im_end|>b", skip_special_tokens=False)[1].text == "a<|im_end|>b"
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(("fox",), "the quick brown "), (("x j", "k b"), "the quic")])
+def test_text_ends_before_the_first_stop_string(stop: tuple[str, ...], expected: str) -> None:
+    chunks, detokenizer = stream("the quick brown fox jumps", stop=stop)
+    assert detokenizer.is_stopped
+    assert "".join(chunks) == expected == detokenizer.text
+
+
+def test_no_chunk_shows_the_beginning_of_a_stop_string() -> None:
+    text = "receipt total receipt tot receipt to"
+    shown = ""
+    detokenizer = Detokenizer(TOKENIZER, stop=("total invoice", "tot!"))
+    for token in TOKENIZER.encode(text, add_special_tokens=False):
+        shown += detokenizer.append(token)
+        assert not any(shown.endswith(stop[:length]) for stop in ("total invoice", "tot!") for length in (1, 2, 3))
+    assert shown + detokenizer.finish() == text
+    assert not detokenizer.is_stopped
+
+
+def test_stop_strings_count_only_after_min_tokens() -> None:
+    text = "stop it stop it"
+    first = len(TOKENIZER.encode("stop it", add_special_tokens=False))
+    assert stream(text, stop=("stop",), min_tokens=first)[1].text == "stop it "
+
+
+def test_overlapping_beginnings_of_a_stop_string_are_found() -> None:
+    assert stream("xaaab", stop=("aab",))[1].text == "xa"
