@@ -92,6 +92,8 @@ class VisionEncoder(nn.Module):
         options = _projector_options(projector)
         layer = vision_feature_layer if vision_feature_layer is not None else options.get("vision_feature_layer", -2)
         self._build_tower(_tower_config(read_config(directory)), layer, None)
+        if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
+            raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
         _load(self.tower, _tensors(directory, ("vision_model.", "vision_tower.", "model.vision_tower.", "")))
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
@@ -169,6 +171,11 @@ class VisionEncoder(nn.Module):
         return self._transform
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and the embeddings."""
+        return self._dtype
+
+    @property
     def vision_model(self) -> str:
         """The tower's name as it was given."""
         return self._vision_model
@@ -207,7 +214,8 @@ class VisionEncoder(nn.Module):
             ConfigurationError: pixels of another type or size than this encoder's transform makes.
         """
         started = time.perf_counter()
-        batch = torch.as_tensor(pixels)
+        # Copies an array: what came out of a decoder is read-only, which torch does not know.
+        batch = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)
         expected = self.transform.output_size
         if batch.dtype != torch.uint8 or batch.ndim != 4 or (*batch.shape[1:],) != (*(expected or ()), 3):
             raise ConfigurationError(

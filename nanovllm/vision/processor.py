@@ -52,7 +52,7 @@ class VisionProcessor:
         """Embed images: features ``[len(images) × tokens, hidden_size]`` and the number of tokens an image."""
         embedded = [embedding for embedding, _ in self.embed([self.prepare(image) for image in images])]
         if not embedded:
-            return torch.empty(0, self.encoder.hidden_size), self.encoder.num_vision_tokens
+            return torch.empty(0, self.encoder.hidden_size, dtype=self.encoder.dtype), self.encoder.num_vision_tokens
         return torch.cat(embedded), self.encoder.num_vision_tokens
 
     def replace_image_placeholders(
