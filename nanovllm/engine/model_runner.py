@@ -159,6 +159,8 @@ class ModelRunner:
         for first, embedding in inputs.images:
             hidden[first : first + len(embedding)] = embedding
         hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention)
+        if not inputs.sampling_rows:
+            return hidden.new_empty(0, self.model.config.vocab_size)
         if inputs.sampling_indices is not None:
             hidden = hidden.index_select(0, inputs.sampling_indices)
         return self.model.logits(hidden)
