@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,9 @@ class _Decoder:
 
 def _environment() -> dict[str, str]:
     """A decoder's whole environment: where our package lies, one thread, the locale; no credentials, no settings."""
-    inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-    package = nanovllm.__file__ or nanovllm.__path__[0]
-    root = str(Path(package).resolve().parent.parent)
-    return {**inherited, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+    root = str(Path(nanovllm.__path__[0]).resolve().parent)
+    # Installed, it is found anyway; named here, its neighbours could shadow the standard library.
+    if root != sysconfig.get_path("purelib"):
+        environment["PYTHONPATH"] = root
+    return {**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

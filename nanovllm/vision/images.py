@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from nanovllm.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from nanovllm.errors import ConfigurationError, ImageTooLarge, InvalidImage, UnsupportedImageFormat
 
 ImageSource = Image.Image | np.ndarray | str | Path | bytes
+
+DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
 _DIGEST_STRIP_PIXELS = 1 << 20
@@ -44,14 +46,24 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 class ImageLimits:
     """What an image may cost, checked before its pixels are decoded.
 
-    ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used.
+    ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used. ``formats`` are
+    Pillow's names.
+
+    Raises:
+        ConfigurationError: a format that Pillow does not read.
     """
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
     min_side: int = 1
     max_frames: int = 1
-    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+
+    def __post_init__(self) -> None:
+        if unusual := set(self.formats) - set(DEFAULT_FORMATS):
+            Image.init()
+            if unknown := sorted(unusual - set(Image.OPEN)):
+                raise ConfigurationError(f"Pillow reads no image format called {', '.join(unknown)}")
 
 
 DEFAULT_LIMITS = ImageLimits()

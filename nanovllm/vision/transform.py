@@ -182,9 +182,9 @@ class ImageTransform:
         return _with_longest_edge(height, width, self.size[0], self.size[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image ready for the tower.
+    """An image ready for the tower. Compared by identity; equal pictures have equal digests.
 
     Attributes:
         pixels: uint8 ``[H, W, 3]`` after the transform.

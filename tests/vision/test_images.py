@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from nanovllm.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from nanovllm.errors import ConfigurationError, ImageTooLarge, InvalidImage, UnsupportedImageFormat
 from nanovllm.vision.images import ImageLimits, load_rgb, pixel_digest
 
 
@@ -255,6 +255,14 @@ def test_a_format_that_is_not_allowed_is_named() -> None:
         load_rgb(b"%PDF-1.7\n")
     with pytest.raises(UnsupportedImageFormat, match="HEIF"):
         load_rgb(b"\0\0\0\x18ftypheic" + bytes(20))
+
+
+def test_formats_are_pillows_names_and_others_are_refused_at_once() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "PPM")
+    assert pixels(buffer.getvalue(), ImageLimits(formats=("PPM",)))[0, 0].tolist() == [255, 0, 0]
+    with pytest.raises(ConfigurationError, match="no image format called JPG"):
+        ImageLimits(formats=("PNG", "JPG"))
 
 
 @pytest.mark.parametrize(
