@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class ObjectFetcher:
         self._make_client = client_factory or make_client
         self._client: Any = None
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(settings.max_connections, thread_name_prefix="nanovllm-fetch")
+        self._places = asyncio.Semaphore(settings.max_connections)
 
     def check(self, ref: ImageRef) -> None:
         """Refuse before anything is read what a job may not read.
@@ -146,11 +146,11 @@ class ObjectFetcher:
         self.check(ref)
         if ref.data is not None:
             return self._checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, ref)
+        await self._places.acquire()
+        return await _in_daemon_thread(lambda: self._read(ref), self._places.release)
 
     def close(self) -> None:
-        """Take no more work; threads that still read end with their read timeout."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close idle connections; threads that still read end with their read timeout, or with the process."""
         with self._lock:
             if self._client is not None:
                 self._client.close()
@@ -202,6 +202,36 @@ class ObjectFetcher:
             if self._client is None:
                 self._client = self._make_client(self._settings)
             return self._client
+
+
+async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[], None]) -> FetchedImage:
+    """What ``read`` returns or raises; ``ended`` is called in the event loop when the thread ends, also after a cancel.
+
+    Not an executor: the interpreter waits for its threads, and a store that hangs would outlast the drain's budget.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[FetchedImage] = loop.create_future()
+
+    def settle(image: FetchedImage | None, error: BaseException | None) -> None:
+        ended()
+        if outcome.cancelled():
+            return
+        if error is not None:
+            outcome.set_exception(error)
+        elif image is not None:
+            outcome.set_result(image)
+
+    def run() -> None:
+        image, error = None, None
+        try:
+            image = read()
+        except BaseException as failure:
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, image, error)
+
+    threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
+    return await outcome
 
 
 def make_client(settings: S3Settings) -> Any:

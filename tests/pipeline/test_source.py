@@ -1,0 +1,198 @@
+"""The consumer group's side of the worker, on the embedded broker: taking, settling, rebalancing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.structs import TopicPartition
+from parts import create_topic
+
+from nanovllm.errors import SystemicError
+from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.pipeline.source import Delivery, JobSource
+
+
+@dataclass
+class Member:
+    """One source that is polled all the time; what it is given stays unsettled until the test settles it."""
+
+    source: JobSource
+    taken: dict[tuple[int, int], Delivery] = field(default_factory=dict)
+    lost: list[PartitionLedger] = field(default_factory=list)
+    repeated: int = 0
+    room: int = 100
+
+    async def poll(self) -> None:
+        while True:
+            for delivery in await self.source.poll(self.room, 50):
+                place = (delivery.partition, delivery.offset)
+                self.repeated += place in self.taken
+                self.taken[place] = delivery
+
+    @property
+    def partitions(self) -> set[int]:
+        return {partition for _, partition in self.source.watermarks}
+
+
+@dataclass
+class Group:
+    bootstrap_servers: str
+    topic: str
+    settings: KafkaSettings
+    producer: AIOKafkaProducer
+
+    @asynccontextmanager
+    async def member(self, *, max_out_of_order: int = 1_000, room: int = 100) -> AsyncIterator[Member]:
+        async def drain() -> None:
+            return None
+
+        lost: list[PartitionLedger] = []
+        source = JobSource(
+            self.settings, [self.topic], max_out_of_order=max_out_of_order, drain=drain, lost=lost.append
+        )
+        await source.start()
+        member = Member(source, lost=lost, room=room)
+        polling = asyncio.create_task(member.poll())
+        try:
+            yield member
+        finally:
+            await source.stop()
+            polling.cancel()
+            await asyncio.gather(polling, return_exceptions=True)
+
+    async def send(self, partition: int, count: int) -> None:
+        for number in range(count):
+            await self.producer.send_and_wait(self.topic, b"%d" % number, partition=partition)
+
+    async def committed(self, partition: int) -> int | None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        await admin.start()
+        try:
+            offsets = await admin.list_consumer_group_offsets(self.settings.group_id)
+        finally:
+            await admin.close()
+        found = offsets.get(TopicPartition(self.topic, partition))
+        return found.offset if found and found.offset >= 0 else None
+
+
+@pytest.fixture
+async def group(embedded_broker: str, unique: Callable[[str], str]) -> AsyncIterator[Group]:
+    topic = unique("jobs")
+    await create_topic(embedded_broker, topic, partitions=2)
+    settings = KafkaSettings(
+        bootstrap_servers=embedded_broker,
+        group_id=unique("group"),
+        session_timeout_ms=6_000,
+        heartbeat_interval_ms=300,
+    )
+    async with AIOKafkaProducer(bootstrap_servers=embedded_broker) as producer:
+        yield Group(embedded_broker, topic, settings, producer)
+
+
+async def eventually(holds: Callable[[], bool] | Callable[[], Awaitable[bool]], timeout_s: float = 40) -> None:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            answer = holds()
+            if await answer if isinstance(answer, Awaitable) else answer:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_commits_only_what_is_finished_without_a_gap(group: Group) -> None:
+    await group.send(0, 4)
+    async with group.member() as member:
+        await eventually(lambda: len(member.taken) == 4)
+        for offset in (0, 1, 3):
+            assert member.taken[0, offset].settle()
+        await member.source.commit()
+        assert await group.committed(0) == 2
+        assert not await member.source.is_drained()
+        member.taken[0, 2].settle()
+        await member.source.commit()
+        assert await group.committed(0) == 4
+        assert await member.source.is_drained()
+
+
+async def test_what_was_not_finished_comes_again(group: Group) -> None:
+    await group.send(0, 3)
+    async with group.member() as first:
+        await eventually(lambda: len(first.taken) == 3)
+        first.taken[0, 2].settle()
+        first.taken[0, 0].settle()
+    async with group.member() as second:
+        await eventually(lambda: set(second.taken) == {(0, 1), (0, 2)})
+
+
+async def test_a_partition_that_left_is_fenced_and_one_that_stayed_keeps_its_jobs(group: Group) -> None:
+    await group.send(0, 3)
+    await group.send(1, 3)
+    async with group.member() as first:
+        await eventually(lambda: len(first.taken) == 6)
+        async with group.member() as second:
+            await eventually(lambda: first.partitions | second.partitions == {0, 1} and bool(second.partitions))
+            await eventually(lambda: len(first.partitions) == len(second.partitions) == 1)
+            (kept,), (gone,) = first.partitions, second.partitions
+            # The jobs of what left come to the new owner, and a late completion here moves nothing.
+            await eventually(lambda: set(second.taken) == {(gone, 0), (gone, 1), (gone, 2)})
+            assert len(first.lost) == 1
+            assert not first.taken[gone, 0].is_current
+            assert not first.taken[gone, 0].settle()
+            # What stayed goes on where it was: nothing is delivered twice, and its completions count.
+            assert first.taken[kept, 0].is_current
+            assert first.taken[kept, 0].settle()
+            assert first.repeated == 0
+            await group.send(kept, 1)
+            await eventually(lambda: (kept, 3) in first.taken)
+            assert first.repeated == 0
+            await first.source.commit()
+            assert await group.committed(kept) == 1
+            assert await group.committed(gone) in (0, None)
+
+
+async def test_takes_no_more_than_the_room_and_the_span_allow(group: Group) -> None:
+    await group.send(0, 10)
+    async with group.member(max_out_of_order=3) as member:
+        await eventually(lambda: len(member.taken) == 4)
+        member.taken[0, 3].settle()
+        await asyncio.sleep(0.5)
+        assert len(member.taken) == 4
+        member.taken[0, 0].settle()
+        await eventually(lambda: len(member.taken) == 5)
+
+
+async def test_no_room_takes_nothing_and_keeps_the_membership(group: Group) -> None:
+    await group.send(0, 3)
+    async with group.member(room=0) as member:
+        await eventually(lambda: member.source.has_joined and len(member.partitions) == 2)
+        await asyncio.sleep(0.5)
+        assert member.taken == {}
+        member.room = 2
+        await eventually(lambda: len(member.taken) == 3)
+
+
+async def test_after_stop_taking_nothing_is_taken_and_nothing_is_skipped(group: Group) -> None:
+    async with group.member() as member:
+        await eventually(lambda: len(member.partitions) == 2)
+        member.source.stop_taking()
+        await group.send(0, 2)
+        await asyncio.sleep(0.5)
+        assert member.taken == {}
+        await member.source.commit()
+        assert await group.committed(0) == 0
+
+
+async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:
+    async def drain() -> None:
+        return None
+
+    settings = KafkaSettings(bootstrap_servers="127.0.0.1:9", group_id="g")
+    source = JobSource(settings, ["jobs"], max_out_of_order=1, drain=drain, lost=lambda _: None)
+    with pytest.raises(SystemicError):
+        await source.start()
