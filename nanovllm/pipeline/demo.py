@@ -27,14 +27,15 @@ from rich.text import Text
 
 from nanovllm.errors import SystemicError
 from nanovllm.pipeline.broker import EmbeddedBroker
-from nanovllm.pipeline.demo_answers import answer_reader
+from nanovllm.pipeline.console import plain
 from nanovllm.pipeline.demo_jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
 from nanovllm.pipeline.demo_outcome import Outcome
 from nanovllm.pipeline.local_process import LocalProcess, free_port
 from nanovllm.pipeline.object_store import EmbeddedObjectStore
 from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.report import render_report
-from nanovllm.pipeline.settings import ENV_PREFIX, KafkaSettings, TopicSettings
+from nanovllm.pipeline.results import ResultReader
+from nanovllm.pipeline.settings import ENV_PREFIX, KafkaSettings, Settings, TopicSettings
 from nanovllm.pipeline.topics import create_topics
 from nanovllm.sinks.messages import DeadLetter, Result
 
@@ -208,10 +209,12 @@ async def _collect(
     results: dict[str, Result] = {}
     dead_letters: list[DeadLetter] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Constructed without a look at the environment, which may name other brokers.
+    settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("The worker answers", total=len(waiting) + EXPECTED_DEAD_LETTERS)
         last_answer = time.monotonic()
-        async with answer_reader(kafka, TOPICS) as reader:
+        async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
             while waiting - results.keys() or len(dead_letters) < EXPECTED_DEAD_LETTERS:
                 answers = await reader.read()
                 for answer in answers:
@@ -240,7 +243,7 @@ def _show(outcome: Outcome, output: Path, console: Console) -> None:
     )
     console.print(f"[bold]Dead letters[/]: {summary.dead_letters}")
     for letter in outcome.dead_letters:
-        console.print(Text(f"  {_printable(letter.job_id or '–')}  {letter.code}: {_printable(letter.message)}"))
+        console.print(plain(f"  {letter.job_id or '–'}  {letter.code}: {letter.message}"))
     console.print(
         f"[bold]Answered[/] {summary.answered} of {summary.jobs}, [bold]exactly right[/] {summary.exact} "
         f"({summary.exact / summary.jobs:.0%}), in {summary.seconds:.1f} s"
@@ -261,8 +264,8 @@ def _answer(job: DemoJob, outcome: Outcome) -> Text:
     result = outcome.results.get(job.job_id)
     if result is None:
         return Text("no result", style="red")
-    text = Text(_printable(result.text))
-    return text if outcome.is_exact(job) else text.append(f"\ntruth: {_printable(job.truth)}", style="dim")
+    text = plain(result.text)
+    return text if outcome.is_exact(job) else text.append("\ntruth: ", style="dim").append(plain(job.truth))
 
 
 def _mark(is_exact: bool) -> Text:
@@ -276,11 +279,6 @@ def _latency_table(outcome: Outcome) -> Table:
     for latency in outcome.latencies:
         table.add_row(latency.stage, f"{latency.p50_ms:,.1f}", f"{latency.p95_ms:,.1f}")
     return table
-
-
-def _printable(text: str) -> str:
-    """``text`` on one line without control characters: a terminal must show model text, never obey it."""
-    return "".join(character if character.isprintable() else "�" for character in text.replace("\n", " ⏎ "))
 
 
 async def _wait_for_the_end(environment: Mapping[str, str], worker: LocalProcess, console: Console) -> None:

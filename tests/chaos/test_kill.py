@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,15 +16,16 @@ from parts import S3Part, create_topic, eventually, unique_name, worker_process
 from PIL import Image
 
 from nanovllm.pipeline.broker import evict_members
-from nanovllm.pipeline.demo_answers import AnswerReader, answer_reader
 from nanovllm.pipeline.job import Job
 from nanovllm.pipeline.local_process import LocalProcess
 from nanovllm.pipeline.producer import JobProducer
-from nanovllm.pipeline.settings import KafkaSettings, TopicSettings
+from nanovllm.pipeline.results import ResultReader
+from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings
 from nanovllm.sinks.messages import Result
 
 JOBS = 300
 KILL_AFTER = 60
+READ_S = 30.0  # what is in the topic comes at once; this long only when something is missing
 TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "engine" / "assets" / "tiny-receipts"
 
 
@@ -79,7 +81,7 @@ class World:
             await asyncio.gather(*(producer.send_job(job) for job in jobs))
         return {str(job.job_id) for job in jobs}
 
-    async def read(self, reader: AnswerReader) -> None:
+    async def read(self, reader: ResultReader) -> None:
         for answer in await reader.read():
             assert isinstance(answer, Result), f"a dead letter: {answer}"
             self.results[answer.job_id].append(answer)
@@ -93,7 +95,7 @@ class World:
         consumer.assign(partitions)
         async with consumer:
             ends = await consumer.end_offsets(partitions)
-            return sum(ends[partition] - (await consumer.committed(partition) or 0) for partition in partitions)
+            return sum([ends[partition] - (await consumer.committed(partition) or 0) for partition in partitions])
 
 
 async def survives_a_kill(
@@ -102,7 +104,8 @@ async def survives_a_kill(
     topics = world.topics
     await create_topic(world.bootstrap_servers, topics.jobs, topics.results, topics.metrics, topics.dead_letters)
     jobs = await world.produce(prompt, images)
-    async with answer_reader(world.kafka, topics) as reader:
+    settings = Settings.model_construct(kafka=world.kafka, topics=topics)
+    async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
         first = world.worker("first")
         first.start()
         try:
@@ -123,10 +126,10 @@ async def survives_a_kill(
         finally:
             second.kill()
         assert second.exit_code == 0, second.tail(30)
+        deadline = time.monotonic() + READ_S
         while jobs - world.results.keys():
-            before = len(world.results)
             await world.read(reader)
-            assert len(world.results) > before, f"missing: {sorted(jobs - world.results.keys())}"
+            assert time.monotonic() < deadline, f"no result for {sorted(jobs - world.results.keys())}"
     assert world.results.keys() == jobs
     for answers in world.results.values():
         assert len({(answer.result_id, answer.text) for answer in answers}) == 1
