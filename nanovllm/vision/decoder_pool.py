@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-import nanovllm
 from nanovllm.errors import (
     DecoderFailed,
     ImageTooLarge,
@@ -227,7 +226,7 @@ class _Decoder:
 def _environment() -> dict[str, str]:
     """A decoder's whole environment: where our package lies, one thread, the locale; no credentials, no settings."""
     environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-    root = str(Path(nanovllm.__path__[0]).resolve().parent)
+    root = str(Path(__file__).resolve().parents[2])
     # Installed, it is found anyway; named here, its neighbours could shadow the standard library.
     if root != sysconfig.get_path("purelib"):
         environment["PYTHONPATH"] = root
