@@ -192,18 +192,4 @@ def _text_and_places(request: Request) -> tuple[str, int]:
 def _clip_transform() -> ImageTransform:
     from nanovllm.vision.transform import ImageTransform
 
-    return ImageTransform.from_preprocessor_config(
-        {
-            "do_resize": True,
-            "size": {"shortest_edge": 224},
-            "do_center_crop": True,
-            "crop_size": {"height": 224, "width": 224},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "do_convert_rgb": True,
-        }
-    )
+    return ImageTransform.for_clip(224)
