@@ -28,8 +28,8 @@ _MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaM
 
 _SETTINGS_HEAD = """# Settings
 
-Set them by environment (`NANOVLLM_KAFKA__GROUP_ID=receipts`) or in a YAML or TOML file (`nanovllm worker --config worker.yaml`,
-or `NANOVLLM_CONFIG`), where the same names stand in sections:
+Set them by environment (`NANOVLLM_KAFKA__GROUP_ID=receipts`) or in a YAML or TOML file (`nanovllm worker --config
+worker.yaml`, or `NANOVLLM_CONFIG`), where the same names stand in sections:
 
 ```yaml
 kafka:
@@ -39,9 +39,9 @@ s3:
   allow: [s3://receipts/inbox]
 ```
 
-The environment wins over the file. Lists are written `a,b` or as JSON, objects as JSON. An unknown name is an error.
-`nanovllm worker --print-config` shows the effective values with secrets masked. Credentials for S3 are the AWS SDK's own
-(`AWS_ACCESS_KEY_ID`, profiles, roles).
+The environment wins over the file. In a variable, lists and objects are JSON; lists of names may also be written `a,b`.
+An unknown name is an error. `nanovllm worker --print-config` shows the effective values with secrets masked.
+Credentials for S3 are the AWS SDK's own (`AWS_ACCESS_KEY_ID`, profiles, roles).
 
 This page is generated from the settings themselves (`python -m nanovllm.pipeline.reference`).
 """

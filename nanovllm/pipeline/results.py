@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from nanovllm.errors import InvalidJob, BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, InvalidJob
 from nanovllm.pipeline.codec import decode_fields
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import read_dead_letter

@@ -358,6 +358,10 @@ class Settings(BaseSettings):
     def _check_together(self) -> Settings:
         if self.delivery == "exactly_once":
             raise ValueError("delivery: exactly_once is not available in this version; use at_least_once")
+        if self.sampling.max_tokens > self.admission.max_tokens:
+            raise ValueError(
+                "sampling.max_tokens is above admission.max_tokens: jobs without sampling would be refused"
+            )
         if self.kafka.rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
             raise ValueError(
                 "kafka.rebalance_timeout_ms must exceed admission.drain_timeout_s, or a drain ends in eviction"

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import msgpack
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nanovllm.errors import InvalidJob
+from nanovllm.pipeline.codec import decode_job, encode_job, message_format
+from nanovllm.pipeline.job import Job
+
+text = st.text(max_size=40)
+integers = st.integers(-(2**53), 2**53)
+values = st.recursive(
+    st.none() | st.booleans() | integers | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+    max_leaves=12,
+)
+images = st.one_of(
+    st.binary(min_size=1, max_size=64).map(lambda data: {"data": data}),
+    st.builds(lambda key: {"uri": f"s3://bucket/{key}"}, st.text(min_size=1, max_size=20)),
+    st.just({"uri": "s3://bucket/k", "version_id": "v1", "sha256": "0a" * 32}),
+)
+samplings = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0, 100),
+        "max_tokens": st.integers(1, 1_000_000),
+        "seed": st.integers(0, 2**53),
+        "stop": st.lists(st.text(min_size=1, max_size=8), max_size=3),
+        "ignore_eos": st.booleans(),
+    },
+)
+jobs = st.fixed_dictionaries(
+    {"prompt": st.text(min_size=1, max_size=60)},
+    optional={
+        "job_id": st.from_regex(r"[A-Za-z0-9:._-]{1,40}", fullmatch=True),
+        "images": st.lists(images, max_size=3),
+        "sampling": samplings,
+        "deadline": st.sampled_from(["2030-01-31T12:00:00Z", "2031-12-31T23:59:59.125+05:30"]),
+        "priority": st.integers(-(2**31), 2**31 - 1),
+        "metadata": st.dictionaries(text, values, max_size=4),
+        "reply_to": st.just("answers.a"),
+    },
+).map(Job.model_validate)
+
+
+def outcome(value: bytes) -> str:
+    """``job``, or why it is none; whatever else ``value`` raises is a failure."""
+    try:
+        decode_job(value)
+    except InvalidJob as error:
+        return str(error)
+    return "job"
+
+
+@given(jobs)
+def test_a_job_survives_both_formats(job: Job) -> None:
+    for fmt in ("json", "msgpack"):
+        value = encode_job(job, fmt)
+        assert message_format(value) == fmt
+        assert decode_job(value) == job
+
+
+@given(jobs)
+def test_the_two_formats_say_the_same(job: Job) -> None:
+    assert decode_job(encode_job(decode_job(encode_job(job, "msgpack")), "json")) == job
+
+
+@given(st.binary(max_size=400))
+@example(b"")
+@example(b"\xdf\xff\xff\xff\xff")
+@example(b"\xde\xff\xff" + b"\x91" * 300)
+@example(b"\x81" * 400)
+@example(b'{"a":' * 200_000)
+@example(b'{"prompt": ' + b"[" * 500_000)
+@example(b'{"prompt": 1' + b"0" * 1_000_000 + b"}")
+@example(b'{"prompt":"\\ud800"}')
+@example(b'\xef\xbb\xbf{"prompt":"a"}')
+def test_arbitrary_bytes_are_a_job_or_invalid(value: bytes) -> None:
+    assert len(outcome(value)) < 2_000
+
+
+@given(st.dictionaries(st.sampled_from([*Job.model_fields, "x"]), values, max_size=6), st.booleans())
+def test_arbitrary_fields_are_a_job_or_invalid(fields: dict[str, Any], packed: bool) -> None:
+    value = msgpack.packb(fields) if packed else json.dumps(fields).encode()
+    assert len(outcome(value)) < 2_000
+
+
+@given(jobs, st.data())
+def test_a_damaged_message_is_a_job_or_invalid(job: Job, data: st.DataObject) -> None:
+    fmt: Literal["json", "msgpack"] = data.draw(st.sampled_from(["json", "msgpack"]))
+    value = bytearray(encode_job(job, fmt))
+    for _ in range(data.draw(st.integers(1, 3))):
+        value[data.draw(st.integers(0, len(value) - 1))] = data.draw(st.integers(0, 255))
+    assert outcome(bytes(value))
+
+
+def wrapped(value: bytes) -> bytes:
+    """A msgpack map {"prompt": "a", "x": value}."""
+    return b"\x82" + msgpack.packb("prompt") + msgpack.packb("a") + msgpack.packb("x") + value
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b'{"prompt":"a","prompt":"b"}', "twice"),
+        (b'{"prompt":"a","x":{"y":1,"y":1}}', "twice"),
+        (b'{"prompt":"a","x":NaN}', "NaN"),
+        (b'{"prompt":"a","x":-Infinity}', "Infinity"),
+        (b'{"prompt":"a","x":1e999}', "double"),
+        (b'{"prompt":"a","x":9007199254740993}', "2\\^53"),
+        (b'{"prompt":"a","x":-99999999999999999999999}', "2\\^53"),
+        (b'{"prompt":"a\xff"}', "UTF-8"),
+        (b'{"prompt":"a"', "JSON"),
+        (b'{"prompt":"a"} x', "JSON"),
+        (b'{"prompt":"a","x":' + b"[" * 40 + b"]" * 40 + b"}", "nesting"),
+        (b'["prompt"]', "neither"),
+        (b'"prompt"', "neither"),
+        (b"  ", "neither"),
+        (wrapped(msgpack.packb(float("nan"))), "NaN"),
+        (wrapped(msgpack.packb(2**60)), "2\\^53"),
+        (wrapped(msgpack.packb(b"bytes")), "bytes"),
+        (wrapped(msgpack.packb(msgpack.ExtType(5, b"x"))), "extension"),
+        (wrapped(msgpack.packb(msgpack.Timestamp(0))), "Timestamp"),
+        (wrapped(b"\xa1\xff"), "UTF-8"),
+        (wrapped(b"\x82\xa1a\x01\xa1a\x01"), "twice"),
+        (wrapped(b"\x81\x01\x01"), "string keys"),
+        (wrapped(b"\x81\xc4\x01a\x01"), "string"),
+        (wrapped(b"\xdd\xff\xff\xff\xff"), "complete"),
+        (wrapped(b"\x01") + b"\x01", "complete"),
+        (wrapped(b""), "complete"),
+    ],
+)
+def test_what_the_json_model_cannot_say_is_refused_in_both(value: bytes, reason: str) -> None:
+    with pytest.raises(InvalidJob, match=reason):
+        decode_job(value)
+
+
+def test_bytes_stand_only_in_the_data_of_an_image() -> None:
+    image = {"prompt": "<|image|>", "images": [{"data": b"\x00png"}]}
+    assert decode_job(msgpack.packb(image)).images[0].data == b"\x00png"
+    for fields in ({"prompt": b"a"}, {"prompt": "a", "metadata": {"data": b"x"}}, {"prompt": "a", "metadata": b"x"}):
+        with pytest.raises(InvalidJob):
+            decode_job(msgpack.packb(fields))
+
+
+def test_msgpack_carries_images_without_base64() -> None:
+    job = Job.model_validate({"prompt": "<|image|>", "images": [{"data": bytes(range(256)) * 40}]})
+    assert len(encode_job(job, "msgpack")) < 0.8 * len(encode_job(job, "json"))
+
+
+def test_errors_name_the_field_and_never_its_value() -> None:
+    secret = "hunter2" * 100
+    for fields in (
+        {"prompt": {"password": secret}},
+        {"prompt": "a", "images": [secret]},
+        {"prompt": "a", "sampling": {secret: 1}},
+        {"prompt": "a", "deadline": secret},
+        {"messages": [{"role": secret, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": secret}]}]},
+    ):
+        with pytest.raises(InvalidJob) as caught:
+            decode_job(json.dumps(fields).encode())
+        assert secret not in str(caught.value)
+        assert len(str(caught.value)) < 400

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nanovllm.errors import InvalidJob, PlaceholderMismatch
+from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.settings import SamplingSettings
+
+DIGEST = "ab" * 32
+
+
+def job(**fields: Any) -> Job:
+    return Job.model_validate({"prompt": "What is the total?"} | fields)
+
+
+def test_only_a_prompt_is_required() -> None:
+    asked = job()
+    assert asked.job_id is None
+    assert asked.images == ()
+    assert asked.priority == 0
+
+
+def test_the_design_documents_example_is_a_job() -> None:
+    asked = job(
+        version=1,
+        job_id="r-0001",
+        prompt="What is the total? <|image|> <|image|> <|image|>",
+        images=[
+            "s3://bucket/key.png",
+            {"uri": "s3://bucket/k", "version_id": "v", "sha256": DIGEST},
+            {"data": base64.b64encode(b"png").decode()},
+        ],
+        sampling={"max_tokens": 64, "temperature": 0.0},
+        deadline="2030-01-31T12:00:00+02:00",
+        priority=0,
+        metadata={"tenant": "a", "deep": {"list": [1, 2.5, None, True]}},
+        reply_to="answers",
+    )
+    assert [image.uri for image in asked.images] == ["s3://bucket/key.png", "s3://bucket/k", None]
+    assert asked.images[2].data == b"png"
+    assert asked.deadline == datetime(2030, 1, 31, 10, tzinfo=UTC)
+
+
+def test_unknown_top_level_fields_are_tolerated() -> None:
+    assert job(of_the_future={"x": 1}) == job()
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"prompt": None}, "prompt or messages"),
+        ({"prompt": ""}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "prompt or messages"),
+        ({"version": 2}, "version"),
+        ({"job_id": ""}, "job_id"),
+        ({"job_id": "a\nb"}, "job_id"),
+        ({"job_id": 7}, "job_id"),
+        ({"images": ["https://example.com/a.png"]}, "images.0.uri"),
+        ({"images": ["file:///etc/passwd"]}, "images.0.uri"),
+        ({"images": ["s3://bucket"]}, "images.0.uri"),
+        ({"images": [{"uri": "s3://bucket/k", "data": "QQ=="}]}, "images.0"),
+        ({"images": [{}]}, "images.0"),
+        ({"images": [{"uri": "s3://bucket/k", "etag": "x"}]}, "images.0.etag"),
+        ({"images": [{"uri": "s3://bucket/k", "sha256": "AB" * 32}]}, "images.0.sha256"),
+        ({"images": [{"data": "not base64!"}]}, "images.0.data"),
+        ({"images": [{"data": "QQ==", "version_id": "v"}]}, "images.0"),
+        ({"sampling": {"max_tokenz": 1}}, "max_tokenz"),
+        ({"sampling": {"max_tokens": "64"}}, "sampling"),
+        ({"sampling": {"max_tokens": 0}}, "max_tokens"),
+        ({"sampling": {"stop": ["x"] * 17}}, "stop"),
+        ({"sampling": {"top_p": 1.5}}, "top_p"),
+        ({"deadline": 1893456000}, "deadline"),
+        ({"deadline": "2030-01-31T12:00:00"}, "deadline"),
+        ({"deadline": "tomorrow"}, "deadline"),
+        ({"priority": "high"}, "priority"),
+        ({"priority": True}, "priority"),
+        ({"metadata": {"n": 2**53 + 1}}, "metadata"),
+        ({"metadata": {"x": "y" * 70_000}}, "metadata"),
+        ({"reply_to": "../x"}, "reply_to"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValidationError, match=where.replace(".", r"\.")):
+        job(**fields)
+
+
+def test_the_key_is_the_first_images_identity() -> None:
+    inline = job(prompt="<|image|>", images=[{"data": b"png"}])
+    by_digest = job(
+        prompt="<|image|>",
+        images=[{"uri": "s3://bucket/k", "sha256": inline.image_key().removeprefix("sha256:")}],  # type: ignore[union-attr]
+    )
+    assert inline.image_key() == by_digest.image_key(), "equal bytes meet, wherever they come from"
+    by_uri = job(prompt="<|image|>", images=["s3://bucket/k"])
+    assert by_uri.image_key() == "s3://bucket/k"
+    versioned = job(prompt="<|image|>", images=[{"uri": "s3://bucket/k", "version_id": "2"}])
+    assert versioned.image_key() != by_uri.image_key()
+    assert job().image_key() is None
+
+
+def test_bucket_and_key_are_taken_literally() -> None:
+    image = ImageRef(uri="s3://bucket/a b/50%2F+ü?x#y.png")
+    assert image.bucket_and_key == ("bucket", "a b/50%2F+ü?x#y.png")
+
+
+def chat(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief. <|image|>"}, {"role": "user", "content": list(parts)}]
+
+
+def test_images_of_a_chat_come_in_the_order_of_their_places() -> None:
+    asked = Job.model_validate(
+        {
+            "messages": chat(
+                {"type": "image_url", "image_url": {"url": "s3://bucket/first"}},
+                {"type": "text", "text": "and <|image|>, which is plain text here"},
+                {"type": "image"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
+            ),
+            "images": ["s3://bucket/second"],
+        }
+    )
+    first, second, third = asked.image_refs()
+    assert (first.uri, second.uri, third.data) == ("s3://bucket/first", "s3://bucket/second", b"ABC")
+    messages = asked.message_dicts()
+    assert messages is not None
+    kinds = [part["type"] for part in messages[1]["content"]]
+    assert kinds == ["image", "text", "image", "image"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+        {"type": "image_url", "image_url": {"url": "data:text/html;base64,QUJD"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,###"}},
+        {"type": "image_url", "image_url": {"url": "s3://bucket/k", "detail": "high"}},
+        {"type": "video", "video": "x"},
+        {"type": "text", "text": "a", "cache_control": {}},
+    ],
+)
+def test_a_chat_holds_nothing_that_would_be_ignored(part: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Job.model_validate({"messages": chat(part)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "places", "images"),
+    [
+        ({"prompt": "<|image|> <|image|>", "images": ["s3://bucket/k"]}, 2, 1),
+        ({"prompt": "none", "images": ["s3://bucket/k"]}, 0, 1),
+        ({"prompt": None, "messages": chat({"type": "image"}), "images": []}, 1, 0),
+    ],
+)
+def test_a_mismatch_of_images_and_places_names_both_numbers(fields: dict[str, Any], places: int, images: int) -> None:
+    with pytest.raises(PlaceholderMismatch, match=f"{places}.*{images}"):
+        job(**fields).image_refs()
+
+
+def test_explicit_sampling_wins_over_the_workers_defaults_and_nothing_else_does() -> None:
+    defaults = SamplingSettings(max_tokens=99, top_k=5)
+    params = job(job_id="a", sampling={"top_k": 0, "stop": ["\n"]}).sampling_params(defaults)
+    assert (params.max_tokens, params.top_k, params.stop, params.temperature) == (99, 0, ("\n",), 0.0)
+
+
+def test_without_a_seed_it_depends_on_the_job_id_alone() -> None:
+    defaults = SamplingSettings()
+    first = job(job_id="a").sampling_params(defaults)
+    assert first.seed == job(job_id="a", prompt="other").sampling_params(defaults).seed
+    assert first.seed != job(job_id="b").sampling_params(defaults).seed
+    assert job(job_id="a", sampling={"seed": 7}).sampling_params(defaults).seed == 7
+
+
+def test_a_job_may_not_ask_for_more_tokens_than_the_worker_allows() -> None:
+    with pytest.raises(InvalidJob, match="max_tokens"):
+        job(sampling={"max_tokens": 101}).sampling_params(SamplingSettings(), max_tokens=100)
+
+
+def test_a_derived_job_id_is_the_same_at_every_delivery() -> None:
+    assert derive_job_id("nanovllm.jobs", 3, 17) == "nanovllm.jobs:3:17"

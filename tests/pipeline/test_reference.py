@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import msgpack
+import pytest
+from sample_messages import dead_letter, metrics, result
+
+from nanovllm.pipeline import reference
+from nanovllm.pipeline.codec import encode_job
+from nanovllm.pipeline.job import Job
+from nanovllm.sinks.encoding import encode
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_published_schemas_are_those_of_the_models() -> None:
+    published = {file.name: file.read_text() for file in (DOCS / "schemas").glob("*.json")}
+    assert published == reference.schemas(), "run: python -m nanovllm.pipeline.reference"
+
+
+def test_the_settings_page_is_that_of_the_settings() -> None:
+    page = (DOCS / "settings.md").read_text()
+    assert page == reference.settings_page(), "run: python -m nanovllm.pipeline.reference"
+
+
+@pytest.mark.parametrize("name", list(reference.schemas()))
+def test_every_schema_is_a_schema(name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(json.loads(reference.schemas()[name]))
+
+
+def test_what_is_sent_follows_the_schemas() -> None:
+    job = Job.model_validate(
+        {
+            "prompt": "a <|image|>",
+            "job_id": "r-1",
+            "images": [{"data": b"png"}],
+            "sampling": {"stop": ["x"], "temperature": 0.5},
+            "deadline": "2030-01-31T12:00:00Z",
+        }
+    )
+    messages = {"job.v1.json": encode_job(job)}
+    for name, message in (("result.v1", result()), ("metrics.v1", metrics()), ("dead-letter.v1", dead_letter())):
+        messages[f"{name}.json"] = encode(message, "json")
+    for name, message_bytes in messages.items():
+        jsonschema.validate(json.loads(message_bytes), json.loads(reference.schemas()[name]))
+
+
+def test_the_schema_refuses_what_the_decoder_refuses() -> None:
+    schema = json.loads(reference.schemas()["job.v1.json"])
+    for wrong in (
+        {},
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+        {"prompt": "a", "sampling": {"max_tokenz": 1}},
+        {"prompt": "a", "images": [{"uri": "s3://bucket/k", "etag": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+def test_both_formats_of_a_result_hold_the_same_fields() -> None:
+    assert msgpack.unpackb(encode(result(), "msgpack")) == json.loads(encode(result(), "json"))
+    assert msgpack.unpackb(encode(dead_letter(), "msgpack")) == json.loads(encode(dead_letter(), "json"))

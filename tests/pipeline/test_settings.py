@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import datetime
+import os
+import ssl
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from nanovllm.errors import ConfigurationError, ForbiddenUri
+from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings, load_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("NANOVLLM_"):
+            monkeypatch.delenv(name)
+
+
+def write_certificate(directory: Path, password: str | None = None) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    protection = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
+    certificate_file, key_file = directory / "tls.crt", directory / "tls.key"
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection))
+    return certificate_file, key_file
+
+
+def test_the_promised_names_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": "b:1,c:2",
+        "NANOVLLM_KAFKA__GROUP_ID": "g",
+        "NANOVLLM_TOPICS__DEAD_LETTERS": "d",
+        "NANOVLLM_TOPICS__IN_FLIGHT": "i",
+        "NANOVLLM_HTTP__PORT": "9",
+        "NANOVLLM_DELIVERY": "at_least_once",
+        "NANOVLLM_S3__ENDPOINT_URL": "http://minio:9000",
+        "NANOVLLM_S3__ADDRESSING_STYLE": "path",
+        "NANOVLLM_S3__ALLOW": "s3://abc/in, s3://def",
+        "NANOVLLM_ENGINE__MODEL": "m",
+        "NANOVLLM_ENGINE__BACKEND": "echo",
+        "NANOVLLM_ENGINE__MAX_MODEL_LEN": "128",
+        "NANOVLLM_ENGINE__MODEL_ALIASES": '{"Small": "/models/small"}',
+        "NANOVLLM_SAMPLING__STOP": '["a,b"]',
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.kafka.bootstrap_servers == "b:1,c:2"
+    assert settings.http.port == 9
+    assert settings.s3.allow == ("s3://abc/in", "s3://def")
+    assert settings.engine.model_aliases == {"Small": "/models/small"}
+    assert settings.sampling.stop == ("a,b",)
+    assert settings.sampling.temperature == 0.0
+    assert settings.sampling.max_tokens == 256
+
+
+def test_a_list_may_also_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ALLOW", '["s3://abc/with,comma"]')
+    assert load_settings().s3.allow == ("s3://abc/with,comma",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("w.yaml", "kafka: {group_id: file, client_id: file}\ns3: {allow: [s3://abc]}\n"),
+        ("w.toml", '[kafka]\ngroup_id = "file"\nclient_id = "file"\n[s3]\nallow = ["s3://abc"]\n'),
+    ],
+)
+def test_the_environment_wins_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    monkeypatch.setenv("NANOVLLM_KAFKA__GROUP_ID", "environment")
+    settings = load_settings(tmp_path / name)
+    assert settings.kafka.group_id == "environment"
+    assert settings.kafka.client_id == "file"
+    assert settings.s3.allow == ("s3://abc",)
+
+
+@pytest.mark.parametrize(
+    "name", ["NANOVLLM_KAFKA__GROUP", "NANOVLLM_KAFAK__GROUP_ID", "NANOVLLM_HTTP_PROT", "NANOVLLM_HTTP__PORT__X"]
+)
+def test_an_unknown_variable_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "secret-value")
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        load_settings()
+    assert "secret-value" not in str(caught.value)
+
+
+def test_what_kubernetes_injects_for_a_service_of_our_name_is_no_setting() -> None:
+    injected = [
+        "NANOVLLM_SERVICE_HOST",
+        "NANOVLLM_SERVICE_PORT",
+        "NANOVLLM_SERVICE_PORT_HTTP_METRICS",
+        "NANOVLLM_PORT",
+        "NANOVLLM_PORT_8080_TCP",
+        "NANOVLLM_PORT_8080_TCP_PROTO",
+        "NANOVLLM_PORT_8080_TCP_PORT",
+        "NANOVLLM_PORT_8080_TCP_ADDR",
+        "NANOVLLM_METRICS_SERVICE_HOST",
+        "NANOVLLM_METRICS_PORT_9090_TCP_ADDR",
+    ]
+    assert list(unknown_variables(injected)) == []
+    assert list(unknown_variables(["NANOVLLM_KAFKA__SERVICE_HOST"])) == ["NANOVLLM_KAFKA__SERVICE_HOST"]
+
+
+@pytest.mark.parametrize("text", ["kafka: {nope: 1}", "nope: 1", "[1]", "kafka: [", "kafka: {group_id: }"])
+def test_a_wrong_file_is_a_configuration_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "w.yaml").write_text(text)
+    with pytest.raises(ConfigurationError):
+        load_settings(tmp_path / "w.yaml")
+
+
+def test_a_broken_file_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text("kafka:\n  sasl_password: 'hunter2\n")
+    with pytest.raises(ConfigurationError, match="line") as caught:
+        load_settings(tmp_path / "w.yaml")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_wrong_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_KAFKA__SECURITY_PROTOCOL", "hunter2")
+    with pytest.raises(ConfigurationError, match=r"kafka\.security_protocol") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_secrets_are_masked_wherever_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "https://user:hunter2@s3.example:9000/x")
+    kafka = KafkaSettings(
+        security_protocol="SASL_SSL", sasl_mechanism="PLAIN", sasl_username="u", sasl_password="hunter2"
+    )
+    settings = Settings(kafka=kafka)
+    assert "hunter2" not in settings.masked_yaml()
+    assert "s3.example:9000/x" in settings.masked_yaml()
+    assert "hunter2" not in repr(settings.kafka)
+
+
+def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text(Settings().masked_yaml())
+    assert load_settings(file) == Settings()
+
+
+def test_exactly_once_is_refused_rather_than_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_DELIVERY", "exactly_once")
+    with pytest.raises(ConfigurationError, match="exactly_once"):
+        load_settings()
+
+
+def test_a_rebalance_must_wait_longer_than_a_drain() -> None:
+    with pytest.raises(ValueError, match="rebalance_timeout_ms"):
+        Settings(admission={"drain_timeout_s": 60})  # type: ignore[arg-type]
+
+
+def test_plaintext_carries_no_login_and_no_tls() -> None:
+    kwargs = KafkaSettings().client_kwargs()
+    assert kwargs["security_protocol"] == "PLAINTEXT"
+    assert kwargs["ssl_context"] is None
+    assert not [name for name in kwargs if name.startswith("sasl")]
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+def test_tls_and_login_reach_aiokafka(tmp_path: Path, mechanism: str) -> None:
+    ca, _ = write_certificate(tmp_path)
+    kafka = KafkaSettings.model_validate(
+        {
+            "security_protocol": "SASL_SSL",
+            "sasl_mechanism": mechanism,
+            "sasl_username": "worker",
+            "sasl_password": "hunter2",
+            "ssl_cafile": str(ca),
+        }
+    )
+    for kwargs in (kafka.client_kwargs(), kafka.consumer_kwargs(), kafka.producer_kwargs()):
+        assert kwargs["security_protocol"] == "SASL_SSL"
+        assert kwargs["sasl_mechanism"] == mechanism
+        assert kwargs["sasl_plain_username"] == "worker"
+        assert kwargs["sasl_plain_password"] == "hunter2"
+        context = kwargs["ssl_context"]
+        assert context.verify_mode == ssl.CERT_REQUIRED
+        assert context.check_hostname
+        assert len(context.get_ca_certs()) <= 1, "only the named CA is trusted"
+
+
+def test_a_client_certificate_is_loaded_with_its_encrypted_key(tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path, password="hunter2")
+    settings = {"security_protocol": "SSL", "ssl_cafile": certificate, "ssl_certfile": certificate, "ssl_keyfile": key}
+    assert KafkaSettings.model_validate(settings | {"ssl_key_password": "hunter2"}).ssl_context() is not None
+    for wrong in ({}, {"ssl_key_password": "wrong"}):
+        with pytest.raises(ConfigurationError, match="ssl_"):
+            KafkaSettings.model_validate(settings | wrong).ssl_context()
+
+
+def test_a_missing_certificate_is_a_configuration_error(tmp_path: Path) -> None:
+    kafka = KafkaSettings(security_protocol="SSL", ssl_cafile=tmp_path / "nope.pem")
+    with pytest.raises(ConfigurationError, match="ssl_cafile"):
+        kafka.client_kwargs()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"security_protocol": "SASL_SSL"}, "sasl_mechanism"),
+        ({"security_protocol": "SASL_SSL", "sasl_mechanism": "PLAIN"}, "sasl_username"),
+        ({"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}, "OAUTHBEARER"),
+        ({"sasl_username": "u", "sasl_password": "p"}, "PLAINTEXT"),
+        ({"ssl_cafile": "/ca.pem"}, "PLAINTEXT"),
+        ({"security_protocol": "SSL", "ssl_keyfile": "/k.pem"}, "ssl_certfile"),
+    ],
+)
+def test_settings_that_would_quietly_weaken_the_connection_are_refused(values: dict[str, str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        KafkaSettings.model_validate(values)
+
+
+def test_the_consumer_never_commits_behind_the_workers_back() -> None:
+    kwargs = KafkaSettings().consumer_kwargs()
+    assert kwargs["enable_auto_commit"] is False
+    assert kwargs["auto_offset_reset"] == "earliest"
+
+
+def test_a_reply_topic_must_be_allowed() -> None:
+    topics = TopicSettings(reply_to=("answers.a",))
+    assert topics.result_topic(None) == "nanovllm.results"
+    assert topics.result_topic("answers.a") == "answers.a"
+    with pytest.raises(ForbiddenUri):
+        topics.result_topic("nanovllm.jobs")

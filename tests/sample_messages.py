@@ -1,0 +1,71 @@
+"""Builders of outgoing messages."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from nanovllm.sinks.messages import (
+    DeadLetter,
+    ImageMetrics,
+    InputUse,
+    JobMetrics,
+    ModelUse,
+    Result,
+    Source,
+    StageTimings,
+    TokenUsage,
+    result_id_for,
+)
+
+SOURCE = Source(topic="nanovllm.jobs", partition=3, offset=17, timestamp_ms=1_700_000_000_000)
+
+
+def result(job_id: str = "r-1", text: str = "12.50", **changes: Any) -> Result:
+    fields: dict[str, Any] = {
+        "job_id": job_id,
+        "result_id": result_id_for(job_id),
+        "status": "ok",
+        "text": text,
+        "token_ids": (1, 2, 3),
+        "finish_reason": "stop",
+        "usage": TokenUsage(input_tokens=60, output_tokens=3, image_tokens=49, cached_tokens=16),
+        "model": ModelUse(id="tiny-receipts", revision="r", parameter_digest="d"),
+        "inputs": (InputUse(uri="s3://bucket/k", sha256="0a" * 32, width=224, height=200, cache="hit"),),
+        "timings_ms": StageTimings(fetch=1.5, total=20.0),
+        "source": SOURCE,
+        "worker": "w-1",
+        "metadata": {"tenant": "a"},
+    }
+    return Result(**fields | changes)
+
+
+def metrics(job_id: str = "r-1") -> JobMetrics:
+    return JobMetrics(
+        job_id=job_id,
+        result_id=result_id_for(job_id),
+        worker="w-1",
+        model="tiny-receipts",
+        source=SOURCE,
+        finish_reason="stop",
+        num_prompt_tokens=60,
+        num_generation_tokens=3,
+        tokens_per_second=150.0,
+        images=(ImageMetrics(sha256="0a" * 32, cache="miss", tokens=49),),
+    )
+
+
+def dead_letter(**changes: Any) -> DeadLetter:
+    fields: dict[str, Any] = {
+        "job_id": "r-1",
+        "code": "invalid_image",
+        "error_class": "invalid",
+        "stage": "prepare",
+        "message": "the image is cut off",
+        "attempts": 2,
+        "source": SOURCE,
+        "worker": "w-1",
+        "received_at": datetime(2030, 1, 31, 12, 0, 0, 123_000, tzinfo=UTC),
+        "failed_at": datetime(2030, 1, 31, 12, 0, 1, tzinfo=UTC),
+    }
+    return DeadLetter(**fields | changes)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    NotEnoughReplicasError,
+    OutOfOrderSequenceNumber,
+    TopicAuthorizationFailedError,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_messages import SOURCE, dead_letter, metrics, result
+
+from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
+from nanovllm.sinks.encoding import MessageFormat
+from nanovllm.sinks.kafka import (
+    KafkaSink,
+    OutgoingRecord,
+    dead_letter_record,
+    metrics_record,
+    publish_error,
+    read_dead_letter,
+    result_record,
+    without_url_queries,
+)
+from nanovllm.sinks.messages import Result, result_id_for
+
+
+@pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
+def test_a_result_is_a_cloud_event_in_binary_mode(fmt: MessageFormat, content_type: bytes) -> None:
+    record = result_record(result(), "nanovllm.results", fmt, (("traceparent", b"00-abc"), ("authorization", b"x")))
+    headers = dict(record.headers)
+    assert record.key == b"r-1"
+    assert headers["ce_specversion"] == b"1.0"
+    assert headers["ce_id"] == result_id_for("r-1").encode()
+    assert headers["ce_type"] == b"nanovllm.result.v1"
+    assert headers["ce_subject"] == b"r-1"
+    assert headers["ce_source"] == b"/nanovllm/nanovllm.jobs/3"
+    assert datetime.fromisoformat(headers["ce_time"].decode()).tzinfo is not None
+    assert headers["content-type"] == content_type
+    assert headers["traceparent"] == b"00-abc"
+    assert "authorization" not in headers
+
+
+def test_metrics_are_keyed_by_their_job() -> None:
+    record = metrics_record(metrics(), "nanovllm.metrics", "json")
+    assert (record.key, dict(record.headers)["ce_type"]) == (b"r-1", b"nanovllm.metrics.v1")
+
+
+def test_a_dead_letter_is_the_original_value_with_its_envelope_in_the_headers() -> None:
+    value = b'{"prompt": \xff\x00 broken'
+    record = dead_letter_record(dead_letter(), "dead", key=b"k", value=value)
+    headers = {name: content.decode() for name, content in record.headers}
+    assert (record.topic, record.key, record.value) == ("dead", b"k", value)
+    assert headers == {
+        "nanovllm_version": "1",
+        "nanovllm_job_id": "r-1",
+        "nanovllm_code": "invalid_image",
+        "nanovllm_class": "invalid",
+        "nanovllm_stage": "prepare",
+        "nanovllm_message": "the image is cut off",
+        "nanovllm_attempts": "2",
+        "nanovllm_source_topic": "nanovllm.jobs",
+        "nanovllm_source_partition": "3",
+        "nanovllm_source_offset": "17",
+        "nanovllm_source_timestamp_ms": "1700000000000",
+        "nanovllm_worker": "w-1",
+        "nanovllm_received_at": "2030-01-31T12:00:00.123Z",
+        "nanovllm_failed_at": "2030-01-31T12:00:01.000Z",
+    }
+
+
+def test_a_dead_letter_is_read_back_from_its_headers() -> None:
+    for letter in (dead_letter(), dead_letter(job_id=None, source=SOURCE.model_copy(update={"timestamp_ms": None}))):
+        record = dead_letter_record(letter, "dead", key=None, value=b"x")
+        assert read_dead_letter(record.headers) == letter
+
+
+def test_only_allow_listed_headers_of_the_original_travel_on() -> None:
+    original = (
+        ("traceparent", b"00-abc"),
+        ("Content-Type", b"application/json"),
+        ("authorization", b"Bearer hunter2"),
+        ("cookie", b"hunter2"),
+        ("nanovllm_job_id", b"forged"),
+        ("tracestate", b"x" * 5_000),
+    )
+    record = dead_letter_record(dead_letter(), "dead", key=None, value=b"", original_headers=original)
+    names = [name for name, _ in record.headers]
+    assert b"hunter2" not in b"".join(value for _, value in record.headers)
+    assert names.count("nanovllm_job_id") == 1
+    assert dict(record.headers)["nanovllm_job_id"] == b"r-1"
+    assert dict(record.headers)["content-type"] == b"application/json"
+    assert "tracestate" not in names
+
+
+def test_no_url_query_and_no_login_reaches_a_dead_letter() -> None:
+    message = (
+        "GET https://user:hunter2@s3.example/bucket/k.png?X-Amz-Signature=hunter2#frag failed,\nsee s3://b/k?v=hunter2"
+    )
+    record = dead_letter_record(dead_letter(message=message), "dead", key=None, value=b"")
+    sent = dict(record.headers)["nanovllm_message"].decode()
+    assert sent == "GET https://s3.example/bucket/k.png failed, see s3://b/k"
+
+
+def test_text_without_urls_is_left_alone() -> None:
+    assert without_url_queries("why? a#b c:/d?e") == "why? a#b c:/d?e"
+
+
+@given(
+    value=st.binary(max_size=5_000),
+    key=st.none() | st.binary(max_size=2_000),
+    message=st.text(max_size=3_000),
+    job_id=st.none() | st.text(min_size=1, max_size=512),
+)
+def test_a_dead_letter_never_exceeds_its_limit(
+    value: bytes, key: bytes | None, message: str, job_id: str | None
+) -> None:
+    letter = dead_letter(message=message, job_id=job_id)
+    record = dead_letter_record(letter, "dead", key=key, value=value, max_bytes=10_000)
+    assert record.size_bytes <= 10_000
+    headers = dict(record.headers)
+    if record.value != value:
+        assert value.startswith(record.value)
+        assert headers["nanovllm_value_truncated"] == b"true"
+        assert headers["nanovllm_value_sha256"].decode() == hashlib.sha256(value).hexdigest()
+        assert headers["nanovllm_value_size"].decode() == str(len(value))
+        assert headers["nanovllm_source_offset"] == b"17"
+    else:
+        assert record.key == key or record.key is None
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (KafkaTimeoutError(), TransientError),
+        (KafkaConnectionError(), TransientError),
+        (NotEnoughReplicasError(), TransientError),
+        (MessageSizeTooLargeError(), MessageTooLarge),
+        (TopicAuthorizationFailedError(), BrokersUnavailable),
+        (OutOfOrderSequenceNumber(), BrokersUnavailable),
+    ],
+)
+def test_every_refusal_of_the_broker_has_a_class(error: KafkaError, meaning: type[Exception]) -> None:
+    assert type(publish_error(error, "t")) is meaning
+
+
+async def test_published_records_are_there_when_publish_returns(
+    embedded_broker: str, unique: Callable[[str], str]
+) -> None:
+    topic = unique("results")
+    producer = AIOKafkaProducer(bootstrap_servers=embedded_broker, enable_idempotence=True)
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=embedded_broker, auto_offset_reset="earliest")
+    await producer.start()
+    try:
+        sink = KafkaSink(producer)
+        await sink.publish([result_record(result(job_id=f"r-{n}"), topic, "json") for n in range(20)])
+        await consumer.start()
+        seen: list[Result] = []
+        while len(seen) < 20:
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                seen += [Result.model_validate_json(record.value) for record in records]
+        assert {message.job_id for message in seen} == {f"r-{n}" for n in range(20)}
+    finally:
+        await consumer.stop()
+        await producer.stop()
+
+
+async def test_a_record_above_its_topics_limit_is_refused_before_anything_is_sent(
+    embedded_broker: str, unique: Callable[[str], str]
+) -> None:
+    topic = unique("results")
+    producer = AIOKafkaProducer(bootstrap_servers=embedded_broker, enable_idempotence=True)
+    await producer.start()
+    try:
+        sink = KafkaSink(producer, {topic: 1_000})
+        small, large = OutgoingRecord(topic, None, b"small"), OutgoingRecord(topic, None, b"x" * 1_000)
+        with pytest.raises(MessageTooLarge, match="1000"):
+            await sink.publish([small, large])
+        await sink.publish([small])
+    finally:
+        await producer.stop()
+
+
+@pytest.mark.kafka
+async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_goes_on(
+    kafka_broker: str, unique: Callable[[str], str]
+) -> None:
+    from parts import create_topic
+
+    from nanovllm.pipeline.settings import KafkaSettings
+    from nanovllm.pipeline.topics import message_limits
+
+    topic = unique("dead")
+    await create_topic(kafka_broker, topic, partitions=1, settings={"max.message.bytes": "20000"})
+    kafka = KafkaSettings(bootstrap_servers=kafka_broker)
+    limits = await message_limits(kafka, [topic])
+    assert limits == {topic: 20_000}
+    producer = AIOKafkaProducer(**kafka.producer_kwargs())
+    await producer.start()
+    try:
+        sink = KafkaSink(producer, limits)
+        for size in (10, 19_000, 200_000, 10):
+            record = dead_letter_record(
+                dead_letter(), topic, key=b"k", value=b"v" * size, max_bytes=sink.max_record_bytes(topic)
+            )
+            await sink.publish([record])
+    finally:
+        await producer.stop()

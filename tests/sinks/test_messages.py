@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_messages import result
+
+from nanovllm.sinks.encoding import check_json_value, encode
+from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.sinks.messages import Result, result_id_for
+
+
+def test_a_result_id_depends_on_the_job_id_alone_and_never_changes() -> None:
+    assert result_id_for("r-0001") == "6de7f676-3bf8-5881-91dd-e3eb52cdbd90"
+    assert result_id_for("r-0001") != result_id_for("r-0002")
+
+
+def test_a_reader_of_today_takes_the_messages_of_tomorrow() -> None:
+    fields = json.loads(encode(result(), "json")) | {"of_the_future": 1}
+    assert Result.model_validate(fields) == result()
+
+
+def test_fields_that_are_unset_are_not_sent() -> None:
+    sent = json.loads(encode(result(), "json"))
+    assert "version_id" not in sent["inputs"][0]
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), 2**53 + 1, {1: 2}, "\ud800", {"\udfff": 1}, b"x", {1, 2}, object()]
+)
+def test_what_json_cannot_say_exactly_is_refused(value: object) -> None:
+    with pytest.raises(ValueError):
+        check_json_value({"x": [value]})
+
+
+def test_nesting_is_bounded_without_recursion() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nesting"):
+        check_json_value(deep)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), st.lists, max_leaves=8))
+def test_plain_values_pass(value: object) -> None:
+    check_json_value(value)
+
+
+def test_json_lines_are_appended_one_message_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.jsonl"
+    for number in range(2):
+        with JsonLinesSink(path) as sink:
+            sink.write(result(job_id=f"r-{number}", text="two\nlines \u2028 here"))
+    lines = path.read_bytes().split(b"\n")
+    assert [Result.model_validate_json(line).job_id for line in lines if line] == ["r-0", "r-1"]
+
+
+def test_a_sink_that_is_not_open_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="context manager"):
+        JsonLinesSink(tmp_path / "x").write(result())
