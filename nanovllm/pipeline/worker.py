@@ -369,6 +369,7 @@ class Worker:
             self._metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
             self._health.tick()
             self._health.has_joined = source.has_joined
+            self._health.is_engine_alive = not self._engine.dead.is_set()
             self.engine_stats = self._engine.stats()
             self._faults.observe()
             self._metrics.jobs_in_flight.set(self._admission.jobs)
