@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from sample_messages import dead_letter, result
+
+from nanovllm.errors import InvalidInput, InvalidJob
+from nanovllm.pipeline.cli import main
+from nanovllm.pipeline.console import plain
+from nanovllm.pipeline.submission import plan_submissions
+from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_record, result_record
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def topics(embedded_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Topics of this test's own, named to the command line by its environment."""
+    for name in list(os.environ):
+        if name.startswith("NANOVLLM_"):
+            monkeypatch.delenv(name)
+    names = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    for name, topic in names.items():
+        monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", topic)
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("COLUMNS", "140")
+    return names
+
+
+def publish(broker: str, *records: OutgoingRecord) -> None:
+    async def send() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=broker)
+        await producer.start()
+        try:
+            for record in records:
+                await producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
+        finally:
+            await producer.stop()
+
+    asyncio.run(send())
+
+
+def test_topics_are_created_once_and_shown(topics: dict[str, str], capsys: Capture) -> None:
+    assert main(["topics", "create", "--partitions", "2", "--json"]) == 0
+    assert {row["topic"]: row["state"] for row in json.loads(capsys.readouterr().out)} == dict.fromkeys(
+        topics.values(), "created"
+    )
+    assert main(["topics", "create"]) == 0
+    assert capsys.readouterr().out.count("exists") == 4
+
+
+def test_submit_says_how_many_and_which(topics: dict[str, str], tmp_path: Path, capsys: Capture) -> None:
+    for name in ("a.png", "b.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"bytes")
+    assert main(["submit", str(tmp_path), "s3://bucket/c.png", "-p", "Total?", "--max-tokens", "8"]) == 0
+    shown = capsys.readouterr()
+    assert "3 jobs sent" in shown.err
+    assert len(shown.out.splitlines()) == 3
+    assert main(["submit", "--prompt", "only text", "--json", "--key", "none", "--format", "msgpack"]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"] == 1
+
+
+def test_submit_sends_whole_jobs_from_a_file(topics: dict[str, str], tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"job_id": "r-1", "prompt": "a"}\n\n{"job_id": "r-2", "prompt": "b"}\n')
+    assert main(["submit", str(file)]) == 0
+    assert capsys.readouterr().out.split() == ["r-1", "r-2"]
+
+
+def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
+    topics: dict[str, str], embedded_broker: str, tmp_path: Path, capsys: Capture
+) -> None:
+    from threading import Thread
+
+    assert main(["topics", "create"]) == 0
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"job_id": "r-1", "prompt": "a"}\n{"job_id": "r-2", "prompt": "b"}\n')
+    old = result_record(result(job_id="r-1", text="an older answer"), topics["results"], "json")
+    publish(embedded_broker, old)
+    codes: list[int] = []
+    command = Thread(target=lambda: codes.append(main(["submit", str(file), "--wait", "--timeout", "60"])))
+    command.start()
+    answers = (
+        result_record(result(job_id="r-1", text="the answer"), topics["results"], "msgpack"),
+        dead_letter_record(dead_letter(job_id="r-2"), topics["dead_letters"], key=None, value=b"x"),
+    )
+    while command.is_alive():
+        publish(embedded_broker, *answers)
+        command.join(1)
+    shown = capsys.readouterr().out
+    assert codes == [1]
+    assert "the answer" in shown
+    assert "an older answer" not in shown
+    assert "invalid_image" in shown
+
+
+def test_results_are_shown_from_the_beginning_and_counted(
+    topics: dict[str, str], embedded_broker: str, capsys: Capture
+) -> None:
+    assert main(["topics", "create"]) == 0
+    capsys.readouterr()
+    hostile = "[red]12.50[/red] \x1b[2J\x07 [link=x]y"
+    records = [result_record(result(job_id=f"r-{n}", text=hostile), topics["results"], "json") for n in range(3)]
+    publish(embedded_broker, OutgoingRecord(topics["results"], None, b"not ours"), *records)
+    assert main(["results", "--from-beginning", "--count", "3"]) == 0
+    table = capsys.readouterr().out
+    assert "\x1b[2J" not in table
+    assert "\x07" not in table
+    assert "[red]12.50[/red]" in table, "model text is text, not markup"
+    assert main(["results", "--from-beginning", "-n", "2", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == [hostile, hostile]
+
+
+def test_results_without_a_topic_say_what_to_do(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    assert main(["results"]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["worker", "--help"], 0),
+        (["nosuch"], 2),
+        (["submit", "--key", "nope"], 2),
+        (["submit"], 2),
+        (["submit", "/nope.png", "-p", "x"], 2),
+        (["submit", "x.png", "-p", "x", "--prompt-file", "y"], 2),
+        (["submit", "-p", "x", "--upload", "http://bucket"], 2),
+        (["worker", "--config", "/nope.yaml"], 2),
+        (["topics", "create", "--partitions", "0"], 2),
+        (["topics", "create", "-b", "127.0.0.1:1"], 1),
+    ],
+)
+def test_exit_codes_are_done_failed_misuse(topics: dict[str, str], arguments: list[str], code: int) -> None:
+    assert main(arguments) == code
+
+
+def test_the_effective_configuration_is_printed_with_secrets_masked(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for name, value in {
+        "SECURITY_PROTOCOL": "SASL_SSL",
+        "SASL_MECHANISM": "PLAIN",
+        "SASL_USERNAME": "u",
+        "SASL_PASSWORD": "hunter2",
+    }.items():
+        monkeypatch.setenv(f"NANOVLLM_KAFKA__{name}", value)
+    assert main(["worker", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert topics["jobs"] in shown
+    assert "hunter2" not in shown
+    assert "'**********'" in shown
+
+
+def test_an_unknown_setting_stops_the_worker(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("NANOVLLM_KAFKA__GROUPID", "x")
+    assert main(["worker", "--print-config"]) == 2
+    assert "NANOVLLM_KAFKA__GROUPID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two\nlines\r\n", "two↵lines↵"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("[bold]x[/bold]", "[bold]x[/bold]"),
+        ("Grüße 日本 🧾", "Grüße 日本 🧾"),
+    ],
+)
+def test_text_of_others_is_shown_and_never_obeyed(text: str, shown: str) -> None:
+    assert plain(text).plain == shown
+    assert not plain(text).spans
+
+
+def test_a_prompt_takes_as_many_images_as_it_has_places(tmp_path: Path) -> None:
+    for name in ("a.png", "b.PNG", "c.tiff", "d.webp"):
+        (tmp_path / name).write_bytes(b"x")
+    pairs = plan_submissions([str(tmp_path)], "Compare <|image|> and <|image|>", {})
+    assert [[Path(image).name for image in pair.images] for pair in pairs] == [["a.png", "b.PNG"], ["c.tiff", "d.webp"]]
+    single = plan_submissions([str(tmp_path / "*.png"), "s3://bucket/k"], "Total?", {"max_tokens": 3})
+    assert [job.prompt for job in single] == ["Total? <|image|>"] * 2
+    with pytest.raises(InvalidInput, match="3"):
+        plan_submissions([str(tmp_path)], "<|image|>" * 3, {})
+
+
+def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"prompt": "a\u2028b"}\n{"prompt": 1}\n')
+    with pytest.raises(InvalidJob, match=r"line 2: prompt"):
+        plan_submissions([str(file)], None, {})
+
+
+@pytest.mark.parametrize("source", ["https://example.com/a.png", "ftp://x/y"])
+def test_only_s3_uris_are_sent(source: str) -> None:
+    with pytest.raises(InvalidInput, match="s3://"):
+        plan_submissions([source], "x", {})
