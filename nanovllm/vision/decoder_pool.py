@@ -30,6 +30,7 @@ from nanovllm.vision.transform import ImageTransform, PreparedImage
 INHERITED_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 START_TIMEOUT_S = 60.0
+DYING_TIMEOUT_S = 5.0
 
 _ERRORS: dict[str, type[NanoVLLMError]] = {
     error.code: error for error in (InvalidImage, UnsupportedImageFormat, ImageTooLarge, DecoderFailed)
@@ -137,7 +138,7 @@ class DecoderPool:
                     raise DecoderFailed(f"decoding the image took longer than {self._timeout_s:g} s") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
                     # Once may be the kernel's doing (memory, a node that drains); twice it is the image's.
-                    cause = await decoder.kill()
+                    cause = await decoder.bury()
                     if is_last_try:
                         raise DecoderFailed(f"the image ended two decoder processes ({cause})") from None
         finally:
@@ -179,8 +180,8 @@ class _Decoder:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._send(self._settings)
                 await self._receive()
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            cause = await self.kill()
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+            cause = await (self.kill() if isinstance(error, TimeoutError) else self.bury())
             raise SystemicError(f"a decoder process does not come up ({cause})") from None
         except BaseException:
             await self.kill()
@@ -195,6 +196,16 @@ class _Decoder:
             raise _ERRORS[header["error"]](header["message"])
         pixels = np.frombuffer(payload, np.uint8).reshape(header["shape"])
         return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"])
+
+    async def bury(self) -> str:
+        """Take leave of a process whose pipes broke, and say how it ended.
+
+        It is dead or dying: killing it now could reap it behind asyncio's back, and its status would be lost.
+        """
+        if self.process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.process.wait(), DYING_TIMEOUT_S)
+        return await self.kill()
 
     async def kill(self) -> str:
         """End the process, if there is one, and say how it ended."""
