@@ -1,0 +1,126 @@
+"""The TLS and login settings against Apache Kafka itself: SCRAM over TLS, and what must not get in."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaConsumer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from parts import KafkaNode, kafka_node_program
+
+from nanovllm.errors import BrokersUnavailable
+from nanovllm.pipeline.codec import decode_job
+from nanovllm.pipeline.local_process import free_port
+from nanovllm.pipeline.producer import JobProducer
+from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.pipeline.topics import create_topics
+
+pytestmark = pytest.mark.kafka
+
+SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+
+
+@dataclass(frozen=True)
+class SecureBroker:
+    bootstrap_servers: str
+    ca: Path
+    other_ca: Path
+
+    def settings(self, **changes: object) -> KafkaSettings:
+        values: dict[str, object] = {
+            "bootstrap_servers": self.bootstrap_servers,
+            "security_protocol": "SASL_SSL",
+            "sasl_mechanism": "SCRAM-SHA-512",
+            "sasl_username": "worker",
+            "sasl_password": "hunter2",
+            "ssl_cafile": str(self.ca),
+            "request_timeout_ms": 10_000,
+        }
+        return KafkaSettings.model_validate(values | changes)
+
+
+def write_certificate(file: Path, *, address: str) -> Path:
+    """A self-signed certificate for ``address`` in ``file``; beside it, key and certificate in ``file.pem``."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, file.stem)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file.with_suffix(".pem").write_bytes(pem + file.read_bytes())
+    return file
+
+
+@pytest.fixture
+async def secure(tmp_path: Path) -> AsyncIterator[SecureBroker]:
+    if kafka_node_program() is None:
+        pytest.skip("Apache Kafka with TLS needs KAFKA_NODE or ../shared/kafka/kafka-node")
+    ca = write_certificate(tmp_path / "broker.crt", address="127.0.0.1")
+    settings = {
+        "listeners": "SASL_SSL://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}"
+        f",PLAINTEXT://127.0.0.1:{free_port()}",
+        "advertised.listeners": "SASL_SSL://127.0.0.1:{port}",
+        "inter.broker.listener.name": "SASL_SSL",
+        "sasl.mechanism.inter.broker.protocol": "SCRAM-SHA-512",
+        "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512",
+        "listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config": SCRAM,
+        "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": SCRAM.replace(
+            ";", ' username="admin" password="admin";'
+        ),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(ca.with_suffix(".pem")),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(ca),
+    }
+    scram = {"admin": "admin", "worker": "hunter2"}
+    async with KafkaNode(tmp_path, settings=settings, scram=scram, probe=False) as node:
+        other = write_certificate(tmp_path / "other.crt", address="127.0.0.1")
+        yield SecureBroker(node.bootstrap_servers, ca, other)
+
+
+async def test_scram_over_tls_lets_the_right_client_in_and_nobody_else(secure: SecureBroker) -> None:
+    assert await create_topics(secure.settings(), ["jobs"], partitions=1) == ["jobs"]
+
+    for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+        async with JobProducer(secure.settings(sasl_mechanism=mechanism), topic="jobs") as producer:
+            await producer.send("What is the total?", job_id=mechanism)
+
+    consumer = AIOKafkaConsumer("jobs", **secure.settings().consumer_kwargs())
+    await consumer.start()
+    try:
+        seen: list[str | None] = []
+        while len(seen) < 2:
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                seen += [decode_job(record.value).job_id for record in records]
+        assert seen == ["SCRAM-SHA-256", "SCRAM-SHA-512"]
+        await consumer.commit()
+    finally:
+        await consumer.stop()
+
+    for wrong in (
+        {"sasl_password": "wrong"},
+        {"sasl_username": "nobody"},
+        {"ssl_cafile": str(secure.other_ca)},
+        {"security_protocol": "SSL", "sasl_mechanism": None, "sasl_username": None, "sasl_password": None},
+    ):
+        with pytest.raises(BrokersUnavailable):
+            async with JobProducer(secure.settings(**wrong), topic="jobs"):
+                pass
