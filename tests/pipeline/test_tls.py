@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
 from collections.abc import AsyncIterator
@@ -41,7 +42,7 @@ class SecureBroker:
             "sasl_username": "worker",
             "sasl_password": "hunter2",
             "ssl_cafile": str(self.ca),
-            "request_timeout_ms": 10_000,
+            "request_timeout_ms": 5_000,
         }
         return KafkaSettings.model_validate(values | changes)
 
@@ -115,12 +116,13 @@ async def test_scram_over_tls_lets_the_right_client_in_and_nobody_else(secure: S
     finally:
         await consumer.stop()
 
-    for wrong in (
+    wrong: tuple[dict[str, object], ...] = (
         {"sasl_password": "wrong"},
         {"sasl_username": "nobody"},
         {"ssl_cafile": str(secure.other_ca)},
         {"security_protocol": "SSL", "sasl_mechanism": None, "sasl_username": None, "sasl_password": None},
-    ):
-        with pytest.raises(BrokersUnavailable):
-            async with JobProducer(secure.settings(**wrong), topic="jobs"):
-                pass
+    )
+    refusals = await asyncio.gather(
+        *(create_topics(secure.settings(**changes), ["jobs"]) for changes in wrong), return_exceptions=True
+    )
+    assert [type(refusal) for refusal in refusals] == [BrokersUnavailable] * len(wrong)
