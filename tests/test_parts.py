@@ -48,6 +48,10 @@ async def test_the_embedded_object_store_answers_once_started():
     store = EmbeddedObjectStore()
     await store.start()
     try:
-        keeps_objects(S3Part(store.endpoint_url, "any", "any"))
+        part = S3Part(store.endpoint_url, "any", "any")
+        keeps_objects(part)
+        store.create_bucket("plain")
+        store.put("plain", "a b/50+ü.png", b"bytes")
+        assert part.client.get_object(Bucket="plain", Key="a b/50+ü.png")["Body"].read() == b"bytes"
     finally:
         store.stop()

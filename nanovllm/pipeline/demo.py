@@ -17,9 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 from aiokafka import AIOKafkaProducer
-from botocore.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -174,17 +172,9 @@ def _worker_environment(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _upload(demo: DemoSet, store: EmbeddedObjectStore) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=store.endpoint_url,
-        aws_access_key_id=store.environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=store.environment["AWS_SECRET_ACCESS_KEY"],
-        region_name=store.environment["AWS_DEFAULT_REGION"],
-        config=Config(s3={"addressing_style": "path"}),
-    )
-    client.create_bucket(Bucket=BUCKET)
+    store.create_bucket(BUCKET)
     for key, data in demo.objects.items():
-        client.put_object(Bucket=BUCKET, Key=key, Body=data)
+        store.put(BUCKET, key, data)
 
 
 async def _produce(demo: DemoSet, kafka: KafkaSettings) -> None:
@@ -289,9 +279,9 @@ async def _wait_for_the_end(environment: Mapping[str, str], worker: LocalProcess
     console.print("\n[bold]All of it is still running.[/] In another terminal:\n")
     for line in (
         f"export {settings}",
-        f"{command} submit --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
-        f"{command} submit --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
-        f"{command} results",
+        f"{command} submit --wait --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
+        f"{command} submit --wait --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
+        f"{command} results --from-beginning",
     ):
         console.print(Text(line), soft_wrap=True)
     console.print("\nCtrl-C ends it.")

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 from nanovllm.errors import ConfigurationError, SystemicError
 from nanovllm.pipeline.local_process import LocalProcess, free_port
@@ -20,6 +21,9 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "demo",  # moto accepts any
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+# Loopback is never reached through the proxy that the environment may name.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class EmbeddedObjectStore:
@@ -67,12 +71,26 @@ class EmbeddedObjectStore:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.endpoint_url}/moto-api/", timeout=5):  # noqa: S310 - http on loopback
+            with _OPENER.open(f"{self.endpoint_url}/moto-api/", timeout=5):
                 return True
         except urllib.error.HTTPError:
             return True
         except OSError:
             return False
+
+    def create_bucket(self, bucket: str) -> None:
+        """Create a bucket."""
+        self._put(bucket, b"")
+
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        """Store an object. It goes without the AWS SDK, whose settings of the caller's have no say here."""
+        self._put(f"{bucket}/{quote(key)}", data)
+
+    def _put(self, path: str, data: bytes) -> None:
+        request = urllib.request.Request(f"{self.endpoint_url}/{path}", data=data, method="PUT")  # noqa: S310
+        request.add_header("Content-Type", "application/octet-stream")
+        with _OPENER.open(request, timeout=30):
+            pass
 
     def stop(self) -> None:
         """End it. Does nothing when it is not running."""
