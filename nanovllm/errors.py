@@ -136,7 +136,7 @@ class TransientError(NanoVLLMError):
 
 
 class FetchFailed(TransientError):
-    """The object store could not be reached or answered with a server error."""
+    """The object store broke off or answered with a server error."""
 
     code = "fetch_failed"
 
@@ -169,6 +169,13 @@ class CredentialsRefused(SystemicError):
 
     code = "credentials_refused"
     remedy = "Give the worker valid AWS credentials."
+
+
+class StoreUnreachable(SystemicError):
+    """No object store answers at the endpoint, or it proves no trusted identity; no job can be the cause of that."""
+
+    code = "store_unreachable"
+    remedy = "Check NANOVLLM_S3__ENDPOINT_URL, the network between worker and store, and the store itself."
 
 
 class EngineDead(SystemicError):

@@ -13,7 +13,7 @@ class Backoff:
     ``base_s`` is the longest first wait; it doubles with each attempt up to ``cap_s``.
     """
 
-    base_s: float = 0.2
+    base_s: float = 0.5
     cap_s: float = 10.0
 
     def wait_s(self, attempt: int) -> float:

@@ -16,10 +16,14 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
     CredentialRetrievalError,
+    EndpointConnectionError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
+    ProxyConnectionError,
+    SSLError,
 )
 
 from nanovllm.errors import (
@@ -33,6 +37,7 @@ from nanovllm.errors import (
     ObjectForbidden,
     ObjectNotFound,
     PermanentError,
+    StoreUnreachable,
 )
 from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.settings import S3Settings
@@ -141,7 +146,7 @@ class ObjectFetcher:
         Raises:
             ForbiddenUri, ImageTooLarge, ObjectNotFound, ObjectForbidden, ObjectChanged: for good.
             FetchFailed: worth another attempt.
-            CredentialsRefused: nothing can be read until somebody acts.
+            CredentialsRefused, StoreUnreachable: nothing can be read until somebody acts.
         """
         self.check(ref)
         if ref.data is not None:
@@ -262,8 +267,11 @@ def classify(error: Exception) -> NanoVLLMError:
         return CredentialsRefused(f"no usable credentials for the object store: {type(error).__name__}")
     if isinstance(error, ParamValidationError):
         return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
+    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError, SSLError)):
+        # A job cannot cause this, so it must not pay for it: an outage would make a dead letter of every job.
+        return StoreUnreachable(f"the object store cannot be reached: {type(error).__name__}")
     if isinstance(error, (BotoCoreError, OSError)):
-        return FetchFailed(f"the object store could not be reached or broke off: {type(error).__name__}")
+        return FetchFailed(f"the object store broke off: {type(error).__name__}")
     # urllib3 and http.client raise their own errors while the body is read.
     return FetchFailed(f"reading the object broke off: {type(error).__name__}")
 

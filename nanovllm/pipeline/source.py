@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetad
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from nanovllm.errors import SystemicError
+from nanovllm.errors import BrokersUnavailable
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
 
@@ -122,7 +122,7 @@ class JobSource(ConsumerRebalanceListener):
         """Connect and join the group.
 
         Raises:
-            SystemicError: no broker answers, or it refuses the login.
+            BrokersUnavailable: no broker answers, or it refuses the login.
         """
         consumer = AIOKafkaConsumer(
             **self._settings.consumer_kwargs(), partition_assignment_strategy=(StickyPartitionAssignor,)
@@ -133,7 +133,7 @@ class JobSource(ConsumerRebalanceListener):
         except KafkaError as error:
             with suppress(KafkaError):
                 await consumer.stop()
-            raise SystemicError(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+            raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         self._consumer = consumer
 
     async def poll(self, max_records: int, timeout_ms: int) -> list[Delivery]:
@@ -143,7 +143,7 @@ class JobSource(ConsumerRebalanceListener):
         Only one task may call it.
 
         Raises:
-            SystemicError: Kafka refuses or cannot be reached.
+            BrokersUnavailable: Kafka refuses or cannot be reached.
         """
         consumer = self._started()
         try:
@@ -152,7 +152,7 @@ class JobSource(ConsumerRebalanceListener):
             limit = min([max_records, *(self._active[tp].ledger.room for tp in asked)]) if asked else 1
             batches = await consumer.getmany(*(asked or [_NOWHERE]), timeout_ms=timeout_ms, max_records=limit)
         except KafkaError as error:
-            raise SystemicError(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+            raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         deliveries: list[Delivery] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.

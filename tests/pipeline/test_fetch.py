@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import socket
 import threading
@@ -21,6 +22,7 @@ from nanovllm.errors import (
     ObjectChanged,
     ObjectForbidden,
     ObjectNotFound,
+    StoreUnreachable,
 )
 from nanovllm.pipeline.fetch import AllowList, ObjectFetcher, classify
 from nanovllm.pipeline.job import ImageRef
@@ -178,6 +180,26 @@ async def test_each_failure_of_the_store_has_its_class(s3: Any, response: bytes,
         assert type(caught.value) is expected
         assert endpoint_url not in str(caught.value)
         fetcher.close()
+
+
+async def test_a_store_that_is_not_there_is_nobodys_fault(s3: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    fetcher = fetcher_for(f"http://127.0.0.1:{port}", "s3://bucket")
+    with pytest.raises(StoreUnreachable):
+        await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
+    fetcher.close()
+
+
+async def test_a_cancelled_fetch_gives_its_place_to_the_next_when_its_thread_ends(s3: Any) -> None:
+    bucket = s3.make_bucket()
+    uri = s3.put(bucket, "k", b"bytes")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_connections=1)
+    first = asyncio.create_task(fetcher.fetch(ImageRef(uri=uri)))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await asyncio.wait_for(fetcher.fetch(ImageRef(uri=uri)), 30)).data == b"bytes"
+    fetcher.close()
 
 
 async def test_refused_credentials_are_read_anew_at_the_next_attempt(s3: Any) -> None:

@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
 from parts import create_topic
 
-from nanovllm.errors import SystemicError
+from nanovllm.errors import BrokersUnavailable
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.source import Delivery, JobSource
@@ -209,5 +209,5 @@ async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:
 
     settings = KafkaSettings(bootstrap_servers="127.0.0.1:9", group_id="g")
     source = JobSource(settings, ["jobs"], max_out_of_order=1, drain=drain, lost=lambda _: None)
-    with pytest.raises(SystemicError):
+    with pytest.raises(BrokersUnavailable):
         await source.start()

@@ -385,6 +385,32 @@ async def test_results_follow_the_format_of_the_job(bench: Bench) -> None:
     assert msgpack.unpackb(record.value)["job_id"] == "m"
 
 
+async def test_a_chat_takes_its_images_from_its_parts_in_order(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    red, blue = images("red.png", png("red")), images("blue.png", png("blue"))
+    content = [
+        {"type": "image"},
+        {"type": "text", "text": "and <|image|> as text, then"},
+        {"type": "image_url", "image_url": {"url": blue}},
+    ]
+    await bench.send({"job_id": "c", "messages": [{"role": "user", "content": content}], "images": [red]})
+    async with bench.working(EchoEngine()):
+        result = (await bench.results(1))["c"]
+    assert [image["uri"] for image in result["inputs"]] == [red, blue]
+
+
+async def test_two_deliveries_of_one_job_are_answered_under_one_result_id(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send({"job_id": "twice", "prompt": "p"}, {"job_id": "twice", "prompt": "p"})
+    async with bench.working(engine):
+        await eventually(lambda: len(engine.requests) == 2)
+        engine.open("twice")
+        records = await bench.read(bench.settings.topics.results, 2)
+    first, second = (json.loads(record.value)["result_id"] for record in records)
+    assert first == second
+
+
 async def test_a_result_that_no_topic_takes_is_buried(bench: Bench) -> None:
     await bench.send({"job_id": "large", "prompt": "word " * 20_000, "sampling": {"max_tokens": 4096}})
     worker_sink = KafkaSink(bench.producer, {bench.settings.topics.results: 5_000})

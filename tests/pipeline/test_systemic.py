@@ -1,0 +1,41 @@
+"""Faults under which nothing can succeed: present until the part works, or until nobody reports them any more."""
+
+from __future__ import annotations
+
+from nanovllm.errors import CredentialsRefused
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.systemic import SystemicFaults
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_fault_is_told_to_health_and_ends_when_its_part_works() -> None:
+    health = Health()
+    faults = SystemicFaults(health, Metrics(), lapse_s=10)
+    faults.report("store", CredentialsRefused("refused"))
+    faults.report("broker", CredentialsRefused("refused too"))
+    assert faults.are_present
+    assert health.systemic == "store: refused; broker: refused too"
+    faults.clear("store")
+    assert health.systemic == "broker: refused too"
+    faults.clear("broker")
+    assert not faults.are_present
+    assert health.systemic is None
+
+
+def test_a_fault_that_nobody_reports_any_more_lapses() -> None:
+    clock, health = Clock(), Health()
+    faults = SystemicFaults(health, Metrics(), lapse_s=10, clock=clock)
+    faults.report("store", CredentialsRefused("refused"))
+    clock.now = 9
+    assert faults.are_present
+    clock.now = 11
+    assert not faults.are_present
+    faults.observe()
+    assert health.systemic is None
