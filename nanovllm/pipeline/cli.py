@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def worker(
     if print_config:
         print(settings.masked_yaml(), end="")
         return
+    _require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
     from nanovllm.pipeline.app import run_worker
 
     raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))
@@ -58,6 +60,7 @@ def demo(
     jobs: Annotated[int | None, typer.Option(min=1, help="How many jobs; unset: the demo's own number.")] = None,
 ) -> None:
     """Show the whole way on this machine: generated images in, text out, with a report."""
+    _require("demo", "torch", "transformers", "moto", "noida_db")
     from nanovllm.pipeline.demo import DEFAULT_JOBS, run_demo
 
     raise typer.Exit(run_demo(keep=keep, output=output, jobs=DEFAULT_JOBS if jobs is None else jobs))
@@ -69,6 +72,7 @@ def demo(
 )
 def align(context: typer.Context) -> None:
     """Train a projector between a vision tower and a language model (`nanovllm align --help`)."""
+    _require("worker", "torch", "transformers")
     from nanovllm.vision import align as tool
 
     raise typer.Exit(tool.main(context.args))
@@ -89,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return FAILED
     return DONE
+
+
+def _require(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigurationError(f"this command needs {', '.join(missing)}: pip install 'nanovllm[{extra}]'")
 
 
 def _print_error(error: NanoVLLMError) -> None:

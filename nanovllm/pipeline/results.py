@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -36,29 +35,31 @@ class ResultReader:
     async def __aenter__(self) -> Self:
         # Not in __init__: aiokafka takes the running event loop when it is constructed.
         self._consumer = AIOKafkaConsumer(
+            *self._topics,
             **self._kafka.client_kwargs(),
             enable_auto_commit=False,
             isolation_level="read_committed",
+            # For partitions that are added later: nothing of theirs has been seen.
             auto_offset_reset="earliest",
         )
         try:
             await self._consumer.start()
-            partitions = [TopicPartition(topic, n) for topic in self._topics for n in await self._partitions(topic)]
-            self._consumer.assign(partitions)
-            if self._from_beginning:
-                await self._consumer.seek_to_beginning(*partitions)
-            else:
-                await self._consumer.seek_to_end(*partitions)
+            partitions = await self._partitions()
+            # Positions first: aiokafka's own reset to the beginning, if it were still under way, would win over a seek.
             for partition in partitions:
                 await self._consumer.position(partition)
-        except (KafkaError, BrokersUnavailable) as error:
+            if not self._from_beginning:
+                for partition, end in (await self._consumer.end_offsets(partitions)).items():
+                    self._consumer.seek(partition, end)
+        except KafkaError as error:
             await self._consumer.stop()
-            if isinstance(error, BrokersUnavailable):
-                raise
             why = type(error).__name__
             raise BrokersUnavailable(
                 f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({why})"
             ) from error
+        except BaseException:
+            await self._consumer.stop()
+            raise
         return self
 
     async def __aexit__(
@@ -88,11 +89,12 @@ class ResultReader:
             self.unreadable += 1
             return None
 
-    async def _partitions(self, topic: str) -> Sequence[int]:
+    async def _partitions(self) -> set[TopicPartition]:
         # The first question may create the topic, or meet a broker that has not heard of it yet.
         for _ in range(20):
-            await self._consumer._client.add_topic(topic)
-            if found := self._consumer._client.cluster.partitions_for_topic(topic):
-                return sorted(found)
+            partitions: set[TopicPartition] = self._consumer.assignment()
+            missing = set(self._topics) - {partition.topic for partition in partitions}
+            if not missing:
+                return partitions
             await asyncio.sleep(0.1)
-        raise BrokersUnavailable(f"topic {topic} does not exist; create it with: nanovllm topics create")
+        raise BrokersUnavailable(f"there is no topic {min(missing)}; create it with: nanovllm topics create")

@@ -63,11 +63,19 @@ def plan_submissions(sources: Sequence[str], prompt: str | None, sampling: dict[
 
 
 async def send_all(producer: JobProducer, submissions: Sequence[Submission]) -> AsyncIterator[str]:
-    """Send ``submissions``, some at a time; yields each job's id, in their order, when all replicas have it."""
+    """Send ``submissions``, some at a time; yields each job's id, in their order, when all replicas have it.
+
+    Raises what ``JobProducer.send`` raises, after the ids of those that were sent beside the one that failed.
+    """
     for start in range(0, len(submissions), MAX_IN_FLIGHT):
-        window = submissions[start : start + MAX_IN_FLIGHT]
-        for job_id in await asyncio.gather(*(_send(producer, submission) for submission in window)):
-            yield job_id
+        window = (_send(producer, submission) for submission in submissions[start : start + MAX_IN_FLIGHT])
+        outcomes = await asyncio.gather(*window, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, str):
+                yield outcome
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
 
 async def _send(producer: JobProducer, submission: Submission) -> str:
@@ -98,6 +106,8 @@ def _expand(source: str) -> list[str | Path]:
     if "://" in source:
         if not source.startswith("s3://"):
             raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
+        if source.endswith("/"):
+            raise InvalidInput(f"{source} names a prefix; name the objects, one by one or in a .jsonl file of jobs")
         return [source]
     path = Path(source)
     if path.is_dir():

@@ -93,11 +93,11 @@ def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
     while command.is_alive():
         publish(embedded_broker, *answers)
         command.join(1)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr()
     assert codes == [1]
-    assert "the answer" in shown
-    assert "an older answer" not in shown
-    assert "invalid_image" in shown
+    assert "the answer" in shown.out, shown.err
+    assert "an older answer" not in shown.out
+    assert "invalid_image" in shown.out
 
 
 def test_results_are_shown_from_the_beginning_and_counted(
@@ -163,6 +163,15 @@ def test_the_effective_configuration_is_printed_with_secrets_masked(
     assert "'**********'" in shown
 
 
+def test_a_light_installation_says_what_the_worker_needs(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (["worker"], ["demo"], ["align"]):
+        assert main(command) == 2
+        assert "pip install 'nanovllm[" in capsys.readouterr().err
+
+
 def test_an_unknown_setting_stops_the_worker(
     topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -204,7 +213,7 @@ def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
         plan_submissions([str(file)], None, {})
 
 
-@pytest.mark.parametrize("source", ["https://example.com/a.png", "ftp://x/y"])
+@pytest.mark.parametrize("source", ["https://example.com/a.png", "ftp://x/y", "s3://bucket/prefix/"])
 def test_only_s3_uris_are_sent(source: str) -> None:
-    with pytest.raises(InvalidInput, match="s3://"):
+    with pytest.raises(InvalidInput, match=r"s3://"):
         plan_submissions([source], "x", {})
