@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _PACKED_ROWS_HINT = 16  # the batch that oneDNN lays the weight out for; measured to serve 1 to 512 rows as well
+_MIN_PACKED_ELEMENTS = 1 << 18  # a smaller product is over before oneDNN's call (20 microseconds) has begun
 
 
 class Linear(nn.Module):
@@ -22,9 +23,11 @@ class Linear(nn.Module):
         self._packed: Tensor | None = None
 
     def pack(self, *, keep_weight: bool = False) -> None:
-        """Pack a float32 weight on a CPU that has oneDNN; elsewhere nothing changes. The plain one goes unless kept."""
+        """Pack a large float32 weight on a CPU with oneDNN; elsewhere do nothing. The plain one goes unless kept."""
         weight = self.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _MIN_PACKED_ELEMENTS:
+            return
+        if not torch.backends.mkldnn.is_available():
             return
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS_HINT)
         if not keep_weight:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from functools import cached_property
 from itertools import count
+from operator import index
 from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer
@@ -158,12 +159,12 @@ class LLMEngine:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.prompts.trusted(prompt)
-        messages = [part for part in prompt if isinstance(part, Mapping)]
-        if messages and len(messages) == len(prompt):
-            return self.prompts.messages(messages)
-        token_ids = [int(part) for part in prompt if isinstance(part, SupportsIndex)]
-        if len(token_ids) != len(prompt):
-            raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages")
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.prompts.messages(prompt)  # type: ignore[arg-type]
+        try:
+            token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
+        except TypeError:
+            raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
         image_token_id = self.model_runner.image_token_id if self.processor else None
         vocab_size = self.model_runner.model.config.vocab_size
         for token_id in token_ids:
@@ -325,8 +326,8 @@ class LLMEngine:
         places: dict[str, int] = {}
         outputs: list[RequestOutput | None] = [None] * len(batch)
         try:
-            for index, (prompt, params, pictures) in enumerate(zip(batch, sampling_params, images, strict=True)):
-                places[self.add_request(prompt, params, images=pictures)] = index
+            for place, (prompt, params, pictures) in enumerate(zip(batch, sampling_params, images, strict=True)):
+                places[self.add_request(prompt, params, images=pictures)] = place
             with _progress(len(batch), use_tqdm) as bar:
                 while any(output is None for output in outputs):
                     for output in self.step():
