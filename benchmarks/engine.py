@@ -1,0 +1,362 @@
+"""The engine against ``transformers`` ``generate``, on the same checkpoint, requests, precision and threads.
+
+Both sides answer the same greedy requests and hand back text. ``transformers`` gets static batches as kind as they can
+be made: requests sorted by the length of their answers (known beforehand here, never in life), left padded, batches as
+wide as the engine's ``max_num_seqs``. Useful tokens are those of the answers up to their end; what a static batch
+computes for rows that have ended counts for nothing. Caches of the engine are off, so that a repeat repeats the work.
+Repeats alternate between the sides; the figures are medians. Outputs must agree up to float ties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ModelNotFound
+from nanovllm.vision import synthetic
+from nanovllm.vision.checkpoints import resolve_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "engine.json"
+TIE = 1e-3  # two logits nearer than this may change places between two ways to compute them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 text model: width, layers, heads, KV heads, width of a head and of the MLP, vocabulary."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+
+SHAPES = {
+    "tiny": Shape(64, 2, 4, 2, 16, 128, 512),
+    "small": Shape(256, 6, 8, 4, 32, 768, 16_000),
+    "medium": Shape(512, 12, 8, 4, 64, 1536, 32_000),
+    "0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151_936),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: text or token ids, images in the order of their placeholders, and a bound on the answer."""
+
+    prompt: str | list[int]
+    images: tuple[Image.Image, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side's answers, in the order of the questions, and the time that all of them took."""
+
+    token_ids: list[list[int]]
+    seconds: float
+
+
+def main() -> int:
+    """Run what was asked for, print a table and write the JSON; 1 when outputs differ by more than ties."""
+    args = read_arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {
+        "machine": describe_machine(args),
+        "settings": {
+            "requests": args.requests,
+            "repeats": args.repeats,
+            "batch": args.batch,
+            "dtype": str(args.dtype).removeprefix("torch."),
+        },
+        "workloads": {},
+    }
+    for name in args.workloads:
+        with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as directory:
+            workload = images_workload if name == "images" else text_workload
+            report["workloads"][name] = figures = workload(args, Path(directory))
+        print_figures(name, figures, args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {args.output}")
+    return 0 if all(figures["outputs_agree"] for figures in report["workloads"].values()) else 1
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=["images", "text"], default=["images", "text"])
+    parser.add_argument("--model", default="tiny-receipts", help="LLaVA checkpoint of the images workload")
+    parser.add_argument("--text-size", choices=list(SHAPES), default="small", help="random-weight Qwen3 of this shape")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="width of a static batch, and max_num_seqs")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def images_workload(args: argparse.Namespace, _: Path) -> dict[str, Any]:
+    """Held-out questions of the project's own generator about receipts and shapes, one or two images each."""
+    try:
+        directory = resolve_checkpoint(args.model)
+    except ModelNotFound as error:
+        sys.exit(f"{error}\nName a LLaVA checkpoint with --model, or run --workloads text.")
+    drawn = [synthetic.sample(index, seed=20, split="heldout") for index in range(args.requests)]
+    questions = [Question(one.prompt, one.images, 128) for one in drawn]
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=args.dtype).to(args.device).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    processor.tokenizer.padding_side = "left"
+
+    def encode(batch: list[Question]) -> Any:
+        images = [image for question in batch for image in question.images]
+        return processor(text=[question.prompt for question in batch], images=images, padding=True, return_tensors="pt")
+
+    return compare(args, directory, questions, model, processor.tokenizer, encode, ignore_eos=False)
+
+
+def text_workload(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Random prompts of 16 to 256 tokens and answers of 8 to 128 on a Qwen3 model with random weights."""
+    shape = SHAPES[args.text_size]
+    make_text_checkpoint(directory, shape)
+    draw = random.Random(0)
+    questions = [
+        Question([draw.randrange(shape.vocab_size) for _ in range(draw.randint(16, 256))], (), draw.randint(8, 128))
+        for _ in range(args.requests)
+    ]
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=args.dtype).to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+
+    def encode(batch: list[Question]) -> Any:
+        return tokenizer.pad({"input_ids": [question.prompt for question in batch]}, return_tensors="pt")
+
+    figures = compare(args, directory, questions, model, tokenizer, encode, ignore_eos=True)
+    return {"shape": args.text_size, "parameters": sum(p.numel() for p in model.parameters()), **figures}
+
+
+def compare(
+    args: argparse.Namespace,
+    directory: Path,
+    questions: list[Question],
+    model: Any,
+    tokenizer: Any,
+    encode: Callable[[list[Question]], Any],
+    *,
+    ignore_eos: bool,
+) -> dict[str, Any]:
+    """Warm both sides up, alternate their repeats, check that they agree, and sum up."""
+    engine = LLM(
+        str(directory),
+        max_num_seqs=args.batch,
+        dtype=str(args.dtype).removeprefix("torch."),
+        device=args.device,
+        enable_prefix_caching=False,
+        embedding_cache_bytes=0,
+    )
+    params = [SamplingParams(temperature=0.0, max_tokens=one.max_tokens, ignore_eos=ignore_eos) for one in questions]
+
+    def ours(count: int) -> Run:
+        started = time.perf_counter()
+        outputs = engine.generate(
+            [question.prompt for question in questions[:count]],
+            params[:count],
+            images=[question.images for question in questions[:count]],
+            use_tqdm=False,
+        )
+        return Run([list(output.token_ids) for output in outputs], time.perf_counter() - started)
+
+    warm = ours(args.batch)
+    lengths = [len(tokens) for tokens in ours(len(questions)).token_ids]
+
+    def theirs(count: int) -> Run:
+        answers: list[list[int]] = [[] for _ in range(count)]
+        order = sorted(range(count), key=lambda index: lengths[index])
+        started = time.perf_counter()
+        for first in range(0, count, args.batch):
+            rows = order[first : first + args.batch]
+            batch = [questions[row] for row in rows]
+            generated = generate_static(model, encode(batch), batch, args, ignore_eos=ignore_eos)
+            for row, tokens in zip(rows, generated, strict=True):
+                answers[row] = trim(tokens, questions[row], None if ignore_eos else tokenizer.eos_token_id)
+                tokenizer.decode(answers[row], skip_special_tokens=True)
+        return Run(answers, time.perf_counter() - started)
+
+    theirs(len(warm.token_ids))
+    runs: dict[str, list[Run]] = {"nanovllm": [], "transformers": []}
+    for _ in range(args.repeats):
+        runs["nanovllm"].append(ours(len(questions)))
+        runs["transformers"].append(theirs(len(questions)))
+    equal, ties, different = agreement(engine, model, encode, questions, runs)
+    engine.close()
+    sides = {name: sum_up(side) for name, side in runs.items()}
+    ratio = sides["transformers"]["seconds"] / sides["nanovllm"]["seconds"]
+    return {
+        "model": directory.name if ignore_eos is False else "random weights",
+        **sides,
+        "ratio": round(ratio, 3),
+        "outputs_equal": equal,
+        "outputs_differ_by_a_tie": ties,
+        "outputs_differ": different,
+        "outputs_agree": different == 0,
+    }
+
+
+@torch.inference_mode()
+def generate_static(
+    model: Any, inputs: Any, batch: list[Question], args: argparse.Namespace, *, ignore_eos: bool
+) -> list[list[int]]:
+    """One static batch: it runs until its longest row has ended."""
+    inputs = inputs.to(args.device)
+    options = {"eos_token_id": None} if ignore_eos else {}
+    longest = max(question.max_tokens for question in batch)
+    generated = model.generate(**inputs, do_sample=False, max_new_tokens=longest, **options)
+    return generated[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def trim(tokens: list[int], question: Question, eos_token_id: int | None) -> list[int]:
+    """The useful part of a row: up to its own bound and its end-of-sequence token."""
+    tokens = tokens[: question.max_tokens]
+    return tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
+
+
+def agreement(
+    engine: LLM,
+    model: Any,
+    encode: Callable[[list[Question]], Any],
+    questions: list[Question],
+    runs: dict[str, list[Run]],
+) -> tuple[int, int, int]:
+    """How many answers are equal, how many part at a float tie, and how many differ."""
+    equal = ties = different = 0
+    for question, ours, theirs in zip(
+        questions, runs["nanovllm"][0].token_ids, runs["transformers"][0].token_ids, strict=True
+    ):
+        if ours == theirs:
+            equal += 1
+            continue
+        shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if shared is not None and gap(model, encode([question]), ours, theirs, shared) < TIE:
+            ties += 1
+        else:
+            different += 1
+    return equal, ties, different
+
+
+@torch.inference_mode()
+def gap(model: Any, inputs: Any, ours: list[int], theirs: list[int], shared: int) -> float:
+    """How far apart the logits of two next tokens are after the prompt and ``shared`` common tokens, relatively."""
+    inputs = inputs.to(model.device)
+    common = torch.tensor([ours[:shared]], dtype=torch.long, device=model.device)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], common], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    logits = model(**inputs).logits[0, -1].float()
+    return float((logits[ours[shared]] - logits[theirs[shared]]).abs() / logits.abs().max())
+
+
+def sum_up(runs: list[Run]) -> dict[str, Any]:
+    """Medians over the repeats."""
+    seconds = statistics.median(run.seconds for run in runs)
+    tokens = sum(len(answer) for answer in runs[0].token_ids)
+    return {
+        "seconds": round(seconds, 4),
+        "seconds_of_each_repeat": [round(run.seconds, 4) for run in runs],
+        "requests_per_second": round(len(runs[0].token_ids) / seconds, 3),
+        "useful_tokens": tokens,
+        "useful_tokens_per_second": round(tokens / seconds, 2),
+    }
+
+
+def make_text_checkpoint(directory: Path, shape: Shape) -> None:
+    """A Qwen3 checkpoint with seeded random weights, drawn wide so that greedy decoding wanders, and a tokenizer."""
+    config = Qwen3Config(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, shape.vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+
+
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures were taken on; the load tells whether anything else ran."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": "benchmarks/engine.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def print_figures(name: str, figures: dict[str, Any], args: argparse.Namespace) -> None:
+    """The figures of one workload for people."""
+    print(f"\n{name}: {args.requests} requests, {args.batch} at once, median of {args.repeats}")
+    for side in ("nanovllm", "transformers"):
+        one = figures[side]
+        print(
+            f"  {side:<13}{one['seconds']:>9.2f} s {one['requests_per_second']:>9.2f} requests/s "
+            f"{one['useful_tokens_per_second']:>9.1f} useful tokens/s"
+        )
+    print(
+        f"  ratio {figures['ratio']:.2f}; answers equal {figures['outputs_equal']}, parted at a float tie "
+        f"{figures['outputs_differ_by_a_tie']}, different {figures['outputs_differ']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
