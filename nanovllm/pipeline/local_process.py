@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -21,6 +23,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 class LocalProcess:
     """One child process in a session of its own, so that Ctrl-C reaches only the parent, which then ends it in order.
+
+    A parent that is killed takes it along on Linux, when it was started in the parent's main thread.
 
     ``name`` is what messages call it, ``log`` the file that takes stdout and stderr, ``env`` the whole environment
     (None: the parent's).
@@ -54,7 +58,7 @@ class LocalProcess:
         output: IO[bytes]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                self._command,
+                [*_dying_with_parent(), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -88,3 +92,9 @@ class LocalProcess:
             except subprocess.TimeoutExpired:
                 self.kill()
         return self._process.returncode
+
+
+def _dying_with_parent() -> list[str]:
+    # The kernel watches the thread that forked, not its process: in any other thread the child would die too early.
+    program = shutil.which("setpriv") if threading.current_thread() is threading.main_thread() else None
+    return [program, "--pdeathsig", "KILL", "--"] if program else []
