@@ -1,8 +1,8 @@
 """The one error tree. Every failure that a user or an operator can meet has a class here.
 
-A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it) and a ``remedy``
-(what a person does about it). The message of an instance names the thing and the value; it never carries secrets,
-local paths of the worker or object representations, because it travels into dead letters.
+A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it) and a
+``remedy`` (what a person does about it). The message of an instance names the thing and the value; it never carries
+secrets, local paths of the worker or object representations, because it travels into dead letters.
 """
 
 from __future__ import annotations
