@@ -59,7 +59,7 @@ def render_report(outcome: Outcome) -> str:
     """The report as one HTML document."""
     summary = outcome.summary
     verdict = (
-        f"<p>{escape('; '.join(outcome.complaints))}.</p>"
+        f"<p>Not as it should be: {escape('; '.join(outcome.complaints))}.</p>"
         if outcome.complaints
         else "<p>Every job has its answer, and both bad messages are in the dead letters with their reasons.</p>"
     )

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -168,6 +169,9 @@ def test_the_report_is_one_file_that_refers_to_nothing_outside(demo):
     assert tags.open == []
     assert tags.seen["img"] == 27
     assert all(source.startswith("data:image/jpeg;base64,") for source in tags.sources)
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert tags.seen["svg"] == 2
     assert tags.seen["script"] == tags.seen["link"] == 0
     assert not re.search(r"url\(|@import|https?://", page)
 
