@@ -1,0 +1,210 @@
+"""How the shipped tiny model is made: its tokenizer, processor and sizes, and the batches that it learns from.
+
+A CLIP tower (3 layers of 192), a projector and a Qwen3 text model (3 layers of 144) learn together from synthetic
+receipts and shapes. Each receipt is drawn once and asked about twice, because the tower costs as much as the answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from nanovllm.vision import synthetic
+from nanovllm.vision.training import Batch, GlyphHead, Question, pad_by_length
+
+IMAGE_TOKEN = "<|image|>"  # noqa: S105
+SIDE_PX, PATCH_PX = 224, 32
+PATCHES_A_SIDE = SIDE_PX // PATCH_PX
+TOKENS_PER_IMAGE = PATCHES_A_SIDE**2
+GLYPHS_PER_PATCH = 3
+SCAFFOLDING = ('{"vendor": "', '", "number": "', '", "date": "', '", "total": "', '"}')
+"""Fixed parts of the JSON answers: one token each, which halves the time to learn and to write them."""
+
+_PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_TOKEN
+_SPECIAL = (_PAD, _EOS, _UNK, _IMAGE)
+_RECEIPTS, _PAIRS = 26, 3
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character and newline, and one per part of ``SCAFFOLDING``."""
+    tokens = [*_SPECIAL, "\n", *map(chr, range(32, 127)), *SCAFFOLDING]
+    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=_UNK))
+    pieces = Regex("|".join([*map(re.escape, SCAFFOLDING), r"[\s\S]"]))
+    characters.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    # Without a decoder a word-level tokenizer puts spaces between its tokens.
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        unk_token=_UNK,
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def processor() -> LlavaProcessor:
+    """Images to 224 x 224 by bicubic resizing without a crop, values to -1..1; prompts to 49 tokens an image."""
+    images = CLIPImageProcessorPil(
+        size={"height": SIDE_PX, "width": SIDE_PX},
+        resample=3,
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+
+
+def model(words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A randomly initialised model of 2.7 million parameters for the tokenizer ``words``, in fp32."""
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        image_size=SIDE_PX,
+        patch_size=PATCH_PX,
+        projection_dim=192,
+    )
+    ends: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    text = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=144,
+        intermediate_size=432,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=24,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **ends,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=words.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=TOKENS_PER_IMAGE,
+        **ends,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def glyph_head(of: LlavaForConditionalGeneration) -> GlyphHead:
+    """The auxiliary head for ``of``; thrown away after training."""
+    return GlyphHead(of.config.vision_config.hidden_size, GLYPHS_PER_PATCH, of.config.text_config.vocab_size)
+
+
+def speed_up(of: LlavaForConditionalGeneration, *, compiled: bool = True) -> None:
+    """Makes training steps on a CPU faster: the patch embedding as a matrix product, layers compiled.
+
+    oneDNN's convolution with a stride of 32 takes a quarter of a step; the product is the same up to rounding.
+    """
+    tower = of.model.vision_tower
+    tower.embeddings.patch_embedding.forward = partial(_embed_patches, tower.embeddings.patch_embedding)
+    if compiled:
+        for layer in (*tower.encoder.layers, *of.model.language_model.layers):
+            layer.compile()
+
+
+def _embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
+    n, channels, height, width = pixels.shape
+    side = convolution.kernel_size[0]
+    rows, columns = height // side, width // side
+    patches = (
+        pixels.reshape(n, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
+    )
+    embedded = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+    return embedded.transpose(1, 2).reshape(n, -1, rows, columns)
+
+
+class Batches:
+    """Endless batches: 26 receipts with two questions each, and three pairs of shapes, shared between processes.
+
+    A batch is a function of (seed, step, rank), so that a resumed run goes on where it stopped.
+    """
+
+    def __init__(self, words: PreTrainedTokenizerFast, seed: int, *, rank: int = 0, processes: int = 1) -> None:
+        self.words, self.seed, self.rank, self.processes = words, seed, rank, processes
+        self.ids: dict[str, int] = words.get_vocab()
+
+    def __call__(self, step: int, tower_only: bool) -> Iterator[Batch]:
+        """Batches from ``step`` on; with ``tower_only`` receipts alone, and no questions."""
+        while True:
+            yield self.batch(step, tower_only)
+            step += 1
+
+    def batch(self, step: int, tower_only: bool) -> Batch:
+        """This process's part of one step's batch."""
+        place = step * self.processes + self.rank
+        rng = synthetic.generator(place, seed=self.seed, split="train")
+        # Pairs that do not divide by the number of processes go to each of them in turn.
+        pairs = 0 if tower_only else (_PAIRS + (step + self.rank) % self.processes) // self.processes
+        receipts = [synthetic.receipt(rng, "train") for _ in range(_RECEIPTS // self.processes)]
+        images = [drawn.image for drawn in receipts]
+        questions = []
+        for index, drawn in enumerate([] if tower_only else receipts):
+            reading = rng.choices(("json", "text"), (65, 35))[0]
+            asking = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
+            questions += [question(self.words, synthetic.ask(drawn, kind), [index]) for kind in (reading, asking)]
+        for _ in range(pairs):
+            pair = synthetic.shape_pair(rng, "train")
+            first = len(images)
+            images += [drawn.image for drawn in pair]
+            questions += [
+                question(self.words, synthetic.describe(pair[0]), [first]),
+                question(self.words, synthetic.describe(pair[1]), [first + 1]),
+                question(self.words, synthetic.compare(*pair), [first, first + 1]),
+            ]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        rows = pad_by_length(questions, self.words.pad_token_id)
+        return Batch(pixels, rows, torch.stack([self.glyphs(drawn) for drawn in receipts]))
+
+    def glyphs(self, drawn: synthetic.Receipt) -> Tensor:
+        """Token ids of the characters whose centres lie in each patch [49, 3], from left to right, then zeros."""
+        ids = torch.zeros(TOKENS_PER_IMAGE, GLYPHS_PER_PATCH, dtype=torch.long)
+        used = [0] * TOKENS_PER_IMAGE
+        for glyph in drawn.glyphs:
+            patch = glyph.y // PATCH_PX * PATCHES_A_SIDE + glyph.x // PATCH_PX
+            ids[patch, used[patch]] = self.ids[glyph.character]
+            used[patch] += 1
+        return ids
+
+
+def question(words: Any, sample: synthetic.Sample, images: list[int]) -> Question:
+    """Token ids of a sample about the batch's ``images``."""
+    prompt = sample.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * TOKENS_PER_IMAGE)
+    answer = [*words.encode(sample.answer, add_special_tokens=False), words.eos_token_id]
+    return Question(words.encode(prompt), answer, images)

@@ -1,0 +1,377 @@
+"""The training loop under `align`: questions about images, one optimiser, progress measured in time or images."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+IGNORED = -100
+LOG_EVERY_S = 30.0
+SAVE_EVERY_S = 300.0
+SNAPSHOT_EVERY_S = 540.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids of a prompt, already with one id per image position, and of its answer with the end-of-sequence id;
+    ``images`` are indices into the batch's images in the order of the prompt's placeholders.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    images: list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Questions padded to one length: ``ids`` and ``labels`` [n, t]; ``images`` [k] are image indices as they occur."""
+
+    ids: Tensor
+    labels: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``pixels`` [m, 3, h, w], normalised, or uint8 [m, h, w, 3] for images that need mapping to -1..1 only.
+
+    ``glyphs`` [g, patches, slots] are token ids of the characters in each patch of the first g images (0 where there is
+    none), for the auxiliary head; None without one.
+    """
+
+    pixels: Tensor
+    rows: Sequence[Rows]
+    glyphs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; exactly one of ``minutes`` and ``images`` is set.
+
+    ``minutes`` counts time spent in steps, so that a busy machine shortens the run instead of cutting its slow end off.
+    ``tower_share`` is the share of the run in which only the tower and the auxiliary head train.
+    """
+
+    rate: float = 1e-3
+    minutes: float | None = None
+    images: int | None = None
+    warmup_steps: int = 300
+    tower_share: float = 0.0
+    weight_decay: float = 0.05
+    averaging: float = 0.999
+
+    def done(self, progress: Progress) -> float:
+        """The share of the run that is behind, 0 to 1 and beyond."""
+        if self.images is not None:
+            return progress.images / self.images
+        assert self.minutes is not None
+        return progress.seconds / (60 * self.minutes)
+
+    def rate_at(self, progress: Progress) -> float:
+        """Warmed up by steps, then a cosine down to half a per cent of the peak."""
+        warm = min(1.0, (progress.step + 1) / self.warmup_steps)
+        return self.rate * warm * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.done(progress)))))
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; ``seconds`` are spent in steps."""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+Source = Callable[[int, bool], Iterator[Batch]]
+"""Batches from a step on; the flag asks for batches without rows, for the tower and the auxiliary head alone."""
+
+
+class GlyphHead(nn.Module):
+    """Names the characters in each patch from the tower's output. Without it a tower trained from nothing does not
+    learn to read in any reasonable time, because guessing from the language alone lowers the loss for very long.
+    """
+
+    def __init__(self, width: int, slots: int, vocabulary: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.linear = nn.Linear(width, slots * vocabulary)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, patches, width] to logits [n, patches, slots, vocabulary]."""
+        return self.linear(features).unflatten(-1, (self.slots, -1))
+
+    def loss(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the share of characters named rightly; empty slots weigh a quarter."""
+        logits = self(features).float()
+        inked = glyphs != 0
+        weights = torch.where(inked, 1.0, 0.25)
+        losses = F.cross_entropy(logits.flatten(0, -2), glyphs.flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / weights.sum()
+        return loss, (logits.argmax(-1) == glyphs)[inked].float().mean()
+
+
+class Trainer:
+    """Trains the parameters of ``model`` (and of ``head``) that require gradients, and keeps their running average.
+
+    ``scales`` maps a prefix of parameter names to a factor on the rate. State is kept in ``directory`` and taken up
+    again from there. Where `torch.distributed` is up, every process trains on batches of its own and gradients are
+    averaged; the first process keeps the clock, the log and the state.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        schedule: Schedule,
+        directory: Path,
+        *,
+        head: GlyphHead | None = None,
+        scales: dict[str, float] | None = None,
+        bf16: bool = False,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.schedule, self.head, self.bf16, self.report = model, schedule, head, bf16, report
+        self.device = model.device
+        self.progress = Progress()
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.trained.items()}
+        heads = dict(head.named_parameters(prefix="head")) if head is not None else {}
+        self.optimizer = torch.optim.AdamW(
+            _groups({**self.trained, **heads}, schedule, scales or {}), betas=(0.9, 0.98), fused=True
+        )
+        self.parameters = [*self.trained.values(), *heads.values()]
+        self.tower_trains = any("vision_tower" in name for name in self.trained)
+        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self.seconds = 0.0
+        self.path = directory / "training-state.pt"
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._resume()
+
+    def run(self, source: Source, snapshot: Callable[[LlavaForConditionalGeneration], str | None]) -> Progress:
+        """Trains to the end of the schedule and returns what was done.
+
+        ``snapshot`` gets a copy of the model with the averaged weights, now and then and at the end; what it returns is
+        logged.
+        """
+        tower_only = self.schedule.done(self.progress) < self.schedule.tower_share
+        batches = source(self.progress.step, tower_only)
+        means = _Means()
+        logged = saved = shown = time.monotonic()
+        while self.schedule.done(self.progress) < 1:
+            began = time.monotonic()
+            if tower_only and self.schedule.done(self.progress) >= self.schedule.tower_share:
+                tower_only = False
+                batches = source(self.progress.step, tower_only)
+            batch = next(batches)
+            means.add(self._step(batch))
+            now = time.monotonic()
+            self.seconds += now - began
+            if not self.is_first:
+                continue
+            if now - logged > LOG_EVERY_S:
+                done = 100 * self.schedule.done(self.progress)
+                self.report(f"{done:5.1f}% {self.progress.images} images, {means.take()}")
+                logged = now
+            if now - saved > SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+            if now - shown > SNAPSHOT_EVERY_S and not tower_only:
+                self._show(snapshot)
+                shown = time.monotonic()
+        if self.is_first:
+            self.save()
+            self._show(snapshot)
+        return self.progress
+
+    def save(self) -> None:
+        """Writes weights, averages, optimiser and progress, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "averages": self.averages,
+            "head": self.head.state_dict() if self.head is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        unfinished = self.path.with_suffix(".new")
+        torch.save(state, unfinished)
+        unfinished.replace(self.path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.path, weights_only=True, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.averages = state["averages"]
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.seconds = self.progress.seconds
+        self.report(f"resumed after {self.progress.images} images")
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate_at(self.progress) * group["scale"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, figures = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        images, seconds = self._share_gradients(len(batch.pixels))
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.progress = Progress(self.progress.step + 1, self.progress.images + images, seconds)
+        # The first steps would otherwise drag the random start along for thousands of steps.
+        keep = min(self.schedule.averaging, (1 + self.progress.step) / (10 + self.progress.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - keep)
+        return figures
+
+    def _share_gradients(self, images: int) -> tuple[int, float]:
+        """Averages gradients over processes; returns all images of the step, and the first process's clock.
+
+        Every process must take the same decisions from the same clock, or one would wait for the other for ever.
+        """
+        if not dist.is_initialized():
+            return images, self.seconds
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        own = torch.tensor([float(images), self.seconds if self.is_first else 0.0], device=self.device)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), own])
+        dist.all_reduce(flat)
+        shares = flat[:-2].div_(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, share in zip(gradients, shares, strict=True):
+            gradient.copy_(share.view_as(gradient))
+        return round(flat[-2].item()), flat[-1].item()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.set_grad_enabled(self.tower_trains):
+            hidden = tower_features(self.model, _normalised(batch.pixels.to(self.device)))
+        loss = torch.zeros((), device=self.device)
+        figures: dict[str, float] = {}
+        if self.head is not None and batch.glyphs is not None:
+            glyphs = batch.glyphs.to(self.device)
+            named, share = self.head.loss(hidden[: len(glyphs)], glyphs)
+            loss = loss + named
+            figures |= {"glyph loss": named.item(), "glyphs right": share.item()}
+        if batch.rows:
+            features = self.model.model.multi_modal_projector(hidden).float()
+            scored = [answer_logits(self.model, features, rows) for rows in batch.rows]
+            count = sum(len(labels) for _, labels in scored)
+            told = torch.stack([F.cross_entropy(logits, labels, reduction="sum") for logits, labels in scored]).sum()
+            right = sum(int((logits.argmax(-1) == labels).sum()) for logits, labels in scored)
+            loss = loss + told / count
+            figures |= {"loss": told.item() / count, "tokens right": right / count}
+        return loss, figures
+
+    def _show(self, snapshot: Callable[[LlavaForConditionalGeneration], str | None]) -> None:
+        averaged = copy.deepcopy(self.model).eval()
+        with torch.no_grad():
+            for name, parameter in averaged.named_parameters():
+                if name in self.averages:
+                    parameter.copy_(self.averages[name])
+        line = snapshot(averaged)
+        if line:
+            self.report(line)
+
+
+def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Normalised pixels [n, 3, h, w] to what the projector takes [n, tokens, width], as the config selects it."""
+    layers = model.config.vision_feature_layer
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    chosen = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    return chosen[:, 1:] if model.config.vision_feature_select_strategy == "default" else chosen
+
+
+def answer_logits(model: LlavaForConditionalGeneration, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Projected features [m, tokens, width] to logits [answers, vocabulary] and labels [answers], answers only.
+
+    Rows are padded on the right, so that causal attention alone hides the padding.
+    """
+    ids, labels = rows.ids.to(features.device), rows.labels.to(features.device)
+    embeddings = model.get_input_embeddings()(ids)
+    places = (ids == model.config.image_token_id).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(places, features[rows.images.to(features.device)].to(embeddings.dtype))
+    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    wanted = labels != IGNORED
+    return model.lm_head(hidden[wanted]).float(), labels[wanted]
+
+
+def pad(questions: Sequence[Question], pad_id: int, multiple: int = 8) -> Rows:
+    """Rows of one length, a multiple of ``multiple``; labels stand where the next token is an answer's."""
+    length = max(len(question.prompt) + len(question.answer) for question in questions)
+    length = math.ceil(length / multiple) * multiple
+    ids = torch.full((len(questions), length), pad_id)
+    labels = torch.full((len(questions), length), IGNORED)
+    for row, question in enumerate(questions):
+        end = len(question.prompt) + len(question.answer)
+        ids[row, :end] = torch.tensor(question.prompt + question.answer)
+        labels[row, len(question.prompt) - 1 : end - 1] = torch.tensor(question.answer)
+    return Rows(ids, labels, torch.tensor(list(chain.from_iterable(question.images for question in questions))))
+
+
+def pad_by_length(questions: Sequence[Question], pad_id: int, groups: int = 3) -> list[Rows]:
+    """Splits questions into groups of similar length, which saves computing on padding."""
+    ordered = sorted(questions, key=lambda question: len(question.prompt) + len(question.answer))
+    size = math.ceil(len(ordered) / groups)
+    return [pad(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size or 1)]
+
+
+def export(model: LlavaForConditionalGeneration, processor: Any, output: Path, dtype: torch.dtype) -> None:
+    """Writes a LLaVA directory (safetensors) that `transformers` and the engine load; leaves ``model`` in ``dtype``."""
+    output.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(output)
+    processor.save_pretrained(output)
+    for path in output.iterdir():
+        path.chmod(0o644)
+
+
+def read_progress(directory: Path) -> dict[str, Any] | None:
+    """What a finished or interrupted run has done, or None where none was."""
+    path = directory / "training-state.pt"
+    return torch.load(path, weights_only=True)["progress"] if path.exists() else None
+
+
+class _Means:
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.count = 0
+
+    def add(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.sums[name] += value
+        self.count += 1
+
+    def take(self) -> str:
+        text = ", ".join(f"{name} {value / self.count:.4f}" for name, value in self.sums.items())
+        self.sums.clear()
+        self.count = 0
+        return text
+
+
+def _groups(parameters: dict[str, nn.Parameter], schedule: Schedule, scales: dict[str, float]) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay, vectors and embedding tables do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        scale = next((factor for prefix, factor in scales.items() if name.startswith(prefix)), 1.0)
+        is_table = parameter.ndim < 2 or "embed_tokens" in name or "position_embedding" in name
+        groups[0.0 if is_table else schedule.weight_decay, scale].append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "scale": scale, "lr": schedule.rate}
+        for (decay, scale), members in groups.items()
+    ]
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
