@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import sys
 import time
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import boto3
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from botocore.config import Config
+from PIL import Image
 
 from nanovllm.pipeline.broker import answers_metadata
 from nanovllm.pipeline.local_process import LocalProcess, free_port
@@ -206,6 +209,76 @@ class S3Part:
         """Store an object; returns its ``s3://`` URI."""
         self.client.put_object(Bucket=bucket, Key=key, Body=body)
         return f"s3://{bucket}/{key}"
+
+
+Fault = Literal["refuse", "cut", "unavailable"]
+
+
+class FaultProxy:
+    """Stands before an HTTP server and spoils connections in their order; once ``faults`` are used up, none.
+
+    ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503.
+    """
+
+    def __init__(self, upstream_url: str, faults: Iterable[Fault]) -> None:
+        upstream = urlsplit(upstream_url)
+        self._upstream = (upstream.hostname or "", upstream.port or 80)
+        self._faults = list(faults)
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    @property
+    def faults_left(self) -> int:
+        return len(self._faults)
+
+    async def __aenter__(self) -> FaultProxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        fault = self._faults.pop(0) if self._faults else None
+        try:
+            if fault == "refuse":
+                return
+            if fault == "unavailable":
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                await writer.drain()
+                return
+            up_reader, up_writer = await asyncio.open_connection(*self._upstream)
+            try:
+                forth = asyncio.create_task(_pump(reader, up_writer))
+                await _pump(up_reader, writer, at_most=300 if fault == "cut" else None)
+                forth.cancel()
+            finally:
+                up_writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, at_most: int | None = None) -> None:
+    while data := await reader.read(at_most or 65_536):
+        writer.write(data)
+        await writer.drain()
+        if at_most is not None:
+            return
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> bytes:
+    """A picture of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class VersityNode:

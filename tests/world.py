@@ -1,0 +1,101 @@
+"""One test's own topics, group and bucket, and the real worker process that works on them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from parts import S3Part, create_topic, eventually, unique_name, worker_process
+
+from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.pipeline.producer import JobProducer
+from nanovllm.pipeline.results import ResultReader
+from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings
+from nanovllm.sinks.messages import DeadLetter, Result
+
+PARTITIONS = 4
+
+
+@dataclass
+class World:
+    """``results`` and ``dead_letters`` by job_id, as far as ``read`` has read them; a job may be answered twice."""
+
+    bootstrap_servers: str
+    s3: S3Part
+    directory: Path
+    worker_settings: dict[str, str]
+    bucket: str = ""
+    topics: TopicSettings = field(init=False)
+    group: str = field(default_factory=lambda: unique_name("group"))
+    results: dict[str, list[Result]] = field(default_factory=lambda: defaultdict(list))
+    dead_letters: dict[str, list[DeadLetter]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        base = unique_name("world")
+        names = {name: f"{base}.{name}" for name in ("jobs", "results", "metrics", "dead_letters", "in_flight")}
+        self.topics = TopicSettings(**names)
+        self.bucket = self.bucket or self.s3.make_bucket()
+
+    @property
+    def kafka(self) -> KafkaSettings:
+        return KafkaSettings(bootstrap_servers=self.bootstrap_servers)
+
+    async def create_topics(self) -> None:
+        topics = self.topics
+        names = (topics.jobs, topics.results, topics.metrics, topics.dead_letters)
+        await create_topic(self.bootstrap_servers, *names, partitions=PARTITIONS)
+
+    def producer(self) -> JobProducer:
+        return JobProducer(self.kafka, topic=self.topics.jobs)
+
+    def reader(self) -> ResultReader:
+        settings = Settings.model_construct(kafka=self.kafka, topics=self.topics)
+        return ResultReader(settings, from_beginning=True, dead_letters=True)
+
+    async def read(self, reader: ResultReader) -> None:
+        for outcome in await reader.read():
+            if isinstance(outcome, Result):
+                self.results[outcome.job_id].append(outcome)
+            else:
+                self.dead_letters[outcome.job_id or ""].append(outcome)
+
+    def worker(self, name: str, *options: str) -> LocalProcess:
+        settings = {
+            "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers,
+            "NANOVLLM_KAFKA__GROUP_ID": self.group,
+            # As short as an Apache Kafka broker allows by default.
+            "NANOVLLM_KAFKA__SESSION_TIMEOUT_MS": "6000",
+            "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "1000",
+            **{f"NANOVLLM_TOPICS__{key.upper()}": getattr(self.topics, key) for key in ("jobs", "results", "metrics")},
+            "NANOVLLM_TOPICS__DEAD_LETTERS": self.topics.dead_letters,
+            "NANOVLLM_S3__ENDPOINT_URL": self.s3.endpoint_url,
+            "NANOVLLM_S3__ADDRESSING_STYLE": "path",
+            "NANOVLLM_S3__ALLOW": f"s3://{self.bucket}/",
+            "NANOVLLM_ADMISSION__IDLE_EXIT_S": "1",
+            **self.s3.environment,
+            **self.worker_settings,
+        }
+        return worker_process(self.directory, *options, settings=settings, name=name)
+
+    async def drain(self, name: str) -> None:
+        """Run a worker until nothing is left to do."""
+        worker = self.worker(name, "--exit-when-drained")
+        worker.start()
+        try:
+            await eventually(lambda: not worker.is_running, within_s=250, why=f"{name} goes on working")
+        finally:
+            worker.kill()
+        assert worker.exit_code == 0, worker.tail(30)
+
+    async def lag(self) -> int:
+        """Jobs that the group has not committed."""
+        partitions = [TopicPartition(self.topics.jobs, number) for number in range(PARTITIONS)]
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap_servers, group_id=self.group, enable_auto_commit=False
+        )
+        consumer.assign(partitions)
+        async with consumer:
+            ends = await consumer.end_offsets(partitions)
+            return sum([ends[partition] - (await consumer.committed(partition) or 0) for partition in partitions])
