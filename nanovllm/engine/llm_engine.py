@@ -12,6 +12,7 @@ from collections.abc import Sequence as Rows
 from functools import cached_property
 from itertools import count
 from operator import index
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -98,8 +99,16 @@ class LLMEngine:
 
     @cached_property
     def model_info(self) -> ModelInfo:
-        """Which model this is; reads the weight files once more for their digest."""
-        return ModelInfo(self.config.model, self.checkpoint.revision, self.checkpoint.parameter_digest)
+        """Which model this is; reads the weight files once more for their digest.
+
+        A directory is named by its last part: the id travels in results, and a worker's paths are its own affair.
+        """
+        name = Path(self.config.model)
+        return ModelInfo(
+            name.resolve().name if name.is_dir() else self.config.model,
+            self.checkpoint.revision,
+            self.checkpoint.parameter_digest,
+        )
 
     def add_request(
         self,
