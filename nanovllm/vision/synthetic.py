@@ -100,7 +100,7 @@ COLOURS: Mapping[str, Colour] = MappingProxyType(
 BACKGROUNDS: Mapping[str, Colour] = MappingProxyType(
     {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (18, 18, 18)}
 )
-_RADII_PX: Mapping[str, tuple[int, int]] = MappingProxyType({"small": (20, 30), "large": (62, 88)})
+_RADII_PX: Mapping[str, tuple[int, int]] = MappingProxyType({"small": (34, 42), "large": (66, 88)})
 
 
 @dataclass(frozen=True)

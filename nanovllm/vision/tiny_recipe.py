@@ -39,7 +39,7 @@ SCAFFOLDING = ('{"vendor": "', '", "number": "', '", "date": "', '", "total": "'
 
 _PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_TOKEN
 _SPECIAL = (_PAD, _EOS, _UNK, _IMAGE)
-_RECEIPTS, _PAIRS = 26, 3
+_RECEIPTS, _PAIRS = 22, 6
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -151,7 +151,7 @@ def _embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
 
 
 class Batches:
-    """Endless batches: 26 receipts with two questions each, and three pairs of shapes, shared between processes.
+    """Endless batches: 22 receipts with two questions each, and six pairs of shapes, shared between processes.
 
     A batch is a function of (seed, step, rank), so that a resumed run goes on where it stopped.
     """
@@ -176,7 +176,7 @@ class Batches:
         images = [drawn.image for drawn in receipts]
         questions = []
         for index, drawn in enumerate([] if tower_only else receipts):
-            reading = rng.choices(("json", "text"), (65, 35))[0]
+            reading = rng.choices(("json", "text"), (75, 25))[0]
             asking = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
             questions += [question(self.words, synthetic.ask(drawn, kind), [index]) for kind in (reading, asking)]
         for _ in range(pairs):
