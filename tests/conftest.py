@@ -6,10 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
 
 from nanovllm.pipeline.broker import EmbeddedBroker
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("nanovllm", deadline=None)
+hypothesis.settings.load_profile("nanovllm")
 
 
 @pytest.fixture
