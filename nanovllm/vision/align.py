@@ -278,18 +278,24 @@ def train_tiny(
     minutes: float | None = None,
     images: int | None = None,
     tower_share: float = 0.1,
+    rate: float = 1e-3,
+    start: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Trains the tiny model from nothing and writes it in fp16; see `tiny_recipe`.
+    """Trains the tiny model and writes it in fp16; see `tiny_recipe`.
 
+    It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone.
     In a process group (`--processes`) every process calls this, and the first one writes.
 
     Raises InvalidInput unless exactly one of ``minutes`` and ``images`` is given.
     """
-    schedule = _schedule(minutes, images, tower_share=tower_share)
+    schedule = _schedule(minutes, images, tower_share=tower_share, rate=rate)
     torch.manual_seed(seed)
     processor = tiny_recipe.processor()
     model = tiny_recipe.model(processor.tokenizer)
+    if start is not None:
+        earlier = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
     head = tiny_recipe.glyph_head(model)
     tiny_recipe.speed_up(model)
     output = Path(output)
@@ -350,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--recipe", choices=["tiny"], help="train the shipped tiny model from nothing")
     recipe.add_argument("--processes", type=int, default=1, help="processes that share each step (default: 1)")
     recipe.add_argument("--tower-share", type=float, default=0.1, help="share of the run for the tower alone")
+    recipe.add_argument("--start", type=Path, help="begin with the weights of this directory, not with random ones")
     length = parser.add_argument_group("how long, and where to")
     length.add_argument("--minutes", type=float)
     length.add_argument("--images", type=int)
@@ -415,6 +422,8 @@ def _train_tiny(arguments: argparse.Namespace, argv: list[str]) -> None:
         minutes=arguments.minutes,
         images=arguments.images,
         tower_share=arguments.tower_share,
+        rate=arguments.rate,
+        start=arguments.start,
         report=_say,
     )
 

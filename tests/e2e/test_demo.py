@@ -44,12 +44,21 @@ def summary_of(output: Path) -> dict[str, float]:
 
 
 @needs_the_model
-def test_the_demo_answers_and_is_right(tmp_path):
+@pytest.mark.proof
+def test_the_demo_is_right(tmp_path):
     ended = run_demo(tmp_path)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = summary_of(tmp_path)
-    assert summary["answered"] == summary["jobs"] >= 24
     assert summary["exact"] >= 0.9 * summary["jobs"]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@needs_the_model
+def test_the_demo_answers_every_job_and_says_how_many_texts_are_right(tmp_path):
+    ended = run_demo(tmp_path)
+    summary = summary_of(tmp_path)
+    assert summary["answered"] == summary["jobs"] >= 24, ended.stdout + ended.stderr
+    assert ended.returncode == (0 if summary["exact"] >= 0.9 * summary["jobs"] else 1)
+    assert summary["exact"] >= 0.5 * summary["jobs"]
     assert summary["encoder_runs"] == summary["distinct_images"]
     assert summary["cache_hits"] == summary["images"] - summary["encoder_runs"] > 0
     assert {path.name for path in tmp_path.iterdir()} == FILES
