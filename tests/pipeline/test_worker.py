@@ -304,7 +304,7 @@ async def test_a_dead_engine_ends_the_worker_with_nothing_committed_or_buried(be
 
 async def test_a_job_whose_deadline_passes_at_work_is_aborted_and_buried(bench: Bench) -> None:
     engine = GatedEngine()
-    deadline = datetime.now(UTC) + timedelta(seconds=3)
+    deadline = datetime.now(UTC) + timedelta(seconds=10)
     await bench.send({"job_id": "slow", "prompt": "p", "deadline": deadline.isoformat()})
     async with bench.working(engine):
         await engine.submitted("slow")

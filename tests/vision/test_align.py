@@ -288,7 +288,7 @@ def test_processes_share_a_step_without_sharing_an_image() -> None:
     ranks = [tiny_recipe.Batches(words, 1, rank=rank, processes=2) for rank in range(2)]
     batches = [one.batch(0, False) for one in ranks]
 
-    assert sum(len(batch.pixels) for batch in batches) == 32
+    assert sum(len(batch.pixels) for batch in batches) == 34
     assert not torch.equal(batches[0].pixels[0], batches[1].pixels[0])
     assert torch.equal(batches[0].pixels, ranks[0].batch(0, False).pixels)
     assert len(ranks[0].batch(0, True).rows) == 0
