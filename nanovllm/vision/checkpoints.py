@@ -58,16 +58,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelNotFound: it is missing or is not a JSON object.
     """
-    path = Path(directory) / "config.json"
+    return read_json_object(Path(directory) / "config.json", missing=f"{directory} holds no config.json")
+
+
+def read_json_object(path: Path, *, missing: str) -> dict[str, Any]:
+    """Read one of a checkpoint's JSON files.
+
+    Raises:
+        ModelNotFound: it is not there (the message is ``missing``), or is not a JSON object.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelNotFound(f"{directory} holds no config.json") from error
+        raise ModelNotFound(missing) from error
     except ValueError as error:
         raise ModelNotFound(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(fields, dict):
         raise ModelNotFound(f"{path} holds no JSON object")
-    return config
+    return fields
 
 
 def _is_checkpoint(directory: Path) -> bool:

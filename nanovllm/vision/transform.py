@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from nanovllm.errors import ConfigurationError, ImageTooLarge, ModelNotFound, UnsupportedModel
+from nanovllm.vision.checkpoints import read_json_object
 from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb, pixel_digest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -215,15 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
         if found is None:
             raise ModelNotFound(f"{path} holds neither of {', '.join(names)} with an image processor")
         path = found
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{path} does not exist") from error
-    except ValueError as error:
-        raise ModelNotFound(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelNotFound(f"{path} holds no JSON object")
-    return fields
+    return read_json_object(path, missing=f"{path} does not exist")
 
 
 def _has_image_processor(path: Path) -> bool:
