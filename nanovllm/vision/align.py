@@ -432,7 +432,9 @@ def _run_together(processes: int, argv: list[str]) -> None:
     command = [sys.executable, "-m", "nanovllm.vision.align", *argv]
     with tempfile.TemporaryDirectory() as directory:
         shared = {**os.environ, _MEETING_PLACE: f"{directory}/meeting"}
-        running = [subprocess.Popen(command, env={**shared, _RANK: str(rank)}) for rank in range(processes)]
+        # Compilers that share a cache can leave an empty library behind, on which every later start fails.
+        caches = [{_RANK: str(rank), "TORCHINDUCTOR_CACHE_DIR": f"{directory}/{rank}"} for rank in range(processes)]
+        running = [subprocess.Popen(command, env={**shared, **own}) for own in caches]
         try:
             codes = [process.wait() for process in running]
         finally:

@@ -78,6 +78,8 @@ _VOWELS = "AEIOUY"
 _SUFFIXES = ("LTD", "CO", "INC", "GMBH", "CAFE", "SHOP", "& SONS", "BROS")
 _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 _NUMBER_LETTERS = "ABCDEFGHJKLMNPRTUVWXYZ"
+_PRACTICE_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:/-&$ "
+_PRACTICE_WEIGHTS = 26 * [3] + 10 * [3] + 7 * [1] + [12]
 _LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "number": ("NO", "NR", "NO.", "INVOICE", "RECEIPT", "REF"),
@@ -129,19 +131,23 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A drawn receipt: its fields as printed, its lines from top to bottom, and where every character stands."""
+    """A drawn receipt: its fields as printed, its lines from top to bottom, and where every character stands.
+
+    A practice sheet is a receipt without fields.
+    """
 
     image: Image.Image
-    fields: Mapping[str, str]
-    lines: tuple[str, ...]
     glyphs: tuple[Glyph, ...]
+    lines: tuple[str, ...]
+    fields: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A drawn shape and its description in words."""
+    """A drawn shape, its description in words, and its coverage [224, 224] before colours and noise, 0 to 255."""
 
     image: Image.Image
+    coverage: npt.NDArray[np.uint8]
     size: str
     colour: str
     form: str
@@ -196,9 +202,12 @@ def describe(drawn: Shape) -> Sample:
 
 
 def compare(first: Shape, second: Shape) -> Sample:
-    """The question whether two shapes agree in colour and form; size and background do not count."""
+    """The question whether two shapes agree in colour and form; size and background do not count.
+
+    The answer names both shapes before it judges: a small model judges what it wrote better than what it saw.
+    """
     names = [f"{'an' if one.colour[0] in 'aeiou' else 'a'} {one.colour} {one.form}" for one in (first, second)]
-    answer = f"same: {names[0]}" if names[0] == names[1] else f"different: {names[0]} and {names[1]}"
+    answer = f"{names[0]} and {names[1]}: {'same' if names[0] == names[1] else 'different'}"
     return Sample("compare", PROMPTS["compare"], (first.image, second.image), answer, None, None)
 
 
@@ -231,7 +240,8 @@ def shape(rng: random.Random, split: Split, *, colour: str | None = None, form: 
         arm = radius * 0.32
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
     ink, paper = (_jitter(rng, base, 14) for base in (COLOURS[colour], BACKGROUNDS[background]))
-    return Shape(_develop(rng, np.asarray(mask), ink, paper), size, colour, form, background)
+    coverage = np.asarray(mask)
+    return Shape(_develop(rng, coverage, ink, paper), coverage, size, colour, form, background)
 
 
 def _outline(form: str, x: int, y: int, radius: int) -> list[tuple[float, float]]:
@@ -253,13 +263,16 @@ def receipt(rng: random.Random, split: Split) -> Receipt:
         identity = "/".join(fields[name] for name in FIELDS[1:])
         if lines is not None and is_heldout(identity) == (split == "heldout"):
             break
-    coverage, glyphs = _typeset(rng, lines)
-    if rng.random() < 0.2:
-        coverage = np.asarray(Image.fromarray(coverage).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.7))))
-    dark = _jitter(rng, rng.choice(((15, 15, 15), (20, 25, 90), (95, 20, 25), (15, 70, 35), (60, 60, 65))), 15)
-    light = _jitter(rng, rng.choice(((245, 245, 245), (240, 228, 200), (215, 230, 245), (245, 220, 225))), 10)
-    image = _develop(rng, coverage, dark, light)
-    return Receipt(image, MappingProxyType(fields), tuple(lines), glyphs)
+    return Receipt(*_print(rng, lines), tuple(lines), MappingProxyType(fields))
+
+
+def practice_sheet(rng: random.Random) -> Receipt:
+    """Draws a page of random characters, printed as receipts are: a tower cannot guess what it has to read there."""
+    lines = []
+    for _ in range(rng.choice((4, 5, 5))):
+        line = rng.choices(_PRACTICE_CHARACTERS, _PRACTICE_WEIGHTS, k=rng.randint(10, MAX_LINE_CHARS))
+        lines.append("".join(line).strip() or "A")
+    return Receipt(*_print(rng, lines), tuple(lines), MappingProxyType({}))
 
 
 def _vendor(rng: random.Random, split: Split) -> str:
@@ -267,10 +280,19 @@ def _vendor(rng: random.Random, split: Split) -> str:
     from_list = rng.random() < 0.5
     while True:
         name = rng.choice(VENDORS) if from_list else _invented_name(rng)
+        # Without these the text model learns the list by heart, and corrects what the tower reads towards it.
+        if split == "train" and rng.random() < 0.35:
+            name = _anagram(rng, name)
         if split == "heldout" and not wants_heldout:
             return name
         if is_heldout(name) == wants_heldout:
             return name
+
+
+def _anagram(rng: random.Random, name: str) -> str:
+    letters = [character for character in name if character != " "]
+    rng.shuffle(letters)
+    return "".join(" " if character == " " else letters.pop() for character in name)
 
 
 def _invented_name(rng: random.Random) -> str:
@@ -344,6 +366,15 @@ def _lines(rng: random.Random, fields: Mapping[str, str]) -> list[str] | None:
     if rng.random() < 0.4:
         printed.append(_extra(rng))
     return printed if all(len(line) <= MAX_LINE_CHARS for line in printed) else None
+
+
+def _print(rng: random.Random, lines: list[str]) -> tuple[Image.Image, tuple[Glyph, ...]]:
+    coverage, glyphs = _typeset(rng, lines)
+    if rng.random() < 0.2:
+        coverage = np.asarray(Image.fromarray(coverage).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.7))))
+    dark = _jitter(rng, rng.choice(((15, 15, 15), (20, 25, 90), (95, 20, 25), (15, 70, 35), (60, 60, 65))), 15)
+    light = _jitter(rng, rng.choice(((245, 245, 245), (240, 228, 200), (215, 230, 245), (245, 220, 225))), 10)
+    return _develop(rng, coverage, dark, light), glyphs
 
 
 _MARGIN_PX = 12

@@ -6,6 +6,7 @@ receipts and shapes. Each receipt is drawn once and asked about twice, because t
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -39,7 +40,8 @@ SCAFFOLDING = ('{"vendor": "', '", "number": "', '", "date": "', '", "total": "'
 
 _PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_TOKEN
 _SPECIAL = (_PAD, _EOS, _UNK, _IMAGE)
-_RECEIPTS, _PAIRS = 22, 6
+_PAGES, _PAIRS = 22, 6
+_FORM_LETTERS = dict(zip(synthetic.SHAPES, "cstdx", strict=True))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -151,7 +153,8 @@ def _embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
 
 
 class Batches:
-    """Endless batches: 22 receipts with two questions each, and six pairs of shapes, shared between processes.
+    """Endless batches, in turn of practice for the tower (22 sheets of random characters, 12 shapes) and of questions
+    (22 receipts with two each, 6 pairs of shapes with three each), shared between processes.
 
     A batch is a function of (seed, step, rank), so that a resumed run goes on where it stopped.
     """
@@ -161,36 +164,45 @@ class Batches:
         self.ids: dict[str, int] = words.get_vocab()
 
     def __call__(self, step: int, tower_only: bool) -> Iterator[Batch]:
-        """Batches from ``step`` on; with ``tower_only`` receipts alone, and no questions."""
+        """Batches from ``step`` on; with ``tower_only`` practice alone."""
         while True:
             yield self.batch(step, tower_only)
             step += 1
 
     def batch(self, step: int, tower_only: bool) -> Batch:
         """This process's part of one step's batch."""
-        place = step * self.processes + self.rank
-        rng = synthetic.generator(place, seed=self.seed, split="train")
+        rng = synthetic.generator(step * self.processes + self.rank, seed=self.seed, split="train")
+        practice = tower_only or step % 2 == 1
+        draw = synthetic.practice_sheet if practice else partial(synthetic.receipt, split="train")
+        pages = [draw(rng) for _ in range(_PAGES // self.processes)]
         # Pairs that do not divide by the number of processes go to each of them in turn.
-        pairs = 0 if tower_only else (_PAIRS + (step + self.rank) % self.processes) // self.processes
-        receipts = [synthetic.receipt(rng, "train") for _ in range(_RECEIPTS // self.processes)]
-        images = [drawn.image for drawn in receipts]
-        questions = []
-        for index, drawn in enumerate([] if tower_only else receipts):
-            reading = rng.choices(("json", "text"), (75, 25))[0]
-            asking = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
-            questions += [question(self.words, synthetic.ask(drawn, kind), [index]) for kind in (reading, asking)]
-        for _ in range(pairs):
-            pair = synthetic.shape_pair(rng, "train")
-            first = len(images)
-            images += [drawn.image for drawn in pair]
-            questions += [
-                question(self.words, synthetic.describe(pair[0]), [first]),
-                question(self.words, synthetic.describe(pair[1]), [first + 1]),
-                question(self.words, synthetic.compare(*pair), [first, first + 1]),
-            ]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        rows = pad_by_length(questions, self.words.pad_token_id)
-        return Batch(pixels, rows, torch.stack([self.glyphs(drawn) for drawn in receipts]))
+        pairs = [
+            synthetic.shape_pair(rng, "train")
+            for _ in range((_PAIRS + (step // 2 + self.rank) % self.processes) // self.processes)
+        ]
+        shapes = [shape for pair in pairs for shape in pair]
+        pixels = torch.from_numpy(np.stack([np.asarray(drawn.image) for drawn in (*pages, *shapes)]))
+        marks = torch.stack([*map(self.glyphs, pages), *map(self.shape_marks, shapes)])
+        if practice:
+            return Batch(pixels, [], marks)
+        questions = [asked for index, page in enumerate(pages) for asked in self.about_receipt(rng, page, index)]
+        for number, pair in enumerate(pairs):
+            questions += self.about_pair(pair, len(pages) + 2 * number)
+        return Batch(pixels, pad_by_length(questions, self.words.pad_token_id), marks)
+
+    def about_receipt(self, rng: random.Random, drawn: synthetic.Receipt, image: int) -> list[Question]:
+        """One question about all of a receipt, and one about a part of it."""
+        whole = rng.choices(("json", "text"), (75, 25))[0]
+        part = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
+        return [question(self.words, synthetic.ask(drawn, kind), [image]) for kind in (whole, part)]
+
+    def about_pair(self, pair: tuple[synthetic.Shape, synthetic.Shape], first: int) -> list[Question]:
+        """What each shape is, and whether they are the same."""
+        return [
+            question(self.words, synthetic.describe(pair[0]), [first]),
+            question(self.words, synthetic.describe(pair[1]), [first + 1]),
+            question(self.words, synthetic.compare(*pair), [first, first + 1]),
+        ]
 
     def glyphs(self, drawn: synthetic.Receipt) -> Tensor:
         """Token ids of the characters whose centres lie in each patch [49, 3], from left to right, then zeros."""
@@ -200,6 +212,15 @@ class Batches:
             patch = glyph.y // PATCH_PX * PATCHES_A_SIDE + glyph.x // PATCH_PX
             ids[patch, used[patch]] = self.ids[glyph.character]
             used[patch] += 1
+        return ids
+
+    def shape_marks(self, drawn: synthetic.Shape) -> Tensor:
+        """Letters [49, 3] for colour, form and size in the patches that a shape mostly fills, zeros elsewhere."""
+        patches = drawn.coverage.reshape(PATCHES_A_SIDE, PATCH_PX, PATCHES_A_SIDE, PATCH_PX)
+        filled = torch.from_numpy(patches.mean((1, 3)).flatten() / 255)
+        letters = (drawn.colour[0], _FORM_LETTERS[drawn.form], drawn.size[0])
+        ids = torch.zeros(TOKENS_PER_IMAGE, GLYPHS_PER_PATCH, dtype=torch.long)
+        ids[filled >= min(0.3, filled.max().item())] = torch.tensor([self.ids[letter] for letter in letters])
         return ids
 
 

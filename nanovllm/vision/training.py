@@ -48,8 +48,8 @@ class Rows:
 class Batch:
     """``pixels`` [m, 3, h, w], normalised, or uint8 [m, h, w, 3] for images that need mapping to -1..1 only.
 
-    ``glyphs`` [g, patches, slots] are token ids of the characters in each patch of the first g images (0 where there is
-    none), for the auxiliary head; None without one.
+    ``rows`` may be empty where only the tower and the auxiliary head learn. ``glyphs`` [m, patches, slots] are token
+    ids of what each patch shows (0 for nothing), for the auxiliary head; None without one.
     """
 
     pixels: Tensor
@@ -260,7 +260,7 @@ class Trainer:
         figures: dict[str, float] = {}
         if self.head is not None and batch.glyphs is not None:
             glyphs = batch.glyphs.to(self.device)
-            named, share = self.head.loss(hidden[: len(glyphs)], glyphs)
+            named, share = self.head.loss(hidden, glyphs)
             loss = loss + named
             figures |= {"glyph loss": named.item(), "glyphs right": share.item()}
         if batch.rows:

@@ -119,9 +119,10 @@ def test_a_comparison_is_the_same_only_where_colour_and_form_agree() -> None:
     answers = [sample(index, seed=6, split="heldout", kind="compare").answer for index in range(60)]
 
     for answer in answers:
-        verdict, names = answer.split(": ")
-        assert verdict == "same" if " and " not in names else len(set(names.split(" and "))) == 2
-    assert 10 < sum(answer.startswith("same") for answer in answers) < 45
+        names, verdict = answer.split(": ")
+        first, second = names.split(" and ")
+        assert verdict == ("same" if first == second else "different")
+    assert 10 < sum(answer.endswith("same") for answer in answers) < 45
 
 
 def test_prompts_hold_one_placeholder_per_image() -> None:
