@@ -173,8 +173,10 @@ class Batches:
         """This process's part of one step's batch."""
         rng = synthetic.generator(step * self.processes + self.rank, seed=self.seed, split="train")
         practice = tower_only or step % 2 == 1
-        draw = synthetic.practice_sheet if practice else partial(synthetic.receipt, split="train")
-        pages = [draw(rng) for _ in range(_PAGES // self.processes)]
+        pages = [
+            synthetic.practice_sheet(rng) if practice else synthetic.receipt(rng, "train")
+            for _ in range(_PAGES // self.processes)
+        ]
         # Pairs that do not divide by the number of processes go to each of them in turn.
         pairs = [
             synthetic.shape_pair(rng, "train")

@@ -44,7 +44,6 @@ def summary_of(output: Path) -> dict[str, float]:
 
 
 @needs_the_model
-@pytest.mark.proof
 def test_the_demo_is_right(tmp_path):
     ended = run_demo(tmp_path)
     summary = summary_of(tmp_path)
