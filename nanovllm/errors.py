@@ -37,6 +37,13 @@ class InvalidInput(NanoVLLMError, ValueError):
     remedy = "Correct the input named in the message."
 
 
+class UnsupportedConstraint(InvalidInput):
+    """A schema, expression, grammar or list of choices that cannot be enforced: it is refused, never ignored."""
+
+    code = "unsupported_constraint"
+    remedy = "Simplify the constraint named in the message."
+
+
 class InvalidJob(InvalidInput):
     """A record that is not a valid job: broken encoding, wrong types, unknown names."""
 

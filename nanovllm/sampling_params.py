@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+
+MAX_CONSTRAINT_CHARS = 65_536
+
+
+class Constraint(NamedTuple):
+    """What an output must conform to: a JSON schema (as JSON), a regular expression, a JSON list of choices, or a
+    grammar in llguidance's variant of Lark.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
 
 
 class SamplingParams(BaseModel):
@@ -17,6 +30,7 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    n: int = Field(default=1, ge=1, le=64, description="Outputs to draw for the prompt.")
     temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 means greedy: the most probable token.")
     top_p: float = Field(
         default=1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this total probability."
@@ -25,17 +39,79 @@ class SamplingParams(BaseModel):
     min_p: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Drop tokens below this share of the best one's probability."
     )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, le=10.0, description="Above 1 makes tokens of prompt and output less likely."
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="Taken from the logit of every token that the output has."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="Taken from a token's logit once for each time the output has it."
+    )
+    logit_bias: dict[int, Bias] = Field(
+        default_factory=dict, max_length=1024, description="Added to the logits of these token ids."
+    )
+    bad_words: tuple[StopString, ...] = Field(
+        default=(), max_length=64, description="Words that the output must not have, by their tokens."
+    )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="Makes the request reproducible in any batch.")
     max_tokens: int = Field(default=16, ge=1, le=1_000_000, description="Most tokens to generate.")
     min_tokens: int = Field(default=0, ge=0, description="Fewest tokens before an end or stop is honoured.")
-    stop: tuple[StopString, ...] = Field(
-        default=(), max_length=16, description="Strings that end the text, not included in it."
-    )
+    stop: tuple[StopString, ...] = Field(default=(), max_length=16, description="Strings that end the text.")
+    include_stop_str_in_output: bool = Field(default=False, description="Leave the stop string in the text.")
     stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64, description="Tokens that end the text.")
     ignore_eos: bool = Field(default=False, description="Go on after the end-of-sequence token, up to max_tokens.")
+    loop_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="End with `loop` once this many tokens are one passage at least four times over; 0 never does.",
+    )
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Log probabilities of each token taken and of this many best ones."
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="The same for the prompt; it is then computed without the prefix cache."
+    )
     skip_special_tokens: bool = Field(default=True, description="Leave special tokens out of the text.")
+    json_schema: dict[str, Any] | None = Field(
+        default=None, description="JSON schema of the text, which is written on one line."
+    )
+    regex: str | None = Field(default=None, min_length=1, max_length=8192, description="Expression of the whole text.")
+    choice: tuple[StopString, ...] | None = Field(
+        default=None, min_length=1, max_length=1024, description="Texts of which the output is one."
+    )
+    grammar: str | None = Field(
+        default=None, min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="Lark grammar of the text."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        constraints = [
+            name for name in ("json_schema", "regex", "choice", "grammar") if getattr(self, name) is not None
+        ]
+        if len(constraints) > 1:
+            raise ValueError(f"{' and '.join(constraints)} exclude each other")
+        if self.constraint is not None and len(self.constraint.text) > MAX_CONSTRAINT_CHARS:
+            raise ValueError(f"{constraints[0]} is longer than {MAX_CONSTRAINT_CHARS} characters")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(f"n is {self.n}, but temperature 0 makes all outputs equal")
+        if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        return self
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the output must conform to."""
+        if self.json_schema is not None:
+            return Constraint("json_schema", json.dumps(self.json_schema, sort_keys=False))
+        if self.choice is not None:
+            return Constraint("choice", json.dumps(self.choice))
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        return Constraint("grammar", self.grammar) if self.grammar is not None else None

@@ -120,11 +120,11 @@ class RecordingSampler(Sampler):
         super().__init__(device, seed=0)
         self.logits: dict[str, list[Tensor]] = {}
 
-    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence]) -> list[int]:
+    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence], masks: Tensor | None = None) -> list[int]:
         """Record, then sample."""
         for sequence, row in zip(sequences, logits.clone(), strict=True):
             self.logits.setdefault(sequence.request_id, []).append(row)
-        return super().sample(logits, sequences)
+        return super().sample(logits, sequences, masks)
 
 
 def recording_engine(directory: Path, **options: Any) -> LLMEngine:

@@ -20,6 +20,7 @@ from nanovllm.errors import EngineDead, InvalidInput
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.sampling_params import Constraint
     from nanovllm.vision.transform import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class AsyncEngine:
         self.death: EngineDead | None = None
         self._commands: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
         self._generations: dict[str, Generation] = {}
+        self._compiling: dict[str, asyncio.Future[object]] = {}
         self._stats = engine.stats()
         self._step_started: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,12 +96,36 @@ class AsyncEngine:
             generation.fail(InvalidInput(f"request {request.request_id} is already running"))
         else:
             self._generations[request.request_id] = generation
-            self._commands.put(request)
+            constraint = request.sampling.constraint
+            if constraint is None:
+                self._commands.put(request)
+            else:
+                self._compile(request, constraint)
         return generation
+
+    def _compile(self, request: Request, constraint: Constraint) -> None:
+        """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
+        assert self._loop is not None
+        compiling = self._loop.run_in_executor(None, self._engine.intake.grammars.matcher, constraint)
+        self._compiling[request.request_id] = compiling
+
+        def queue_request(done: asyncio.Future[object]) -> None:
+            del self._compiling[request.request_id]
+            error = None if done.cancelled() else done.exception()
+            if error is not None:
+                self._refuse(request.request_id, error)
+                return
+            self._commands.put(request)
+            if done.cancelled():
+                self._commands.put(_Abort(request.request_id))
+
+        compiling.add_done_callback(queue_request)
 
     def abort(self, request_id: str) -> None:
         """End a request early, at the next step; its generation ends with ``finish_reason == "abort"``."""
-        if request_id in self._generations:
+        if request_id in self._compiling:
+            self._compiling[request_id].cancel()
+        elif request_id in self._generations:
             self._commands.put(_Abort(request_id))
 
     def stats(self) -> EngineStats:
@@ -131,9 +157,12 @@ class AsyncEngine:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 continue
-            if output.finished is not None:
+            if output.finished is not None or output.failure is not None:
                 del self._generations[output.request_id]
-            generation.deliver(output.chunk, output.finished)
+            if output.failure is not None:
+                generation.fail(output.failure)
+            else:
+                generation.deliver(output.chunk, output.finished)
 
     def _refuse(self, request_id: str, error: BaseException) -> None:
         """In the loop: a request could not be added."""
@@ -190,9 +219,9 @@ class AsyncEngine:
 
     def _add(self, request: Request) -> None:
         if request.prompt is not None:
-            tokens = self._engine.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+            tokens = self._engine.intake.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
         else:
-            tokens = self._engine.prompts.messages(request.messages or ())
+            tokens = self._engine.intake.prompts.messages(request.messages or ())
         self._engine.add_request(
             tokens,
             request.sampling,

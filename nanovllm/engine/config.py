@@ -37,6 +37,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     quantization: str | None = None
     deterministic: bool = False
+    forced_tokens: bool = True  # append what a constraint leaves no choice about without a decode step each
     max_images_per_request: int = 16
     enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named
     vision_model: str | None = None

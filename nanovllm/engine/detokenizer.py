@@ -18,13 +18,20 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop: Sequence[str] = (), min_tokens: int = 0, skip_special_tokens: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
         """``tokenizer`` is a fast Hugging Face tokenizer; ``stop`` counts after ``min_tokens`` tokens."""
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._decoded = 0  # characters that the stream has given
@@ -52,12 +59,13 @@ class Detokenizer:
             return fresh
         pending = self._held + fresh
         if len(self._token_ids) > self._min_tokens:
-            found = min((at for at in (pending.find(stop) for stop in self._stop) if at >= 0), default=None)
+            found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
             if found is not None:
+                end = found[0] + (len(found[1]) if self._include_stop else 0)
                 self.is_stopped = True
                 self._held = ""
-                self.text += pending[:found]
-                return pending[:found]
+                self.text += pending[:end]
+                return pending[:end]
         keep = 0 if final else self._beginning_of_stop(pending)
         shown = pending[: len(pending) - keep]
         self._held = pending[len(pending) - keep :]

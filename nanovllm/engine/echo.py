@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.outputs import (
+    Completion,
     EngineStats,
     FinishReason,
     ImageOutcome,
@@ -169,6 +170,7 @@ class EchoEngine:
                 e2e_ms=(now - start) * 1000,
             ),
             images=tuple(uses),
+            outputs=(Completion(0, "".join(kept), tuple(range(len(kept))), finish_reason),),
         )
 
 

@@ -7,24 +7,27 @@ A step is ``plan → inputs → forward → sample → commit``. Every mistake o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from functools import cached_property
 from itertools import count
-from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.completion import extend
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.guided import TokenMasks
+from nanovllm.engine.intake import Intake, Prompt
 from nanovllm.engine.loader import Checkpoint
+from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.model_runner import ModelRunner, StepInputs
 from nanovllm.engine.outputs import (
+    Completion,
     EngineStats,
     FinishReason,
     ImageUse,
@@ -35,19 +38,15 @@ from nanovllm.engine.outputs import (
     TokenChunk,
     Usage,
 )
-from nanovllm.engine.prompts import PromptEncoder
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import ImageSpan, Sequence
-from nanovllm.errors import ConfigurationError, EngineFault, InvalidInput, PromptTooLong
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import ConfigurationError, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.cache import embedding_key
 from nanovllm.vision.checkpoints import resolve_checkpoint
 from nanovllm.vision.images import ImageSource
 from nanovllm.vision.processor import VisionProcessor
 from nanovllm.vision.transform import PreparedImage
-
-Prompt = str | Rows[int] | Rows[Mapping[str, Any]]
 
 
 class LLMEngine:
@@ -77,13 +76,16 @@ class LLMEngine:
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self._context_limit()
-        self.prompts = PromptEncoder(
-            self.tokenizer, image_token_id=self.model_runner.image_token_id if self.processor else None
+        self.intake = Intake(
+            self.tokenizer,
+            self.model_runner,
+            max_model_len=self.max_model_len,
+            max_images=self.config.max_images_per_request,
+            eos_token_ids=self.checkpoint.eos_token_ids(),
         )
-        self._eos_token_ids = self.checkpoint.eos_token_ids()
-        self._sequences: dict[str, Sequence] = {}
-        self._detokenizers: dict[str, Detokenizer] = {}
-        self._aborted: list[StepOutput] = []
+        self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._ended: list[StepOutput] = []  # between two steps
         self._names = count()
         self._steps = 0
         self._prompt_tokens = 0
@@ -129,125 +131,66 @@ class LLMEngine:
         Raises:
             PlaceholderMismatch: more or fewer placeholders than images.
             PromptTooLong: a prompt that leaves no room for a single token.
+            UnsupportedConstraint: a schema, expression, grammar or choice that cannot be enforced.
             InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower.
             InvalidImage: an image that cannot be read.
         """
-        arrived = time.perf_counter()
         sampling = sampling_params or SamplingParams()
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
-        if request_id in self._sequences:
+        if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
-        token_ids, spans = self._expand(self._encode(prompt), list(images or ()), cache_salt)
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids)} tokens; with one token of output at most {self.max_model_len} fit"
-            )
-        sequence = Sequence(
-            request_id=request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            sampling=sampling,
-            max_tokens=min(sampling.max_tokens, room),
-            images=spans,
-            priority=priority,
-            cache_salt=cache_salt,
-            stop_token_ids=self._stop_token_ids(sampling),
+        sequences = self.intake.sequences(
+            request_id, prompt, sampling, images or (), priority=priority, salt=cache_salt
         )
-        sequence.times.arrived = arrived
-        self._sequences[request_id] = sequence
-        self._detokenizers[request_id] = Detokenizer(
-            self.tokenizer,
-            stop=sampling.stop,
-            min_tokens=sampling.min_tokens,
-            skip_special_tokens=sampling.skip_special_tokens,
-        )
-        self.scheduler.add(sequence)
+        self._requests[request_id] = sequences
+        for sequence in sequences:
+            self.scheduler.add(sequence)
         return request_id
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.prompts.trusted(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.prompts.messages(prompt)  # type: ignore[arg-type]
-        try:
-            token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
-        except TypeError:
-            raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
-        image_token_id = self.model_runner.image_token_id if self.processor else None
-        vocab_size = self.model_runner.model.config.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size and token_id != image_token_id:
-                raise InvalidInput(f"token {token_id} is outside the vocabulary of {vocab_size}")
-        return token_ids
-
-    def _expand(
-        self, token_ids: list[int], images: list[ImageSource | PreparedImage], salt: bytes
-    ) -> tuple[list[int], tuple[ImageSpan, ...]]:
-        """Give every image its positions: each image token becomes as many as the processor says, image by image."""
-        if not token_ids:
-            raise InvalidInput("the prompt is empty")
-        if self.processor is None:
-            if images:
-                raise InvalidInput(f"{len(images)} images, but this engine has no vision model; see enable_multimodal")
-            return token_ids, ()
-        image_token_id = self.model_runner.image_token_id
-        self.processor.check_placeholders(token_ids.count(image_token_id), len(images))
-        if len(images) > self.config.max_images_per_request:
-            raise InvalidInput(f"{len(images)} images, at most {self.config.max_images_per_request} are allowed")
-        expanded: list[int] = []
-        spans: list[ImageSpan] = []
-        waiting = iter(images)
-        for token_id in token_ids:
-            if token_id != image_token_id:
-                expanded.append(token_id)
-                continue
-            image = self.processor.prepare(next(waiting))
-            key = embedding_key(image, self.processor.encoder.revision, salt)
-            spans.append(ImageSpan(image, key, len(expanded), self.processor.num_image_tokens(image)))
-            expanded += [image_token_id] * spans[-1].length
-        return expanded, tuple(spans)
-
-    def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        own = frozenset(sampling.stop_token_ids)
-        vocab_size = self.model_runner.model.config.vocab_size
-        if any(not 0 <= token_id < vocab_size for token_id in own):
-            raise InvalidInput(f"a stop token is outside the vocabulary of {vocab_size}")
-        return own if sampling.ignore_eos else own | self._eos_token_ids
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state it is; the next step reports it with ``finish_reason`` "abort".
 
         An id that is unknown or finished already is no error: an abort may always come too late.
         """
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return
-        text = self._detokenizers[request_id].finish()
-        self._aborted.append(StepOutput(request_id, TokenChunk(text, (), "abort"), self._finish(sequence, "abort")))
+        running = [sequence for sequence in self._requests.get(request_id, ()) if not sequence.is_finished]
+        for sequence in running:
+            text = sequence.detokenizer.finish()
+            self._ended.append(self._finish(sequence, "abort", text, ()))
 
     def has_unfinished(self) -> bool:
         """Whether a further step has something to do or to report."""
-        return bool(self._sequences or self._aborted)
+        return bool(self._requests or self._ended)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Compute one step and return what it did for each request that got a token or ended."""
-        outputs, self._aborted = self._aborted, []
+        outputs, self._ended = self._ended, []
         if not self.scheduler.has_unfinished():
             return outputs
         plan = self.scheduler.plan()
         if not plan.rows:
-            raise EngineFault(f"nothing could be scheduled while {len(self._sequences)} requests wait")
+            raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
         now = time.perf_counter()
         for row in plan.rows:
             if not row.sequence.times.first_scheduled:
                 row.sequence.times.first_scheduled = now
         self.model_runner.embed_images(plan.rows)
         inputs = self.model_runner.prepare(plan)
+        sequences = [row.sequence for row in inputs.sampling_rows]
+        masks = self._masks.begin([sequence.matcher for sequence in sequences])
         logits = self.model_runner.forward(inputs)
-        tokens = self.sampler.sample(logits, [row.sequence for row in inputs.sampling_rows])
+        scored = [place for place, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+        unchanged = logits[scored] if scored else None
+        tokens = self.sampler.sample(logits, sequences, masks.result() if masks is not None else None)
+        if unchanged is not None:
+            self._score(unchanged, [sequences[place] for place in scored], [tokens[place] for place in scored])
         return outputs + self.commit(inputs, tokens)
+
+    def _score(self, logits: Tensor, sequences: Rows[Sequence], tokens: Rows[int]) -> None:
+        counts = [sequence.sampling.logprobs or 0 for sequence in sequences]
+        scores = top_logprobs(logits, tokens, counts, self.model_runner.text_of)
+        for sequence, score in zip(sequences, scores, strict=True):
+            sequence.logprobs.append(score)
 
     def commit(self, inputs: StepInputs, tokens: Rows[int]) -> list[StepOutput]:
         """Book a computed step: computed tokens, new tokens, and the requests that end with them."""
@@ -259,58 +202,43 @@ class LLMEngine:
             if row.sequence.images:
                 row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
         self._steps += 1
-        self._generation_tokens += len(tokens)
         outputs = []
         for row, token in zip(inputs.sampling_rows, tokens, strict=True):
-            outputs.append(self._append(row.sequence, token, now))
+            if not row.sequence.is_finished:  # a failure of the same request may just have ended it
+                outputs.append(self._append(row.sequence, token, now))
         return outputs
 
     def _append(self, sequence: Sequence, token: int, now: float) -> StepOutput:
-        sequence.token_ids.append(token)
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
-        detokenizer = self._detokenizers[sequence.request_id]
-        text = detokenizer.append(token)
-        reason: FinishReason | None = None
-        if detokenizer.is_stopped or (
-            token in sequence.stop_token_ids and sequence.num_output_tokens > sequence.sampling.min_tokens
-        ):
-            reason = "stop"
-        elif sequence.num_output_tokens >= sequence.max_tokens:
-            reason = "length"
+        known = len(sequence)
+        try:
+            text, reason = extend(sequence, token, force=self.config.forced_tokens)
+        except UnsupportedConstraint as error:
+            return self._fail(sequence.request_id, error)
+        finally:
+            self._generation_tokens += len(sequence) - known
+        new = tuple(sequence.token_ids[known:])
         if reason is None:
-            return StepOutput(sequence.request_id, TokenChunk(text, (token,)))
-        text += detokenizer.finish()
-        return StepOutput(sequence.request_id, TokenChunk(text, (token,), reason), self._finish(sequence, reason))
+            return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
+        return self._finish(sequence, reason, text + sequence.detokenizer.finish(), new)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> RequestOutput:
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str, new: tuple[int, ...]) -> StepOutput:
+        """End one output; the last one of a request ends the request."""
         self.scheduler.finish(sequence)
         sequence.finish_reason = reason
-        del self._sequences[sequence.request_id]
-        detokenizer = self._detokenizers.pop(sequence.request_id)
-        return RequestOutput(
-            request_id=sequence.request_id,
-            text=detokenizer.text,
-            token_ids=tuple(sequence.output_token_ids),
-            finish_reason=reason,
-            usage=Usage(
-                input_tokens=sequence.num_prompt_tokens,
-                output_tokens=sequence.num_output_tokens,
-                image_tokens=sum(span.length for span in sequence.images),
-                cached_tokens=sequence.num_cached_tokens or 0,
-            ),
-            timings=_timings(sequence, time.perf_counter()),
-            images=tuple(
-                ImageUse(
-                    digest=span.image.digest.hex(),
-                    outcome=span.outcome or "prefix",
-                    tokens=span.length,
-                    width=span.image.width,
-                    height=span.image.height,
-                )
-                for span in sequence.images
-            ),
-        )
+        request = self._requests[sequence.request_id]
+        finished = None
+        if all(one.is_finished for one in request):
+            del self._requests[sequence.request_id]
+            finished = _output(request)
+        return StepOutput(sequence.request_id, TokenChunk(text, new, reason, sequence.index), finished)
+
+    def _fail(self, request_id: str, error: UnsupportedConstraint) -> StepOutput:
+        for sequence in self._requests.pop(request_id):
+            if not sequence.is_finished:
+                self.scheduler.finish(sequence)
+        return StepOutput(request_id, TokenChunk("", ()), failure=error)
 
     def generate(
         self,
@@ -340,13 +268,15 @@ class LLMEngine:
             with _progress(len(batch), use_tqdm) as bar:
                 while any(output is None for output in outputs):
                     for output in self.step():
+                        if output.failure is not None and output.request_id in places:
+                            raise output.failure
                         if output.finished is not None and output.request_id in places:
                             outputs[places[output.request_id]] = output.finished
                             bar.update(1)
         except BaseException:
             for request_id in places:
                 self.abort(request_id)
-            self._aborted = [output for output in self._aborted if output.request_id not in places]
+            self._ended = [output for output in self._ended if output.request_id not in places]
             raise
         return [output for output in outputs if output is not None]
 
@@ -373,15 +303,16 @@ class LLMEngine:
         """Check the engine's invariants between two steps; raises AssertionError."""
         self.scheduler.audit()
         queued = {sequence.request_id for sequence in (*self.scheduler.running, *self.scheduler.waiting)}
-        assert queued == set(self._sequences) == set(self._detokenizers), "requests and queues differ"
+        assert queued == set(self._requests), "requests and queues differ"
         if self.processor is not None:
             self.processor.cache.audit()
 
     def close(self) -> None:
         """End all requests and let go of the KV memory. Closing twice does nothing."""
-        for request_id in list(self._sequences):
+        for request_id in list(self._requests):
             self.abort(request_id)
-        self._aborted.clear()
+        self._ended.clear()
+        self._masks.close()
         self.model_runner.kv_caches = []
 
     def __enter__(self) -> Self:
@@ -395,16 +326,63 @@ class LLMEngine:
         self.close()
 
 
-def _timings(sequence: Sequence, now: float) -> RequestTimings:
-    times = sequence.times
-    generation_ms = (times.last_token - times.first_token) * 1e3
+def _output(request: Rows[Sequence]) -> RequestOutput:
+    """What a finished request gives back."""
+    first = request[0]
+    outputs = tuple(
+        Completion(
+            index=sequence.index,
+            text=sequence.detokenizer.text,
+            token_ids=tuple(sequence.output_token_ids),
+            finish_reason=sequence.finish_reason or "abort",
+            logprobs=tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None,
+        )
+        for sequence in request
+    )
+    wants_prompt = first.sampling.prompt_logprobs is not None
+    return RequestOutput(
+        request_id=first.request_id,
+        text=outputs[0].text,
+        token_ids=outputs[0].token_ids,
+        finish_reason=outputs[0].finish_reason,
+        usage=Usage(
+            input_tokens=first.num_prompt_tokens,
+            output_tokens=sum(sequence.num_output_tokens for sequence in request),
+            image_tokens=sum(span.length for span in first.images),
+            cached_tokens=first.num_cached_tokens or 0,
+        ),
+        timings=_timings(request, time.perf_counter()),
+        images=tuple(
+            ImageUse(
+                digest=span.image.digest.hex(),
+                outcome=span.outcome or "prefix",
+                tokens=span.length,
+                width=span.image.width,
+                height=span.image.height,
+            )
+            for span in first.images
+        ),
+        logprobs=outputs[0].logprobs,
+        prompt_logprobs=tuple(first.prompt_logprobs) if wants_prompt else None,
+        outputs=outputs,
+    )
+
+
+def _timings(request: Rows[Sequence], now: float) -> RequestTimings:
+    """From the first token of any output to the last of all."""
+    times = [sequence.times for sequence in request]
+    arrived = times[0].arrived
+    scheduled = min((one.first_scheduled for one in times if one.first_scheduled), default=now)
+    first_token = min((one.first_token for one in times if one.first_token), default=0.0)
+    generation_ms = (max(one.last_token for one in times) - first_token) * 1e3
+    longest = max(sequence.num_output_tokens for sequence in request)
     return RequestTimings(
-        queue_ms=((times.first_scheduled or now) - times.arrived) * 1e3,
-        encode_ms=times.encode_s * 1e3,
-        time_to_first_token_ms=(times.first_token - times.arrived) * 1e3 if times.first_token else 0.0,
+        queue_ms=(scheduled - arrived) * 1e3,
+        encode_ms=max(one.encode_s for one in times) * 1e3,
+        time_to_first_token_ms=(first_token - arrived) * 1e3 if first_token else 0.0,
         generation_ms=generation_ms,
-        mean_itl_ms=generation_ms / (sequence.num_output_tokens - 1) if sequence.num_output_tokens > 1 else 0.0,
-        e2e_ms=(now - times.arrived) * 1e3,
+        mean_itl_ms=generation_ms / (longest - 1) if longest > 1 else 0.0,
+        e2e_ms=(now - arrived) * 1e3,
     )
 
 

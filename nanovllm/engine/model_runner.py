@@ -14,7 +14,9 @@ from torch import Tensor
 from nanovllm.engine.attention import AttentionBatch, choose_backend
 from nanovllm.engine.config import GIB, EngineConfig
 from nanovllm.engine.loader import Checkpoint
+from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.models import load_encoder, load_text_model
+from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.scheduler import Plan, ScheduledRow
 from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
@@ -22,6 +24,7 @@ from nanovllm.vision.cache import EmbeddingCache
 from nanovllm.vision.encoder import VisionEncoder
 from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
 
+_SCORED_AT_ONCE = 256  # positions of a prompt whose logits are in memory together
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +39,7 @@ class StepInputs:
     attention: Any
     sampling_rows: tuple[ScheduledRow, ...]
     sampling_indices: Tensor | None  # [len(sampling_rows)]; None when every token samples
+    scored: tuple[tuple[ScheduledRow, int], ...] = ()  # rows whose prompt tokens want logprobs, and their first token
 
 
 class ModelRunner:
@@ -44,6 +48,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
         """Load everything. Raises ConfigurationError and its kin for what the checkpoint or machine cannot do."""
         self.config = config
+        self.text_of = lambda token: str(tokenizer.decode([token]))
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = self._choose_dtype(checkpoint)
         self.model = load_text_model(checkpoint, self.dtype, self.device)
@@ -123,6 +128,7 @@ class ModelRunner:
         positions: list[int] = []
         images: list[tuple[int, Tensor]] = []
         sampling: list[int] = []
+        scored: list[tuple[ScheduledRow, int]] = []
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -131,6 +137,8 @@ class ModelRunner:
                     first, last = max(start, span.start), min(end, span.end)
                     part = span.embedding[first - span.start : last - span.start]
                     images.append((len(token_ids) + first - start, part))
+            if sequence.lacks_prompt_logprobs:
+                scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
             positions += self.model.positions(start, end)
             if row.samples:
@@ -151,6 +159,7 @@ class ModelRunner:
             attention=self.attention.plan(batch),
             sampling_rows=tuple(row for row in rows if row.samples),
             sampling_indices=None if len(sampling) == len(token_ids) else torch.tensor(sampling, device=self.device),
+            scored=tuple(scored),
         )
 
     def forward(self, inputs: StepInputs) -> Tensor:
@@ -159,11 +168,35 @@ class ModelRunner:
         for first, embedding in inputs.images:
             hidden[first : first + len(embedding)] = embedding
         hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention)
+        for row, first in inputs.scored:
+            self._score_prompt(row, hidden[first : first + row.num_tokens])
         if not inputs.sampling_rows:
             return hidden.new_empty(0, self.model.config.vocab_size)
         if inputs.sampling_indices is not None:
             hidden = hidden.index_select(0, inputs.sampling_indices)
         return self.model.logits(hidden)
+
+    def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> None:
+        """Add the log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
+        sequence = row.sequence
+        count = sequence.sampling.prompt_logprobs or 0
+        sequence.prompt_logprobs = sequence.prompt_logprobs or [{}]  # nothing comes before the first token
+        # Positions before these were scored before a preemption.
+        first = max(row.start, len(sequence.prompt_logprobs) - 1)
+        images = {place for span in sequence.images for place in range(span.start, span.end)}
+        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORED_AT_ONCE):
+            end = min(start + _SCORED_AT_ONCE, row.end, sequence.num_prompt_tokens - 1)
+            tokens = sequence.token_ids[start + 1 : end + 1]
+            texts = [place for place in range(len(tokens)) if start + 1 + place not in images]
+            logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
+            scores: list[TokenLogprobs] = [{} for _ in tokens]
+            if texts:
+                taken = [tokens[place] for place in texts]
+                for place, score in zip(
+                    texts, top_logprobs(logits, taken, [count] * len(taken), self.text_of), strict=True
+                ):
+                    scores[place] = score
+            sequence.prompt_logprobs += scores
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; empty without vision."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from nanovllm.errors import NanoVLLMError
     from nanovllm.vision.cache import CacheStats
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "loop", "abort"]
 ImageOutcome = Literal["hit", "joined", "miss", "prefix"]
 
 
@@ -51,8 +52,36 @@ class ImageUse:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """Of one token at one place: its natural log probability, its rank (1 is the most probable), and its text."""
+
+    logprob: float
+    rank: int
+    text: str
+
+
+TokenLogprobs = dict[int, Logprob]
+"""By token id, at one place: the token that stands there, then the most probable ones. Empty where none is known."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One of the ``n`` outputs of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
 class RequestOutput(Mapping[str, Any]):
-    """The finished request. Also a mapping: ``output["text"]`` and ``output.text`` are the same."""
+    """The finished request. Also a mapping: ``output["text"]`` and ``output.text`` are the same.
+
+    ``outputs`` holds all ``n`` outputs; ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the
+    first. ``prompt_logprobs`` has an entry for each prompt token; the first one's is empty, and so are images'.
+    """
 
     request_id: str
     text: str
@@ -61,6 +90,9 @@ class RequestOutput(Mapping[str, Any]):
     usage: Usage
     timings: RequestTimings
     images: tuple[ImageUse, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    outputs: tuple[Completion, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         """The field called ``name``; KeyError when there is none."""
@@ -82,20 +114,25 @@ _OUTPUT_FIELDS = tuple(field.name for field in fields(RequestOutput))
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """New tokens of a running request; ``text`` is what may be shown now and never ends inside a character."""
+    """New tokens of a running request; ``text`` is what may be shown now and never ends inside a character.
+
+    ``index`` says which of the ``n`` outputs they belong to.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one engine step did for one request; ``finished`` is set on its last step."""
+    """What one engine step did for one request; on its last step ``finished`` is set, or ``failure``."""
 
     request_id: str
     chunk: TokenChunk
     finished: RequestOutput | None = None
+    failure: NanoVLLMError | None = None
 
 
 @dataclass(frozen=True)

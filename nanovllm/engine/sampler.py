@@ -11,13 +11,14 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from nanovllm.engine.guided import forbid_masked
 from nanovllm.engine.sequence import Sequence
 
 _NEVER = float("-inf")
 
 
 class Sampler:
-    """Greedy and random sampling with temperature, top-k, top-p and min-p, in vLLM's order."""
+    """Greedy and random sampling with vLLM's parameters, in vLLM's order."""
 
     def __init__(self, device: torch.device, seed: int | None = None) -> None:
         """``seed`` is for the requests that bring none; None draws one from the system."""
@@ -28,9 +29,18 @@ class Sampler:
         else:
             self._generator.manual_seed(seed)
 
-    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten."""
-        self._forbid_early_end(logits, sequences)
+    def sample(self, logits: Tensor, sequences: Rows[Sequence], masks: Tensor | None = None) -> list[int]:
+        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
+
+        ``masks`` are those of `guided.TokenMasks`. A constraint outweighs what forbids tokens: where bad words or
+        ``min_tokens`` leave none that it allows, they are set aside.
+        """
+        allowed = logits.clone() if masks is not None else logits
+        self._adjust(logits, sequences)
+        if masks is not None:
+            forbid_masked(logits, masks)
+            forbid_masked(allowed, masks)
+            logits = torch.where(logits.amax(-1, keepdim=True) == _NEVER, allowed, logits)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if not random:
             return _to_ints(logits.argmax(-1))
@@ -41,10 +51,35 @@ class Sampler:
         tokens[rows] = self._draw(logits[rows].float(), [sequences[row] for row in random])
         return _to_ints(tokens)
 
-    def _forbid_early_end(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
+    def _adjust(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
+        """Apply, in place, what changes which token is the best: prohibitions, biases, penalties."""
         for row, sequence in enumerate(sequences):
-            if sequence.num_output_tokens < sequence.sampling.min_tokens and sequence.stop_token_ids:
-                logits[row, list(sequence.stop_token_ids)] = _NEVER
+            params = sequence.sampling
+            forbidden = [word[-1] for word in sequence.bad_words if _would_complete(word, sequence)]
+            if sequence.num_output_tokens < params.min_tokens:
+                forbidden += sequence.stop_token_ids
+            if forbidden:
+                logits[row, forbidden] = _NEVER
+            if params.logit_bias:
+                places = torch.tensor(list(params.logit_bias), device=self._device)
+                logits[row, places] += torch.tensor(list(params.logit_bias.values()), device=self._device).to(logits)
+            if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+                self._penalise(logits[row], sequence)
+
+    def _penalise(self, logits: Tensor, sequence: Sequence) -> None:
+        """Penalties of one row [vocab], in place: repetition over prompt and output (Keskar et al. 2019), the others
+        over the output alone.
+        """
+        params = sequence.sampling
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sequence.token_ids, device=self._device).unique()
+            seen = seen[seen < logits.shape[0]]  # an image token may lie beyond the vocabulary
+            picked = logits[seen]
+            penalty = params.repetition_penalty
+            logits[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
+        if (params.presence_penalty or params.frequency_penalty) and sequence.num_output_tokens:
+            used, counts = torch.tensor(sequence.output_token_ids, device=self._device).unique(return_counts=True)
+            logits[used] -= (params.presence_penalty + params.frequency_penalty * counts).to(logits)
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         params = [sequence.sampling for sequence in sequences]
@@ -73,17 +108,23 @@ class Sampler:
     def _noise(self, like: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """Exponential noise: rows with a seed from their own generator, the others from the shared one."""
         noise = torch.empty_like(like)
-        if any(sequence.sampling.seed is None for sequence in sequences):
+        if any(sequence.seed is None for sequence in sequences):
             noise.exponential_(generator=self._generator)
         for row, sequence in enumerate(sequences):
-            if sequence.sampling.seed is not None:
+            if sequence.seed is not None:
                 if sequence.generator is None:
-                    sequence.generator = torch.Generator(self._device).manual_seed(sequence.sampling.seed)
+                    sequence.generator = torch.Generator(self._device).manual_seed(sequence.seed)
                 noise[row].exponential_(generator=sequence.generator)
         return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
 
     def _column(self, values: list[float] | list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+
+
+def _would_complete(word: tuple[int, ...], sequence: Sequence) -> bool:
+    """Whether the output ends with all of a bad word but its last token."""
+    begun = len(word) - 1
+    return begun == 0 or (begun <= sequence.num_output_tokens and tuple(sequence.token_ids[-begun:]) == word[:-1])
 
 
 def _to_ints(tokens: Tensor) -> list[int]:

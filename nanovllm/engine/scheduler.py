@@ -118,6 +118,8 @@ class Scheduler:
             hashes = sequence.block_hashes(self.blocks.block_size)
             # At least one token is left to compute: without it there would be no logits to sample from.
             reusable = hashes[: (len(sequence) - 1) // self.blocks.block_size]
+            if sequence.lacks_prompt_logprobs:
+                reusable = []
             cached = self.blocks.match(reusable)
             # Another sequence computes the very next block right now: wait for it instead of computing it twice.
             if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:

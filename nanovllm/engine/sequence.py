@@ -11,12 +11,13 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from nanovllm.engine.outputs import FinishReason, ImageOutcome
+    from nanovllm.engine.detokenizer import Detokenizer
+    from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.transform import PreparedImage
 
@@ -75,19 +76,36 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     max_tokens: int  # of output; already cut to what the context and the KV cache hold
+    detokenizer: Detokenizer
+    index: int = 0  # among the outputs of its request
     images: tuple[ImageSpan, ...] = ()
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""
     stop_token_ids: frozenset[int] = frozenset()  # that end the output, end-of-sequence among them unless ignored
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    matcher: Any = None  # llguidance's, where the output is constrained; it has consumed every token of the output
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of its own draws: each of several outputs has another one."""
+        return None if self.sampling.seed is None else (self.sampling.seed + self.index) % 2**63
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether prompt tokens have yet to be scored, which takes the logits before each of them."""
+        wanted = self.sampling.prompt_logprobs is not None and self.index == 0
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def __len__(self) -> int:
         """The number of tokens, prompt and output."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from nanovllm.engine.outputs import EngineStats, ModelInfo, RequestOutput
+from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
+from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
 from nanovllm.errors import NanoVLLMError
 from nanovllm.pipeline.fetch import FetchedImage
 from nanovllm.pipeline.job import Job
@@ -19,9 +20,12 @@ from nanovllm.sinks.messages import (
     InputUse,
     JobMetrics,
     ModelUse,
+    Output,
     Result,
     Source,
     StageTimings,
+    TokenLogprob,
+    TokenLogprobs,
     TokenUsage,
     result_id_for,
 )
@@ -46,10 +50,13 @@ class OutgoingRecords:
         result = Result(
             job_id=job_id,
             result_id=result_id_for(job_id),
-            status="ok" if output.finish_reason == "stop" else "incomplete",
+            status="ok" if all(one.finish_reason == "stop" for one in output.outputs) else "incomplete",
             text=output.text,
             token_ids=output.token_ids,
             finish_reason=output.finish_reason,
+            logprobs=_logprobs(output.logprobs),
+            prompt_logprobs=_logprobs(output.prompt_logprobs),
+            outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
             usage=TokenUsage(
                 input_tokens=output.usage.input_tokens,
                 output_tokens=output.usage.output_tokens,
@@ -165,6 +172,27 @@ class OutgoingRecords:
                 for image, use in zip(fetched, output.images, strict=True)
             ),
         )
+
+
+def _one_of_several(completion: Completion) -> Output:
+    return Output(
+        text=completion.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        logprobs=_logprobs(completion.logprobs),
+    )
+
+
+def _logprobs(places: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
+    if places is None:
+        return None
+    return tuple(
+        tuple(
+            TokenLogprob(token_id=token, logprob=score.logprob, rank=score.rank, text=score.text)
+            for token, score in place.items()
+        )
+        for place in places
+    )
 
 
 def _source(passage: Passage) -> Source:

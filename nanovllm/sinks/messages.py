@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+FinishReason = Literal["stop", "length", "loop", "abort"]
 CacheOutcome = Literal["hit", "joined", "miss", "prefix"]
 DeadLetterClass = Literal["invalid", "permanent", "retries_exhausted", "expired"]
 Stage = Literal["receive", "admit", "fetch", "prepare", "infer", "publish"]
@@ -76,6 +77,28 @@ class StageTimings(Message):
     total: float = Field(0.0, ge=0, description="From receipt to the finished text.")
 
 
+class TokenLogprob(Message):
+    """One token that was possible at one place."""
+
+    token_id: int
+    logprob: float = Field(description="Natural logarithm of its probability, before penalties and constraints.")
+    rank: int = Field(ge=1, description="1 is the most probable.")
+    text: str
+
+
+TokenLogprobs = tuple[TokenLogprob, ...]
+"""At one place: the token that stands there, then the most probable ones. Empty where none is known."""
+
+
+class Output(Message):
+    """One of several outputs of a job."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
 class Result(Message):
     """The answer to one job. Schema `result.v1`."""
 
@@ -84,10 +107,19 @@ class Result(Message):
     version: Literal[1] = 1
     job_id: str
     result_id: str = Field(description="Depends on job_id alone: the same when a job is answered again.")
-    status: Literal["ok", "incomplete"] = Field(description="`incomplete`: cut by max_tokens or the context's length.")
+    status: Literal["ok", "incomplete"] = Field(
+        description="`incomplete`: cut by max_tokens, the context's length or a loop."
+    )
     text: str
     token_ids: tuple[int, ...] = ()
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = Field(None, description="Of each output token, where asked for.")
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = Field(
+        None, description="Of each prompt token, where asked for."
+    )
+    outputs: tuple[Output, ...] | None = Field(
+        None, description="With `n` above 1 all outputs; the fields beside repeat the first."
+    )
     usage: TokenUsage
     model: ModelUse
     inputs: tuple[InputUse, ...] = ()
@@ -116,7 +148,7 @@ class JobMetrics(Message):
     worker: str
     model: str
     source: Source
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishReason
     num_prompt_tokens: int = Field(ge=0)
     num_generation_tokens: int = Field(ge=0)
     num_cached_tokens: int = Field(0, ge=0)

@@ -183,7 +183,8 @@ class Batches:
             for _ in range((_PAIRS + (step // 2 + self.rank) % self.processes) // self.processes)
         ]
         shapes = [shape for pair in pairs for shape in pair]
-        pixels = torch.from_numpy(np.stack([np.asarray(drawn.image) for drawn in (*pages, *shapes)]))
+        images = [*(page.image for page in pages), *(shape.image for shape in shapes)]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
         marks = torch.stack([*map(self.glyphs, pages), *map(self.shape_marks, shapes)])
         if practice:
             return Batch(pixels, [], marks)

@@ -155,7 +155,7 @@ def test_a_placeholder_inside_user_text_stays_text(engine: LLMEngine) -> None:
 
 
 def test_token_ids_hold_one_image_token_for_each_image(engine: LLMEngine) -> None:
-    token_ids = engine.prompts.trusted(QUESTION)
+    token_ids = engine.intake.prompts.trusted(QUESTION)
     assert token_ids.count(engine.model_runner.image_token_id) == 1
     name = engine.add_request(token_ids, greedy(8), images=[noise_image(1)])
     assert drain(engine)[name].token_ids == ask(engine, QUESTION, noise_image(1)).token_ids
@@ -273,7 +273,7 @@ def test_stop_tokens_and_strings_end_the_text(text: Path) -> None:
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert len(cut.token_ids) < 32
-    with pytest.raises(InvalidInput, match="stop token"):
+    with pytest.raises(InvalidInput, match="stop_token_ids"):
         engine.add_request("hello", SamplingParams(stop_token_ids=(10**6,)))
 
 

@@ -1,0 +1,151 @@
+"""From what a caller gave to sequences that the engine can run: every mistake of a caller is found here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from operator import index
+from typing import Any
+
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.guided import GrammarCompiler
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.prompts import PromptEncoder
+from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.errors import InvalidInput, PromptTooLong
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision.cache import embedding_key
+from nanovllm.vision.images import ImageSource
+from nanovllm.vision.processor import VisionProcessor
+from nanovllm.vision.transform import PreparedImage
+
+Prompt = str | Rows[int] | Rows[Mapping[str, Any]]
+
+
+class Intake:
+    """Encodes prompts, gives images their positions, and checks everything that a model cannot take."""
+
+    def __init__(
+        self, tokenizer: Any, runner: ModelRunner, *, max_model_len: int, max_images: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.processor: VisionProcessor | None = runner.processor
+        self.prompts = PromptEncoder(tokenizer, image_token_id=runner.image_token_id if self.processor else None)
+        self.max_model_len = max_model_len
+        self._tokenizer = tokenizer
+        self._vocab_size = int(runner.model.config.vocab_size)
+        self._image_token_id = runner.image_token_id
+        self._max_images = max_images
+        self._eos_token_ids = eos_token_ids
+        self.grammars = GrammarCompiler(tokenizer, self._vocab_size, sorted(eos_token_ids))
+
+    def sequences(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        images: Rows[ImageSource | PreparedImage],
+        *,
+        priority: int,
+        salt: bytes,
+    ) -> list[Sequence]:
+        """The ``n`` sequences of a request, all of one prompt.
+
+        Raises what ``LLMEngine.add_request`` says.
+        """
+        arrived = time.perf_counter()
+        token_ids, spans = self._expand(self._encode(prompt), list(images), salt)
+        room = self.max_model_len - len(token_ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids)} tokens; with one token of output at most {self.max_model_len} fit"
+            )
+        stop_token_ids = self._stop_token_ids(sampling)
+        bad_words = self._bad_words(sampling)
+        self._check_tokens("logit_bias", sampling.logit_bias)
+        matchers = (
+            [self.grammars.matcher(sampling.constraint) for _ in range(sampling.n)] if sampling.constraint else []
+        )
+        sequences = []
+        for place in range(sampling.n):
+            sequence = Sequence(
+                request_id=request_id,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                sampling=sampling,
+                max_tokens=min(sampling.max_tokens, room),
+                index=place,
+                images=tuple(ImageSpan(span.image, span.key, span.start, span.length) for span in spans),
+                priority=priority,
+                cache_salt=salt,
+                stop_token_ids=stop_token_ids,
+                bad_words=bad_words,
+                matcher=matchers[place] if matchers else None,
+                detokenizer=Detokenizer(
+                    self._tokenizer,
+                    stop=sampling.stop,
+                    include_stop=sampling.include_stop_str_in_output,
+                    min_tokens=sampling.min_tokens,
+                    skip_special_tokens=sampling.skip_special_tokens,
+                ),
+            )
+            sequence.times.arrived = arrived
+            sequences.append(sequence)
+        return sequences
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.prompts.trusted(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.prompts.messages(prompt)  # type: ignore[arg-type]
+        try:
+            token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
+        except TypeError:
+            raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
+        image_token_id = self._image_token_id if self.processor else None
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size and token_id != image_token_id:
+                raise InvalidInput(f"token {token_id} is outside the vocabulary of {self._vocab_size}")
+        return token_ids
+
+    def _expand(
+        self, token_ids: list[int], images: list[ImageSource | PreparedImage], salt: bytes
+    ) -> tuple[list[int], tuple[ImageSpan, ...]]:
+        """Give every image its positions: each image token becomes as many as the processor says, image by image."""
+        if not token_ids:
+            raise InvalidInput("the prompt is empty")
+        if self.processor is None:
+            if images:
+                raise InvalidInput(f"{len(images)} images, but this engine has no vision model; see enable_multimodal")
+            return token_ids, ()
+        self.processor.check_placeholders(token_ids.count(self._image_token_id), len(images))
+        if len(images) > self._max_images:
+            raise InvalidInput(f"{len(images)} images, at most {self._max_images} are allowed")
+        expanded: list[int] = []
+        spans: list[ImageSpan] = []
+        waiting = iter(images)
+        for token_id in token_ids:
+            if token_id != self._image_token_id:
+                expanded.append(token_id)
+                continue
+            image = self.processor.prepare(next(waiting))
+            key = embedding_key(image, self.processor.encoder.revision, salt)
+            spans.append(ImageSpan(image, key, len(expanded), self.processor.num_image_tokens(image)))
+            expanded += [self._image_token_id] * spans[-1].length
+        return expanded, tuple(spans)
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset(sampling.stop_token_ids)
+        self._check_tokens("stop_token_ids", own)
+        return own if sampling.ignore_eos else own | self._eos_token_ids
+
+    def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, as it stands at the beginning of a text and after a space."""
+        forms = {form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}")}
+        ids = {tuple(self._tokenizer.encode(form, add_special_tokens=False)) for form in forms}
+        return tuple(sorted(form for form in ids if form))
+
+    def _check_tokens(self, name: str, token_ids: Rows[int] | Mapping[int, Any] | frozenset[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidInput(f"{name}: token {token_id} is outside the vocabulary of {self._vocab_size}")

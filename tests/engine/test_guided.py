@@ -1,0 +1,190 @@
+"""Constrained outputs: always valid, refused when they cannot be, the same with and without forced tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_qwen3
+
+from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.engine.backend import Request
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import UnsupportedConstraint
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision import synthetic
+
+PROMPT = "Extract the fields as JSON:"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "vendor": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["invoice", "receipt"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["vendor", "kind", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen3(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def engine(text: Path) -> Iterator[LLMEngine]:
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def unforced(text: Path) -> Iterator[LLMEngine]:
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20, forced_tokens=False) as engine:
+        yield engine
+
+
+def ask(engine: LLMEngine, **options: Any) -> Any:
+    options = {"temperature": 0.0, "max_tokens": 200, **options}
+    return engine.generate(PROMPT, SamplingParams(**options), use_tqdm=False)[0]
+
+
+def is_valid(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        set(value) == {"vendor", "kind", "count"}
+        and len(value["vendor"]) <= 8
+        and value["kind"] in ("invoice", "receipt")
+        and 0 <= value["count"] <= 99
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.0, "top_k": 3, "seed": 2}])
+def test_a_schema_holds_whatever_the_model_wants(engine: LLMEngine, options: dict[str, Any]) -> None:
+    output = ask(engine, json_schema=SCHEMA, **options)
+
+    assert output.finish_reason == "stop"
+    assert is_valid(output.text)
+
+
+@pytest.mark.parametrize("pattern", [r"[A-Z]{2}-[0-9]{4}", r"(yes|no), because .{1,20}\."])
+def test_an_expression_matches_the_whole_text(engine: LLMEngine, pattern: str) -> None:
+    output = ask(engine, regex=pattern)
+
+    assert output.finish_reason == "stop"
+    assert re.fullmatch(pattern, output.text)
+
+
+def test_a_choice_is_one_of_the_choices(engine: LLMEngine) -> None:
+    choices = ["a receipt", 'a "quoted" word', "two\nlines", "Übung"]
+    seen = {ask(engine, choice=choices, temperature=3.0, seed=seed).text for seed in range(12)}
+
+    assert seen <= set(choices)
+    assert len(seen) > 1
+
+
+def test_a_grammar_is_followed(engine: LLMEngine) -> None:
+    output = ask(engine, grammar='start: "(" item ("," item)? ")"\nitem: /[0-9]{1,3}/')
+
+    assert re.fullmatch(r"\([0-9]{1,3}(,[0-9]{1,3})?\)", output.text)
+
+
+def test_forced_tokens_save_steps_and_change_nothing(engine: LLMEngine, unforced: LLMEngine) -> None:
+    before = engine.stats().steps, unforced.stats().steps
+    outputs = ask(engine, json_schema=SCHEMA), ask(unforced, json_schema=SCHEMA)
+    steps = engine.stats().steps - before[0], unforced.stats().steps - before[1]
+
+    assert outputs[0].text == outputs[1].text
+    assert steps[0] < 0.7 * steps[1]
+
+
+def test_forced_tokens_stop_at_max_tokens_and_at_a_stop_string(engine: LLMEngine, unforced: LLMEngine) -> None:
+    for options in ({"max_tokens": 5}, {"stop": ["kind"]}):
+        forced, plain = (ask(one, json_schema=SCHEMA, **options) for one in (engine, unforced))
+        assert (forced.text, forced.finish_reason) == (plain.text, plain.finish_reason)
+    assert ask(engine, json_schema=SCHEMA, max_tokens=5).finish_reason == "length"
+    engine.audit()
+
+
+def test_a_constrained_request_leaves_its_neighbours_alone(engine: LLMEngine) -> None:
+    free = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    alone = engine.generate(PROMPT, free, use_tqdm=False)[0]
+    bound = SamplingParams(temperature=0.0, max_tokens=200, json_schema=SCHEMA)
+    first, second, third = engine.generate([PROMPT] * 3, [bound, free, bound], use_tqdm=False)
+
+    assert second.token_ids == alone.token_ids
+    assert first.text == third.text == ask(engine, json_schema=SCHEMA).text
+
+
+def test_a_constraint_outweighs_bad_words_and_min_tokens(engine: LLMEngine) -> None:
+    output = ask(engine, choice=["yes"], bad_words=["yes", "y"], min_tokens=50)
+
+    assert (output.text, output.finish_reason) == ("yes", "stop")
+
+
+def test_every_output_of_a_request_has_a_constraint_of_its_own(engine: LLMEngine) -> None:
+    output = ask(engine, n=3, temperature=2.0, seed=3, json_schema=SCHEMA)
+
+    assert all(is_valid(one.text) for one in output.outputs)
+    assert len({one.text for one in output.outputs}) == 3
+
+
+def test_with_logprobs_every_token_is_computed(engine: LLMEngine) -> None:
+    output = ask(engine, json_schema=SCHEMA, logprobs=1)
+
+    assert len(output.logprobs) == len(output.token_ids)
+    assert output.text == ask(engine, json_schema=SCHEMA).text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"json_schema": {"type": "strong"}},
+        {"json_schema": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}},
+        {"json_schema": {"not": {"type": "string"}}},
+        {"regex": "("},
+        {"regex": r"(?=a)b"},
+        {"grammar": "start: nothing"},
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(engine: LLMEngine, options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedConstraint, match=next(iter(options))):
+        ask(engine, **options)
+    assert not engine.has_unfinished()
+
+
+async def test_the_async_engine_compiles_beside_its_steps_and_refuses_one_request_only(text: Path) -> None:
+    async with AsyncEngine(LLMEngine(str(text), kv_cache_bytes=4 << 20)) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=200, json_schema=SCHEMA)
+        good = engine.submit(Request("good", PROMPT, sampling=params))
+        bad = engine.submit(Request("bad", PROMPT, sampling=SamplingParams(regex="(")))
+        late = engine.submit(Request("late", PROMPT, sampling=params.model_copy(update={"json_schema": {"enum": [1]}})))
+        late.abort()
+
+        assert is_valid((await good).text)
+        with pytest.raises(UnsupportedConstraint):
+            await bad
+        assert (await asyncio.wait_for(late, 30)).finish_reason == "abort"
+
+
+def test_the_tiny_model_writes_foreign_names_in_fewer_steps_than_tokens() -> None:
+    fields = {f"{name} of the receipt": {"type": "string", "maxLength": 20} for name in synthetic.FIELDS}
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    sample = synthetic.sample(0, seed=1, split="heldout", kind="json")
+    texts, steps = [], []
+    for forced in (True, False):
+        with LLMEngine("tiny-receipts", forced_tokens=forced) as engine:
+            params = SamplingParams(temperature=0.0, max_tokens=200, json_schema=schema)
+            prompt = {"prompts": [sample.prompt], "images": [list(sample.images)]}
+            output = engine.generate(**prompt, sampling_params=params, use_tqdm=False)[0]
+            texts.append(output.text)
+            steps.append(engine.stats().steps)
+
+    assert set(json.loads(texts[0])) == set(fields)
+    assert texts[0] == texts[1]
+    assert steps[0] < 0.7 * steps[1]
