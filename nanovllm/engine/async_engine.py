@@ -52,7 +52,7 @@ class AsyncEngine:
         self.death: EngineDead | None = None
         self._commands: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
         self._generations: dict[str, Generation] = {}
-        self._compiling: dict[str, asyncio.Future[object]] = {}
+        self._compiling: dict[str, bool] = {}  # whose constraints are being compiled -> aborted meanwhile
         self._stats = engine.stats()
         self._step_started: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -106,17 +106,17 @@ class AsyncEngine:
     def _compile(self, request: Request, constraint: Constraint) -> None:
         """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
         assert self._loop is not None
+        self._compiling[request.request_id] = False
         compiling = self._loop.run_in_executor(None, self._engine.intake.grammars.matcher, constraint)
-        self._compiling[request.request_id] = compiling
 
         def queue_request(done: asyncio.Future[object]) -> None:
-            del self._compiling[request.request_id]
-            error = None if done.cancelled() else done.exception()
+            aborted = self._compiling.pop(request.request_id)
+            error = done.exception()
             if error is not None:
                 self._refuse(request.request_id, error)
                 return
             self._commands.put(request)
-            if done.cancelled():
+            if aborted:
                 self._commands.put(_Abort(request.request_id))
 
         compiling.add_done_callback(queue_request)
@@ -124,7 +124,7 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """End a request early, at the next step; its generation ends with ``finish_reason == "abort"``."""
         if request_id in self._compiling:
-            self._compiling[request_id].cancel()
+            self._compiling[request_id] = True
         elif request_id in self._generations:
             self._commands.put(_Abort(request_id))
 

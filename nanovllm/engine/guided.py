@@ -51,13 +51,14 @@ class GrammarCompiler:
         """
         with self._lock:
             known = self._matchers.get(constraint)
-            if known is None:
-                known = self._compile(constraint)
-                self._matchers[constraint] = known
-                if len(self._matchers) > _KEPT_GRAMMARS:
-                    self._matchers.popitem(last=False)
+        # Not under the lock: a large schema takes a second, and the engine's thread asks for compiled ones meanwhile.
+        compiled = known if known is not None else self._compile(constraint)
+        with self._lock:
+            self._matchers[constraint] = compiled
             self._matchers.move_to_end(constraint)
-            return known.deep_copy()
+            if len(self._matchers) > _KEPT_GRAMMARS:
+                self._matchers.popitem(last=False)
+            return compiled.deep_copy()
 
     def _compile(self, constraint: Constraint) -> Any:
         tokens, llguidance = self._tokens, _llguidance()

@@ -63,9 +63,7 @@ class Intake:
         stop_token_ids = self._stop_token_ids(sampling)
         bad_words = self._bad_words(sampling)
         self._check_tokens("logit_bias", sampling.logit_bias)
-        matchers = (
-            [self.grammars.matcher(sampling.constraint) for _ in range(sampling.n)] if sampling.constraint else []
-        )
+        constraint = sampling.constraint
         sequences = []
         for place in range(sampling.n):
             sequence = Sequence(
@@ -80,7 +78,7 @@ class Intake:
                 cache_salt=salt,
                 stop_token_ids=stop_token_ids,
                 bad_words=bad_words,
-                matcher=matchers[place] if matchers else None,
+                matcher=self.grammars.matcher(constraint) if constraint is not None else None,
                 detokenizer=Detokenizer(
                     self._tokenizer,
                     stop=sampling.stop,

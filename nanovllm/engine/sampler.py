@@ -35,12 +35,9 @@ class Sampler:
         ``masks`` are those of `guided.TokenMasks`. A constraint outweighs what forbids tokens: where bad words or
         ``min_tokens`` leave none that it allows, they are set aside.
         """
-        allowed = logits.clone() if masks is not None else logits
-        self._adjust(logits, sequences)
         if masks is not None:
             forbid_masked(logits, masks)
-            forbid_masked(allowed, masks)
-            logits = torch.where(logits.amax(-1, keepdim=True) == _NEVER, allowed, logits)
+        self._adjust(logits, sequences)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if not random:
             return _to_ints(logits.argmax(-1))
@@ -59,7 +56,10 @@ class Sampler:
             if sequence.num_output_tokens < params.min_tokens:
                 forbidden += sequence.stop_token_ids
             if forbidden:
+                before = logits[row, forbidden]
                 logits[row, forbidden] = _NEVER
+                if logits[row].amax() == _NEVER:
+                    logits[row, forbidden] = before
             if params.logit_bias:
                 places = torch.tensor(list(params.logit_bias), device=self._device)
                 logits[row, places] += torch.tensor(list(params.logit_bias.values()), device=self._device).to(logits)

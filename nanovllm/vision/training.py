@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -342,19 +343,18 @@ def read_progress(directory: Path) -> dict[str, Any] | None:
 
 
 class _Means:
+    """The mean of each figure since the last ``take``, over the steps that have it."""
+
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.count = 0
+        self.values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
-            self.sums[name] += value
-        self.count += 1
+            self.values[name].append(value)
 
     def take(self) -> str:
-        text = ", ".join(f"{name} {value / self.count:.4f}" for name, value in self.sums.items())
-        self.sums.clear()
-        self.count = 0
+        text = ", ".join(f"{name} {fmean(values):.4f}" for name, values in self.values.items())
+        self.values.clear()
         return text
 
 

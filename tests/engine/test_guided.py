@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import make_qwen3
 
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.engine.backend import Request
@@ -30,17 +29,6 @@ SCHEMA = {
     "required": ["vendor", "kind", "count"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwen3(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def engine(text: Path) -> Iterator[LLMEngine]:
-    with LLMEngine(str(text), kv_cache_bytes=4 << 20) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava(tmp_path_factory.mktemp("llava"))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwen3(tmp_path_factory.mktemp("text"))
-
-
 def make_engine(directory: Path, **options: Any) -> LLMEngine:
     return LLMEngine(str(directory), **{"kv_cache_bytes": KV_BYTES, **options})
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_llava, make_qwen3
+from checkpoints import make_llava
 from engine_parts import drain, greedy, noise_image
 from pydantic import ValidationError
 from transformers import (
@@ -26,17 +25,6 @@ from nanovllm.errors import InvalidInput
 from nanovllm.sampling_params import SamplingParams
 
 PROMPT = "The quick brown fox jumps over the lazy dog and the"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwen3(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def engine(text: Path) -> Iterator[LLMEngine]:
-    with LLMEngine(str(text), kv_cache_bytes=4 << 20) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
