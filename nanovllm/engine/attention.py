@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanovllm.engine import kernels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class _SdpaPlan:
 
 
 class SdpaAttention:
-    """Gather pages, then torch's scaled_dot_product_attention: the CPU's backend, and a GPU's when it has no other.
+    """Gather pages, then torch's scaled_dot_product_attention: for every machine that has nothing better.
 
     A page is [block_size, 2, kv_heads, d], keys and values together: one gather fetches both, in contiguous copies.
     """
@@ -112,12 +118,7 @@ class SdpaAttention:
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
         """[num_blocks, block_size, 2, kv_heads, d]; zeros, since a masked NaN would still be NaN times zero."""
-        shape = (num_blocks, self.block_size, 2, num_kv_heads, head_dim)
-        if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-        # NumPy leaves zero pages to the system until they are written, torch writes them all at once.
-        num_bytes = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+        return _zeros((num_blocks, self.block_size, 2, num_kv_heads, head_dim), dtype, self._device)
 
     def plan(self, batch: AttentionBatch) -> _SdpaPlan:
         """Slots, pages and masks of the step, each in one tensor."""
@@ -202,6 +203,59 @@ class SdpaAttention:
 
 
 @dataclass(frozen=True)
+class _CpuPlan:
+    slots: Tensor
+    starts: Tensor
+    contexts: Tensor
+    block_tables: Tensor
+
+
+class PagedCpuAttention:
+    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, block_size, d].
+
+    A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
+    """
+
+    def __init__(self, block_size: int | None = None) -> None:
+        """The kernels are loaded: `kernels.missing` was asked."""
+        self.block_size = block_size or 16
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """[num_blocks, 2, kv_heads, block_size, d]."""
+        return _zeros((num_blocks, 2, num_kv_heads, self.block_size, head_dim), dtype, torch.device("cpu"))
+
+    def plan(self, batch: AttentionBatch) -> _CpuPlan:
+        """Slots, first tokens, contexts and the padded block table."""
+        return _CpuPlan(
+            slots=torch.tensor(slots_of(batch, self.block_size)),
+            starts=torch.tensor([0, *accumulate(batch.query_lens)]),
+            contexts=torch.tensor(batch.context_lens),
+            block_tables=_padded_tables(batch, self.block_size),
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _CpuPlan) -> Tensor:
+        """See AttentionBackend."""
+        output: Tensor = torch.ops.nanovllm.paged_attention(
+            query, key, value, cache, plan.slots, plan.starts, plan.contexts, plan.block_tables, query.shape[-1] ** -0.5
+        )
+        return output
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy leaves zero pages to the system until they are written, torch writes them all at once.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _padded_tables(batch: AttentionBatch, block_size: int) -> Tensor:
+    """The block tables [rows, blocks of the longest context], int32."""
+    width = -(-max(batch.context_lens) // block_size)
+    tables = [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
+    return torch.tensor(tables, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
 class _VarlenPlan:
     slots: Tensor
     query_starts: Tensor
@@ -230,8 +284,6 @@ class PagedVarlenAttention:
 
     def plan(self, batch: AttentionBatch) -> _VarlenPlan:
         """Cumulative lengths and the padded block table."""
-        width = -(-max(batch.context_lens) // self.block_size)
-        tables = [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
         lengths = torch.tensor([batch.query_lens, batch.context_lens], dtype=torch.int32)
         starts = F.pad(lengths.cumsum(1, dtype=torch.int32), (1, 0)).to(self._device)
         return _VarlenPlan(
@@ -239,7 +291,7 @@ class PagedVarlenAttention:
             query_starts=starts[0],
             context_starts=starts[1],
             context_lens=lengths[1].to(self._device),
-            block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
+            block_tables=_padded_tables(batch, self.block_size).to(self._device),
             max_query=max(batch.query_lens),
             max_context=max(batch.context_lens),
         )
@@ -281,8 +333,10 @@ def torch_varlen_kernel() -> Callable[..., Tensor]:
     return attend
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
-    """The best backend that is there, told by what can be imported and called, not by version strings."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None = None, *, cpu_kernels: bool = True
+) -> AttentionBackend:
+    """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         if importlib.util.find_spec("flash_attn") is not None:
             return PagedVarlenAttention(device, flash_attn_kernel(), block_size)
@@ -291,4 +345,16 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | N
 
             if "block_table" in inspect.signature(varlen_attn).parameters:
                 return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
+    if device.type == "cpu" and cpu_kernels:
+        reason = why_no_cpu_kernel(head_dim)
+        if reason is None:
+            return PagedCpuAttention(block_size)
+        logger.warning("attention copies its pages, because our kernel for CPUs cannot be used: %s", reason)
     return SdpaAttention(device, dtype, block_size)
+
+
+def why_no_cpu_kernel(head_dim: int) -> str | None:
+    """What keeps :class:`PagedCpuAttention` from heads of ``head_dim`` on this machine; None if nothing does."""
+    if head_dim % 16:
+        return f"it takes heads of a multiple of 16, and these are of {head_dim}"
+    return kernels.missing()

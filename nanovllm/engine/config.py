@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanovllm.errors import ConfigurationError
 
@@ -35,8 +35,11 @@ class EngineConfig:
     seed: int | None = None  # of the requests that bring none; None: drawn from the system
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
-    quantization: str | None = None
+    quantization: Literal["int8"] | None = None  # weights and products of the text model's linear layers, on a CPU
     deterministic: bool = False
+    cpu_kernels: bool = (
+        True  # our own attention on a CPU; needs a C++ compiler once, and does without where there is none
+    )
     forced_tokens: bool = True  # append what a constraint leaves no choice about without a decode step each
     max_images_per_request: int = 16
     enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named
@@ -58,8 +61,8 @@ class EngineConfig:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel_size != 1:
             raise ConfigurationError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported, only 1 is")
-        if self.quantization is not None:
-            raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None is")
+        if self.quantization not in (None, "int8"):
+            raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
         if self.deterministic:
             raise ConfigurationError("deterministic=True is not supported yet")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Quantization = Literal["int8"]
+Multiply = Callable[[Tensor], Tensor]
+
 _PACKED_ROWS_HINT = 16  # the batch that oneDNN lays the weight out for; measured to serve 1 to 512 rows as well
+_INT8_CALL = "linear_with_input_q_dq_qweight_dq_output_fp32"
 _MIN_PACKED_ELEMENTS = 1 << 18  # a smaller product is over before oneDNN's call (20 microseconds) has begun
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. ``pack`` on a CPU takes oneDNN's layout: two to five times as fast below 32 rows."""
+    """y = x W^T + b. ``pack`` on a CPU takes oneDNN's layout: two to five times as fast below 32 rows; or int8."""
 
     bias: nn.Parameter | None
 
@@ -20,22 +28,87 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._packed: Tensor | None = None
+        self._multiply: Multiply | None = None
 
-    def pack(self, *, keep_weight: bool = False) -> None:
-        """Pack a large float32 weight on a CPU with oneDNN; elsewhere do nothing. The plain one goes unless kept."""
-        weight = self.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _MIN_PACKED_ELEMENTS:
+    def pack(self, quantization: Quantization | None = None, *, keep_weight: bool = False) -> None:
+        """Store the weight as int8 if asked to, or else packed if that pays; the plain ``weight`` goes unless kept."""
+        if quantization == "int8":
+            self._multiply = int8_multiply(self.weight, self.bias)
+        elif self.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(self.weight):
+            self._multiply = packed_multiply(self.weight, self.bias)
+        else:
             return
-        if not torch.backends.mkldnn.is_available():
-            return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS_HINT)
         if not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether ``pack`` found a better form for the weight."""
+        return self._multiply is not None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
-        if self._packed is None:
+        if self._multiply is None:
             return F.linear(x, self.weight, self.bias)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._multiply(x)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN lays this weight out: on a CPU in float32, and in bfloat16 where the CPU computes in that."""
+    has_calls = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not has_calls:
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def packed_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """Multiply by a weight [out, in] in oneDNN's layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS_HINT)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def why_no_int8(device: torch.device) -> str | None:
+    """What keeps int8 products from this machine; None if nothing does."""
+    if device.type != "cpu":
+        return "it is for CPUs"
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return "this build of torch comes without FBGEMM"
+    if not hasattr(torch.ops.quantized, _INT8_CALL):
+        return f"torch {torch.__version__} has no quantized.{_INT8_CALL}"
+    return None
+
+
+def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """Multiply in int8 by a weight [out, in], with one scale for each row of weight and of input.
+
+    An input row is divided by its largest magnitude first, so the product's own scale is a constant: a row's result
+    depends on nothing but the row, and is the same to the bit in any batch.
+    """
+    # Without VNNI pairs of products are added in 16 bits, which overflow unless the weights leave a bit free.
+    levels = 127 if torch.cpu._is_vnni_supported() else 63
+    weight = weight.detach().float()
+    scales = weight.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / levels
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of deprecation: `why_no_int8` will tell
+            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantized, None)
+    finally:
+        torch.backends.quantized.engine = engine
+    product_of = getattr(torch.ops.quantized, _INT8_CALL)
+
+    def multiply(x: Tensor) -> Tensor:
+        rows = x.float()
+        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        product = product_of(rows / largest, 1 / 127, 128, packed)
+        product *= largest
+        if bias is not None:
+            product += bias
+        output: Tensor = product.to(x.dtype)
         return output
+
+    return multiply

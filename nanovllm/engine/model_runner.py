@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.engine.attention import AttentionBatch, choose_backend
 from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.linear import why_no_int8
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.models import load_encoder, load_text_model
@@ -51,7 +52,11 @@ class ModelRunner:
         self.text_of = lambda token: str(tokenizer.decode([token]))
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = self._choose_dtype(checkpoint)
+        reason = why_no_int8(self.device) if config.quantization == "int8" else None
+        if reason is not None:
+            raise ConfigurationError(f"quantization='int8' is not possible on {self.device}: {reason}")
         self.model = load_text_model(checkpoint, self.dtype, self.device)
+        self.model.pack(config.quantization)
         self.encoder: VisionEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
         self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
         self.processor: VisionProcessor | None = None
@@ -61,8 +66,10 @@ class ModelRunner:
                 image_token_id=self.image_token_id,
                 cache=EmbeddingCache(config.embedding_cache_bytes),
             )
-        self.attention = choose_backend(self.device, self.dtype, config.block_size)
         text = self.model.config
+        self.attention = choose_backend(
+            self.device, self.dtype, text.head_dim, config.block_size, cpu_kernels=config.cpu_kernels
+        )
         block_bytes = (
             2 * self.attention.block_size * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
         ) * text.num_hidden_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBatch, PagedVarlenAttention, SdpaAttention, choose_backend, slots_of
-from nanovllm.engine.linear import Linear
+from nanovllm.engine import kernels
+from nanovllm.engine.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    PagedCpuAttention,
+    PagedVarlenAttention,
+    SdpaAttention,
+    choose_backend,
+    slots_of,
+    why_no_cpu_kernel,
+)
 
-HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 8, 4, 64
+HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 16, 4, 64
+CPU = torch.device("cpu")
 
 rows = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=8)
 
@@ -26,14 +37,25 @@ def tables(contexts: list[int], seed: int) -> list[list[int]]:
     return [[free.pop() for _ in range(-(-context // SIZE))] for context in contexts]
 
 
+def cpu_backend(kernel: bool, dtype: torch.dtype = torch.float32) -> AttentionBackend:
+    """With our kernel, or without it; where it cannot be had, its tests are skipped and say why."""
+    reason = why_no_cpu_kernel(DIM)
+    if kernel and reason is not None:
+        pytest.skip(reason)
+    backend = choose_backend(CPU, dtype, DIM, SIZE, cpu_kernels=kernel)
+    assert isinstance(backend, PagedCpuAttention if kernel else SdpaAttention)
+    return backend
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "sdpa"])
 @settings(max_examples=60, deadline=None)
 @given(rows=rows, seed=st.integers(0, 1000))
-def test_rows_of_any_lengths_equal_unpaged_attention(rows: list[tuple[int, int]], seed: int) -> None:
+def test_rows_of_any_lengths_equal_unpaged_attention(kernel: bool, rows: list[tuple[int, int]], seed: int) -> None:
     rows = sorted(rows, key=lambda row: (row[0] != 1, sum(row)))
     generator = torch.Generator().manual_seed(seed)
     contexts = [length + before for length, before in rows]
     block_tables = tables(contexts, seed)
-    backend = SdpaAttention(torch.device("cpu"), torch.float32, SIZE)
+    backend = cpu_backend(kernel)
     cache = backend.allocate(BLOCKS * 2, KV_HEADS, DIM, torch.float32)
     keys = [torch.randn(context, KV_HEADS, DIM, generator=generator) for context in contexts]
     values = [torch.randn(context, KV_HEADS, DIM, generator=generator) for context in contexts]
@@ -73,10 +95,69 @@ def test_slots_are_the_table_s_blocks_in_order(rows: list[tuple[int, int]], seed
     assert slots_of(batch, SIZE) == expected
 
 
-def test_the_cpu_has_its_backend() -> None:
-    backend = choose_backend(torch.device("cpu"), torch.bfloat16, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_gives_the_same_bits_in_any_chunk_and_any_batch(dtype: torch.dtype) -> None:
+    backend = cpu_backend(kernel=True, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    lengths = [41, 7, 1, 90]
+    block_tables = tables(lengths, 3)
+    parts = [torch.randn(3, n, HEADS, DIM, generator=generator).to(dtype) for n in lengths]
+
+    def outputs(steps: list[list[tuple[int, int, int]]]) -> list[Tensor]:
+        """Every sequence's outputs, computed in ``steps`` of rows (sequence, start, end)."""
+        cache = backend.allocate(BLOCKS * 2, KV_HEADS, DIM, dtype)
+        found: list[list[Tensor]] = [[] for _ in lengths]
+        for step in steps:
+            batch = AttentionBatch(
+                [end - start for _, start, end in step],
+                [end for *_, end in step],
+                [block_tables[which] for which, *_ in step],
+            )
+            query, key, value = torch.cat([parts[which][:, start:end] for which, start, end in step], 1)
+            output = backend.attend(
+                query, key[:, :KV_HEADS].clone(), value[:, :KV_HEADS].clone(), cache, backend.plan(batch)
+            )
+            for (which, *_), part in zip(step, output.split(batch.query_lens), strict=True):  # type: ignore[arg-type]
+                found[which].append(part)
+        return [torch.cat(part) for part in found]
+
+    alone = outputs([[(which, 0, length)] for which, length in enumerate(lengths)])
+    together = outputs([[(which, 0, length) for which, length in reversed(list(enumerate(lengths)))]])
+    chunked = outputs(
+        [
+            [(which, start, min(start + size, length)) for which, length in enumerate(lengths) if start < length]
+            for size in (13,)
+            for start in range(0, max(lengths), size)
+        ]
+    )
+    token_by_token = outputs([[(which, place, place + 1)] for which, n in enumerate(lengths) for place in range(n)])
+    for other in (together, chunked, token_by_token):
+        assert all(torch.equal(one, two) for one, two in zip(alone, other, strict=True))
+
+
+def test_heads_that_the_kernel_does_not_take_have_another_backend() -> None:
+    backend = choose_backend(CPU, torch.bfloat16, 24, 32)
     assert isinstance(backend, SdpaAttention)
     assert backend.block_size == 32
+    assert "24" in str(why_no_cpu_kernel(24))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"), [("false", "could not compile"), ("/nowhere/c++", "/nowhere/c++"), ("", "install g++")]
+)
+def test_a_machine_without_a_compiler_is_told_so_and_does_without(
+    compiler: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    kernels.missing.cache_clear()
+    try:
+        assert expected in str(kernels.missing())
+        assert isinstance(choose_backend(CPU, torch.float32, DIM), SdpaAttention)
+    finally:
+        kernels.missing.cache_clear()
 
 
 def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None:
@@ -101,17 +182,3 @@ def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None
     assert (plan.max_query, plan.max_context) == (3, 6)
     torch.testing.assert_close(keys[1, 1], key[0])
     torch.testing.assert_close(values[3, :3], value[1:])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 16, 33])
-def test_packed_weights_multiply_as_plain_ones(bias: bool, num_rows: int) -> None:
-    layer = Linear(512, 768, bias=bias)
-    with torch.inference_mode():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-        x = torch.randn(num_rows, 512)
-        expected = layer(x)
-        layer.pack()
-        assert layer.weight.numel() == 0
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)

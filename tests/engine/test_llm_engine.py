@@ -173,7 +173,7 @@ def test_what_can_never_fit_is_refused_at_admission(text: Path) -> None:
     engine = make_engine(text, max_model_len=32)
     with pytest.raises(PromptTooLong, match="32 tokens; with one token of output at most 32"):
         engine.add_request([1] * 32)
-    small = make_engine(text, kv_cache_bytes=12288 * 3)
+    small = make_engine(text, kv_cache_bytes=16384 * 3)
     assert small.max_model_len == 48
     with pytest.raises(PromptTooLong, match="at most 48"):
         small.add_request([1] * 48)
@@ -187,7 +187,7 @@ def test_output_is_cut_where_the_context_ends(text: Path) -> None:
 
 
 def test_contexts_that_fill_the_whole_cache_finish(text: Path) -> None:
-    engine = make_engine(text, kv_cache_bytes=12288 * 3, max_num_batched_tokens=7)
+    engine = make_engine(text, kv_cache_bytes=16384 * 3, max_num_batched_tokens=7)
     for number in range(4):
         engine.add_request([number] * 20, greedy(100), request_id=str(number))
     outputs = drain(engine)
@@ -365,7 +365,7 @@ def test_a_text_tokenizer_without_an_image_token_composes_too(tmp_path: Path) ->
         ({"projector": "other"}, "projector='other'"),
         ({"max_model_len": 10**6}, "max_model_len=1000000.*4096"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
-        ({"quantization": "int8"}, "quantization='int8'"),
+        ({"quantization": "awq"}, "quantization='awq'"),
         ({"deterministic": True}, "deterministic"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"dtype": "int4"}, "dtype='int4'"),

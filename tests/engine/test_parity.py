@@ -61,9 +61,10 @@ def test_sixteen_that_join_and_leave_at_different_steps_equal_transformers(world
     assert_all_same(engine, cases, drain(engine, outputs))
 
 
-def test_prompts_computed_in_chunks_equal_transformers(world: tuple[Path, dict[str, Case]]) -> None:
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["kernel", "sdpa"])
+def test_prompts_computed_in_chunks_equal_transformers(world: tuple[Path, dict[str, Case]], cpu_kernels: bool) -> None:
     directory, cases = world
-    engine = recording_engine(directory, max_num_batched_tokens=23)
+    engine = recording_engine(directory, max_num_batched_tokens=23, cpu_kernels=cpu_kernels)
     for name, case in cases.items():
         add(engine, name, case)
     assert_all_same(engine, cases, drain(engine))
@@ -90,7 +91,7 @@ def test_a_warm_prefix_cache_changes_nothing(world: tuple[Path, dict[str, Case]]
 
 def test_preempted_requests_equal_transformers(world: tuple[Path, dict[str, Case]]) -> None:
     directory, cases = world
-    engine = recording_engine(directory, kv_cache_bytes=40 * 16 * 2 * 2 * 24 * 2 * 4)
+    engine = recording_engine(directory, kv_cache_bytes=40 * 16 * 2 * 2 * 32 * 2 * 4)
     assert engine.scheduler.blocks.num_blocks == 40
     for name, case in cases.items():
         add(engine, name, case)
@@ -132,7 +133,7 @@ def test_sharded_tied_siglip_checkpoints_load(tmp_path: Path) -> None:
 def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(tmp_path: Path) -> None:
     make_qwen3(tmp_path, hidden_size=768, num_heads=8, head_dim=64, num_layers=1, tie_word_embeddings=True)
     engine = LLMEngine(str(tmp_path), kv_cache_bytes=1 << 20)
-    packed = [module for module in engine.model_runner.model.modules() if getattr(module, "_packed", None) is not None]
+    packed = [module for module in engine.model_runner.model.modules() if getattr(module, "is_packed", False)]
     assert len(packed) == 5 or not torch.backends.mkldnn.is_available()
     check_some(tmp_path, is_llava=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 
 from nanovllm.engine.attention import AttentionBackend
-from nanovllm.engine.linear import Linear
+from nanovllm.engine.linear import Linear, Quantization
 from nanovllm.engine.loader import Checkpoint, load_parameters
 from nanovllm.errors import UnsupportedModel
 
@@ -163,11 +163,11 @@ class Qwen3(nn.Module):
         cos_rows, sin_rows = self._rotary[positions].unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
 
-    def pack(self) -> None:
+    def pack(self, quantization: Quantization | None = None) -> None:
         """Lay the weights out for this machine, once they are loaded."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(keep_weight=module.weight is self.embed_tokens)
+                module.pack(quantization, keep_weight=module.weight is self.embed_tokens)
 
 
 def parameter_places(model: Qwen3, *, tied: bool) -> dict[str, list[Tensor]]:
@@ -229,7 +229,6 @@ def load_qwen3(
         parameter_places(model, tied=tied),
         lambda name: None if tied and rename(name) == "lm_head.weight" else rename(name),
     )
-    model.pack()
     return model.eval()
 
 

@@ -1,0 +1,97 @@
+"""C++ kernels for CPUs: compiled once by the machine's own compiler, kept in the user's cache, used as torch operators.
+
+They are an acceleration: where there is no compiler, the engine runs on torch's own operators and says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_COMPILE_TIMEOUT_S = 300.0
+_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+@functools.cache
+def missing() -> str | None:
+    """Load the kernels, compiling them first where that was not done yet; returns the reason if they cannot be had."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _FLAGS:
+        return f"there are none for a CPU of the kind {capability}, only for {' and '.join(_FLAGS)}"
+    library = cache_folder() / f"cpu-{_digest(capability)}.so"
+    try:
+        if library.exists():
+            torch.ops.load_library(str(library))
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder, library.name)
+            compile_kernels(capability, built)
+            torch.ops.load_library(str(built))
+            _keep(built, library)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``nanovllm`` in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+
+
+def compile_kernels(capability: str, library: Path) -> None:
+    """Compile for a CPU of ``capability`` (AVX2 or AVX512), which need not be this one, into ``library``.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        subprocess.TimeoutExpired: it took five minutes.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise RuntimeError("there is no C++ compiler; install g++, or name one in CXX")
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    logger.info("compiling the CPU kernels with %s, once for this machine (about ten seconds)", compiler)
+    (libraries,) = library_paths("cpu")
+    # torch's own OpenMP: a second one would bring its own threads, and the two would spin against each other.
+    openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
+    command = [
+        *(compiler, "-shared", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
+        *_FLAGS[capability],
+        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-DAT_PARALLEL_OPENMP=1"),
+        *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
+        *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
+        *(str(_SOURCE), "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{compiler} could not compile {_SOURCE.name}: {done.stderr[-2000:]}")
+
+
+def _digest(capability: str) -> str:
+    parts = (_SOURCE.read_text(), torch.__version__, capability, *_FLAGS[capability])
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _keep(built: Path, library: Path) -> None:
+    """Move a library to its place in one go: another process may be looking for it."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
+            file.write(built.read_bytes())
+        os.replace(file.name, library)
+    except OSError as error:
+        logger.warning("the compiled CPU kernels cannot be kept in %s: %s", library.parent, error)
