@@ -1,7 +1,8 @@
 """The one error tree. Every failure that a user or an operator can meet has a class here.
 
-A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it) and a
-``remedy`` (what a person does about it). The message of an instance names the thing and the value; it never carries
+A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it), a ``remedy``
+(what a person does about it) and whether it is ``retryable``: the same message can succeed when it is sent again, once
+the remedy was applied. The message of an instance names the thing and the value; it never carries
 secrets, local paths of the worker or object representations, because it travels into dead letters.
 """
 
@@ -27,6 +28,7 @@ class NanoVLLMError(Exception):
     code: ClassVar[str] = "internal"
     error_class: ClassVar[ErrorClass] = ErrorClass.PERMANENT
     remedy: ClassVar[str] = "Report this with the log around it."
+    retryable: ClassVar[bool] = True
 
 
 class InvalidInput(NanoVLLMError, ValueError):
@@ -35,6 +37,7 @@ class InvalidInput(NanoVLLMError, ValueError):
     code = "invalid_input"
     error_class = ErrorClass.INVALID
     remedy = "Correct the input named in the message."
+    retryable = False
 
 
 class UnsupportedConstraint(InvalidInput):
@@ -91,12 +94,14 @@ class ForbiddenUri(InvalidInput):
 
     code = "forbidden_uri"
     remedy = "Add the bucket and prefix to NANOVLLM_S3__ALLOW."
+    retryable = True
 
 
 class PermanentError(NanoVLLMError):
     """The job is well-formed and will never succeed."""
 
     code = "permanent"
+    retryable = False
 
 
 class ObjectNotFound(PermanentError):
@@ -104,6 +109,7 @@ class ObjectNotFound(PermanentError):
 
     code = "object_not_found"
     remedy = "Upload the object before the job that names it."
+    retryable = True
 
 
 class ObjectChanged(PermanentError):
@@ -118,6 +124,7 @@ class ObjectForbidden(PermanentError):
 
     code = "object_forbidden"
     remedy = "Grant the worker's role s3:GetObject on the object."
+    retryable = True
 
 
 class DecoderFailed(PermanentError):
@@ -132,6 +139,7 @@ class MessageTooLarge(PermanentError):
 
     code = "message_too_large"
     remedy = "Send less in one message, or raise the topic's max.message.bytes and NANOVLLM_KAFKA__MAX_REQUEST_BYTES."
+    retryable = True
 
 
 class TransientError(NanoVLLMError):
@@ -154,6 +162,7 @@ class DeadlineExceeded(NanoVLLMError):
     code = "deadline_exceeded"
     error_class = ErrorClass.EXPIRED
     remedy = "Give the job a later deadline, or add workers."
+    retryable = False
 
 
 class SystemicError(NanoVLLMError):
@@ -183,6 +192,13 @@ class StoreUnreachable(SystemicError):
 
     code = "store_unreachable"
     remedy = "Check NANOVLLM_S3__ENDPOINT_URL, the network between worker and store, and the store itself."
+
+
+class PoisonLimitReached(SystemicError):
+    """Too many jobs in a row became dead letters: something before the worker is broken, or the worker is."""
+
+    code = "poison_limit_reached"
+    remedy = "See what the dead letters have in common (nanovllm dlq list), repair it, start the worker, replay them."
 
 
 class EngineDead(SystemicError):

@@ -14,6 +14,7 @@ from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline import client_commands
 from nanovllm.pipeline.client_commands import ConfigOption
 from nanovllm.pipeline.console import plain
+from nanovllm.pipeline.dlq_commands import dlq_app
 from nanovllm.pipeline.settings import load_settings
 
 DONE = 0
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("submit")(client_commands.submit)
 app.command("results")(client_commands.results)
 app.add_typer(client_commands.topics_app, name="topics")
+app.add_typer(dlq_app, name="dlq")
 
 
 @app.command()

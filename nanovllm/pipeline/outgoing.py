@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -98,6 +99,8 @@ class OutgoingRecords:
             error_class=passage.failure_class,
             stage=passage.failed_stage,
             message=str(error),
+            retryable=error.retryable,
+            cause=root_cause(error),
             attempts=passage.attempts,
             source=_source(passage),
             worker=self._settings.worker_id,
@@ -111,6 +114,7 @@ class OutgoingRecords:
             key=delivery.key,
             value=delivery.value,
             original_headers=delivery.headers,
+            keep_headers=self._settings.dead_letters.keep_headers,
             max_bytes=self._max_record_bytes(topic),
         )
 
@@ -172,6 +176,25 @@ class OutgoingRecords:
                 for image, use in zip(fetched, output.images, strict=True)
             ),
         )
+
+
+def root_cause(failure: NanoVLLMError) -> str:
+    """The innermost error's name; for a fault of the worker itself, also where in this package it was raised.
+
+    Never its text: it may hold what the job said, an address or a path.
+    """
+    error: BaseException = failure
+    while error.__cause__ is not None:
+        error = error.__cause__
+    name = type(error).__name__
+    if failure.code != NanoVLLMError.code:
+        return name
+    places = [
+        f"{module}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if (module := frame.f_globals.get("__name__", "")).startswith("nanovllm.")
+    ]
+    return f"{name} in {places[-1]}" if places else name
 
 
 def _one_of_several(completion: Completion) -> Output:

@@ -22,6 +22,11 @@ _CLASSES: dict[ErrorClass, DeadLetterClass] = {
 }
 
 
+def dead_letter_class(error: NanoVLLMError | type[NanoVLLMError]) -> DeadLetterClass:
+    """The class of ``error`` as dead letters name it."""
+    return _CLASSES[error.error_class]
+
+
 class Passage:
     """What is known of a delivery while it is at work. Mutable, and owned by its one task.
 
@@ -57,7 +62,7 @@ class Passage:
     @property
     def failure_class(self) -> DeadLetterClass:
         """The class of the failure as dead letters name it."""
-        return _CLASSES[self.failure.error_class] if self.failure else "permanent"
+        return dead_letter_class(self.failure) if self.failure else "permanent"
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The generated references: JSON Schemas of the messages, and the page of all settings.
+"""The generated references: JSON Schemas of the messages, and the pages of all settings and dead-letter codes.
 
 ``python -m nanovllm.pipeline.reference`` writes them into ``docs/``; a test fails while they differ from the models.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
+from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.passage import dead_letter_class
 from nanovllm.pipeline.settings import ENV_PREFIX, Settings
 from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 
@@ -47,6 +49,20 @@ This page is generated from the settings themselves (`python -m nanovllm.pipelin
 """
 
 
+_CODES_HEAD = """# Dead-letter codes
+
+A dead letter is the original message; why it failed stands in its headers
+([schema](schemas/dead-letter.v1.json)). Codes are stable: scripts may rely on them. *Retryable*
+means that the same message can succeed once the remedy was applied;
+`nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …` sends it again.
+
+This page is generated from the errors themselves (`python -m nanovllm.pipeline.reference`).
+
+| code | class | retryable | what it means | remedy |
+|---|---|---|---|---|
+"""
+
+
 def schemas() -> dict[str, str]:
     """JSON Schema texts by file name, one for each message and version."""
     texts = {}
@@ -70,12 +86,38 @@ def settings_page() -> str:
     return "\n".join([_SETTINGS_HEAD, "## Everywhere", "", *_table(top), *sections]) + "\n"
 
 
+def codes_page() -> str:
+    """Markdown of every code that a dead letter can have."""
+    # Configuration ends a worker before it takes a job, and under a systemic fault nothing is buried.
+    errors = [error for error in _family(NanoVLLMError) if not issubclass(error, (ConfigurationError, SystemicError))]
+    rows = {
+        error.code: (
+            f"`{error.code}`",
+            dead_letter_class(error),
+            "yes" if error.retryable else "no",
+            " ".join((error.__doc__ or "").replace("``", "`").split())
+            if error is not NanoVLLMError
+            else "The worker itself is at fault.",
+            error.remedy,
+        )
+        for error in errors
+    }
+    return _CODES_HEAD + "".join(_cells(rows[code]) + "\n" for code in sorted(rows))
+
+
+def _family(error: type[NanoVLLMError]) -> Iterator[type[NanoVLLMError]]:
+    yield error
+    for child in error.__subclasses__():
+        yield from _family(child)
+
+
 def write(docs: Path) -> None:
     """Write all of it below ``docs``."""
     (docs / "schemas").mkdir(parents=True, exist_ok=True)
     for name, text in schemas().items():
         (docs / "schemas" / name).write_text(text, encoding="utf-8")
     (docs / "settings.md").write_text(settings_page(), encoding="utf-8")
+    (docs / "dead-letters.md").write_text(codes_page(), encoding="utf-8")
 
 
 def _table(rows: list[str]) -> Iterator[str]:
@@ -86,6 +128,10 @@ def _table(rows: list[str]) -> Iterator[str]:
 
 def _row(name: str, field: FieldInfo) -> str:
     cells = (f"`{ENV_PREFIX}{name.upper()}`", _type_name(field), _default(field), field.description or "")
+    return _cells(cells)
+
+
+def _cells(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

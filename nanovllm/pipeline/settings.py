@@ -14,15 +14,17 @@ import ssl
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
+from nanovllm.pipeline.failure_settings import DeadLetterSettings
+from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
@@ -34,27 +36,6 @@ CONFIG_VARIABLE = "NANOVLLM_CONFIG"
 _KUBERNETES_SERVICE = re.compile(
     r"^NANOVLLM(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
 )
-
-
-def _split_list(value: Any) -> Any:
-    """Accept ``a,b`` or a JSON/YAML list from the environment, where every value is one string."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("["):
-        return yaml.safe_load(value)
-    return [item.strip() for item in value.split(",") if item.strip()]
-
-
-StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
-Bytes = Annotated[int, Field(ge=1)]
-Millis = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """One level of the settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class KafkaSettings(Section):
@@ -355,6 +336,7 @@ class Settings(BaseSettings):
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:

@@ -29,6 +29,7 @@ from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
+from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import Delivery, JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
@@ -76,6 +77,7 @@ class Worker:
         self._admission = Admission(max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes)
         self._outgoing = OutgoingRecords(settings, engine.model_info, sink.max_record_bytes)
         self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
+        self._poison = PoisonLimit(settings.dead_letters.poison_limit)
         self._at_work: dict[asyncio.Task[None], Delivery] = {}
         self._stop = asyncio.Event()
         self._is_draining = False
@@ -157,6 +159,7 @@ class Worker:
                     with passage.stage("infer"):
                         output = await self._infer(job, images)
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
+                self._poison.answered()
             except Exception as error:
                 records = self._bury(passage, error)
             with passage.stage("publish"):
@@ -282,14 +285,18 @@ class Worker:
         """The dead letter for what can never succeed.
 
         Raises:
-            SystemicError: it can, once the worker is well or another one takes it: back to Kafka.
+            SystemicError: it can, once the worker is well or another one takes it: back to Kafka. Or this would be one
+                dead letter too many.
         """
         reason = _first_cause(error)
         if isinstance(reason, SystemicError):
             raise reason
         if not isinstance(reason, NanoVLLMError):
             logger.error("job %r failed in stage %s", passage.job_id, passage.failed_stage, exc_info=reason)
-            reason = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
+            internal = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
+            internal.__cause__ = reason
+            reason = internal
+        self._poison.bury()
         passage.fail(reason)
         logger.warning(
             "job %r is a dead letter: %s in stage %s: %r",

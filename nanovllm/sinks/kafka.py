@@ -31,9 +31,14 @@ from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 
 Headers = tuple[tuple[str, bytes], ...]
 
-# What may travel on from a job's own headers; everything else stays behind (tokens and internal names hide in headers).
+# What may travel on from a job's own headers; everything else stays behind (tokens and internal names hide in headers)
+# unless the settings name it.
 TRACE_HEADERS = ("traceparent", "tracestate")
 DEAD_LETTER_HEADERS = (*TRACE_HEADERS, "content-type")
+OWN_PREFIX = "nanovllm_"
+TRUNCATED_HEADER = f"{OWN_PREFIX}value_truncated"
+SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
+LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
 MAX_HEADER_BYTES = 1_024
 MAX_MESSAGE_CHARS = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000
@@ -81,22 +86,26 @@ def dead_letter_record(
     key: bytes | None,
     value: bytes | None,
     original_headers: Headers = (),
+    keep_headers: Sequence[str] = (),
     max_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> OutgoingRecord:
-    """The original message with ``letter`` in its headers.
+    """The original message with ``letter`` in its headers, beside the original ones that ``keep_headers`` names.
 
     What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
     partition for good. A cut value keeps its beginning; its digest, its size and where it still lies are headers.
     """
     original = value or b""
-    headers = [*_kept(original_headers, DEAD_LETTER_HEADERS), *_envelope_headers(letter)]
+    kept = tuple(_kept(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
+    headers = [*kept, *_envelope_headers(letter)]
+    if left_out := len(original_headers) - len(kept):
+        headers.append((LEFT_OUT_HEADER, str(left_out).encode()))
     record = OutgoingRecord(topic, key, original, tuple(headers))
     if record.size_bytes <= max_bytes:
         return record
     headers += [
-        ("nanovllm_value_truncated", b"true"),
-        ("nanovllm_value_sha256", hashlib.sha256(original).hexdigest().encode()),
-        ("nanovllm_value_size", str(len(original)).encode()),
+        (TRUNCATED_HEADER, b"true"),
+        (SHA256_HEADER, hashlib.sha256(original).hexdigest().encode()),
+        (f"{OWN_PREFIX}value_size", str(len(original)).encode()),
     ]
     # A key larger than the room that is left goes too: without the value it identifies nothing.
     without_value = OutgoingRecord(topic, key, b"", tuple(headers))
@@ -175,9 +184,10 @@ def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
     Raises:
         ValueError: the record is no dead letter of ours.
     """
-    prefix = "nanovllm_"
     fields = {
-        name.removeprefix(prefix): value.decode(errors="replace") for name, value in headers if name.startswith(prefix)
+        name.removeprefix(OWN_PREFIX): value.decode(errors="replace")
+        for name, value in headers
+        if name.startswith(OWN_PREFIX)
     }
     source = {name: fields.get(f"source_{name}") for name in ("topic", "partition", "offset", "timestamp_ms")}
     fields["error_class"] = fields.pop("class", "")
@@ -204,7 +214,7 @@ def _event_headers(
         "content-type": CONTENT_TYPES[fmt],
     }
     own = tuple((name, value.encode()) for name, value in attributes.items())
-    return (*own, *_kept(original_headers, TRACE_HEADERS))
+    return (*own, *((name.lower(), value) for name, value in _kept(original_headers, TRACE_HEADERS)))
 
 
 def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
@@ -217,6 +227,8 @@ def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
         "class": letter.error_class,
         "stage": letter.stage,
         "message": message[:MAX_MESSAGE_CHARS],
+        "retryable": str(letter.retryable).lower(),
+        "cause": letter.cause,
         "attempts": letter.attempts,
         "source_topic": source.topic,
         "source_partition": source.partition,
@@ -224,17 +236,19 @@ def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
         "source_timestamp_ms": source.timestamp_ms,
         "worker": letter.worker,
         "received_at": _rfc3339(letter.received_at),
+        "first_failed_at": letter.first_failed_at and _rfc3339(letter.first_failed_at),
         "failed_at": _rfc3339(letter.failed_at),
     }
     for name, field in fields.items():
         if field is not None:
-            yield f"nanovllm_{name}", str(field).encode(errors="replace")
+            yield f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
 
 
 def _kept(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
     for name, value in headers:
-        if name.lower() in names and value is not None and len(value) <= MAX_HEADER_BYTES:
-            yield name.lower(), value
+        is_own = name.lower().startswith(OWN_PREFIX)
+        if name.lower() in names and not is_own and value is not None and len(value) <= MAX_HEADER_BYTES:
+            yield name, value
 
 
 def _rfc3339(time: datetime) -> str:

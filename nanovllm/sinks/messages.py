@@ -181,8 +181,13 @@ class DeadLetter(Message):
     error_class: DeadLetterClass
     stage: Stage = Field(description="Where it failed.")
     message: str = Field(description="What was wrong, for people; without URL queries.")
-    attempts: int = Field(1, ge=0)
+    retryable: bool = Field(False, description="The same message can succeed once the code's remedy was applied.")
+    cause: str | None = Field(
+        None, description="Name of the innermost error, and for the worker's own faults its place."
+    )
+    attempts: int = Field(1, ge=0, description="Attempts at the stage that failed, delayed retries among them.")
     source: Source
     worker: str
     received_at: datetime
+    first_failed_at: datetime | None = Field(None, description="Of the first attempt, where there were several.")
     failed_at: datetime

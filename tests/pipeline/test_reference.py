@@ -26,6 +26,11 @@ def test_the_settings_page_is_that_of_the_settings() -> None:
     assert page == reference.settings_page(), "run: python -m nanovllm.pipeline.reference"
 
 
+def test_the_page_of_dead_letter_codes_is_that_of_the_errors() -> None:
+    page = (DOCS / "dead-letters.md").read_text()
+    assert page == reference.codes_page(), "run: python -m nanovllm.pipeline.reference"
+
+
 @pytest.mark.parametrize("name", list(reference.schemas()))
 def test_every_schema_is_a_schema(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(reference.schemas()[name]))

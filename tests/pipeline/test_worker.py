@@ -3,179 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import msgpack
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from parts import S3Part, create_topic
-from PIL import Image
+from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
-from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed
-from nanovllm.metrics import Metrics
-from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.fetch import ObjectFetcher
-from nanovllm.pipeline.health import Health
-from nanovllm.pipeline.settings import Settings
-from nanovllm.pipeline.source import JobSource
-from nanovllm.pipeline.worker import Worker
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.images import ImageLimits
-
-PARTITIONS = 2
-
-
-def png(color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@dataclass
-class Bench:
-    """Topics of one test, and what a worker needs to work on them."""
-
-    bootstrap_servers: str
-    settings: Settings
-    producer: AIOKafkaProducer
-    decoders: DecoderPool
-    metrics: Metrics = field(default_factory=Metrics)
-    health: Health = field(default_factory=Health)
-
-    async def send(self, *jobs: Mapping[str, Any] | bytes, partition: int = 0) -> None:
-        for job in jobs:
-            value = job if isinstance(job, bytes) else json.dumps(job).encode()
-            await self.producer.send_and_wait(self.settings.topics.jobs, value, partition=partition)
-
-    @asynccontextmanager
-    async def working(
-        self, engine: EchoEngine, fetcher: Any = None, sink: KafkaSink | None = None, **settings: Any
-    ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
-        """A worker at work inside, stopped and awaited at the end."""
-        self.health = Health()
-        effective = self.settings.model_copy(update=settings)
-        worker = Worker(
-            effective,
-            engine=engine,
-            decoders=self.decoders,
-            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
-            sink=sink or KafkaSink(self.producer),
-            metrics=self.metrics,
-            health=self.health,
-            backoff=Backoff(base_s=0.01, cap_s=0.05),
-        )
-        source = JobSource(
-            effective.kafka,
-            [effective.topics.jobs],
-            max_out_of_order=effective.admission.max_out_of_order,
-            drain=worker.drain,
-            lost=worker.drop,
-        )
-        await source.start()
-        running = asyncio.create_task(worker.run(source))
-        try:
-            yield worker, running
-            if not running.done():
-                worker.stop()
-                await running
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-
-    async def read(self, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
-        """The first ``count`` records of a topic; fails when fewer come in time."""
-        consumer = AIOKafkaConsumer(
-            topic, bootstrap_servers=self.bootstrap_servers, auto_offset_reset="earliest", enable_auto_commit=False
-        )
-        await consumer.start()
-        records: list[Any] = []
-        try:
-            async with asyncio.timeout(timeout_s):
-                while len(records) < count:
-                    for batch in (await consumer.getmany(timeout_ms=200)).values():
-                        records += batch
-        finally:
-            await consumer.stop()
-        return records
-
-    async def results(self, count: int) -> dict[str, dict[str, Any]]:
-        records = await self.read(self.settings.topics.results, count)
-        return {record.key.decode(): json.loads(record.value) for record in records}
-
-    async def dead_letters(self, count: int) -> list[tuple[dict[str, str], bytes]]:
-        records = await self.read(self.settings.topics.dead_letters, count)
-        return [({name: value.decode() for name, value in record.headers}, record.value) for record in records]
-
-    async def committed(self, partition: int = 0) -> int | None:
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.bootstrap_servers,
-            group_id=self.settings.kafka.group_id,
-            enable_auto_commit=False,
-        )
-        await consumer.start()
-        try:
-            return await consumer.committed(TopicPartition(self.settings.topics.jobs, partition))
-        finally:
-            await consumer.stop()
-
-    async def ends(self, partition: int = 0) -> int:
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap_servers)
-        await consumer.start()
-        try:
-            tp = TopicPartition(self.settings.topics.jobs, partition)
-            return (await consumer.end_offsets([tp]))[tp]
-        finally:
-            await consumer.stop()
-
-
-@pytest.fixture
-async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
-    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
-    await create_topic(embedded_broker, *topics.values(), partitions=PARTITIONS)
-    settings = Settings.model_validate(
-        {
-            "kafka": {"bootstrap_servers": embedded_broker, "group_id": unique("group")},
-            "topics": topics,
-            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
-            "images": {"max_bytes": 100_000},
-            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
-        }
-    )
-    producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
-    await producer.start()
-    echo = EchoEngine()
-    assert echo.image_transform is not None
-    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
-    await decoders.start()
-    yield Bench(embedded_broker, settings, producer, decoders)
-    await decoders.close()
-    await producer.stop()
-
-
-@pytest.fixture
-def images(s3: S3Part) -> Callable[[str, bytes], str]:
-    names = {bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]}
-    if "images" not in names:
-        s3.client.create_bucket(Bucket="images")
-    return lambda key, body: s3.put("images", key, body)
-
-
-async def eventually(holds: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 30) -> None:
-    async with asyncio.timeout(timeout_s):
-        while True:
-            answer = holds()
-            if await answer if isinstance(answer, Awaitable) else answer:
-                return
-            await asyncio.sleep(0.05)
 
 
 async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
@@ -232,10 +70,6 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     text = bench.metrics.exposition().decode()
     assert 'nanovllm_jobs_total{outcome="result"} 2.0' in text
     assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
-
-
-async def reached(bench: Bench, offset: int, partition: int = 0) -> bool:
-    return await bench.committed(partition) == offset
 
 
 async def test_a_slow_job_holds_the_watermark_and_not_the_jobs_behind_it(bench: Bench) -> None:
@@ -312,27 +146,6 @@ async def test_a_job_whose_deadline_passes_at_work_is_aborted_and_buried(bench: 
         assert (headers["nanovllm_class"], headers["nanovllm_stage"]) == ("expired", "infer")
         assert engine.stats().num_requests_running == 0
         await eventually(lambda: reached(bench, 1))
-
-
-class FaultyFetcher(ObjectFetcher):
-    """Fails in ways that a healthy store cannot be brought to, until ``heal``."""
-
-    def __init__(self, settings: Settings, error: Exception, *, failures: int | None = None) -> None:
-        super().__init__(settings.s3, max_bytes=100_000)
-        self.error: Exception | None = error
-        self.left = failures
-        self.attempts = 0
-
-    def heal(self) -> None:
-        self.error = None
-
-    async def fetch(self, ref: Any) -> Any:
-        self.attempts += 1
-        if self.error is None or self.left == 0:
-            return await super().fetch(ref)
-        if self.left is not None:
-            self.left -= 1
-        raise self.error
 
 
 async def test_a_fault_that_passes_costs_only_attempts(bench: Bench, images: Callable[[str, bytes], str]) -> None:
@@ -456,34 +269,3 @@ async def test_a_partition_out_of_order_by_the_bound_is_read_no_further(bench: B
         assert len(engine.requests) == 6
         engine.open("j0")
         await bench.results(13)
-
-
-class GatedEngine(EchoEngine):
-    """Answers a job only after its gate was opened, by its id."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.requests: list[Request] = []
-        self._gates: dict[str, asyncio.Event] = {}
-
-    def open(self, *job_ids: str) -> None:
-        for job_id in job_ids:
-            self._gate(job_id).set()
-
-    async def submitted(self, *job_ids: str) -> None:
-        await eventually(lambda: set(job_ids) <= {job_id_of(request) for request in self.requests})
-
-    def submit(self, request: Request) -> Generation:
-        self.requests.append(request)
-        return super().submit(request)
-
-    async def _answer(self, request: Request, generation: Generation) -> None:
-        await self._gate(job_id_of(request)).wait()
-        await super()._answer(request, generation)
-
-    def _gate(self, job_id: str) -> asyncio.Event:
-        return self._gates.setdefault(job_id, asyncio.Event())
-
-
-def job_id_of(request: Request) -> str:
-    return request.request_id.rpartition("#")[0]

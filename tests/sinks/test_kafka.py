@@ -67,6 +67,7 @@ def test_a_dead_letter_is_the_original_value_with_its_envelope_in_the_headers() 
         "nanovllm_class": "invalid",
         "nanovllm_stage": "prepare",
         "nanovllm_message": "the image is cut off",
+        "nanovllm_retryable": "false",
         "nanovllm_attempts": "2",
         "nanovllm_source_topic": "nanovllm.jobs",
         "nanovllm_source_partition": "3",
@@ -98,8 +99,19 @@ def test_only_allow_listed_headers_of_the_original_travel_on() -> None:
     assert b"hunter2" not in b"".join(value for _, value in record.headers)
     assert names.count("nanovllm_job_id") == 1
     assert dict(record.headers)["nanovllm_job_id"] == b"r-1"
-    assert dict(record.headers)["content-type"] == b"application/json"
+    assert dict(record.headers)["Content-Type"] == b"application/json"
     assert "tracestate" not in names
+    assert dict(record.headers)["nanovllm_headers_left_out"] == b"4"
+
+
+def test_headers_that_the_settings_name_are_kept_and_ours_are_never_taken_from_the_original() -> None:
+    original = (("Tenant", b"a"), ("other", b"b"), ("nanovllm_code", b"forged"))
+    record = dead_letter_record(
+        dead_letter(), "dead", key=None, value=b"", original_headers=original, keep_headers=("tenant", "nanovllm_code")
+    )
+    assert ("Tenant", b"a") in record.headers
+    assert [value for name, value in record.headers if name == "nanovllm_code"] == [b"invalid_image"]
+    assert "other" not in dict(record.headers)
 
 
 def test_no_url_query_and_no_login_reaches_a_dead_letter() -> None:

@@ -1,0 +1,234 @@
+"""Reading dead letters back, and sending what they hold once more."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+from pydantic import ValidationError
+
+from nanovllm.errors import BrokersUnavailable
+from nanovllm.pipeline.settings import KafkaSettings, Settings
+from nanovllm.sinks.kafka import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, Headers, publish_error, read_dead_letter
+from nanovllm.sinks.messages import DeadLetter
+
+POLL_MS = 300
+# Behind the last record that anybody may read there may be offsets of markers and of open transactions.
+IDLE_POLLS = 10
+
+
+@dataclass(frozen=True)
+class BuriedJob:
+    """A dead letter with what it holds: the original key, value and headers as far as they were kept."""
+
+    partition: int
+    offset: int
+    letter: DeadLetter
+    key: bytes | None
+    value: bytes
+    headers: Headers
+    cut_sha256: str | None = None
+    """Digest of the whole value where ``value`` is only its beginning."""
+
+    @property
+    def place(self) -> str:
+        """Where it lies in the dead-letter topic: ``partition:offset``."""
+        return f"{self.partition}:{self.offset}"
+
+    @classmethod
+    def from_record(cls, record: ConsumerRecord) -> BuriedJob:
+        """Raises ValueError for a record that is no dead letter of ours."""
+        own = {name: value for name, value in record.headers if name.startswith(OWN_PREFIX)}
+        return cls(
+            record.partition,
+            record.offset,
+            read_dead_letter(record.headers),
+            record.key,
+            record.value or b"",
+            tuple((name, value) for name, value in record.headers if not name.startswith(OWN_PREFIX)),
+            own[SHA256_HEADER].decode() if TRUNCATED_HEADER in own else None,
+        )
+
+
+@dataclass(frozen=True)
+class LetterFilter:
+    """Which dead letters are meant; what is empty or None excludes nothing.
+
+    ``since`` and ``until`` bound ``failed_at``; ``places`` are those of ``BuriedJob.place``.
+    """
+
+    codes: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    stages: frozenset[str] = frozenset()
+    job_ids: frozenset[str] = frozenset()
+    places: frozenset[str] = frozenset()
+    since: datetime | None = None
+    until: datetime | None = None
+    only_retryable: bool = False
+
+    @property
+    def excludes_nothing(self) -> bool:
+        """Whether every dead letter matches."""
+        return self == LetterFilter()
+
+    def matches(self, buried: BuriedJob) -> bool:
+        """Whether ``buried`` is meant."""
+        letter = buried.letter
+        return (
+            (not self.codes or letter.code in self.codes)
+            and (not self.classes or letter.error_class in self.classes)
+            and (not self.stages or letter.stage in self.stages)
+            and (not self.job_ids or letter.job_id in self.job_ids)
+            and (not self.places or buried.place in self.places)
+            and (self.since is None or letter.failed_at >= self.since)
+            and (self.until is None or letter.failed_at < self.until)
+            and (letter.retryable or not self.only_retryable)
+        )
+
+
+async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[BuriedJob]:
+    """The dead letters that are there now and match, each partition in its order; records of others are skipped.
+
+    Raises:
+        BrokersUnavailable: the brokers do not answer or refuse, or there is no such topic.
+    """
+    topic = settings.topics.dead_letters
+    async with _consumer(settings.kafka, topic) as consumer:
+        partitions = consumer.assignment()
+        if not partitions:
+            raise BrokersUnavailable(f"there is no topic {topic}; create it with: nanovllm topics create")
+        ends = await consumer.end_offsets(partitions)
+        idle = 0
+        while idle < IDLE_POLLS and not await _has_reached(consumer, ends):
+            batches = await consumer.getmany(timeout_ms=POLL_MS)
+            idle = 0 if batches else idle + 1
+            for tp, records in batches.items():
+                for record in records:
+                    if record.offset < ends[tp]:
+                        with suppress(ValidationError, ValueError):
+                            if wanted.matches(buried := BuriedJob.from_record(record)):
+                                yield buried
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of one dead letter."""
+
+    buried: BuriedJob
+    state: Literal["replayed", "would be replayed", "skipped"]
+    reason: str = ""
+
+
+class Replayer:
+    """Sends what dead letters hold to the topics that they came from: the same bytes, key and headers.
+
+    Of several dead letters of one record (it was delivered several times) the first is sent. A value that was cut
+    is read again from where it came, and skipped when it no longer lies there as it was.
+
+    Args:
+        topics: where it may send; a dead letter from elsewhere is skipped, because its header is no authority.
+        per_second: most records a second.
+        send: False only says what would be sent.
+    """
+
+    def __init__(self, kafka: KafkaSettings, topics: Iterable[str], *, per_second: float, send: bool) -> None:
+        self._kafka = kafka
+        self._topics = frozenset(topics)
+        self._interval_s = 1.0 / per_second
+        self._send = send
+
+    async def replay(self, letters: AsyncIterator[BuriedJob]) -> AsyncIterator[Replay]:
+        """Send ``letters`` one after the other, and say of each what became of it.
+
+        Raises:
+            TransientError, BrokersUnavailable: the brokers did not take one; those before it are sent.
+        """
+        seen: set[tuple[str, int, int]] = set()
+        async with _producer(self._kafka) as producer, _consumer(self._kafka) as consumer:
+            async for buried in letters:
+                source = buried.letter.source
+                if source.topic not in self._topics:
+                    yield Replay(buried, "skipped", f"it came from topic {source.topic}: allow it with --topic")
+                    continue
+                if (source.topic, source.partition, source.offset) in seen:
+                    yield Replay(buried, "skipped", "the same record as a dead letter before")
+                    continue
+                seen.add((source.topic, source.partition, source.offset))
+                value = buried.value if buried.cut_sha256 is None else await _whole_value(consumer, buried)
+                if value is None:
+                    yield Replay(buried, "skipped", "only its beginning is here, and its source holds it no longer")
+                elif not self._send:
+                    yield Replay(buried, "would be replayed")
+                else:
+                    await _send(producer, source.topic, buried, value)
+                    yield Replay(buried, "replayed")
+                    await asyncio.sleep(self._interval_s)
+
+
+async def _send(producer: AIOKafkaProducer, topic: str, buried: BuriedJob, value: bytes) -> None:
+    try:
+        await producer.send_and_wait(topic, value, key=buried.key, headers=list(buried.headers))
+    except KafkaError as error:
+        raise publish_error(error, topic) from error
+
+
+async def _whole_value(consumer: AIOKafkaConsumer, buried: BuriedJob) -> bytes | None:
+    source = buried.letter.source
+    tp = TopicPartition(source.topic, source.partition)
+    consumer.assign([tp])
+    consumer.seek(tp, source.offset)
+    for _ in range(IDLE_POLLS):
+        for records in (await consumer.getmany(tp, timeout_ms=POLL_MS, max_records=1)).values():
+            value: bytes = records[0].value or b""
+            is_it = records[0].offset == source.offset and hashlib.sha256(value).hexdigest() == buried.cut_sha256
+            return value if is_it else None
+    return None
+
+
+async def _has_reached(consumer: AIOKafkaConsumer, ends: dict[TopicPartition, int]) -> bool:
+    for tp, end in ends.items():
+        if await consumer.position(tp) < end:
+            return False
+    return True
+
+
+@asynccontextmanager
+async def _consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterator[AIOKafkaConsumer]:
+    consumer = AIOKafkaConsumer(
+        *topics,
+        **kafka.client_kwargs(),
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+        auto_offset_reset="earliest",
+    )
+    async with _open(consumer.start, consumer.stop, kafka):
+        yield consumer
+
+
+@asynccontextmanager
+async def _producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
+    producer = AIOKafkaProducer(**kafka.producer_kwargs())
+    async with _open(producer.start, producer.stop, kafka):
+        yield producer
+
+
+@asynccontextmanager
+async def _open(
+    start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]], kafka: KafkaSettings
+) -> AsyncIterator[None]:
+    try:
+        await start()
+        yield
+    except KafkaError as error:
+        raise BrokersUnavailable(
+            f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({type(error).__name__})"
+        ) from error
+    finally:
+        await stop()

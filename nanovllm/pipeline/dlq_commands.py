@@ -1,0 +1,180 @@
+"""``nanovllm dlq``: see what failed for good and why, and send it again once the cause is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, get_args
+
+import typer
+
+from nanovllm.errors import InvalidInput
+from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
+from nanovllm.pipeline.console import plain, print_json, print_table
+from nanovllm.pipeline.dead_letters import BuriedJob, LetterFilter, Replay, Replayer, read_dead_letters
+from nanovllm.pipeline.settings import Settings
+from nanovllm.sinks.messages import DeadLetterClass, Stage
+
+dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
+
+_AGO = re.compile(r"(\d+)([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+CodeOption = Annotated[list[str] | None, typer.Option("--code", help="With this code; may be repeated.")]
+ClassOption = Annotated[
+    list[str] | None, typer.Option("--class", help=f"Of this class: {', '.join(get_args(DeadLetterClass))}.")
+]
+StageOption = Annotated[list[str] | None, typer.Option("--stage", help=f"Failed in: {', '.join(get_args(Stage))}.")]
+JobIdOption = Annotated[list[str] | None, typer.Option("--job-id", help="Of this job.")]
+SinceOption = Annotated[
+    str | None, typer.Option(help="Failed at this time or later: RFC 3339, or how long ago (90s, 15m, 2h, 1d).")
+]
+UntilOption = Annotated[str | None, typer.Option(help="Failed before this time.")]
+RetryableOption = Annotated[bool, typer.Option("--retryable", help="Only what can succeed when sent again.")]
+
+
+@dlq_app.command("list")
+def dlq_list(
+    code: CodeOption = None,
+    error_class: ClassOption = None,
+    stage: StageOption = None,
+    job_id: JobIdOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    retryable: RetryableOption = False,
+    count: Annotated[bool, typer.Option("--count", help="How many of each class, code and stage.")] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """List dead letters, the oldest first."""
+    wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
+    letters = asyncio.run(_collect(client_settings(config, bootstrap_servers), wanted))
+    if count:
+        kinds = Counter((one.letter.error_class, one.letter.code, one.letter.stage) for one in letters)
+        rows = [(*kind, str(number)) for kind, number in kinds.most_common()]
+        print_table(("class", "code", "stage", "count"), rows, as_json=as_json)
+        return
+    columns = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "job_id", "message")
+    print_table(columns, map(_row, letters), as_json=as_json)
+
+
+@dlq_app.command("show")
+def dlq_show(
+    which: Annotated[str, typer.Argument(help="A job's id, or a place (partition:offset) from the list.")],
+    value: Annotated[bool, typer.Option("--value", help="Write the original message itself, byte for byte.")] = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Show all that is known of one job's dead letters, as JSON; of the message its size, until --value asks for it."""
+    settings = client_settings(config, bootstrap_servers)
+    letters = asyncio.run(_collect(settings, LetterFilter(job_ids=frozenset({which}))))
+    letters = letters or asyncio.run(_collect(settings, LetterFilter(places=frozenset({which}))))
+    if not letters:
+        raise InvalidInput(f"no dead letter has the job id or the place {plain(which).plain}")
+    if value:
+        sys.stdout.buffer.write(letters[-1].value)
+        return
+    for buried in letters:
+        print_json(_details(buried))
+
+
+@dlq_app.command("replay")
+def dlq_replay(
+    code: CodeOption = None,
+    error_class: ClassOption = None,
+    stage: StageOption = None,
+    job_id: JobIdOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    retryable: RetryableOption = False,
+    everything: Annotated[bool, typer.Option("--all", help="Without a filter: really all of them.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    rate: Annotated[float, typer.Option(min=0.001, help="Most messages a second.")] = 50.0,
+    topic: Annotated[
+        list[str] | None, typer.Option("--topic", help="Topics that may be sent to; the settings' jobs topic if unset.")
+    ] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Send the original messages to the topic that they came from: the same bytes, key and headers."""
+    wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
+    if wanted.excludes_nothing and not everything:
+        raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
+    settings = client_settings(config, bootstrap_servers)
+    replayer = Replayer(settings.kafka, topic or [settings.topics.jobs], per_second=rate, send=not dry_run)
+    replays = asyncio.run(_replay(replayer, read_dead_letters(settings, wanted)))
+    rows = [(one.buried.place, one.buried.letter.job_id or "", one.state, one.reason) for one in replays]
+    print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
+
+
+async def _collect(settings: Settings, wanted: LetterFilter) -> list[BuriedJob]:
+    letters = [buried async for buried in read_dead_letters(settings, wanted)]
+    return sorted(letters, key=lambda buried: buried.letter.failed_at)
+
+
+async def _replay(replayer: Replayer, letters: AsyncIterator[BuriedJob]) -> list[Replay]:
+    return [one async for one in replayer.replay(letters)]
+
+
+def _filter(
+    codes: list[str] | None,
+    classes: list[str] | None,
+    stages: list[str] | None,
+    job_ids: list[str] | None,
+    since: str | None,
+    until: str | None,
+    only_retryable: bool,
+) -> LetterFilter:
+    for option, given, known in (
+        ("--class", classes, get_args(DeadLetterClass)),
+        ("--stage", stages, get_args(Stage)),
+    ):
+        if unknown := set(given or ()) - set(known):
+            raise InvalidInput(f"{option} {plain(min(unknown)).plain} is none of {', '.join(known)}")
+    return LetterFilter(
+        codes=frozenset(codes or ()),
+        classes=frozenset(classes or ()),
+        stages=frozenset(stages or ()),
+        job_ids=frozenset(job_ids or ()),
+        since=_time("--since", since),
+        until=_time("--until", until),
+        only_retryable=only_retryable,
+    )
+
+
+def _time(option: str, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    if ago := _AGO.fullmatch(text):
+        return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+    try:
+        time = datetime.fromisoformat(text.upper())
+    except ValueError:
+        raise InvalidInput(f"{option} {plain(text).plain} is neither an RFC 3339 time nor a span like 15m") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _row(buried: BuriedJob) -> tuple[str, ...]:
+    letter = buried.letter
+    failed_at = letter.failed_at.isoformat(timespec="seconds")
+    retryable = "yes" if letter.retryable else "no"
+    kind = (letter.error_class, letter.code, letter.stage)
+    return (buried.place, failed_at, *kind, retryable, str(letter.attempts), letter.job_id or "", letter.message)
+
+
+def _details(buried: BuriedJob) -> dict[str, object]:
+    envelope = buried.letter.model_dump(mode="json", exclude_none=True)
+    return envelope | {
+        "place": buried.place,
+        "key": None if buried.key is None else buried.key.decode(errors="backslashreplace"),
+        # Their values may be secrets that an operator has chosen to keep.
+        "headers": [name for name, _ in buried.headers],
+        "value_bytes": len(buried.value),
+        "value_is_cut": buried.cut_sha256 is not None,
+    }

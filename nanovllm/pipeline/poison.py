@@ -1,0 +1,27 @@
+"""Counting dead letters in a row, so that a worker that buries everything stops doing so."""
+
+from __future__ import annotations
+
+from nanovllm.errors import PoisonLimitReached
+
+
+class PoisonLimit:
+    """Lets ``limit`` dead letters pass without an answer between them, and no further one; None lets all pass."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def answered(self) -> None:
+        """A job was answered: not everything is poison."""
+        self._in_a_row = 0
+
+    def bury(self) -> None:
+        """One more dead letter is about to be published.
+
+        Raises:
+            PoisonLimitReached: it would be one too many.
+        """
+        if self._limit is not None and self._in_a_row >= self._limit:
+            raise PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")
+        self._in_a_row += 1

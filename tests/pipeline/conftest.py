@@ -1,0 +1,47 @@
+"""A worker bench for each test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from bench import PARTITIONS, Bench
+from parts import S3Part, create_topic
+
+from nanovllm.engine.echo import EchoEngine
+from nanovllm.pipeline.settings import Settings
+from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.images import ImageLimits
+
+
+@pytest.fixture
+async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    await create_topic(embedded_broker, *topics.values(), partitions=PARTITIONS)
+    settings = Settings.model_validate(
+        {
+            "kafka": {"bootstrap_servers": embedded_broker, "group_id": unique("group")},
+            "topics": topics,
+            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
+            "images": {"max_bytes": 100_000},
+            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
+        }
+    )
+    producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
+    await producer.start()
+    echo = EchoEngine()
+    assert echo.image_transform is not None
+    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
+    await decoders.start()
+    yield Bench(embedded_broker, settings, producer, decoders)
+    await decoders.close()
+    await producer.stop()
+
+
+@pytest.fixture
+def images(s3: S3Part) -> Callable[[str, bytes], str]:
+    names = {bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]}
+    if "images" not in names:
+        s3.client.create_bucket(Bucket="images")
+    return lambda key, body: s3.put("images", key, body)
