@@ -232,4 +232,4 @@ class UnsupportedModel(ConfigurationError):
     """A checkpoint whose architecture or option this engine does not implement."""
 
     code = "unsupported_model"
-    remedy = "Use a Qwen3 text checkpoint, or a LLaVA-layout one over a CLIP or SigLIP tower."
+    remedy = "Use a Llama, Qwen2 or Qwen3 text checkpoint, or a LLaVA-layout one over a CLIP or SigLIP tower."

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -20,14 +22,15 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+Family = Literal["llama", "qwen2", "qwen3"]
 
 IMAGE_TOKEN = "<|image|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -94,33 +97,39 @@ def randomise(model: torch.nn.Module, seed: int, std: float = 0.12, embedding_st
                 parameter.copy_(std * noise)
 
 
-def make_qwen3(
+def make_text(
     directory: Path,
     *,
+    family: Family = "qwen3",
     seed: int = 0,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_dim: int = 32,
     max_position_embeddings: int = 2048,
     tie_word_embeddings: bool = False,
     chat_template: bool = True,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Path:
-    """A Qwen3 text checkpoint with its tokenizer."""
+    """A text checkpoint with its tokenizer; ``config`` as ``_text_config`` takes it."""
     tokenizer = make_tokenizer(chat_template=chat_template)
-    config = _qwen3_config(
-        len(tokenizer), hidden_size, num_layers, num_heads, num_kv_heads, head_dim, max_position_embeddings,
-        tie_word_embeddings, tokenizer,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(
+        _text_config(
+            family,
+            tokenizer,
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=tie_word_embeddings,
+            **config,
+        )
+    ).eval()
     randomise(model, seed)
     model.tie_weights()
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+def make_qwen3(directory: Path, **options: Any) -> Path:
+    """A Qwen3 text checkpoint with its tokenizer."""
+    return make_text(directory, family="qwen3", **options)
 
 
 def make_clip(
@@ -191,21 +200,18 @@ def make_llava(
     vision_layers: int = 3,
     vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: Literal["default", "full"] | None = None,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_dim: int = 32,
+    text: Family = "qwen3",
     max_position_embeddings: int = 4096,
     tie_word_embeddings: bool = False,
     chat_template: bool = True,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Path:
-    """A LLaVA checkpoint (tower, projector, Qwen3 text) with tokenizer and processor; loads as it is in transformers.
+    """A LLaVA checkpoint (tower, projector, text) with tokenizer and processor; loads as it is in transformers.
 
     ``vision_feature_select_strategy`` unset means the tower's usual one: ``default`` (class token cut) for CLIP,
-    ``full`` for SigLIP, which has no class token.
+    ``full`` for SigLIP, which has no class token. ``config`` is the text's, as ``_text_config`` takes it.
     """
     strategy = vision_feature_select_strategy or ("default" if tower == "clip" else "full")
     tokenizer = make_tokenizer(chat_template=chat_template)
@@ -214,12 +220,15 @@ def make_llava(
         if tower == "clip"
         else _siglip_config(patch, size, vision_hidden_size, vision_layers, 4)
     )
-    text_config = _qwen3_config(
-        len(tokenizer), hidden_size, num_layers, num_heads, num_kv_heads, head_dim, max_position_embeddings,
-        tie_word_embeddings, tokenizer,
-    )  # fmt: skip
+    text_config = _text_config(
+        text,
+        tokenizer,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        **config,
+    )
     class_tokens = 1 if tower == "clip" else 0
-    config = LlavaConfig(
+    llava_config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -228,7 +237,7 @@ def make_llava(
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(llava_config).eval()
     randomise(model, seed)
     model.tie_weights()
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
@@ -279,28 +288,30 @@ def _siglip_config(patch: int, size: int, hidden_size: int, num_layers: int, num
     )
 
 
-def _qwen3_config(
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    max_position_embeddings: int,
-    tie_word_embeddings: bool,
+def _text_config(
+    family: Family,
     tokenizer: Any,
-) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocab_size,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int | None = None,
+    **config: Any,
+) -> PreTrainedConfig:
+    """Heads of 32 where the family has a width of its own for them, else of hidden_size / num_heads."""
+    if family != "qwen2":
+        config["head_dim"] = head_dim or 32
+    return AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=tie_word_embeddings,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
+        **config,
     )

@@ -66,12 +66,12 @@ class Case:
 
 
 class Reference:
-    """A checkpoint in transformers, in float32."""
+    """A checkpoint in transformers, in float32 unless told otherwise."""
 
-    def __init__(self, directory: Path, *, is_llava: bool) -> None:
+    def __init__(self, directory: Path, *, is_llava: bool, dtype: torch.dtype = torch.float32) -> None:
         """Load it."""
         loader: Any = LlavaForConditionalGeneration if is_llava else AutoModelForCausalLM
-        self.model = loader.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = loader.from_pretrained(directory, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(directory)
 
     def answer(self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 64) -> Case:

@@ -41,7 +41,7 @@ from nanovllm.engine.outputs import (
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import ConfigurationError, EngineFault, InvalidInput, UnsupportedConstraint
+from nanovllm.errors import EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.checkpoints import resolve_checkpoint
 from nanovllm.vision.images import ImageSource
@@ -92,12 +92,9 @@ class LLMEngine:
         self._generation_tokens = 0
 
     def _context_limit(self) -> int:
-        trained = int(self.model_runner.model.config.max_position_embeddings)
-        asked = self.config.max_model_len
-        if asked is not None and asked > trained:
-            raise ConfigurationError(f"max_model_len={asked}, but the model's positions end at {trained}")
         blocks = self.scheduler.blocks
-        return min(asked or trained, blocks.num_blocks * blocks.block_size)
+        limit = self.model_runner.model.config.context_limit(self.config.max_model_len)
+        return min(limit, blocks.num_blocks * blocks.block_size)
 
     @cached_property
     def model_info(self) -> ModelInfo:

@@ -395,7 +395,9 @@ def test_a_llava_checkpoint_without_vision_is_its_text_model(llava: Path) -> Non
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*Qwen3ForCausalLM"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 4.0, "rope_theta": 1e4}}, "proportional.*yarn"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "0.5"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks"),
         ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "no place"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_llava, make_qwen3
+from checkpoints import Family, make_llava, make_qwen3, make_text
 from engine_parts import (
     Case,
     RecordingSampler,
@@ -16,6 +19,7 @@ from engine_parts import (
     drain,
     draw_cases,
     greedy,
+    random_prompt,
     recording_engine,
     step,
 )
@@ -23,14 +27,34 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
+from nanovllm.errors import UnsupportedModel
+
+HEAD_DIM = 32  # of every checkpoint here, so that a KV cache of a number of bytes has as many blocks in each
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+make_siglip_llava = partial(make_llava, tower="siglip", patch=16, size=64)
 
 
-@pytest.fixture(scope="module", params=["text", "llava"])
+def rope(kind: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 1e4, **parameters}
+
+
+WORLDS: dict[str, Callable[[Path], Path]] = {
+    "qwen3": make_qwen3,
+    "qwen2": partial(make_text, family="qwen2", hidden_size=4 * HEAD_DIM),
+    "llama": partial(make_text, family="llama"),
+    "llava-clip-qwen3": make_llava,
+    "llava-siglip-qwen2": partial(make_siglip_llava, text="qwen2", hidden_size=4 * HEAD_DIM),
+    "llava-siglip-llama": partial(make_siglip_llava, text="llama", vision_feature_layer=[1, -1]),
+}
+
+
+@pytest.fixture(scope="module", params=list(WORLDS))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Case]]:
     """A checkpoint and 16 cases of it; with images 0, 1 and 3 a prompt."""
-    directory = tmp_path_factory.mktemp(request.param)
-    is_llava = request.param == "llava"
-    (make_llava if is_llava else make_qwen3)(directory)
+    directory = WORLDS[request.param](tmp_path_factory.mktemp(request.param))
+    is_llava = request.param.startswith("llava")
     cases = draw_cases(Reference(directory, is_llava=is_llava), [0, 1, 3, 1] * 4 if is_llava else [0] * 16)
     return directory, {f"case-{number}": case for number, case in enumerate(cases)}
 
@@ -61,10 +85,10 @@ def test_sixteen_that_join_and_leave_at_different_steps_equal_transformers(world
     assert_all_same(engine, cases, drain(engine, outputs))
 
 
-@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["kernel", "sdpa"])
-def test_prompts_computed_in_chunks_equal_transformers(world: tuple[Path, dict[str, Case]], cpu_kernels: bool) -> None:
+@pytest.mark.parametrize("tokens_a_step", [16, 23])  # a block, and what ends inside blocks
+def test_prompts_computed_in_chunks_equal_transformers(world: tuple[Path, dict[str, Case]], tokens_a_step: int) -> None:
     directory, cases = world
-    engine = recording_engine(directory, max_num_batched_tokens=23, cpu_kernels=cpu_kernels)
+    engine = recording_engine(directory, max_num_batched_tokens=tokens_a_step)
     for name, case in cases.items():
         add(engine, name, case)
     assert_all_same(engine, cases, drain(engine))
@@ -91,7 +115,7 @@ def test_a_warm_prefix_cache_changes_nothing(world: tuple[Path, dict[str, Case]]
 
 def test_preempted_requests_equal_transformers(world: tuple[Path, dict[str, Case]]) -> None:
     directory, cases = world
-    engine = recording_engine(directory, kv_cache_bytes=40 * 16 * 2 * 2 * 32 * 2 * 4)
+    engine = recording_engine(directory, kv_cache_bytes=40 * 16 * 2 * 2 * HEAD_DIM * 2 * 4)
     assert engine.scheduler.blocks.num_blocks == 40
     for name, case in cases.items():
         add(engine, name, case)
@@ -100,10 +124,10 @@ def test_preempted_requests_equal_transformers(world: tuple[Path, dict[str, Case
     assert_all_same(engine, cases, outputs)
 
 
-def check_some(directory: Path, *, is_llava: bool) -> None:
+def check_some(directory: Path, *, is_llava: bool, **options: Any) -> None:
     reference = Reference(directory, is_llava=is_llava)
     drawn = draw_cases(reference, [0, 1, 3] if is_llava else [0, 0], max_tokens=12)
-    engine = recording_engine(directory)
+    engine = recording_engine(directory, **options)
     for number, case in enumerate(drawn):
         engine.add_request(case.prompt, greedy(12), images=case.images, request_id=str(number))
     assert_all_same(engine, {str(number): case for number, case in enumerate(drawn)}, drain(engine))
@@ -128,6 +152,61 @@ def test_sharded_tied_siglip_checkpoints_load(tmp_path: Path) -> None:
     make_llava(tmp_path, tower="siglip", patch=16, size=64, max_shard_size="100KB", tie_word_embeddings=True)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     check_some(tmp_path, is_llava=True)
+
+
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama-attention-bias": {"family": "llama", "attention_bias": True},
+    "llama-mlp-bias": {"family": "llama", "mlp_bias": True},
+    "llama-own-head-dim": {"family": "llama", "head_dim": 8},
+    "llama-rope-llama3": {"family": "llama", "rope_parameters": rope("llama3", **LLAMA3)},
+    "qwen3-rope-linear": {"family": "qwen3", "rope_parameters": rope("linear", factor=4.0)},
+    "qwen3-attention-bias": {"family": "qwen3", "attention_bias": True},
+    "qwen2-rope-yarn": {"family": "qwen2", "rope_parameters": rope("yarn", **YARN)},
+    "qwen2-rope-dynamic": {"family": "qwen2", "rope_parameters": rope("dynamic", factor=4.0)},
+}
+
+
+@pytest.mark.parametrize("options", list(FAMILY_OPTIONS.values()), ids=list(FAMILY_OPTIONS))
+def test_what_a_family_leaves_to_its_checkpoints_equals_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
+    make_text(tmp_path, **options)
+    check_some(tmp_path, is_llava=False)
+
+
+def test_a_sliding_window_is_full_attention_up_to_its_length_and_refused_beyond(tmp_path: Path) -> None:
+    make_text(tmp_path, family="qwen2", use_sliding_window=True, sliding_window=256, max_window_layers=1)
+    with pytest.raises(UnsupportedModel, match=r"sliding_window=256 .* max_model_len=2048; up to max_model_len=256"):
+        recording_engine(tmp_path)
+    check_some(tmp_path, is_llava=False, max_model_len=256)
+
+
+def test_stored_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    make_text(tmp_path, family="llama")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(HEAD_DIM // 2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    check_some(tmp_path, is_llava=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
+    tmp_path: Path, family: Family, dtype: torch.dtype
+) -> None:
+    make_text(tmp_path, family=family)
+    engine = recording_engine(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    exact = Reference(tmp_path, is_llava=False)
+    rounded = Reference(tmp_path, is_llava=False, dtype=dtype)
+    ours, theirs = [], []
+    for seed in range(8):
+        prompt = random_prompt(seed, 12)
+        engine.add_request(prompt, greedy(1), request_id=str(seed))
+        drain(engine)
+        assert isinstance(engine.sampler, RecordingSampler)
+        expected = exact.answer(prompt, max_tokens=1).logits
+        ours.append((engine.sampler.logits[str(seed)][0].float() - expected[0]).abs().mean())
+        theirs.append((rounded.answer(prompt, max_tokens=1).logits[0].float() - expected[0]).abs().mean())
+    assert 0 < sum(ours) <= 1.2 * sum(theirs)
 
 
 def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(tmp_path: Path) -> None:

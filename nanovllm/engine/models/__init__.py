@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
-from nanovllm.engine.models.llava import composed_encoder, from_llava_checkpoint, own_encoder
-from nanovllm.engine.models.qwen3 import Qwen3, from_qwen3_checkpoint
+from nanovllm.engine.models.decoder import Decoder, DecoderConfig
+from nanovllm.engine.models.llama import llama
+from nanovllm.engine.models.llava import composed_encoder, own_encoder, text_name
+from nanovllm.engine.models.qwen2 import qwen2
+from nanovllm.engine.models.qwen3 import qwen3
+from nanovllm.engine.models.weights import load_decoder
 from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoder import VisionEncoder
 
 LLAVA = "LlavaForConditionalGeneration"
 
-FAMILIES: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Qwen3]] = {
-    "Qwen3ForCausalLM": from_qwen3_checkpoint,
-    LLAVA: from_llava_checkpoint,
+TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
 }
 
 
-def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Qwen3:
-    """The text model of any supported checkpoint; raises UnsupportedModel for others."""
-    family = FAMILIES.get(checkpoint.architecture)
-    if family is None:
+def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The text model of any supported checkpoint, alone or in a LLaVA; raises UnsupportedModel for others."""
+    is_llava = checkpoint.architecture == LLAVA
+    if not is_llava and checkpoint.architecture not in TEXT_FAMILIES:
         raise UnsupportedModel(
-            f"architecture {checkpoint.architecture!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"architecture {checkpoint.architecture!r} is not supported; supported are "
+            f"{', '.join((*TEXT_FAMILIES, LLAVA))}"
         )
-    return family(checkpoint, dtype, device)
+    text: Any = checkpoint.config.get_text_config()
+    architecture = checkpoint.architecture
+    if is_llava:
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, text.model_type)
+        if architecture not in TEXT_FAMILIES:
+            raise UnsupportedModel(
+                f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
+                f"its text may be {', '.join(TEXT_FAMILIES)}"
+            )
+    return load_decoder(
+        checkpoint,
+        TEXT_FAMILIES[architecture](text),
+        tied=bool(checkpoint.config.tie_word_embeddings or text.tie_word_embeddings),
+        rename=text_name if is_llava else str,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def load_encoder(
-    checkpoint: Checkpoint, config: EngineConfig, text: Qwen3, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device
 ) -> VisionEncoder | None:
     """The vision encoder: a LLaVA checkpoint's own, the separate one that was asked for, or None."""
     is_llava = checkpoint.architecture == LLAVA

@@ -1,17 +1,16 @@
 """LLaVA: image embeddings stand among the token embeddings of a text model, and attention does the rest.
 
-The text half is loaded here, the tower and projector by :class:`nanovllm.vision.encoder.VisionEncoder`.
+The text half may be of any family; the tower and projector are :class:`nanovllm.vision.encoder.VisionEncoder`'s.
 """
 
 from __future__ import annotations
 
 import torch
-from transformers import LlavaConfig, Qwen3Config
 
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
-from nanovllm.engine.models.qwen3 import Qwen3, load_qwen3
-from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.engine.models.decoder import Decoder
+from nanovllm.errors import ConfigurationError
 from nanovllm.vision.checkpoints import resolve_checkpoint
 from nanovllm.vision.encoder import VisionEncoder
 
@@ -25,22 +24,11 @@ _TEXT_PREFIXES = (
 
 
 def text_name(name: str) -> str | None:
-    """The name that a stored tensor has in ``Qwen3ForCausalLM``, in either layout; None for tower and projector."""
+    """The name that a stored tensor has in a ``…ForCausalLM``, in either layout; None for tower and projector."""
     for prefix, replacement in _TEXT_PREFIXES:
         if name.startswith(prefix):
             return replacement + name[len(prefix) :]
     return None
-
-
-def from_llava_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Qwen3:
-    """The text model of a ``LlavaForConditionalGeneration`` directory."""
-    config = checkpoint.config
-    assert isinstance(config, LlavaConfig)
-    if not isinstance(config.text_config, Qwen3Config):
-        kind = getattr(config.text_config, "model_type", None)
-        raise UnsupportedModel(f"a LLaVA checkpoint over {kind!r} text is not supported, only over 'qwen3'")
-    tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
-    return load_qwen3(checkpoint, config.text_config, tied=tied, rename=text_name, dtype=dtype, device=device)
 
 
 def own_encoder(
@@ -65,7 +53,7 @@ def own_encoder(
     return encoder
 
 
-def composed_encoder(config: EngineConfig, text: Qwen3, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
+def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
     """A separate vision model in front of a text model."""
     return VisionEncoder(
         text.config.hidden_size,

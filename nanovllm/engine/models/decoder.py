@@ -1,0 +1,232 @@
+"""The decoder that Llama, Qwen2 and Qwen3 share: grouped-query attention, rotary positions, gated SiLU feed-forward.
+
+Where the families differ is a field of ``DecoderConfig``; each family's file fills it in. Tokens of all sequences of a
+step stand in one row [T]; which of them see one another is the attention backend's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.engine.attention import AttentionBackend
+from nanovllm.engine.linear import Linear, Quantization
+from nanovllm.engine.models.rope import check_rope, rotary_table, rotate
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder, and what its family has or lacks."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    sliding_window: int | None  # the tokens that a layer sees at most; None: all
+    source: Any  # transformers' own configuration, which knows about rotary positions
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        mlp_bias: bool = False,
+    ) -> Self:
+        """Read what the families' configurations have in common.
+
+        Raises UnsupportedModel for an option of the family that is not implemented.
+        """
+        if config.hidden_act != "silu":
+            raise UnsupportedModel(f"hidden_act {config.hidden_act!r} is not supported, only 'silu' is")
+        kinds = getattr(config, "layer_types", None) or ()
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UnsupportedModel(f"layers of type {kind!r} are not supported, only 'full_attention' ones are")
+        check_rope(config)
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            sliding_window=config.sliding_window if "sliding_attention" in kinds else None,
+            source=config,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            mlp_bias=mlp_bias,
+        )
+
+    def context_limit(self, asked: int | None) -> int:
+        """The longest context in tokens: what was ``asked`` for, or else all positions that the model knows.
+
+        Raises ConfigurationError beyond those, and UnsupportedModel beyond a sliding window.
+        """
+        limit = asked or self.max_position_embeddings
+        if limit > self.max_position_embeddings:
+            raise ConfigurationError(
+                f"max_model_len={limit}, but the model's positions end at {self.max_position_embeddings}"
+            )
+        if self.sliding_window is not None and limit > self.sliding_window:
+            raise UnsupportedModel(
+                f"sliding_window={self.sliding_window} is not supported with max_model_len={limit}; up to "
+                f"max_model_len={self.sliding_window} it is full attention"
+            )
+        return limit
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """Scale a vector to unit root mean square, then by a learnt weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """Uninitialised."""
+        super().__init__()
+        self.weight = _weight(size)
+        self._shape = (size,)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+
+class Attention(nn.Module):
+    """Self-attention. Query, key and value weights are one matrix, and queries and keys are treated in one go."""
+
+    qk_norm: nn.Parameter | None
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Uninitialised."""
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.num_rotary = self.num_heads + self.num_kv_heads
+        total = (self.num_rotary + self.num_kv_heads) * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, total, bias=config.qkv_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.output_bias)
+        # A row for each query head, then one for each key head.
+        self.qk_norm = _weight(self.num_rotary, self.head_dim) if config.qk_norm else None
+        self._eps = config.rms_norm_eps
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, attention: AttentionBackend, plan: Any
+    ) -> Tensor:
+        """[T, hidden] → [T, hidden]; ``rotary``: cosine and signed sine [T, 1, d]."""
+        qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
+        qk = qkv[:, : self.num_rotary]
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_dim,), None, self._eps) * self.qk_norm
+        query, key = rotate(qk, rotary).split((self.num_heads, self.num_kv_heads), 1)
+        output = attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan)
+        return self.o_proj(output.reshape(len(hidden), -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x), gate and up as one matrix."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Uninitialised."""
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
+        gate, up = self.gate_up_proj(hidden).chunk(2, -1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on the normalised residual stream and added back to it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Uninitialised."""
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, attention: AttentionBackend, plan: Any
+    ) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Decoder(nn.Module):
+    """The text model: embedding, layers, norm, and the output head for the rows that sample."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Uninitialised parameters."""
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self._rotary: Tensor | None = None
+
+    def positions(self, start: int, end: int) -> Sequence[int]:
+        """The positions of a sequence's tokens [start, end): plain numbers in these families, images included."""
+        return range(start, end)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] → [T, hidden]."""
+        return F.embedding(token_ids, self.embed_tokens)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, caches: Sequence[Tensor], attention: AttentionBackend, plan: Any
+    ) -> Tensor:
+        """Embeddings [T, hidden] at ``positions`` [T] → normalised hidden states [T, hidden]."""
+        rotary = self._rotary_rows(positions, hidden)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, rotary, cache, attention, plan)
+        output: Tensor = self.norm(hidden)
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] → [rows, vocab]."""
+        output: Tensor = self.lm_head(hidden)
+        return output
+
+    def _rotary_rows(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine [T, 1, d] of the positions, from a table made on first use."""
+        if self._rotary is None:
+            self._rotary = rotary_table(self.config.source, self.config.head_dim, like.dtype, like.device)
+        cos_rows, sin_rows = self._rotary[positions].unsqueeze(2).unbind(1)
+        return cos_rows, sin_rows
+
+    def pack(self, quantization: Quantization | None = None) -> None:
+        """Lay the weights out for this machine, once they are loaded."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(quantization, keep_weight=module.weight is self.embed_tokens)

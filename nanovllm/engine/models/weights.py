@@ -1,0 +1,82 @@
+"""A decoder's tensors: their names in a checkpoint, and their places among this engine's fused parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.linear import Linear
+from nanovllm.engine.loader import Checkpoint, load_parameters
+from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
+
+
+def parameter_places(model: Decoder, *, tied: bool) -> dict[str, list[Tensor]]:
+    """Where each tensor of a ``…ForCausalLM`` checkpoint goes: views of this model's parameters."""
+    config = model.config
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    places: dict[str, list[Tensor]] = {
+        "model.embed_tokens.weight": [model.embed_tokens.data],
+        "model.norm.weight": [model.norm.weight.data],
+    }
+    if not tied:
+        places["lm_head.weight"] = [model.lm_head.weight.data]
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        prefix = f"model.layers.{index}."
+        attention, mlp = layer.self_attn, layer.mlp
+        places |= _split(attention.qkv_proj, f"{prefix}self_attn.", {"q_proj": query, "k_proj": key, "v_proj": key})
+        places |= _split(attention.o_proj, f"{prefix}self_attn.", {"o_proj": config.hidden_size})
+        half = config.intermediate_size
+        places |= _split(mlp.gate_up_proj, f"{prefix}mlp.", {"gate_proj": half, "up_proj": half})
+        places |= _split(mlp.down_proj, f"{prefix}mlp.", {"down_proj": config.hidden_size})
+        if attention.qk_norm is not None:
+            heads = attention.qk_norm.data.split((config.num_attention_heads, config.num_key_value_heads))
+            places[f"{prefix}self_attn.q_norm.weight"] = list(heads[0])
+            places[f"{prefix}self_attn.k_norm.weight"] = list(heads[1])
+        places[f"{prefix}input_layernorm.weight"] = [layer.input_layernorm.weight.data]
+        places[f"{prefix}post_attention_layernorm.weight"] = [layer.post_attention_layernorm.weight.data]
+    return places
+
+
+def _split(linear: Linear, prefix: str, rows: dict[str, int]) -> dict[str, list[Tensor]]:
+    """The parts of a fused layer, weight and bias, by their names in a checkpoint; ``rows`` are outputs of each."""
+    places: dict[str, list[Tensor]] = {}
+    for kind, parameter in (("weight", linear.weight), ("bias", linear.bias)):
+        if parameter is not None:
+            parts = parameter.data.split(list(rows.values()))
+            places |= {f"{prefix}{name}.{kind}": [part] for name, part in zip(rows, parts, strict=True)}
+    return places
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    *,
+    tied: bool,
+    rename: Callable[[str], str | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Decoder:
+    """The text model of a checkpoint whose tensors ``rename`` maps to the names of a ``…ForCausalLM``."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = Decoder(config)
+    finally:
+        torch.set_default_dtype(default)
+    tied = tied or all(rename(name) != "lm_head.weight" for name in checkpoint.names)
+    if tied:
+        model.lm_head.weight = model.embed_tokens
+
+    def wanted(stored: str) -> str | None:
+        name = rename(stored)
+        # Old releases of transformers stored the rotary frequencies too; they follow from the configuration.
+        computed = name is not None and name.endswith("rotary_emb.inv_freq")
+        return None if computed or (tied and name == "lm_head.weight") else name
+
+    load_parameters(checkpoint, parameter_places(model, tied=tied), wanted)
+    return model.eval()
