@@ -91,6 +91,9 @@ class Metrics:
         self.watermark = self._gauge(
             "consumer_watermark_offset", "Offset up to which a partition is finished.", ("topic", "partition")
         )
+        self.overtaken = self._counter(
+            "records_overtaken", "Offsets that retention removed before they were read.", ("topic", "partition")
+        )
         self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
         self.event_loop_lag_seconds = self._gauge(
             "event_loop_lag_seconds", "How late the event loop's last tick was; heartbeats to Kafka share it."

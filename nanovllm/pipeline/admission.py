@@ -23,6 +23,7 @@ class Admission:
         self._max_jobs = max_jobs
         self._max_bytes = max_bytes
         self._jobs = 0
+        self._tickets = 0
         self._bytes = 0
         self._reservations = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -46,6 +47,7 @@ class Admission:
     def admit(self, record_bytes: int) -> Ticket:
         """Take in one job whose record holds ``record_bytes``; leave its ticket when it ends."""
         self._jobs += 1
+        self._tickets += 1
         self._bytes += record_bytes
         return Ticket(self, record_bytes)
 
@@ -66,7 +68,8 @@ class Admission:
         """Assert what always holds."""
         assert self._jobs >= 0, "more jobs left than came"
         assert self._bytes >= 0, "more bytes were given back than taken"
-        assert self._jobs > 0 or (self._bytes == 0 and self._reservations == 0), "bytes are held by no job"
+        assert self._jobs > 0 or self._reservations == 0, "a reservation is held by no job"
+        assert self._tickets > 0 or self._bytes == 0, "bytes are held by no job"
 
     async def _reserve(self, nbytes: int) -> None:
         if self._waiting or not self._fits(nbytes):
@@ -116,6 +119,7 @@ class Ticket:
         self._admission = admission
         self._record_bytes = record_bytes
         self._reserved_bytes: int | None = None
+        self._has_left = False
         self._is_released = False
 
     async def reserve(self, nbytes: int) -> None:
@@ -129,21 +133,34 @@ class Ticket:
         await self._admission._reserve(nbytes)
         self._reserved_bytes = nbytes
 
-    def shrink(self, nbytes: int) -> None:
-        """Keep only ``nbytes`` of what was reserved (never more than that)."""
-        if self._reserved_bytes is None or nbytes >= self._reserved_bytes:
+    def hold(self, nbytes: int) -> None:
+        """What the job holds in place of its reservation: less gives room back, more is in memory and cannot wait."""
+        if self._reserved_bytes is None or self._is_released:
             return
         given_back, self._reserved_bytes = self._reserved_bytes - nbytes, nbytes
         self._admission._give_back(given_back)
+
+    def leave_with(self, nbytes: int) -> None:
+        """The work is done and ``nbytes`` of output wait to be released: others may have the job's place."""
+        if self._is_released or self._has_left:
+            return
+        self._has_left = True
+        reserved, self._reserved_bytes = self._reserved_bytes, None
+        given_back = self._record_bytes + (reserved or 0) - nbytes
+        self._record_bytes = nbytes
+        self._admission._give_back(given_back, jobs=1, reservations=0 if reserved is None else 1)
 
     def release(self) -> None:
         """The job ended: give back all that it holds. Again does nothing."""
         if self._is_released:
             return
         self._is_released = True
+        self._admission._tickets -= 1
         reserved = self._reserved_bytes
         self._admission._give_back(
-            self._record_bytes + (reserved or 0), jobs=1, reservations=0 if reserved is None else 1
+            self._record_bytes + (reserved or 0),
+            jobs=0 if self._has_left else 1,
+            reservations=0 if reserved is None else 1,
         )
 
     def __enter__(self) -> Ticket:

@@ -133,6 +133,8 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             max_out_of_order=settings.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
+            drain_timeout_s=settings.admission.drain_timeout_s,
+            metrics=metrics,
         )
         # From here on the worker leaves the group before anything above is closed.
         await source.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
+from itertools import islice
 
 
 class PartitionLedger:
@@ -84,6 +86,15 @@ class PartitionLedger:
         while self._span and self._span[0] in self._finished:
             self._finished.remove(self._span.popleft())
         return True
+
+    def leading(self, ready: Container[int], at_most: int) -> tuple[list[int], int]:
+        """The open offsets from the watermark on that are all in ``ready``, and the watermark behind them."""
+        run: list[int] = []
+        for offset in islice(self._span, at_most):
+            if offset not in ready:
+                return run, offset
+            run.append(offset)
+        return run, self._span[len(run)] if len(run) < len(self._span) else self._position
 
     def fence(self) -> None:
         """The partition has left for good: completions from now on move nothing."""

@@ -28,6 +28,10 @@ from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
+# What a worker needs after its drain and before it joins again: the last commit, which may wait for brokers.
+AFTER_DRAIN_MS = 15_000
+JOIN_MARGIN_MS = 5_000
+
 ENV_PREFIX = "NANOVLLM_"
 CONFIG_VARIABLE = "NANOVLLM_CONFIG"
 
@@ -43,6 +47,11 @@ class KafkaSettings(Section):
 
     bootstrap_servers: str = Field("localhost:9092", min_length=1, description="Brokers, `host:port,host:port`.")
     group_id: str = Field("nanovllm", min_length=1, description="Consumer group of the workers.")
+    group_instance_id: str | None = Field(
+        None,
+        min_length=1,
+        description="Static membership, a name a worker: a restart within the session timeout moves no partition.",
+    )
     client_id: str = Field("nanovllm", min_length=1, description="Name shown in the brokers' logs and quotas.")
     auto_offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="Where a new group starts: `earliest` takes the jobs that are waiting."
@@ -65,8 +74,8 @@ class KafkaSettings(Section):
     request_timeout_ms: Millis = Field(40_000, description="Longest wait for one answer of a broker.")
     session_timeout_ms: Millis = Field(10_000, description="A worker silent for this long loses its partitions.")
     heartbeat_interval_ms: Millis = Field(3_000, description="Time between heartbeats; a third of the session timeout.")
-    rebalance_timeout_ms: Millis = Field(
-        60_000, description="Longest time a rebalance waits for a draining worker; above `admission.drain_timeout_s`."
+    rebalance_timeout_ms: Millis | None = Field(
+        None, description="Longest time a rebalance waits for a draining worker; unset: the drain's budget and 15 s."
     )
     max_poll_interval_ms: Millis = Field(
         300_000, description="A worker that polls no more for this long leaves the group."
@@ -97,8 +106,8 @@ class KafkaSettings(Section):
             )
         if (self.ssl_keyfile or self.ssl_key_password) and not self.ssl_certfile:
             raise ValueError("ssl_keyfile or ssl_key_password is set without ssl_certfile")
-        if self.heartbeat_interval_ms >= self.session_timeout_ms:
-            raise ValueError("heartbeat_interval_ms must be below session_timeout_ms")
+        if 2 * self.heartbeat_interval_ms > self.session_timeout_ms:
+            raise ValueError("session_timeout_ms must be twice heartbeat_interval_ms, or one lost heartbeat evicts")
         return self
 
     @property
@@ -145,16 +154,25 @@ class KafkaSettings(Section):
             }
         return kwargs
 
-    def consumer_kwargs(self) -> dict[str, Any]:
+    def rebalance_timeout_for(self, drain_timeout_s: float) -> int:
+        """How long in ms a rebalance must wait for a worker that drains this long and then commits."""
+        return self.rebalance_timeout_ms or round(drain_timeout_s * 1000) + AFTER_DRAIN_MS
+
+    def consumer_kwargs(self, *, drain_timeout_s: float = 0.0) -> dict[str, Any]:
         """Arguments of the worker's AIOKafkaConsumer; offsets are never committed behind its back."""
+        rebalance_timeout_ms = self.rebalance_timeout_for(drain_timeout_s)
         return self.client_kwargs() | {
             "group_id": self.group_id,
-            "auto_offset_reset": self.auto_offset_reset,
+            "group_instance_id": self.group_instance_id,
+            # The answer to JoinGroup comes when the slowest member has drained.
+            "request_timeout_ms": max(self.request_timeout_ms, rebalance_timeout_ms + JOIN_MARGIN_MS),
+            # The source finds lost places itself, and counts what retention took.
+            "auto_offset_reset": "none",
             "enable_auto_commit": False,
             "isolation_level": "read_committed",
             "session_timeout_ms": self.session_timeout_ms,
             "heartbeat_interval_ms": self.heartbeat_interval_ms,
-            "rebalance_timeout_ms": self.rebalance_timeout_ms,
+            "rebalance_timeout_ms": rebalance_timeout_ms,
             "max_poll_interval_ms": self.max_poll_interval_ms,
             "fetch_max_bytes": self.fetch_max_bytes,
             "max_partition_fetch_bytes": self.max_partition_fetch_bytes,
@@ -292,6 +310,9 @@ class AdmissionSettings(Section):
     max_out_of_order: int = Field(
         1_000, ge=1, description="Most offsets of a partition finished above its oldest unfinished one."
     )
+    per_key_order: bool = Field(
+        False, description="Jobs of a partition with equal record keys run one after another, in the topic's order."
+    )
     max_tokens: int = Field(4_096, ge=1, description="Largest `max_tokens` that a job may ask for.")
     drain_timeout_s: Seconds = Field(
         25.0, description="After SIGTERM, or when partitions leave, jobs at work get this long."
@@ -346,9 +367,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "sampling.max_tokens is above admission.max_tokens: jobs without sampling would be refused"
             )
-        if self.kafka.rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
+        rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
+        if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
             raise ValueError(
                 "kafka.rebalance_timeout_ms must exceed admission.drain_timeout_s, or a drain ends in eviction"
+            )
+        if self.kafka.max_poll_interval_ms < rebalance_timeout_ms:
+            raise ValueError(
+                f"kafka.max_poll_interval_ms must be at least the rebalance timeout ({rebalance_timeout_ms} ms), "
+                "or a worker that waits for a draining one leaves the group"
             )
         return self
 

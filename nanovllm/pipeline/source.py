@@ -10,9 +10,16 @@ from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.metrics import Metrics
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
 
@@ -73,7 +80,9 @@ class JobSource(ConsumerRebalanceListener):
 
     Args:
         drain: awaited when partitions are about to leave; ends when the jobs at work are done or its budget is spent.
+        drain_timeout_s: that budget; the group's timeouts are derived from it.
         lost: called with the ledger of each partition that left for good.
+        metrics: where records that retention removed before anybody read them are counted.
     """
 
     def __init__(
@@ -84,12 +93,16 @@ class JobSource(ConsumerRebalanceListener):
         max_out_of_order: int,
         drain: Callable[[], Awaitable[None]],
         lost: Callable[[PartitionLedger], None],
+        drain_timeout_s: float = 0.0,
+        metrics: Metrics | None = None,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
         self._max_out_of_order = max_out_of_order
         self._drain = drain
         self._lost = lost
+        self._drain_timeout_s = drain_timeout_s
+        self._metrics = metrics or Metrics()
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, _Assignment] = {}
         self._parted: dict[TopicPartition, _Assignment] = {}
@@ -125,7 +138,8 @@ class JobSource(ConsumerRebalanceListener):
             BrokersUnavailable: no broker answers, or it refuses the login.
         """
         consumer = AIOKafkaConsumer(
-            **self._settings.consumer_kwargs(), partition_assignment_strategy=(StickyPartitionAssignor,)
+            **self._settings.consumer_kwargs(drain_timeout_s=self._drain_timeout_s),
+            partition_assignment_strategy=(StickyPartitionAssignor,),
         )
         consumer.subscribe(self._topics, listener=self)
         try:
@@ -150,7 +164,13 @@ class JobSource(ConsumerRebalanceListener):
             await self._take_in()
             asked = self._with_room() if self._takes_work and max_records > 0 else []
             limit = min([max_records, *(self._active[tp].ledger.room for tp in asked)]) if asked else 1
-            batches = await consumer.getmany(*(asked or [_NOWHERE]), timeout_ms=timeout_ms, max_records=limit)
+            try:
+                batches = await consumer.getmany(*(asked or [_NOWHERE]), timeout_ms=timeout_ms, max_records=limit)
+            except OffsetOutOfRangeError as error:
+                await self._find_places(error.args[0])
+                return []
+            except NoOffsetForPartitionError:
+                return []  # found before we sought: the place is known by now
         except KafkaError as error:
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         deliveries: list[Delivery] = []
@@ -264,20 +284,48 @@ class JobSource(ConsumerRebalanceListener):
                 consumer.seek(tp, before.ledger.position)
                 return before
             self._let_go(before)
-        if committed is not None:
-            consumer.seek(tp, committed)
-        elif self._settings.auto_offset_reset == "earliest":
-            await consumer.seek_to_beginning(tp)
-        else:
-            await consumer.seek_to_end(tp)
-        position = await consumer.position(tp)
+        position = await self._place(consumer, tp, committed)
+        consumer.seek(tp, position)
         return _Assignment(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
+
+    async def _place(self, consumer: AIOKafkaConsumer, tp: TopicPartition, wanted: int | None) -> int:
+        """Where reading begins when it should begin at ``wanted`` (None: nobody has read here)."""
+        beginning: int = (await consumer.beginning_offsets([tp]))[tp]
+        if wanted is None:
+            return await self._by_policy(consumer, tp, beginning)
+        if wanted < beginning:
+            logger.error(
+                "%s-%d: retention removed the offsets %d to %d before they were read: jobs may be lost; "
+                "raise the topic's retention, or add workers",
+                *(tp.topic, tp.partition, wanted, beginning - 1),
+            )
+            self._metrics.overtaken.labels(tp.topic, tp.partition).inc(beginning - wanted)
+        return max(wanted, beginning)
+
+    async def _by_policy(self, consumer: AIOKafkaConsumer, tp: TopicPartition, beginning: int) -> int:
+        if self._settings.auto_offset_reset == "earliest":
+            return beginning
+        end: int = (await consumer.end_offsets([tp]))[tp]
+        return end
+
+    async def _find_places(self, tps: Iterable[TopicPartition]) -> None:
+        """The log has nothing where ``tps`` stand: retention passed them, or the log was cut or made anew."""
+        consumer = self._started()
+        for tp in tps:
+            if (assignment := self._active.get(tp)) is None:
+                continue
+            wanted = assignment.ledger.position
+            place = await self._place(consumer, tp, wanted)
+            if place == wanted:
+                place = await self._by_policy(consumer, tp, (await consumer.beginning_offsets([tp]))[tp])
+            if self._active.get(tp) is assignment:
+                consumer.seek(tp, place)
 
     def _deliver(self, tp: TopicPartition, record: object) -> Delivery:
         assignment = self._active[tp]
         offset: int = record.offset  # type: ignore[attr-defined]
         if offset < assignment.ledger.position:
-            # The log was truncated or the topic made anew, and the consumer went back by its reset policy.
+            # The log was truncated or the topic made anew, and reading went back by the reset policy.
             logger.warning("%s-%d went back to offset %d", tp.topic, tp.partition, offset)
             self._let_go(assignment)
             assignment = _Assignment(PartitionLedger(offset, max_out_of_order=self._max_out_of_order), None)

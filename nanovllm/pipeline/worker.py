@@ -26,6 +26,7 @@ from nanovllm.pipeline.codec import decode_job, message_format
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.key_order import KeyOrder, Turn
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
@@ -78,6 +79,7 @@ class Worker:
         self._outgoing = OutgoingRecords(settings, engine.model_info, sink.max_record_bytes)
         self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
         self._poison = PoisonLimit(settings.dead_letters.poison_limit)
+        self._order = KeyOrder()
         self._at_work: dict[asyncio.Task[None], Delivery] = {}
         self._stop = asyncio.Event()
         self._is_draining = False
@@ -142,8 +144,8 @@ class Worker:
             if delivery.ledger is ledger:
                 task.cancel()
 
-    async def deliver(self, delivery: Delivery, ticket: Ticket) -> None:
-        """One delivery from the record to its end, whatever that is."""
+    async def deliver(self, delivery: Delivery, ticket: Ticket, turn: Turn | None = None) -> None:
+        """One delivery from the record to its end, whatever that is; in its ``turn`` where keys are in order."""
         passage = Passage(delivery)
         try:
             try:
@@ -151,6 +153,8 @@ class Worker:
                     job = self._receive(delivery, passage)
                 async with passage.deadline(job.deadline):
                     with passage.stage("admit"):
+                        if turn is not None:
+                            await turn.wait()
                         refs = await self._admit(job, ticket)
                     with passage.stage("fetch"):
                         fetched = await self._fetch(refs, ticket, passage)
@@ -191,17 +195,25 @@ class Worker:
         self._sampling(job)
         for ref in refs:
             self._fetcher.check(ref)
-        objects = sum(ref.data is None for ref in refs)
-        if objects:
-            # Their sizes are not known yet; what is too much is given back as soon as they are.
-            await ticket.reserve(objects * self._settings.images.max_bytes)
+        if refs:
+            # The sizes of objects are not known yet; what is too much is given back as soon as they are.
+            encoded = sum(self._settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
+            await ticket.reserve(encoded + self._decoded_bytes(len(refs)))
         return refs
+
+    def _decoded_bytes(self, images: int) -> int:
+        """What ``images`` take once prepared: 8-bit RGB; those of no fixed size are charged when they are known."""
+        transform = self._engine.image_transform
+        if transform is None or transform.output_size is None:
+            return 0
+        height, width = transform.output_size
+        return images * height * width * 3
 
     async def _fetch(self, refs: tuple[ImageRef, ...], ticket: Ticket, passage: Passage) -> list[FetchedImage]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._fetch_one(ref, passage)) for ref in refs]
         fetched = [task.result() for task in tasks]
-        ticket.shrink(sum(len(image.data) for image in fetched if image.uri is not None))
+        ticket.hold(sum(len(image.data) for image in fetched) + self._decoded_bytes(len(refs)))
         return fetched
 
     async def _fetch_one(self, ref: ImageRef, passage: Passage) -> FetchedImage:
@@ -224,7 +236,7 @@ class Worker:
                 for image in fetched
             ]
         images = tuple(task.result() for task in tasks)
-        ticket.shrink(sum(image.pixels.nbytes for image in images))
+        ticket.hold(sum(image.pixels.nbytes for image in images))
         return images
 
     async def _infer(self, job: Job, images: tuple[PreparedImage, ...]) -> RequestOutput:
@@ -333,13 +345,18 @@ class Worker:
     def _begin(self, delivery: Delivery) -> None:
         self._metrics.consumed.labels(delivery.topic).inc()
         ticket = self._admission.admit(len(delivery.value))
-        task = asyncio.create_task(self.deliver(delivery, ticket))
+        turn = None
+        if self._settings.admission.per_key_order and delivery.key is not None:
+            turn = self._order.join((delivery.topic, delivery.partition, delivery.key))
+        task = asyncio.create_task(self.deliver(delivery, ticket, turn))
         self._at_work[task] = delivery
         # Not inside the coroutine: a task that is cancelled before its first step never runs a line of it.
-        task.add_done_callback(lambda ended: self._end(ended, ticket))
+        task.add_done_callback(lambda ended: self._end(ended, ticket, turn))
 
-    def _end(self, task: asyncio.Task[None], ticket: Ticket) -> None:
+    def _end(self, task: asyncio.Task[None], ticket: Ticket, turn: Turn | None) -> None:
         ticket.release()
+        if turn is not None:
+            turn.end()
         del self._at_work[task]
         if task.cancelled():
             self._metrics.jobs.labels("returned").inc()

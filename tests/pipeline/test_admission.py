@@ -46,7 +46,7 @@ async def test_a_reservation_waits_until_its_bytes_are_free() -> None:
     await first.reserve(70)
     (waiting,) = await started(second.reserve(40))
     assert not waiting.done()
-    first.shrink(60)
+    first.hold(60)
     await waiting
     assert of.bytes == 100
 
@@ -72,7 +72,7 @@ async def test_more_than_the_whole_bound_is_granted_alone() -> None:
     await waiting_huge
     await started()
     assert not waiting_later.done()
-    huge.shrink(20)
+    huge.hold(20)
     await waiting_later
 
 
@@ -118,3 +118,29 @@ async def test_waiting_for_room_ends_when_a_job_ends_or_time_is_up() -> None:
     (waiting,) = await started(of.wait_for_room(30))
     ticket.release()
     assert await waiting
+
+
+async def test_what_a_job_turns_out_to_hold_is_charged_even_above_its_reservation() -> None:
+    of = admission(max_bytes=100)
+    ticket = of.admit(10)
+    await ticket.reserve(20)
+    ticket.hold(120)
+    assert (of.bytes, of.room) == (130, 0)
+    ticket.release()
+    assert of.bytes == 0
+    of.audit()
+
+
+async def test_an_output_that_waits_holds_its_bytes_and_not_the_jobs_place() -> None:
+    of = admission(max_jobs=1, max_bytes=100)
+    ticket, behind = of.admit(10), of.admit(0)
+    await ticket.reserve(80)
+    (waiting,) = await started(behind.reserve(60))
+    ticket.leave_with(30)
+    await waiting
+    assert (of.jobs, of.bytes) == (1, 90)
+    ticket.leave_with(5)
+    ticket.release()
+    assert (of.jobs, of.bytes) == (1, 60)
+    behind.release()
+    of.audit()

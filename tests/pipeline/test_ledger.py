@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from nanovllm.pipeline.ledger import PartitionLedger
 
@@ -90,6 +98,23 @@ def test_room_shrinks_with_the_span_above_the_oldest_unfinished_offset() -> None
     assert of.room == 3
 
 
+def test_what_leads_is_the_ready_run_from_the_watermark_and_the_offset_behind_it() -> None:
+    of = ledger(3)
+    assert of.leading({3}, 10) == ([], 3)
+    for offset in (3, 5, 8):
+        of.deliver(offset)
+    of.advance(12)
+    assert of.leading(set(), 10) == ([], 3)
+    assert of.leading({5, 8}, 10) == ([], 3)
+    assert of.leading({3, 8}, 10) == ([3], 5)
+    assert of.leading({3, 5, 8}, 2) == ([3, 5], 8)
+    assert of.leading({3, 5, 8}, 10) == ([3, 5, 8], 12)
+    for offset in (3, 5, 8):
+        of.settle(offset)
+    assert of.watermark == 12
+
+
+@settings(max_examples=300)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.randoms())
 def test_in_whatever_order_jobs_finish_the_watermark_ends_behind_the_last(gaps: list[int], random: object) -> None:
     of = ledger()
@@ -156,4 +181,35 @@ class LedgerMachine(RuleBasedStateMachine):
         assert sum(o > self.of.watermark for o in self.finished) <= 10
 
 
+LedgerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=40)
 TestLedgerMachine = LedgerMachine.TestCase
+
+
+@pytest.mark.proof
+def test_ten_thousand_interleavings_of_the_machine() -> None:
+    run_state_machine_as_test(LedgerMachine, settings=settings(max_examples=10_000, stateful_step_count=40))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_thousand_interleavings_of_two_owners_lose_and_skip_nothing(seed: int) -> None:
+    """An owner takes, finishes, commits and is replaced at any moment; the next one starts at what was committed."""
+    random = Random(seed)
+    for _ in range(2_000):
+        end = random.randrange(1, 12)
+        committed, finished = 0, set[int]()
+        while committed < end:
+            owner = ledger(committed, max_out_of_order=random.randrange(1, 5))
+            for _ in range(random.randrange(30)):
+                step = random.random()
+                if step < 0.4 and owner.room and owner.position < end:
+                    owner.deliver(owner.position)
+                elif step < 0.8 and owner.position > committed:
+                    offset = random.randrange(committed, owner.position)
+                    owner.settle(offset)
+                    finished.add(offset)
+                else:
+                    committed = owner.watermark
+            owner.fence()
+            late = range(committed, owner.position)
+            assert not any(owner.settle(offset) for offset in late)
+        assert finished >= set(range(end))

@@ -4,6 +4,7 @@ import datetime
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -165,9 +166,29 @@ def test_exactly_once_is_refused_rather_than_ignored(monkeypatch: pytest.MonkeyP
         load_settings()
 
 
-def test_a_rebalance_must_wait_longer_than_a_drain() -> None:
-    with pytest.raises(ValueError, match="rebalance_timeout_ms"):
-        Settings(admission={"drain_timeout_s": 60})  # type: ignore[arg-type]
+def test_the_groups_timeouts_follow_the_drains_budget() -> None:
+    kwargs = KafkaSettings().consumer_kwargs(drain_timeout_s=100)
+    assert kwargs["rebalance_timeout_ms"] > 100_000
+    assert kwargs["request_timeout_ms"] > kwargs["rebalance_timeout_ms"], "JoinGroup answers after the longest drain"
+    assert KafkaSettings(rebalance_timeout_ms=70_000).consumer_kwargs()["rebalance_timeout_ms"] == 70_000
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"kafka": {"rebalance_timeout_ms": 60_000}, "admission": {"drain_timeout_s": 60}}, "rebalance_timeout_ms"),
+        ({"admission": {"drain_timeout_s": 300}}, "max_poll_interval_ms"),
+        ({"kafka": {"heartbeat_interval_ms": 6_000}}, "session_timeout_ms"),
+    ],
+)
+def test_timeouts_that_would_evict_a_healthy_worker_are_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Settings(**values)
+
+
+def test_membership_is_static_only_on_request() -> None:
+    assert KafkaSettings().consumer_kwargs()["group_instance_id"] is None
+    assert KafkaSettings(group_instance_id="w-0").consumer_kwargs()["group_instance_id"] == "w-0"
 
 
 def test_plaintext_carries_no_login_and_no_tls() -> None:
@@ -234,7 +255,7 @@ def test_settings_that_would_quietly_weaken_the_connection_are_refused(values: d
 def test_the_consumer_never_commits_behind_the_workers_back() -> None:
     kwargs = KafkaSettings().consumer_kwargs()
     assert kwargs["enable_auto_commit"] is False
-    assert kwargs["auto_offset_reset"] == "earliest"
+    assert kwargs["auto_offset_reset"] == "none", "a reset behind its back would hide lost jobs"
 
 
 def test_a_reply_topic_must_be_allowed() -> None:

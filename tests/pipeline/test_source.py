@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import TopicPartition
 from parts import create_topic
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.metrics import Metrics
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.source import Delivery, JobSource
@@ -24,6 +25,7 @@ class Member:
     """One source that is polled all the time; what it is given stays unsettled until the test settles it."""
 
     source: JobSource
+    metrics: Metrics
     taken: dict[tuple[int, int], Delivery] = field(default_factory=dict)
     lost: list[PartitionLedger] = field(default_factory=list)
     repeated: int = 0
@@ -35,6 +37,11 @@ class Member:
                 place = (delivery.partition, delivery.offset)
                 self.repeated += place in self.taken
                 self.taken[place] = delivery
+
+    @property
+    def overtaken(self) -> int:
+        samples = (sample for metric in self.metrics.overtaken.collect() for sample in metric.samples)
+        return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
 
     @property
     def partitions(self) -> set[int]:
@@ -49,16 +56,24 @@ class Group:
     producer: AIOKafkaProducer
 
     @asynccontextmanager
-    async def member(self, *, max_out_of_order: int = 1_000, room: int = 100) -> AsyncIterator[Member]:
+    async def member(
+        self, *, max_out_of_order: int = 1_000, room: int = 100, settings: KafkaSettings | None = None
+    ) -> AsyncIterator[Member]:
         async def drain() -> None:
             return None
 
         lost: list[PartitionLedger] = []
+        metrics = Metrics()
         source = JobSource(
-            self.settings, [self.topic], max_out_of_order=max_out_of_order, drain=drain, lost=lost.append
+            settings or self.settings,
+            [self.topic],
+            max_out_of_order=max_out_of_order,
+            drain=drain,
+            lost=lost.append,
+            metrics=metrics,
         )
         await source.start()
-        member = Member(source, lost=lost, room=room)
+        member = Member(source, metrics, lost=lost, room=room)
         polling = asyncio.create_task(member.poll())
         try:
             yield member
@@ -70,6 +85,15 @@ class Group:
     async def send(self, partition: int, count: int) -> None:
         for number in range(count):
             await self.producer.send_and_wait(self.topic, b"%d" % number, partition=partition)
+
+    async def delete_before(self, partition: int, offset: int) -> None:
+        """What retention does, at once."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(self.topic, partition): RecordsToDelete(before_offset=offset)})
+        finally:
+            await admin.close()
 
     async def committed(self, partition: int) -> int | None:
         admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
@@ -201,6 +225,50 @@ async def test_after_stop_taking_nothing_is_taken_and_nothing_is_skipped(group: 
         assert member.taken == {}
         await member.source.commit()
         assert await group.committed(0) == 0
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("while_consuming", [False, True])
+async def test_offsets_that_retention_took_before_they_were_read_are_counted(
+    kafka_group: Group, while_consuming: bool
+) -> None:
+    group = kafka_group
+    async with group.member() as member:
+        await eventually(lambda: len(member.partitions) == 2)
+        if while_consuming:
+            member.room = 0
+            await group.send(0, 30)
+            await group.delete_before(0, 20)
+            member.room = 100
+            await eventually(lambda: (0, 29) in member.taken)
+            assert min(offset for _, offset in member.taken) <= 20
+            # What was prefetched before it was removed is delivered; the rest is counted.
+            taken = sum(offset < 20 for _, offset in member.taken)
+            assert taken + member.overtaken == 20
+        else:
+            await member.source.commit()
+    if not while_consuming:
+        await group.send(0, 30)
+        await group.delete_before(0, 20)
+        async with group.member() as member:
+            await eventually(lambda: (0, 29) in member.taken)
+            assert min(offset for _, offset in member.taken) == 20
+            assert member.overtaken == 20
+
+
+@pytest.mark.kafka
+async def test_a_static_member_that_comes_back_in_time_moves_no_partition(kafka_group: Group) -> None:
+    group = kafka_group
+    group.settings = group.settings.model_copy(update={"session_timeout_ms": 20_000})
+    static = group.settings.model_copy(update={"group_instance_id": "worker-0"})
+    async with group.member() as stays:
+        await eventually(lambda: len(stays.partitions) == 2)
+        async with group.member(settings=static) as first:
+            await eventually(lambda: len(first.partitions) == len(stays.partitions) == 1)
+            before = first.partitions
+        async with group.member(settings=static) as again:
+            await eventually(lambda: again.partitions == before)
+        assert stays.partitions == {0, 1} - before
 
 
 async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:

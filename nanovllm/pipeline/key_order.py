@@ -1,0 +1,53 @@
+"""Jobs of one key, one after another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable
+
+
+class KeyOrder:
+    """Gives each job its turn behind the one of the same key that was delivered before it.
+
+    ``join`` is called in the order of delivery. Jobs of different keys know nothing of one another.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[Hashable, Turn] = {}
+
+    def __len__(self) -> int:
+        """How many keys have a job that has not ended."""
+        return len(self._last)
+
+    def join(self, key: Hashable) -> Turn:
+        """The turn behind the last one of ``key``; end it whatever becomes of the job."""
+        turn = self._last[key] = Turn(self, key, self._last.get(key))
+        return turn
+
+    def _leave(self, turn: Turn) -> None:
+        if self._last.get(turn.key) is turn:
+            del self._last[turn.key]
+
+
+class Turn:
+    """One job's place in the order of its key."""
+
+    def __init__(self, order: KeyOrder, key: Hashable, before: Turn | None) -> None:
+        self.key = key
+        self._order = order
+        self._before = before
+        self._ended = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Return when every earlier job of the key has ended."""
+        before = self._before
+        while before is not None:
+            await before._ended.wait()
+            # One that was cancelled while it waited ended before its own predecessor did.
+            before = before._before
+        self._before = None
+
+    def end(self) -> None:
+        """The job ended: the next one may begin. Again does nothing."""
+        self._ended.set()
+        self._order._leave(self)
