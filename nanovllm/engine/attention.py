@@ -334,7 +334,7 @@ def torch_varlen_kernel() -> Callable[..., Tensor]:
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None = None, *, cpu_kernels: bool = True
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None = None
 ) -> AttentionBackend:
     """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
@@ -345,7 +345,7 @@ def choose_backend(
 
             if "block_table" in inspect.signature(varlen_attn).parameters:
                 return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
-    if device.type == "cpu" and cpu_kernels:
+    if device.type == "cpu":
         reason = why_no_cpu_kernel(head_dim)
         if reason is None:
             return PagedCpuAttention(block_size)

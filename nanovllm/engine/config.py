@@ -37,9 +37,6 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     quantization: Literal["int8"] | None = None  # weights and products of the text model's linear layers, on a CPU
     deterministic: bool = False
-    cpu_kernels: bool = (
-        True  # our own attention on a CPU; needs a C++ compiler once, and does without where there is none
-    )
     forced_tokens: bool = True  # append what a constraint leaves no choice about without a decode step each
     max_images_per_request: int = 16
     enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.engine.rows import scale_rows
+
 Quantization = Literal["int8"]
 Multiply = Callable[[Tensor], Tensor]
 
@@ -89,7 +91,7 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
     # Without VNNI pairs of products are added in 16 bits, which overflow unless the weights leave a bit free.
     levels = 127 if torch.cpu._is_vnni_supported() else 63
     weight = weight.detach().float()
-    scales = weight.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / levels
+    scales = scale_rows(weight)[1].squeeze(1) / levels
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
@@ -102,9 +104,8 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
     product_of = getattr(torch.ops.quantized, _INT8_CALL)
 
     def multiply(x: Tensor) -> Tensor:
-        rows = x.float()
-        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-        product = product_of(rows / largest, 1 / 127, 128, packed)
+        rows, largest = scale_rows(x)
+        product = product_of(rows, 1 / 127, 128, packed)
         product *= largest
         if bias is not None:
             product += bias

@@ -67,9 +67,7 @@ class ModelRunner:
                 cache=EmbeddingCache(config.embedding_cache_bytes),
             )
         text = self.model.config
-        self.attention = choose_backend(
-            self.device, self.dtype, text.head_dim, config.block_size, cpu_kernels=config.cpu_kernels
-        )
+        self.attention = choose_backend(self.device, self.dtype, text.head_dim, config.block_size)
         block_bytes = (
             2 * self.attention.block_size * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
         ) * text.num_hidden_layers

@@ -42,9 +42,7 @@ def cpu_backend(kernel: bool, dtype: torch.dtype = torch.float32) -> AttentionBa
     reason = why_no_cpu_kernel(DIM)
     if kernel and reason is not None:
         pytest.skip(reason)
-    backend = choose_backend(CPU, dtype, DIM, SIZE, cpu_kernels=kernel)
-    assert isinstance(backend, PagedCpuAttention if kernel else SdpaAttention)
-    return backend
+    return PagedCpuAttention(SIZE) if kernel else SdpaAttention(CPU, dtype, SIZE)
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "sdpa"])

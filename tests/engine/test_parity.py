@@ -25,6 +25,8 @@ from engine_parts import (
 )
 from safetensors.torch import load_file, save_file
 
+from nanovllm.engine import kernels
+from nanovllm.engine.attention import SdpaAttention
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import UnsupportedModel
@@ -85,10 +87,15 @@ def test_sixteen_that_join_and_leave_at_different_steps_equal_transformers(world
     assert_all_same(engine, cases, drain(engine, outputs))
 
 
-@pytest.mark.parametrize("tokens_a_step", [16, 23])  # a block, and what ends inside blocks
-def test_prompts_computed_in_chunks_equal_transformers(world: tuple[Path, dict[str, Case]], tokens_a_step: int) -> None:
+@pytest.mark.parametrize(("tokens_a_step", "has_kernels"), [(16, True), (23, True), (23, False)])
+def test_prompts_computed_in_chunks_equal_transformers(
+    world: tuple[Path, dict[str, Case]], tokens_a_step: int, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, cases = world
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "missing", lambda: "this test does without")
     engine = recording_engine(directory, max_num_batched_tokens=tokens_a_step)
+    assert isinstance(engine.model_runner.attention, SdpaAttention) or kernels.missing() is None
     for name, case in cases.items():
         add(engine, name, case)
     assert_all_same(engine, cases, drain(engine))

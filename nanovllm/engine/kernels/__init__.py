@@ -18,7 +18,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(str(path) for path in _FOLDER.glob("*.cpp"))
 _COMPILE_TIMEOUT_S = 300.0
 _FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
@@ -74,15 +75,16 @@ def compile_kernels(capability: str, library: Path) -> None:
         *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-DAT_PARALLEL_OPENMP=1"),
         *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
         *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
-        *(str(_SOURCE), "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp),
+        *(*_SOURCES, "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
     if done.returncode:
-        raise RuntimeError(f"{compiler} could not compile {_SOURCE.name}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{compiler} could not compile the CPU kernels: {done.stderr[-2000:]}")
 
 
 def _digest(capability: str) -> str:
-    parts = (_SOURCE.read_text(), torch.__version__, capability, *_FLAGS[capability])
+    texts = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*"))]
+    parts = (*texts, torch.__version__, capability, *_FLAGS[capability])
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

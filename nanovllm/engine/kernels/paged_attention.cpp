@@ -7,9 +7,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -18,10 +15,10 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-using Lanes = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Lanes::size();
 constexpr int64_t kStride = 16;  // positions between two updates of the softmax
 constexpr int64_t kQueries = 32;  // query vectors of a tile, unless a single token has more heads than that
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -29,21 +26,6 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 struct Tile {
   int64_t row, first_token, num_tokens, first_position;
 };
-
-template <typename Stored>
-const float* as_float(const Stored* source, int64_t count, float* scratch) {
-  if constexpr (std::is_same_v<Stored, float>) {
-    return source;
-  } else {
-    constexpr int64_t pair = at::vec::Vectorized<Stored>::size();
-    for (int64_t i = 0; i < count; i += pair) {
-      const auto [low, high] = at::vec::convert_to_float<Stored>(at::vec::Vectorized<Stored>::loadu(source + i, std::min(pair, count - i)));
-      low.store(scratch + i, std::min(kLanes, count - i));
-      if (count - i > kLanes) high.store(scratch + i + kLanes, std::min(kLanes, count - i - kLanes));
-    }
-    return scratch;
-  }
-}
 
 // The exponential of the weights, for one number.
 float exponential(float x) {
@@ -63,7 +45,7 @@ void multiply(const float* queries, const float* keys, int64_t num_keys, int64_t
       for (int64_t q = 0; q < Q; ++q) sums[q] = at::vec::fmadd(Lanes::loadu(queries + q * d + i), key, sums[q]);
     }
     for (int64_t q = 0; q < Q; ++q)
-      scores[q * kStride + j] = at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return a + b; }, sums[q]);
+      scores[q * kStride + j] = sum_of(sums[q]);
   }
 }
 
@@ -81,14 +63,14 @@ void accumulate(const float* weights, const float* scales, const float* values, 
   }
 }
 
-template <typename Stored>
+template <typename Computed, typename Stored>
 class Attention {
  public:
   Attention(const at::Tensor& query, const at::Tensor& cache, const at::Tensor& tables, double scale, at::Tensor& output)
-      : query_(query.const_data_ptr<Stored>()),
+      : query_(query.const_data_ptr<Computed>()),
         cache_(cache.const_data_ptr<Stored>()),
         tables_(tables.const_data_ptr<int32_t>()),
-        output_(output.mutable_data_ptr<Stored>()),
+        output_(output.mutable_data_ptr<Computed>()),
         width_(tables.size(1)),
         heads_(query.size(1)),
         d_(query.size(2)),
@@ -127,10 +109,10 @@ class Attention {
   void attend(const Tile& tile, int64_t kv_head, Workspace& work) const {
     const int64_t rows = tile.num_tokens * group_;
     for (int64_t row = 0; row < rows; ++row) {
-      const Stored* source = query_ + (tile.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * d_;
+      const Computed* source = query_ + (tile.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * d_;
       float* target = work.queries.data() + row * d_;
-      const float* read = as_float(source, d_, target);
-      for (int64_t i = 0; i < d_; ++i) target[i] = read[i] * scale_;
+      load(source, d_, target);
+      for (int64_t i = 0; i < d_; ++i) target[i] *= scale_;
     }
     std::fill_n(work.outputs.data(), rows * d_, 0.0f);
     std::fill_n(work.highest.data(), rows, kNever);
@@ -152,8 +134,8 @@ class Attention {
       float* source = work.outputs.data() + row * d_;
       const float inverse = 1.0f / work.sums[row];
       for (int64_t i = 0; i < d_; ++i) source[i] *= inverse;
-      Stored* target = output_ + ((tile.first_token + row / group_) * heads_ + kv_head * group_ + row % group_) * d_;
-      at::vec::convert(source, target, d_);
+      Computed* target = output_ + ((tile.first_token + row / group_) * heads_ + kv_head * group_ + row % group_) * d_;
+      store(source, d_, target);
     }
   }
 
@@ -178,7 +160,7 @@ class Attention {
       const float scale = exponential(work.highest[row] - highest);
       work.scales[row] = scale;
       work.highest[row] = highest;
-      work.sums[row] = work.sums[row] * scale + at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return a + b; }, sum);
+      work.sums[row] = work.sums[row] * scale + sum_of(sum);
     }
     page = as_float(values, count * d_, work.page.data());
     over(rows, [&](auto width, int64_t row) {
@@ -195,28 +177,34 @@ class Attention {
     for (; row < rows; ++row) step(std::integral_constant<int64_t, 1>{}, row);
   }
 
-  const Stored* query_;
+  const Computed* query_;
   const Stored* cache_;
   const int32_t* tables_;
-  Stored* output_;
+  Computed* output_;
   int64_t width_, heads_, d_, query_stride_, kv_heads_, block_size_, group_;
   float scale_;
 };
 
 // Write key and value [T, kv_heads, d] to their slots of cache [blocks, 2, kv_heads, block_size, d].
-template <typename Stored>
-void store(const at::Tensor& key, const at::Tensor& value, at::Tensor& cache, const at::Tensor& slots) {
+template <typename Computed, typename Stored>
+void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& cache, const at::Tensor& slots) {
   const int64_t heads = cache.size(2), block_size = cache.size(3), d = cache.size(4);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   Stored* pages = cache.mutable_data_ptr<Stored>();
   const at::Tensor* sources[] = {&key, &value};
   at::parallel_for(0, slots.numel(), 32, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(d);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t block = slot[token] / block_size, offset = slot[token] % block_size;
       for (int64_t which = 0; which < 2; ++which) {
-        const Stored* source = sources[which]->const_data_ptr<Stored>() + token * sources[which]->stride(0);
-        for (int64_t head = 0; head < heads; ++head)
-          std::copy_n(source + head * d, d, pages + (((block * 2 + which) * heads + head) * block_size + offset) * d);
+        const Computed* source = sources[which]->const_data_ptr<Computed>() + token * sources[which]->stride(0);
+        for (int64_t head = 0; head < heads; ++head) {
+          Stored* target = pages + (((block * 2 + which) * heads + head) * block_size + offset) * d;
+          if constexpr (std::is_same_v<Computed, Stored>)
+            std::copy_n(source + head * d, d, target);
+          else
+            store(as_float(source + head * d, d, scratch.data()), d, target);
+        }
       }
     }
   });
@@ -228,7 +216,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
                            const at::Tensor& tables, double scale) {
   for (const at::Tensor* part : {&query, &key, &value}) {
     TORCH_CHECK(part->dim() == 3 && part->stride(2) == 1 && part->stride(1) == part->size(2), "heads must lie together");
-    TORCH_CHECK(part->scalar_type() == cache.scalar_type(), "queries and cache must have one type");
+    TORCH_CHECK(part->scalar_type() == query.scalar_type(), "queries, keys and values must have one type");
   }
   TORCH_CHECK(cache.is_contiguous() && query.size(2) % 16 == 0, "the head dimension must be a multiple of 16");
   at::Tensor output = at::empty(query.sizes(), query.options());
@@ -239,12 +227,21 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
   for (int64_t row = 0; row < contexts.numel(); ++row)
     for (int64_t token = start[row]; token < start[row + 1]; token += tile_tokens)
       tiles.push_back({row, token, std::min(tile_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token)});
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "paged_attention", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      store<scalar_t>(key, value, cache, slots);
-      Attention<scalar_t>(query, cache, tables, scale, output).run(tiles);
-    }
-  });
+  const auto run = [&](auto computed, auto stored) {
+    write<decltype(computed), decltype(stored)>(key, value, cache, slots);
+    Attention<decltype(computed), decltype(stored)>(query, cache, tables, scale, output).run(tiles);
+  };
+  const auto computed = query.scalar_type(), stored = cache.scalar_type();
+  if (computed == at::kFloat && stored == at::kFloat)
+    run(float{}, float{});
+  else if (computed == at::kFloat && stored == at::kBFloat16)
+    run(float{}, at::BFloat16{});
+  else if (computed == at::kBFloat16 && stored == at::kBFloat16)
+    run(at::BFloat16{}, at::BFloat16{});
+  else if (computed == at::kHalf && stored == at::kHalf)
+    run(at::Half{}, at::Half{});
+  else
+    TORCH_CHECK(false, "no attention in ", computed, " over a cache of ", stored);
   return output;
 }
 

@@ -1,0 +1,54 @@
+// Vectors of float over at::vec, and rows of any stored type read as float.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <type_traits>
+
+using Lanes = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Lanes::size();
+
+inline float sum_of(Lanes lanes) {
+  return at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return a + b; }, lanes);
+}
+
+template <typename Stored>
+void load(const Stored* source, int64_t count, float* target) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    std::copy_n(source, count, target);
+  } else {
+    constexpr int64_t pair = at::vec::Vectorized<Stored>::size();
+    for (int64_t i = 0; i < count; i += pair) {
+      const auto [low, high] = at::vec::convert_to_float<Stored>(at::vec::Vectorized<Stored>::loadu(source + i, std::min(pair, count - i)));
+      low.store(target + i, std::min(kLanes, count - i));
+      if (count - i > kLanes) high.store(target + i + kLanes, std::min(kLanes, count - i - kLanes));
+    }
+  }
+}
+
+// The row itself if it is float already, or its copy in scratch.
+template <typename Stored>
+const float* as_float(const Stored* source, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    return source;
+  } else {
+    load(source, count, scratch);
+    return scratch;
+  }
+}
+
+template <typename Stored>
+void store(const float* source, int64_t count, Stored* target) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    std::copy_n(source, count, target);
+  } else {
+    constexpr int64_t pair = at::vec::Vectorized<Stored>::size();
+    for (int64_t i = 0; i < count; i += pair) {
+      const Lanes low = Lanes::loadu(source + i, std::min(kLanes, count - i));
+      const Lanes high = count - i > kLanes ? Lanes::loadu(source + i + kLanes, std::min(kLanes, count - i - kLanes)) : Lanes(0.0f);
+      at::vec::convert_from_float<Stored>(low, high).store(target + i, std::min(pair, count - i));
+    }
+  }
+}

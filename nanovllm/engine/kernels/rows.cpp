@@ -1,0 +1,168 @@
+// What a decoder layer does to each token by itself, in one pass over memory each: normalise, rotate, gate, scale.
+// Everything is computed in float; a row's result depends on the row alone.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements below which waking a thread costs more than it saves
+
+// Calls row(i, scratch of `floats`) for every row; `width` elements are work on a row.
+template <typename Row>
+void for_each_row(int64_t rows, int64_t width, int64_t floats, const Row& row) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[floats]);
+    for (int64_t i = begin; i < end; ++i) row(i, scratch.get());
+  });
+}
+
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  if (type == at::kFloat)
+    function(float{});
+  else if (type == at::kBFloat16)
+    function(at::BFloat16{});
+  else if (type == at::kHalf)
+    function(at::Half{});
+  else
+    TORCH_CHECK(false, "no kernel for ", type);
+}
+
+template <typename Stored>
+const float* floats_of(const at::Tensor& weight, Stored, std::vector<float>& converted) {
+  if constexpr (!std::is_same_v<Stored, float>) converted.resize(weight.numel());
+  return as_float(weight.const_data_ptr<Stored>(), weight.numel(), converted.data());
+}
+
+float inverse_rms(const float* x, int64_t d, double eps) {
+  Lanes sum(0.0f);
+  for (int64_t i = 0; i < d; i += kLanes) {
+    const Lanes part = Lanes::loadu(x + i);
+    sum = at::vec::fmadd(part, part, sum);
+  }
+  return 1.0f / std::sqrt(sum_of(sum) / static_cast<float>(d) + static_cast<float>(eps));
+}
+
+// x [rows, d] / rms(x) * weight [d]
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const int64_t d = x.size(-1), rows = x.numel() / d;
+  TORCH_CHECK(x.is_contiguous() && d % 16 == 0 && weight.numel() == d && weight.scalar_type() == x.scalar_type());
+  at::Tensor output = at::empty(x.sizes(), x.options());
+  dispatch(x.scalar_type(), [&](auto stored) {
+    using Stored = decltype(stored);
+    const Stored* source = x.const_data_ptr<Stored>();
+    Stored* target = output.mutable_data_ptr<Stored>();
+    std::vector<float> converted;
+    const float* scales = floats_of(weight, stored, converted);
+    for_each_row(rows, d, 2 * d, [&](int64_t row, float* scratch) {
+      const float* own = as_float(source + row * d, d, scratch);
+      const Lanes factor(inverse_rms(own, d, eps));
+      float* result = scratch + d;
+      for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) * factor * Lanes::loadu(scales + i)).store(result + i);
+      store(result, d, target + row * d);
+    });
+  });
+  return output;
+}
+
+// Heads x [T, heads, d], normalised by weight [heads, d] if there is one, then rotated: halves (a, b) become
+// (a cos - b sin, b cos + a sin). cos and signed_sin [T, 1, d]; the sine of the first half comes negative.
+at::Tensor rotate_heads(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, const at::Tensor& cos,
+                        const at::Tensor& signed_sin) {
+  const int64_t tokens = x.size(0), heads = x.size(1), d = x.size(2), half = d / 2;
+  TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == d && d % 32 == 0 && cos.stride(2) == 1 && signed_sin.stride(2) == 1);
+  at::Tensor output = at::empty({tokens, heads, d}, x.options());
+  dispatch(x.scalar_type(), [&](auto stored) {
+    using Stored = decltype(stored);
+    std::vector<float> converted;
+    const float* scales = weight ? floats_of(*weight, stored, converted) : nullptr;
+    for_each_row(tokens, heads * d, 4 * d, [&](int64_t token, float* scratch) {
+      float *own = scratch, *result = own + d, *c = result + d, *s = c + d;
+      load(cos.const_data_ptr<Stored>() + token * cos.stride(0), d, c);
+      load(signed_sin.const_data_ptr<Stored>() + token * signed_sin.stride(0), d, s);
+      for (int64_t head = 0; head < heads; ++head) {
+        load(x.const_data_ptr<Stored>() + token * x.stride(0) + head * d, d, own);
+        if (weight) {
+          const Lanes factor(inverse_rms(own, d, eps));
+          for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) * factor * Lanes::loadu(scales + head * d + i)).store(own + i);
+        }
+        for (int64_t i = 0; i < d; i += kLanes) {
+          const Lanes other = Lanes::loadu(own + (i < half ? i + half : i - half));
+          at::vec::fmadd(other, Lanes::loadu(s + i), Lanes::loadu(own + i) * Lanes::loadu(c + i)).store(result + i);
+        }
+        store(result, d, output.mutable_data_ptr<Stored>() + (token * heads + head) * d);
+      }
+    });
+  });
+  return output;
+}
+
+// silu(gate) * up of gate_up [rows, 2 d]
+at::Tensor gated_silu(const at::Tensor& gate_up) {
+  const int64_t rows = gate_up.size(0), d = gate_up.size(1) / 2;
+  TORCH_CHECK(gate_up.is_contiguous() && d % 16 == 0);
+  at::Tensor output = at::empty({rows, d}, gate_up.options());
+  dispatch(gate_up.scalar_type(), [&](auto stored) {
+    using Stored = decltype(stored);
+    for_each_row(rows, 2 * d, 3 * d, [&](int64_t row, float* scratch) {
+      const float* gate = as_float(gate_up.const_data_ptr<Stored>() + row * 2 * d, 2 * d, scratch);
+      const float* up = gate + d;
+      float* result = scratch + 2 * d;
+      for (int64_t i = 0; i < d; i += kLanes) {
+        const Lanes x = Lanes::loadu(gate + i);
+        (x / (Lanes(1.0f) + x.neg().exp_u20()) * Lanes::loadu(up + i)).store(result + i);
+      }
+      store(result, d, output.mutable_data_ptr<Stored>() + row * d);
+    });
+  });
+  return output;
+}
+
+// Each row of x [rows, d] divided by its largest magnitude, as float, and those magnitudes [rows, 1].
+std::tuple<at::Tensor, at::Tensor> scale_rows(const at::Tensor& x) {
+  const int64_t rows = x.size(0), d = x.size(1);
+  TORCH_CHECK(x.is_contiguous() && d % 16 == 0);
+  at::Tensor scaled = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  at::Tensor largest = at::empty({rows, 1}, scaled.options());
+  dispatch(x.scalar_type(), [&](auto stored) {
+    using Stored = decltype(stored);
+    for_each_row(rows, d, d, [&](int64_t row, float* scratch) {
+      const float* own = as_float(x.const_data_ptr<Stored>() + row * d, d, scratch);
+      Lanes highest(std::numeric_limits<float>::min());
+      for (int64_t i = 0; i < d; i += kLanes) highest = at::vec::maximum(highest, Lanes::loadu(own + i).abs());
+      const float most = at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return at::vec::maximum(a, b); }, highest);
+      largest.mutable_data_ptr<float>()[row] = most;
+      float* target = scaled.mutable_data_ptr<float>() + row * d;
+      for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) / Lanes(most)).store(target + i);
+    });
+  });
+  return {scaled, largest};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("rotate_heads(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor signed_sin) -> Tensor");
+  library.def("gated_silu(Tensor gate_up) -> Tensor");
+  library.def("scale_rows(Tensor x) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(nanovllm, CPU, library) {
+  library.impl("rms_norm", rms_norm);
+  library.impl("rotate_heads", rotate_heads);
+  library.impl("gated_silu", gated_silu);
+  library.impl("scale_rows", scale_rows);
+}
