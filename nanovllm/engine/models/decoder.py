@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nanovllm.engine.attention import AttentionBackend
 from nanovllm.engine.linear import Linear, Quantization
-from nanovllm.engine.models.rope import check_rope, rotary_table, rotate
+from nanovllm.engine.models.rope import check_rope, rotary_table
+from nanovllm.engine.rows import Rotary, gated_silu, rms_norm, rotate_heads
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 
@@ -108,12 +109,11 @@ class RMSNorm(nn.Module):
         """Uninitialised."""
         super().__init__()
         self.weight = _weight(size)
-        self._shape = (size,)
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] → [..., size]."""
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        """[T, size] → [T, size]."""
+        return rms_norm(x, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -135,15 +135,11 @@ class Attention(nn.Module):
         self.qk_norm = _weight(self.num_rotary, self.head_dim) if config.qk_norm else None
         self._eps = config.rms_norm_eps
 
-    def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, attention: AttentionBackend, plan: Any
-    ) -> Tensor:
-        """[T, hidden] → [T, hidden]; ``rotary``: cosine and signed sine [T, 1, d]."""
+    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
         qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
-        qk = qkv[:, : self.num_rotary]
-        if self.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), None, self._eps) * self.qk_norm
-        query, key = rotate(qk, rotary).split((self.num_heads, self.num_kv_heads), 1)
+        qk = rotate_heads(qkv[:, : self.num_rotary], self.qk_norm, self._eps, rotary)
+        query, key = qk.split((self.num_heads, self.num_kv_heads), 1)
         output = attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan)
         return self.o_proj(output.reshape(len(hidden), -1))
 
@@ -159,8 +155,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]."""
-        gate, up = self.gate_up_proj(hidden).chunk(2, -1)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(gated_silu(self.gate_up_proj(hidden)))
 
 
 class DecoderLayer(nn.Module):
@@ -174,9 +169,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, attention: AttentionBackend, plan: Any
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
         """[T, hidden] → [T, hidden]."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -218,7 +211,7 @@ class Decoder(nn.Module):
         output: Tensor = self.lm_head(hidden)
         return output
 
-    def _rotary_rows(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_rows(self, positions: Tensor, like: Tensor) -> Rotary:
         """Cosine and signed sine [T, 1, d] of the positions, from a table made on first use."""
         if self._rotary is None:
             self._rotary = rotary_table(self.config.source, self.config.head_dim, like.dtype, like.device)

@@ -17,8 +17,8 @@ _SCALED = ("linear", "dynamic", "llama3", "yarn")
 def rotary_table(config: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and signed sine of every position of a transformers ``config``: [max_position_embeddings, 2, head_dim].
 
-    The sine of the first half is negative: ``rotate`` then needs no negation of its own. Raises UnsupportedModel for
-    a ``rope_type`` that is not implemented.
+    The sine of the first half comes negative, as ``rows.rotate_heads`` wants it. Raises UnsupportedModel for a
+    ``rope_type`` that is not implemented.
     """
     frequencies, scale = _inverse_frequencies(config, head_dim, device)
     steps = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
@@ -46,9 +46,3 @@ def _inverse_frequencies(config: Any, head_dim: int, device: torch.device) -> tu
         return frequencies, float(scale)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / float(rope.get("rope_theta", 10_000.0)) ** exponents, 1.0
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn [T, heads, d] by cosine and signed sine [T, 1, d]: halves (a, b) become (a cos - b sin, b cos + a sin)."""
-    cos, signed_sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
