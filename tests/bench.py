@@ -19,6 +19,7 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.worker import Worker
@@ -58,6 +59,7 @@ class Bench:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
         effective = self.settings.model_copy(update=settings)
+        tiers = RetryTiers.of(effective)
         worker = Worker(
             effective,
             engine=engine,
@@ -70,10 +72,11 @@ class Bench:
         )
         source = JobSource(
             effective.kafka,
-            [effective.topics.jobs],
+            [effective.topics.jobs, *tiers.topics],
             max_out_of_order=effective.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
+            delays_s=tiers.delays_s,
         )
         await source.start()
         running = asyncio.create_task(worker.run(source))

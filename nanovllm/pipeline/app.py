@@ -74,6 +74,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from nanovllm.metrics import Metrics
     from nanovllm.pipeline.fetch import ObjectFetcher
     from nanovllm.pipeline.health import Health, HealthServer
+    from nanovllm.pipeline.retries import RetryTiers
     from nanovllm.pipeline.source import JobSource
     from nanovllm.pipeline.topics import message_limits
     from nanovllm.pipeline.worker import Worker
@@ -109,8 +110,8 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         health.is_model_loaded = True
         logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
 
-        topics = settings.topics
-        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to]
+        topics, tiers = settings.topics, RetryTiers.of(settings)
+        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
         producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
         stack.push_async_callback(producer.stop)
@@ -129,12 +130,13 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         signals.drain(worker)
         source = JobSource(
             settings.kafka,
-            [topics.jobs],
+            [topics.jobs, *tiers.topics],
             max_out_of_order=settings.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
             drain_timeout_s=settings.admission.drain_timeout_s,
             metrics=metrics,
+            delays_s=tiers.delays_s,
         )
         # From here on the worker leaves the group before anything above is closed.
         await source.start()

@@ -18,4 +18,8 @@ class Backoff:
 
     def wait_s(self, attempt: int) -> float:
         """Seconds to wait after failed attempt number ``attempt`` (1 is the first)."""
-        return random.uniform(0.0, min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32)))
+        return random.uniform(0.0, self.longest_s(attempt))
+
+    def longest_s(self, attempt: int) -> float:
+        """The bound of ``wait_s``."""
+        return min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))

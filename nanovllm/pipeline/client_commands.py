@@ -16,6 +16,7 @@ from nanovllm.pipeline.console import plain, print_json, print_table
 from nanovllm.pipeline.producer import JobKey, JobProducer
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.results_view import ResultRows
+from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
 from nanovllm.pipeline.topics import create_topics
@@ -92,7 +93,7 @@ def topics_create(
     """Create the jobs, results, metrics and dead-letter topics that are missing; the others stay as they are."""
     settings = client_settings(config, bootstrap_servers)
     topics = settings.topics
-    names = [topics.jobs, topics.results, topics.metrics, topics.dead_letters]
+    names = [topics.jobs, topics.results, topics.metrics, topics.dead_letters, *RetryTiers.of(settings).topics]
     created = asyncio.run(create_topics(settings.kafka, names, partitions=partitions, replication=replication))
     rows = [(name, "created" if name in created else "exists") for name in names]
     print_table(("topic", "state"), rows, as_json=as_json)

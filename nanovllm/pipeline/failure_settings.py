@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from nanovllm.pipeline.section import Section, StrList
+from nanovllm.pipeline.section import IntList, Seconds, Section, StrList
+
+
+class RetrySettings(Section):
+    """What is tried again later, and when everything has to wait. Attempts in place are `s3.max_attempts`."""
+
+    delays_s: IntList = Field(
+        (),
+        description="Seconds that a job waits after its attempts in place have failed, one retry topic for each: "
+        "`60,600` uses `<jobs>.retry-60s` and `<jobs>.retry-600s`; unset: it becomes a dead letter at once.",
+    )
+    breaker_objects: int = Field(
+        10,
+        ge=1,
+        description="So many different objects that could not be read, and none that could, stop the intake: the store "
+        "is asked by one job at a time until it answers.",
+    )
+    breaker_wait_s: Seconds = Field(2.0, description="First wait of a stopped intake; it doubles from there.")
+    breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait of a stopped intake.")
+
+    @field_validator("delays_s")
+    @classmethod
+    def _check_delays(cls, delays_s: tuple[int, ...]) -> tuple[int, ...]:
+        if any(delay < 1 for delay in delays_s) or list(delays_s) != sorted(set(delays_s)):
+            raise ValueError("delays are whole seconds above 0, each longer than the one before")
+        return delays_s
 
 
 class DeadLetterSettings(Section):

@@ -12,6 +12,7 @@ from nanovllm.errors import NanoVLLMError
 from nanovllm.pipeline.fetch import FetchedImage
 from nanovllm.pipeline.job import Job
 from nanovllm.pipeline.passage import Passage
+from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.encoding import MessageFormat
 from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_record, metrics_record, result_record
@@ -23,7 +24,6 @@ from nanovllm.sinks.messages import (
     ModelUse,
     Output,
     Result,
-    Source,
     StageTimings,
     TokenLogprob,
     TokenLogprobs,
@@ -38,6 +38,7 @@ class OutgoingRecords:
     def __init__(self, settings: Settings, model: ModelInfo, max_record_bytes: Callable[[str], int]) -> None:
         self._settings = settings
         self._model = model
+        self._tiers = RetryTiers.of(settings)
         self._max_record_bytes = max_record_bytes
 
     def answer(
@@ -46,7 +47,7 @@ class OutgoingRecords:
         """The result and the metrics of an answered job."""
         passage.output = output
         fmt = self._format(passage)
-        headers = passage.delivery.headers
+        headers = passage.origin.headers
         job_id = job.job_id or ""
         result = Result(
             job_id=job_id,
@@ -79,7 +80,7 @@ class OutgoingRecords:
                 for image, use in zip(fetched, output.images, strict=True)
             ),
             timings_ms=self._timings(passage, output),
-            source=_source(passage),
+            source=passage.origin.source,
             worker=self._settings.worker_id,
             metadata=job.metadata,
         )
@@ -101,10 +102,11 @@ class OutgoingRecords:
             message=str(error),
             retryable=error.retryable,
             cause=root_cause(error),
-            attempts=passage.attempts,
-            source=_source(passage),
+            attempts=passage.total_attempts,
+            source=passage.origin.source,
             worker=self._settings.worker_id,
             received_at=passage.received_at,
+            first_failed_at=passage.first_failed_at,
             failed_at=datetime.now(UTC),
         )
         topic = self._settings.topics.dead_letters
@@ -113,10 +115,20 @@ class OutgoingRecords:
             topic,
             key=delivery.key,
             value=delivery.value,
-            original_headers=delivery.headers,
+            original_headers=passage.origin.headers,
             keep_headers=self._settings.dead_letters.keep_headers,
             max_bytes=self._max_record_bytes(topic),
         )
+
+    def delayed_retry(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord | None:
+        """The original record for the retry topic that comes next, if there is one that takes it in time."""
+        topic = self._tiers.topic_after(passage.delivery.topic, before=passage.expires_at)
+        if topic is None:
+            return None
+        failed_at = passage.first_failed_at or datetime.now(UTC)
+        headers = passage.origin.retry_headers(passage.total_attempts, failed_at, error)
+        record = OutgoingRecord(topic, passage.delivery.key, passage.delivery.value, headers)
+        return record if record.size_bytes <= self._max_record_bytes(topic) else None
 
     def _format(self, passage: Passage) -> MessageFormat:
         wanted = self._settings.result_format
@@ -215,16 +227,6 @@ def _logprobs(places: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, .
             for token, score in place.items()
         )
         for place in places
-    )
-
-
-def _source(passage: Passage) -> Source:
-    delivery = passage.delivery
-    return Source(
-        topic=delivery.topic,
-        partition=delivery.partition,
-        offset=delivery.offset,
-        timestamp_ms=delivery.timestamp_ms,
     )
 
 

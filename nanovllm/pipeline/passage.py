@@ -7,9 +7,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from typing import Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
+from nanovllm.pipeline.retries import Origin
 from nanovllm.pipeline.source import Delivery
 from nanovllm.sinks.encoding import MessageFormat
 from nanovllm.sinks.messages import DeadLetterClass, Stage
@@ -31,10 +33,12 @@ class Passage:
     """What is known of a delivery while it is at work. Mutable, and owned by its one task.
 
     ``job_id`` and ``format`` are unset until the record could be read so far; ``seconds`` are by stage.
+    ``attempts`` are those of this delivery; ``waits_in`` is the retry topic in which it ended.
     """
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(self, delivery: Delivery, origin: Origin) -> None:
         self.delivery = delivery
+        self.origin = origin
         self.received_at = datetime.now(UTC)
         self._received = time.monotonic()
         self.job_id: str | None = None
@@ -42,7 +46,10 @@ class Passage:
         self.result_topic: str | None = None
         self.output: RequestOutput | None = None
         self.failure: NanoVLLMError | None = None
+        self.expires_at: datetime | None = None
         self.attempts = 1
+        self.first_failed_at: datetime | None = origin.first_failed_at
+        self.waits_in: str | None = None
         self.current_stage: Stage = "receive"
         self.failed_stage: Stage = "receive"
         self.seconds: dict[Stage, float] = {}
@@ -51,6 +58,11 @@ class Passage:
     def elapsed_s(self) -> float:
         """Seconds since the record was received."""
         return time.monotonic() - self._received
+
+    @property
+    def total_attempts(self) -> int:
+        """Attempts of this delivery and of those before its delayed retries."""
+        return self.origin.attempts + self.attempts
 
     @property
     def waited_in_kafka_s(self) -> float | None:
@@ -99,7 +111,15 @@ class Passage:
                 raise
             raise DeadlineExceeded(f"the deadline passed while the job was in stage {self.failed_stage}") from None
 
-    def fail(self, error: NanoVLLMError) -> None:
-        """The delivery ends as a dead letter because of ``error``, and answers nothing."""
+    @property
+    def outcome(self) -> Literal["result", "dead_letter", "retry"]:
+        """How the delivery ends."""
+        if self.failure is None:
+            return "result"
+        return "dead_letter" if self.waits_in is None else "retry"
+
+    def fail(self, error: NanoVLLMError, *, waits_in: str | None = None) -> None:
+        """The delivery ends without an answer because of ``error``; the job may go on waiting in a retry topic."""
         self.failure = error
+        self.waits_in = waits_in
         self.output = None

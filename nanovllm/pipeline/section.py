@@ -19,6 +19,7 @@ def _split_list(value: Any) -> Any:
 
 
 StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)]
 Bytes = Annotated[int, Field(ge=1)]
 Millis = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

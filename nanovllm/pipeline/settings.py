@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
-from nanovllm.pipeline.failure_settings import DeadLetterSettings
+from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings
 from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
@@ -357,6 +357,7 @@ class Settings(BaseSettings):
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    retries: RetrySettings = RetrySettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
 
     @model_validator(mode="after")
@@ -367,6 +368,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "sampling.max_tokens is above admission.max_tokens: jobs without sampling would be refused"
             )
+        if self.retries.delays_s and self.admission.per_key_order:
+            raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
         rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
         if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from aiokafka.errors import (
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.metrics import Metrics
+from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
 
@@ -83,6 +84,7 @@ class JobSource(ConsumerRebalanceListener):
         drain_timeout_s: that budget; the group's timeouts are derived from it.
         lost: called with the ledger of each partition that left for good.
         metrics: where records that retention removed before anybody read them are counted.
+        delays_s: topics whose records are handed over so many seconds after they were written.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class JobSource(ConsumerRebalanceListener):
         lost: Callable[[PartitionLedger], None],
         drain_timeout_s: float = 0.0,
         metrics: Metrics | None = None,
+        delays_s: Mapping[str, int] | None = None,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
@@ -103,6 +106,7 @@ class JobSource(ConsumerRebalanceListener):
         self._lost = lost
         self._drain_timeout_s = drain_timeout_s
         self._metrics = metrics or Metrics()
+        self._waits = DelayedHeads(delays_s or {})
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, _Assignment] = {}
         self._parted: dict[TopicPartition, _Assignment] = {}
@@ -179,7 +183,10 @@ class JobSource(ConsumerRebalanceListener):
             if tp not in self._active:
                 continue
             if self._takes_work:
-                deliveries += [self._deliver(tp, record) for record in records]
+                due, head = self._waits.split(tp, records)
+                deliveries += [self._deliver(tp, record) for record in due]
+                if head is not None:
+                    consumer.seek(tp, head)
             else:
                 # Asked for before the end was known. The position is committed: it must not stay behind them.
                 consumer.seek(tp, records[0].offset)
@@ -253,7 +260,7 @@ class JobSource(ConsumerRebalanceListener):
         return self._consumer
 
     def _with_room(self) -> list[TopicPartition]:
-        return [tp for tp, assignment in self._active.items() if assignment.ledger.room > 0]
+        return [tp for tp, assignment in self._active.items() if assignment.ledger.room > 0 and self._waits.is_over(tp)]
 
     def _let_go(self, assignment: _Assignment) -> None:
         assignment.ledger.fence()

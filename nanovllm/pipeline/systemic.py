@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 class SystemicFaults:
     """The parts that are known not to work now.
 
-    A fault ends when its part works again, and lapses ``lapse_s`` after the last report: the jobs that kept trying may
-    have expired, and then new work must find out.
+    A fault ends when its part works again, and lapses some time after the last report (``lapse_s`` unless the report
+    says otherwise): the jobs that kept trying may have expired, and then new work must find out.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class SystemicFaults:
     @property
     def are_present(self) -> bool:
         """Whether anything is reported that has not lapsed."""
-        return any(self._clock() - reported < self._lapse_s for _, reported in self._faults.values())
+        return any(self._clock() < lapses for _, lapses in self._faults.values())
 
-    def report(self, part: str, error: NanoVLLMError) -> None:
+    def report(self, part: str, error: NanoVLLMError, *, lapse_s: float | None = None) -> None:
         """``part`` does not work."""
         if part not in self._faults:
             logger.error("%s: %s; taking no work until it is back", part, error)
-        self._faults[part] = (str(error), self._clock())
+        self._faults[part] = (str(error), self._clock() + (self._lapse_s if lapse_s is None else lapse_s))
         self.observe()
 
     def clear(self, part: str) -> None:
@@ -50,6 +50,6 @@ class SystemicFaults:
     def observe(self) -> None:
         """Forget what has lapsed, and tell health and metrics the rest."""
         now = self._clock()
-        self._faults = {part: fault for part, fault in self._faults.items() if now - fault[1] < self._lapse_s}
+        self._faults = {part: fault for part, fault in self._faults.items() if now < fault[1]}
         self._health.systemic = "; ".join(f"{part}: {text}" for part, (text, _) in self._faults.items()) or None
         self._metrics.is_systemic.set(1 if self._faults else 0)

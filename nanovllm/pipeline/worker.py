@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from nanovllm.errors import (
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Admission, Ticket
 from nanovllm.pipeline.backoff import Backoff
+from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.codec import decode_job, message_format
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.health import Health
@@ -31,6 +33,7 @@ from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.poison import PoisonLimit
+from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import Delivery, JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
@@ -47,6 +50,7 @@ POLL_MS = 250
 COMMIT_INTERVAL_S = 1.0
 TICK_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
+OBJECT_STORE = "object store"
 
 
 class Worker:
@@ -78,6 +82,12 @@ class Worker:
         self._admission = Admission(max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes)
         self._outgoing = OutgoingRecords(settings, engine.model_info, sink.max_record_bytes)
         self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
+        self._tiers = RetryTiers.of(settings)
+        self._breaker = CircuitBreaker(
+            threshold=settings.retries.breaker_objects,
+            waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
+            opened=lambda error, wait_s: self._faults.report(OBJECT_STORE, error, lapse_s=wait_s),
+        )
         self._poison = PoisonLimit(settings.dead_letters.poison_limit)
         self._order = KeyOrder()
         self._at_work: dict[asyncio.Task[None], Delivery] = {}
@@ -146,7 +156,7 @@ class Worker:
 
     async def deliver(self, delivery: Delivery, ticket: Ticket, turn: Turn | None = None) -> None:
         """One delivery from the record to its end, whatever that is; in its ``turn`` where keys are in order."""
-        passage = Passage(delivery)
+        passage = Passage(delivery, self._tiers.origin_of(delivery))
         try:
             try:
                 with passage.stage("receive"):
@@ -165,7 +175,7 @@ class Worker:
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
                 self._poison.answered()
             except Exception as error:
-                records = self._bury(passage, error)
+                records = self._retry_later(passage, error) or self._bury(passage, error)
             with passage.stage("publish"):
                 await self._publish(records, passage)
             delivery.settle()
@@ -174,12 +184,14 @@ class Worker:
             ticket.release()
 
     def _receive(self, delivery: Delivery, passage: Passage) -> Job:
-        passage.job_id = derive_job_id(delivery.topic, delivery.partition, delivery.offset)
+        source = passage.origin.source
+        passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
         job = decode_job(delivery.value)
         passage.format = message_format(delivery.value)
         if job.job_id is None:
             job = job.model_copy(update={"job_id": passage.job_id})
         passage.job_id = job.job_id
+        passage.expires_at = job.deadline
         passage.result_topic = self._settings.topics.result_topic(job.reply_to)
         return job
 
@@ -218,7 +230,10 @@ class Worker:
 
     async def _fetch_one(self, ref: ImageRef, passage: Passage) -> FetchedImage:
         image = await self._persist(
-            lambda: self._fetcher.fetch(ref), "object store", passage, max_attempts=self._settings.s3.max_attempts
+            lambda: self._breaker.call(ref.identity, lambda: self._fetcher.fetch(ref)),
+            OBJECT_STORE,
+            passage,
+            max_attempts=self._settings.s3.max_attempts,
         )
         if image.uri is not None:
             self._metrics.fetched_bytes.inc(len(image.data))
@@ -283,6 +298,7 @@ class Worker:
             except (TransientError, SystemicError) as error:
                 failures += 1
                 passage.attempts = failures
+                passage.first_failed_at = passage.first_failed_at or datetime.now(UTC)
                 if isinstance(error, SystemicError) or max_attempts is None:
                     self._faults.report(part, error)
                 elif failures >= max_attempts:
@@ -292,6 +308,16 @@ class Worker:
             else:
                 self._faults.clear(part)
                 return outcome
+
+    def _retry_later(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
+        """The job for a retry topic, when waiting may help it and its settings and deadline allow that."""
+        reason = _first_cause(error)
+        record = self._outgoing.delayed_retry(passage, reason) if isinstance(reason, TransientError) else None
+        if record is None or not isinstance(reason, TransientError):
+            return []
+        passage.fail(reason, waits_in=record.topic)
+        logger.info("job %r waits in %s: %s", passage.job_id, record.topic, reason.code)
+        return [record]
 
     def _bury(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
         """The dead letter for what can never succeed.
@@ -426,13 +452,13 @@ class Worker:
 
     def _observe(self, passage: Passage) -> None:
         metrics = self._metrics
-        metrics.jobs.labels("result" if passage.failure is None else "dead_letter").inc()
+        metrics.jobs.labels(passage.outcome).inc()
         metrics.process_seconds.observe(passage.elapsed_s)
         for stage, seconds in passage.seconds.items():
             metrics.stage_seconds.labels(stage).observe(seconds)
         if passage.waited_in_kafka_s is not None:
             metrics.stage_seconds.labels("kafka").observe(passage.waited_in_kafka_s)
-        if passage.failure is not None:
+        if passage.failure is not None and passage.outcome == "dead_letter":
             metrics.dead_letters.labels(passage.failure_class, passage.failure.code, passage.failed_stage).inc()
         output = passage.output
         if output is None:

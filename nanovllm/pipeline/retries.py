@@ -1,0 +1,101 @@
+"""Delayed retries: topics in which a job waits for longer than a partition could be held up.
+
+Each tier is a topic with one delay, so its oldest record is always due first: a worker waits for that one by not
+reading the partition until then. What must outlive the wait travels in headers beside the job's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from nanovllm.errors import NanoVLLMError
+from nanovllm.pipeline.settings import Settings
+from nanovllm.pipeline.source import Delivery
+from nanovllm.sinks.kafka import OWN_PREFIX, Headers
+from nanovllm.sinks.messages import Source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a job came from first, and what has been tried before this delivery.
+
+    ``headers`` are the job's own, without what retries added.
+    """
+
+    source: Source
+    headers: Headers
+    attempts: int = 0
+    first_failed_at: datetime | None = None
+
+    def retry_headers(self, attempts: int, failed_at: datetime, error: NanoVLLMError) -> Headers:
+        """The headers of the record that waits for its next attempt."""
+        source = self.source
+        carried = {
+            "source_topic": source.topic,
+            "source_partition": source.partition,
+            "source_offset": source.offset,
+            "source_timestamp_ms": source.timestamp_ms,
+            "attempts": attempts,
+            "first_failed_at": failed_at.isoformat(),
+            "code": error.code,
+        }
+        ours = ((f"{OWN_PREFIX}{name}", str(value).encode()) for name, value in carried.items() if value is not None)
+        return (*self.headers, *ours)
+
+
+class RetryTiers:
+    """The retry topics of a jobs topic, in the order in which a job goes through them; none without delays."""
+
+    def __init__(self, jobs_topic: str, delays_s: Sequence[int]) -> None:
+        self.delays_s = {f"{jobs_topic}.retry-{delay_s}s": delay_s for delay_s in delays_s}
+        """Seconds that a record waits, by topic."""
+        self._next = dict(zip([jobs_topic, *self.delays_s], self.delays_s, strict=False))
+
+    @classmethod
+    def of(cls, settings: Settings) -> RetryTiers:
+        """Those that ``settings`` ask for."""
+        return cls(settings.topics.jobs, settings.retries.delays_s)
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.delays_s)
+
+    def topic_after(self, topic: str, *, before: datetime | None) -> str | None:
+        """Where a job from ``topic`` waits next; None after the last tier, or when it would be due after ``before``."""
+        following = self._next.get(topic)
+        if following is None or before is None:
+            return following
+        left_s = (before - datetime.now(UTC)).total_seconds()
+        return following if left_s > self.delays_s[following] else None
+
+    def origin_of(self, delivery: Delivery) -> Origin:
+        """Where the job of ``delivery`` came from. Only records of retry topics are believed what their headers say."""
+        own = {name: value for name, value in delivery.headers if name.startswith(OWN_PREFIX)}
+        others = tuple((name, value) for name, value in delivery.headers if not name.startswith(OWN_PREFIX))
+        here = Source(
+            topic=delivery.topic,
+            partition=delivery.partition,
+            offset=delivery.offset,
+            timestamp_ms=delivery.timestamp_ms,
+        )
+        if delivery.topic not in self.delays_s:
+            return Origin(here, others)
+        carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own.items()}
+        try:
+            return Origin(
+                Source(
+                    topic=carried["source_topic"],
+                    partition=int(carried["source_partition"]),
+                    offset=int(carried["source_offset"]),
+                    timestamp_ms=int(carried["source_timestamp_ms"]) if "source_timestamp_ms" in carried else None,
+                ),
+                others,
+                int(carried["attempts"]),
+                datetime.fromisoformat(carried["first_failed_at"]),
+            )
+        except (KeyError, ValueError):
+            # Somebody else's record: a job like any other.
+            return Origin(here, others)
