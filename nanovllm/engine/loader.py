@@ -35,7 +35,9 @@ class Checkpoint:
             self.files = [directory / _SINGLE]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
-            raise ModelNotFound(f"checkpoint {directory.name!r} lacks {', '.join(missing)}")
+            others = sorted(file.name for pattern in ("*.bin", "*.gguf") for file in directory.glob(pattern))
+            hint = f"; `nanovllm convert` makes them of {others[0]!r}" if others else ""
+            raise ModelNotFound(f"checkpoint {directory.name!r} lacks {', '.join(missing)}{hint}")
 
     @cached_property
     def config(self) -> PreTrainedConfig:

@@ -80,6 +80,19 @@ def align(context: typer.Context) -> None:
     raise typer.Exit(tool.main(context.args))
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A directory with pytorch_model.bin (or its shards), or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
+) -> None:
+    """Turn a .bin or GGUF checkpoint into the directory of safetensors that the engine loads."""
+    _require("worker", "torch", "transformers")
+    from nanovllm.engine.convert import convert
+
+    convert(source, output)
+    print(f"{output} is ready: NANOVLLM_ENGINE__MODEL={output}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` (None: the process's own arguments) and return the exit code."""
     try:

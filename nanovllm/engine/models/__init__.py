@@ -28,6 +28,11 @@ TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
 }
 
 
+def text_architecture(config: Any) -> str:
+    """The ``…ForCausalLM`` that transformers has for a text configuration; its ``model_type`` where it has none."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+
+
 def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The text model of any supported checkpoint, alone or in a LLaVA; raises UnsupportedModel for others."""
     is_llava = checkpoint.architecture == LLAVA
@@ -37,14 +42,12 @@ def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
             f"{', '.join((*TEXT_FAMILIES, LLAVA))}"
         )
     text: Any = checkpoint.config.get_text_config()
-    architecture = checkpoint.architecture
-    if is_llava:
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, text.model_type)
-        if architecture not in TEXT_FAMILIES:
-            raise UnsupportedModel(
-                f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
-                f"its text may be {', '.join(TEXT_FAMILIES)}"
-            )
+    architecture = text_architecture(text) if is_llava else checkpoint.architecture
+    if architecture not in TEXT_FAMILIES:
+        raise UnsupportedModel(
+            f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
+            f"its text may be {', '.join(TEXT_FAMILIES)}"
+        )
     return load_decoder(
         checkpoint,
         TEXT_FAMILIES[architecture](text),
