@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Iterator
 from types import TracebackType
 
 
@@ -42,7 +43,7 @@ class Admission:
     @property
     def room(self) -> int:
         """How many more records may be taken from Kafka now."""
-        return 0 if self._bytes >= self._max_bytes else self._max_jobs - self._jobs
+        return 0 if self._bytes >= self._max_bytes else max(0, self._max_jobs - self._jobs)
 
     def admit(self, record_bytes: int) -> Ticket:
         """Take in one job whose record holds ``record_bytes``; leave its ticket when it ends."""
@@ -121,6 +122,18 @@ class Ticket:
         self._reserved_bytes: int | None = None
         self._has_left = False
         self._is_released = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Others may have the job's place inside, while it waits for what no other job waits for. Its record stays.
+
+        Coming back takes the place again at once, so there may be more jobs than places for a while.
+        """
+        self._admission._give_back(0, jobs=1)
+        try:
+            yield
+        finally:
+            self._admission._jobs += 1
 
     async def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more may be held. Once for each job.

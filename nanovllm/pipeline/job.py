@@ -272,6 +272,15 @@ class Job(BaseModel):
             if not isinstance(part, TextPart)
         )
 
+    @property
+    def text_chars(self) -> int:
+        """Characters of the prompt or of the messages' text."""
+        contents = [message.content for message in self.messages or ()]
+        texts = [content for content in contents if isinstance(content, str)]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        return len(self.prompt or "") + sum(map(len, texts))
+
     def image_key(self) -> str | None:
         """The record's key, or None without an image: the first one's identity, so that equal images meet one cache."""
         images = self.image_refs()

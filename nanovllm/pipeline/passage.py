@@ -46,6 +46,7 @@ class Passage:
         self.result_topic: str | None = None
         self.output: RequestOutput | None = None
         self.failure: NanoVLLMError | None = None
+        self.tenant = ""
         self.expires_at: datetime | None = None
         self.attempts = 1
         self.first_failed_at: datetime | None = origin.first_failed_at

@@ -25,6 +25,7 @@ from pydantic_settings.exceptions import SettingsError
 from nanovllm.errors import ConfigurationError, ForbiddenUri
 from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings
 from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
+from nanovllm.pipeline.tenant_settings import TenantSettings
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
@@ -314,6 +315,10 @@ class AdmissionSettings(Section):
         False, description="Jobs of a partition with equal record keys run one after another, in the topic's order."
     )
     max_tokens: int = Field(4_096, ge=1, description="Largest `max_tokens` that a job may ask for.")
+    ttl_s: Seconds | None = Field(
+        None,
+        description="A job whose record is older has expired, as one behind its `deadline` has; unset: none.",
+    )
     drain_timeout_s: Seconds = Field(
         25.0, description="After SIGTERM, or when partitions leave, jobs at work get this long."
     )
@@ -357,6 +362,7 @@ class Settings(BaseSettings):
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    tenants: TenantSettings = TenantSettings()
     retries: RetrySettings = RetrySettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
 

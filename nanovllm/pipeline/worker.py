@@ -25,6 +25,7 @@ from nanovllm.pipeline.admission import Admission, Ticket
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.codec import decode_job, message_format
+from nanovllm.pipeline.dispatch import Claim, Dispatch
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
@@ -37,6 +38,7 @@ from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import Delivery, JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
+from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
 from nanovllm.vision.decoder_pool import DecoderPool
@@ -88,6 +90,11 @@ class Worker:
             waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
             opened=lambda error, wait_s: self._faults.report(OBJECT_STORE, error, lapse_s=wait_s),
         )
+        tenants = settings.tenants
+        # A few more than run at once: a place that becomes free is taken in the engine's very next step.
+        places = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
+        self._dispatch = Dispatch(places, FairShares(tenants.weights))
+        self._rates = TokenRates(tenants.tokens_per_minute, tenants.limits)
         self._poison = PoisonLimit(settings.dead_letters.poison_limit)
         self._order = KeyOrder()
         self._at_work: dict[asyncio.Task[None], Delivery] = {}
@@ -161,17 +168,25 @@ class Worker:
             try:
                 with passage.stage("receive"):
                     job = self._receive(delivery, passage)
-                async with passage.deadline(job.deadline):
+                async with passage.deadline(passage.expires_at):
                     with passage.stage("admit"):
                         if turn is not None:
                             await turn.wait()
+                        claim = self._claim(job, passage)
+                        if self._rates.wait_s(claim.tenant):
+                            with ticket.aside():
+                                await self._rates.pass_through(claim.tenant, claim.tokens)
+                        else:
+                            self._rates.charge(claim.tenant, claim.tokens)
                         refs = await self._admit(job, ticket)
                     with passage.stage("fetch"):
                         fetched = await self._fetch(refs, ticket, passage)
                     with passage.stage("prepare"):
                         images = await self._prepare(fetched, ticket, passage)
                     with passage.stage("infer"):
-                        output = await self._infer(job, images)
+                        async with self._dispatch.place(claim):
+                            output = await self._infer(job, images, passage)
+                        self._settle_tokens(claim, output)
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
                 self._poison.answered()
             except Exception as error:
@@ -191,9 +206,27 @@ class Worker:
         if job.job_id is None:
             job = job.model_copy(update={"job_id": passage.job_id})
         passage.job_id = job.job_id
-        passage.expires_at = job.deadline
+        passage.expires_at = self._expiry(job, passage)
+        passage.tenant = self._settings.tenants.tenant_of(passage.origin.source.topic, passage.origin.headers)
         passage.result_topic = self._settings.topics.result_topic(job.reply_to)
         return job
+
+    def _expiry(self, job: Job, passage: Passage) -> datetime | None:
+        """The job's deadline, or the end of what the settings let a record live, if that is earlier."""
+        ttl_s, written_ms = self._settings.admission.ttl_s, passage.origin.source.timestamp_ms
+        if ttl_s is None or written_ms is None:
+            return job.deadline
+        end = datetime.fromtimestamp(written_ms / 1000 + ttl_s, UTC)
+        return end if job.deadline is None else min(end, job.deadline)
+
+    def _claim(self, job: Job, passage: Passage) -> Claim:
+        tokens = job.text_chars // CHARS_PER_TOKEN + self._sampling(job).max_tokens
+        return Claim(tokens, job.priority, passage.tenant, passage.expires_at)
+
+    def _settle_tokens(self, claim: Claim, output: RequestOutput) -> None:
+        used = output.usage.input_tokens + output.usage.output_tokens
+        self._dispatch.settle(claim, used)
+        self._rates.charge(claim.tenant, used - claim.tokens)
 
     async def _admit(self, job: Job, ticket: Ticket) -> tuple[ImageRef, ...]:
         """Refuse what can be refused before a byte is read, and wait for room for the rest."""
@@ -254,7 +287,7 @@ class Worker:
         ticket.hold(sum(image.pixels.nbytes for image in images))
         return images
 
-    async def _infer(self, job: Job, images: tuple[PreparedImage, ...]) -> RequestOutput:
+    async def _infer(self, job: Job, images: tuple[PreparedImage, ...], passage: Passage) -> RequestOutput:
         self._submitted += 1
         generation = self._engine.submit(
             Request(
@@ -265,6 +298,7 @@ class Worker:
                 images=images,
                 sampling=self._sampling(job),
                 priority=job.priority,
+                cache_salt=self._settings.tenants.salt_of(passage.tenant),
             )
         )
         try:

@@ -1,0 +1,99 @@
+"""Which of the admitted jobs the engine gets next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+
+from nanovllm.pipeline.tenants import FairShares
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One job that wants a place in the engine.
+
+    ``tokens`` is a guess of what it will use; a lower ``priority`` goes first.
+    """
+
+    tokens: int
+    priority: int = 0
+    tenant: str = ""
+    deadline: datetime | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    claim: Claim
+    arrival: int
+    turn: asyncio.Future[None]
+
+
+class Dispatch:
+    """Hands out the engine's ``places``.
+
+    Lower priority first; inside a priority the tenant that has had least for its weight; inside a tenant the earliest
+    deadline, jobs without one last; then first come, first served.
+    """
+
+    def __init__(self, places: int, shares: FairShares) -> None:
+        self._free = places
+        self._shares = shares
+        self._waiting: list[_Waiting] = []
+        self._arrivals = count()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that want a place and have none."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def place(self, claim: Claim) -> AsyncIterator[None]:
+        """Wait for a place, and have it inside."""
+        self._shares.join(claim.tenant)
+        try:
+            await self._take(claim)
+            try:
+                yield
+            finally:
+                self._free += 1
+                self._hand_out()
+        finally:
+            self._shares.leave(claim.tenant)
+
+    def settle(self, claim: Claim, tokens: int) -> None:
+        """What the job really used: the guess was charged when it got its place."""
+        self._shares.charge(claim.tenant, tokens - claim.tokens)
+
+    async def _take(self, claim: Claim) -> None:
+        waiting = _Waiting(claim, next(self._arrivals), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._hand_out()
+        try:
+            await waiting.turn
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            else:
+                # It got its place in the very step in which it was cancelled.
+                self._free += 1
+                self._shares.charge(claim.tenant, -claim.tokens)
+                self._hand_out()
+            raise
+
+    def _hand_out(self) -> None:
+        while self._free and self._waiting:
+            # A scan, not a heap: shares change with every job, and the window holds a few hundred.
+            chosen = min(self._waiting, key=self._order)
+            self._waiting.remove(chosen)
+            self._free -= 1
+            self._shares.charge(chosen.claim.tenant, chosen.claim.tokens)
+            chosen.turn.set_result(None)
+
+    def _order(self, waiting: _Waiting) -> tuple[int, float, bool, float, int]:
+        claim = waiting.claim
+        deadline = claim.deadline.timestamp() if claim.deadline else 0.0
+        return claim.priority, self._shares.served(claim.tenant), claim.deadline is None, deadline, waiting.arrival

@@ -1,0 +1,223 @@
+"""Who goes next: priorities, deadlines, tenants and their rates."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from bench import Bench, GatedEngine, eventually, job_id_of, reached
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.echo import EchoEngine
+from nanovllm.pipeline.dispatch import Claim, Dispatch
+from nanovllm.pipeline.settings import Settings
+from nanovllm.pipeline.tenant_settings import TenantSettings
+from nanovllm.pipeline.tenants import MAX_REMEMBERED, FairShares, TokenRates
+
+SOON = datetime(2030, 1, 1, tzinfo=UTC)
+LATER = datetime(2030, 1, 2, tzinfo=UTC)
+
+
+async def order_of(claims: dict[str, Claim], *, weights: dict[str, float] | None = None) -> list[str]:
+    """In which order ``claims`` get the one place, all of them waiting for it."""
+    dispatch = Dispatch(1, FairShares(weights))
+    began: list[str] = []
+
+    async def run(name: str, claim: Claim) -> None:
+        async with dispatch.place(claim):
+            began.append(name)
+            await asyncio.sleep(0)
+
+    async with dispatch.place(Claim(0, tenant="first")):
+        tasks = [asyncio.create_task(run(name, claim)) for name, claim in claims.items()]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    return began
+
+
+async def test_lower_priority_first_then_the_earliest_deadline_then_who_came_first() -> None:
+    claims = {
+        "idle": Claim(1, priority=9, deadline=SOON),
+        "no-deadline-1": Claim(1),
+        "later": Claim(1, deadline=LATER),
+        "no-deadline-2": Claim(1),
+        "soon": Claim(1, deadline=SOON),
+        "urgent": Claim(1, priority=-1),
+    }
+    assert await order_of(claims) == ["urgent", "soon", "later", "no-deadline-1", "no-deadline-2", "idle"]
+
+
+async def test_a_tenant_that_floods_waits_behind_one_that_asks_little() -> None:
+    claims = {f"a{n}": Claim(100, tenant="a") for n in range(4)} | {f"b{n}": Claim(100, tenant="b") for n in range(2)}
+    assert await order_of(claims) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+async def test_tokens_count_and_not_jobs_and_weights_count_too() -> None:
+    claims = {f"a{n}": Claim(300, tenant="a") for n in range(3)} | {f"b{n}": Claim(100, tenant="b") for n in range(6)}
+    assert await order_of(claims) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4", "b5", "a2"]
+    heavy = await order_of(claims, weights={"a": 3.0})
+    assert heavy == ["a0", "b0", "a1", "b1", "a2", "b2", "b3", "b4", "b5"]
+
+
+async def test_who_is_cancelled_while_waiting_or_in_the_very_step_of_his_turn_takes_no_place() -> None:
+    dispatch = Dispatch(1, FairShares())
+
+    async def take() -> None:
+        async with dispatch.place(Claim(1)):
+            pass
+
+    async with dispatch.place(Claim(1)):
+        waiting, chosen = asyncio.create_task(take()), asyncio.create_task(take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(0)
+    chosen.cancel()
+    await asyncio.gather(waiting, chosen, return_exceptions=True)
+    async with asyncio.timeout(5), dispatch.place(Claim(1)):
+        assert dispatch.waiting == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 500)), min_size=1, max_size=60), st.integers(1, 4))
+def test_no_tenant_with_work_is_ever_further_behind_than_one_job_a_place(
+    jobs: list[tuple[str, int]], places: int
+) -> None:
+    async def run() -> None:
+        shares = FairShares()
+        dispatch = Dispatch(places, shares)
+        waiting = {tenant: sum(1 for name, _ in jobs if name == tenant) for tenant in "abc"}
+
+        async def work(tenant: str, tokens: int) -> None:
+            async with dispatch.place(Claim(tokens, tenant=tenant)):
+                waiting[tenant] -= 1
+                served = [shares.served(name) for name in "abc" if waiting[name]]
+                assert not served or max(served) - min(served) <= 500 * (places + 1)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(work(*job) for job in jobs))
+        assert dispatch.waiting == 0
+
+    asyncio.run(run())
+
+
+def test_idleness_saves_up_nothing_and_is_forgotten() -> None:
+    shares = FairShares()
+    shares.join("busy")
+    shares.charge("busy", 1_000)
+    shares.join("new")
+    assert shares.served("new") == 1_000
+    for number in range(MAX_REMEMBERED + 50):
+        shares.join(str(number))
+        shares.leave(str(number))
+    assert len(shares._served) <= MAX_REMEMBERED
+    assert shares.served("busy") == 1_000
+
+
+def test_a_tenant_pays_back_what_it_overdrew_before_its_next_job() -> None:
+    now = 0.0
+    rates = TokenRates(600, {"vip": 6_000}, clock=lambda: now)
+    assert rates.wait_s("a") == 0
+    rates.charge("a", 700)
+    assert rates.wait_s("a") == pytest.approx(10)
+    assert rates.wait_s("b") == 0
+    now = 10.0
+    assert rates.wait_s("a") == 0
+    rates.charge("a", 500)
+    rates.charge("a", -500)
+    assert rates.wait_s("a") == 0
+    rates.charge("vip", 700)
+    assert rates.wait_s("vip") == 0
+    TokenRates(None).charge("a", 10**9)
+    assert TokenRates(None).wait_s("a") == 0
+
+
+def test_whose_job_it_is_comes_from_the_settings_alone() -> None:
+    headers = (("x-tenant", b"a"), ("tenant", b"b"))
+    assert TenantSettings().tenant_of("jobs", headers) == ""
+    assert TenantSettings(header="X-Tenant").tenant_of("jobs", headers) == "a"
+    assert TenantSettings(header="missing").tenant_of("jobs", headers) == ""
+    assert TenantSettings(by_topic=True).tenant_of("jobs", headers) == "jobs"
+    for wrong in ({"header": "t", "by_topic": True}, {"weights": {"a": 0}}, {"limits": {"a": 0}}):
+        with pytest.raises(ValueError, match=r"exclude|above 0"):
+            TenantSettings(**wrong)
+
+
+class OneAtATime(GatedEngine):
+    """Runs one job and has one more queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_num_seqs = 1
+
+    @property
+    def order(self) -> list[str]:
+        return [job_id_of(request) for request in self.requests]
+
+
+async def test_the_worker_gives_the_engine_jobs_in_that_order_and_keeps_tenants_caches_apart(bench: Bench) -> None:
+    engine = OneAtATime()
+    tenants = TenantSettings(header="tenant")
+    names = [("x1", "x", 0), ("x2", "x", 0), ("x3", "x", 0), ("x4", "x", 0), ("y1", "y", 0), ("z", "x", -5)]
+    async with bench.working(engine, tenants=tenants):
+        for job_id, tenant, priority in names:
+            job = {"job_id": job_id, "prompt": "p", "priority": priority, "metadata": {"tenant": "forged"}}
+            await bench.send(job, headers=[("Tenant", tenant.encode())])
+        await eventually(lambda: reached_window(bench, 6))
+        assert engine.order == ["x1", "x2"]
+        engine.open(*(name for name, _, _ in names))
+        await bench.results(6)
+    assert engine.order == ["x1", "x2", "z", "y1", "x3", "x4"]
+    assert {job_id_of(request): request.cache_salt for request in engine.requests}["y1"] == b"y"
+
+
+def reached_window(bench: Bench, jobs: int) -> bool:
+    return f"nanovllm_jobs_in_flight {float(jobs)}" in bench.metrics.exposition().decode()
+
+
+async def test_jobs_behind_their_tenants_rate_hold_up_no_other_tenant(bench: Bench) -> None:
+    tenants = TenantSettings(header="tenant", limits={"greedy": 1})
+    admission = bench.settings.admission.model_copy(update={"max_jobs": 4, "drain_timeout_s": 0.2})
+    for number in range(10):
+        await bench.send({"job_id": f"g{number}", "prompt": "word " * 50}, headers=[("tenant", b"greedy")])
+    await bench.send({"job_id": "other", "prompt": "p"}, headers=[("tenant", b"modest")])
+    async with bench.working(EchoEngine(), tenants=tenants, admission=admission):
+        assert set(await bench.results(2)) == {"g0", "other"}
+    assert await bench.committed() == 1
+
+
+async def test_a_record_older_than_its_time_to_live_expires_before_anything_is_fetched(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = int((datetime.now(UTC) - timedelta(minutes=10)).timestamp() * 1000)
+    fetcher: Any = None  # any fetch would fail on it
+    admission = bench.settings.admission.model_copy(update={"ttl_s": 300.0})
+    job = json.dumps({"job_id": "old", "prompt": "<|image|>", "images": ["s3://images/a.png"]}).encode()
+    await bench.send(job, timestamp_ms=old)
+    await bench.send({"job_id": "fresh", "prompt": "p"})
+    async with bench.working(EchoEngine(), fetcher, admission=admission):
+        assert set(await bench.results(1)) == {"fresh"}
+        ((headers, _),) = await bench.dead_letters(1)
+        await eventually(lambda: reached(bench, 2))
+    assert (headers["nanovllm_class"], headers["nanovllm_stage"]) == ("expired", "admit")
+
+
+async def test_a_job_whose_deadline_passes_while_it_waits_for_a_place_never_reaches_the_engine(bench: Bench) -> None:
+    engine = OneAtATime()
+    async with bench.working(engine):
+        await bench.send({"job_id": "a", "prompt": "p"}, {"job_id": "b", "prompt": "p"})
+        await engine.submitted("a", "b")
+        deadline = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+        await bench.send({"job_id": "late", "prompt": "p", "deadline": deadline})
+        ((headers, _),) = await bench.dead_letters(1)
+        assert headers["nanovllm_class"] == "expired"
+        engine.open("a", "b")
+        await bench.results(2)
+    assert "late" not in engine.order
+
+
+def test_the_settings_have_tenants() -> None:
+    settings = Settings.model_validate({"tenants": {"header": "tenant", "weights": {"a": 2}}})
+    assert settings.tenants.weights == {"a": 2.0}
