@@ -11,6 +11,9 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nanovllm ./nanovllm
 RUN pip install ".[worker]"
+# The image runs without a compiler, so the kernels come compiled, for every kind of CPU that a node may have.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN XDG_CACHE_HOME=/opt/nanovllm/cache python -m nanovllm.engine.kernels
 
 FROM python:3.12-slim
 COPY --from=build /opt/nanovllm /opt/nanovllm
@@ -21,6 +24,7 @@ ENV PATH=/opt/nanovllm/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 \
     GOMP_SPINCOUNT=0 \
+    XDG_CACHE_HOME=/opt/nanovllm/cache \
     HOME=/tmp
 # By number: Kubernetes cannot tell from a name that a user is not root. The chart runs it under the same one.
 USER 65532:65532

@@ -36,7 +36,7 @@ class EngineConfig:
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     quantization: Literal["int8"] | None = None  # weights and products of the text model's linear layers, on a CPU
-    deterministic: bool = False
+    deterministic: bool = False  # the same bits alone, in any batch, chunked, cached or preempted; on a CPU
     forced_tokens: bool = True  # append what a constraint leaves no choice about without a decode step each
     max_images_per_request: int = 16
     enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named
@@ -60,8 +60,6 @@ class EngineConfig:
             raise ConfigurationError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported, only 1 is")
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
-        if self.deterministic:
-            raise ConfigurationError("deterministic=True is not supported yet")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ConfigurationError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16")
 

@@ -31,16 +31,21 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._multiply: Multiply | None = None
+        self._tile: int | None = None
 
-    def pack(self, quantization: Quantization | None = None, *, keep_weight: bool = False) -> None:
-        """Store the weight as int8 if asked to, or else packed if that pays; the plain ``weight`` goes unless kept."""
+    def pack(
+        self, quantization: Quantization | None = None, *, keep_weight: bool = False, tile: int | None = None
+    ) -> None:
+        """Store the weight as int8 if asked to, or else packed if that pays; the plain ``weight`` goes unless kept.
+
+        With ``tile`` the product is one of that many rows, always: an output row then depends on its input row alone.
+        """
         if quantization == "int8":
             self._multiply = int8_multiply(self.weight, self.bias)
         elif self.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(self.weight):
             self._multiply = packed_multiply(self.weight, self.bias)
-        else:
-            return
-        if not keep_weight:
+        self._tile = tile
+        if self.is_packed and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
@@ -49,10 +54,14 @@ class Linear(nn.Module):
         return self._multiply is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] → [..., out_features]."""
-        if self._multiply is None:
-            return F.linear(x, self.weight, self.bias)
-        return self._multiply(x)
+        """[T, in_features] → [T, out_features]."""
+        if self._tile is None:
+            return self._product(x)
+        padded = F.pad(x, (0, 0, 0, -len(x) % self._tile))
+        return torch.cat([self._product(rows) for rows in padded.split(self._tile)])[: len(x)]
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self._multiply is None else self._multiply(x)
 
 
 def can_pack(weight: Tensor) -> bool:

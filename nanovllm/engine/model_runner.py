@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.engine.attention import AttentionBatch, choose_backend
 from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.determinism import TILE, prove
 from nanovllm.engine.linear import why_no_int8
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
@@ -56,7 +57,7 @@ class ModelRunner:
         if reason is not None:
             raise ConfigurationError(f"quantization='int8' is not possible on {self.device}: {reason}")
         self.model = load_text_model(checkpoint, self.dtype, self.device)
-        self.model.pack(config.quantization)
+        self.model.pack(config.quantization, tile=TILE if config.deterministic else None)
         self.encoder: VisionEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
         self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
         self.processor: VisionProcessor | None = None
@@ -68,6 +69,10 @@ class ModelRunner:
             )
         text = self.model.config
         self.attention = choose_backend(self.device, self.dtype, text.head_dim, config.block_size)
+        if config.deterministic:
+            prove(self.model, self.attention)
+            if self.encoder is not None:
+                self.encoder.batch_size = 1
         block_bytes = (
             2 * self.attention.block_size * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
         ) * text.num_hidden_layers

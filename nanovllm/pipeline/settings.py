@@ -275,7 +275,9 @@ class EngineSettings(Section):
     quantization: Literal["int8"] | None = Field(
         None, description="`int8`: weights and products of the text model's linear layers in 8 bits, on a CPU."
     )
-    deterministic: bool = Field(False, description="Reserved; only false is accepted now.")
+    deterministic: bool = Field(
+        False, description="The same bits of a text whatever is computed beside it; on a CPU with a C++ compiler."
+    )
     step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
 
 

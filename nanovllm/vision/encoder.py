@@ -27,7 +27,6 @@ from nanovllm.vision.transform import ImageTransform
 SelectStrategy = Literal["default", "full"]
 
 # Images that go through the tower at once; more only costs memory.
-MAX_BATCH_SIZE = 32
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
@@ -73,6 +72,8 @@ class VisionEncoder(nn.Module):
         ConfigurationError: options that contradict one another or the projector.
         UnsupportedModel: a tower of another kind.
     """
+
+    batch_size = 32  # images that go through the tower at once, at most
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class VisionEncoder(nn.Module):
             )
         if not len(batch):
             return self._levels.new_empty((0, self.num_vision_tokens, self.hidden_size), dtype=self._dtype)
-        embeddings = torch.cat([self(self.normalise(part)) for part in batch.split(MAX_BATCH_SIZE)])
+        embeddings = torch.cat([self(self.normalise(part)) for part in batch.split(self.batch_size)])
         self.images_encoded += len(batch)
         self.encode_seconds += time.perf_counter() - started
         return embeddings

@@ -366,7 +366,6 @@ def test_a_text_tokenizer_without_an_image_token_composes_too(tmp_path: Path) ->
         ({"max_model_len": 10**6}, "max_model_len=1000000.*4096"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
         ({"quantization": "awq"}, "quantization='awq'"),
-        ({"deterministic": True}, "deterministic"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"dtype": "int4"}, "dtype='int4'"),
         ({"kv_cache_bytes": 100}, "KV cache"),

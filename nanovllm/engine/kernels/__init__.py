@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(str(path) for path in _FOLDER.glob("*.cpp"))
 _COMPILE_TIMEOUT_S = 300.0
-_FLAGS = {
+FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
@@ -31,16 +31,16 @@ _FLAGS = {
 def missing() -> str | None:
     """Load the kernels, compiling them first where that was not done yet; returns the reason if they cannot be had."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in _FLAGS:
-        return f"there are none for a CPU of the kind {capability}, only for {' and '.join(_FLAGS)}"
-    library = cache_folder() / f"cpu-{_digest(capability)}.so"
+    if capability not in FLAGS:
+        return f"there are none for a CPU of the kind {capability}, only for {' and '.join(FLAGS)}"
+    library = kept(capability)
     try:
         if library.exists():
             torch.ops.load_library(str(library))
             return None
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, library.name)
-            compile_kernels(capability, built)
+            compile_for(capability, built)
             torch.ops.load_library(str(built))
             _keep(built, library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -48,12 +48,15 @@ def missing() -> str | None:
     return None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``nanovllm`` in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+def kept(capability: str) -> Path:
+    """Where the kernels for a kind of CPU are kept: under ``nanovllm`` in XDG_CACHE_HOME or ~/.cache."""
+    texts = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*"))]
+    parts = "\0".join((*texts, torch.__version__, capability, *FLAGS[capability]))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+    return folder / f"cpu-{hashlib.sha256(parts.encode()).hexdigest()[:24]}.so"
 
 
-def compile_kernels(capability: str, library: Path) -> None:
+def compile_for(capability: str, library: Path) -> None:
     """Compile for a CPU of ``capability`` (AVX2 or AVX512), which need not be this one, into ``library``.
 
     Raises:
@@ -71,7 +74,7 @@ def compile_kernels(capability: str, library: Path) -> None:
     openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
     command = [
         *(compiler, "-shared", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
-        *_FLAGS[capability],
+        *FLAGS[capability],
         *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-DAT_PARALLEL_OPENMP=1"),
         *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
         *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
@@ -80,12 +83,6 @@ def compile_kernels(capability: str, library: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"{compiler} could not compile the CPU kernels: {done.stderr[-2000:]}")
-
-
-def _digest(capability: str) -> str:
-    texts = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*"))]
-    parts = (*texts, torch.__version__, capability, *_FLAGS[capability])
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _keep(built: Path, library: Path) -> None:

@@ -218,8 +218,8 @@ class Decoder(nn.Module):
         cos_rows, sin_rows = self._rotary[positions].unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
 
-    def pack(self, quantization: Quantization | None = None) -> None:
-        """Lay the weights out for this machine, once they are loaded."""
+    def pack(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
+        """Lay the weights out for this machine, once they are loaded; see ``Linear.pack``."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(quantization, keep_weight=module.weight is self.embed_tokens)
+                module.pack(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)

@@ -1,0 +1,11 @@
+"""Compile the kernels for every kind of CPU into the cache: for an image that will run without a compiler."""
+
+from __future__ import annotations
+
+from nanovllm.engine.kernels import FLAGS, compile_for, kept
+
+for capability in FLAGS:
+    library = kept(capability)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    compile_for(capability, library)
+    print(f"{capability}: {library}")
