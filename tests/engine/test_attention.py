@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +183,23 @@ def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None
     assert (plan.max_query, plan.max_context) == (3, 6)
     torch.testing.assert_close(keys[1, 1], key[0])
     torch.testing.assert_close(values[3, :3], value[1:])
+
+
+@pytest.mark.slow
+def test_kernels_for_a_lesser_cpu_compile_anew_and_pass_the_same_tests(tmp_path: Path) -> None:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or kernels.missing() is not None:
+        pytest.skip("this is the lesser CPU")
+    here = Path(__file__)
+    modules = [str(here), str(here.with_name("test_rows.py")), str(here.with_name("test_linear.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *modules],
+        cwd=here.parents[2],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
+    assert len(list((tmp_path / "nanovllm").glob("cpu-*.so"))) == 1

@@ -41,8 +41,7 @@ def missing() -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, library.name)
             compile_for(capability, built)
-            torch.ops.load_library(str(built))
-            _keep(built, library)
+            torch.ops.load_library(str(_keep(built, library)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
     return None
@@ -85,8 +84,8 @@ def compile_for(capability: str, library: Path) -> None:
         raise RuntimeError(f"{compiler} could not compile the CPU kernels: {done.stderr[-2000:]}")
 
 
-def _keep(built: Path, library: Path) -> None:
-    """Move a library to its place in one go: another process may be looking for it."""
+def _keep(built: Path, library: Path) -> Path:
+    """Move a library to its place in one go, as another process may be looking for it; returns where it is."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
@@ -94,3 +93,5 @@ def _keep(built: Path, library: Path) -> None:
         os.replace(file.name, library)
     except OSError as error:
         logger.warning("the compiled CPU kernels cannot be kept in %s: %s", library.parent, error)
+        return built
+    return library
