@@ -17,13 +17,14 @@ from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.fetch import ObjectFetcher
+from nanovllm.pipeline.fetch import ObjectFetcher, make_client
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.worker import Worker
 from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool
 
 PARTITIONS = 2
@@ -66,6 +67,9 @@ class Bench:
             decoders=self.decoders,
             fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
             sink=sink or KafkaSink(self.producer),
+            result_store=S3ResultStore(effective.s3.large_results, make_client(effective.s3))
+            if effective.s3.large_results
+            else None,
             metrics=self.metrics,
             health=self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),

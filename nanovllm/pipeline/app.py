@@ -72,13 +72,14 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from aiokafka import AIOKafkaProducer
 
     from nanovllm.metrics import Metrics
-    from nanovllm.pipeline.fetch import ObjectFetcher
+    from nanovllm.pipeline.fetch import ObjectFetcher, make_client
     from nanovllm.pipeline.health import Health, HealthServer
     from nanovllm.pipeline.retries import RetryTiers
     from nanovllm.pipeline.source import JobSource
     from nanovllm.pipeline.topics import message_limits
     from nanovllm.pipeline.worker import Worker
     from nanovllm.sinks.kafka import KafkaSink
+    from nanovllm.sinks.s3 import S3ResultStore
     from nanovllm.vision.decoder_pool import DecoderPool
 
     signals = _Signals()
@@ -123,6 +124,9 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             decoders=decoders,
             fetcher=fetcher,
             sink=KafkaSink(producer, limits_by_topic),
+            result_store=S3ResultStore(settings.s3.large_results, make_client(settings.s3))
+            if settings.s3.large_results
+            else None,
             metrics=metrics,
             health=health,
         )

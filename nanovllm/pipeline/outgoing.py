@@ -25,6 +25,7 @@ from nanovllm.sinks.messages import (
     Output,
     Result,
     StageTimings,
+    StoredResult,
     TokenLogprob,
     TokenLogprobs,
     TokenUsage,
@@ -46,7 +47,7 @@ class OutgoingRecords:
     ) -> list[OutgoingRecord]:
         """The result and the metrics of an answered job."""
         passage.output = output
-        fmt = self._format(passage)
+        fmt = self.format_of(passage)
         headers = passage.origin.headers
         job_id = job.job_id or ""
         result = Result(
@@ -84,12 +85,27 @@ class OutgoingRecords:
             worker=self._settings.worker_id,
             metadata=job.metadata,
         )
+        passage.result = result
         metrics = self._metrics(passage, result, fetched, output, stats)
-        topics = self._settings.topics
         return [
-            result_record(result, passage.result_topic or topics.results, fmt, headers),
-            metrics_record(metrics, topics.metrics, fmt, headers),
+            self._result_record(result, passage),
+            metrics_record(metrics, self._settings.topics.metrics, fmt, headers),
         ]
+
+    def is_too_large(self, record: OutgoingRecord) -> bool:
+        """Whether a result must lie in S3, by the settings or by what its topic takes."""
+        limit = self._max_record_bytes(record.topic)
+        return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
+
+    def reference(self, passage: Passage, stored: StoredResult) -> OutgoingRecord:
+        """The result of ``passage`` by the place where it is stored."""
+        if passage.result is None:
+            raise ValueError("only an answered job has a result to refer to")
+        return self._result_record(passage.result.referring_to(stored), passage)
+
+    def _result_record(self, result: Result, passage: Passage) -> OutgoingRecord:
+        topic = passage.result_topic or self._settings.topics.results
+        return result_record(result, topic, self.format_of(passage), passage.origin.headers)
 
     def dead_letter(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord:
         """The original record with the reason why it failed."""
@@ -130,7 +146,8 @@ class OutgoingRecords:
         record = OutgoingRecord(topic, passage.delivery.key, passage.delivery.value, headers)
         return record if record.size_bytes <= self._max_record_bytes(topic) else None
 
-    def _format(self, passage: Passage) -> MessageFormat:
+    def format_of(self, passage: Passage) -> MessageFormat:
+        """The format of what is sent for ``passage``."""
         wanted = self._settings.result_format
         return passage.format if wanted == "as_job" else wanted
 

@@ -43,7 +43,7 @@ def _cells(outcome: Outcome) -> tuple[Text, ...]:
     return (
         job,
         Text(outcome.status, style="green" if outcome.status == "ok" else "yellow"),
-        plain(outcome.text),
+        plain(outcome.text if outcome.stored is None else outcome.stored.uri),
         Text(f"{usage.input_tokens}+{usage.output_tokens}"),
         Text(", ".join(image.cache for image in outcome.inputs) or "-"),
         Text(f"{outcome.timings_ms.total:,.0f}"),

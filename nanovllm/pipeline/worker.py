@@ -41,6 +41,8 @@ from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
+from nanovllm.sinks.messages import result_id_for
+from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import PreparedImage
 
@@ -71,6 +73,7 @@ class Worker:
         sink: KafkaSink,
         metrics: Metrics,
         health: Health,
+        result_store: S3ResultStore | None = None,
         backoff: Backoff | None = None,
     ) -> None:
         self._settings = settings
@@ -78,6 +81,7 @@ class Worker:
         self._decoders = decoders
         self._fetcher = fetcher
         self._sink = sink
+        self._result_store = result_store
         self._metrics = metrics
         self._health = health
         self._backoff = backoff or Backoff()
@@ -189,6 +193,8 @@ class Worker:
                         self._settle_tokens(claim, output)
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
                 self._poison.answered()
+                with passage.stage("publish"):
+                    records = await self._store_if_large(records, passage)
             except Exception as error:
                 records = self._retry_later(passage, error) or self._bury(passage, error)
             with passage.stage("publish"):
@@ -305,6 +311,16 @@ class Worker:
             return await generation
         finally:
             generation.abort()
+
+    async def _store_if_large(self, records: list[OutgoingRecord], passage: Passage) -> list[OutgoingRecord]:
+        """The records of an answer, the result by reference where it is too large and there is a store for it."""
+        result, *others = records
+        store = self._result_store
+        if store is None or not self._outgoing.is_too_large(result):
+            return records
+        result_id, fmt = result_id_for(passage.job_id or ""), self._outgoing.format_of(passage)
+        stored = await self._persist(lambda: store.put(result_id, result.value, fmt), "result store", passage)
+        return [self._outgoing.reference(passage, stored), *others]
 
     async def _publish(self, records: list[OutgoingRecord], passage: Passage) -> None:
         """Returns when all are acknowledged: only then may the ledger move."""

@@ -99,6 +99,14 @@ class Output(Message):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
+class StoredResult(Message):
+    """Where a whole result lies that was too large for its message."""
+
+    uri: str = Field(description="`s3://bucket/key` of the result as it would have been sent.")
+    sha256: str = Field(description="Digest of the object.")
+    size: int = Field(ge=0, description="Bytes of the object.")
+
+
 class Result(Message):
     """The answer to one job. Schema `result.v1`."""
 
@@ -127,6 +135,16 @@ class Result(Message):
     source: Source
     worker: str
     metadata: dict[str, Any] = Field(default_factory=dict, description="The job's own metadata.")
+    stored: StoredResult | None = Field(
+        None,
+        description="The whole result is in S3, because it is too large for a message: `text`, `token_ids`, `outputs`, "
+        "log-probabilities, `inputs` and `metadata` are empty here.",
+    )
+
+    def referring_to(self, stored: StoredResult) -> Result:
+        """This result without whatever may be large, and with the place where all of it is."""
+        large = {"text": "", "token_ids": (), "logprobs": None, "prompt_logprobs": None, "outputs": None}
+        return self.model_copy(update={**large, "inputs": (), "metadata": {}, "stored": stored})
 
 
 class ImageMetrics(Message):
