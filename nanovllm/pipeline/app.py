@@ -80,6 +80,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from nanovllm.pipeline.worker import Worker
     from nanovllm.sinks.kafka import KafkaSink
     from nanovllm.sinks.s3 import S3ResultStore
+    from nanovllm.sinks.producer import RenewingProducer
     from nanovllm.vision.decoder_pool import DecoderPool
 
     signals = _Signals()
@@ -114,7 +115,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         topics, tiers = settings.topics, RetryTiers.of(settings)
         written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
-        producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
+        producer = RenewingProducer(lambda: AIOKafkaProducer(**settings.kafka.producer_kwargs()))
         stack.push_async_callback(producer.stop)
         await producer.start()
 
@@ -141,6 +142,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             drain_timeout_s=settings.admission.drain_timeout_s,
             metrics=metrics,
             delays_s=tiers.delays_s,
+            exactly_once=settings.delivery == "exactly_once",
         )
         # From here on the worker leaves the group before anything above is closed.
         await source.start()

@@ -28,6 +28,7 @@ from aiokafka.errors import (
 from nanovllm.errors import BrokersUnavailable, ErrorClass, MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat, encode
 from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
+from nanovllm.sinks.producer import RenewingProducer, is_breakdown
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -123,13 +124,28 @@ class KafkaSink:
     partition again.
     """
 
-    def __init__(self, producer: AIOKafkaProducer, max_record_bytes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, producer: AIOKafkaProducer | RenewingProducer, max_record_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self._producer = producer
         self._max_record_bytes = dict(max_record_bytes or {})
 
     def max_record_bytes(self, topic: str) -> int:
         """The largest record that ``topic`` takes."""
         return self._max_record_bytes.get(topic, DEFAULT_MAX_RECORD_BYTES)
+
+    def check(self, records: Sequence[OutgoingRecord]) -> None:
+        """Refuse what a topic would refuse.
+
+        Raises:
+            MessageTooLarge: a record exceeds its topic's limit.
+        """
+        for record in records:
+            if record.size_bytes > self.max_record_bytes(record.topic):
+                raise MessageTooLarge(
+                    f"a record of {record.size_bytes} bytes is above the limit of {self.max_record_bytes(record.topic)}"
+                    f" bytes of topic {record.topic}"
+                )
 
     async def publish(self, records: Sequence[OutgoingRecord]) -> None:
         """Send ``records`` and wait until all replicas have them.
@@ -141,12 +157,7 @@ class KafkaSink:
             TransientError: the brokers did not answer in time.
             BrokersUnavailable: the brokers refuse, whatever is sent.
         """
-        for record in records:
-            if record.size_bytes > self.max_record_bytes(record.topic):
-                raise MessageTooLarge(
-                    f"a record of {record.size_bytes} bytes is above the limit of {self.max_record_bytes(record.topic)}"
-                    f" bytes of topic {record.topic}"
-                )
+        self.check(records)
         outcomes = await asyncio.gather(*(self._send(record) for record in records), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
@@ -173,6 +184,8 @@ def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
         return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
     if isinstance(error, UnknownTopicOrPartitionError):
         return BrokersUnavailable(f"topic {topic} does not exist and is not created by itself ({name})")
+    if is_breakdown(error):
+        return TransientError(f"the Kafka producer broke down at topic {topic} and is replaced ({name})")
     if error.retriable or isinstance(error, _TRANSIENT):
         return TransientError(f"topic {topic} could not be written ({name})")
     return BrokersUnavailable(f"the brokers refuse what is sent to topic {topic} ({name})")

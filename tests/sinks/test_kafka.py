@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from datetime import datetime
@@ -17,6 +18,7 @@ from aiokafka.errors import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from parts import create_topic
 from sample_messages import SOURCE, dead_letter, metrics, result
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
@@ -32,6 +34,7 @@ from nanovllm.sinks.kafka import (
     without_url_queries,
 )
 from nanovllm.sinks.messages import Result, result_id_for
+from nanovllm.sinks.producer import RenewingProducer
 
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
@@ -158,7 +161,7 @@ def test_a_dead_letter_never_exceeds_its_limit(
         (NotEnoughReplicasError(), TransientError),
         (MessageSizeTooLargeError(), MessageTooLarge),
         (TopicAuthorizationFailedError(), BrokersUnavailable),
-        (OutOfOrderSequenceNumber(), BrokersUnavailable),
+        (OutOfOrderSequenceNumber(), TransientError),
     ],
 )
 def test_every_refusal_of_the_broker_has_a_class(error: KafkaError, meaning: type[Exception]) -> None:
@@ -206,8 +209,6 @@ async def test_a_record_above_its_topics_limit_is_refused_before_anything_is_sen
 async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_goes_on(
     kafka_broker: str, unique: Callable[[str], str]
 ) -> None:
-    from parts import create_topic
-
     from nanovllm.pipeline.settings import KafkaSettings
     from nanovllm.pipeline.topics import message_limits
 
@@ -227,3 +228,31 @@ async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_
             await sink.publish([record])
     finally:
         await producer.stop()
+
+
+@pytest.mark.kafka
+async def test_a_producer_whose_numbers_the_broker_no_longer_takes_is_replaced(
+    kafka_broker: str, unique: Callable[[str], str]
+) -> None:
+    topic = unique("dead")
+    await create_topic(kafka_broker, topic, partitions=1, settings={"max.message.bytes": "1000"})
+    made: list[AIOKafkaProducer] = []
+
+    def connect() -> AIOKafkaProducer:
+        made.append(AIOKafkaProducer(bootstrap_servers=kafka_broker, enable_idempotence=True, acks="all"))
+        return made[-1]
+
+    producer = RenewingProducer(connect)
+    await producer.start()
+    try:
+        sink = KafkaSink(producer)
+        await sink.publish([OutgoingRecord(topic, b"k", b"small")])
+        # aiokafka has counted the record that the broker refuses; whatever follows is out of order.
+        with pytest.raises(MessageTooLarge):
+            await sink.publish([OutgoingRecord(topic, b"k", b"x" * 5_000)])
+        with pytest.raises(TransientError, match="replaced"):
+            await sink.publish([OutgoingRecord(topic, b"k", b"small")])
+        await asyncio.gather(*(sink.publish([OutgoingRecord(topic, b"k", b"small")]) for _ in range(5)))
+    finally:
+        await producer.stop()
+    assert len(made) == 2

@@ -1,0 +1,96 @@
+"""An idempotent producer that outlives its own breakdowns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    KafkaError,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
+    UnknownProducerId,
+)
+
+logger = logging.getLogger(__name__)
+
+_BREAKDOWNS = (
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
+    UnknownProducerId,
+)
+
+
+def is_breakdown(error: KafkaError) -> bool:
+    """Whether the producer that raised ``error`` can never send again: its numbers and the broker's have parted.
+
+    aiokafka numbers a record before the broker has taken it; once one was refused, every later one is out of order. A
+    plain KafkaError says that its sending task has died.
+    """
+    return isinstance(error, _BREAKDOWNS) or type(error) is KafkaError
+
+
+class RenewingProducer:
+    """Sends through one AIOKafkaProducer, and replaces it when it breaks down.
+
+    What was being sent when it broke fails with the error; sent again, it goes through the new producer.
+    """
+
+    def __init__(self, connect: Callable[[], AIOKafkaProducer]) -> None:
+        """``connect`` makes a producer that is not started; called once in ``start`` and once a breakdown."""
+        self._connect = connect
+        self._producer: AIOKafkaProducer | None = None
+        self._renewal = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect. Raises KafkaError when no broker answers."""
+        self._producer = await self._started()
+
+    async def stop(self) -> None:
+        """Send what is left, and disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def send_and_wait(
+        self, topic: str, value: bytes | None, *, key: bytes | None, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> None:
+        """Return when all replicas have the record.
+
+        Raises:
+            KafkaError: they have not, as far as is known; after a breakdown the next call uses another producer.
+        """
+        producer = self._producer
+        if producer is None:
+            raise ProducerClosed()
+        try:
+            await producer.send_and_wait(topic, value, key=key, headers=list(headers))
+        except KafkaError as error:
+            if is_breakdown(error):
+                await self._renew(producer)
+            raise
+
+    async def _renew(self, broken: AIOKafkaProducer) -> None:
+        async with self._renewal:
+            is_replaced_already = self._producer is not broken
+            if is_replaced_already:
+                return
+            logger.error("the Kafka producer broke down and is replaced")
+            self._producer = await self._started()
+            await broken.stop()
+
+    async def _started(self) -> AIOKafkaProducer:
+        producer = self._connect()
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        return producer
