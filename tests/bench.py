@@ -81,6 +81,7 @@ class Bench:
             drain=worker.drain,
             lost=worker.drop,
             delays_s=tiers.delays_s,
+            exactly_once=effective.delivery == "exactly_once",
         )
         await source.start()
         running = asyncio.create_task(worker.run(source))
@@ -96,7 +97,11 @@ class Bench:
     async def read(self, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
         """The first ``count`` records of a topic; fails when fewer come in time."""
         consumer = AIOKafkaConsumer(
-            topic, bootstrap_servers=self.bootstrap_servers, auto_offset_reset="earliest", enable_auto_commit=False
+            topic,
+            bootstrap_servers=self.bootstrap_servers,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+            isolation_level="read_committed",
         )
         await consumer.start()
         records: list[Any] = []

@@ -79,8 +79,8 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from nanovllm.pipeline.topics import message_limits
     from nanovllm.pipeline.worker import Worker
     from nanovllm.sinks.kafka import KafkaSink
-    from nanovllm.sinks.s3 import S3ResultStore
     from nanovllm.sinks.producer import RenewingProducer
+    from nanovllm.sinks.s3 import S3ResultStore
     from nanovllm.vision.decoder_pool import DecoderPool
 
     signals = _Signals()

@@ -11,8 +11,8 @@ from typing import Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
+from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.retries import Origin
-from nanovllm.pipeline.source import Delivery
 from nanovllm.sinks.encoding import MessageFormat
 from nanovllm.sinks.messages import DeadLetterClass, Result, Stage
 

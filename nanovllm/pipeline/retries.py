@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from nanovllm.errors import NanoVLLMError
+from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.settings import Settings
-from nanovllm.pipeline.source import Delivery
 from nanovllm.sinks.kafka import OWN_PREFIX, Headers
 from nanovllm.sinks.messages import Source
 

@@ -81,6 +81,10 @@ class KafkaSettings(Section):
     max_poll_interval_ms: Millis = Field(
         300_000, description="A worker that polls no more for this long leaves the group."
     )
+    transaction_timeout_ms: Millis = Field(
+        30_000,
+        description="With `exactly_once`: a transaction of a worker that died holds readers up at most this long.",
+    )
     fetch_max_bytes: Bytes = Field(50 * 2**20, description="Most bytes of one fetch from a broker.")
     max_partition_fetch_bytes: Bytes = Field(2**20, description="Most bytes of one fetch from one partition.")
     max_request_bytes: Bytes = Field(2**20, description="Largest message that is sent; at most the topics' own limit.")
@@ -187,6 +191,14 @@ class KafkaSettings(Section):
             "max_request_size": self.max_request_bytes,
             "compression_type": self.compression_type,
             "linger_ms": self.linger_ms,
+        }
+
+    def transactional_kwargs(self, topic: str, partition: int) -> dict[str, Any]:
+        """Arguments of the AIOKafkaProducer for what comes of one input partition, with `delivery: exactly_once`."""
+        return self.producer_kwargs() | {
+            # No topic has a slash in its name: two partitions never share an id.
+            "transactional_id": f"{self.group_id}/{topic}/{partition}",
+            "transaction_timeout_ms": self.transaction_timeout_ms,
         }
 
 
@@ -351,7 +363,8 @@ class Settings(BaseSettings):
 
     delivery: Literal["at_least_once", "exactly_once"] = Field(
         "at_least_once",
-        description="`at_least_once`: a repeated result has the same `result_id`. `exactly_once` is refused for now.",
+        description="`at_least_once`: a repeated result has the same `result_id`. `exactly_once`: what a job sends and "
+        "its offset are one transaction; readers with `read_committed` see each once, and in the order of the offsets.",
     )
     result_format: Literal["as_job", "json", "msgpack"] = Field(
         "as_job", description="Format of results and metrics; `as_job`: the one that the job came in."
@@ -378,8 +391,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
-        if self.delivery == "exactly_once":
-            raise ValueError("delivery: exactly_once is not available in this version; use at_least_once")
         if self.sampling.max_tokens > self.admission.max_tokens:
             raise ValueError(
                 "sampling.max_tokens is above admission.max_tokens: jobs without sampling would be refused"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
@@ -18,11 +18,14 @@ from aiokafka.errors import (
     OffsetOutOfRangeError,
 )
 
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, NanoVLLMError
 from nanovllm.metrics import Metrics
+from nanovllm.pipeline.assignment import Assignment, Delivery
 from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.places import Places
 from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.pipeline.transactions import PartitionTransactions
 
 logger = logging.getLogger(__name__)
 
@@ -32,43 +35,6 @@ _NOWHERE = TopicPartition("", -1)
 
 COMMIT_TIMEOUT_S = 10.0
 POSITION_TIMEOUT_S = 0.2
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """One record, handed over once during one assignment of its partition."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp_ms: int | None
-    key: bytes | None
-    value: bytes
-    headers: tuple[tuple[str, bytes], ...] = ()
-    ledger: PartitionLedger = field(kw_only=True, repr=False)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether its partition is still ours; if not, somebody else gets the record again."""
-        return not self.ledger.is_fenced
-
-    def settle(self) -> bool:
-        """Note that it ended; False when its partition has left meanwhile."""
-        return self.ledger.settle(self.offset)
-
-
-@dataclass(eq=False)
-class _Assignment:
-    """A partition's ledger, and what is known about its committed offset."""
-
-    ledger: PartitionLedger
-    committed: int | None
-    # A commit whose answer never came may have happened or not.
-    attempted: int | None = None
-
-    def is_done(self, end: int) -> bool:
-        """Whether everything below ``end`` is finished and committed."""
-        return self.ledger.in_flight == 0 and self.ledger.position >= end and self.committed == self.ledger.watermark
 
 
 class JobSource(ConsumerRebalanceListener):
@@ -85,6 +51,7 @@ class JobSource(ConsumerRebalanceListener):
         lost: called with the ledger of each partition that left for good.
         metrics: where records that retention removed before anybody read them are counted.
         delays_s: topics whose records are handed over so many seconds after they were written.
+        exactly_once: fence each partition with a transactional producer of its own, which ends its jobs.
     """
 
     def __init__(
@@ -98,6 +65,7 @@ class JobSource(ConsumerRebalanceListener):
         drain_timeout_s: float = 0.0,
         metrics: Metrics | None = None,
         delays_s: Mapping[str, int] | None = None,
+        exactly_once: bool = False,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
@@ -105,12 +73,15 @@ class JobSource(ConsumerRebalanceListener):
         self._drain = drain
         self._lost = lost
         self._drain_timeout_s = drain_timeout_s
-        self._metrics = metrics or Metrics()
+        self._places = Places(settings.auto_offset_reset, metrics or Metrics())
         self._waits = DelayedHeads(delays_s or {})
         self._consumer: AIOKafkaConsumer | None = None
-        self._active: dict[TopicPartition, _Assignment] = {}
-        self._parted: dict[TopicPartition, _Assignment] = {}
+        self._active: dict[TopicPartition, Assignment] = {}
+        self._parted: dict[TopicPartition, Assignment] = {}
         self._arriving: set[TopicPartition] = set()
+        self._exactly_once = exactly_once
+        self._not_before: dict[TopicPartition, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._commit_lock = asyncio.Lock()
         self._has_joined = False
         self._takes_work = True
@@ -202,7 +173,7 @@ class JobSource(ConsumerRebalanceListener):
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
                 await self._commit(self._active)
-        except (KafkaError, TimeoutError) as error:
+        except (KafkaError, NanoVLLMError, TimeoutError) as error:
             logger.warning("offsets were not committed this time: %s", type(error).__name__)
 
     async def is_drained(self) -> bool:
@@ -225,6 +196,9 @@ class JobSource(ConsumerRebalanceListener):
             return
         if self._active:
             await self.commit()
+        for assignment in [*self._active.values(), *self._parted.values()]:
+            self._close(assignment)
+        await asyncio.gather(*self._closing)
         await self._consumer.stop()
         self._has_joined = False
 
@@ -242,7 +216,7 @@ class JobSource(ConsumerRebalanceListener):
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
                 await self._commit(leaving)
-        except (KafkaError, TimeoutError) as error:
+        except (KafkaError, NanoVLLMError, TimeoutError) as error:
             # The embedded broker refuses every commit in a rebalance; what is not committed is done again.
             logger.warning("offsets of leaving partitions were not committed: %s", type(error).__name__)
 
@@ -262,58 +236,81 @@ class JobSource(ConsumerRebalanceListener):
     def _with_room(self) -> list[TopicPartition]:
         return [tp for tp, assignment in self._active.items() if assignment.ledger.room > 0 and self._waits.is_over(tp)]
 
-    def _let_go(self, assignment: _Assignment) -> None:
+    def _let_go(self, assignment: Assignment) -> None:
         assignment.ledger.fence()
         self._lost(assignment.ledger)
+        self._close(assignment)
+
+    def _close(self, assignment: Assignment) -> None:
+        if assignment.transactions is not None:
+            closing = asyncio.create_task(assignment.transactions.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def _give_up_fenced(self) -> None:
+        """Somebody else started the producer of a partition that we hold: one of us is late to learn of a rebalance.
+
+        If it is us, the next heartbeat says so. If not, the partition is taken in anew once that must have come.
+        """
+        for tp, assignment in list(self._active.items()):
+            if assignment.transactions is not None and assignment.transactions.is_fenced:
+                self._let_go(self._active.pop(tp))
+                self._arriving.add(tp)
+                self._not_before[tp] = time.monotonic() + 2 * self._settings.heartbeat_interval_ms / 1000
 
     async def _take_in(self) -> None:
         consumer = self._started()
+        self._give_up_fenced()
         for tp in sorted(self._arriving):
-            committed = await consumer.committed(tp)
-            if tp not in self._arriving or tp in self._active:
+            if time.monotonic() < self._not_before.get(tp, 0.0):
                 continue
             try:
-                assignment = await self._adopt_or_open(consumer, tp, committed)
+                if self._exactly_once:
+                    assignment = await self._adopt_or_fence(consumer, tp)
+                else:
+                    assignment = await self._adopt_or_open(consumer, tp, await consumer.committed(tp))
             except IllegalStateError:
                 continue  # revoked meanwhile
-            if tp in self._arriving:
+            if tp in self._arriving and tp not in self._active:
                 self._arriving.discard(tp)
                 self._active[tp] = assignment
+            else:
+                self._let_go(assignment)
 
-    async def _adopt_or_open(
-        self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None
-    ) -> _Assignment:
+    async def _adopt_or_fence(self, consumer: AIOKafkaConsumer, tp: TopicPartition) -> Assignment:
+        """With exactly_once: the producer first, then the committed offset, then records. Any other order repeats."""
+        before = self._parted.get(tp)
+        if before is not None and before.transactions is not None:
+            is_unchanged = await before.transactions.open()
+            if self._parted.get(tp) is before:
+                if is_unchanged:
+                    consumer.seek(tp, before.ledger.position)
+                    return self._parted.pop(tp)
+                self._let_go(self._parted.pop(tp))
+        transactions = PartitionTransactions(tp, self._settings, consumer.committed)
+        try:
+            await transactions.open()
+            position = await self._places.near(consumer, tp, transactions.committed)
+            consumer.seek(tp, position)
+        except BaseException:
+            await transactions.close()
+            raise
+        ledger = PartitionLedger(position, max_out_of_order=self._max_out_of_order)
+        transactions.follow(ledger)
+        return Assignment(ledger, transactions.committed, transactions=transactions)
+
+    async def _adopt_or_open(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> Assignment:
         """Always seeks: what was prefetched or handed over since the assignment began was not delivered."""
-        before = self._parted.pop(tp, None)
+        before = self._parted.get(tp)
         if before is not None:
             if committed in (before.committed, before.attempted):
-                before.committed = committed
                 consumer.seek(tp, before.ledger.position)
-                return before
-            self._let_go(before)
-        position = await self._place(consumer, tp, committed)
+                before.committed = committed
+                return self._parted.pop(tp)
+            self._let_go(self._parted.pop(tp))
+        position = await self._places.near(consumer, tp, committed)
         consumer.seek(tp, position)
-        return _Assignment(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
-
-    async def _place(self, consumer: AIOKafkaConsumer, tp: TopicPartition, wanted: int | None) -> int:
-        """Where reading begins when it should begin at ``wanted`` (None: nobody has read here)."""
-        beginning: int = (await consumer.beginning_offsets([tp]))[tp]
-        if wanted is None:
-            return await self._by_policy(consumer, tp, beginning)
-        if wanted < beginning:
-            logger.error(
-                "%s-%d: retention removed the offsets %d to %d before they were read: jobs may be lost; "
-                "raise the topic's retention, or add workers",
-                *(tp.topic, tp.partition, wanted, beginning - 1),
-            )
-            self._metrics.overtaken.labels(tp.topic, tp.partition).inc(beginning - wanted)
-        return max(wanted, beginning)
-
-    async def _by_policy(self, consumer: AIOKafkaConsumer, tp: TopicPartition, beginning: int) -> int:
-        if self._settings.auto_offset_reset == "earliest":
-            return beginning
-        end: int = (await consumer.end_offsets([tp]))[tp]
-        return end
+        return Assignment(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
 
     async def _find_places(self, tps: Iterable[TopicPartition]) -> None:
         """The log has nothing where ``tps`` stand: retention passed them, or the log was cut or made anew."""
@@ -322,9 +319,9 @@ class JobSource(ConsumerRebalanceListener):
             if (assignment := self._active.get(tp)) is None:
                 continue
             wanted = assignment.ledger.position
-            place = await self._place(consumer, tp, wanted)
+            place = await self._places.near(consumer, tp, wanted)
             if place == wanted:
-                place = await self._by_policy(consumer, tp, (await consumer.beginning_offsets([tp]))[tp])
+                place = await self._places.by_policy(consumer, tp)
             if self._active.get(tp) is assignment:
                 consumer.seek(tp, place)
 
@@ -334,8 +331,12 @@ class JobSource(ConsumerRebalanceListener):
         if offset < assignment.ledger.position:
             # The log was truncated or the topic made anew, and reading went back by the reset policy.
             logger.warning("%s-%d went back to offset %d", tp.topic, tp.partition, offset)
-            self._let_go(assignment)
-            assignment = _Assignment(PartitionLedger(offset, max_out_of_order=self._max_out_of_order), None)
+            ledger = PartitionLedger(offset, max_out_of_order=self._max_out_of_order)
+            assignment.ledger.fence()
+            self._lost(assignment.ledger)
+            assignment = Assignment(ledger, None, transactions=assignment.transactions)
+            if assignment.transactions is not None:
+                assignment.transactions.follow(ledger)
             self._active[tp] = assignment
         assignment.ledger.deliver(offset)
         timestamp: int = record.timestamp  # type: ignore[attr-defined]
@@ -348,6 +349,7 @@ class JobSource(ConsumerRebalanceListener):
             record.value or b"",  # type: ignore[attr-defined]
             tuple((name, value or b"") for name, value in record.headers),  # type: ignore[attr-defined]
             ledger=assignment.ledger,
+            transactions=assignment.transactions,
         )
 
     async def _note_positions(self) -> None:
@@ -361,9 +363,13 @@ class JobSource(ConsumerRebalanceListener):
                     if self._active.get(tp) is assignment:
                         assignment.ledger.advance(position)
 
-    async def _commit(self, assignments: dict[TopicPartition, _Assignment]) -> None:
+    async def _commit(self, assignments: dict[TopicPartition, Assignment]) -> None:
         consumer = self._started()
         async with self._commit_lock:
+            if self._exactly_once:
+                for assignment in assignments.values():
+                    await assignment.commit_position()
+                return
             moved = {
                 tp: (assignment, assignment.ledger.watermark)
                 for tp, assignment in assignments.items()

@@ -22,6 +22,7 @@ from nanovllm.errors import (
 )
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Admission, Ticket
+from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.codec import decode_job, message_format
@@ -36,7 +37,7 @@ from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
-from nanovllm.pipeline.source import Delivery, JobSource
+from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
@@ -198,7 +199,7 @@ class Worker:
             except Exception as error:
                 records = self._retry_later(passage, error) or self._bury(passage, error)
             with passage.stage("publish"):
-                await self._publish(records, passage)
+                await self._publish(records, passage, ticket)
             delivery.settle()
             self._observe(passage)
         finally:
@@ -322,16 +323,27 @@ class Worker:
         stored = await self._persist(lambda: store.put(result_id, result.value, fmt), "result store", passage)
         return [self._outgoing.reference(passage, stored), *others]
 
-    async def _publish(self, records: list[OutgoingRecord], passage: Passage) -> None:
+    async def _publish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
         """Returns when all are acknowledged: only then may the ledger move."""
         try:
-            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+            await self._send(records, passage, ticket)
         except MessageTooLarge as error:
             passage.failed_stage = "publish"
             records = self._bury(passage, error)
-            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+            await self._send(records, passage, ticket)
         for record in records:
             self._metrics.sent.labels(record.topic).inc()
+
+    async def _send(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
+        delivery = passage.delivery
+        transactions = delivery.transactions
+        if transactions is None:
+            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+            return
+        self._sink.check(records)
+        # It may have to wait for the jobs below it; its place is free for others meanwhile.
+        ticket.leave_with(sum(record.size_bytes for record in records))
+        await self._persist(lambda: transactions.release(delivery.offset, records), "kafka producer", passage)
 
     async def _persist(
         self, attempt: Callable[[], Awaitable[T]], part: str, passage: Passage, *, max_attempts: int | None = None

@@ -160,10 +160,14 @@ def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
     assert load_settings(file) == Settings()
 
 
-def test_exactly_once_is_refused_rather_than_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOVLLM_DELIVERY", "exactly_once")
-    with pytest.raises(ConfigurationError, match="exactly_once"):
-        load_settings()
+def test_each_input_partition_has_a_transactional_id_of_its_own() -> None:
+    ids = {
+        KafkaSettings(group_id=group).transactional_kwargs(topic, partition)["transactional_id"]
+        for group in ("a", "a.b")
+        for topic in ("b.c", "c")
+        for partition in range(2)
+    }
+    assert len(ids) == 8
 
 
 def test_the_groups_timeouts_follow_the_drains_budget() -> None:

@@ -15,9 +15,10 @@ from parts import create_topic
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.metrics import Metrics
+from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
-from nanovllm.pipeline.source import Delivery, JobSource
+from nanovllm.pipeline.source import JobSource
 
 
 @dataclass

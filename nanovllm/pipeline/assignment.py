@@ -1,0 +1,59 @@
+"""A partition while it is ours, and the records handed over meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.transactions import PartitionTransactions
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One record, handed over once during one assignment of its partition."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int | None
+    key: bytes | None
+    value: bytes
+    headers: tuple[tuple[str, bytes], ...] = ()
+    ledger: PartitionLedger = field(kw_only=True, repr=False)
+    transactions: PartitionTransactions | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its partition is still ours; if not, somebody else gets the record again."""
+        return not self.ledger.is_fenced
+
+    def settle(self) -> bool:
+        """Note that it ended; False when its partition has left meanwhile."""
+        return self.ledger.settle(self.offset)
+
+
+@dataclass(eq=False)
+class Assignment:
+    """A partition's ledger, and what is known about its committed offset."""
+
+    ledger: PartitionLedger
+    committed: int | None
+    # A commit whose answer never came may have happened or not.
+    attempted: int | None = None
+    # With exactly_once: what ends the partition's jobs, and knows what is committed.
+    transactions: PartitionTransactions | None = None
+
+    def is_done(self, end: int) -> bool:
+        """Whether everything below ``end`` is finished and committed."""
+        return self.ledger.in_flight == 0 and self.ledger.position >= end and self.committed == self.ledger.watermark
+
+    async def commit_position(self) -> None:
+        """With exactly_once: the jobs' own transactions commit what they end; here, what an idle partition has passed.
+
+        Raises:
+            NanoVLLMError: it was not committed.
+        """
+        if self.transactions is not None:
+            if self.ledger.in_flight == 0 and self.transactions.committed != self.ledger.watermark:
+                await self.transactions.commit_position(self.ledger)
+            self.committed = self.transactions.committed

@@ -1,0 +1,238 @@
+"""``delivery: exactly_once``: what a partition's jobs send, and the offset behind them, in one transaction.
+
+aiokafka's offset commit inside a transaction carries no member or generation, so that a member which has lost its
+partition could still commit for it. What shuts it out is the producer: each input partition has a transactional id of
+its own, and whoever takes the partition over starts a producer with that id, which fences the one before. Only then is
+the committed offset read, and only then are records taken.
+
+Outputs are released in offset order. A transaction carries the outputs of a contiguous run of jobs and the offset
+behind them; an output above an unfinished job waits. Published at once it would be published again after a crash, for
+its offset cannot be committed before the one below it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from aiokafka import AIOKafkaProducer, OffsetAndMetadata, TopicPartition
+from aiokafka.errors import IllegalOperation, InvalidProducerEpoch, KafkaError, ProducerFenced
+
+from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
+from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.sinks.kafka import OutgoingRecord, publish_error
+
+logger = logging.getLogger(__name__)
+
+MAX_JOBS = 500
+CLOSE_TIMEOUT_S = 5.0
+
+# A state of its own that aiokafka does not expect ends in an AssertionError.
+_FAILURES = (KafkaError, IllegalOperation, AssertionError)
+
+ReadCommitted = Callable[[TopicPartition], Awaitable[int | None]]
+
+
+@dataclass(frozen=True)
+class _Output:
+    records: list[OutgoingRecord]
+    released: asyncio.Future[None]
+
+
+class PartitionTransactions:
+    """The transactions of one input partition, for as long as it is assigned.
+
+    Args:
+        read_committed: asks the group for the committed offset.
+    """
+
+    def __init__(self, tp: TopicPartition, kafka: KafkaSettings, read_committed: ReadCommitted) -> None:
+        self._tp = tp
+        self._kafka = kafka
+        self._read_committed = read_committed
+        self._producer: AIOKafkaProducer | None = None
+        self._ledger: PartitionLedger | None = None
+        self._outputs: dict[int, _Output] = {}
+        self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._releasing: asyncio.Task[None] | None = None
+        self._max_jobs = MAX_JOBS
+        self.committed: int | None = None
+        self.is_fenced = False
+
+    async def open(self) -> bool:
+        """Fence whoever had the partition before, and then read the committed offset.
+
+        Returns whether that is what it was when this object last knew: nobody else has worked here since.
+
+        Raises:
+            KafkaError: the brokers refuse.
+        """
+        async with self._turn:
+            before, was_fenced = self.committed, self.is_fenced
+            await self._renew()
+            return self.committed == before and not was_fenced
+
+    def follow(self, ledger: PartitionLedger) -> None:
+        """Release outputs in the order of ``ledger`` from now on."""
+        self._ledger = ledger
+        self._changed.set()
+        if self._releasing is None:
+            self._releasing = asyncio.create_task(self._release_runs(), name=f"transactions of {self._tp}")
+
+    async def release(self, offset: int, records: list[OutgoingRecord]) -> None:
+        """Return when the transaction with ``records`` is committed and ``offset`` is settled.
+
+        Never returns once the partition is fenced: the job is somebody else's, and its task is to be cancelled.
+
+        Raises:
+            NanoVLLMError: the transaction was given up, and nothing of it is visible.
+        """
+        released = asyncio.get_running_loop().create_future()
+        output = self._outputs[offset] = _Output(records, released)
+        self._changed.set()
+        try:
+            await released
+        finally:
+            if self._outputs.get(offset) is output:
+                del self._outputs[offset]
+
+    async def commit_position(self, ledger: PartitionLedger) -> None:
+        """Commit the watermark of an idle partition: offsets that nobody is given must not stay as lag.
+
+        Raises:
+            KafkaError: it was not committed.
+        """
+        async with self._turn:
+            if self._ledger is ledger and not self.is_fenced and ledger.in_flight == 0:
+                await self._transact([], ledger.watermark)
+
+    async def close(self) -> None:
+        """Stop, after the transaction that is under way."""
+        if self._releasing is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S), self._turn:
+                    self._releasing.cancel()
+            self._releasing.cancel()
+            await asyncio.gather(self._releasing, return_exceptions=True)
+        await _stop(self._producer)
+        self._producer = None
+
+    async def _release_runs(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            async with self._turn:
+                while not self.is_fenced and self._ledger is not None:
+                    offsets, behind = self._ledger.leading(self._outputs, self._max_jobs)
+                    if not offsets:
+                        break
+                    await self._release(self._ledger, offsets, behind)
+
+    async def _release(self, ledger: PartitionLedger, offsets: list[int], behind: int) -> None:
+        outputs = [self._outputs.pop(offset) for offset in offsets]
+        try:
+            await self._transact([record for output in outputs for record in output.records], behind)
+        except NanoVLLMError as error:
+            if isinstance(error, MessageTooLarge) and len(outputs) > 1:
+                error = TransientError("a record of another job in the transaction was refused")
+            # One by one for a while: what is refused for one job's sake must not be held against the others.
+            self._max_jobs = 1
+            if not self.is_fenced:
+                for output in outputs:
+                    _end(output.released, error)
+            return
+        self._max_jobs = min(MAX_JOBS, 2 * self._max_jobs)
+        for offset, output in zip(offsets, outputs, strict=True):
+            ledger.settle(offset)
+            _end(output.released, None)
+
+    async def _transact(self, records: list[OutgoingRecord], behind: int) -> None:
+        """One transaction, whole or not at all.
+
+        Raises:
+            NanoVLLMError: not at all.
+        """
+        try:
+            await self._send(records, behind)
+        except (ProducerFenced, InvalidProducerEpoch) as error:
+            self._fence()
+            raise TransientError(f"{self._tp} belongs to another worker") from error
+        except _FAILURES as error:
+            logger.warning("a transaction of %s failed: %s", self._tp, type(error).__name__)
+            await self._clean_up(error, behind)
+
+    async def _send(self, records: list[OutgoingRecord], behind: int) -> None:
+        producer = self._producer
+        if producer is None:
+            raise ProducerFenced()
+        await producer.begin_transaction()
+        sent = [
+            await producer.send(record.topic, record.value, key=record.key, headers=list(record.headers))
+            for record in records
+        ]
+        for outcome in await asyncio.gather(*sent, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        await producer.send_offsets_to_transaction({self._tp: OffsetAndMetadata(behind, "")}, self._kafka.group_id)
+        await producer.commit_transaction()
+        self.committed = behind
+
+    async def _clean_up(self, error: Exception, behind: int) -> None:
+        """After a failure: returns when the transaction turns out to be committed; raises when none of it is there."""
+        meaning = publish_error(error, "of a transaction") if isinstance(error, KafkaError) else None
+        failure = meaning or TransientError(f"a transaction of {self._tp} failed ({type(error).__name__})")
+        before = self.committed
+        try:
+            if self._producer is not None:
+                await self._producer.abort_transaction()
+        except _FAILURES:
+            # Whether it was committed is not known. A new producer ends it either way, and then the offset tells.
+            try:
+                await self._renew()
+            except KafkaError:
+                self._fence()
+                raise failure from error
+            if self.committed == behind:
+                return
+            if self.committed != before:
+                self._fence()  # somebody else was here
+        raise failure from error
+
+    def _fence(self) -> None:
+        self.is_fenced = True
+        logger.warning("%s was fenced: another worker has it; what is at work for it is dropped", self._tp)
+
+    async def _renew(self) -> None:
+        await _stop(self._producer)
+        self._producer = None
+        producer = AIOKafkaProducer(**self._kafka.transactional_kwargs(self._tp.topic, self._tp.partition))
+        try:
+            await producer.start()
+        except BaseException:
+            await _stop(producer)
+            raise
+        self._producer = producer
+        self.committed = await self._read_committed(self._tp)
+        self.is_fenced = False
+
+
+def _end(released: asyncio.Future[None], error: BaseException | None) -> None:
+    if released.done():
+        return
+    if error is None:
+        released.set_result(None)
+    else:
+        released.set_exception(error)
+
+
+async def _stop(producer: AIOKafkaProducer | None) -> None:
+    if producer is None:
+        return
+    with suppress(*_FAILURES, TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await producer.stop()
