@@ -16,6 +16,7 @@ from nanovllm.pipeline.client_commands import ConfigOption
 from nanovllm.pipeline.console import plain
 from nanovllm.pipeline.dlq_commands import dlq_app
 from nanovllm.pipeline.settings import load_settings
+from nanovllm.pipeline.topic_commands import topics_app
 
 DONE = 0
 FAILED = 1
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 app.command("submit")(client_commands.submit)
 app.command("results")(client_commands.results)
-app.add_typer(client_commands.topics_app, name="topics")
+app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 
 

@@ -1,4 +1,4 @@
-"""``nanovllm submit``, ``results`` and ``topics``: what needs brokers and no model."""
+"""``nanovllm submit`` and ``results``: what needs brokers and no model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from typing import Annotated, Literal
 import typer
 
 from nanovllm.errors import InvalidInput, SystemicError
-from nanovllm.pipeline.console import plain, print_json, print_table
+from nanovllm.pipeline.console import plain, print_json
 from nanovllm.pipeline.producer import JobKey, JobProducer
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.results_view import ResultRows
-from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
-from nanovllm.pipeline.topics import create_topics
 from nanovllm.sinks.messages import Result
 
 ConfigOption = Annotated[
@@ -29,8 +27,6 @@ BrokersOption = Annotated[
     str | None, typer.Option("--bootstrap-servers", "-b", help="Brokers, over the settings' own.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
-
-topics_app = typer.Typer(no_args_is_help=True, help="Create the topics.")
 
 
 def submit(
@@ -80,23 +76,6 @@ def results(
     reader = ResultReader(settings, from_beginning=from_beginning, dead_letters=dead_letters)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_follow(reader, ResultRows(as_json=as_json), count))
-
-
-@topics_app.command("create")
-def topics_create(
-    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic: the most workers at once.")] = 4,
-    replication: Annotated[int, typer.Option(min=1, help="Copies of each new topic; 3 in production.")] = 1,
-    as_json: JsonOption = False,
-    config: ConfigOption = None,
-    bootstrap_servers: BrokersOption = None,
-) -> None:
-    """Create the jobs, results, metrics and dead-letter topics that are missing; the others stay as they are."""
-    settings = client_settings(config, bootstrap_servers)
-    topics = settings.topics
-    names = [topics.jobs, topics.results, topics.metrics, topics.dead_letters, *RetryTiers.of(settings).topics]
-    created = asyncio.run(create_topics(settings.kafka, names, partitions=partitions, replication=replication))
-    rows = [(name, "created" if name in created else "exists") for name in names]
-    print_table(("topic", "state"), rows, as_json=as_json)
 
 
 def client_settings(config: Path | None, bootstrap_servers: str | None) -> Settings:

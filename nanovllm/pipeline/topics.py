@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.pipeline.topic_plan import TopicState
 
 
 async def create_topics(
@@ -19,16 +20,20 @@ async def create_topics(
     *,
     partitions: int = 4,
     replication: int = 1,
-    configs: Mapping[str, str] | None = None,
+    configs: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[str]:
     """Create those of ``names`` that are not there, and return them; those that are there stay as they are.
+
+    ``configs`` are topic settings by name of the topic.
 
     Raises:
         BrokersUnavailable: the brokers cannot be reached, or refuse.
     """
     created = []
     async with _admin(kafka) as admin:
-        topics = [NewTopic(name, partitions, replication, topic_configs=dict(configs or {})) for name in names]
+        topics = [
+            NewTopic(name, partitions, replication, topic_configs=dict((configs or {}).get(name, {}))) for name in names
+        ]
         response = await admin.create_topics(topics)
         for name, code, *reason in response.topic_errors:
             error = for_code(code)
@@ -38,6 +43,33 @@ async def create_topics(
                 why = reason[0] if reason and reason[0] else error.__name__
                 raise BrokersUnavailable(f"topic {name} cannot be created: {why}")
     return created
+
+
+async def topic_states(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, TopicState]:
+    """Those of ``names`` that exist, as they are.
+
+    Raises:
+        BrokersUnavailable: the brokers cannot be reached, or refuse.
+    """
+    async with _admin(kafka) as admin:
+        there = set(await admin.list_topics())
+        described = await admin.describe_topics([name for name in names if name in there]) if there else []
+        configs: dict[str, dict[str, str]] = {}
+        for topic in described:
+            resource = ConfigResource(ConfigResourceType.TOPIC, topic["topic"])
+            for response in await admin.describe_configs([resource]):
+                for code, _, _, name, entries in response.resources:
+                    if code == 0:
+                        configs[name] = {entry[0]: str(entry[1]) for entry in entries}
+    return {
+        topic["topic"]: TopicState(
+            len(topic["partitions"]),
+            min(len(partition["replicas"]) for partition in topic["partitions"]),
+            configs.get(topic["topic"], {}),
+        )
+        for topic in described
+        if topic["partitions"]
+    }
 
 
 async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, int]:

@@ -1,0 +1,60 @@
+"""``nanovllm topics``: make the topics that the settings imply, and see whether those that exist will do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
+from nanovllm.pipeline.console import print_table
+from nanovllm.pipeline.topic_plan import findings, implied_acls, topic_needs
+from nanovllm.pipeline.topics import create_topics, topic_states
+
+topics_app = typer.Typer(no_args_is_help=True, help="Create and check the topics that the settings imply.")
+
+
+@topics_app.command("create")
+def topics_create(
+    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic: the most workers at once.")] = 4,
+    replication: Annotated[int, typer.Option(min=1, help="Copies of each new topic; 3 in production.")] = 1,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Create the topics that are missing, with sizes and retention that fit the settings; others stay as they are."""
+    settings = client_settings(config, bootstrap_servers)
+    # Topics of reply_to belong to those who wait there.
+    needs = [need for need in topic_needs(settings) if need.purpose != "reply"]
+    safe = {"min.insync.replicas": "2"} if replication > 2 else {}
+    configs = {need.name: {**need.configs, **safe} for need in needs}
+    created = asyncio.run(
+        create_topics(settings.kafka, list(configs), partitions=partitions, replication=replication, configs=configs)
+    )
+    rows = [(name, "created" if name in created else "exists") for name in configs]
+    print_table(("topic", "state"), rows, as_json=as_json)
+
+
+@topics_app.command("check")
+def topics_check(
+    workers: Annotated[int | None, typer.Option(min=1, help="How many workers shall work at once.")] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    bootstrap_servers: BrokersOption = None,
+) -> None:
+    """Say what about the topics would lose jobs or stop a worker; exit code 1 when something would."""
+    settings = client_settings(config, bootstrap_servers)
+    names = [need.name for need in topic_needs(settings)]
+    found = list(findings(settings, asyncio.run(topic_states(settings.kafka, names)), workers=workers))
+    print_table(("topic", "level", "finding"), [(one.topic, one.level, one.what) for one in found], as_json=as_json)
+    raise typer.Exit(1 if any(one.level == "error" for one in found) else 0)
+
+
+@topics_app.command("acls")
+def topics_acls(
+    as_json: JsonOption = False, config: ConfigOption = None, bootstrap_servers: BrokersOption = None
+) -> None:
+    """List the rights that a worker with these settings needs, and no others; no broker is asked."""
+    rows = implied_acls(client_settings(config, bootstrap_servers))
+    print_table(("resource", "name", "pattern", "operation"), rows, as_json=as_json)

@@ -1,0 +1,144 @@
+"""What the settings imply for Kafka: which topics, how they must be set, and what a worker must be allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.settings import Settings
+
+# What a dead letter or a delayed retry adds to the job that it carries.
+ENVELOPE_BYTES = 16 * 1024
+DAY_MS = 24 * 3600 * 1000
+HOUR_MS = 3600 * 1000
+
+DEFAULTS = {"max.message.bytes": 1_048_588, "retention.ms": 7 * DAY_MS, "min.insync.replicas": 1}
+
+
+@dataclass(frozen=True)
+class TopicNeed:
+    """One topic that the settings name, and how it is created. ``operations`` are the worker's rights on it."""
+
+    name: str
+    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply"]
+    operations: tuple[str, ...]
+    configs: Mapping[str, str] = field(default_factory=dict)
+    delay_ms: int = 0
+
+
+@dataclass(frozen=True)
+class TopicState:
+    """One topic as it is."""
+
+    partitions: int
+    replication: int
+    configs: Mapping[str, str]
+
+    def number(self, name: str) -> int:
+        """The value of a setting; Kafka's own default where the broker does not tell."""
+        return int(self.configs.get(name, DEFAULTS[name]))
+
+    @property
+    def retention_ms(self) -> float:
+        """How long records stay; infinity for ever."""
+        retention = self.number("retention.ms")
+        return float("inf") if retention < 0 else retention
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a topic. An ``error`` loses jobs or stops the worker; a ``warning`` may."""
+
+    topic: str
+    level: Literal["error", "warning"]
+    what: str
+
+
+def topic_needs(settings: Settings) -> list[TopicNeed]:
+    """Every topic that a worker with ``settings`` reads or writes."""
+    topics, tiers = settings.topics, RetryTiers.of(settings)
+    # A job that its topic takes fits, with what is added to it, what a worker may send.
+    largest = settings.kafka.max_request_bytes
+    carries_jobs = {"max.message.bytes": str(largest)}
+    largest_job = {"max.message.bytes": str(max(1, largest - ENVELOPE_BYTES))}
+    needs = [
+        TopicNeed(topics.jobs, "jobs", ("READ", "DESCRIBE", "DESCRIBE_CONFIGS"), largest_job),
+        TopicNeed(topics.results, "results", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
+        TopicNeed(topics.metrics, "metrics", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
+        TopicNeed(
+            topics.dead_letters,
+            "dead letters",
+            ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS"),
+            carries_jobs | {"retention.ms": str(28 * DAY_MS)},
+        ),
+    ]
+    for name, delay_s in tiers.delays_s.items():
+        retention = {"retention.ms": str(2 * delay_s * 1000 + 7 * DAY_MS)}
+        rights = ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")
+        needs.append(TopicNeed(name, "retry", rights, carries_jobs | retention, delay_s * 1000))
+    needs += [TopicNeed(name, "reply", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")) for name in topics.reply_to]
+    return needs
+
+
+def implied_acls(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """The rights of a worker, as (resource type, name, pattern, operation), and nothing more."""
+    acls = [("TOPIC", need.name, "LITERAL", right) for need in topic_needs(settings) for right in need.operations]
+    acls.append(("GROUP", settings.kafka.group_id, "LITERAL", "READ"))
+    if settings.delivery == "exactly_once":
+        acls += [
+            ("TRANSACTIONAL_ID", f"{settings.kafka.group_id}/", "PREFIXED", right) for right in ("WRITE", "DESCRIBE")
+        ]
+    return acls
+
+
+def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: int | None = None) -> Iterator[Finding]:
+    """What is wrong with the topics as they are (``states`` by name; one that is missing does not exist).
+
+    Args:
+        workers: how many shall work at once.
+    """
+    jobs = states.get(settings.topics.jobs)
+    for need in topic_needs(settings):
+        state = states.get(need.name)
+        if state is None:
+            yield Finding(need.name, "error", "does not exist; nanovllm topics create makes it")
+            continue
+        yield from _replication_findings(need, state)
+        if need.purpose in ("jobs", "retry", "dead letters") and "compact" in state.configs.get("cleanup.policy", ""):
+            yield Finding(need.name, "error", "cleanup.policy compacts: of records with one key all but the last go")
+        if need.purpose == "jobs":
+            yield from _jobs_findings(settings, need, state, workers)
+        elif need.purpose == "retry" and state.retention_ms < need.delay_ms + HOUR_MS:
+            yield Finding(need.name, "error", f"retention.ms {state.retention_ms:.0f} removes jobs before they are due")
+        elif need.purpose == "dead letters" and jobs and state.retention_ms < jobs.retention_ms:
+            yield Finding(need.name, "warning", "retention.ms is below that of the jobs: they go before they are seen")
+        if need.purpose in ("retry", "dead letters") and jobs:
+            largest = min(state.number("max.message.bytes"), settings.kafka.max_request_bytes)
+            if largest < jobs.number("max.message.bytes"):
+                fate = "are cut" if need.purpose == "dead letters" else "are not retried later"
+                yield Finding(
+                    need.name,
+                    "warning",
+                    f"takes {largest} bytes (max.message.bytes, kafka.max_request_bytes), a job may have "
+                    f"{jobs.number('max.message.bytes')}: large ones {fate}",
+                )
+
+
+def _jobs_findings(settings: Settings, need: TopicNeed, state: TopicState, workers: int | None) -> Iterator[Finding]:
+    if workers is not None and state.partitions < workers:
+        yield Finding(need.name, "error", f"has {state.partitions} partitions: of {workers} workers some stay idle")
+    ttl_s = settings.admission.ttl_s
+    if ttl_s is not None and state.retention_ms < ttl_s * 1000:
+        yield Finding(need.name, "warning", "retention.ms is below admission.ttl_s: jobs go before they expire")
+
+
+def _replication_findings(need: TopicNeed, state: TopicState) -> Iterator[Finding]:
+    in_sync = state.number("min.insync.replicas")
+    if in_sync > state.replication:
+        yield Finding(need.name, "error", f"min.insync.replicas {in_sync} is above its {state.replication} replicas")
+    elif state.replication == 1:
+        yield Finding(need.name, "warning", "has one replica: a lost broker loses it")
+    elif in_sync == 1:
+        yield Finding(need.name, "warning", "min.insync.replicas is 1: what is acknowledged may exist once")

@@ -1,0 +1,174 @@
+"""The topics that the settings imply: created so that they pass their own check, and what the check finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.protocol.admin import CreateAclsRequest
+from bench import Bench
+from parts import KafkaNode, kafka_node_program
+
+from nanovllm.engine.echo import EchoEngine
+from nanovllm.errors import BrokersUnavailable
+from nanovllm.pipeline.cli import main
+from nanovllm.pipeline.settings import KafkaSettings, Settings
+from nanovllm.pipeline.topic_plan import DAY_MS, TopicState, findings, implied_acls, topic_needs
+from nanovllm.pipeline.topics import create_topics, message_limits, topic_states
+
+SETTINGS = Settings.model_validate(
+    {"retries": {"delays_s": [60, 7 * 24 * 3600]}, "topics": {"reply_to": ["replies"]}, "admission": {"ttl_s": 3600}}
+)
+RETRY = "nanovllm.jobs.retry-604800s"
+
+
+def healthy() -> dict[str, TopicState]:
+    return {
+        need.name: TopicState(8, 3, {"min.insync.replicas": "2", "cleanup.policy": "delete", **need.configs})
+        for need in topic_needs(SETTINGS)
+    }
+
+
+def found(changes: dict[str, dict[str, str] | None], **more: int) -> set[tuple[str, str]]:
+    states = healthy()
+    for name, configs in changes.items():
+        state = states.pop(name)
+        if configs is not None:
+            states[name] = TopicState(state.partitions, state.replication, {**state.configs, **configs})
+    settings = SETTINGS.model_copy(update={"kafka": SETTINGS.kafka.model_copy(update={"max_request_bytes": 2 * 2**20})})
+    return {(one.topic, one.level) for one in findings(settings, states, **more)}
+
+
+def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
+    assert found({}) == set()
+    assert found({"nanovllm.results": None}) == {("nanovllm.results", "error")}
+    assert found({"replies": None}) == {("replies", "error")}
+    assert found({"nanovllm.jobs": {"cleanup.policy": "compact,delete"}}) == {("nanovllm.jobs", "error")}
+    assert found({RETRY: {"retention.ms": str(7 * DAY_MS)}}) == {(RETRY, "error")}
+    assert found({RETRY: {"retention.ms": "-1"}}) == set()
+    assert found({"nanovllm.jobs": {"retention.ms": "60000"}}) == {("nanovllm.jobs", "warning")}
+    assert found({"nanovllm.dead-letters": {"retention.ms": "60000"}}) == {("nanovllm.dead-letters", "warning")}
+    assert found({"nanovllm.dead-letters": {"max.message.bytes": "1000"}}) == {("nanovllm.dead-letters", "warning")}
+    assert found({"nanovllm.metrics": {"min.insync.replicas": "4"}}) == {("nanovllm.metrics", "error")}
+    assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
+    assert found({}, workers=9) == {("nanovllm.jobs", "error")}
+
+
+@pytest.mark.kafka
+def test_what_is_created_passes_the_check_on_apache_kafka(
+    kafka_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", kafka_broker)
+    for name in ("jobs", "results", "metrics", "dead_letters"):
+        monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", unique(name))
+    monkeypatch.setenv("NANOVLLM_RETRIES__DELAYS_S", "1209600")
+    assert main(["topics", "check", "--json"]) == 1
+    missing = json.loads(capsys.readouterr().out)
+    assert {row["finding"] for row in missing} == {"does not exist; nanovllm topics create makes it"}
+    assert main(["topics", "create", "--partitions", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert main(["topics", "check", "--workers", "3", "--json"]) == 0
+    # One broker holds one replica: said, and no error.
+    assert {row["finding"] for row in json.loads(capsys.readouterr().out)} == {
+        "has one replica: a lost broker loses it"
+    }
+    assert main(["topics", "check", "--workers", "4"]) == 1
+
+
+@pytest.mark.kafka
+async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
+    tmp_path: Path, unique: Callable[[str], str], bench: Bench
+) -> None:
+    if kafka_node_program() is None:
+        pytest.skip("Apache Kafka with an authorizer needs KAFKA_NODE or ../shared/kafka/kafka-node")
+    login = "org.apache.kafka.common.security.scram.ScramLoginModule required"
+    broker = {
+        "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+        "advertised.listeners": "SASL_PLAINTEXT://127.0.0.1:{port}",
+        "listener.security.protocol.map": "SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "SASL_PLAINTEXT",
+        "sasl.mechanism.inter.broker.protocol": "SCRAM-SHA-512",
+        "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+        "listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config": f'{login} username="admin" password="admin";',
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:admin;User:ANONYMOUS",
+    }
+    scram = {"admin": "admin", "worker": "secret"}
+    async with KafkaNode(tmp_path, settings=broker, scram=scram, probe=False) as node:
+
+        def login_as(user: str, password: str) -> KafkaSettings:
+            return KafkaSettings.model_validate(
+                {
+                    "bootstrap_servers": node.bootstrap_servers,
+                    "security_protocol": "SASL_PLAINTEXT",
+                    "sasl_mechanism": "SCRAM-SHA-512",
+                    "sasl_username": user,
+                    "sasl_password": password,
+                    "group_id": "workers",
+                }
+            )
+
+        admin, worker = login_as("admin", "admin"), login_as("worker", "secret")
+        settings = bench.settings.model_copy(update={"kafka": worker})
+        names = [need.name for need in topic_needs(settings)]
+        await create_topics(admin, [*names, "others"], partitions=2)
+        await grant(admin, "User:worker", implied_acls(settings))
+        assert set(await topic_states(worker, [*names, "others"])) == set(names)
+        limits = await message_limits(worker, names)
+        assert len(limits) == len(names)
+        producer = AIOKafkaProducer(**admin.producer_kwargs())
+        await producer.start()
+        own = AIOKafkaProducer(**worker.producer_kwargs())
+        await own.start()
+        try:
+            there = Bench(node.bootstrap_servers, settings, own, bench.decoders)
+            jobs = settings.topics.jobs
+            await producer.send_and_wait(jobs, b'{"job_id": "a", "prompt": "p"}', partition=0)
+            await producer.send_and_wait(jobs, b"broken", partition=0)
+            async with there.working(EchoEngine()):
+                await read_as(admin, settings.topics.results, 1)
+                await read_as(admin, settings.topics.dead_letters, 1)
+            with pytest.raises(Exception, match="Authorization"):
+                await own.send_and_wait(jobs, b"a worker need not write jobs")
+        finally:
+            await producer.stop()
+            await own.stop()
+
+
+async def grant(kafka: KafkaSettings, principal: str, acls: list[tuple[str, str, str, str]]) -> None:
+    """By the wire protocol: aiokafka's admin client has no method for it."""
+    resources = {"TOPIC": 2, "GROUP": 3, "TRANSACTIONAL_ID": 5}
+    operations = {"READ": 3, "WRITE": 4, "DESCRIBE": 8, "DESCRIBE_CONFIGS": 10}
+    patterns = {"LITERAL": 3, "PREFIXED": 4}
+    client = AIOKafkaAdminClient(**kafka.client_kwargs())
+    await client.start()
+    try:
+        for resource, name, pattern, operation in acls:
+            kind, right = resources[resource], operations[operation]
+            request = CreateAclsRequest(kind, name, patterns[pattern], principal, "*", right, 3)
+            response = await client._send_request(request)
+            assert response.creation_responses[0][0] == 0
+    finally:
+        await client.close()
+
+
+async def read_as(kafka: KafkaSettings, topic: str, count: int) -> None:
+    from aiokafka import AIOKafkaConsumer
+
+    consumer = AIOKafkaConsumer(topic, **kafka.client_kwargs(), auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        for _ in range(count):
+            await consumer.getone()
+    finally:
+        await consumer.stop()
+
+
+async def test_a_broker_that_does_not_answer_is_named() -> None:
+    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1", request_timeout_ms=500)
+    with pytest.raises(BrokersUnavailable, match=r"127\.0\.0\.1:1"):
+        await topic_states(nowhere, ["a"])
