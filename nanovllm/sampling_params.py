@@ -11,6 +11,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 MAX_CONSTRAINT_CHARS = 65_536
+MAX_SCHEMA_CHARS = 262_144  # most of a large schema is prose
 
 
 class Constraint(NamedTuple):
@@ -92,8 +93,9 @@ class SamplingParams(BaseModel):
         ]
         if len(constraints) > 1:
             raise ValueError(f"{' and '.join(constraints)} exclude each other")
-        if self.constraint is not None and len(self.constraint.text) > MAX_CONSTRAINT_CHARS:
-            raise ValueError(f"{constraints[0]} is longer than {MAX_CONSTRAINT_CHARS} characters")
+        limit = MAX_SCHEMA_CHARS if self.json_schema is not None else MAX_CONSTRAINT_CHARS
+        if self.constraint is not None and len(self.constraint.text) > limit:
+            raise ValueError(f"{constraints[0]} is longer than {limit} characters")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n is {self.n}, but temperature 0 makes all outputs equal")
         if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:

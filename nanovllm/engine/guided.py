@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.engine.json_schema import enforceable
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
 from nanovllm.sampling_params import Constraint
 
@@ -66,6 +67,8 @@ class GrammarCompiler:
             grammar = _grammar(constraint, llguidance.LLMatcher)
         except ValueError as error:
             raise UnsupportedConstraint(f"{constraint.kind}: {error}") from None
+        except RecursionError:
+            raise UnsupportedConstraint(f"{constraint.kind}: nested too deeply") from None
         # Errors only: a keyword that the library would leave out must not pass as enforced.
         failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokens)
         if failed or messages:
@@ -141,7 +144,8 @@ def forbid_masked(logits: Tensor, masks: Tensor) -> None:
 def _grammar(constraint: Constraint, matcher: Any) -> str:
     match constraint.kind:
         case "json_schema":
-            return str(matcher.grammar_from_json_schema(constraint.text, overrides=_JSON_STYLE))
+            schema = json.dumps(enforceable(json.loads(constraint.text)))
+            return str(matcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
         case "regex":
             return str(matcher.grammar_from_regex(constraint.text))
         case "choice":
