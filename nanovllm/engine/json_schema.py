@@ -18,8 +18,8 @@ _CONDITIONS = ("dependencies", "dependentRequired", "dependentSchemas")
 
 # The formats of any draft; every other one asserts nothing.
 _FORMATS = frozenset(
-    {"color", "date", "date-time", "duration", "email", "host-name", "hostname", "idn-email", "idn-hostname", "ip-address",
-     "ipv4", "ipv6", "iri", "iri-reference", "json-pointer", "phone", "regex", "relative-json-pointer",
+    {"color", "date", "date-time", "duration", "email", "host-name", "hostname", "idn-email", "idn-hostname",
+     "ip-address", "ipv4", "ipv6", "iri", "iri-reference", "json-pointer", "phone", "regex", "relative-json-pointer",
      "style", "time", "uri", "uri-reference", "uri-template", "utc-millisec", "uuid"}
 )  # fmt: skip
 
