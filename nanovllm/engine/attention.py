@@ -211,7 +211,7 @@ class _CpuPlan:
 
 
 class PagedCpuAttention:
-    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, block_size, d].
+    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, block_size, d], d a multiple of 16.
 
     A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
     """
@@ -221,8 +221,9 @@ class PagedCpuAttention:
         self.block_size = block_size or 16
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[num_blocks, 2, kv_heads, block_size, d]."""
-        return _zeros((num_blocks, 2, num_kv_heads, self.block_size, head_dim), dtype, torch.device("cpu"))
+        """[num_blocks, 2, kv_heads, block_size, d]; heads are padded to whole vectors, and the padding stays zero."""
+        padded = head_dim + -head_dim % 16
+        return _zeros((num_blocks, 2, num_kv_heads, self.block_size, padded), dtype, torch.device("cpu"))
 
     def plan(self, batch: AttentionBatch) -> _CpuPlan:
         """Slots, first tokens, contexts and the padded block table."""
@@ -333,9 +334,7 @@ def torch_varlen_kernel() -> Callable[..., Tensor]:
     return attend
 
 
-def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None = None
-) -> AttentionBackend:
+def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
     """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         if importlib.util.find_spec("flash_attn") is not None:
@@ -346,15 +345,8 @@ def choose_backend(
             if "block_table" in inspect.signature(varlen_attn).parameters:
                 return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
     if device.type == "cpu":
-        reason = why_no_cpu_kernel(head_dim)
+        reason = kernels.missing()
         if reason is None:
             return PagedCpuAttention(block_size)
-        logger.warning("attention copies its pages, because our kernel for CPUs cannot be used: %s", reason)
+        logger.warning("attention copies its pages, because our kernels for CPUs cannot be used: %s", reason)
     return SdpaAttention(device, dtype, block_size)
-
-
-def why_no_cpu_kernel(head_dim: int) -> str | None:
-    """What keeps :class:`PagedCpuAttention` from heads of ``head_dim`` on this machine; None if nothing does."""
-    if head_dim % 16:
-        return f"it takes heads of a multiple of 16, and these are of {head_dim}"
-    return kernels.missing()

@@ -27,6 +27,7 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
     block_size: int | None = None  # None: the attention backend's
     kv_cache_bytes: int | None = None  # None: 1 GiB on the CPU, what gpu_memory_utilization leaves on a GPU
+    kv_cache_dtype: Literal["auto", "bfloat16"] = "auto"  # the model's own; "bfloat16" halves a float32 one, on a CPU
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     embedding_cache_bytes: int = 256 * MIB
@@ -60,6 +61,8 @@ class EngineConfig:
             raise ConfigurationError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported, only 1 is")
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
+        if self.kv_cache_dtype not in ("auto", "bfloat16"):
+            raise ConfigurationError(f"kv_cache_dtype={self.kv_cache_dtype!r} is neither 'auto' nor 'bfloat16'")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ConfigurationError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16")
 

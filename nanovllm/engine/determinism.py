@@ -13,7 +13,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBackend, AttentionBatch, PagedCpuAttention, why_no_cpu_kernel
+from nanovllm.engine import kernels
+from nanovllm.engine.attention import AttentionBackend, AttentionBatch, PagedCpuAttention
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
 
@@ -31,10 +32,8 @@ def prove(model: Decoder, attention: AttentionBackend) -> None:
         ConfigurationError: they do, or the kernels that the mode rests on are missing.
     """
     if not isinstance(attention, PagedCpuAttention):
-        reason = why_no_cpu_kernel(model.config.head_dim)
-        raise ConfigurationError(
-            f"deterministic=True needs our kernels for CPUs, which cannot be used: {reason or 'the device is no CPU'}"
-        )
+        reason = kernels.missing() if model.embed_tokens.is_cpu else "the device is no CPU"
+        raise ConfigurationError(f"deterministic=True needs our kernels for CPUs, which cannot be used: {reason}")
     expected = None
     for chunks, neighbours in itertools.product(_CHUNKS, ((), (1,), (TILE + 2, 3))):
         logits = _logits(model, attention, chunks, neighbours)

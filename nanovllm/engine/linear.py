@@ -30,6 +30,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.in_features = in_features
+        self.form: Literal["plain", "packed", "int8"] = "plain"
         self._multiply: Multiply | None = None
         self._tile: int | None = None
 
@@ -41,17 +43,12 @@ class Linear(nn.Module):
         With ``tile`` the product is one of that many rows, always: an output row then depends on its input row alone.
         """
         if quantization == "int8":
-            self._multiply = int8_multiply(self.weight, self.bias)
+            self.form, self._multiply = "int8", int8_multiply(self.weight, self.bias)
         elif self.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(self.weight):
-            self._multiply = packed_multiply(self.weight, self.bias)
+            self.form, self._multiply = "packed", packed_multiply(self.weight, self.bias)
         self._tile = tile
-        if self.is_packed and not keep_weight:
+        if self._multiply is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether ``pack`` found a better form for the weight."""
-        return self._multiply is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in_features] → [T, out_features]."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBatch, choose_backend
+from nanovllm.engine import kernels
+from nanovllm.engine.attention import AttentionBatch, PagedCpuAttention, choose_backend
 from nanovllm.engine.config import GIB, EngineConfig
 from nanovllm.engine.determinism import TILE, prove
 from nanovllm.engine.linear import why_no_int8
@@ -68,21 +69,18 @@ class ModelRunner:
                 cache=EmbeddingCache(config.embedding_cache_bytes),
             )
         text = self.model.config
-        self.attention = choose_backend(self.device, self.dtype, text.head_dim, config.block_size)
+        self.attention = choose_backend(self.device, self.dtype, config.block_size)
         if config.deterministic:
             prove(self.model, self.attention)
             if self.encoder is not None:
                 self.encoder.batch_size = 1
-        block_bytes = (
-            2 * self.attention.block_size * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
-        ) * text.num_hidden_layers
+        kv_dtype = self._choose_kv_dtype()
+        shape = (text.num_key_value_heads, text.head_dim, kv_dtype)
+        block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
         self.num_blocks = self._kv_cache_bytes() // block_bytes
         if self.num_blocks < 1:
             raise ConfigurationError(f"the KV cache must hold a block of {block_bytes} bytes; raise kv_cache_bytes")
-        self.kv_caches = [
-            self.attention.allocate(self.num_blocks, text.num_key_value_heads, text.head_dim, self.dtype)
-            for _ in range(text.num_hidden_layers)
-        ]
+        self.kv_caches = [self.attention.allocate(self.num_blocks, *shape) for _ in range(text.num_hidden_layers)]
 
     def _choose_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         if self.config.dtype not in (None, "auto"):
@@ -91,6 +89,17 @@ class ModelRunner:
             return torch.float32
         stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
         return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+    def _choose_kv_dtype(self) -> torch.dtype:
+        """The model's own, or bfloat16 where that was asked for and our kernel reads it."""
+        if self.config.kv_cache_dtype == "auto" or self.dtype == torch.bfloat16:
+            return self.dtype
+        if self.dtype != torch.float32 or not isinstance(self.attention, PagedCpuAttention):
+            raise ConfigurationError(
+                f"kv_cache_dtype='bfloat16' needs a float32 model on a CPU and our kernels; this is {self.dtype} on "
+                f"{self.device}, kernels: {kernels.missing() or 'there'}"
+            )
+        return torch.bfloat16
 
     def _choose_image_token_id(self, checkpoint: Checkpoint, tokenizer: Any) -> int:
         """The token that marks an image: the checkpoint's, the tokenizer's, or one that no text can contain."""

@@ -16,6 +16,7 @@ from nanovllm.pipeline.settings import EngineSettings, ImageSettings, Settings
 
 if TYPE_CHECKING:
     from nanovllm.engine.backend import EngineBackend
+    from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.pipeline.worker import Worker
     from nanovllm.vision.images import ImageLimits
 
@@ -35,7 +36,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     Kafka. A second signal ends the process at once. 0: stopped or drained; 1: a failure, with the offsets of what was
     at work uncommitted; 2: settings that cannot work.
     """
-    _prepare_threads()
+    prepare_threads()
     _log_to_stderr(settings.log_level)
     try:
         asyncio.run(_run(settings, exit_when_drained))
@@ -51,7 +52,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     return DONE
 
 
-def _prepare_threads() -> None:
+def prepare_threads() -> None:
     """Before torch is imported: OpenMP threads that spin while others work make a step up to ten times slower."""
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -156,15 +157,24 @@ async def _load_engine(settings: EngineSettings) -> EngineBackend:
 
         return EchoEngine(max_num_seqs=settings.max_num_seqs)
     from nanovllm.engine.async_engine import AsyncEngine
+    from nanovllm.engine.doctor import describe
+
+    # In a thread: the probes answer while weights are read, and a signal ends the process.
+    engine = await asyncio.to_thread(native_engine, settings)
+    for finding in describe(engine):
+        logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
+    return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)
+
+
+def native_engine(settings: EngineSettings) -> LLMEngine:
+    """The engine in this process that the settings ask for. Raises ConfigurationError and UnsupportedModel."""
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.vision.checkpoints import register_alias
 
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))
     options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
-    # In a thread: the probes answer while weights are read, and a signal ends the process.
-    engine = await asyncio.to_thread(LLMEngine, settings.model or DEFAULT_MODEL, **options)
-    return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)
+    return LLMEngine(settings.model or DEFAULT_MODEL, **options)
 
 
 def _image_limits(settings: ImageSettings) -> ImageLimits:

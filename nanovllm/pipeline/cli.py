@@ -13,7 +13,7 @@ import typer
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline import client_commands
 from nanovllm.pipeline.client_commands import ConfigOption
-from nanovllm.pipeline.console import plain
+from nanovllm.pipeline.console import plain, print_table
 from nanovllm.pipeline.dlq_commands import dlq_app
 from nanovllm.pipeline.settings import load_settings
 from nanovllm.pipeline.topic_commands import topics_app
@@ -79,6 +79,26 @@ def align(context: typer.Context) -> None:
     from nanovllm.vision import align as tool
 
     raise typer.Exit(tool.main(context.args))
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it."""
+    settings = load_settings(config)
+    _require("worker", "torch", "transformers")
+    from nanovllm.pipeline.app import native_engine, prepare_threads
+
+    prepare_threads()
+    from nanovllm.engine.doctor import describe, measure
+
+    with native_engine(settings.engine) as engine:
+        findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
+    rows = [(finding.subject, finding.value, finding.note) for finding in findings]
+    print_table(("what", "is", "why"), rows, as_json=as_json)
 
 
 @app.command()

@@ -284,6 +284,9 @@ class EngineSettings(Section):
     kv_cache_bytes: Bytes | None = Field(
         None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1/4 GiB on CPU."
     )
+    kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
+        "auto", description="`auto`: the model's own type; `bfloat16` halves the cache of a float32 model, on a CPU."
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
     )

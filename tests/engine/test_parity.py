@@ -219,7 +219,7 @@ def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
 def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(tmp_path: Path) -> None:
     make_qwen3(tmp_path, hidden_size=768, num_heads=8, head_dim=64, num_layers=1, tie_word_embeddings=True)
     engine = LLMEngine(str(tmp_path), kv_cache_bytes=1 << 20)
-    packed = [module for module in engine.model_runner.model.modules() if getattr(module, "is_packed", False)]
+    packed = [module for module in engine.model_runner.model.modules() if getattr(module, "form", "") == "packed"]
     assert len(packed) == 5 or not torch.backends.mkldnn.is_available()
     check_some(tmp_path, is_llava=False)
 

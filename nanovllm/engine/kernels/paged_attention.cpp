@@ -73,7 +73,8 @@ class Attention {
         output_(output.mutable_data_ptr<Computed>()),
         width_(tables.size(1)),
         heads_(query.size(1)),
-        d_(query.size(2)),
+        head_(query.size(2)),
+        d_(cache.size(4)),
         query_stride_(query.stride(0)),
         kv_heads_(cache.size(2)),
         block_size_(cache.size(3)),
@@ -109,10 +110,11 @@ class Attention {
   void attend(const Tile& tile, int64_t kv_head, Workspace& work) const {
     const int64_t rows = tile.num_tokens * group_;
     for (int64_t row = 0; row < rows; ++row) {
-      const Computed* source = query_ + (tile.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * d_;
+      const Computed* source = query_ + (tile.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * head_;
       float* target = work.queries.data() + row * d_;
-      load(source, d_, target);
-      for (int64_t i = 0; i < d_; ++i) target[i] *= scale_;
+      load(source, head_, target);
+      for (int64_t i = 0; i < head_; ++i) target[i] *= scale_;
+      std::fill(target + head_, target + d_, 0.0f);
     }
     std::fill_n(work.outputs.data(), rows * d_, 0.0f);
     std::fill_n(work.highest.data(), rows, kNever);
@@ -133,9 +135,9 @@ class Attention {
     for (int64_t row = 0; row < rows; ++row) {
       float* source = work.outputs.data() + row * d_;
       const float inverse = 1.0f / work.sums[row];
-      for (int64_t i = 0; i < d_; ++i) source[i] *= inverse;
-      Computed* target = output_ + ((tile.first_token + row / group_) * heads_ + kv_head * group_ + row % group_) * d_;
-      store(source, d_, target);
+      for (int64_t i = 0; i < head_; ++i) source[i] *= inverse;
+      Computed* target = output_ + ((tile.first_token + row / group_) * heads_ + kv_head * group_ + row % group_) * head_;
+      store(source, head_, target);
     }
   }
 
@@ -181,19 +183,20 @@ class Attention {
   const Stored* cache_;
   const int32_t* tables_;
   Computed* output_;
-  int64_t width_, heads_, d_, query_stride_, kv_heads_, block_size_, group_;
+  int64_t width_, heads_, head_, d_, query_stride_, kv_heads_, block_size_, group_;
   float scale_;
 };
 
-// Write key and value [T, kv_heads, d] to their slots of cache [blocks, 2, kv_heads, block_size, d].
+// Write key and value [T, kv_heads, head] to their slots of cache [blocks, 2, kv_heads, block_size, d]. Heads are padded
+// with zeros to whole vectors of floats, which change neither products nor outputs.
 template <typename Computed, typename Stored>
 void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& cache, const at::Tensor& slots) {
-  const int64_t heads = cache.size(2), block_size = cache.size(3), d = cache.size(4);
+  const int64_t heads = cache.size(2), block_size = cache.size(3), d = cache.size(4), head_size = key.size(2);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   Stored* pages = cache.mutable_data_ptr<Stored>();
   const at::Tensor* sources[] = {&key, &value};
   at::parallel_for(0, slots.numel(), 32, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(d);
+    std::vector<float> scratch(head_size);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t block = slot[token] / block_size, offset = slot[token] % block_size;
       for (int64_t which = 0; which < 2; ++which) {
@@ -201,9 +204,9 @@ void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& cache, co
         for (int64_t head = 0; head < heads; ++head) {
           Stored* target = pages + (((block * 2 + which) * heads + head) * block_size + offset) * d;
           if constexpr (std::is_same_v<Computed, Stored>)
-            std::copy_n(source + head * d, d, target);
+            std::copy_n(source + head * head_size, head_size, target);
           else
-            store(as_float(source + head * d, d, scratch.data()), d, target);
+            store(as_float(source + head * head_size, head_size, scratch.data()), head_size, target);
         }
       }
     }
@@ -218,7 +221,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     TORCH_CHECK(part->dim() == 3 && part->stride(2) == 1 && part->stride(1) == part->size(2), "heads must lie together");
     TORCH_CHECK(part->scalar_type() == query.scalar_type(), "queries, keys and values must have one type");
   }
-  TORCH_CHECK(cache.is_contiguous() && query.size(2) % 16 == 0, "the head dimension must be a multiple of 16");
+  TORCH_CHECK(cache.is_contiguous() && cache.size(4) % 16 == 0 && query.size(2) <= cache.size(4), "heads do not fit the pages");
   at::Tensor output = at::empty(query.sizes(), query.options());
   std::vector<Tile> tiles;
   const int64_t tile_tokens = std::max<int64_t>(1, kQueries * cache.size(2) / query.size(1));

@@ -1,0 +1,199 @@
+"""What this machine and checkpoint get: every choice that the engine makes by itself, and how fast the result is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanovllm.engine import kernels
+from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
+from nanovllm.engine.linear import Linear
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.sampling_params import SamplingParams
+
+_MIB = 1 << 20
+_BATCHES = (1, 8, 32)
+_PROMPT = 64  # tokens of a measured prompt
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found out; ``note`` says why it is so, or what would make it better."""
+
+    subject: str
+    value: str
+    note: str = ""
+
+
+def describe(engine: LLMEngine) -> Iterator[Finding]:
+    """What was chosen, without measuring anything."""
+    yield _machine(engine)
+    yield _threads()
+    yield _model(engine)
+    yield _weights(engine)
+    yield _attention(engine)
+    yield from _memory(engine)
+    yield _guided()
+
+
+def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
+    """Decode and prefill for about ``seconds``, beside what the linear layers alone would allow; the engine is idle."""
+    batches = [size for size in _BATCHES if size <= engine.config.max_num_seqs]
+    share = seconds / (len(batches) + 1)
+    length = max(1, min(_PROMPT, engine.max_model_len // 2))
+    prefill = _prefill(engine, length, share)
+    yield Finding("prefill", f"{prefill:,.0f} tokens/s", f"prompts of {length} tokens")
+    for size in batches:
+        bound = size / _linears(engine, size, share / 3)
+        decode = _decode(engine, size, length, 2 * share / 3)
+        note = f"the linear layers alone: {bound:,.0f}, {decode / bound:.0%} of which is reached"
+        yield Finding(f"decode, batch {size}", f"{decode:,.0f} tokens/s", note)
+
+
+def _machine(engine: LLMEngine) -> Finding:
+    device = engine.model_runner.device
+    if device.type == "cuda":
+        return Finding("device", torch.cuda.get_device_name(device))
+    kinds = [torch.backends.cpu.get_cpu_capability()]
+    kinds += ["VNNI"] if torch.cpu._is_vnni_supported() else []
+    kinds += ["bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    return Finding("device", f"CPU, {platform.machine()}, {', '.join(kinds)}", f"torch {torch.__version__}")
+
+
+def _threads() -> Finding:
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    spins = os.environ.get("GOMP_SPINCOUNT") != "0" and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE"
+    notes = [f"more than the {cores} cores: set OMP_NUM_THREADS={cores}"] if threads > cores else []
+    notes += ["they spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"] if spins else []
+    return Finding("threads", f"{threads} on {cores} cores", "; ".join(notes))
+
+
+def _model(engine: LLMEngine) -> Finding:
+    checkpoint = engine.checkpoint
+    return Finding(
+        "model", f"{Path(engine.config.model).name}, {checkpoint.architecture}", f"revision {checkpoint.revision}"
+    )
+
+
+def _weights(engine: LLMEngine) -> Finding:
+    forms = Counter(module.form for module in engine.model_runner.model.modules() if isinstance(module, Linear))
+    told = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+    note = ""
+    if forms["plain"]:
+        note = "plain ones are too small to gain by packing, or of a type that this CPU does not compute in"
+        note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
+    value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {told}"
+    return Finding("weights", value, note)
+
+
+def _attention(engine: LLMEngine) -> Finding:
+    backend = engine.model_runner.attention
+    if isinstance(backend, PagedCpuAttention):
+        return Finding("attention", "our kernel on the pages", "compiled for this CPU")
+    if isinstance(backend, SdpaAttention):
+        reason = "float32 on a GPU" if engine.model_runner.device.type == "cuda" else None
+        reason = reason or kernels.missing()
+        return Finding("attention", "torch SDPA on copies of the pages: slow", f"the faster one is missing: {reason}")
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    return Finding("attention", "flash-attn" if has_flash else "torch varlen_attn", "on the pages")
+
+
+def _memory(engine: LLMEngine) -> Iterator[Finding]:
+    runner, blocks = engine.model_runner, engine.scheduler.blocks
+    cache = runner.kv_caches[0]
+    size = sum(layer.nbytes for layer in runner.kv_caches) // _MIB
+    tokens = blocks.num_blocks * blocks.block_size
+    kind = str(cache.dtype).removeprefix("torch.")
+    yield Finding("KV cache", f"{size} MiB: {tokens:,} tokens in blocks of {blocks.block_size}, {kind}")
+    longest = engine.max_model_len
+    note = f"{tokens / longest:.1f} of the longest at once"
+    yield Finding("context", f"{longest:,} tokens, prompt and output", note)
+    processor = engine.processor
+    if processor is not None:
+        encoder = processor.encoder
+        image = encoder.num_vision_tokens * encoder.hidden_size * encoder.dtype.itemsize
+        budget = engine.config.embedding_cache_bytes
+        yield Finding(
+            "embedding cache", f"{budget // _MIB} MiB: {budget // image:,} images", f"{image:,} bytes an image"
+        )
+
+
+def _guided() -> Finding:
+    if importlib.util.find_spec("llguidance") is None:
+        return Finding("guided output", "none", "pip install 'nanovllm[guided]'")
+    return Finding("guided output", "JSON schema, regex, choice, grammar")
+
+
+def _linears(engine: LLMEngine, rows: int, seconds: float) -> float:
+    """Seconds that all linear layers of one step take on ``rows`` tokens, the fastest of some rounds."""
+    runner = engine.model_runner
+    layers = [module for module in runner.model.modules() if isinstance(module, Linear)]
+    inputs = {
+        layer.in_features: torch.randn(rows, layer.in_features).to(runner.dtype).to(runner.device) for layer in layers
+    }
+    fastest, until = float("inf"), time.perf_counter() + seconds
+    with torch.inference_mode():
+        while fastest == float("inf") or time.perf_counter() < until:
+            started = time.perf_counter()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            _wait_for(runner.device)
+            fastest = min(fastest, time.perf_counter() - started)
+    return fastest
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _requests(engine: LLMEngine, count: int, length: int, max_tokens: int, seed: int) -> list[str]:
+    """Queue requests of random tokens, unlike any earlier ones; returns their ids."""
+    drawn = random.Random(f"{time.perf_counter_ns()} {seed}")
+    vocab = min(engine.model_runner.model.config.vocab_size, len(engine.tokenizer))
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    tokens = [token for token in range(vocab) if token != engine.model_runner.image_token_id]
+    return [engine.add_request(drawn.choices(tokens, k=length), params) for _ in range(count)]
+
+
+def _prefill(engine: LLMEngine, length: int, seconds: float) -> float:
+    """Prompt tokens computed in a second."""
+    done, spent, round_number = 0, 0.0, 0
+    while spent < seconds:
+        _requests(engine, 4, length, 1, round_number)
+        started = time.perf_counter()
+        while engine.has_unfinished():
+            engine.step()
+        if round_number:  # the first round warms up
+            done += 4 * length
+        spent += time.perf_counter() - started if round_number else 0.0
+        round_number += 1
+    return done / spent
+
+
+def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
+    """Tokens decoded in a second by ``rows`` requests at once: the fastest step counts, as for the linear layers."""
+    names = _requests(engine, rows, length, engine.max_model_len - length - 1, rows)
+    while any(sequence.num_output_tokens < 2 for sequence in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    fastest, until = float("inf"), time.perf_counter() + seconds
+    while fastest == float("inf") or (time.perf_counter() < until and engine.has_unfinished()):
+        before = engine.stats().generation_tokens
+        started = time.perf_counter()
+        engine.step()
+        took, tokens = time.perf_counter() - started, engine.stats().generation_tokens - before
+        fastest = min(fastest, took / tokens) if tokens else fastest
+    for name in names:
+        engine.abort(name)
+    while engine.has_unfinished():
+        engine.step()
+    return 1.0 / fastest
