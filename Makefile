@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself the first time; a second run starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all proof check format bench clean
+.PHONY: help demo test test-all proof chaos check format bench clean
 
 PY := .venv/bin/python
 # Two threads that spin against each other run up to ten times slower than two that wait.
@@ -29,6 +29,9 @@ test-all: .venv/.dev ## All that CI runs (under 40 minutes)
 
 proof: .venv/.dev ## Held-out accuracy and whatever else takes long
 	$(PY) -m pytest -m proof --timeout 7200
+
+chaos: .venv/.dev ## Faults by seed against three workers, detached and resumable: SEED=1 SEEDS=1 JOBS=2000 FAULTS=40
+	@PYTHON=$(PY) tools/chaos.sh
 
 check: .venv/.dev ## Lint, format, types, arrows between the rooms
 	$(PY) -m ruff check .

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -326,12 +326,18 @@ class VersityNode:
             self._process.kill()
 
 
-def worker_process(directory: Path, *options: str, settings: Mapping[str, str], name: str = "worker") -> LocalProcess:
+def worker_process(
+    directory: Path,
+    *options: str,
+    settings: Mapping[str, str],
+    name: str = "worker",
+    program: Sequence[str] = ("-m", "nanovllm.pipeline.cli"),
+) -> LocalProcess:
     """``nanovllm worker`` as its own process, not started yet.
 
     ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
     """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
     own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "nanovllm.pipeline.cli", "worker", *options]
+    command = [sys.executable, *program, "worker", *options]
     return LocalProcess(name, command, directory / f"{name}.log", env=inherited | own | dict(settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from parts import S3Part, create_topic, eventually, unique_name, worker_process
@@ -61,7 +62,7 @@ class World:
             else:
                 self.dead_letters[outcome.job_id or ""].append(outcome)
 
-    def worker(self, name: str, *options: str) -> LocalProcess:
+    def worker(self, name: str, *options: str, **process: Any) -> LocalProcess:
         settings = {
             "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers,
             "NANOVLLM_KAFKA__GROUP_ID": self.group,
@@ -77,7 +78,7 @@ class World:
             **self.s3.environment,
             **self.worker_settings,
         }
-        return worker_process(self.directory, *options, settings=settings, name=name)
+        return worker_process(self.directory, *options, settings=settings, name=name, **process)
 
     async def drain(self, name: str) -> None:
         """Run a worker until nothing is left to do."""

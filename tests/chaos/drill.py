@@ -1,0 +1,313 @@
+"""One drill: a seed, so many jobs, so many faults, three workers on Apache Kafka, and what came of every job.
+
+    python tests/chaos/drill.py --seed 1 --jobs 2000 --faults 40 --delivery exactly_once --out benchmarks/results/chaos
+
+Writes one JSON a seed and mode, and leaves a seed alone whose JSON is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError
+from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
+from chaos.fleet import Fleet
+from chaos.proxies import S3Fault, S3Proxy, TcpProxy
+from parts import KafkaNode, S3Part, VersityNode, png
+from world import PARTITIONS, World
+
+from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+
+OBJECTS = 40
+WORKERS = 3
+SESSION_S = 3.0
+FINISH_S = 300.0
+S3_FAULTS: tuple[S3Fault, ...] = ("unavailable", "slow", "truncated", "reset", "wrong_length")
+SETTINGS = {
+    "NANOVLLM_KAFKA__SESSION_TIMEOUT_MS": str(int(SESSION_S * 1000)),
+    "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "500",
+    "NANOVLLM_ADMISSION__DRAIN_TIMEOUT_S": "3",
+    "NANOVLLM_S3__READ_TIMEOUT_S": "3",
+}
+
+
+class Drill:
+    """The parts of one drill, and a method for each kind of fault."""
+
+    def __init__(self, world: World, node: KafkaNode, kafka: TcpProxy, s3: S3Proxy, fleet: Fleet, random: Random):
+        self._world, self._node, self._kafka, self._s3, self._fleet = world, node, kafka, s3, fleet
+        self._random = random
+        self._number = 0
+        self._objects: list[tuple[str, bytes]] = []
+        self.ledger = Ledger()
+        s3_faults = {f"s3_{fault}": self._s3_fault(fault) for fault in S3_FAULTS}
+        self.faults: dict[str, Callable[[], Awaitable[None]]] = {
+            "kill": self._kill,
+            "zombie": self._zombie,
+            "leave": self._leave,
+            "join": self._join,
+            "broker_restart": self._broker_restart,
+            "broker_kill": self._broker_kill,
+            "connections_cut": self._cut,
+            "connections_slow": self._slow,
+            "object_replaced": self._replace_object,
+            "object_deleted": self._delete_object,
+            "out_of_memory": self._engine_fault("out-of-memory"),
+            "crash": self._engine_fault("crash"),
+            "dead_letters_unwritable": self._dead_letters_unwritable,
+            **s3_faults,
+        }
+
+    def plan(self, count: int) -> list[str]:
+        """Every kind as often as every other, in the seed's own order."""
+        kinds: list[str] = []
+        while len(kinds) < count:
+            kinds += self._random.sample(sorted(self.faults), len(self.faults))
+        return kinds[:count]
+
+    async def put_objects(self) -> None:
+        for number in range(OBJECTS):
+            body = png((number, self._random.randrange(256), 7))
+            uri = await asyncio.to_thread(self._world.s3.put, self._world.bucket, f"{number}.png", body)
+            self._objects.append((uri, body))
+
+    async def produce(self, producer: AIOKafkaProducer, count: int) -> None:
+        await asyncio.gather(*(self._produce_one(producer) for _ in range(count)))
+
+    async def _produce_one(self, producer: AIOKafkaProducer) -> None:
+        self._number += 1
+        job_id, kind = f"job-{self._number:05d}", self._random.random()
+        prompt = f"Say {self._number}"
+        expected = Expectation(frozenset({ANSWER}), prompt)
+        job = Job(job_id=job_id, prompt=prompt)
+        if kind < 0.04:
+            value = b"{no job at all %d" % self._number
+            sent = await producer.send_and_wait(self._world.topics.jobs, value)
+            derived = derive_job_id(self._world.topics.jobs, sent.partition, sent.offset)
+            self.ledger.expected[derived] = Expectation(frozenset({"invalid_job"}))
+            return
+        if kind < 0.07:
+            # Clocks of producers are wrong: an hour behind, an hour ahead.
+            is_behind = self._random.random() < 0.5
+            deadline = datetime.now(UTC) + timedelta(hours=-1 if is_behind else 1)
+            job = job.model_copy(update={"deadline": deadline})
+            if is_behind:
+                expected = Expectation(frozenset({"deadline_exceeded"}))
+        elif kind < 0.3:
+            uri, body = self._random.choice(self._objects)
+            sha256 = hashlib.sha256(body).hexdigest() if self._random.random() < 0.5 else None
+            job = job.model_copy(
+                update={"prompt": f"{prompt} <|image|>", "images": (ImageRef(uri=uri, sha256=sha256),)}
+            )
+            # Its object may be replaced, deleted or unreadable for longer than the attempts last.
+            codes = {ANSWER, "object_changed", "object_not_found", "fetch_failed", "invalid_image"}
+            expected = Expectation(frozenset(codes), prompt)
+        self.ledger.expected[job_id] = expected
+        value = job.model_dump_json(exclude_none=True, exclude_unset=True).encode()
+        await producer.send_and_wait(self._world.topics.jobs, value)
+
+    async def _kill(self) -> None:
+        self._fleet.kill(self._fleet.any_name())
+
+    async def _zombie(self) -> None:
+        await self._fleet.stop_for(self._fleet.any_name(), SESSION_S + self._random.uniform(0.5, 2.0))
+
+    async def _leave(self) -> None:
+        name = self._fleet.any_name()
+        await self._fleet.remove(name)
+        self._fleet.add(name)
+
+    async def _join(self) -> None:
+        self._fleet.add("guest")
+        await asyncio.sleep(SESSION_S)
+        await self._fleet.remove("guest")
+
+    async def _broker_restart(self) -> None:
+        await asyncio.to_thread(self._node.stop)
+        await self._node.start()
+
+    async def _broker_kill(self) -> None:
+        self._node.kill()
+        await self._node.start()
+
+    async def _cut(self) -> None:
+        for _ in range(3):
+            self._kafka.cut()
+            await asyncio.sleep(self._random.uniform(0.05, 0.5))
+
+    async def _slow(self) -> None:
+        self._kafka.delay_s = self._random.uniform(0.02, 0.2)
+        await asyncio.sleep(2.0)
+        self._kafka.delay_s = 0.0
+
+    def _s3_fault(self, fault: S3Fault) -> Callable[[], Awaitable[None]]:
+        async def spoil() -> None:
+            self._s3.fault = fault
+            await asyncio.sleep(2.0)
+            self._s3.fault = "none"
+
+        return spoil
+
+    async def _replace_object(self) -> None:
+        number = self._random.randrange(OBJECTS)
+        other = png((number, self._random.randrange(256), 8))
+        await asyncio.to_thread(self._world.s3.put, self._world.bucket, f"{number}.png", other)
+
+    async def _delete_object(self) -> None:
+        key = f"{self._random.randrange(OBJECTS)}.png"
+        await asyncio.to_thread(self._world.s3.client.delete_object, Bucket=self._world.bucket, Key=key)
+
+    def _engine_fault(self, fault: str) -> Callable[[], Awaitable[None]]:
+        async def strike() -> None:
+            (self._world.directory / f"{self._fleet.any_name()}.{fault}").touch()
+
+        return strike
+
+    async def _dead_letters_unwritable(self) -> None:
+        await self._require_replicas(2)
+        await asyncio.sleep(2.0)
+        await self._require_replicas(1)
+
+    async def _require_replicas(self, count: int) -> None:
+        topic = ConfigResource(
+            ConfigResourceType.TOPIC, self._world.topics.dead_letters, {"min.insync.replicas": str(count)}
+        )
+        for _ in range(20):
+            admin = AIOKafkaAdminClient(bootstrap_servers=self._world.bootstrap_servers)
+            try:
+                await admin.start()
+                await admin.alter_configs([topic])
+                return
+            except KafkaError:
+                await asyncio.sleep(0.5)
+            finally:
+                await admin.close()
+        raise RuntimeError("the dead-letter topic's settings could not be changed")
+
+
+async def run_drill(
+    directory: Path, s3: S3Part, s3_port: int, *, seed: int, jobs: int, faults: int, delivery: str
+) -> dict[str, Any]:
+    """Produce, break, heal, drain and check; the report says what was found."""
+    random, started = Random(f"{seed}-{delivery}"), time.monotonic()
+    kafka, s3_proxy = TcpProxy(0), S3Proxy(s3_port, random)
+    await kafka.start()
+    await s3_proxy.start()
+    node = KafkaNode(directory, settings={"advertised.listeners": f"PLAINTEXT://127.0.0.1:{kafka.port}"})
+    kafka.upstream_port = node.port
+    try:
+        await node.start()
+        own = {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_DELIVERY": delivery}
+        endpoint = {"NANOVLLM_S3__ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.port}"}
+        world = World(f"127.0.0.1:{kafka.port}", s3, directory, {**SETTINGS, **own, **endpoint})
+        await world.create_topics()
+        async with Fleet(world, WORKERS, random) as fleet:
+            drill = Drill(world, node, kafka, s3_proxy, fleet, random)
+            struck = await _produce_and_strike(drill, world, jobs, faults)
+            exit_codes = await _finish(drill.ledger, world, fleet)
+            report = drill.ledger.check({0: await world.lag()})
+            return {
+                "seed": seed,
+                "delivery": delivery,
+                "broken_promises": broken_promises(report, delivery),
+                **report,
+                "faults": dict(sorted(struck.items())),
+                "s3_answers_spoiled": s3_proxy.spoiled,
+                "worker_starts": fleet.starts,
+                "worker_ends": {str(code): times for code, times in sorted(Counter(fleet.exit_codes).items())},
+                "exit_codes_of_the_last_drain": exit_codes,
+                "seconds": round(time.monotonic() - started, 1),
+                "partitions": PARTITIONS,
+            }
+    finally:
+        node.kill()
+        kafka.stop()
+        s3_proxy.stop()
+
+
+async def _produce_and_strike(drill: Drill, world: World, jobs: int, faults: int) -> Counter[str]:
+    struck: Counter[str] = Counter()
+    await drill.put_objects()
+    async with AIOKafkaProducer(bootstrap_servers=world.bootstrap_servers, enable_idempotence=True) as producer:
+        plan = drill.plan(faults)
+        for number, kind in enumerate(plan):
+            share = jobs * (number + 1) // len(plan) - jobs * number // len(plan)
+            await asyncio.gather(drill.produce(producer, share), drill.faults[kind]())
+            struck[kind] += 1
+    return struck
+
+
+async def _finish(ledger: Ledger, world: World, fleet: Fleet) -> list[int | None]:
+    """Read until every job has ended, end the workers, and read what they still said."""
+    deadline = time.monotonic() + FINISH_S
+    async with world.reader() as reader:
+
+        async def read() -> int:
+            outcomes = await reader.read()
+            for outcome in outcomes:
+                ledger.see(outcome)
+            return len(outcomes)
+
+        while ledger.missing and time.monotonic() < deadline:
+            await read()
+        exit_codes = await fleet.drain()
+        quiet = 0
+        while quiet < 4:
+            quiet = 0 if await read() else quiet + 1
+    return exit_codes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--faults", type=int, default=40)
+    parser.add_argument("--delivery", choices=["at_least_once", "exactly_once"], required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos"))
+    options = parser.parse_args()
+    file = options.out / f"seed-{options.seed}-{options.delivery}.json"
+    if file.exists():
+        print(f"{file} is there already")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="nanovllm-chaos-") as temporary:
+        directory = Path(temporary)
+        store = VersityNode(directory / "s3")
+        s3 = store.start()
+        try:
+            drill = run_drill(
+                directory, s3, store.port, seed=options.seed, jobs=options.jobs, faults=options.faults,
+                delivery=options.delivery,
+            )  # fmt: skip
+            report = asyncio.run(drill)
+            if report["broken_promises"]:
+                for log in directory.glob("*.log"):
+                    (options.out / "failed").mkdir(parents=True, exist_ok=True)
+                    (options.out / "failed" / f"{file.stem}-{log.name}").write_bytes(log.read_bytes())
+        finally:
+            store.stop()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+    return 1 if report["broken_promises"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
