@@ -54,6 +54,14 @@ class InvalidJob(InvalidInput):
     remedy = "Send a job that follows docs/schemas/job.v1.json."
 
 
+class UnsupportedVersion(InvalidJob):
+    """A job of a major version that this worker does not know: it may mean something else by the same names."""
+
+    code = "unsupported_version"
+    remedy = "Send version 1, or replay the job to workers that know its version."
+    retryable = True
+
+
 class InvalidImage(InvalidInput):
     """Bytes that are not a readable image."""
 

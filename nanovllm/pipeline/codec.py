@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import msgpack
 from pydantic import ValidationError
 
-from nanovllm.errors import InvalidJob
+from nanovllm.errors import InvalidJob, UnsupportedVersion
 from nanovllm.pipeline.job import Job
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sinks.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
 
+VERSION = 1
 _JSON_SPACE = b" \t\r\n"
 _MAX_DIGITS = len(str(MAX_INTEGER))
 
@@ -33,14 +34,25 @@ def message_format(value: bytes) -> MessageFormat:
     raise InvalidJob("the message is empty" if not value else "the message is neither a JSON object nor a msgpack map")
 
 
-def decode_job(value: bytes) -> Job:
+def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
     """The job that an untrusted message holds.
 
     Raises:
-        InvalidJob: whatever else the bytes are; the message names the field, never its value.
+        InvalidJob: whatever else the bytes are, or more than ``max_bytes`` of them; the message names the field, never
+            its value.
+        UnsupportedVersion: a job of another major version.
     """
+    if max_bytes is not None and len(value) > max_bytes:
+        # Before it is read: parsing holds the event loop, and with it the heartbeats.
+        raise InvalidJob(f"the message has {len(value)} bytes, above the limit of {max_bytes}")
+    fields = decode_fields(value)
+    version = fields.get("version", VERSION)
+    if type(version) is not int:  # True and 1.0 equal 1
+        raise InvalidJob("version: is not an integer")
+    if version != VERSION:
+        raise UnsupportedVersion(f"the job has version {version}, this worker knows {VERSION}")
     try:
-        return Job.model_validate(decode_fields(value))
+        return Job.model_validate(fields)
     except ValidationError as error:
         raise InvalidJob(describe_errors(error, "job")) from None
 

@@ -53,8 +53,9 @@ def _bytes_to_base64(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def _check_s3_uri(value: str) -> str:
-    if not _S3_URI.fullmatch(value):
+def _check_s3_uri(value: Any) -> Any:
+    # It runs before pydantic has looked at the type, which refuses what is no text.
+    if isinstance(value, str) and not _S3_URI.fullmatch(value):
         raise ValueError("is not an s3://bucket/key URI")
     return value
 
@@ -158,7 +159,7 @@ class ImageUrl(_Strict):
     @classmethod
     def _check_url(cls, url: str) -> str:
         if not _DATA_URL.match(url):
-            return _check_s3_uri(url) if url.startswith("s3://") else _refuse_scheme()
+            return str(_check_s3_uri(url)) if url.startswith("s3://") else _refuse_scheme()
         return url
 
 

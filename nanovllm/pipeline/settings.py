@@ -333,6 +333,7 @@ class AdmissionSettings(Section):
         None, ge=1, description="Most jobs between Kafka and result; unset: twice engine.max_num_seqs."
     )
     max_bytes: Bytes = Field(512 * 2**20, description="Most bytes of messages and images held by those jobs.")
+    max_job_bytes: Bytes = Field(8 * 2**20, description="Largest message that is read as a job.")
     max_out_of_order: int = Field(
         1_000, ge=1, description="Most offsets of a partition finished above its oldest unfinished one."
     )

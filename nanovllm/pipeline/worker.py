@@ -208,7 +208,7 @@ class Worker:
     def _receive(self, delivery: Delivery, passage: Passage) -> Job:
         source = passage.origin.source
         passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
-        job = decode_job(delivery.value)
+        job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
         passage.format = message_format(delivery.value)
         if job.job_id is None:
             job = job.model_copy(update={"job_id": passage.job_id})

@@ -65,6 +65,24 @@ def test_a_job_survives_both_formats(job: Job) -> None:
         assert decode_job(value) == job
 
 
+@pytest.mark.parametrize("pack", [json.dumps, msgpack.packb])
+def test_another_major_version_is_told_apart_from_a_wrong_one(pack: Any) -> None:
+    def refusal(version: Any) -> InvalidJob:
+        value = pack({"version": version, "prompt": "p", "new_meaning": True})
+        with pytest.raises(InvalidJob) as caught:
+            decode_job(value.encode() if isinstance(value, str) else value)
+        return caught.value
+
+    assert refusal(2).code == refusal(0).code == "unsupported_version"
+    assert refusal("1").code == refusal(True).code == refusal(1.0).code == "invalid_job"
+
+
+def test_a_message_above_the_limit_is_refused_unread() -> None:
+    value = b'{"prompt": "' + b"p" * 100
+    with pytest.raises(InvalidJob, match="112 bytes, above the limit of 50"):
+        decode_job(value, max_bytes=50)
+
+
 @given(jobs)
 def test_the_two_formats_say_the_same(job: Job) -> None:
     assert decode_job(encode_job(decode_job(encode_job(job, "msgpack")), "json")) == job

@@ -57,6 +57,7 @@ def test_unknown_top_level_fields_are_tolerated() -> None:
         ({"prompt": ""}, "prompt"),
         ({"messages": [{"role": "user", "content": "a"}]}, "prompt or messages"),
         ({"version": 2}, "version"),
+        ({"images": [{"uri": False}]}, "images.0.uri"),
         ({"job_id": ""}, "job_id"),
         ({"job_id": "a\nb"}, "job_id"),
         ({"job_id": 7}, "job_id"),
