@@ -142,6 +142,13 @@ class DecoderFailed(PermanentError):
     remedy = "Re-encode the image; it exhausts or crashes the decoder."
 
 
+class CrashedWorker(PermanentError):
+    """Worker processes died each time this job was alone in their engine."""
+
+    code = "crashed_worker"
+    remedy = "Look into the workers' last logs; the job crashes the engine or exhausts its memory."
+
+
 class MessageTooLarge(PermanentError):
     """A message above the limit of its topic or of the producer."""
 

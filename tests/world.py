@@ -71,6 +71,7 @@ class World:
             "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "1000",
             **{f"NANOVLLM_TOPICS__{key.upper()}": getattr(self.topics, key) for key in ("jobs", "results", "metrics")},
             "NANOVLLM_TOPICS__DEAD_LETTERS": self.topics.dead_letters,
+            "NANOVLLM_TOPICS__IN_FLIGHT": self.topics.in_flight,
             "NANOVLLM_S3__ENDPOINT_URL": self.s3.endpoint_url,
             "NANOVLLM_S3__ADDRESSING_STYLE": "path",
             "NANOVLLM_S3__ALLOW": f"s3://{self.bucket}/",

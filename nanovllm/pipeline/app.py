@@ -75,6 +75,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from nanovllm.metrics import Metrics
     from nanovllm.pipeline.fetch import ObjectFetcher, make_client
     from nanovllm.pipeline.health import Health, HealthServer
+    from nanovllm.pipeline.in_flight import InFlight
     from nanovllm.pipeline.retries import RetryTiers
     from nanovllm.pipeline.source import JobSource
     from nanovllm.pipeline.topics import message_limits
@@ -120,6 +121,9 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         stack.push_async_callback(producer.stop)
         await producer.start()
 
+        in_flight = None
+        if crash_limit := settings.dead_letters.crash_limit:
+            in_flight = InFlight(topics.in_flight, settings.kafka, producer, limit=crash_limit)
         worker = Worker(
             settings,
             engine=engine,
@@ -129,6 +133,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             result_store=S3ResultStore(settings.s3.large_results, make_client(settings.s3))
             if settings.s3.large_results
             else None,
+            in_flight=in_flight,
             metrics=metrics,
             health=health,
         )
@@ -144,6 +149,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             metrics=metrics,
             delays_s=tiers.delays_s,
             exactly_once=settings.delivery == "exactly_once",
+            in_flight=in_flight,
         )
         # From here on the worker leaves the group before anything above is closed.
         await source.start()

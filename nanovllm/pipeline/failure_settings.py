@@ -46,3 +46,10 @@ class DeadLetterSettings(Section):
         description="So many dead letters without an answer between them end the worker with exit code 1, before the "
         "next one; unset: no limit.",
     )
+    crash_limit: int | None = Field(
+        None,
+        ge=1,
+        description="What the engine is about to start is recorded in `topics.in_flight`; after a worker died, what it "
+        "had at work runs alone, and a job that was alone at so many deaths is a dead letter (`crashed_worker`); "
+        "unset: nothing is recorded.",
+    )

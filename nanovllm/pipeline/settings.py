@@ -209,7 +209,7 @@ class TopicSettings(Section):
     results: str = Field("nanovllm.results", min_length=1, description="Results go here, keyed by `job_id`.")
     metrics: str = Field("nanovllm.metrics", min_length=1, description="One record of figures for each job goes here.")
     dead_letters: str = Field("nanovllm.dead-letters", min_length=1, description="Jobs that failed for good go here.")
-    in_flight: str = Field("nanovllm.in-flight", min_length=1, description="Reserved for the record of jobs at work.")
+    in_flight: str = Field("nanovllm.in-flight", min_length=1, description="Record of the jobs in the engines.")
     reply_to: StrList = Field((), description="Topics that a job's `reply_to` may name; any other is refused.")
 
     def result_topic(self, reply_to: str | None) -> str:

@@ -22,6 +22,7 @@ from nanovllm.errors import BrokersUnavailable, NanoVLLMError
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Assignment, Delivery
 from nanovllm.pipeline.delays import DelayedHeads
+from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
 from nanovllm.pipeline.settings import KafkaSettings
@@ -51,6 +52,7 @@ class JobSource(ConsumerRebalanceListener):
         lost: called with the ledger of each partition that left for good.
         metrics: where records that retention removed before anybody read them are counted.
         delays_s: topics whose records are handed over so many seconds after they were written.
+        in_flight: told which partitions come and leave.
         exactly_once: fence each partition with a transactional producer of its own, which ends its jobs.
     """
 
@@ -66,6 +68,7 @@ class JobSource(ConsumerRebalanceListener):
         metrics: Metrics | None = None,
         delays_s: Mapping[str, int] | None = None,
         exactly_once: bool = False,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
@@ -80,6 +83,7 @@ class JobSource(ConsumerRebalanceListener):
         self._parted: dict[TopicPartition, Assignment] = {}
         self._arriving: set[TopicPartition] = set()
         self._exactly_once = exactly_once
+        self._in_flight = in_flight
         self._not_before: dict[TopicPartition, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._commit_lock = asyncio.Lock()
@@ -196,6 +200,7 @@ class JobSource(ConsumerRebalanceListener):
             return
         if self._active:
             await self.commit()
+            await self._part(self._active.values())
         for assignment in [*self._active.values(), *self._parted.values()]:
             self._close(assignment)
         await asyncio.gather(*self._closing)
@@ -219,6 +224,7 @@ class JobSource(ConsumerRebalanceListener):
         except (KafkaError, NanoVLLMError, TimeoutError) as error:
             # The embedded broker refuses every commit in a rebalance; what is not committed is done again.
             logger.warning("offsets of leaving partitions were not committed: %s", type(error).__name__)
+        await self._part(leaving.values())
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Mark what came, and fence what did not come back."""
@@ -241,7 +247,17 @@ class JobSource(ConsumerRebalanceListener):
         self._lost(assignment.ledger)
         self._close(assignment)
 
+    async def _part(self, leaving: Iterable[Assignment]) -> None:
+        if self._in_flight is not None:
+            try:
+                async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                    await self._in_flight.part([assignment.ledger for assignment in leaving])
+            except (NanoVLLMError, TimeoutError) as error:
+                logger.warning("what was at work may be suspected by its next owner: %s", type(error).__name__)
+
     def _close(self, assignment: Assignment) -> None:
+        if self._in_flight is not None:
+            self._in_flight.forget(assignment.ledger)
         if assignment.transactions is not None:
             closing = asyncio.create_task(assignment.transactions.close())
             self._closing.add(closing)
@@ -271,6 +287,12 @@ class JobSource(ConsumerRebalanceListener):
                     assignment = await self._adopt_or_open(consumer, tp, await consumer.committed(tp))
             except IllegalStateError:
                 continue  # revoked meanwhile
+            if self._in_flight is not None:
+                try:
+                    await self._in_flight.take_in(tp, assignment.ledger)
+                except NanoVLLMError as error:
+                    self._let_go(assignment)
+                    raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
             if tp in self._arriving and tp not in self._active:
                 self._arriving.discard(tp)
                 self._active[tp] = assignment

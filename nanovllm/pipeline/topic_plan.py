@@ -22,7 +22,7 @@ class TopicNeed:
     """One topic that the settings name, and how it is created. ``operations`` are the worker's rights on it."""
 
     name: str
-    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply"]
+    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply", "in flight"]
     operations: tuple[str, ...]
     configs: Mapping[str, str] = field(default_factory=dict)
     delay_ms: int = 0
@@ -78,6 +78,10 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
         retention = {"retention.ms": str(2 * delay_s * 1000 + 7 * DAY_MS)}
         rights = ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")
         needs.append(TopicNeed(name, "retry", rights, carries_jobs | retention, delay_s * 1000))
+    if settings.dead_letters.crash_limit:
+        # Short segments: only closed ones are compacted, and a new owner reads back over the rest.
+        compacted = {"cleanup.policy": "compact", "segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
+        needs.append(TopicNeed(topics.in_flight, "in flight", ("READ", "WRITE", "DESCRIBE"), compacted))
     needs += [TopicNeed(name, "reply", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")) for name in topics.reply_to]
     return needs
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
@@ -29,6 +30,7 @@ from nanovllm.pipeline.codec import decode_job, message_format
 from nanovllm.pipeline.dispatch import Claim, Dispatch
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
 from nanovllm.pipeline.key_order import KeyOrder, Turn
 from nanovllm.pipeline.ledger import PartitionLedger
@@ -75,6 +77,7 @@ class Worker:
         metrics: Metrics,
         health: Health,
         result_store: S3ResultStore | None = None,
+        in_flight: InFlight | None = None,
         backoff: Backoff | None = None,
     ) -> None:
         self._settings = settings
@@ -83,6 +86,7 @@ class Worker:
         self._fetcher = fetcher
         self._sink = sink
         self._result_store = result_store
+        self._in_flight = in_flight
         self._metrics = metrics
         self._health = health
         self._backoff = backoff or Backoff()
@@ -189,7 +193,7 @@ class Worker:
                     with passage.stage("prepare"):
                         images = await self._prepare(fetched, ticket, passage)
                     with passage.stage("infer"):
-                        async with self._dispatch.place(claim):
+                        async with self._dispatch.place(claim), self._alone_if_suspected(passage):
                             output = await self._infer(job, images, passage)
                         self._settle_tokens(claim, output)
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
@@ -312,6 +316,17 @@ class Worker:
             return await generation
         finally:
             generation.abort()
+
+    @asynccontextmanager
+    async def _alone_if_suspected(self, passage: Passage) -> AsyncIterator[None]:
+        """Before the engine starts the job, it is on record; after a crash that tells whom to suspect."""
+        in_flight, delivery = self._in_flight, passage.delivery
+        if in_flight is None:
+            yield
+            return
+        async with in_flight.place(delivery):
+            await self._persist(lambda: in_flight.recorded(delivery), "kafka producer", passage)
+            yield
 
     async def _store_if_large(self, records: list[OutgoingRecord], passage: Passage) -> list[OutgoingRecord]:
         """The records of an answer, the result by reference where it is too large and there is a store for it."""

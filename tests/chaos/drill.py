@@ -29,9 +29,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
+from chaos.faulty_worker import POISON
 from chaos.fleet import Fleet
 from chaos.proxies import S3Fault, S3Proxy, TcpProxy
-from parts import KafkaNode, S3Part, VersityNode, png
+from parts import KafkaNode, S3Part, VersityNode, create_topic, png
 from world import PARTITIONS, World
 
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
@@ -46,7 +47,9 @@ SETTINGS = {
     "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "500",
     "NANOVLLM_ADMISSION__DRAIN_TIMEOUT_S": "3",
     "NANOVLLM_S3__READ_TIMEOUT_S": "3",
+    "NANOVLLM_DEAD_LETTERS__CRASH_LIMIT": "3",
 }
+CULPRIT_EVERY = 1_000
 
 
 class Drill:
@@ -98,13 +101,16 @@ class Drill:
         prompt = f"Say {self._number}"
         expected = Expectation(frozenset({ANSWER}), prompt)
         job = Job(job_id=job_id, prompt=prompt)
-        if kind < 0.04:
+        if self._number % CULPRIT_EVERY == CULPRIT_EVERY // 2:
+            job = job.model_copy(update={"prompt": POISON})
+            expected = Expectation(frozenset({"crashed_worker"}))
+        elif kind < 0.04:
             value = b"{no job at all %d" % self._number
             sent = await producer.send_and_wait(self._world.topics.jobs, value)
             derived = derive_job_id(self._world.topics.jobs, sent.partition, sent.offset)
             self.ledger.expected[derived] = Expectation(frozenset({"invalid_job"}))
             return
-        if kind < 0.07:
+        elif kind < 0.07:
             # Clocks of producers are wrong: an hour behind, an hour ahead.
             is_behind = self._random.random() < 0.5
             deadline = datetime.now(UTC) + timedelta(hours=-1 if is_behind else 1)
@@ -119,7 +125,7 @@ class Drill:
             )
             # Its object may be replaced, deleted or unreadable for longer than the attempts last.
             codes = {ANSWER, "object_changed", "object_not_found", "fetch_failed", "invalid_image"}
-            expected = Expectation(frozenset(codes), prompt)
+            expected = Expectation(frozenset(codes), prompt, is_fixed=sha256 is not None)
         self.ledger.expected[job_id] = expected
         value = job.model_dump_json(exclude_none=True, exclude_unset=True).encode()
         await producer.send_and_wait(self._world.topics.jobs, value)
@@ -219,6 +225,7 @@ async def run_drill(
         endpoint = {"NANOVLLM_S3__ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.port}"}
         world = World(f"127.0.0.1:{kafka.port}", s3, directory, {**SETTINGS, **own, **endpoint})
         await world.create_topics()
+        await create_topic(world.bootstrap_servers, world.topics.in_flight, settings={"cleanup.policy": "compact"})
         async with Fleet(world, WORKERS, random) as fleet:
             drill = Drill(world, node, kafka, s3_proxy, fleet, random)
             struck = await _produce_and_strike(drill, world, jobs, faults)
@@ -229,6 +236,7 @@ async def run_drill(
                 "delivery": delivery,
                 "broken_promises": broken_promises(report, delivery),
                 **report,
+                "culprits": [job for job, ends in drill.ledger.expected.items() if "crashed_worker" in ends.outcomes],
                 "faults": dict(sorted(struck.items())),
                 "s3_answers_spoiled": s3_proxy.spoiled,
                 "worker_starts": fleet.starts,

@@ -55,7 +55,7 @@ def main() -> None:
 
     app._load_engine = load_engine
     sys.argv = ["nanovllm", *sys.argv[3:]]
-    cli.main()
+    sys.exit(cli.main())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def test_the_checker_finds_what_is_lost_unknown_repeated_or_wrong() -> None:
     ):
         ledger.see(message)
     report = ledger.check({0: 2})
+    assert report["object_replaced_between"] == ["differs"]
     found = {kind: report[kind] for kind in ("lost", "unknown", "wrong", "repeated", "differing", "uncommitted")}
     assert found == {
         "lost": ["lost"],
@@ -46,6 +47,14 @@ def test_equal_answers_may_repeat_by_default_and_nothing_else_is_broken() -> Non
     for _ in range(2):
         ledger.see(result(job_id="a", text="p"))
     assert broken_promises(ledger.check({0: 0}), "at_least_once") == []
+
+
+def test_answers_may_differ_only_where_the_input_could_be_replaced() -> None:
+    ledger = Ledger({"a": Expectation(frozenset({ANSWER}), "p", is_fixed=False)})
+    for text in ("p1", "p2"):
+        ledger.see(result(job_id="a", text=text))
+    assert broken_promises(ledger.check({0: 0}), "at_least_once") == []
+    assert broken_promises(ledger.check({0: 0}), "exactly_once") == ["repeated"]
 
 
 @pytest.mark.kafka

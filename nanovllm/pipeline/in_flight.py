@@ -1,0 +1,183 @@
+"""The job that kills its worker: found by what the worker wrote down before, and buried instead of passed on.
+
+Before the engine starts a job, its offset stands in a compacted topic, one record for each input partition (not on
+local disk: the next owner is on another machine). A worker that dies leaves the record behind; the partition's next
+owner suspects all that it names, and runs them alone. Only who was alone at a death is charged with it, so that the
+innocent, who merely were there, are answered; whoever reaches the limit is a dead letter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
+
+from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead
+from nanovllm.pipeline.assignment import Delivery
+from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.pipeline.solitude import Solitude
+from nanovllm.pipeline.suspects import PartitionRecord
+from nanovllm.sinks.kafka import publish_error
+from nanovllm.sinks.producer import RenewingProducer
+
+logger = logging.getLogger(__name__)
+
+READ_BACK = 64
+
+
+class InFlight:
+    """The records of the partitions that one worker has.
+
+    Args:
+        limit: deaths while alone that make a job a dead letter.
+    """
+
+    def __init__(self, topic: str, kafka: KafkaSettings, producer: RenewingProducer, *, limit: int) -> None:
+        self._topic = topic
+        self._kafka = kafka
+        self._producer = producer
+        self._limit = limit
+        self._solitude = Solitude()
+        self._records: dict[PartitionLedger, _WrittenRecord] = {}
+        self._is_engine_dead = False
+
+    async def take_in(self, tp: TopicPartition, ledger: PartitionLedger) -> None:
+        """The partition is ours: learn what its last owner left behind. One that came straight back is written anew.
+
+        Raises:
+            BrokersUnavailable: the topic cannot be read.
+        """
+        written = self._records.get(ledger)
+        if written is None:
+            key = f"{self._kafka.group_id}/{tp.topic}/{tp.partition}".encode()
+            record = PartitionRecord.after(await self._last_value(key), ledger.position)
+            self._records[ledger] = _WrittenRecord(key, record)
+        else:
+            await self._write(written)
+
+    async def part(self, ledgers: Iterable[PartitionLedger]) -> None:
+        """The partitions leave a worker that lives: nobody in them is to be suspected by the next owner."""
+        for ledger in ledgers:
+            written = self._records.get(ledger)
+            if written is not None and written.is_dirty and not self._is_engine_dead:
+                async with written.turn:
+                    await self._send(written.key, b"{}")
+
+    def forget(self, ledger: PartitionLedger) -> None:
+        """The partition has left for good."""
+        self._records.pop(ledger, None)
+
+    @asynccontextmanager
+    async def place(self, delivery: Delivery) -> AsyncIterator[None]:
+        """Have the engine with others, or alone if suspected. ``recorded`` comes before the job may start in it.
+
+        Raises:
+            CrashedWorker: the job has killed as many workers as are allowed.
+        """
+        written = self._records.get(delivery.ledger)
+        if written is None:
+            yield
+            return
+        deaths = written.record.deaths_of(delivery.offset)
+        if deaths is not None and deaths >= self._limit:
+            raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
+        async with self._solitude.among_others() if deaths is None else self._solitude.alone():
+            if deaths is not None:
+                logger.warning("%s:%d runs alone: a worker died with it", delivery.topic, delivery.offset)
+            written.record.start(delivery.offset)
+            is_cleared = False
+            try:
+                yield
+                is_cleared = True
+            except EngineDead:
+                # What is recorded now stays: this is how the engine died.
+                self._is_engine_dead = True
+                raise
+            except Exception:
+                is_cleared = True
+                raise
+            finally:
+                if not self._is_engine_dead:
+                    written.record.leave(delivery.offset, is_cleared=is_cleared)
+
+    async def recorded(self, delivery: Delivery) -> None:
+        """Return when the topic has what ``place`` noted. One write carries all that wait for one.
+
+        Raises:
+            TransientError: it could not be written now.
+            BrokersUnavailable: it is refused.
+        """
+        written = self._records.get(delivery.ledger)
+        if written is not None:
+            await self._write(written)
+
+    async def _write(self, written: _WrittenRecord) -> None:
+        written.wanted += 1
+        mine = written.wanted
+        async with written.turn:
+            if written.done >= mine or self._is_engine_dead:
+                return
+            upto = written.wanted
+            written.is_dirty = True
+            await self._send(written.key, written.record.encode())
+            written.done = upto
+
+    async def _send(self, key: bytes, value: bytes) -> None:
+        try:
+            await self._producer.send_and_wait(self._topic, value, key=key)
+        except KafkaError as error:
+            raise publish_error(error, self._topic) from error
+
+    async def _last_value(self, key: bytes) -> bytes | None:
+        """The last record of ``key``, sought from the end backwards: it is among the last unless others write more."""
+        consumer = AIOKafkaConsumer(**self._kafka.client_kwargs(), enable_auto_commit=False)
+        try:
+            await consumer.start()
+            return await self._seek_back(consumer, key)
+        except KafkaError as error:
+            raise BrokersUnavailable(f"topic {self._topic} cannot be read ({type(error).__name__})") from error
+        finally:
+            await consumer.stop()
+
+    async def _seek_back(self, consumer: AIOKafkaConsumer, key: bytes) -> bytes | None:
+        await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
+        numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
+        tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
+        consumer.assign([tp])
+        beginning = (await consumer.beginning_offsets([tp]))[tp]
+        end = (await consumer.end_offsets([tp]))[tp]
+        length = READ_BACK
+        while True:
+            start = max(beginning, end - length)
+            consumer.seek(tp, start)
+            value = await _last_between(consumer, tp, end, key)
+            if value is not None or start == beginning:
+                return value
+            length *= 8
+
+
+class _WrittenRecord:
+    """A partition's record, and how far the topic has it."""
+
+    def __init__(self, key: bytes, record: PartitionRecord) -> None:
+        self.key = key
+        self.record = record
+        self.turn = asyncio.Lock()
+        self.wanted = 0
+        self.done = 0
+        self.is_dirty = False
+
+
+async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:
+    value: bytes | None = None
+    while await consumer.position(tp) < end:
+        for record in (await consumer.getmany(tp, timeout_ms=500)).get(tp, ()):
+            if record.key == key:
+                value = record.value
+    return value

@@ -1,0 +1,77 @@
+"""Who is suspected after a death, and who may be charged with it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from nanovllm.pipeline.solitude import Solitude
+from nanovllm.pipeline.suspects import PartitionRecord
+
+
+def test_all_that_were_in_the_engine_are_suspects_and_none_is_charged() -> None:
+    record = PartitionRecord()
+    for offset in (3, 4, 5):
+        assert not record.start(offset).is_alone
+    record.leave(4, is_cleared=True)
+    after = PartitionRecord.after(record.encode(), 0)
+    assert [after.deaths_of(offset) for offset in (3, 4, 5)] == [0, None, 0]
+
+
+def test_only_deaths_while_alone_count_and_the_other_suspects_stay_suspects() -> None:
+    record = PartitionRecord({3: 0, 5: 1})
+    assert record.start(3).is_alone
+    for _ in range(3):
+        # The next owner dies of something else before it writes anything: it is still the same one death.
+        after = PartitionRecord.after(record.encode(), 0)
+        assert (after.deaths_of(3), after.deaths_of(5)) == (1, 1)
+
+
+def test_who_comes_out_of_the_engine_is_cleared_and_who_is_taken_out_is_not() -> None:
+    record = PartitionRecord({3: 1, 5: 0})
+    for offset in (3, 5):
+        record.start(offset)
+    record.leave(3, is_cleared=True)
+    record.leave(5, is_cleared=False)
+    after = PartitionRecord.after(record.encode(), 0)
+    assert (after.deaths_of(3), after.deaths_of(5)) == (None, 0)
+
+
+def test_jobs_that_are_committed_are_no_suspects() -> None:
+    record = PartitionRecord()
+    record.start(3)
+    assert PartitionRecord.after(record.encode(), 4).deaths_of(3) is None
+
+
+@pytest.mark.parametrize("value", [None, b"", b"[1]", b'{"a": 1}', b'{"1": 2}', b"\xff", b"null"])
+def test_a_record_that_is_none_of_ours_accuses_nobody(value: bytes | None) -> None:
+    assert PartitionRecord.after(value, 0).encode() == b"{}"
+
+
+async def test_one_alone_waits_for_the_others_and_they_for_it() -> None:
+    solitude, log = Solitude(), list[str]()
+
+    async def visit(name: str, place: AbstractAsyncContextManager[None], leave: asyncio.Event) -> None:
+        async with place:
+            log.append(name)
+            await leave.wait()
+            log.append(f"{name} left")
+
+    doors = {name: asyncio.Event() for name in ("a", "b", "alone", "late")}
+    async with asyncio.TaskGroup() as group:
+        for name in ("a", "b"):
+            group.create_task(visit(name, solitude.among_others(), doors[name]))
+        await asyncio.sleep(0)
+        group.create_task(visit("alone", solitude.alone(), doors["alone"]))
+        cancelled = group.create_task(visit("cancelled", solitude.alone(), doors["alone"]))
+        await asyncio.sleep(0.01)
+        group.create_task(visit("late", solitude.among_others(), doors["late"]))
+        await asyncio.sleep(0.01)
+        assert log == ["a", "b"]
+        cancelled.cancel()
+        for name in ("a", "b", "alone", "late"):
+            doors[name].set()
+            await asyncio.sleep(0.01)
+    assert log == ["a", "b", "a left", "b left", "alone", "alone left", "late", "late left"]
