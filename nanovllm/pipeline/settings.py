@@ -18,12 +18,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
+from aiokafka.abc import AbstractTokenProvider
 from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
 from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings
+from nanovllm.pipeline.login_tokens import MskIamToken, TokenFile
 from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
 from nanovllm.pipeline.tenant_settings import TenantSettings
 from nanovllm.pipeline.validation import describe_errors
@@ -61,10 +63,16 @@ class KafkaSettings(Section):
         "PLAINTEXT", description="`SSL` and `SASL_SSL` encrypt; the `SASL_` ones log in."
     )
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
-        None, description="How to log in. `OAUTHBEARER` is refused at start: no token provider is built in yet."
+        None, description="How to log in; `OAUTHBEARER` takes its tokens from one of the `sasl_oauth_` settings."
     )
     sasl_username: str | None = Field(None, description="User name of PLAIN and SCRAM.")
     sasl_password: SecretStr | None = Field(None, description="Password of PLAIN and SCRAM.")
+    sasl_oauth_token_file: Path | None = Field(
+        None, description="File that holds an OAUTHBEARER token, read anew for each connection."
+    )
+    sasl_oauth_aws_region: str | None = Field(
+        None, min_length=1, description="Region of an Amazon MSK cluster with IAM login (OAUTHBEARER; extra `msk`)."
+    )
     ssl_cafile: Path | None = Field(None, description="PEM file of the brokers' CA; unset: the system's CAs.")
     ssl_certfile: Path | None = Field(None, description="PEM file of the client's certificate (mutual TLS).")
     ssl_keyfile: Path | None = Field(
@@ -96,11 +104,16 @@ class KafkaSettings(Section):
     @model_validator(mode="after")
     def _check_security(self) -> KafkaSettings:
         uses_sasl = self.security_protocol.startswith("SASL_")
-        if self.sasl_mechanism == "OAUTHBEARER":
-            raise ValueError("sasl_mechanism OAUTHBEARER is not supported; use PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+        uses_tokens = self.sasl_mechanism == "OAUTHBEARER"
+        if uses_tokens != (bool(self.sasl_oauth_token_file) or bool(self.sasl_oauth_aws_region)):
+            raise ValueError("OAUTHBEARER goes with one of sasl_oauth_token_file and sasl_oauth_aws_region")
+        if self.sasl_oauth_token_file and self.sasl_oauth_aws_region:
+            raise ValueError("sasl_oauth_token_file and sasl_oauth_aws_region exclude each other")
         if uses_sasl and self.sasl_mechanism is None:
             raise ValueError(f"security_protocol {self.security_protocol} needs a sasl_mechanism")
-        if uses_sasl and (not self.sasl_username or self.sasl_password is None):
+        if uses_tokens and (self.sasl_username or self.sasl_password):
+            raise ValueError("sasl_mechanism OAUTHBEARER takes no sasl_username and no sasl_password")
+        if uses_sasl and not uses_tokens and (not self.sasl_username or self.sasl_password is None):
             raise ValueError(f"sasl_mechanism {self.sasl_mechanism} needs sasl_username and sasl_password")
         if not uses_sasl and (self.sasl_mechanism or self.sasl_username or self.sasl_password):
             # Otherwise a password would be set and the connection would go out without any login.
@@ -151,7 +164,13 @@ class KafkaSettings(Section):
             "security_protocol": self.security_protocol,
             "ssl_context": self.ssl_context(),
         }
-        if self.sasl_mechanism and self.sasl_password:
+        if self.sasl_oauth_token_file:
+            provider: AbstractTokenProvider = TokenFile(self.sasl_oauth_token_file)
+            kwargs |= {"sasl_mechanism": self.sasl_mechanism, "sasl_oauth_token_provider": provider}
+        elif self.sasl_oauth_aws_region:
+            provider = MskIamToken.in_region(self.sasl_oauth_aws_region)
+            kwargs |= {"sasl_mechanism": self.sasl_mechanism, "sasl_oauth_token_provider": provider}
+        elif self.sasl_mechanism and self.sasl_password:
             kwargs |= {
                 "sasl_mechanism": self.sasl_mechanism,
                 "sasl_plain_username": self.sasl_username,

@@ -100,6 +100,9 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
     admin = AIOKafkaAdminClient(**kafka.client_kwargs())
     try:
         await admin.start()
+        if admin._client.cluster.controller is None:
+            # aiokafka takes a refused OAUTHBEARER token for a login, and the broker then tells it nothing.
+            raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse the login")
         yield admin
     except KafkaError as error:
         why = type(error).__name__
