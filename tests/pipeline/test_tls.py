@@ -104,7 +104,7 @@ async def test_scram_over_tls_lets_the_right_client_in_and_nobody_else(secure: S
         async with JobProducer(secure.settings(sasl_mechanism=mechanism), topic="jobs") as producer:
             await producer.send("What is the total?", job_id=mechanism)
 
-    consumer = AIOKafkaConsumer("jobs", **secure.settings().consumer_kwargs())
+    consumer = AIOKafkaConsumer("jobs", **secure.settings().consumer_kwargs() | {"auto_offset_reset": "earliest"})
     await consumer.start()
     try:
         seen: list[str | None] = []
