@@ -77,7 +77,7 @@ class Dispatch:
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            else:
+            elif not waiting.turn.cancelled():
                 # It got its place in the very step in which it was cancelled.
                 self._free += 1
                 self._shares.charge(claim.tenant, -claim.tokens)
@@ -85,6 +85,8 @@ class Dispatch:
             raise
 
     def _hand_out(self) -> None:
+        # Many are cancelled at once when a partition leaves; each future knows it before its task does.
+        self._waiting = [waiting for waiting in self._waiting if not waiting.turn.cancelled()]
         while self._free and self._waiting:
             # A scan, not a heap: shares change with every job, and the window holds a few hundred.
             chosen = min(self._waiting, key=self._order)

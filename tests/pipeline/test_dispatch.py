@@ -39,6 +39,24 @@ async def order_of(claims: dict[str, Claim], *, weights: dict[str, float] | None
     return began
 
 
+async def test_when_all_are_cancelled_at_once_no_place_is_handed_to_one_of_them() -> None:
+    dispatch = Dispatch(1, FairShares())
+
+    async def run(seconds: float) -> None:
+        async with dispatch.place(Claim(1)):
+            await asyncio.sleep(seconds)
+
+    tasks = [asyncio.create_task(run(60)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in ended] == [asyncio.CancelledError] * 3
+    assert dispatch.waiting == 0
+    async with asyncio.timeout(5):
+        await run(0)
+
+
 async def test_lower_priority_first_then_the_earliest_deadline_then_who_came_first() -> None:
     claims = {
         "idle": Claim(1, priority=9, deadline=SOON),
