@@ -218,6 +218,9 @@ class KafkaSettings(Section):
             # No topic has a slash in its name: two partitions never share an id.
             "transactional_id": f"{self.group_id}/{topic}/{partition}",
             "transaction_timeout_ms": self.transaction_timeout_ms,
+            # A transaction is a batch already; and its brokers are often busy with the one before, for milliseconds.
+            "linger_ms": 0,
+            "retry_backoff_ms": 20,
         }
 
 
