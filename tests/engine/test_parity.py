@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flash_attn_reference
 import pytest
 import torch
 from checkpoints import Family, make_llava, make_qwen3, make_text
@@ -25,8 +27,8 @@ from engine_parts import (
 )
 from safetensors.torch import load_file, save_file
 
-from nanovllm.engine import kernels
-from nanovllm.engine.attention import SdpaAttention
+from nanovllm.engine import kernels, model_runner
+from nanovllm.engine.attention import PagedCpuAttention, PagedVarlenAttention, SdpaAttention, flash_attn_kernel
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import UnsupportedModel
@@ -87,15 +89,28 @@ def test_sixteen_that_join_and_leave_at_different_steps_equal_transformers(world
     assert_all_same(engine, cases, drain(engine, outputs))
 
 
-@pytest.mark.parametrize(("tokens_a_step", "has_kernels"), [(16, True), (23, True), (23, False)])
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Make engines attend as on another machine; returns the class of backend that they then have."""
+    if name == "flash-attn":
+        monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_reference)
+        backend = PagedVarlenAttention(torch.device("cpu"), flash_attn_kernel())
+        monkeypatch.setattr(model_runner, "choose_backend", lambda *_: backend)
+        return PagedVarlenAttention
+    if name == "torch":
+        monkeypatch.setattr(kernels, "missing", lambda: "this test does without")
+    return PagedCpuAttention if kernels.missing() is None else SdpaAttention
+
+
+@pytest.mark.parametrize(
+    ("tokens_a_step", "backend"), [(16, "kernels"), (23, "kernels"), (23, "torch"), (23, "flash-attn")]
+)
 def test_prompts_computed_in_chunks_equal_transformers(
-    world: tuple[Path, dict[str, Case]], tokens_a_step: int, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    world: tuple[Path, dict[str, Case]], tokens_a_step: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, cases = world
-    if not has_kernels:
-        monkeypatch.setattr(kernels, "missing", lambda: "this test does without")
+    expected = use_backend(backend, monkeypatch)
     engine = recording_engine(directory, max_num_batched_tokens=tokens_a_step)
-    assert isinstance(engine.model_runner.attention, SdpaAttention) or kernels.missing() is None
+    assert isinstance(engine.model_runner.attention, expected)
     for name, case in cases.items():
         add(engine, name, case)
     assert_all_same(engine, cases, drain(engine))
