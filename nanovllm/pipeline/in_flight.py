@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
-from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead
+from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead, NanoVLLMError
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.settings import KafkaSettings
@@ -29,6 +29,7 @@ from nanovllm.sinks.producer import RenewingProducer
 logger = logging.getLogger(__name__)
 
 READ_BACK = 64
+RETRY_S = 0.5
 
 
 class InFlight:
@@ -45,6 +46,7 @@ class InFlight:
         self._limit = limit
         self._solitude = Solitude()
         self._records: dict[PartitionLedger, _WrittenRecord] = {}
+        self._releasing: set[asyncio.Task[None]] = set()
         self._is_engine_dead = False
 
     async def take_in(self, tp: TopicPartition, ledger: PartitionLedger) -> None:
@@ -70,8 +72,9 @@ class InFlight:
                     await self._send(written.key, b"{}")
 
     def forget(self, ledger: PartitionLedger) -> None:
-        """The partition has left for good."""
-        self._records.pop(ledger, None)
+        """The partition has left for good: its record is another worker's."""
+        if written := self._records.pop(ledger, None):
+            written.is_lost = True
 
     @asynccontextmanager
     async def place(self, delivery: Delivery) -> AsyncIterator[None]:
@@ -85,26 +88,55 @@ class InFlight:
             yield
             return
         deaths = written.record.deaths_of(delivery.offset)
-        if deaths is not None and deaths >= self._limit:
-            raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
-        async with self._solitude.among_others() if deaths is None else self._solitude.alone():
-            if deaths is not None:
-                logger.warning("%s:%d runs alone: a worker died with it", delivery.topic, delivery.offset)
-            written.record.start(delivery.offset)
-            is_cleared = False
-            try:
+        if deaths is None:
+            async with self._solitude.among_others(), self._noted(written, delivery):
                 yield
-                is_cleared = True
-            except EngineDead:
-                # What is recorded now stays: this is how the engine died.
-                self._is_engine_dead = True
-                raise
-            except Exception:
-                is_cleared = True
-                raise
-            finally:
-                if not self._is_engine_dead:
-                    written.record.leave(delivery.offset, is_cleared=is_cleared)
+            return
+        if deaths >= self._limit:
+            raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
+        logger.warning(
+            "%s-%d: offset %d runs alone: a worker died with it",
+            *(delivery.topic, delivery.partition, delivery.offset),
+        )
+        await self._solitude.isolate()
+        try:
+            async with self._noted(written, delivery):
+                yield
+        finally:
+            # The topic must know that it came out before another one may be alone: the next death is not its own.
+            releasing = asyncio.create_task(self._release(written))
+            self._releasing.add(releasing)
+            releasing.add_done_callback(self._releasing.discard)
+
+    @asynccontextmanager
+    async def _noted(self, written: _WrittenRecord, delivery: Delivery) -> AsyncIterator[None]:
+        written.record.start(delivery.offset)
+        is_cleared = False
+        try:
+            yield
+            is_cleared = True
+        except EngineDead:
+            # What is recorded now stays: this is how the engine died.
+            self._is_engine_dead = True
+            raise
+        except Exception:
+            is_cleared = True
+            raise
+        finally:
+            if not self._is_engine_dead:
+                written.record.leave(delivery.offset, is_cleared=is_cleared)
+
+    async def _release(self, written: _WrittenRecord) -> None:
+        try:
+            while True:
+                try:
+                    await self._write(written)
+                    return
+                except NanoVLLMError as error:
+                    logger.warning("a suspect came out and it could not be recorded: %s", error)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            self._solitude.rejoin()
 
     async def recorded(self, delivery: Delivery) -> None:
         """Return when the topic has what ``place`` noted. One write carries all that wait for one.
@@ -121,7 +153,7 @@ class InFlight:
         written.wanted += 1
         mine = written.wanted
         async with written.turn:
-            if written.done >= mine or self._is_engine_dead:
+            if written.done >= mine or written.is_lost or self._is_engine_dead:
                 return
             upto = written.wanted
             written.is_dirty = True
@@ -172,6 +204,7 @@ class _WrittenRecord:
         self.wanted = 0
         self.done = 0
         self.is_dirty = False
+        self.is_lost = False
 
 
 async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:

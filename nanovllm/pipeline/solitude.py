@@ -27,9 +27,8 @@ class Solitude:
             self._inside -= 1
             self._changed.set()
 
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Wait until nobody is inside."""
+    async def isolate(self) -> None:
+        """Wait until nobody is inside, and be alone until ``rejoin``."""
         self._want_alone += 1
         try:
             await self._until(lambda: not self._is_alone and not self._inside)
@@ -37,11 +36,11 @@ class Solitude:
         finally:
             self._want_alone -= 1
             self._changed.set()
-        try:
-            yield
-        finally:
-            self._is_alone = False
-            self._changed.set()
+
+    def rejoin(self) -> None:
+        """Others may come in again."""
+        self._is_alone = False
+        self._changed.set()
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_a_record_that_is_none_of_ours_accuses_nobody(value: bytes | None) -> No
 async def test_one_alone_waits_for_the_others_and_they_for_it() -> None:
     solitude, log = Solitude(), list[str]()
 
+    @asynccontextmanager
+    async def alone() -> AsyncIterator[None]:
+        await solitude.isolate()
+        try:
+            yield
+        finally:
+            solitude.rejoin()
+
     async def visit(name: str, place: AbstractAsyncContextManager[None], leave: asyncio.Event) -> None:
         async with place:
             log.append(name)
@@ -64,8 +73,8 @@ async def test_one_alone_waits_for_the_others_and_they_for_it() -> None:
         for name in ("a", "b"):
             group.create_task(visit(name, solitude.among_others(), doors[name]))
         await asyncio.sleep(0)
-        group.create_task(visit("alone", solitude.alone(), doors["alone"]))
-        cancelled = group.create_task(visit("cancelled", solitude.alone(), doors["alone"]))
+        group.create_task(visit("alone", alone(), doors["alone"]))
+        cancelled = group.create_task(visit("cancelled", alone(), doors["alone"]))
         await asyncio.sleep(0.01)
         group.create_task(visit("late", solitude.among_others(), doors["late"]))
         await asyncio.sleep(0.01)
