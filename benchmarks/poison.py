@@ -2,7 +2,7 @@
 
     python benchmarks/poison.py [--bad 10000] [--behind 2000] [--runs 5]
 
-Two questions, asked by turns, the engine echoing. **Beside**: good jobs arrive at a steady rate on three partitions, once
+Two questions, asked by turns, the engine echoing. **Beside**: good jobs arrive steadily on three partitions, once
 alone and once while the bad ones lie on the fourth; the latency is from a job's timestamp to its result's, over the
 jobs that came while bad ones were worked off. **Behind**: good jobs wait behind the bad ones on one partition; the rate
 is all records over the time from the first one's end to the last good answer, beside a loop that only takes a record,
@@ -156,14 +156,12 @@ async def measure(bad: int, behind: int, runs: int, seconds: float) -> dict[str,
         directory = Path(name)
         async with KafkaNode(directory) as node:
             brokers = node.bootstrap_servers
-            for run in range(runs):
+            for _ in range(runs):
                 alone.append(await latency_beside(brokers, directory, 0, seconds))
                 beside.append(await latency_beside(brokers, directory, bad, seconds))
                 ours.append(await rate_behind(brokers, directory, "worker", bad, behind))
                 plain.append(await rate_behind(brokers, directory, "plain", bad, behind))
-                print(
-                    f"run {run + 1}: alone {alone[-1]}, beside {beside[-1]}, behind {ours[-1]:.0f}/s, plain {plain[-1]:.0f}/s"
-                )
+                print(f"alone {alone[-1]}, beside {beside[-1]}, behind {ours[-1]:.0f}/s, plain {plain[-1]:.0f}/s")
     quiet, loud = (statistics.median(run["median_ms"] for run in some) for some in (alone, beside))
     return {
         "latency_alone_ms": quiet,

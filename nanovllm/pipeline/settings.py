@@ -37,6 +37,7 @@ JOIN_MARGIN_MS = 5_000
 
 ENV_PREFIX = "NANOVLLM_"
 CONFIG_VARIABLE = "NANOVLLM_CONFIG"
+BATCH_BYTES = 256 * 1024
 
 # What Kubernetes injects into every pod for a Service called nanovllm (or nanovllm-…): never settings of ours. The
 # double underscore of our own levels keeps NANOVLLM_HTTP__PORT apart from them.
@@ -210,6 +211,8 @@ class KafkaSettings(Section):
             "max_request_size": self.max_request_bytes,
             "compression_type": self.compression_type,
             "linger_ms": self.linger_ms,
+            # One batch of a partition is under way at a time: at aiokafka's 16 KiB that is some 25 dead letters.
+            "max_batch_size": BATCH_BYTES,
         }
 
     def transactional_kwargs(self, topic: str, partition: int) -> dict[str, Any]:

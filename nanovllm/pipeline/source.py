@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
@@ -81,6 +81,7 @@ class JobSource(ConsumerRebalanceListener):
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, Assignment] = {}
         self._parted: dict[TopicPartition, Assignment] = {}
+        self._had_their_turn: set[TopicPartition] = set()
         self._arriving: set[TopicPartition] = set()
         self._exactly_once = exactly_once
         self._in_flight = in_flight
@@ -142,9 +143,13 @@ class JobSource(ConsumerRebalanceListener):
         try:
             await self._take_in()
             asked = self._with_room() if self._takes_work and max_records > 0 else []
-            limit = min([max_records, *(self._active[tp].ledger.room for tp in asked)]) if asked else 1
+            limit = min([max_records, *(self._active[tp].ledger.room for tp in asked)]) if asked else 0
             try:
-                batches = await consumer.getmany(*(asked or [_NOWHERE]), timeout_ms=timeout_ms, max_records=limit)
+                batches = (
+                    await self._get(consumer, asked, timeout_ms, limit)
+                    if asked
+                    else await _keep_alive(consumer, timeout_ms)
+                )
             except OffsetOutOfRangeError as error:
                 await self._find_places(error.args[0])
                 return []
@@ -167,6 +172,24 @@ class JobSource(ConsumerRebalanceListener):
                 consumer.seek(tp, records[0].offset)
         await self._note_positions()
         return deliveries
+
+    async def _get(
+        self, consumer: AIOKafkaConsumer, asked: list[TopicPartition], timeout_ms: int, limit: int
+    ) -> dict[TopicPartition, list[ConsumerRecord]]:
+        """At most ``limit`` records, the partitions taking turns.
+
+        aiokafka hands out what it has of one partition before it looks at the next: a partition full of small records
+        would keep the others waiting until it is empty.
+        """
+        share = max(1, limit // len(asked))
+        if others := [tp for tp in asked if tp not in self._had_their_turn]:
+            batches = await consumer.getmany(*others, timeout_ms=0, max_records=share)
+            if batches:
+                self._had_their_turn |= batches.keys()
+                return batches
+        batches = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=share)
+        self._had_their_turn = set(batches)
+        return batches
 
     def stop_taking(self) -> None:
         """Take no more records; polls go on keeping the membership alive."""
@@ -407,3 +430,9 @@ class JobSource(ConsumerRebalanceListener):
                 raise CommitFailedError("a partition left") from error
             for assignment, watermark in moved.values():
                 assignment.committed = watermark
+
+
+async def _keep_alive(consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[ConsumerRecord]]:
+    """Poll for nothing."""
+    batches: dict[TopicPartition, list[ConsumerRecord]] = await consumer.getmany(_NOWHERE, timeout_ms=timeout_ms)
+    return batches

@@ -239,3 +239,13 @@ async def test_a_job_whose_deadline_passes_while_it_waits_for_a_place_never_reac
 def test_the_settings_have_tenants() -> None:
     settings = Settings.model_validate({"tenants": {"header": "tenant", "weights": {"a": 2}}})
     assert settings.tenants.weights == {"a": 2.0}
+
+
+async def test_a_partition_full_of_bad_messages_does_not_keep_the_others_waiting(bench: Bench) -> None:
+    await asyncio.gather(*(bench.send(b"bad") for _ in range(900)))
+    await bench.send({"job_id": "beside", "prompt": "p"}, partition=1)
+    async with bench.working(EchoEngine()):
+        (result,) = await bench.read(bench.settings.topics.results, 1)
+        letters = await bench.read(bench.settings.topics.dead_letters, 900)
+    before = sum(letter.timestamp < result.timestamp for letter in letters)
+    assert before < 300, "the job waited until the partition beside it was empty"
