@@ -55,6 +55,10 @@ class EngineSnapshot(Protocol):
     @property
     def prefix_cache_hits(self) -> int: ...  # noqa: D102
     @property
+    def spec_decode_draft_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def spec_decode_accepted_tokens(self) -> int: ...  # noqa: D102
+    @property
     def encoder_images(self) -> int: ...  # noqa: D102
     @property
     def encoder_seconds(self) -> float: ...  # noqa: D102
@@ -155,6 +159,8 @@ class _EngineCollector(Collector):
         yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield _counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries)
         yield _counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits)
+        yield _counter("spec_decode_draft_tokens", "Tokens guessed ahead.", stats.spec_decode_draft_tokens)
+        yield _counter("spec_decode_accepted_tokens", "Of those the right ones.", stats.spec_decode_accepted_tokens)
         yield _counter("encoder_images", "Images that went through the vision tower.", stats.encoder_images)
         yield _counter("encoder_seconds", "Time in the vision tower and projector.", stats.encoder_seconds)
         cache = stats.embedding_cache

@@ -113,17 +113,20 @@ def draw_cases(reference: Reference, num_images: Sequence[int], max_tokens: int 
 
 
 class RecordingSampler(Sampler):
-    """A sampler that keeps every row of logits it was given, by request."""
+    """A sampler that keeps every row of logits it was given, by request and place in the output.
+
+    A place that followed a wrong draft is sampled again; the last row stays.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Record nothing yet."""
         super().__init__(device, seed=0)
-        self.logits: dict[str, list[Tensor]] = {}
+        self.logits: dict[str, dict[int, Tensor]] = {}
 
     def sample(self, logits: Tensor, sequences: Sequence[EngineSequence], masks: Tensor | None = None) -> list[int]:
         """Record, then sample."""
         for sequence, row in zip(sequences, logits.clone(), strict=True):
-            self.logits.setdefault(sequence.request_id, []).append(row)
+            self.logits.setdefault(sequence.request_id, {})[sequence.num_output_tokens] = row
         return super().sample(logits, sequences, masks)
 
 
@@ -163,4 +166,5 @@ def assert_all_same(engine: LLMEngine, cases: Mapping[str, Case], outputs: Mappi
     assert isinstance(engine.sampler, RecordingSampler)
     assert set(outputs) == set(cases)
     for name, case in cases.items():
-        assert_same(case, outputs[name], engine.sampler.logits[name])
+        recorded = engine.sampler.logits[name]
+        assert_same(case, outputs[name], [recorded[place] for place in range(len(outputs[name].token_ids))])

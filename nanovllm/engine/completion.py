@@ -1,23 +1,52 @@
-"""How an output grows, and when it ends."""
+"""How an output grows, when it ends, and what a finished request gives back."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence as Rows
+
 from nanovllm.engine.loops import is_loop
-from nanovllm.engine.outputs import FinishReason
+from nanovllm.engine.outputs import (
+    Completion,
+    FinishReason,
+    ImageUse,
+    RequestOutput,
+    RequestTimings,
+    TokenLogprobs,
+    Usage,
+)
+from nanovllm.engine.scheduler import ScheduledRow
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import UnsupportedConstraint
 
 _LOOK_FOR_LOOPS_EVERY = 8  # tokens
 
 
-def extend(sequence: Sequence, token: int, *, force: bool = True) -> tuple[str, FinishReason | None]:
-    """Add a sampled token and, with ``force``, those after it that the constraint leaves no choice about.
+def extend(
+    row: ScheduledRow, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None], *, force: bool = True
+) -> tuple[str, FinishReason | None]:
+    """Add to the row's sequence the token sampled after its last one and, as far as its drafts were right, after those.
 
+    ``tokens`` and ``logprobs`` have one entry for the last known token and one for each draft. With ``force`` the
+    tokens that the constraint leaves no choice about are added too; they need no sampled token, and may be drafts.
     Returns the text that may be shown now, and why the output ends here if it does.
 
     Raises:
         UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token at all.
     """
+    sequence, known = row.sequence, len(row.sequence)
+    text, new = "", 0
+    reason: FinishReason | None = None
+    while reason is None and new < len(tokens) and row.num_accepted == new:
+        if (scores := logprobs[new]) is not None:
+            sequence.logprobs.append(scores)
+        more, reason = _extend(sequence, tokens[new], force=force)
+        text += more
+        new = len(sequence) - known
+    return text, reason
+
+
+def _extend(sequence: Sequence, token: int, *, force: bool) -> tuple[str, FinishReason | None]:
     matcher = sequence.matcher
     text, reason = _add(sequence, token)
     if matcher is None or reason is not None:
@@ -48,3 +77,63 @@ def _add(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
     if window and count >= window and count % _LOOK_FOR_LOOPS_EVERY == 0 and is_loop(sequence.token_ids[-window:]):
         return text, "loop"
     return text, None
+
+
+def output_of(request: Rows[Sequence]) -> RequestOutput:
+    """What a finished request gives back."""
+    first = request[0]
+    outputs = tuple(
+        Completion(
+            index=sequence.index,
+            text=sequence.detokenizer.text,
+            token_ids=tuple(sequence.output_token_ids),
+            finish_reason=sequence.finish_reason or "abort",
+            logprobs=tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None,
+        )
+        for sequence in request
+    )
+    wants_prompt = first.sampling.prompt_logprobs is not None
+    return RequestOutput(
+        request_id=first.request_id,
+        text=outputs[0].text,
+        token_ids=outputs[0].token_ids,
+        finish_reason=outputs[0].finish_reason,
+        usage=Usage(
+            input_tokens=first.num_prompt_tokens,
+            output_tokens=sum(sequence.num_output_tokens for sequence in request),
+            image_tokens=sum(span.length for span in first.images),
+            cached_tokens=first.num_cached_tokens or 0,
+        ),
+        timings=_timings(request, time.perf_counter()),
+        images=tuple(
+            ImageUse(
+                digest=span.image.digest.hex(),
+                outcome=span.outcome or "prefix",
+                tokens=span.length,
+                width=span.image.width,
+                height=span.image.height,
+            )
+            for span in first.images
+        ),
+        logprobs=outputs[0].logprobs,
+        prompt_logprobs=tuple(first.prompt_logprobs) if wants_prompt else None,
+        outputs=outputs,
+    )
+
+
+def _timings(request: Rows[Sequence], now: float) -> RequestTimings:
+    """From the first token of any output to the last of all."""
+    times = [sequence.times for sequence in request]
+    arrived = times[0].arrived
+    scheduled = min((one.first_scheduled for one in times if one.first_scheduled), default=now)
+    first_token = min((one.first_token for one in times if one.first_token), default=0.0)
+    generation_ms = (max(one.last_token for one in times) - first_token) * 1e3
+    longest = max(sequence.num_output_tokens for sequence in request)
+    return RequestTimings(
+        queue_ms=(scheduled - arrived) * 1e3,
+        encode_ms=max(one.encode_s for one in times) * 1e3,
+        time_to_first_token_ms=(first_token - arrived) * 1e3 if first_token else 0.0,
+        generation_ms=generation_ms,
+        mean_itl_ms=generation_ms / (longest - 1) if longest > 1 else 0.0,
+        e2e_ms=(now - arrived) * 1e3,
+    )

@@ -39,6 +39,7 @@ class EngineConfig:
     quantization: Literal["int8"] | None = None  # weights and products of the text model's linear layers, on a CPU
     deterministic: bool = False  # the same bits alone, in any batch, chunked, cached or preempted; on a CPU
     forced_tokens: bool = True  # append what a constraint leaves no choice about without a decode step each
+    num_speculative_tokens: int = 8  # most tokens that a row guesses ahead in a step; 0: none
     max_images_per_request: int = 16
     enable_multimodal: bool | None = None  # None: on for a vision-language checkpoint, or when a vision_model is named
     vision_model: str | None = None
@@ -53,8 +54,9 @@ class EngineConfig:
             self._require_positive(name, optional=False)
         for name in ("max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens"):
             self._require_positive(name, optional=True)
-        if self.embedding_cache_bytes < 0:
-            raise ConfigurationError(f"embedding_cache_bytes must not be negative, got {self.embedding_cache_bytes}")
+        for name in ("embedding_cache_bytes", "num_speculative_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel_size != 1:

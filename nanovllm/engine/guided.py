@@ -116,17 +116,28 @@ class TokenMasks:
         self._words = -(-vocab_size // _BITS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-masks")
 
-    def begin(self, matchers: Rows[Any | None]) -> Future[Tensor] | None:
-        """Start on the rows of a step, None where a row is free; the result is int32 [rows, words], bit 1 = allowed."""
-        if all(matcher is None for matcher in matchers):
-            return None
-        return self._executor.submit(self._fill, list(matchers))
+    def begin(self, rows: Rows[tuple[Any | None, tuple[int, ...]]]) -> Future[Tensor] | None:
+        """Start on the rows of a step: each a matcher, None where it is free, and the drafts that may come next.
 
-    def _fill(self, matchers: Rows[Any | None]) -> Tensor:
-        masks = torch.full((len(matchers), self._words), -1, dtype=torch.int32)
-        for row, matcher in enumerate(matchers):
-            if matcher is not None:
-                matcher.unsafe_compute_mask_ptr(masks[row].data_ptr(), 4 * self._words)
+        The result is int32 [places, words], bit 1 = allowed; a row has a place for its next token and one after each
+        draft. Until it is there the matchers belong to the other thread.
+        """
+        if all(matcher is None for matcher, _ in rows):
+            return None
+        return self._executor.submit(self._fill, list(rows))
+
+    def _fill(self, rows: Rows[tuple[Any | None, tuple[int, ...]]]) -> Tensor:
+        masks = torch.full((sum(1 + len(drafts) for _, drafts in rows), self._words), -1, dtype=torch.int32)
+        places = iter(masks)
+        for matcher, drafts in rows:
+            for place in range(1 + len(drafts)):
+                mask = next(places)
+                if matcher is not None:
+                    if place:
+                        matcher.consume_token(drafts[place - 1])
+                    matcher.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
+            if matcher is not None and drafts:
+                matcher.rollback(len(drafts))
         return masks
 
     def close(self) -> None:

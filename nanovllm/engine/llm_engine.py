@@ -15,11 +15,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.completion import extend
+from nanovllm.engine.completion import extend, output_of
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.guided import TokenMasks
 from nanovllm.engine.intake import Intake, Prompt
@@ -27,19 +26,16 @@ from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.model_runner import ModelRunner, StepInputs
 from nanovllm.engine.outputs import (
-    Completion,
     EngineStats,
     FinishReason,
-    ImageUse,
     ModelInfo,
     RequestOutput,
-    RequestTimings,
     StepOutput,
     TokenChunk,
-    Usage,
+    TokenLogprobs,
 )
 from nanovllm.engine.sampler import Sampler
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import ScheduledRow, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
@@ -73,6 +69,7 @@ class LLMEngine:
             ),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            num_speculative_tokens=self.config.num_speculative_tokens,
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self._context_limit()
@@ -173,48 +170,58 @@ class LLMEngine:
                 row.sequence.times.first_scheduled = now
         self.model_runner.embed_images(plan.rows)
         inputs = self.model_runner.prepare(plan)
-        sequences = [row.sequence for row in inputs.sampling_rows]
-        masks = self._masks.begin([sequence.matcher for sequence in sequences])
+        masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)
-        scored = [place for place, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+        scored = [place for place, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
         unchanged = logits[scored] if scored else None
-        tokens = self.sampler.sample(logits, sequences, masks.result() if masks is not None else None)
+        tokens = self.sampler.sample(logits, inputs.sampling, masks.result() if masks is not None else None)
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
-            self._score(unchanged, [sequences[place] for place in scored], [tokens[place] for place in scored])
-        return outputs + self.commit(inputs, tokens)
+            counts = [inputs.sampling[place].sampling.logprobs or 0 for place in scored]
+            taken = [tokens[place] for place in scored]
+            scores = top_logprobs(unchanged, taken, counts, self.model_runner.text_of)
+            for place, score in zip(scored, scores, strict=True):
+                logprobs[place] = score
+        return outputs + self.commit(inputs, tokens, logprobs)
 
-    def _score(self, logits: Tensor, sequences: Rows[Sequence], tokens: Rows[int]) -> None:
-        counts = [sequence.sampling.logprobs or 0 for sequence in sequences]
-        scores = top_logprobs(logits, tokens, counts, self.model_runner.text_of)
-        for sequence, score in zip(sequences, scores, strict=True):
-            sequence.logprobs.append(score)
-
-    def commit(self, inputs: StepInputs, tokens: Rows[int]) -> list[StepOutput]:
+    def commit(self, inputs: StepInputs, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None]) -> list[StepOutput]:
         """Book a computed step: computed tokens, new tokens, and the requests that end with them."""
         now = time.perf_counter()
-        for row in inputs.rows:
-            if row.start < row.sequence.num_prompt_tokens:
-                self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
-            self.scheduler.commit(row)
-            if row.sequence.images:
-                row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
         self._steps += 1
         outputs = []
-        for row, token in zip(inputs.sampling_rows, tokens, strict=True):
-            if not row.sequence.is_finished:  # a failure of the same request may just have ended it
-                outputs.append(self._append(row.sequence, token, now))
+        place = 0
+        for row in inputs.rows:
+            sampled = slice(place, place + row.num_samples)
+            place = sampled.stop
+            if row.sequence.is_finished:  # a failure of the same request has just ended it
+                continue
+            if row.start < row.sequence.num_prompt_tokens:
+                self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
+            if row.samples:
+                outputs.append(self._append(row, tokens[sampled], logprobs[sampled], now))
+            else:
+                self._book(row)
         return outputs
 
-    def _append(self, sequence: Sequence, token: int, now: float) -> StepOutput:
+    def _book(self, row: ScheduledRow) -> None:
+        self.scheduler.commit(row)
+        if row.sequence.images:
+            row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
+
+    def _append(
+        self, row: ScheduledRow, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None], now: float
+    ) -> StepOutput:
+        sequence = row.sequence
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
-            text, reason = extend(sequence, token, force=self.config.forced_tokens)
+            text, reason = extend(row, tokens, logprobs, force=self.config.forced_tokens)
         except UnsupportedConstraint as error:
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
+        self._book(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
@@ -228,7 +235,7 @@ class LLMEngine:
         finished = None
         if all(one.is_finished for one in request):
             del self._requests[sequence.request_id]
-            finished = _output(request)
+            finished = output_of(request)
         return StepOutput(sequence.request_id, TokenChunk(text, new, reason, sequence.index), finished)
 
     def _fail(self, request_id: str, error: UnsupportedConstraint) -> StepOutput:
@@ -291,6 +298,8 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
+            spec_decode_draft_tokens=scheduler.speculation.num_drafted,
+            spec_decode_accepted_tokens=scheduler.speculation.num_accepted,
             encoder_images=encoder.images_encoded if encoder else 0,
             encoder_seconds=encoder.encode_seconds if encoder else 0.0,
             embedding_cache=self.processor.cache.stats() if self.processor else None,
@@ -321,66 +330,6 @@ class LLMEngine:
     ) -> None:
         """Close."""
         self.close()
-
-
-def _output(request: Rows[Sequence]) -> RequestOutput:
-    """What a finished request gives back."""
-    first = request[0]
-    outputs = tuple(
-        Completion(
-            index=sequence.index,
-            text=sequence.detokenizer.text,
-            token_ids=tuple(sequence.output_token_ids),
-            finish_reason=sequence.finish_reason or "abort",
-            logprobs=tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None,
-        )
-        for sequence in request
-    )
-    wants_prompt = first.sampling.prompt_logprobs is not None
-    return RequestOutput(
-        request_id=first.request_id,
-        text=outputs[0].text,
-        token_ids=outputs[0].token_ids,
-        finish_reason=outputs[0].finish_reason,
-        usage=Usage(
-            input_tokens=first.num_prompt_tokens,
-            output_tokens=sum(sequence.num_output_tokens for sequence in request),
-            image_tokens=sum(span.length for span in first.images),
-            cached_tokens=first.num_cached_tokens or 0,
-        ),
-        timings=_timings(request, time.perf_counter()),
-        images=tuple(
-            ImageUse(
-                digest=span.image.digest.hex(),
-                outcome=span.outcome or "prefix",
-                tokens=span.length,
-                width=span.image.width,
-                height=span.image.height,
-            )
-            for span in first.images
-        ),
-        logprobs=outputs[0].logprobs,
-        prompt_logprobs=tuple(first.prompt_logprobs) if wants_prompt else None,
-        outputs=outputs,
-    )
-
-
-def _timings(request: Rows[Sequence], now: float) -> RequestTimings:
-    """From the first token of any output to the last of all."""
-    times = [sequence.times for sequence in request]
-    arrived = times[0].arrived
-    scheduled = min((one.first_scheduled for one in times if one.first_scheduled), default=now)
-    first_token = min((one.first_token for one in times if one.first_token), default=0.0)
-    generation_ms = (max(one.last_token for one in times) - first_token) * 1e3
-    longest = max(sequence.num_output_tokens for sequence in request)
-    return RequestTimings(
-        queue_ms=(scheduled - arrived) * 1e3,
-        encode_ms=max(one.encode_s for one in times) * 1e3,
-        time_to_first_token_ms=(first_token - arrived) * 1e3 if first_token else 0.0,
-        generation_ms=generation_ms,
-        mean_itl_ms=generation_ms / (longest - 1) if longest > 1 else 0.0,
-        e2e_ms=(now - arrived) * 1e3,
-    )
 
 
 def _progress(total: int, visible: bool) -> Any:

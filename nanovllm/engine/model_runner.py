@@ -40,8 +40,8 @@ class StepInputs:
     positions: Tensor  # [T], or what the family's positions are
     images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, hidden] that stand there
     attention: Any
-    sampling_rows: tuple[ScheduledRow, ...]
-    sampling_indices: Tensor | None  # [len(sampling_rows)]; None when every token samples
+    sampling: tuple[Sequence, ...]  # one for each row of logits: the sequence, ahead by the drafts before the place
+    sampling_indices: Tensor | None  # [len(sampling)]; None when every token samples
     scored: tuple[tuple[ScheduledRow, int], ...] = ()  # rows whose prompt tokens want logprobs, and their first token
 
 
@@ -146,7 +146,8 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         images: list[tuple[int, Tensor]] = []
-        sampling: list[int] = []
+        sampling: list[Sequence] = []
+        sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
@@ -159,9 +160,10 @@ class ModelRunner:
             if sequence.lacks_prompt_logprobs:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
+            token_ids += row.drafts
             positions += self.model.positions(start, end)
-            if row.samples:
-                sampling.append(len(token_ids) - 1)
+            sampling += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
+            sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
         batch = AttentionBatch(
             query_lens=[row.num_tokens for row in rows],
             context_lens=[row.end for row in rows],
@@ -176,8 +178,10 @@ class ModelRunner:
             positions=torch.tensor(positions, device=self.device),
             images=tuple(images),
             attention=self.attention.plan(batch),
-            sampling_rows=tuple(row for row in rows if row.samples),
-            sampling_indices=None if len(sampling) == len(token_ids) else torch.tensor(sampling, device=self.device),
+            sampling=tuple(sampling),
+            sampling_indices=(
+                None if len(sampling) == len(token_ids) else torch.tensor(sampling_indices, device=self.device)
+            ),
             scored=tuple(scored),
         )
 
@@ -189,7 +193,7 @@ class ModelRunner:
         hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention)
         for row, first in inputs.scored:
             self._score_prompt(row, hidden[first : first + row.num_tokens])
-        if not inputs.sampling_rows:
+        if not inputs.sampling:
             return hidden.new_empty(0, self.model.config.vocab_size)
         if inputs.sampling_indices is not None:
             hidden = hidden.index_select(0, inputs.sampling_indices)

@@ -146,7 +146,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens."""
+    """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens.
+
+    ``spec_decode_draft_tokens`` were guessed ahead, and ``spec_decode_accepted_tokens`` of them were right.
+    """
 
     num_requests_running: int = 0
     num_requests_waiting: int = 0
@@ -157,6 +160,8 @@ class EngineStats:
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    spec_decode_draft_tokens: int = 0
+    spec_decode_accepted_tokens: int = 0
     encoder_images: int = 0
     encoder_seconds: float = 0.0
     embedding_cache: CacheStats | None = None

@@ -1,11 +1,13 @@
 """From logits to the next token of every row, all rows in one go.
 
-A greedy row is always the argmax of its own logits, whatever its neighbours ask for. A row with a seed draws from a
-generator of its own, so that its choices do not depend on who else is in the batch.
+A greedy row is always the argmax of its own logits, whatever its neighbours ask for. The random numbers of a row with a
+seed follow from the seed and the place in the output, so that its choices depend neither on who else is in the batch
+nor on how many places a step samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as Rows
 
 import torch
@@ -28,6 +30,7 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+        self._seeded = torch.Generator(device)
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence], masks: Tensor | None = None) -> list[int]:
         """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
@@ -106,19 +109,23 @@ class Sampler:
         return torch.empty_like(logits).scatter_(-1, order, ordered)
 
     def _noise(self, like: Tensor, sequences: Rows[Sequence]) -> Tensor:
-        """Exponential noise: rows with a seed from their own generator, the others from the shared one."""
+        """Exponential noise: rows with a seed from that and their place, the others from the shared generator."""
         noise = torch.empty_like(like)
         if any(sequence.seed is None for sequence in sequences):
             noise.exponential_(generator=self._generator)
         for row, sequence in enumerate(sequences):
             if sequence.seed is not None:
-                if sequence.generator is None:
-                    sequence.generator = torch.Generator(self._device).manual_seed(sequence.seed)
-                noise[row].exponential_(generator=sequence.generator)
+                self._seeded.manual_seed(_seed_of(sequence.seed, sequence.num_output_tokens))
+                noise[row].exponential_(generator=self._seeded)
         return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
 
     def _column(self, values: list[float] | list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+
+
+def _seed_of(seed: int, place: int) -> int:
+    """A seed for one place of an output; hashed, since neighbouring seeds must not give related numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4])
 
 
 def _would_complete(word: tuple[int, ...], sequence: Sequence) -> bool:

@@ -2,27 +2,33 @@
 
 Every sequence has tokens and computed tokens. A plan gives the budget first to the running sequences (most of them miss
 one token), then to waiting ones, each in order of priority and arrival. A long prompt gets what is left of the budget
-and goes on in the next step; a prefix found in the cache is simply computed already.
+and goes on in the next step; a prefix found in the cache is simply computed already. Drafts (speculation.py) are tokens
+that a step computes too, where room is left, and that its commit takes back unless they turn out right.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.speculation import MOST_TOKENS_A_STEP, Speculation
 
 
 @dataclass(frozen=True)
 class ScheduledRow:
-    """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step."""
+    """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step.
+
+    The last of them are ``drafts``, which the sequence does not have yet.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -32,7 +38,21 @@ class ScheduledRow:
     @property
     def samples(self) -> bool:
         """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
-        return self.end == len(self.sequence)
+        return self.end - len(self.drafts) == len(self.sequence)
+
+    @property
+    def num_samples(self) -> int:
+        """The places whose next token is sampled: after the last token, and after each draft."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def num_accepted(self) -> int:
+        """How many drafts the sequence has taken over; of meaning once its new tokens are appended."""
+        known = self.end - len(self.drafts)
+        new = self.sequence.token_ids[known : self.end]
+        return next(
+            (place for place, (one, other) in enumerate(zip(new, self.drafts, strict=False)) if one != other), len(new)
+        )
 
 
 @dataclass(frozen=True)
@@ -54,13 +74,21 @@ class Scheduler:
     the cache alone; so it finishes, and the next one is first.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_speculative_tokens: int = 0,
+    ) -> None:
         """``blocks`` belongs to the scheduler from here on."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
+        self.speculation = Speculation(num_speculative_tokens)
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -94,6 +122,7 @@ class Scheduler:
         # A step that had to take blocks away has none to give to newcomers.
         if not preempted:
             rows += self._admit(budget)
+            rows = list(self._with_drafts(rows))
         return Plan(tuple(rows))
 
     def _missing_blocks(self, row: ScheduledRow) -> int:
@@ -143,6 +172,20 @@ class Scheduler:
             budget -= num_tokens
             yield ScheduledRow(sequence, num_cached, num_tokens)
 
+    def _with_drafts(self, rows: list[ScheduledRow]) -> Iterator[ScheduledRow]:
+        """Add drafts to the rows that sample, as long as the step stays small and blank blocks are there."""
+        room = min(self.max_num_batched_tokens, MOST_TOKENS_A_STEP) - sum(row.num_tokens for row in rows)
+        for row in rows:
+            drafts = self.speculation.propose(row.sequence, room) if row.samples and room > 0 else ()
+            longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
+            missing = self._missing_blocks(longer)
+            if not drafts or not self.blocks.can_take(missing):
+                yield row
+                continue
+            row.sequence.block_table += self.blocks.take(missing)
+            room -= len(drafts)
+            yield longer
+
     def _in_flight_hashes(self) -> set[bytes]:
         """The hashes of the full blocks that running sequences have yet to compute."""
         if not (self.waiting and self.blocks.enable_prefix_caching):
@@ -156,20 +199,33 @@ class Scheduler:
         }
 
     def commit(self, row: ScheduledRow) -> None:
-        """Book a computed row: its tokens count as computed, and its full blocks enter the prefix cache."""
+        """Book a computed row: its tokens count as computed, and its full blocks enter the prefix cache.
+
+        The tokens that the row sampled are appended before. Of its drafts only those stay that are among them; the
+        blocks that the others alone needed are given back.
+        """
         sequence, size = row.sequence, self.blocks.block_size
-        first, last = row.start // size, row.end // size
+        computed = row.end
+        if row.drafts:
+            computed -= len(row.drafts) - row.num_accepted
+            self.speculation.learn(row)
+            kept = self.blocks.blocks_for(computed)
+            self.blocks.release(sequence.block_table[kept:])
+            del sequence.block_table[kept:]
+        first, last = row.start // size, computed // size
         if first != last:
             hashes = sequence.block_hashes(size)
             for block in range(first, last):
                 self.blocks.remember(sequence.block_table[block], hashes[block])
-        sequence.num_computed_tokens = row.end
+        sequence.num_computed_tokens = computed
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, in whatever state it is."""
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._let_go(sequence)
+        if self.speculation.max_drafts:
+            self.speculation.remember(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def _let_go(self, sequence: Sequence) -> None:

@@ -6,6 +6,7 @@ step computes some of the difference, and the step that computes the last one sa
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
 from dataclasses import dataclass, field
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 
     from nanovllm.engine.detokenizer import Detokenizer
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
+    from nanovllm.engine.speculation import Drafter
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.transform import PreparedImage
+
+_OVERTAKEN_PER_PRIORITY = 1000
+"""How many later arrivals may go before a sequence for each step of priority that they are ahead of it.
+
+It bounds what an endless stream of urgent requests does to the others: they wait long, and not for ever.
+"""
 
 _arrivals = count()
 
@@ -89,7 +97,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
+    drafter: Drafter | None = None  # of speculation, from its first draft on
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     times: Timestamps = field(default_factory=Timestamps)
@@ -111,9 +119,13 @@ class Sequence:
         """The number of tokens, prompt and output."""
         return len(self.token_ids)
 
+    @property
+    def _turn(self) -> tuple[int, int, int]:
+        return self.arrival + _OVERTAKEN_PER_PRIORITY * self.priority, self.priority, self.arrival
+
     def __lt__(self, other: Sequence) -> bool:
-        """Whether this one goes first: lower priority number, then earlier arrival."""
-        return (self.priority, self.arrival) < (other.priority, other.arrival)
+        """Whether this one goes first: lower priority number, then earlier arrival, and age counts (see above)."""
+        return self._turn < other._turn
 
     @property
     def num_output_tokens(self) -> int:
@@ -134,6 +146,14 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether nothing more will be computed."""
         return self.status is SequenceStatus.FINISHED
+
+    def ahead(self, drafts: tuple[int, ...]) -> Sequence:
+        """This sequence as the sampler would see it after ``drafts``; to be read only."""
+        if not drafts:
+            return self
+        other = copy.copy(self)
+        other.token_ids = [*self.token_ids, *drafts]
+        return other
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """The chained hashes of all blocks that are full of known tokens, computed once each.

@@ -1,0 +1,257 @@
+"""Random work for the scheduler and its blocks: everything is audited after each step, contents and not only counts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.completion import extend
+from nanovllm.engine.scheduler import Plan, ScheduledRow, Scheduler
+from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.sampling_params import SamplingParams
+
+SIZE = 4
+IMAGE_TOKEN = 9
+NUM_BLOCKS = 12
+Written = tuple[bytes, tuple[int, ...], tuple[tuple[bytes, int], ...]]
+
+
+class _Text:
+    """Stands where a Detokenizer would."""
+
+    is_stopped = False
+
+    def append(self, _: int) -> str:
+        return ""
+
+
+class _Counting:
+    """Stands where a constraint's matcher would: after an odd token the next two are forced."""
+
+    def __init__(self) -> None:
+        self.pending: list[int] = []
+
+    def validate_tokens(self, tokens: list[int]) -> int:
+        return len(tokens)
+
+    def consume_token(self, token: int) -> bool:
+        self.pending = self.pending[1:] if self.pending else [0, 0] if token == 1 else []
+        return True
+
+    def compute_ff_tokens(self) -> list[int]:
+        return list(self.pending)
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+def make_sequence(prompt: list[int], max_tokens: int, **options: Any) -> Sequence:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=1.0)
+    return Sequence("", list(prompt), len(prompt), sampling, max_tokens, _Text(), **options)  # type: ignore[arg-type]
+
+
+def content(sequence: Sequence, tokens: list[int], position: int) -> Written:
+    """What decides the KV at ``position``: the salt, all tokens up to it, and which images stand where."""
+    images = tuple((span.key, span.start) for span in sequence.images if span.start <= position)
+    return sequence.cache_salt, tuple(tokens[: position + 1]), images
+
+
+class World:
+    """A scheduler with a model that is a function of the tokens, and a memory that says what each slot was written with.
+
+    The model answers what the text's hash says, so that a wrong draft, a stale block or a lost token changes a text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options = {"max_num_seqs": 4, "max_num_batched_tokens": 9, "num_speculative_tokens": 4, **options}
+        self.scheduler = Scheduler(BlockManager(options.pop("num_blocks", NUM_BLOCKS), SIZE), **options)
+        self.memory: dict[int, Written] = {}
+        self.sequences: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+
+    @staticmethod
+    def answer(sequence: Sequence, tokens: list[int]) -> int:
+        """Repetitive enough for drafts to be right now and then, never in step with them."""
+        return hash((sequence.index, tuple(tokens[-2:]), len(tokens) // 7)) % 3
+
+    def step(self) -> Plan:
+        """One step, with every rule of what a step may do."""
+        first = min([*self.scheduler.running, *self.scheduler.waiting])
+        plan = self.scheduler.plan()
+        assert plan.rows, "nothing was scheduled while work waits"
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows)
+        planned = {id(row.sequence) for row in plan.rows}
+        assert id(first) in planned or self.follows(first, plan), "the first in order got nothing"
+        for row in plan.rows:
+            self.write(row)
+        for row in plan.rows:
+            self.read(row)
+            self.commit(row)
+        self.audit()
+        return plan
+
+    def follows(self, sequence: Sequence, plan: Plan) -> bool:
+        """Whether another row computes what the sequence waits for."""
+        mine = set(sequence.block_hashes(SIZE))
+        return any(mine & set(row.sequence.block_hashes(SIZE)[row.start // SIZE :]) for row in plan.rows)
+
+    @staticmethod
+    def slot(sequence: Sequence, position: int) -> int:
+        return sequence.block_table[position // SIZE] * SIZE + position % SIZE
+
+    def write(self, row: ScheduledRow) -> None:
+        assert row.num_tokens > len(row.drafts)
+        tokens = row.sequence.token_ids + list(row.drafts)
+        for position in range(row.start, row.end):
+            self.memory[self.slot(row.sequence, position)] = content(row.sequence, tokens, position)
+
+    def read(self, row: ScheduledRow) -> None:
+        tokens = row.sequence.token_ids + list(row.drafts)
+        for position in range(row.end):
+            assert self.memory[self.slot(row.sequence, position)] == content(row.sequence, tokens, position)
+
+    def commit(self, row: ScheduledRow) -> None:
+        reason = None
+        if row.samples:
+            sequence = row.sequence
+            ahead = [sequence.ahead(row.drafts[:place]).token_ids for place in range(row.num_samples)]
+            tokens = [self.answer(sequence, tokens) for tokens in ahead]
+            _, reason = extend(row, tokens, [None] * len(tokens))
+        self.scheduler.commit(row)
+        row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
+        if reason is not None:
+            self.scheduler.finish(row.sequence)
+
+    def audit(self) -> None:
+        self.scheduler.audit()
+        assert self.scheduler.running or self.scheduler.blocks.usage == 0.0
+        for sequence in self.scheduler.running:
+            for position in range(sequence.num_computed_tokens):
+                assert self.memory[self.slot(sequence, position)] == content(sequence, sequence.token_ids, position)
+
+    def finish_all(self) -> None:
+        # Each step computes a token at least, and the first in order is never preempted: this bound is generous.
+        for _ in range(200 * (1 + len(self.sequences))):
+            if not self.scheduler.has_unfinished():
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished(), "something starves"
+        self.audit()
+
+
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=20)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals of every kind, steps, aborts, preemptions, a forgotten prefix cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @rule(prompt=tokens, length=st.integers(1, 12), priority=st.integers(0, 2), n=st.integers(1, 3))
+    def arrive(self, prompt: list[int], length: int, priority: int, n: int) -> None:
+        for index in range(n):
+            self.world.add(make_sequence(prompt, length, priority=priority, index=index))
+
+    @rule(prompt=tokens, length=st.integers(1, 12), salt=st.sampled_from([b"", b"tenant"]))
+    def arrive_constrained(self, prompt: list[int], length: int, salt: bytes) -> None:
+        self.world.add(make_sequence(prompt, length, cache_salt=salt, matcher=_Counting()))
+
+    @rule(before=tokens, keys=st.lists(st.sampled_from([b"a" * 32, b"b" * 32]), min_size=1, max_size=2))
+    def arrive_with_images(self, before: list[int], keys: list[bytes]) -> None:
+        prompt, spans = list(before), []
+        for key in keys:
+            spans.append(ImageSpan(None, key, len(prompt), 5))  # type: ignore[arg-type]
+            prompt += [IMAGE_TOKEN] * 5 + [0]
+        self.world.add(make_sequence(prompt, 6, images=tuple(spans)))
+
+    @precondition(lambda self: self.world.scheduler.has_unfinished())
+    @rule(count=st.integers(1, 5))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            if self.world.scheduler.has_unfinished():
+                self.world.step()
+
+    @precondition(lambda self: self.world.scheduler.has_unfinished())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        scheduler = self.world.scheduler
+        sequence = data.draw(st.sampled_from(scheduler.running + scheduler.waiting))
+        held = len(
+            set(sequence.block_table) - {b for s in scheduler.running if s is not sequence for b in s.block_table}
+        )
+        free = scheduler.blocks.num_free
+        scheduler.finish(sequence)
+        assert scheduler.blocks.num_free == free + held, "an abort frees at once"
+
+    @precondition(lambda self: self.world.scheduler.running)
+    @rule()
+    def preempt(self) -> None:
+        self.world.scheduler._preempt_last()
+
+    @rule()
+    def forget(self) -> None:
+        self.world.scheduler.blocks.forget_all()
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.world.audit()
+
+    def teardown(self) -> None:
+        self.world.finish_all()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def draw_work(seed: int, count: int) -> list[Sequence]:
+    draw = random.Random(seed)
+    return [
+        make_sequence(
+            [draw.randrange(2) for _ in range(draw.randint(1, 24))],
+            draw.randint(1, 16),
+            priority=draw.randint(-1, 1),
+            matcher=_Counting() if draw.random() < 0.2 else None,
+        )
+        for _ in range(count)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 40), seats=st.integers(1, 6), num_blocks=st.integers(10, 24))
+def test_texts_depend_on_nothing_but_their_prompts(seed: int, budget: int, seats: int, num_blocks: int) -> None:
+    together = World(max_num_batched_tokens=budget, max_num_seqs=seats, num_blocks=num_blocks)
+    for sequence in draw_work(seed, 10):
+        together.add(sequence)
+    together.finish_all()
+    for mine, alone in zip(together.sequences, draw_work(seed, 10), strict=True):
+        world = World(num_speculative_tokens=0, num_blocks=100)
+        world.add(alone)
+        world.finish_all()
+        assert mine.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_are_made_accepted_and_taken_back(seed: int) -> None:
+    world = World(max_num_batched_tokens=64, num_blocks=64)
+    draw = random.Random(seed)
+    for _ in range(8):
+        world.add(make_sequence([draw.randrange(2) for _ in range(20)], 60))
+    world.finish_all()
+    speculation = world.scheduler.speculation
+    assert 0 < speculation.num_accepted < speculation.num_drafted
