@@ -311,7 +311,8 @@ def test_a_step_that_can_schedule_nothing_is_a_fault(text: Path) -> None:
         engine.step()
 
 
-def test_statistics_count_what_happened(engine: LLMEngine) -> None:
+def test_statistics_count_what_happened(llava: Path) -> None:
+    engine = make_engine(llava, num_speculative_tokens=0)
     ask(engine, QUESTION, noise_image(1), max_tokens=4)
     ask(engine, QUESTION, noise_image(1), max_tokens=4)
     stats = engine.stats()

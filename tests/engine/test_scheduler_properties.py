@@ -66,7 +66,7 @@ def content(sequence: Sequence, tokens: list[int], position: int) -> Written:
 
 
 class World:
-    """A scheduler with a model that is a function of the tokens, and a memory that says what each slot was written with.
+    """A scheduler with a model that is a function of the tokens, and a memory of what each slot was written with.
 
     The model answers what the text's hash says, so that a wrong draft, a stale block or a lost token changes a text.
     """
@@ -191,12 +191,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         scheduler = self.world.scheduler
         sequence = data.draw(st.sampled_from(scheduler.running + scheduler.waiting))
-        held = len(
-            set(sequence.block_table) - {b for s in scheduler.running if s is not sequence for b in s.block_table}
-        )
+        others = {block for other in scheduler.running if other is not sequence for block in other.block_table}
+        own = set(sequence.block_table) - others
         free = scheduler.blocks.num_free
         scheduler.finish(sequence)
-        assert scheduler.blocks.num_free == free + held, "an abort frees at once"
+        assert scheduler.blocks.num_free == free + len(own), "an abort frees at once"
 
     @precondition(lambda self: self.world.scheduler.running)
     @rule()
