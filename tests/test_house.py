@@ -67,3 +67,11 @@ def test_no_tracked_text_names_a_registry_host_or_a_path_of_one_machine() -> Non
 def test_make_help_names_every_promised_target() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {line.split()[1] for line in shown.splitlines()} >= {"demo", "test", "test-all", "proof", "check", "bench"}
+
+
+def test_the_engine_is_read_in_an_evening() -> None:
+    engine = ROOT / "nanovllm" / "engine"
+    lengths = {path.name: len(path.read_text().splitlines()) for path in engine.rglob("*.py")}
+    core = ("scheduler", "block_manager", "sequence", "model_runner", "sampler", "llm_engine")
+    assert sum(lengths[f"{name}.py"] for name in core) < 1500
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

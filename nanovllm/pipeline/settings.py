@@ -318,6 +318,9 @@ class EngineSettings(Section):
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
     max_images_per_request: int = Field(16, ge=0, description="Most images of one job.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal beginnings.")
+    num_speculative_tokens: int = Field(
+        8, ge=0, description="Most tokens that a job guesses ahead from earlier text, verified in one step; 0: none."
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="Type of the weights at work.")
     device: str | None = Field(None, description="`cpu`, `cuda`, `cuda:1`; unset: a GPU where there is one.")
     quantization: Literal["int8"] | None = Field(

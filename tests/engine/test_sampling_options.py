@@ -103,7 +103,8 @@ def test_tokens_outside_the_vocabulary_are_refused(engine: LLMEngine, options: d
         {"n": 2, "temperature": 0.0},
         {"min_tokens": 9, "max_tokens": 8},
         {"regex": "a", "choice": ["a"]},
-        {"json_schema": {"enum": ["a" * 70_000]}},
+        {"json_schema": {"enum": ["a" * 270_000]}},
+        {"regex": "a" * 70_000},
         {"top_q": 1},
     ],
 )

@@ -88,7 +88,8 @@ class World:
 
     def step(self) -> Plan:
         """One step, with every rule of what a step may do."""
-        first = min([*self.scheduler.running, *self.scheduler.waiting])
+        # A newcomer that goes before them waits for a seat or for blocks, but never loses what it has once it runs.
+        first = min(self.scheduler.running or self.scheduler.waiting)
         plan = self.scheduler.plan()
         assert plan.rows, "nothing was scheduled while work waits"
         assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
