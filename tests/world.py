@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,42 @@ class World:
         finally:
             worker.kill()
         assert worker.exit_code == 0, worker.tail(30)
+
+    async def held_back(self) -> set[str]:
+        """Jobs whose outcome lies behind the last stable offset of its partition.
+
+        A worker's open transaction is aborted by the broker after ``kafka.transaction_timeout_ms``. What is unstable
+        for longer than that is a transaction that the coordinator believes to have ended: Apache Kafka 4.3.1, stopped
+        between the decision to commit and the markers, can write the end of the transaction when it is started again
+        and no marker. The next transaction of the same id that touches the partition makes it readable.
+        """
+        topics = (self.topics.results, self.topics.dead_letters)
+        partitions = [TopicPartition(topic, number) for topic in topics for number in range(PARTITIONS)]
+        stable, last = [await self._ends(partitions, level) for level in ("read_committed", "read_uncommitted")]
+        unstable = [partition for partition in partitions if stable[partition] < last[partition]]
+        found: set[str] = set()
+        if not unstable:
+            return found
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap_servers, enable_auto_commit=False)
+        consumer.assign(unstable)
+        async with consumer:
+            for partition in unstable:
+                consumer.seek(partition, stable[partition])
+            while batches := await consumer.getmany(timeout_ms=2_000):
+                for record in (record for batch in batches.values() for record in batch):
+                    is_result = record.topic == self.topics.results
+                    headers = dict(record.headers)
+                    found.add(json.loads(record.value)["job_id"] if is_result else headers["nanovllm_job_id"].decode())
+        return found
+
+    async def _ends(self, partitions: list[TopicPartition], isolation_level: str) -> dict[TopicPartition, int]:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap_servers, isolation_level=isolation_level, enable_auto_commit=False
+        )
+        consumer.assign(partitions)
+        async with consumer:
+            ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
+            return ends
 
     async def lag(self) -> int:
         """Jobs that the group has not committed."""

@@ -17,6 +17,8 @@ from aiokafka.errors import (
     UnknownProducerId,
 )
 
+from nanovllm.errors import BrokersUnavailable
+
 logger = logging.getLogger(__name__)
 
 _BREAKDOWNS = (
@@ -51,8 +53,11 @@ class RenewingProducer:
         self._renewal = asyncio.Lock()
 
     async def start(self) -> None:
-        """Connect. Raises KafkaError when no broker answers."""
-        self._producer = await self._started()
+        """Connect. Raises BrokersUnavailable when no broker answers."""
+        try:
+            self._producer = await self._started()
+        except KafkaError as error:
+            raise BrokersUnavailable(f"the brokers refuse or do not answer ({type(error).__name__})") from error
 
     async def stop(self) -> None:
         """Send what is left, and disconnect."""

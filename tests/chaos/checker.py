@@ -31,6 +31,8 @@ class Ledger:
     expected: dict[str, Expectation] = field(default_factory=dict)
     results: dict[str, list[Result]] = field(default_factory=lambda: defaultdict(list))
     dead_letters: dict[str, list[DeadLetter]] = field(default_factory=lambda: defaultdict(list))
+    # Published and its offset committed, but behind a transaction that the broker itself never ends; see World.
+    held_back: set[str] = field(default_factory=set)
 
     def see(self, outcome: Result | DeadLetter) -> None:
         if isinstance(outcome, Result):
@@ -49,7 +51,8 @@ class Ledger:
             "jobs": len(self.expected),
             "answered": len(self.results),
             "dead_letters": len(self.dead_letters),
-            "lost": self.missing,
+            "lost": sorted(set(self.missing) - self.held_back),
+            "held_back_by_the_broker": sorted(self.held_back & set(self.missing)),
             "unknown": sorted(seen - self.expected.keys()),
             "wrong": sorted(job for job in seen & self.expected.keys() if not self._is_as_expected(job)),
             "repeated": sorted(job for job in seen if self._times(job) > 1),

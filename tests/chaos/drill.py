@@ -41,6 +41,7 @@ OBJECTS = 40
 WORKERS = 3
 SESSION_S = 3.0
 FINISH_S = 300.0
+UNSTABLE_S = 45.0  # longer than the workers' transactions may take
 S3_FAULTS: tuple[S3Fault, ...] = ("unavailable", "slow", "truncated", "reset", "wrong_length")
 SETTINGS = {
     "NANOVLLM_KAFKA__SESSION_TIMEOUT_MS": str(int(SESSION_S * 1000)),
@@ -210,9 +211,20 @@ class Drill:
 
 
 async def run_drill(
-    directory: Path, s3: S3Part, s3_port: int, *, seed: int, jobs: int, faults: int, delivery: str
+    directory: Path,
+    s3: S3Part,
+    s3_port: int,
+    *,
+    seed: int,
+    jobs: int,
+    faults: int,
+    delivery: str,
+    finish_s: float = FINISH_S,
 ) -> dict[str, Any]:
-    """Produce, break, heal, drain and check; the report says what was found."""
+    """Produce, break, heal, drain and check; the report says what was found.
+
+    What has not ended ``finish_s`` seconds after the last fault counts as lost.
+    """
     random, started = Random(f"{seed}-{delivery}"), time.monotonic()
     kafka, s3_proxy = TcpProxy(0), S3Proxy(s3_port, random)
     await kafka.start()
@@ -229,7 +241,7 @@ async def run_drill(
         async with Fleet(world, WORKERS, random) as fleet:
             drill = Drill(world, node, kafka, s3_proxy, fleet, random)
             struck = await _produce_and_strike(drill, world, jobs, faults)
-            exit_codes = await _finish(drill.ledger, world, fleet)
+            exit_codes = await _finish(drill.ledger, world, fleet, finish_s)
             report = drill.ledger.check({0: await world.lag()})
             return {
                 "seed": seed,
@@ -263,9 +275,9 @@ async def _produce_and_strike(drill: Drill, world: World, jobs: int, faults: int
     return struck
 
 
-async def _finish(ledger: Ledger, world: World, fleet: Fleet) -> list[int | None]:
+async def _finish(ledger: Ledger, world: World, fleet: Fleet, finish_s: float) -> list[int | None]:
     """Read until every job has ended, end the workers, and read what they still said."""
-    deadline = time.monotonic() + FINISH_S
+    deadline = time.monotonic() + finish_s
     async with world.reader() as reader:
 
         async def read() -> int:
@@ -274,8 +286,13 @@ async def _finish(ledger: Ledger, world: World, fleet: Fleet) -> list[int | None
                 ledger.see(outcome)
             return len(outcomes)
 
+        news = time.monotonic()
         while ledger.missing and time.monotonic() < deadline:
-            await read()
+            if await read():
+                news = time.monotonic()
+            elif time.monotonic() - news > UNSTABLE_S and await world.lag() == 0:
+                ledger.held_back = await world.held_back()
+                break
         exit_codes = await fleet.drain()
         quiet = 0
         while quiet < 4:

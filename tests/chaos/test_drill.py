@@ -59,10 +59,12 @@ def test_answers_may_differ_only_where_the_input_could_be_replaced() -> None:
 
 @pytest.mark.kafka
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # well above finish_s, so that a drill that loses a job ends with its report
 @pytest.mark.skipif(kafka_node_program() is None, reason="the drill starts and kills its own Apache Kafka node")
 @pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
 async def test_a_short_drill_breaks_no_promise(s3, tmp_path, delivery: str) -> None:
     port = urlsplit(s3.endpoint_url).port
     assert port is not None
-    report = await run_drill(tmp_path, s3, port, seed=7, jobs=300, faults=8, delivery=delivery)
-    assert report["broken_promises"] == [], report
+    report = await run_drill(tmp_path, s3, port, seed=7, jobs=300, faults=8, delivery=delivery, finish_s=180)
+    logs = "".join(f"\n--- {log.name}\n{log.read_text()[-4000:]}" for log in sorted(tmp_path.glob("*.log")))
+    assert report["broken_promises"] == [], f"{report}{logs}"
