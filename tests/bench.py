@@ -169,10 +169,10 @@ class FaultyFetcher(ObjectFetcher):
     def heal(self) -> None:
         self.error = None
 
-    async def fetch(self, ref: Any) -> Any:
+    async def fetch(self, ref: Any, **held: Any) -> Any:
         self.attempts += 1
         if self.error is None or self.left == 0:
-            return await super().fetch(ref)
+            return await super().fetch(ref, **held)
         if self.left is not None:
             self.left -= 1
         raise self.error

@@ -64,12 +64,13 @@ _BUSY = frozenset({"SlowDown", "ThrottlingException", "RequestTimeout", "Operati
 
 @dataclass(frozen=True)
 class FetchedImage:
-    """The encoded bytes of one image, and exactly what they are."""
+    """The encoded bytes of one image, and exactly what they are; ``etag`` as the store gave it."""
 
     data: bytes
     sha256: str
     uri: str | None = None
     version_id: str | None = None
+    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class ObjectFetcher:
         else:
             self._allow.check(*ref.bucket_and_key)
 
-    async def fetch(self, ref: ImageRef) -> FetchedImage:
-        """The bytes of one image.
+    async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None) -> FetchedImage:
+        """The bytes of one image; those of ``held``, read from the same object before, where they are still its bytes.
 
         Raises:
             ForbiddenUri, ImageTooLarge, ObjectNotFound, ObjectForbidden, ObjectChanged: for good.
@@ -150,9 +151,19 @@ class ObjectFetcher:
         """
         self.check(ref)
         if ref.data is not None:
-            return self._checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
+            return self.checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
         await self._places.acquire()
-        return await _in_daemon_thread(lambda: self._read(ref), self._places.release)
+        return await _in_daemon_thread(lambda: self._read(ref, held), self._places.release)
+
+    def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
+        """``image``, if it is what the job has promised.
+
+        Raises:
+            ObjectChanged: it has another digest.
+        """
+        if ref.sha256 is not None and ref.sha256 != image.sha256:
+            raise ObjectChanged(f"the image has sha256 {image.sha256}, the job promised {ref.sha256}")
+        return image
 
     def close(self) -> None:
         """Close idle connections; threads that still read end with their read timeout, or with the process."""
@@ -161,11 +172,13 @@ class ObjectFetcher:
                 self._client.close()
                 self._client = None
 
-    def _read(self, ref: ImageRef) -> FetchedImage:
+    def _read(self, ref: ImageRef, held: FetchedImage | None) -> FetchedImage:
         try:
             bucket, key = ref.bucket_and_key
-            version = {"VersionId": ref.version_id} if ref.version_id else {}
-            answer = self._connected().get_object(Bucket=bucket, Key=key, **version)
+            which = {"VersionId": ref.version_id} if ref.version_id else {}
+            if held is not None and held.etag:
+                which["IfNoneMatch"] = held.etag
+            answer = self._connected().get_object(Bucket=bucket, Key=key, **which)
             try:
                 data = self._read_body(answer)
             finally:
@@ -173,6 +186,8 @@ class ObjectFetcher:
         except NanoVLLMError:
             raise
         except Exception as error:
+            if held is not None and _is_unchanged(error):
+                return self.checked(ref, held)
             classed = classify(error)
             if isinstance(classed, CredentialsRefused):
                 # The next attempt reads credentials anew: a mounted secret may have been replaced.
@@ -181,9 +196,13 @@ class ObjectFetcher:
             raise classed from error
         version_id = answer.get("VersionId") or ref.version_id
         fetched = FetchedImage(
-            data, hashlib.sha256(data).hexdigest(), ref.uri, None if version_id == "null" else version_id
+            data,
+            hashlib.sha256(data).hexdigest(),
+            ref.uri,
+            None if version_id == "null" else version_id,
+            answer.get("ETag"),
         )
-        return self._checked(ref, fetched)
+        return self.checked(ref, fetched)
 
     def _read_body(self, answer: Any) -> bytes:
         self._check_size(answer.get("ContentLength", 0), "the object")
@@ -196,11 +215,6 @@ class ObjectFetcher:
     def _check_size(self, nbytes: int, what: str) -> None:
         if nbytes > self._max_bytes:
             raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
-
-    def _checked(self, ref: ImageRef, fetched: FetchedImage) -> FetchedImage:
-        if ref.sha256 is not None and ref.sha256 != fetched.sha256:
-            raise ObjectChanged(f"the image has sha256 {fetched.sha256}, the job promised {ref.sha256}")
-        return fetched
 
     def _connected(self) -> Any:
         with self._lock:
@@ -257,6 +271,10 @@ def make_client(settings: S3Settings) -> Any:
             request_checksum_calculation="when_required",
         ),
     )
+
+
+def _is_unchanged(error: Exception) -> bool:
+    return isinstance(error, ClientError) and error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
 
 
 def classify(error: Exception) -> NanoVLLMError:

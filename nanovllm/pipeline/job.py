@@ -231,6 +231,7 @@ class Job(BaseModel):
     ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")
     deadline: Deadline | None = Field(None, description="RFC 3339; a job that is not done by then is a dead letter.")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower goes first.")
+    reuse: bool = Field(True, description="False: its images are read and decoded anew, whatever the worker has.")
     metadata: dict[str, Any] = Field(default_factory=dict, description="Comes back in the result, untouched.")
     reply_to: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._-]{1,249}$", description="Topic of the result, where the worker allows it."

@@ -352,6 +352,9 @@ class ImageSettings(Section):
     decoders: int = Field(2, ge=1, description="Decoder processes.")
     decode_timeout_s: Seconds = Field(20.0, description="A decoder that takes longer is killed.")
     decoder_memory_bytes: Bytes = Field(2**30, description="Address space of one decoder process.")
+    reuse_bytes: int = Field(
+        256 * 2**20, ge=0, description="Size of the memory of read and prepared images, for jobs that name the same."
+    )
 
 
 class AdmissionSettings(Section):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nanovllm.engine.backend import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
@@ -38,6 +38,7 @@ from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.reuse import ImageReuse
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
@@ -82,8 +83,9 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._engine = engine
-        self._decoders = decoders
+        self._sees = decoders is not None
         self._fetcher = fetcher
+        self._images = ImageReuse(fetcher, decoders, metrics, max_bytes=settings.images.reuse_bytes)
         self._sink = sink
         self._result_store = result_store
         self._in_flight = in_flight
@@ -189,9 +191,9 @@ class Worker:
                             self._rates.charge(claim.tenant, claim.tokens)
                         refs = await self._admit(job, ticket)
                     with passage.stage("fetch"):
-                        fetched = await self._fetch(refs, ticket, passage)
+                        fetched = await self._fetch(refs, job.reuse, ticket, passage)
                     with passage.stage("prepare"):
-                        images = await self._prepare(fetched, ticket, passage)
+                        images = await self._prepare(fetched, job.reuse, ticket, passage)
                     with passage.stage("infer"):
                         async with self._dispatch.place(claim), self._alone_if_suspected(passage):
                             output = await self._infer(job, images, passage)
@@ -242,7 +244,7 @@ class Worker:
     async def _admit(self, job: Job, ticket: Ticket) -> tuple[ImageRef, ...]:
         """Refuse what can be refused before a byte is read, and wait for room for the rest."""
         refs = job.image_refs()
-        if refs and self._decoders is None:
+        if refs and not self._sees:
             raise InvalidInput(f"the model {self._engine.model_info.id} takes no images")
         if len(refs) > self._settings.engine.max_images_per_request:
             raise InvalidInput(
@@ -265,38 +267,32 @@ class Worker:
         height, width = transform.output_size
         return images * height * width * 3
 
-    async def _fetch(self, refs: tuple[ImageRef, ...], ticket: Ticket, passage: Passage) -> list[FetchedImage]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._fetch_one(ref, passage)) for ref in refs]
-        fetched = [task.result() for task in tasks]
+    async def _fetch(
+        self, refs: tuple[ImageRef, ...], may_reuse: bool, ticket: Ticket, passage: Passage
+    ) -> list[FetchedImage]:
+        salt = self._settings.tenants.salt_of(passage.tenant)
+
+        def attempt(ref: ImageRef) -> Awaitable[FetchedImage]:
+            fetch = partial(self._images.fetch, ref, salt, may_reuse=may_reuse)
+            return self._breaker.call(ref.identity, fetch)
+
+        max_attempts = self._settings.s3.max_attempts
+        fetched = await _all(
+            self._persist(partial(attempt, ref), OBJECT_STORE, passage, max_attempts=max_attempts) for ref in refs
+        )
         ticket.hold(sum(len(image.data) for image in fetched) + self._decoded_bytes(len(refs)))
         return fetched
 
-    async def _fetch_one(self, ref: ImageRef, passage: Passage) -> FetchedImage:
-        image = await self._persist(
-            lambda: self._breaker.call(ref.identity, lambda: self._fetcher.fetch(ref)),
-            OBJECT_STORE,
-            passage,
-            max_attempts=self._settings.s3.max_attempts,
-        )
-        if image.uri is not None:
-            self._metrics.fetched_bytes.inc(len(image.data))
-        return image
-
     async def _prepare(
-        self, fetched: list[FetchedImage], ticket: Ticket, passage: Passage
+        self, fetched: list[FetchedImage], may_reuse: bool, ticket: Ticket, passage: Passage
     ) -> tuple[PreparedImage, ...]:
-        if self._decoders is None:
+        if not self._sees:
             return ()
-        prepare = self._decoders.prepare
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._persist(partial(prepare, image.data), "image decoders", passage))
-                for image in fetched
-            ]
-        images = tuple(task.result() for task in tasks)
+        salt = self._settings.tenants.salt_of(passage.tenant)
+        prepare = partial(self._images.prepare, salt=salt, may_reuse=may_reuse)
+        images = await _all(self._persist(partial(prepare, image), "image decoders", passage) for image in fetched)
         ticket.hold(sum(image.pixels.nbytes for image in images))
-        return images
+        return tuple(images)
 
     async def _infer(self, job: Job, images: tuple[PreparedImage, ...], passage: Passage) -> RequestOutput:
         self._submitted += 1
@@ -551,6 +547,13 @@ class Worker:
         metrics.request_generation_tokens.observe(output.usage.output_tokens)
         for image in output.images:
             metrics.images.labels(image.outcome).inc()
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What they return, in order; the first failure ends the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]
 
 
 def _first_cause(error: Exception) -> Exception:

@@ -1,0 +1,143 @@
+"""Images read once and decoded once, for all jobs that name the same: the worker's memory of what it has at hand.
+
+An object of a known version never changes. One without is asked for each time, with the entity tag of what is at hand:
+the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no job ever gets a picture
+that was replaced before the job came. A HEAD before each GET would prove the same with one request more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, Literal, TypeVar
+
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
+from nanovllm.pipeline.job import ImageRef
+from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.transform import PreparedImage
+
+Reuse = Literal["hit", "joined", "miss"]
+
+T = TypeVar("T")
+
+
+class SharedWork:
+    """What was made by key, least recently used out first, at most ``max_bytes``; equal work under way is joined.
+
+    For one event loop. ``max_bytes`` 0 keeps nothing and still joins. What is larger than the bound is made and not
+    kept. A failure goes to all who wait for it and is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._under_way: dict[Hashable, asyncio.Task[Any]] = {}
+        self.bytes = 0
+
+    def peek(self, key: Hashable) -> Any | None:
+        """What is kept under ``key``, which counts as a use, or None."""
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
+
+    async def get(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> tuple[T, Reuse]:
+        """The value of ``key``; ``make`` returns it and its bytes, where nobody has it or is making it.
+
+        Who cancels the call gives up the answer only: others may be waiting for it.
+        """
+        kept = self.peek(key)
+        if kept is not None:
+            return kept, "hit"
+        reuse: Reuse = "joined" if key in self._under_way else "miss"
+        if reuse == "miss":
+            self._under_way[key] = asyncio.create_task(self._make(key, make))
+        return await asyncio.shield(self._under_way[key]), reuse
+
+    def keep(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep ``value`` of ``size`` bytes in place of whatever was kept under ``key``."""
+        if key in self._kept:
+            self.bytes -= self._kept.pop(key)[1]
+        if size > self._max_bytes:
+            return
+        self._kept[key] = (value, size)
+        self.bytes += size
+        while self.bytes > self._max_bytes:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self.bytes -= freed
+
+    async def _make(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> T:
+        asyncio.current_task().add_done_callback(_look_at)  # type: ignore[union-attr]
+        try:
+            value, size = await make()
+            self.keep(key, value, size)
+            return value
+        finally:
+            del self._under_way[key]
+
+
+class ImageReuse:
+    """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
+
+    ``salt`` keeps tenants apart: what one has read answers nobody else, and takes no time that would tell of it.
+    """
+
+    def __init__(
+        self, fetcher: ObjectFetcher, decoders: DecoderPool | None, metrics: Metrics, *, max_bytes: int
+    ) -> None:
+        self._fetcher = fetcher
+        self._decoders = decoders
+        self._metrics = metrics
+        self._work = SharedWork(max_bytes)
+
+    async def fetch(self, ref: ImageRef, salt: bytes, *, may_reuse: bool = True) -> FetchedImage:
+        """The bytes of an image, as ``ObjectFetcher.fetch`` and with its errors."""
+        self._fetcher.check(ref)
+        if ref.data is not None or not may_reuse:
+            return self._downloaded(await self._fetcher.fetch(ref))
+        key = ("object", salt, ref.uri, ref.version_id)
+        # Others may wait for the bytes who have promised nothing about them, or something else.
+        anyone = ref.model_copy(update={"sha256": None})
+
+        async def read() -> tuple[FetchedImage, int]:
+            image = self._downloaded(await self._fetcher.fetch(anyone))
+            return image, len(image.data)
+
+        image, reuse = await self._work.get(key, read)
+        if reuse != "miss" and ref.version_id is None:
+            # It was read, or its reading began, before this job came; the object may have been replaced since.
+            current = await self._fetcher.fetch(anyone, held=image)
+            if current is not image:
+                self._work.keep(key, self._downloaded(current), len(current.data))
+                image, reuse = current, "miss"
+        self._metrics.image_reuse.labels("fetch", reuse).inc()
+        return self._fetcher.checked(ref, image)
+
+    async def prepare(self, image: FetchedImage, salt: bytes, *, may_reuse: bool = True) -> PreparedImage:
+        """Decode and transform an image, as ``DecoderPool.prepare`` and with its errors."""
+        decoders = self._decoders
+        assert decoders is not None  # jobs with images were refused without
+
+        async def decode() -> tuple[PreparedImage, int]:
+            prepared = await decoders.prepare(image.data)
+            return prepared, prepared.pixels.nbytes
+
+        if not may_reuse:
+            return (await decode())[0]
+        prepared, reuse = await self._work.get(("pixels", salt, image.sha256), decode)
+        self._metrics.image_reuse.labels("prepare", reuse).inc()
+        return prepared
+
+    def _downloaded(self, image: FetchedImage) -> FetchedImage:
+        if image.uri is not None:
+            self._metrics.fetched_objects.inc()
+            self._metrics.fetched_bytes.inc(len(image.data))
+        return image
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    # A failure that nobody waits for any more is nobody's.
+    if not task.cancelled():
+        task.exception()
