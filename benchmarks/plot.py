@@ -1,4 +1,4 @@
-"""Bars of a comparison as an SVG file: tokens per second of every engine, a group for each workload and precision."""
+"""Pictures of figures as SVG files: bars of engines beside each other, curves over a share."""
 
 from __future__ import annotations
 
@@ -52,3 +52,28 @@ def draw_bars(report: dict[str, Any], path: Path) -> None:
 def _text(x: int, y: int, words: str, *, bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x}" y="{y}"{weight}>{escape(words)}</text>'
+
+
+def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, path: Path) -> None:
+    """Write lines through points (share from 0 to 1, value) as an SVG file, one for each name, from zero upwards."""
+    width, height, left, top = 520, 260, 60, 40
+    highest = max(value for points in curves.values() for _, value in points) * 1.1
+    parts = [_text(10, 20, title, bold=True)]
+    for step in range(6):
+        y, x = top + height - height * step // 5, left + width * step // 5
+        parts.append(f'<line x1="{left}" y1="{y}" x2="{left + width}" y2="{y}" stroke="#dde3e8"/>')
+        parts.append(_text(10, y + 4, f"{highest * step / 5:.0f}"))
+        parts.append(_text(x - 10, top + height + 18, f"{step * 20} %"))
+    for (name, points), colour in zip(curves.items(), COLOURS.values(), strict=False):
+        places = [(left + width * share, top + height - height * value / highest) for share, value in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        x, y = places[-1]
+        parts.append(_text(round(x) + 8, round(y) + 4, name))
+    size = f'width="{left + width + 100}" height="{top + height + 30}"'
+    body = "\n".join(parts)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )

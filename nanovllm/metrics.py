@@ -89,8 +89,10 @@ class Metrics:
         self.admitted_bytes = self._gauge("admitted_bytes", "Bytes of records and images held by those jobs.")
         self.fetched_bytes = self._counter("fetched_bytes", "Bytes read from the object store.")
         self.fetched_objects = self._counter("fetched_objects", "Objects read from the object store.")
-        self.image_reuse = self._counter(
-            "image_reuse", "Images that were read or prepared for another job already, or were not.", ("stage", "reuse")
+        self.reuse = self._counter(
+            "reuse",
+            "Images read, images prepared and answers computed: for another job already, or not.",
+            ("stage", "reuse"),
         )
         self.retries = self._counter("retries", "Attempts that failed and were repeated in place.", ("stage",))
         self.consumer_lag = self._gauge(

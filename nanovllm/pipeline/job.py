@@ -80,6 +80,7 @@ ImageBytes = Annotated[
 ]
 S3Uri = Annotated[str, StringConstraints(max_length=2048), BeforeValidator(_check_s3_uri)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Reuse = Literal["none", "images", "answers"]
 JobId = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=_PRINTABLE)]
 Deadline = Annotated[
     datetime, BeforeValidator(_datetime_from_text), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -231,7 +232,9 @@ class Job(BaseModel):
     ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")
     deadline: Deadline | None = Field(None, description="RFC 3339; a job that is not done by then is a dead letter.")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower goes first.")
-    reuse: bool = Field(True, description="False: its images are read and decoded anew, whatever the worker has.")
+    reuse: Reuse | None = Field(
+        None, description="Which work of other jobs may serve this one; unset: as the worker is set (`reuse.level`)."
+    )
     metadata: dict[str, Any] = Field(default_factory=dict, description="Comes back in the result, untouched.")
     reply_to: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._-]{1,249}$", description="Topic of the result, where the worker allows it."

@@ -60,6 +60,7 @@ class OutgoingRecords:
             logprobs=_logprobs(output.logprobs),
             prompt_logprobs=_logprobs(output.prompt_logprobs),
             outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
+            reused=passage.reused,
             usage=TokenUsage(
                 input_tokens=output.usage.input_tokens,
                 output_tokens=output.usage.output_tokens,
@@ -185,6 +186,7 @@ class OutgoingRecords:
             model=result.model.id,
             source=result.source,
             finish_reason=output.finish_reason,
+            reused=passage.reused,
             num_prompt_tokens=usage.input_tokens,
             num_generation_tokens=usage.output_tokens,
             num_cached_tokens=usage.cached_tokens,

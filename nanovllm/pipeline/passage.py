@@ -14,7 +14,7 @@ from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.retries import Origin
 from nanovllm.sinks.encoding import MessageFormat
-from nanovllm.sinks.messages import DeadLetterClass, Result, Stage
+from nanovllm.sinks.messages import AnswerReuse, DeadLetterClass, Result, Stage
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",
@@ -45,6 +45,7 @@ class Passage:
         self.format: MessageFormat = "json"
         self.result_topic: str | None = None
         self.output: RequestOutput | None = None
+        self.reused: AnswerReuse | None = None
         self.result: Result | None = None
         self.failure: NanoVLLMError | None = None
         self.tenant = ""

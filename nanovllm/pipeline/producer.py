@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
 from nanovllm.pipeline.codec import encode_job
-from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.job import ImageRef, Job, Reuse, derive_job_id
 from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import message_limits
 from nanovllm.pipeline.upload import ImageUploader
@@ -111,6 +111,7 @@ class JobProducer:
         priority: int = 0,
         metadata: Mapping[str, Any] | None = None,
         reply_to: str | None = None,
+        reuse: Reuse | None = None,
     ) -> str:
         """Send one job and return its ``job_id`` when all replicas have it.
 
@@ -137,6 +138,7 @@ class JobProducer:
             "priority": priority,
             "metadata": dict(metadata or {}),
             "reply_to": reply_to,
+            "reuse": reuse,
         }
         try:
             job = Job.model_validate(fields)

@@ -1,4 +1,4 @@
-"""Images read once and decoded once, for all jobs that name the same: the worker's memory of what it has at hand.
+"""What one job has made and the next one can use: images read and decoded, and, where asked for, whole answers.
 
 An object of a known version never changes. One without is asked for each time, with the entity tag of what is at hand:
 the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no job ever gets a picture
@@ -8,19 +8,33 @@ that was replaced before the job came. A HEAD before each GET would prove the sa
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
-from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.job import ImageRef, Job
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import PreparedImage
 
 Reuse = Literal["hit", "joined", "miss"]
 
 T = TypeVar("T")
+
+
+_BYTES_A_TOKEN = 64  # its number, its text, and what Python puts around them
+_BYTES_AN_ANSWER = 2_048
+
+
+@dataclass
+class _UnderWay:
+    task: asyncio.Task[Any]
+    waiting: int = 0
 
 
 class SharedWork:
@@ -33,7 +47,7 @@ class SharedWork:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._under_way: dict[Hashable, asyncio.Task[Any]] = {}
+        self._under_way: dict[Hashable, _UnderWay] = {}
         self.bytes = 0
 
     def peek(self, key: Hashable) -> Any | None:
@@ -46,15 +60,24 @@ class SharedWork:
     async def get(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> tuple[T, Reuse]:
         """The value of ``key``; ``make`` returns it and its bytes, where nobody has it or is making it.
 
-        Who cancels the call gives up the answer only: others may be waiting for it.
+        Who cancels the call gives up the answer only, as long as others are waiting for it.
         """
         kept = self.peek(key)
         if kept is not None:
             return kept, "hit"
         reuse: Reuse = "joined" if key in self._under_way else "miss"
         if reuse == "miss":
-            self._under_way[key] = asyncio.create_task(self._make(key, make))
-        return await asyncio.shield(self._under_way[key]), reuse
+            self._under_way[key] = _UnderWay(asyncio.create_task(self._make(key, make)))
+        under_way = self._under_way[key]
+        under_way.waiting += 1
+        try:
+            return await asyncio.shield(under_way.task), reuse
+        finally:
+            under_way.waiting -= 1
+            if not under_way.waiting and not under_way.task.done():
+                # Gone from the table at once: whoever comes next must not wait for what is being cancelled.
+                del self._under_way[key]
+                under_way.task.cancel()
 
     def keep(self, key: Hashable, value: Any, size: int) -> None:
         """Keep ``value`` of ``size`` bytes in place of whatever was kept under ``key``."""
@@ -69,13 +92,14 @@ class SharedWork:
             self.bytes -= freed
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> T:
-        asyncio.current_task().add_done_callback(_look_at)  # type: ignore[union-attr]
         try:
             value, size = await make()
             self.keep(key, value, size)
             return value
         finally:
-            del self._under_way[key]
+            under_way = self._under_way.get(key)
+            if under_way is not None and under_way.task is asyncio.current_task():
+                del self._under_way[key]
 
 
 class ImageReuse:
@@ -112,7 +136,7 @@ class ImageReuse:
             if current is not image:
                 self._work.keep(key, self._downloaded(current), len(current.data))
                 image, reuse = current, "miss"
-        self._metrics.image_reuse.labels("fetch", reuse).inc()
+        self._metrics.reuse.labels("fetch", reuse).inc()
         return self._fetcher.checked(ref, image)
 
     async def prepare(self, image: FetchedImage, salt: bytes, *, may_reuse: bool = True) -> PreparedImage:
@@ -127,7 +151,7 @@ class ImageReuse:
         if not may_reuse:
             return (await decode())[0]
         prepared, reuse = await self._work.get(("pixels", salt, image.sha256), decode)
-        self._metrics.image_reuse.labels("prepare", reuse).inc()
+        self._metrics.reuse.labels("prepare", reuse).inc()
         return prepared
 
     def _downloaded(self, image: FetchedImage) -> FetchedImage:
@@ -137,7 +161,36 @@ class ImageReuse:
         return image
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
-    # A failure that nobody waits for any more is nobody's.
-    if not task.cancelled():
-        task.exception()
+class AnswerReuse:
+    """Answers of one model to equal greedy requests: computed once, as long as they are kept or under way.
+
+    ``max_bytes`` 0 switches it off. Marked as such in results, for it is no inference.
+    """
+
+    def __init__(self, model: ModelInfo, metrics: Metrics, *, max_bytes: int) -> None:
+        self._model = (model.id, model.revision, model.parameter_digest)
+        self._metrics = metrics
+        self._work = SharedWork(max_bytes) if max_bytes else None
+
+    def key(self, job: Job, images: Sequence[PreparedImage], sampling: SamplingParams, salt: bytes) -> Hashable | None:
+        """What the answer depends on; None where it depends on chance, or nothing is reused."""
+        if self._work is None or not sampling.is_greedy:
+            return None
+        asked = json.dumps([job.prompt, job.message_dicts(), sampling.model_dump(mode="json", exclude={"seed"})])
+        return (self._model, salt, asked, tuple(image.digest for image in images))
+
+    async def get(self, key: Hashable, infer: Callable[[], Awaitable[RequestOutput]]) -> tuple[RequestOutput, Reuse]:
+        """The answer to ``key``; one that was computed for another job has no timings of its own."""
+        assert self._work is not None  # there was a key
+
+        async def make() -> tuple[RequestOutput, int]:
+            output = await infer()
+            tokens = sum(len(one.token_ids) for one in output.outputs)
+            return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
+
+        output, reuse = await self._work.get(key, make)
+        self._metrics.reuse.labels("answer", reuse).inc()
+        if reuse == "miss":
+            return output, reuse
+        images = tuple(replace(image, outcome="hit") for image in output.images)
+        return replace(output, timings=RequestTimings(), images=images), reuse

@@ -352,9 +352,17 @@ class ImageSettings(Section):
     decoders: int = Field(2, ge=1, description="Decoder processes.")
     decode_timeout_s: Seconds = Field(20.0, description="A decoder that takes longer is killed.")
     decoder_memory_bytes: Bytes = Field(2**30, description="Address space of one decoder process.")
-    reuse_bytes: int = Field(
-        256 * 2**20, ge=0, description="Size of the memory of read and prepared images, for jobs that name the same."
+
+
+class ReuseSettings(Section):
+    """What one job has made and the next one can use. A job's own `reuse` wins over `level`, inside these bounds."""
+
+    level: Literal["none", "images", "answers"] = Field(
+        "images",
+        description="`images`: read and decoded once; `answers`: an equal greedy job gets the same answer, marked so.",
     )
+    image_bytes: int = Field(256 * 2**20, ge=0, description="Size of the memory of read and prepared images.")
+    answer_bytes: int = Field(64 * 2**20, ge=0, description="Size of the memory of answers; 0: none, for no job.")
 
 
 class AdmissionSettings(Section):
@@ -419,6 +427,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
+    reuse: ReuseSettings = ReuseSettings()
     admission: AdmissionSettings = AdmissionSettings()
     tenants: TenantSettings = TenantSettings()
     retries: RetrySettings = RetrySettings()

@@ -38,7 +38,7 @@ from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.reuse import ImageReuse
+from nanovllm.pipeline.reuse import AnswerReuse, ImageReuse
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.systemic import SystemicFaults
@@ -85,7 +85,8 @@ class Worker:
         self._engine = engine
         self._sees = decoders is not None
         self._fetcher = fetcher
-        self._images = ImageReuse(fetcher, decoders, metrics, max_bytes=settings.images.reuse_bytes)
+        self._images = ImageReuse(fetcher, decoders, metrics, max_bytes=settings.reuse.image_bytes)
+        self._answers = AnswerReuse(engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
         self._sink = sink
         self._result_store = result_store
         self._in_flight = in_flight
@@ -191,13 +192,12 @@ class Worker:
                             self._rates.charge(claim.tenant, claim.tokens)
                         refs = await self._admit(job, ticket)
                     with passage.stage("fetch"):
-                        fetched = await self._fetch(refs, job.reuse, ticket, passage)
+                        reuse = job.reuse or self._settings.reuse.level
+                        fetched = await self._fetch(refs, reuse != "none", ticket, passage)
                     with passage.stage("prepare"):
-                        images = await self._prepare(fetched, job.reuse, ticket, passage)
+                        images = await self._prepare(fetched, reuse != "none", ticket, passage)
                     with passage.stage("infer"):
-                        async with self._dispatch.place(claim), self._alone_if_suspected(passage):
-                            output = await self._infer(job, images, passage)
-                        self._settle_tokens(claim, output)
+                        output = await self._answer(job, images, claim, reuse == "answers", passage)
                 records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
                 self._poison.answered()
                 with passage.stage("publish"):
@@ -236,9 +236,11 @@ class Worker:
         tokens = job.text_chars // CHARS_PER_TOKEN + self._sampling(job).max_tokens
         return Claim(tokens, job.priority, passage.tenant, passage.expires_at)
 
-    def _settle_tokens(self, claim: Claim, output: RequestOutput) -> None:
-        used = output.usage.input_tokens + output.usage.output_tokens
-        self._dispatch.settle(claim, used)
+    def _settle_tokens(self, claim: Claim, output: RequestOutput, passage: Passage) -> None:
+        used = 0
+        if passage.reused is None:
+            used = output.usage.input_tokens + output.usage.output_tokens
+            self._dispatch.settle(claim, used)
         self._rates.charge(claim.tenant, used - claim.tokens)
 
     async def _admit(self, job: Job, ticket: Ticket) -> tuple[ImageRef, ...]:
@@ -293,6 +295,23 @@ class Worker:
         images = await _all(self._persist(partial(prepare, image), "image decoders", passage) for image in fetched)
         ticket.hold(sum(image.pixels.nbytes for image in images))
         return tuple(images)
+
+    async def _answer(
+        self, job: Job, images: tuple[PreparedImage, ...], claim: Claim, may_reuse: bool, passage: Passage
+    ) -> RequestOutput:
+        async def infer() -> RequestOutput:
+            async with self._dispatch.place(claim), self._alone_if_suspected(passage):
+                return await self._infer(job, images, passage)
+
+        salt = self._settings.tenants.salt_of(passage.tenant)
+        key = self._answers.key(job, images, self._sampling(job), salt) if may_reuse else None
+        if key is None:
+            output = await infer()
+        else:
+            output, reuse = await self._answers.get(key, infer)
+            passage.reused = None if reuse == "miss" else reuse
+        self._settle_tokens(claim, output, passage)
+        return output
 
     async def _infer(self, job: Job, images: tuple[PreparedImage, ...], passage: Passage) -> RequestOutput:
         self._submitted += 1
@@ -534,7 +553,7 @@ class Worker:
         if passage.failure is not None and passage.outcome == "dead_letter":
             metrics.dead_letters.labels(passage.failure_class, passage.failure.code, passage.failed_stage).inc()
         output = passage.output
-        if output is None:
+        if output is None or passage.reused is not None:
             return
         timings = output.timings
         metrics.request_success.labels(output.finish_reason).inc()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "loop", "abort"]
+AnswerReuse = Literal["hit", "joined"]
 CacheOutcome = Literal["hit", "joined", "miss", "prefix"]
 DeadLetterClass = Literal["invalid", "permanent", "retries_exhausted", "expired"]
 Stage = Literal["receive", "admit", "fetch", "prepare", "infer", "publish"]
@@ -128,6 +129,9 @@ class Result(Message):
     outputs: tuple[Output, ...] | None = Field(
         None, description="With `n` above 1 all outputs; the fields beside repeat the first."
     )
+    reused: AnswerReuse | None = Field(
+        None, description="Not computed for this job: for an equal one before (`hit`), or at the same time (`joined`)."
+    )
     usage: TokenUsage
     model: ModelUse
     inputs: tuple[InputUse, ...] = ()
@@ -167,6 +171,7 @@ class JobMetrics(Message):
     model: str
     source: Source
     finish_reason: FinishReason
+    reused: AnswerReuse | None = Field(None, description="As in the result; the engine's figures are then 0.")
     num_prompt_tokens: int = Field(ge=0)
     num_generation_tokens: int = Field(ge=0)
     num_cached_tokens: int = Field(0, ge=0)

@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from bench import png
+from bench import Bench, GatedEngine, job_id_of, png
 from hypothesis import given
 from hypothesis import strategies as st
+from parts import eventually
 
+from nanovllm.engine.backend import Generation
+from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ForbiddenUri, ObjectChanged, ObjectNotFound
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import ObjectFetcher, make_client
 from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.reuse import ImageReuse, SharedWork
-from nanovllm.pipeline.settings import S3Settings
+from nanovllm.pipeline.settings import ReuseSettings, S3Settings, TenantSettings
+from nanovllm.pipeline.worker import Worker
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import ImageTransform
 
@@ -122,6 +128,26 @@ async def test_who_goes_away_leaves_the_work_to_those_who_wait() -> None:
     assert first.cancelled()
 
 
+async def test_work_that_nobody_waits_for_ends_and_is_begun_anew_by_the_next_one() -> None:
+    work, gate, ended = SharedWork(10), asyncio.Event(), []
+
+    async def make() -> tuple[str, int]:
+        try:
+            await gate.wait()
+        finally:
+            ended.append(gate.is_set())
+        return "made", 1
+
+    only = asyncio.create_task(work.get("key", make))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    only.cancel()
+    late = asyncio.create_task(work.get("key", make))
+    await asyncio.gather(only, return_exceptions=True)
+    gate.set()
+    assert (await late, ended) == (("made", "miss"), [False, True])
+
+
 class Store:
     """A bucket, and an image reuse on it that counts its requests."""
 
@@ -149,7 +175,7 @@ class Store:
         return int(self.metrics.fetched_objects._value.get())
 
     def reused(self, reuse: str) -> int:
-        return int(self.metrics.image_reuse.labels("fetch", reuse)._value.get())
+        return int(self.metrics.reuse.labels("fetch", reuse)._value.get())
 
     def _client(self, settings: S3Settings) -> Any:
         store, client = self, make_client(settings)
@@ -279,7 +305,7 @@ async def test_equal_bytes_are_decoded_once(s3: Any) -> None:
             assert await images.prepare(fetched[0], b"", may_reuse=False) is not first
         finally:
             await decoders.close()
-    assert store.metrics.image_reuse.labels("prepare", "hit")._value.get() == 1
+    assert store.metrics.reuse.labels("prepare", "hit")._value.get() == 1
 
 
 @pytest.mark.s3
@@ -291,3 +317,115 @@ async def test_a_real_store_says_that_nothing_has_changed(versity_s3: Any) -> No
     assert (store.downloads, store.reused("hit")) == (1, 2)
     store.put(b"other", "a b/50+ü &%日本.png")
     assert await store.read(ref) == b"other"
+
+
+ANSWERS = ReuseSettings(level="answers")
+
+
+async def test_equal_greedy_jobs_are_answered_once_and_say_so(bench: Bench) -> None:
+    engine = GatedEngine()
+    async with bench.working(engine, reuse=ANSWERS) as (worker, _):
+        await bench.send(*({"job_id": name, "prompt": "p", "metadata": {"of": name}} for name in ("a", "b")))
+        await eventually(lambda: waiting_for_an_answer(worker) == 2)
+        leader = job_id_of(engine.requests[0])
+        engine.open(leader)
+        results = await bench.results(2)
+        await bench.send({"job_id": "c", "prompt": "p"})
+        results = await bench.results(3)
+        await bench.send({"job_id": "d", "prompt": "another"})
+        engine.open("d")
+        results |= {"d": (await bench.results(4))["d"]}
+        metrics = {
+            record.key.decode(): json.loads(record.value)
+            for record in await bench.read(bench.settings.topics.metrics, 4)
+        }
+    follower = ({"a", "b"} - {leader}).pop()
+    assert [job_id_of(request) for request in engine.requests] == [leader, "d"]
+    reused = {name: result.get("reused") for name, result in results.items()}
+    assert reused == {leader: None, follower: "joined", "c": "hit", "d": None}
+    assert {results[name]["text"] for name in ("a", "b", "c")} == {"p"}
+    assert results[follower]["metadata"] == {"of": follower}
+    assert results["c"]["timings_ms"]["generation"] == 0
+    assert metrics["c"]["reused"] == "hit"
+    assert 'nanovllm_request_success_total{finished_reason="stop"} 2.0' in bench.metrics.exposition().decode()
+
+
+@pytest.mark.parametrize(
+    ("level", "job"),
+    [
+        ("images", {}),
+        ("answers", {"reuse": "none"}),
+        ("answers", {"reuse": "images"}),
+        ("answers", {"sampling": {"temperature": 1.0}}),
+    ],
+    ids=["by default", "the job wants none", "the job wants images only", "chance decides"],
+)
+async def test_answers_are_not_reused(bench: Bench, level: str, job: dict[str, Any]) -> None:
+    engine = CountingEngine()
+    async with bench.working(engine, reuse=ReuseSettings(level=level)):
+        await bench.send(*({"job_id": name, "prompt": "p", **job} for name in "ab"))
+        results = await bench.results(2)
+    assert engine.answered == 2
+    assert [result.get("reused") for result in results.values()] == [None, None]
+
+
+async def test_a_job_may_ask_for_an_answer_at_hand_where_the_worker_keeps_any(bench: Bench) -> None:
+    engine = CountingEngine()
+    async with bench.working(engine, reuse=ReuseSettings()):
+        await bench.send(*({"job_id": name, "prompt": "p", "reuse": "answers"} for name in "ab"))
+        await bench.results(2)
+    assert engine.answered == 1
+    async with bench.working(engine, reuse=ReuseSettings(answer_bytes=0)):
+        await bench.send(*({"job_id": name, "prompt": "p", "reuse": "answers"} for name in "cd"))
+        await bench.results(4)
+    assert engine.answered == 3
+
+
+async def test_an_answer_depends_on_prompt_images_parameters_and_tenant(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    red, also_red, blue = (images(key, png(color)) for key, color in (("a", "red"), ("b", "red"), ("c", "blue")))
+    engine = CountingEngine()
+    tenants = TenantSettings(header="tenant")
+    async with bench.working(engine, reuse=ANSWERS, tenants=tenants):
+        looks = {"prompt": "<|image|>"}
+        jobs = [
+            {**looks, "images": [red]},
+            {**looks, "images": [also_red]},  # the same pixels elsewhere: the one that is reused
+            {**looks, "images": [blue]},
+            {**looks, "images": [red], "sampling": {"max_tokens": 1}},
+            {"prompt": "see <|image|>", "images": [red]},
+        ]
+        await bench.send(*({"job_id": str(number), **job} for number, job in enumerate(jobs)))
+        await bench.send({"job_id": "theirs", **jobs[0]}, headers=[("tenant", b"other")])
+        await bench.results(6)
+    assert engine.answered == 5
+
+
+async def test_a_deadline_of_one_takes_the_answer_from_nobody_else(bench: Bench) -> None:
+    engine = GatedEngine()
+    async with bench.working(engine, reuse=ANSWERS) as (worker, _):
+        deadline = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
+        await bench.send({"job_id": "short", "prompt": "p", "deadline": deadline})
+        await engine.submitted("short")
+        await bench.send({"job_id": "patient", "prompt": "p"})
+        await eventually(lambda: waiting_for_an_answer(worker) == 2)
+        ((headers, _),) = await bench.dead_letters(1)
+        assert headers["nanovllm_code"] == "deadline_exceeded"
+        engine.open("short")
+        assert (await bench.results(1))["patient"]["reused"] == "joined"
+
+
+def waiting_for_an_answer(worker: Worker) -> int:
+    assert worker._answers._work is not None
+    return sum(under_way.waiting for under_way in worker._answers._work._under_way.values())
+
+
+class CountingEngine(EchoEngine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = 0
+
+    def submit(self, request: Any) -> Generation:
+        self.answered += 1
+        return super().submit(request)
