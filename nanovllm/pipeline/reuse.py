@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
+from nanovllm.errors import NanoVLLMError
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.job import ImageRef, Job
@@ -56,6 +57,10 @@ class SharedWork:
             return None
         self._kept.move_to_end(key)
         return self._kept[key][0]
+
+    def knows(self, key: Hashable) -> bool:
+        """Whether the value of ``key`` is kept or under way."""
+        return key in self._kept or key in self._under_way
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> tuple[T, Reuse]:
         """The value of ``key``; ``make`` returns it and its bytes, where nobody has it or is making it.
@@ -129,9 +134,16 @@ class ImageReuse:
             image = self._downloaded(await self._fetcher.fetch(anyone))
             return image, len(image.data)
 
-        image, reuse = await self._work.get(key, read)
-        if reuse != "miss" and ref.version_id is None:
-            # It was read, or its reading began, before this job came; the object may have been replaced since.
+        may_have_changed = ref.version_id is None and self._work.knows(key)
+        try:
+            image, reuse = await self._work.get(key, read)
+        except NanoVLLMError:
+            if not may_have_changed:
+                raise
+            # It was asked for before this job came, and may have been written since.
+            image, reuse = (await read())[0], "miss"
+        if reuse != "miss" and may_have_changed:
+            # It was read, or its reading began, before this job came; it may have been replaced since.
             current = await self._fetcher.fetch(anyone, held=image)
             if current is not image:
                 self._work.keep(key, self._downloaded(current), len(current.data))

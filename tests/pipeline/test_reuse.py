@@ -183,9 +183,10 @@ class Store:
         class Counted:
             def get_object(self, **request: Any) -> Any:
                 store.requests.append(request)
-                answer = client.get_object(**request)
-                store.has_read()
-                return answer
+                try:
+                    return client.get_object(**request)
+                finally:
+                    store.has_read()
 
             def close(self) -> None:
                 client.close()
@@ -230,9 +231,11 @@ async def test_equal_objects_under_way_are_downloaded_once(s3: Any) -> None:
     assert (store.downloads, store.reused("miss"), store.reused("joined")) == (1, 1, 4)
 
 
-async def test_nobody_joins_a_download_across_a_change(s3: Any) -> None:
+@pytest.mark.parametrize("before", [b"first", None], ids=["another object", "no object"])
+async def test_nobody_joins_a_download_across_a_change(s3: Any, before: bytes | None) -> None:
     store = Store(s3)
-    store.put(b"first")
+    if before is not None:
+        store.put(before)
     was_read, go_on = threading.Event(), threading.Event()
 
     def stand_still() -> None:
@@ -247,7 +250,12 @@ async def test_nobody_joins_a_download_across_a_change(s3: Any) -> None:
     late = asyncio.create_task(store.read())
     await asyncio.sleep(0.01)
     go_on.set()
-    assert (await early, await late) == (b"first", b"second")
+    if before is None:
+        with pytest.raises(ObjectNotFound):
+            await early
+    else:
+        assert await early == before
+    assert await late == b"second"
 
 
 async def test_a_promise_binds_the_job_that_makes_it_and_nobody_else(s3: Any) -> None:
