@@ -53,7 +53,7 @@ CHECKPOINTS = {
 }
 WORKLOADS: dict[str, Maker] = {
     "text": make_text,
-    **{f"decode-{batch}": make_decode(batch, prompt=64, answer=33) for batch in (1, 8, 32)},
+    **{f"decode-{batch}": make_decode(batch, prompt=16, answer=65) for batch in (1, 8, 32)},
     "images-distinct": make_images(repeating=False),
     "images-repeating": make_images(repeating=True),
     "schema": make_schema,
@@ -128,13 +128,14 @@ def read_arguments() -> argparse.Namespace:
         metavar="NAME=DIR",
         help=f"a peer ({', '.join(list(RUNNERS)[1:])}) and the environment that peers/setup.sh built",
     )
+    parser.add_argument("--without", nargs="+", choices=["transformers"], default=[], help="leave out")
     parser.add_argument("--turns", type=int, default=3, help="measured turns of each engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=32, help="sequences at once")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanovllm-peers")
     parser.add_argument("--output", type=Path, help="default: results/peers-SIZE.json")
     args = parser.parse_args()
-    args.peers = {"nanovllm": sys.executable, "transformers": sys.executable}
+    args.peers = {name: sys.executable for name in ("nanovllm", "transformers") if name not in args.without}
     for peer in args.peer:
         name, _, directory = peer.partition("=")
         if name not in RUNNERS or not (Path(directory) / "bin" / "python").exists():
