@@ -347,7 +347,8 @@ class ImageSettings(Section):
     min_side: int = Field(1, ge=1, description="Shortest side in pixels.")
     max_frames: int = Field(1, ge=1, description="Most frames or pages; above 1 the first one is used.")
     formats: StrList = Field(
-        ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"), description="Allowed formats, by Pillow's names."
+        ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"),
+        description="Allowed formats, by Pillow's names; `HEIF` needs the extra `heic`.",
     )
     decoders: int = Field(2, ge=1, description="Decoder processes.")
     decode_timeout_s: Seconds = Field(20.0, description="A decoder that takes longer is killed.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import struct
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
 _DIGEST_STRIP_PIXELS = 1 << 20
+_TIFF_PHOTOMETRIC = 262
+_HEIF_HINT = "reading HEIC takes the extra nanovllm[heic], and HEIF among the allowed formats"
 
 # First bytes of formats that people do send, so that a refusal can say what it saw without running other decoders.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -33,9 +36,14 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (8, b"WEBP", "WEBP"),
     (0, b"%PDF", "PDF"),
     (4, b"ftypavif", "AVIF"),
-    (4, b"ftyp", "HEIF"),
+    (4, b"ftypavis", "AVIF"),
+    (4, b"ftyphe", "HEIF"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftyp", "MP4"),
     (0, b"8BPS", "PSD"),
-    (4, b"jP  ", "JPEG 2000"),
+    (4, b"jP  ", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG2000"),
     (0, b"\0\0\1\0", "ICO"),
     (0, b"<svg", "SVG"),
     (0, b"<?xml", "SVG"),
@@ -47,10 +55,10 @@ class ImageLimits:
     """What an image may cost, checked before its pixels are decoded.
 
     ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used. ``formats`` are
-    Pillow's names.
+    Pillow's names; ``HEIF`` needs the extra ``nanovllm[heic]``.
 
     Raises:
-        ConfigurationError: a format that Pillow does not read.
+        ConfigurationError: a format that Pillow does not read, or HEIF without its extra.
     """
 
     max_bytes: int = 32 * 2**20
@@ -60,7 +68,9 @@ class ImageLimits:
     formats: tuple[str, ...] = DEFAULT_FORMATS
 
     def __post_init__(self) -> None:
-        if unusual := set(self.formats) - set(DEFAULT_FORMATS):
+        if "HEIF" in self.formats and importlib.util.find_spec("pillow_heif") is None:
+            raise ConfigurationError(f"the image format HEIF is not installed: {_HEIF_HINT}")
+        if unusual := set(self.formats) - {*DEFAULT_FORMATS, "HEIF"}:
             Image.init()
             if unknown := sorted(unusual - set(Image.OPEN)):
                 raise ConfigurationError(f"Pillow reads no image format called {', '.join(unknown)}")
@@ -123,6 +133,8 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
     if webp_size is not None:
         # Pillow allocates a WebP's whole canvas on opening, before anybody could ask for its size.
         _check_dimensions(*webp_size, limits)
+    if "HEIF" in limits.formats and _sniffed(data) == "HEIF":
+        _register_heif()
     try:
         image = Image.open(io.BytesIO(data), formats=limits.formats)
     except UnidentifiedImageError:
@@ -139,13 +151,28 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
         return _decode(image)
 
 
+def _sniffed(data: bytes) -> str | None:
+    return next((name for at, mark, name in _SIGNATURES if data[at : at + len(mark)] == mark), None)
+
+
+def _register_heif() -> None:
+    """Let Pillow read HEIC: only once such bytes arrive, because few workers ever see any."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise UnsupportedImageFormat(f"HEIF cannot be read here: {_HEIF_HINT}") from None
+    # Further threads would each take address space, of which a decoder process has little.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
 def _unidentified(data: bytes, limits: ImageLimits) -> InvalidImage:
-    name = next((name for at, mark, name in _SIGNATURES if data[at : at + len(mark)] == mark), None)
+    name = _sniffed(data)
     if name is None:
         return InvalidImage(f"the {len(data)} bytes are no image in an allowed format ({', '.join(limits.formats)})")
     if name in limits.formats:
-        return InvalidImage(f"the {name} image's header is corrupt")
-    return UnsupportedImageFormat(f"{name} is not an allowed image format ({', '.join(limits.formats)})")
+        return InvalidImage(f"the {name} image's header is corrupt, or of a variant that cannot be read")
+    hint = f"; {_HEIF_HINT}" if name == "HEIF" else ""
+    return UnsupportedImageFormat(f"{name} is not an allowed image format ({', '.join(limits.formats)}){hint}")
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
@@ -184,8 +211,48 @@ def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
 
 def _decode(image: Image.Image) -> Image.Image:
     with _as_invalid_image(image.format):
+        frame = _first_frame_box(image)
+        _scale_colour_key(image)
         image.load()
-        return _flatten(_to_srgb(_oriented(image)))
+        rgb = _flatten(_to_srgb(_oriented(_upright_light(image))))
+    if frame is None:
+        return rgb
+    canvas = Image.new("RGB", rgb.size, WHITE)
+    canvas.paste(rgb.crop(frame), frame[:2])
+    return canvas
+
+
+def _first_frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Where a GIF's first frame lies if it leaves some canvas free, which Pillow fills with an arbitrary colour."""
+    tiles = getattr(image, "tile", None)
+    if image.format != "GIF" or not tiles or image.tell():
+        return None
+    box = tiles[0][1]
+    return None if box == (0, 0, *image.size) else box
+
+
+def _scale_colour_key(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour to 8 bits, as Pillow brings the samples but not the key."""
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or key is None or not tiles:
+        return
+    match tiles[0][3]:
+        case "L;2":
+            image.info["transparency"] = key * 85
+        case "L;4":
+            image.info["transparency"] = key * 17
+        case "RGB;16B":
+            image.info["transparency"] = tuple(sample >> 8 for sample in key)
+
+
+def _upright_light(image: Image.Image) -> Image.Image:
+    """Turn 16-bit TIFF samples that count darkness into light; Pillow does so for 8 bits only."""
+    tags = getattr(image, "tag_v2", {})
+    if not image.mode.startswith("I;16") or tags.get(_TIFF_PHOTOMETRIC) != 0:
+        return image
+    light = Image.fromarray(np.uint16(65535) - np.asarray(image).astype(np.uint16))
+    light.info = image.info
+    return light
 
 
 @contextmanager
