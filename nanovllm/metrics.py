@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +12,17 @@ from prometheus_client.registry import Collector
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+
+class TierSnapshot(Protocol):
+    """What one tier of it tells."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def hits(self) -> int: ...  # noqa: D102
+    @property
+    def bytes(self) -> int: ...  # noqa: D102
 
 
 class CacheSnapshot(Protocol):
@@ -31,6 +42,12 @@ class CacheSnapshot(Protocol):
     def bytes(self) -> int: ...  # noqa: D102
     @property
     def max_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def hits_by_file(self) -> int: ...  # noqa: D102
+    @property
+    def seconds_saved(self) -> float: ...  # noqa: D102
+    @property
+    def tiers(self) -> Sequence[TierSnapshot]: ...  # noqa: D102
 
 
 class EngineSnapshot(Protocol):
@@ -179,6 +196,15 @@ class _EngineCollector(Collector):
         yield _gauge("embedding_cache_entries", "Embeddings held.", cache.entries)
         yield _gauge("embedding_cache_bytes", "Bytes that they hold.", cache.bytes)
         yield _gauge("embedding_cache_max_bytes", "Bytes that they may hold.", cache.max_bytes)
+        yield _counter("embedding_cache_hits_by_file", "Hits before anything was decoded.", cache.hits_by_file)
+        yield _counter("embedding_cache_seconds_saved", "Encoder seconds that hits saved.", cache.seconds_saved)
+        hits = CounterMetricFamily("nanovllm_embedding_cache_tier_hits", "Hits by tier.", labels=("tier",))
+        held = GaugeMetricFamily("nanovllm_embedding_cache_tier_bytes", "Bytes held by tier.", labels=("tier",))
+        for tier in cache.tiers:
+            hits.add_metric((tier.name,), tier.hits)
+            held.add_metric((tier.name,), tier.bytes)
+        yield hits
+        yield held
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

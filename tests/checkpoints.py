@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -28,9 +29,11 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 Family = Literal["llama", "qwen2", "qwen3"]
+QwenVL = Literal["qwen2_5_vl", "qwen3_vl"]
 
 IMAGE_TOKEN = "<|image|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -254,6 +257,70 @@ def make_llava(
         chat_template=tokenizer.chat_template,
     )
     processor.save_pretrained(directory)
+    return Path(directory)
+
+
+QWEN_VL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+QWEN_VL_TEMPLATE = CHAT_TEMPLATE.replace("'<|image|>'", "'<|vision_start|><|image_pad|><|vision_end|>'")
+
+
+def make_qwen_vl(
+    directory: Path,
+    *,
+    family: QwenVL = "qwen2_5_vl",
+    seed: int = 4,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+    tie_word_embeddings: bool = False,
+    smallest: int = 32 * 32 * 4,
+    largest: int = 224 * 224,
+) -> Path:
+    """A Qwen-VL checkpoint (tower and text) with tokenizer and processor; loads as it is in transformers."""
+    tokenizer = make_tokenizer(image_token=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IM_START, *QWEN_VL_TOKENS]})
+    tokenizer.chat_template = QWEN_VL_TEMPLATE
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(QWEN_VL_TOKENS))
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    tower: dict[str, Any] = {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 128
+    }  # fmt: skip
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+    if family == "qwen2_5_vl":
+        text |= {"rope_parameters": {**rope, "mrope_section": [4, 6, 6]}}
+        tower |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1, 3]}
+    else:
+        text |= {"head_dim": 32, "rope_parameters": {**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+        tower |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]}
+    config = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=tower,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model, seed)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": smallest, "longest_edge": largest}, patch_size=tower["patch_size"]
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return Path(directory)
 
 

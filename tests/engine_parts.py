@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
@@ -65,14 +71,36 @@ class Case:
         return float((best[:, 0] - best[:, 1]).min())
 
 
+class _QwenProcessor:
+    """What Qwen-VL's own processors do to text and images; those cannot be made without a reader of films."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._pictures = Qwen2VLImageProcessorPil.from_pretrained(directory)
+
+    def __call__(self, text: str, images: Sequence[Image.Image] = (), **_: Any) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        parts = text.split("<|image|>")
+        text = parts[0]
+        if images:
+            inputs = {name: torch.as_tensor(value) for name, value in self._pictures(list(images)).items()}
+            squares = (inputs["image_grid_thw"].prod(-1) // self._pictures.merge_size**2).tolist()
+            for part, count in zip(parts[1:], squares, strict=True):
+                text += "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" + part
+        ids = torch.tensor([self._tokenizer(text).input_ids])
+        is_image = ids == self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": is_image.int()}
+
+
 class Reference:
     """A checkpoint in transformers, in float32 unless told otherwise."""
 
-    def __init__(self, directory: Path, *, is_llava: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, directory: Path, *, sees: bool, dtype: torch.dtype = torch.float32) -> None:
         """Load it."""
-        loader: Any = LlavaForConditionalGeneration if is_llava else AutoModelForCausalLM
+        loader: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         self.model = loader.from_pretrained(directory, dtype=dtype).eval()
-        self.processor = AutoProcessor.from_pretrained(directory)
+        is_qwen_vl = self.model.config.model_type in ("qwen2_5_vl", "qwen3_vl")
+        self.processor: Any = _QwenProcessor(directory) if is_qwen_vl else AutoProcessor.from_pretrained(directory)
 
     def answer(self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 64) -> Case:
         """Greedy decoding, one prompt at a time, never stopped by an end token."""
@@ -105,7 +133,8 @@ def draw_cases(reference: Reference, num_images: Sequence[int], max_tokens: int 
         seed += 1
         wanted = num_images[len(cases)]
         prompt = random_prompt(seed, 1 + 5 * (len(cases) % 7)) + " <|image|> and" * wanted
-        case = reference.answer(prompt, [noise_image(100 * seed + n) for n in range(wanted)], max_tokens)
+        images = [noise_image(100 * seed + n, 70 + 43 * (seed % 4), 60 + 39 * n) for n in range(wanted)]
+        case = reference.answer(prompt, images, max_tokens)
         if case.margin >= MARGIN:
             cases.append(case)
     assert all(case.margin >= MARGIN for case in cases)

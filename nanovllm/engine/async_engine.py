@@ -21,7 +21,7 @@ from nanovllm.errors import EngineDead, InvalidInput
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.sampling_params import Constraint
-    from nanovllm.vision.transform import ImageTransform
+    from nanovllm.vision.transform import ImageTransform, PreparedImage
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ class AsyncEngine:
         """How images must be prepared; None for a text model."""
         processor = self._engine.processor
         return processor.encoder.transform if processor is not None else None
+
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+        processor = self._engine.processor
+        return processor.find(file_digest, cache_salt) if processor is not None else None
 
     async def __aenter__(self) -> AsyncEngine:
         """Start."""
@@ -202,9 +207,18 @@ class AsyncEngine:
             self._engine.close()
 
     def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Obey all queued commands, waiting for one when there is nothing to compute; False after the last one."""
-        while not (self._engine.has_unfinished() and self._commands.empty()):
-            command = self._commands.get()
+        """Obey all queued commands, waiting for one when there is nothing to compute; False after the last one.
+
+        An engine that was idle and gets a request with images waits a moment for more: they go through the tower
+        together.
+        """
+        was_idle, linger_until = not self._engine.has_unfinished(), 0.0
+        while True:
+            patience = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
+            try:
+                command = self._commands.get(timeout=patience)
+            except queue.Empty:
+                return True
             if isinstance(command, _Close):
                 return False
             if isinstance(command, _Abort):
@@ -214,8 +228,9 @@ class AsyncEngine:
                     self._add(command)
                 except Exception as error:
                     loop.call_soon_threadsafe(self._refuse, command.request_id, error)
+                if was_idle and not linger_until and any(image.embedding is None for image in command.images):
+                    linger_until = time.monotonic() + self._engine.config.encoder_linger_s
             self._stats = self._engine.stats()
-        return True
 
     def _add(self, request: Request) -> None:
         if request.prompt is not None:

@@ -146,6 +146,9 @@ class EngineBackend(Protocol):
     async def start(self) -> None:
         """Make ready for ``submit``."""
 
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
 

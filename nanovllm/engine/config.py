@@ -30,7 +30,12 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "bfloat16"] = "auto"  # the model's own; "bfloat16" halves a float32 one, on a CPU
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
-    embedding_cache_bytes: int = 256 * MIB
+    embedding_cache_bytes: int = 256 * MIB  # beside the encoder
+    embedding_cache_host_bytes: int = 0  # in the host's memory, for what leaves a GPU's
+    encoder_batch_pixels: int = (
+        2 * MIB
+    )  # images of waiting requests are encoded along with needed ones, up to this area
+    encoder_linger_s: float = 0.002  # an idle engine waits so long for more images before it encodes the first
     dtype: str | None = None  # None or "auto": float32 on the CPU, the checkpoint's on a GPU
     device: str | None = None
     seed: int | None = None  # of the requests that bring none; None: drawn from the system
@@ -45,6 +50,9 @@ class EngineConfig:
     vision_model: str | None = None
     max_image_size: int | None = None
     num_vision_tokens: int | None = None
+    min_pixels: int | None = None  # least area of an image, where the model takes images at their own size
+    max_pixels: int | None = None  # and the largest; None: the checkpoint's
+    max_image_tokens: int | None = None  # and the most tokens of one, which lowers max_pixels
     projector: str | Path | None = None
     freeze_vision_weights: bool = True
 
@@ -52,9 +60,11 @@ class EngineConfig:
         """Refuse what can be refused before a checkpoint is opened."""
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_images_per_request"):
             self._require_positive(name, optional=False)
-        for name in ("max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens"):
+        for name in ("max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens",
+                     "min_pixels", "max_pixels", "max_image_tokens"):  # fmt: skip
             self._require_positive(name, optional=True)
-        for name in ("embedding_cache_bytes", "num_speculative_tokens"):
+        for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
+                     "num_speculative_tokens"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

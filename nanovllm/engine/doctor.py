@@ -120,7 +120,7 @@ def _memory(engine: LLMEngine) -> Iterator[Finding]:
     processor = engine.processor
     if processor is not None:
         encoder = processor.encoder
-        image = encoder.num_vision_tokens * encoder.hidden_size * encoder.dtype.itemsize
+        image = encoder.num_vision_tokens * encoder.width * encoder.dtype.itemsize
         budget = engine.config.embedding_cache_bytes
         yield Finding(
             "embedding cache", f"{budget // _MIB} MiB: {budget // image:,} images", f"{image:,} bytes an image"

@@ -24,7 +24,7 @@ from nanovllm.engine.outputs import (
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
 
 if TYPE_CHECKING:
-    from nanovllm.vision.transform import ImageTransform
+    from nanovllm.vision.transform import ImageTransform, PreparedImage
 
 IMAGE_PLACEHOLDER = "<|image|>"
 _WORD = re.compile(r"\s*\S+|\s+$")
@@ -73,6 +73,10 @@ class EchoEngine:
     async def __aexit__(self, *_: object) -> None:
         """Close."""
         await self.close()
+
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """Never: nothing is embedded here."""
+        return None
 
     def submit(self, request: Request) -> Generation:
         """Answer ``request`` after the delay."""

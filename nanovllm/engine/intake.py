@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -15,7 +16,6 @@ from nanovllm.engine.prompts import PromptEncoder
 from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.cache import embedding_key
 from nanovllm.vision.images import ImageSource
 from nanovllm.vision.processor import VisionProcessor
 from nanovllm.vision.transform import PreparedImage
@@ -30,7 +30,11 @@ class Intake:
         self, tokenizer: Any, runner: ModelRunner, *, max_model_len: int, max_images: int, eos_token_ids: frozenset[int]
     ) -> None:
         self.processor: VisionProcessor | None = runner.processor
-        self.prompts = PromptEncoder(tokenizer, image_token_id=runner.image_token_id if self.processor else None)
+        self.prompts = PromptEncoder(
+            tokenizer,
+            image_token_id=runner.image_token_id if self.processor else None,
+            around_image=runner.around_image,
+        )
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._vocab_size = int(runner.model.config.vocab_size)
@@ -73,7 +77,7 @@ class Intake:
                 sampling=sampling,
                 max_tokens=min(sampling.max_tokens, room),
                 index=place,
-                images=tuple(ImageSpan(span.image, span.key, span.start, span.length) for span in spans),
+                images=tuple(replace(span) for span in spans),
                 priority=priority,
                 cache_salt=salt,
                 stop_token_ids=stop_token_ids,
@@ -126,9 +130,10 @@ class Intake:
             if token_id != self._image_token_id:
                 expanded.append(token_id)
                 continue
-            image = self.processor.prepare(next(waiting))
-            key = embedding_key(image, self.processor.encoder.revision, salt)
-            spans.append(ImageSpan(image, key, len(expanded), self.processor.num_image_tokens(image)))
+            image = self.processor.prepare(next(waiting), salt)
+            grid = self.processor.encoder.grid(image.size)
+            length = self.processor.num_image_tokens(image)
+            spans.append(ImageSpan(image, self.processor.key(image, salt), len(expanded), length, grid))
             expanded += [self._image_token_id] * spans[-1].length
         return expanded, tuple(spans)
 

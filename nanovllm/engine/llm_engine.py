@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import AutoTokenizer
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.completion import extend, output_of
@@ -56,9 +55,7 @@ class LLMEngine:
         """
         self.config = EngineConfig.from_options(model, options)
         self.checkpoint = Checkpoint(resolve_checkpoint(model))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            self.checkpoint.directory, local_files_only=True, trust_remote_code=False
-        )
+        self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
         self.scheduler = Scheduler(
@@ -168,7 +165,7 @@ class LLMEngine:
         for row in plan.rows:
             if not row.sequence.times.first_scheduled:
                 row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(plan.rows)
+        self.model_runner.embed_images(plan.rows, self.scheduler.waiting)
         inputs = self.model_runner.prepare(plan)
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 from nanovllm.vision.checkpoints import read_config
@@ -69,10 +69,18 @@ class Checkpoint:
                     if wanted(name):
                         yield name, tensors.get_tensor(name)
 
+    def tokenizer(self) -> Any:
+        """The tokenizer with the checkpoint's chat template, which older releases keep in a file for the processor."""
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        own = self.directory / "chat_template.json"
+        if not tokenizer.chat_template and own.is_file():
+            tokenizer.chat_template = json.loads(own.read_text()).get("chat_template")
+        return tokenizer
+
     def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a text: of generation_config.json where it names any, else of the configuration."""
         text: Any = self.config.get_text_config()
-        found = text.eos_token_id
+        found = getattr(text, "eos_token_id", None)
         if (self.directory / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
             found = generation.eos_token_id if generation.eos_token_id is not None else found

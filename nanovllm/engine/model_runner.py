@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ from nanovllm.engine.determinism import TILE, prove
 from nanovllm.engine.linear import why_no_int8
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
-from nanovllm.engine.models import load_encoder, load_text_model
+from nanovllm.engine.models import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.scheduler import Plan, ScheduledRow
-from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.engine.sequence import ImageSpan, Sequence, SequenceStatus
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.cache import EmbeddingCache
-from nanovllm.vision.encoder import VisionEncoder
+from nanovllm.vision.cache import EmbeddingCache, MemoryTier
+from nanovllm.vision.image_encoder import ImageEncoder
 from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
+from nanovllm.vision.transform import PreparedImage
 
 _SCORED_AT_ONCE = 256  # positions of a prompt whose logits are in memory together
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,8 +40,8 @@ class StepInputs:
 
     rows: tuple[ScheduledRow, ...]  # in the order of the tokens
     token_ids: Tensor  # [T]
-    positions: Tensor  # [T], or what the family's positions are
-    images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, hidden] that stand there
+    positions: Tensor  # [T], or [T, 3] where the family counts height and width too
+    images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, width] that stand there
     attention: Any
     sampling: tuple[Sequence, ...]  # one for each row of logits: the sequence, ahead by the drafts before the place
     sampling_indices: Tensor | None  # [len(sampling)]; None when every token samples
@@ -59,14 +62,15 @@ class ModelRunner:
             raise ConfigurationError(f"quantization='int8' is not possible on {self.device}: {reason}")
         self.model = load_text_model(checkpoint, self.dtype, self.device)
         self.model.pack(config.quantization, tile=TILE if config.deterministic else None)
-        self.encoder: VisionEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
+        self.encoder: ImageEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
         self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
+        self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
             self.processor = VisionProcessor(
                 self.encoder,
                 image_token_id=self.image_token_id,
-                cache=EmbeddingCache(config.embedding_cache_bytes),
+                cache=self._make_cache(),
             )
         text = self.model.config
         self.attention = choose_backend(self.device, self.dtype, config.block_size)
@@ -118,33 +122,61 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         return max(0, free - int(total * (1.0 - self.config.gpu_memory_utilization)))
 
-    def embed_images(self, rows: Rows[ScheduledRow]) -> None:
+    def _make_cache(self) -> EmbeddingCache[PreparedImage]:
+        beyond = self.config.embedding_cache_host_bytes
+        host = [MemoryTier("host", beyond, "cpu")] if beyond else []
+        return EmbeddingCache(self.config.embedding_cache_bytes, *host, device=self.device)
+
+    def embed_images(self, rows: Rows[ScheduledRow], waiting: Iterable[Sequence] = ()) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
         The embeddings stay with the sequence until it has computed past them, so that no eviction can take them away
-        between two chunks of its prompt.
+        between two chunks of its prompt. Images of ``waiting`` sequences fill the encoder's batch up and go to the
+        cache.
         """
         wanted: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
         for row in rows:
             for span in row.sequence.images:
                 if span.embedding is None and span.touches(row.start, row.end):
                     wanted[row.sequence.cache_salt].append((row.sequence, span))
+        if wanted:
+            for sequence, span in self._ahead([span for spans in wanted.values() for _, span in spans], waiting):
+                wanted[sequence.cache_salt].append((sequence, span))
         for salt, spans in wanted.items():
             started = time.perf_counter()
             assert self.processor is not None  # a sequence with images passed admission
             embedded = self.processor.embed([span.image for _, span in spans], salt)
             elapsed = time.perf_counter() - started
-            for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
-                span.embedding = embedding
+            for (sequence, span), (embedding, outcome) in zip(spans, embedded, strict=True):
+                if sequence.status is SequenceStatus.RUNNING:  # who waits must hold nothing
+                    span.embedding = embedding
                 span.outcome = span.outcome or outcome
             for sequence in {id(sequence): sequence for sequence, _ in spans}.values():
                 sequence.times.encode_s += elapsed
+
+    def _ahead(self, needed: Rows[ImageSpan], waiting: Iterable[Sequence]) -> Iterator[tuple[Sequence, ImageSpan]]:
+        """Images needed soon, as many as fit into a batch with the needed ones, and into half the cache."""
+        assert self.processor is not None
+        encoder = self.processor.encoder
+        room = self.config.encoder_batch_pixels - sum(prod(span.image.size) for span in needed)
+        storage = self.config.embedding_cache_bytes // 2
+        if encoder.batch_size == 1:
+            return  # deterministic: nothing is gained
+        for sequence in waiting:
+            for span in sequence.images:
+                if span.outcome is not None or span.image.embedding is not None:
+                    continue
+                room -= prod(span.image.size)
+                storage -= span.length * encoder.width * encoder.dtype.itemsize
+                if room < 0 or storage < 0:
+                    return
+                yield sequence, span
 
     def prepare(self, plan: Plan) -> StepInputs:
         """Turn a plan's rows into tensors, single-token rows first; encodes the images that they touch."""
         rows = tuple(sorted(plan.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
-        positions: list[int] = []
+        positions: list[Any] = []
         images: list[tuple[int, Tensor]] = []
         sampling: list[Sequence] = []
         sampling_indices: list[int] = []
@@ -161,7 +193,7 @@ class ModelRunner:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
             token_ids += row.drafts
-            positions += self.model.positions(start, end)
+            positions += positions_of(self.model.config, sequence.images, start, end)
             sampling += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
         batch = AttentionBatch(
@@ -188,9 +220,7 @@ class ModelRunner:
     def forward(self, inputs: StepInputs) -> Tensor:
         """Compute the step and return the logits [sampling rows, vocab]."""
         hidden = self.model.embed(inputs.token_ids)
-        for first, embedding in inputs.images:
-            hidden[first : first + len(embedding)] = embedding
-        hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention)
+        hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention, inputs.images)
         for row, first in inputs.scored:
             self._score_prompt(row, hidden[first : first + row.num_tokens])
         if not inputs.sampling:
@@ -230,7 +260,12 @@ class ModelRunner:
             "vision_cache_size": cache.entries,
             "vision_cache_bytes": cache.bytes,
             "vision_cache_hits": cache.hits,
+            "vision_cache_hits_by_file": cache.hits_by_file,
+            "vision_cache_hits_by_tier": {tier.name: tier.hits for tier in cache.tiers},
             "vision_cache_misses": cache.misses,
+            "vision_cache_joined": cache.joined,
+            "vision_cache_evictions": cache.evictions,
+            "vision_cache_seconds_saved": cache.seconds_saved,
             "images_encoded": self.encoder.images_encoded,
             "encode_seconds": self.encoder.encode_seconds,
         }

@@ -15,10 +15,11 @@ from nanovllm.vision.transform import PreparedImage
 class MultiModalLLM(LLMEngine):
     """An engine that takes images when ``enable_multimodal`` is set, and is ``LLMEngine`` without images otherwise.
 
-    A LLaVA checkpoint brings its own tower, size and number of tokens. A text checkpoint is composed with
-    ``vision_model``, by default CLIP's base tower with patches of 32 pixels, at 224 pixels and 49 tokens an image; its
-    projector is untrained unless ``projector`` names one. Without ``enable_multimodal`` the vision options have no
-    effect.
+    A LLaVA checkpoint brings its own tower, size and number of tokens. A Qwen-VL checkpoint takes images at their own
+    size, between ``min_pixels`` and ``max_pixels``, and at most ``max_image_tokens`` tokens each. A text checkpoint is
+    composed with ``vision_model``, by default CLIP's base tower with patches of 32 pixels, at 224 pixels and 49 tokens
+    an image; its projector is untrained unless ``projector`` names one. Without ``enable_multimodal`` the vision
+    options have no effect.
     """
 
     def __init__(
@@ -31,6 +32,9 @@ class MultiModalLLM(LLMEngine):
         num_vision_tokens: int | None = None,
         freeze_vision_weights: bool = True,
         projector: str | Path | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_image_tokens: int | None = None,
         **options: Any,
     ) -> None:
         """``options`` are those of ``LLMEngine``.
@@ -46,6 +50,9 @@ class MultiModalLLM(LLMEngine):
                 "num_vision_tokens": num_vision_tokens,
                 "freeze_vision_weights": freeze_vision_weights,
                 "projector": projector,
+                "min_pixels": min_pixels,
+                "max_pixels": max_pixels,
+                "max_image_tokens": max_image_tokens,
             }
         super().__init__(model, enable_multimodal=enable_multimodal, **vision, **options)
 

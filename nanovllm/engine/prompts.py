@@ -54,7 +54,8 @@ class _Parts(list[dict[str, str]]):
 class PromptEncoder:
     """Tokenises prompts and messages for one checkpoint. Holds no state between calls.
 
-    ``image_token_id`` None means that the model takes no images: a placeholder is then an error.
+    ``image_token_id`` None means that the model takes no images: a placeholder is then an error. ``around_image`` are
+    the tokens before and behind it, which some families want and their chat templates write.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerFast,
         image_token: str = IMAGE_PLACEHOLDER,
         image_token_id: int | None = None,
+        around_image: tuple[int, int] | None = None,
     ) -> None:
         """Raises UnsupportedModel for a tokenizer without a ``tokenizers`` backend."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -71,6 +73,7 @@ class PromptEncoder:
         self._backend: Tokenizer = backend
         self.image_token = image_token
         self.image_token_id = image_token_id
+        self._around_image = around_image
 
     @property
     def has_chat_template(self) -> bool:
@@ -82,7 +85,7 @@ class PromptEncoder:
         ids = list(self._leading_ids)
         for piece in self._split_images(prompt):
             if piece is None:
-                ids.append(self._require_image_token_id())
+                ids += self._image_ids()
             else:
                 ids += self._backend.encode(_valid(piece), add_special_tokens=False).ids
         return ids
@@ -125,7 +128,7 @@ class PromptEncoder:
 
         num_images = sum(turn.pieces.count(None) for turn in turns)
         if num_images:
-            self._require_image_token_id()
+            self._image_ids()
         refusal = "it leaves out or rewrites the text of a message"
         for as_parts in (None, False, True):
             stand_ins = _StandIns()
@@ -138,8 +141,7 @@ class PromptEncoder:
             pieces = stand_ins.restore(str(rendered), self._split_literal)
             if pieces is None:
                 continue
-            pieces = [self.image_token_id if piece is None else piece for piece in pieces]
-            if not num_images or pieces.count(self.image_token_id) == num_images:
+            if not num_images or pieces.count(None) + pieces.count(self.image_token_id) == num_images:
                 return self._encode_pieces(pieces)
         raise InvalidInput(f"the checkpoint's chat template refuses the messages: {refusal}")
 
@@ -155,7 +157,7 @@ class PromptEncoder:
         yield literal[end:]
 
     def _encode_pieces(self, pieces: Sequence[str | int | None]) -> list[int]:
-        """Encode texts plainly, neighbours together, with ids as they are and ``image_token_id`` for None."""
+        """Encode texts plainly, neighbours together, with ids as they are and an image's for None."""
         ids: list[int] = []
         run: list[str] = []
         for piece in pieces:
@@ -164,7 +166,7 @@ class PromptEncoder:
                 continue
             ids += self._encode_plain("".join(run))
             run.clear()
-            ids.append(self._require_image_token_id() if piece is None else piece)
+            ids += self._image_ids() if piece is None else [piece]
         return ids + self._encode_plain("".join(run))
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -196,10 +198,14 @@ class PromptEncoder:
                 yield None
             yield text
 
-    def _require_image_token_id(self) -> int:
+    def _image_ids(self) -> list[int]:
+        """What an image's placeholder becomes; PlaceholderMismatch for a model that takes no images."""
         if self.image_token_id is None:
             raise PlaceholderMismatch(f"the prompt has a {self.image_token} placeholder, and this model takes 0 images")
-        return self.image_token_id
+        if self._around_image is None:
+            return [self.image_token_id]
+        before, behind = self._around_image
+        return [before, self.image_token_id, behind]
 
     @cached_property
     def _leading_ids(self) -> list[int]:

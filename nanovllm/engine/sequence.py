@@ -51,6 +51,7 @@ class ImageSpan:
     key: bytes  # the identity of the embedding: pixels, transform, tower, salt
     start: int
     length: int
+    grid: tuple[int, int] | None = None  # rows and columns of its tokens, where positions are two-dimensional
     embedding: torch.Tensor | None = None
     outcome: ImageOutcome | None = None  # of the first look-up; None while there was none
 

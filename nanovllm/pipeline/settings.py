@@ -316,6 +316,16 @@ class EngineSettings(Section):
         0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
     )
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
+    embedding_cache_host_bytes: int = Field(
+        0, ge=0, description="Size of its second tier, in the host's memory, for what leaves a GPU's."
+    )
+    min_pixels: int | None = Field(
+        None, ge=1, description="Least area of an image, for models that take images at their own size; unset: theirs."
+    )
+    max_pixels: int | None = Field(None, ge=1, description="Largest area of an image, for such models; unset: theirs.")
+    max_image_tokens: int | None = Field(
+        None, ge=1, description="Most tokens of one image, for such models: lowers max_pixels."
+    )
     max_images_per_request: int = Field(16, ge=0, description="Most images of one job.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal beginnings.")
     num_speculative_tokens: int = Field(

@@ -85,7 +85,7 @@ class Worker:
         self._engine = engine
         self._sees = decoders is not None
         self._fetcher = fetcher
-        self._images = ImageReuse(fetcher, decoders, metrics, max_bytes=settings.reuse.image_bytes)
+        self._images = ImageReuse(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
         self._answers = AnswerReuse(engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
         self._sink = sink
         self._result_store = result_store
@@ -293,7 +293,7 @@ class Worker:
         salt = self._settings.tenants.salt_of(passage.tenant)
         prepare = partial(self._images.prepare, salt=salt, may_reuse=may_reuse)
         images = await _all(self._persist(partial(prepare, image), "image decoders", passage) for image in fetched)
-        ticket.hold(sum(image.pixels.nbytes for image in images))
+        ticket.hold(sum(image.nbytes for image in images))
         return tuple(images)
 
     async def _answer(

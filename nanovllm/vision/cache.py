@@ -1,27 +1,51 @@
-"""Image embeddings, computed once: a byte-bounded LRU with single flight, shared by all requests and threads."""
+"""Image embeddings, computed once: byte-bounded tiers, single flight, two names for one entry.
+
+An entry is found by what the encoder sees (pixels and size) or, sooner, by the bytes of the file that the pixels came
+from: then nothing is decoded either. All names hold the encoder's revision and the tenant's salt.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 from nanovllm.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from nanovllm.vision.transform import PreparedImage
-
 CacheOutcome = Literal["hit", "joined", "miss"]
+
+MOST_FILES_AN_ENTRY = 8  # files of equal pixels that one entry is found by; of more, the latest
+
+Note = TypeVar("Note")
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier: what it holds now, and the hits that it answered since the start."""
+
+    name: str
+    hits: int
+    entries: int
+    bytes: int
+    max_bytes: int
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the start, and what is held now. ``joined`` waited for another's computation, or repeated it."""
+    """Counts since the start, and what is held now in all tiers together.
+
+    ``joined`` waited for another's computation, or repeated it; ``hits_by_file`` of the ``hits`` were found by the
+    file's bytes, before anything was decoded; ``evictions`` left the last tier; ``seconds_saved`` is what computing
+    the hits and the joined anew would have taken, going by what each took once.
+    """
 
     hits: int
     misses: int
@@ -30,40 +54,126 @@ class CacheStats:
     entries: int
     bytes: int
     max_bytes: int
+    hits_by_file: int
+    seconds_saved: float
+    tiers: tuple[TierStats, ...]
+
+
+def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, kind: str = "pixels") -> bytes:
+    """The name (32 bytes) of an embedding: a digest of that ``kind``, the encoder, and the tenant's salt."""
+    name = hashlib.sha256()
+    for part in (kind.encode(), digest, encoder_revision.encode(), salt):
+        name.update(len(part).to_bytes(8, "big") + part)
+    return name.digest()
+
+
+@dataclass(eq=False)
+class Entry:
+    """An embedding, the seconds that computing it took, and the names of the files that it is known by."""
+
+    embedding: Tensor
+    seconds: float
+    files: list[bytes] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor's storage, which a view would pin as a whole."""
+        return self.embedding.untyped_storage().nbytes()
+
+
+class Tier(Protocol):
+    """A place that keeps entries by key within a bound. Called under the cache's lock, one call at a time.
+
+    The cache asks its tiers in order; an entry is in one of them. A tier beyond this process would be one more class.
+    """
+
+    name: str
+    max_bytes: int
+    held_bytes: int
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry, which counts as a use."""
+
+    def pop(self, key: bytes) -> Entry:
+        """Give the entry up."""
+
+    def put(self, key: bytes, entry: Entry) -> Iterator[tuple[bytes, Entry]]:
+        """Keep an entry of at most ``max_bytes``, and yield what had to leave for it."""
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries."""
+
+
+class MemoryTier:
+    """Entries in the memory of one device, least recently used out first, at most ``max_bytes`` of tensor storage."""
+
+    def __init__(self, name: str, max_bytes: int, device: torch.device | str | None = None) -> None:
+        """``device`` None keeps tensors where they are."""
+        if max_bytes < 0:
+            raise ConfigurationError(f"an embedding cache of {max_bytes} bytes is not possible")
+        self.name = name
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._device = device
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry, which counts as a use."""
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def pop(self, key: bytes) -> Entry:
+        """Give the entry up."""
+        entry = self._entries.pop(key)
+        self.held_bytes -= entry.nbytes
+        return entry
+
+    def put(self, key: bytes, entry: Entry) -> Iterator[tuple[bytes, Entry]]:
+        """Keep an entry of at most ``max_bytes``, and yield what had to leave for it."""
+        if self._device is not None:
+            entry.embedding = entry.embedding.to(self._device)
+        while self.held_bytes + entry.nbytes > self.max_bytes:
+            oldest = next(iter(self._entries))
+            yield oldest, self.pop(oldest)
+        self._entries[key] = entry
+        self.held_bytes += entry.nbytes
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries."""
+        return iter(self._entries.values())
 
 
 @dataclass
 class _Flight:
-    """One key's computation under way; ``embedding`` stays None when it failed."""
+    """One key's computation under way, and how it ended."""
 
     done: threading.Event = field(default_factory=threading.Event)
-    embedding: Tensor | None = None
+    entry: Entry | None = None
+    error: BaseException | None = None
 
 
-def embedding_key(image: PreparedImage, encoder_revision: str, salt: bytes = b"") -> bytes:
-    """The identity (32 bytes) of an image's embedding: its pixels and size, the encoder, and the tenant's salt."""
-    digest = hashlib.sha256()
-    for part in (image.digest, encoder_revision.encode(), salt):
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.digest()
-
-
-class EmbeddingCache:
-    """Embeddings by key, least recently used out first, at most ``max_bytes`` of real tensor storage.
+class EmbeddingCache(Generic[Note]):
+    """Embeddings by key in one or more tiers, fastest first.
 
     Every method may be called from any thread. The tensors handed out are the stored ones: read them, never write.
-    ``max_bytes`` 0 stores nothing and still joins equal work.
+    A bound of 0 stores nothing and still joins equal work.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        if max_bytes < 0:
-            raise ConfigurationError(f"an embedding cache of {max_bytes} bytes is not possible")
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, *further: Tier, device: torch.device | str | None = None) -> None:
+        """``max_bytes`` are those of the tier beside the encoder, on ``device``; ``further`` tiers take what leaves it.
+
+        Raises ConfigurationError for a negative bound.
+        """
+        self._tiers: tuple[Tier, ...] = (MemoryTier("device", max_bytes, device), *further)
+        self._device = device
         self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
         self._flights: dict[bytes, _Flight] = {}
-        self._bytes = 0
-        self._hits = self._misses = self._joined = self._evictions = 0
+        self._files: dict[bytes, tuple[bytes, Note]] = {}
+        self._hits = dict.fromkeys(self._tiers, 0)
+        self._misses = self._joined = self._evictions = self._hits_by_file = 0
+        self._seconds_saved = 0.0
 
     def get_or_compute(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Tensor]]
@@ -71,127 +181,149 @@ class EmbeddingCache:
         """Return an embedding for every key, computing those that nobody has and nobody is computing.
 
         ``compute`` gets the indices into ``keys`` to compute and returns as many tensors, in order; it runs outside
-        the lock, once, and again only for keys whose other computation failed. Views into a batch are fine: each is
-        copied. A key that repeats within ``keys``, or is being computed by another thread, is ``joined``.
+        the lock, once. Views into a batch are fine: each is copied. A key that repeats within ``keys``, or is being
+        computed by another thread, is ``joined``. Raises what ``compute`` raises, here and to all who joined.
         """
-        outcomes: dict[int, CacheOutcome] = {}
-        embeddings: dict[int, Tensor] = {}
-        pending = list(range(len(keys)))
-        while pending:
-            led, followed = self._claim(keys, pending, embeddings, outcomes)
-            # Our own first: others wait for it, while what we wait for is under way already.
-            if led:
-                self._lead(keys, led, compute)
-            pending = []
-            for index, flight in {**led, **followed}.items():
-                flight.done.wait()
-                if flight.embedding is None:
-                    pending.append(index)
-                else:
-                    embeddings[index] = flight.embedding
-        self._count(outcomes)
-        return [(embeddings[index], outcomes[index]) for index in range(len(keys))]
-
-    def get(self, key: bytes) -> Tensor | None:
-        """The stored embedding, which counts as a hit and as a use, or None, which counts as nothing."""
+        found: dict[int, tuple[Tensor, CacheOutcome]] = {}
+        led: dict[int, _Flight] = {}
+        followed: dict[int, _Flight] = {}
         with self._lock:
-            embedding = self._entries.get(key)
-            if embedding is not None:
-                self._entries.move_to_end(key)
-                self._hits += 1
-            return embedding
+            for index, key in enumerate(keys):
+                embedding = self._hit(key)
+                if embedding is not None:
+                    found[index] = embedding, "hit"
+                elif key in self._flights:
+                    followed[index] = self._flights[key]
+                    self._joined += 1
+                else:
+                    led[index] = self._flights[key] = _Flight()
+                    self._misses += 1
+        # Our own first: others wait for it, while what we wait for is under way already.
+        if led:
+            self._lead(keys, led, compute)
+        for index, flight in (led | followed).items():
+            flight.done.wait()
+            if flight.entry is None:
+                raise flight.error or RuntimeError("the computation of an embedding ended without one")
+            found[index] = flight.entry.embedding, "miss" if index in led else "joined"
+            if index in followed:
+                with self._lock:
+                    self._seconds_saved += flight.entry.seconds
+        return [found[index] for index in range(len(keys))]
+
+    def name(self, file: bytes, key: bytes, note: Note) -> None:
+        """Let the entry of ``key``, if it is held, be found by ``file`` too, with ``note`` beside it."""
+        with self._lock:
+            entry = next((entry for tier in self._tiers if (entry := tier.get(key)) is not None), None)
+            if entry is None or file in self._files:
+                return
+            self._files[file] = key, note
+            entry.files.append(file)
+            if len(entry.files) > MOST_FILES_AN_ENTRY:
+                del self._files[entry.files.pop(0)]
+
+    def find(self, file: bytes) -> tuple[Tensor, Note] | None:
+        """The embedding that ``name`` gave this name, and the note, or None, which counts as nothing.
+
+        The tensor is the caller's to hold as long as it wants: an eviction takes it from the cache only.
+        """
+        with self._lock:
+            if file not in self._files:
+                return None
+            key, note = self._files[file]
+            embedding = self._hit(key)
+            assert embedding is not None  # an entry that leaves takes its names along
+            self._hits_by_file += 1
+            return embedding, note
 
     def stats(self) -> CacheStats:
         """Counts since the start, and what is held now."""
         with self._lock:
+            tiers = tuple(
+                TierStats(tier.name, hits, sum(1 for _ in tier.entries()), tier.held_bytes, tier.max_bytes)
+                for tier, hits in self._hits.items()
+            )
             return CacheStats(
-                hits=self._hits,
+                hits=sum(tier.hits for tier in tiers),
                 misses=self._misses,
                 joined=self._joined,
                 evictions=self._evictions,
-                entries=len(self._entries),
-                bytes=self._bytes,
-                max_bytes=self._max_bytes,
+                entries=sum(tier.entries for tier in tiers),
+                bytes=sum(tier.bytes for tier in tiers),
+                max_bytes=sum(tier.max_bytes for tier in tiers),
+                hits_by_file=self._hits_by_file,
+                seconds_saved=self._seconds_saved,
+                tiers=tiers,
             )
 
-    def clear(self) -> None:
-        """Forget all embeddings; what is being computed is stored when it is done."""
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
-
     def audit(self) -> None:
-        """Assert the invariants: the bytes counted are the bytes held, within the bound, each tensor in own storage."""
+        """Assert the invariants: the bytes counted are those held, within the bound, each tensor in own storage."""
         with self._lock:
-            held = [_storage_bytes(embedding) for embedding in self._entries.values()]
-            assert sum(held) == self._bytes <= self._max_bytes, (sum(held), self._bytes, self._max_bytes)
-            for embedding, size in zip(self._entries.values(), held, strict=True):
-                assert size == embedding.numel() * embedding.element_size(), "an entry pins a larger buffer"
-            storages = {embedding.untyped_storage().data_ptr() for embedding in self._entries.values()}
-            assert len(storages) == len(self._entries), "two entries share storage"
+            entries = [entry for tier in self._tiers for entry in tier.entries()]
+            for tier in self._tiers:
+                held = sum(entry.nbytes for entry in tier.entries())
+                assert held == tier.held_bytes <= tier.max_bytes, (tier.name, held, tier.held_bytes, tier.max_bytes)
+            for entry in entries:
+                tight = entry.embedding.numel() * entry.embedding.element_size()
+                assert entry.nbytes == tight, "an entry pins a larger buffer"
+            storages = {entry.embedding.untyped_storage().data_ptr() for entry in entries}
+            assert len(storages) == len(entries), "two entries share storage"
+            names = sorted(name for entry in entries for name in entry.files)
+            assert names == sorted(self._files), "names and entries differ"
 
-    def _claim(
-        self,
-        keys: Sequence[bytes],
-        pending: list[int],
-        embeddings: dict[int, Tensor],
-        outcomes: dict[int, CacheOutcome],
-    ) -> tuple[dict[int, _Flight], dict[int, _Flight]]:
-        """Take the hits, and split the rest into flights that this call leads and flights that it follows."""
-        led: dict[int, _Flight] = {}
-        followed: dict[int, _Flight] = {}
-        with self._lock:
-            for index in pending:
-                key = keys[index]
-                if key in self._entries:
-                    self._entries.move_to_end(key)
-                    embeddings[index] = self._entries[key]
-                    outcomes.setdefault(index, "hit")
-                elif key in self._flights:
-                    followed[index] = self._flights[key]
-                    outcomes.setdefault(index, "joined")
-                else:
-                    led[index] = self._flights[key] = _Flight()
-                    outcomes[index] = "miss"
-        return led, followed
+    def _hit(self, key: bytes) -> Tensor | None:
+        """Under the lock: the entry's embedding, beside the encoder, where any tier has it."""
+        for tier in self._tiers:
+            entry = tier.get(key)
+            if entry is None:
+                continue
+            self._hits[tier] += 1
+            self._seconds_saved += entry.seconds
+            embedding = entry.embedding
+            if tier is not self._tiers[0]:
+                if entry.nbytes <= self._tiers[0].max_bytes:
+                    self._store(key, tier.pop(key))
+                embedding = entry.embedding if self._device is None else entry.embedding.to(self._device)
+            return embedding
+        return None
 
     def _lead(
         self, keys: Sequence[bytes], led: dict[int, _Flight], compute: Callable[[list[int]], Sequence[Tensor]]
     ) -> None:
-        copies: list[Tensor] = []
+        started = time.perf_counter()
         try:
             computed = compute(list(led))
             if len(computed) != len(led):
                 raise ValueError(f"{len(led)} embeddings were asked for, {len(computed)} computed")
-            # A copy each: a view would keep the whole batch's buffer alive behind one entry.
-            copies = [embedding.detach().clone() for embedding in computed]
+            seconds = (time.perf_counter() - started) / len(led)
+            for flight, embedding in zip(led.values(), computed, strict=True):
+                # A copy each: a view would keep the whole batch's buffer alive behind one entry.
+                flight.entry = Entry(embedding.detach().clone(), seconds)
+        except BaseException as error:
+            for flight in led.values():
+                flight.entry, flight.error = None, error
+            raise
         finally:
             with self._lock:
-                for position, (index, flight) in enumerate(led.items()):
+                for index, flight in led.items():
                     del self._flights[keys[index]]
-                    if copies:
-                        flight.embedding = copies[position]
-                        self._store(keys[index], copies[position])
+                    if flight.entry is not None:
+                        # Another object: those who joined read theirs outside the lock.
+                        self._store(keys[index], Entry(flight.entry.embedding, flight.entry.seconds))
                     flight.done.set()
 
-    def _store(self, key: bytes, embedding: Tensor) -> None:
-        size = _storage_bytes(embedding)
-        if size > self._max_bytes:
-            return
-        while self._bytes + size > self._max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self._bytes -= _storage_bytes(evicted)
-            self._evictions += 1
-        self._entries[key] = embedding
-        self._bytes += size
-
-    def _count(self, outcomes: dict[int, CacheOutcome]) -> None:
-        found = list(outcomes.values())
-        with self._lock:
-            self._hits += found.count("hit")
-            self._misses += found.count("miss")
-            self._joined += found.count("joined")
-
-
-def _storage_bytes(embedding: Tensor) -> int:
-    return embedding.untyped_storage().nbytes()
+    def _store(self, key: bytes, entry: Entry) -> None:
+        """Under the lock: put an entry into the first tier that can hold it, and what leaves there into the next."""
+        moving = [(key, entry)]
+        for tier in self._tiers:
+            leaving: list[tuple[bytes, Entry]] = []
+            for name, moved in moving:
+                if moved.nbytes > tier.max_bytes:
+                    leaving.append((name, moved))
+                else:
+                    leaving += tier.put(name, moved)
+            moving = leaving
+        for _, dropped in moving:
+            self._evictions += dropped is not entry  # what was too large for every tier was never in one
+            for file in dropped.files:
+                del self._files[file]

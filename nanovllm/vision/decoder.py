@@ -72,6 +72,7 @@ def _serve(data: bytes, transform: ImageTransform, limits: ImageLimits, memory_b
         message = f"decoding needs more than the {memory_bytes} bytes of memory allowed"
         _answer(answers, {"error": DecoderFailed.code, "message": message, "is_last": True})
         return False
+    assert image.pixels is not None  # it came as a file
     header = {
         "shape": image.pixels.shape,
         "digest": image.digest.hex(),

@@ -195,7 +195,8 @@ class _Decoder:
         if "error" in header:
             raise _ERRORS[header["error"]](header["message"])
         pixels = np.frombuffer(payload, np.uint8).reshape(header["shape"])
-        return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"])
+        size = (pixels.shape[0], pixels.shape[1])
+        return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"], size)
 
     async def bury(self) -> str:
         """Take leave of a process whose pipes broke, and say how it ended.

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import time
 import warnings
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.activations import ACT2FN
 
-from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.checkpoints import read_config, resolve_checkpoint
+from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
 from nanovllm.vision.transform import ImageTransform
+from nanovllm.vision.weights import load_into, named_tensors
 
 SelectStrategy = Literal["default", "full"]
 
-# Images that go through the tower at once; more only costs memory.
+# Where tower and projector stand in a LLaVA checkpoint: since transformers 4.52, and before it.
+_TOWER = ("model.vision_tower.", "vision_tower.")
+_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
@@ -49,7 +48,7 @@ class Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(ImageEncoder):
     """Pixels to the embeddings that take the place of an image's tokens.
 
     Composes a tower with a projector to a language model of ``hidden_size``. The tower is resolved by name, never
@@ -73,8 +72,6 @@ class VisionEncoder(nn.Module):
         UnsupportedModel: a tower of another kind.
     """
 
-    batch_size = 32  # images that go through the tower at once, at most
-
     def __init__(
         self,
         hidden_size: int = 768,
@@ -95,7 +92,7 @@ class VisionEncoder(nn.Module):
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        _load(self.tower, _tensors(directory, ("vision_model.", "vision_tower.", "model.vision_tower.", "")))
+        load_into(self.tower, named_tensors(directory, ("vision_model.", *_TOWER, "")))
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self.tower.config, size))
@@ -112,8 +109,8 @@ class VisionEncoder(nn.Module):
             _warn_untrained()
         else:
             path = _resolve_projector(projector)
-            _load(self.projector, _tensors(path, ("model.multi_modal_projector.", "multi_modal_projector.", "")))
-        self._finish(str(vision_model), freeze_vision_weights, dtype, device)
+            load_into(self.projector, named_tensors(path, (*_PROJECTOR, "")))
+        self._finish(str(vision_model), self._transform, freeze_vision_weights, dtype, device)
 
     @classmethod
     def from_llava(
@@ -146,14 +143,14 @@ class VisionEncoder(nn.Module):
             activation=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,
         )
-        _load(encoder.tower, _tensors(directory, ("model.vision_tower.", "vision_tower.")))
-        _load(encoder.projector, _tensors(directory, ("model.multi_modal_projector.", "multi_modal_projector.")))
+        load_into(encoder.tower, named_tensors(directory, _TOWER))
+        load_into(encoder.projector, named_tensors(directory, _PROJECTOR))
         side = encoder.tower.config.image_size
         if encoder.transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {encoder.transform.output_size}, the tower takes {side}x{side}"
             )
-        encoder._finish(directory.name, freeze_vision_weights, dtype, device)
+        encoder._finish(directory.name, encoder._transform, freeze_vision_weights, dtype, device)
         return encoder
 
     @property
@@ -166,46 +163,13 @@ class VisionEncoder(nn.Module):
         """Width of an embedding."""
         return self.projector.linear_2.out_features
 
-    @property
-    def transform(self) -> ImageTransform:
-        """The preprocessing that makes this encoder's pixels."""
-        return self._transform
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """The same for every image."""
+        return self._num_vision_tokens
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters and the embeddings."""
-        return self._dtype
-
-    @property
-    def vision_model(self) -> str:
-        """The tower's name as it was given."""
-        return self._vision_model
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of tower and projector that an encoding uses."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @cached_property
-    def revision(self) -> str:
-        """SHA-256 (hex) over architecture, parameters and preprocessing: equal revisions embed an image equally.
-
-        Taken when first read; change no parameter afterwards.
-        """
-        config = {
-            "tower": {
-                key: value for key, value in self.tower.config.to_dict().items() if key != "transformers_version"
-            },
-            "layers": self._layers,
-            "strategy": self._strategy,
-            "pooled_grid": self._pooled_grid,
-        }
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        digest.update(self.transform.fingerprint().encode())
-        for name, parameter in sorted(self.named_parameters()):
-            digest.update(f"{name}:{parameter.dtype}:{list(parameter.shape)}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def accepts(self, size: tuple[int, int]) -> bool:
+        """Whether ``size`` is the one that the tower takes."""
+        return size == self.transform.output_size
 
     @torch.no_grad()
     def encode(self, pixels: np.ndarray | Tensor) -> Tensor:
@@ -214,7 +178,6 @@ class VisionEncoder(nn.Module):
         Raises:
             ConfigurationError: pixels of another type or size than this encoder's transform makes.
         """
-        started = time.perf_counter()
         # Copies an array: what came out of a decoder is read-only, which torch does not know.
         batch = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)
         expected = self.transform.output_size
@@ -224,16 +187,19 @@ class VisionEncoder(nn.Module):
             )
         if not len(batch):
             return self._levels.new_empty((0, self.num_vision_tokens, self.hidden_size), dtype=self._dtype)
-        embeddings = torch.cat([self(self.normalise(part)) for part in batch.split(self.batch_size)])
-        self.images_encoded += len(batch)
-        self.encode_seconds += time.perf_counter() - started
-        return embeddings
+        with self._counted(len(batch)):
+            return torch.cat([self(self.normalise(part)) for part in batch.split(self.batch_size)])
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Rescale and normalise uint8 ``[N, H, W, 3]`` to the tower's ``pixel_values`` ``[N, 3, H, W]``."""
-        channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).long()
-        values = torch.stack([self._levels[channel][channels[:, channel]] for channel in range(3)], dim=1)
-        return values.to(self._dtype)
+    def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        return list(self(self.normalise(torch.from_numpy(np.stack(images)))))
+
+    def _architecture(self) -> dict[str, Any]:
+        return {
+            "tower": tower_fields(self.tower.config),
+            "layers": self._layers,
+            "strategy": self._strategy,
+            "pooled_grid": self._pooled_grid,
+        }
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed normalised images ``[N, 3, H, W]``: ``[N, num_vision_tokens, hidden_size]``."""
@@ -273,10 +239,9 @@ class VisionEncoder(nn.Module):
         config.num_hidden_layers = max(self._layers)
         if not has_class_token:
             config.vision_use_head = False
-        tower: Any = (CLIPVisionModel if has_class_token else SiglipVisionModel)(config)
+        self.tower = (CLIPVisionModel if has_class_token else SiglipVisionModel)(config)
         # Hidden states are taken before this norm; some releases of transformers hand out the last one behind it.
-        getattr(tower, "vision_model", tower).post_layernorm = nn.Identity()
-        self.tower = tower
+        getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
 
     def _set_transform(self, transform: ImageTransform) -> None:
         if transform.output_size is None or transform.output_size[0] != transform.output_size[1]:
@@ -305,17 +270,6 @@ class VisionEncoder(nn.Module):
         if side < self._grid:
             self._pooled_grid = side
         self._num_vision_tokens = wanted
-
-    def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
-        self._vision_model = name
-        self._dtype = dtype
-        self.images_encoded = 0
-        self.encode_seconds = 0.0
-        self.to(dtype=dtype, device=device).eval()
-        self.register_buffer("_levels", torch.from_numpy(self._transform.lookup_table()).to(device), persistent=False)
-        self._levels: Tensor
-        if freeze:
-            self.tower.requires_grad_(False)
 
 
 def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:
@@ -349,38 +303,6 @@ def _projector_options(projector: str | Path | None) -> dict[str, Any]:
     path = _resolve_projector(projector)
     directory = path if path.is_dir() else path.parent
     return read_config(directory) if (directory / "config.json").is_file() else {}
-
-
-def _tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a safetensors file, or of all files of a checkpoint, that carry one of ``prefixes``, without it."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ModelNotFound(f"{path} holds no safetensors file")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-                if prefix is not None:
-                    yield name.removeprefix(prefix).removeprefix("vision_model."), tensors.get_tensor(name)
-
-
-def _load(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy tensors into all parameters of ``module``; a tensor without a parameter there is passed over."""
-    # Releases of transformers differ in whether a lone tower keeps its parts under "vision_model".
-    parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
-    missing = set(parameters)
-    with torch.no_grad():
-        for name, tensor in tensors:
-            if name not in parameters:
-                continue
-            if parameters[name].shape != tensor.shape:
-                raise ConfigurationError(
-                    f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
-                )
-            parameters[name].copy_(tensor)
-            missing.discard(name)
-    if missing:
-        raise ModelNotFound(f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}")
 
 
 def _draw(projector: nn.Module) -> None:

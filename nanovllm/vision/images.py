@@ -98,7 +98,7 @@ def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image
         _check_frames(source, limits)
         return _decode(source)
     if isinstance(source, (str, Path)):
-        source = _read_file(Path(source), limits)
+        source = read_file(source, limits)
     if not isinstance(source, bytes):
         raise InvalidImage(f"an image is a PIL image, an array, a path or bytes, not {type(source).__name__}")
     return _from_bytes(source, limits)
@@ -113,9 +113,10 @@ def pixel_digest(rgb: Image.Image) -> bytes:
     return digest.digest()
 
 
-def _read_file(path: Path, limits: ImageLimits) -> bytes:
+def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of an image file; raises ImageTooLarge above the limit, InvalidImage where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             data = file.read(limits.max_bytes + 1)
     except OSError as error:
         raise InvalidImage(f"the image file cannot be read: {error.strerror}") from error

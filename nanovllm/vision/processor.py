@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.errors import ConfigurationError, PlaceholderMismatch
+from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch
 from nanovllm.vision.cache import CacheOutcome, EmbeddingCache, embedding_key
-from nanovllm.vision.encoder import VisionEncoder
-from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource
+from nanovllm.vision.image_encoder import ImageEncoder
+from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource, read_file
 from nanovllm.vision.transform import PreparedImage, prepare_image
 
 IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of text)
@@ -32,12 +34,12 @@ class VisionProcessor:
 
     def __init__(
         self,
-        encoder: VisionEncoder,
+        encoder: ImageEncoder,
         *,
         tokenizer: Any = None,
         image_token: str = IMAGE_TOKEN,
         image_token_id: int | None = None,
-        cache: EmbeddingCache | None = None,
+        cache: EmbeddingCache[PreparedImage] | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if image_token_id is None and tokenizer is not None:
@@ -45,11 +47,15 @@ class VisionProcessor:
         self.encoder = encoder
         self.image_token = image_token
         self.image_token_id = image_token_id
-        self.cache = cache if cache is not None else EmbeddingCache(0)
+        self.cache: EmbeddingCache[PreparedImage] = cache if cache is not None else EmbeddingCache(0)
         self.limits = limits
 
     def process_images(self, images: Sequence[ImageSource | PreparedImage]) -> tuple[Tensor, int]:
-        """Embed images: features ``[len(images) × tokens, hidden_size]`` and the number of tokens an image."""
+        """Embed images: features ``[len(images) × tokens, hidden_size]`` and the number of tokens an image.
+
+        Of an encoder that takes images at their own size, the features are as many as ``num_image_tokens`` says of each
+        image, and the number is the most that one may take.
+        """
         embedded = [embedding for embedding, _ in self.embed([self.prepare(image) for image in images])]
         if not embedded:
             return torch.empty(0, self.encoder.hidden_size, dtype=self.encoder.dtype), self.encoder.num_vision_tokens
@@ -67,12 +73,11 @@ class VisionProcessor:
         """
         parts = text.split(self.image_token)
         self.check_placeholders(len(parts) - 1, len(images))
-        repeated = self.image_token * self.encoder.num_vision_tokens
         positions: list[int] = []
         modified = parts[0]
-        for part in parts[1:]:
+        for part, image in zip(parts[1:], images, strict=True):
             positions.append(len(modified))
-            modified += repeated + part
+            modified += self.image_token * self.num_image_tokens(self.prepare(image)) + part
         return modified, positions
 
     def get_image_token_ids(self, num_images: int) -> list[int]:
@@ -92,19 +97,51 @@ class VisionProcessor:
                 f"the prompt has {num_placeholders} {self.image_token} placeholders for {num_images} images"
             )
 
-    def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
-        """Decode and transform an image for this encoder; one that is prepared already is taken as it is."""
+    def prepare(self, source: ImageSource | PreparedImage, salt: bytes = b"") -> PreparedImage:
+        """Decode and transform an image for this encoder, unless the embedding of the same file is at hand.
+
+        Raises:
+            InvalidInput: an image that was prepared for another encoder.
+            InvalidImage: as `nanovllm.vision.images.load_rgb`.
+        """
         if isinstance(source, PreparedImage):
+            if not self.encoder.accepts(source.size):
+                raise InvalidInput(f"an image was prepared as {source.size} pixels, which this model does not take")
             return source
-        return prepare_image(source, self.encoder.transform, self.limits)
+        if isinstance(source, (str, Path)):
+            source = read_file(source, self.limits)
+        if not isinstance(source, bytes):
+            return prepare_image(source, self.encoder.transform, self.limits)
+        digest = hashlib.sha256(source).digest()
+        found = self.find(digest, salt)
+        return found or replace(prepare_image(source, self.encoder.transform, self.limits), file_digest=digest)
+
+    def find(self, file_digest: bytes, salt: bytes = b"") -> PreparedImage | None:
+        """The image that came in a file of this SHA-256, with its embedding, if the cache has it."""
+        found = self.cache.find(embedding_key(file_digest, self.encoder.revision, salt, kind="file"))
+        return None if found is None else replace(found[1], embedding=found[0])
+
+    def key(self, image: PreparedImage, salt: bytes = b"") -> bytes:
+        """The name of the image's embedding: pixels, size, encoder, tenant."""
+        return embedding_key(image.digest, self.encoder.revision, salt)
 
     def num_image_tokens(self, image: PreparedImage) -> int:
         """Positions in the sequence that ``image`` takes."""
-        return self.encoder.num_vision_tokens
+        return self.encoder.num_tokens(image.size)
 
     def embed(self, images: Sequence[PreparedImage], salt: bytes = b"") -> list[tuple[Tensor, CacheOutcome]]:
         """Embeddings ``[tokens, hidden_size]`` and how the cache served them; each distinct image is encoded once."""
-        keys = [embedding_key(image, self.encoder.revision, salt) for image in images]
-        return self.cache.get_or_compute(
-            keys, lambda indices: list(self.encoder.encode(np.stack([images[index].pixels for index in indices])))
+        wanted = {place: image for place, image in enumerate(images) if image.embedding is None}
+        places, keys = list(wanted), [self.key(image, salt) for image in wanted.values()]
+        found = self.cache.get_or_compute(
+            keys, lambda indices: self.encoder.embed([wanted[places[index]] for index in indices])
         )
+        for image, key in zip(wanted.values(), keys, strict=True):
+            if image.file_digest is not None:
+                name = embedding_key(image.file_digest, self.encoder.revision, salt, kind="file")
+                self.cache.name(name, key, replace(image, pixels=None))
+        computed = dict(zip(places, found, strict=True))
+        return [
+            (image.embedding, "hit") if image.embedding is not None else computed[place]
+            for place, image in enumerate(images)
+        ]

@@ -1,7 +1,8 @@
 """A checkpoint's own preprocessing, pinned to Pillow: RGB image to the uint8 pixels that its tower was trained on.
 
-Equal bit for bit to the Pillow variants of transformers' CLIP, SigLIP and LLaVA image processors, up to and including
-the normalised floats. The uint8 half runs wherever the image is decoded; the rest is a table of 256 values a channel.
+Equal bit for bit to the Pillow variants of transformers' CLIP, SigLIP, LLaVA and Qwen-VL image processors, up to and
+including the normalised floats. The uint8 half runs wherever the image is decoded; the rest is a table of 256 values
+a channel.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from math import ceil
+from math import ceil, floor, sqrt
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -30,18 +31,24 @@ TRANSFORM_VERSION = 1
 # A strip one pixel wide and 50 million long would be blown up to gigabytes by "shortest edge to 224".
 MAX_RESIZED_PIXELS = 16 * 2**20
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Channels = tuple[float, float, float]
-ResizeRule = Literal["shortest_edge", "shortest_and_longest_edge", "exact", "fit_within"]
+ResizeRule = Literal["shortest_edge", "shortest_and_longest_edge", "exact", "fit_within", "pixel_budget"]
+
+MOST_ELONGATED = 200  # times longer than wide, under a pixel budget: beyond it no rounding keeps the proportions
 
 
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize, crop, rescale and normalise, as a checkpoint's preprocessor configuration says.
 
-    ``resize`` names what ``size`` means: ``(edge,)``, ``(shortest, longest)``, ``(height, width)`` or
-    ``(max_height, max_width)``; None leaves the size. ``resample`` is Pillow's number of the filter. ``crop`` is
-    ``(height, width)``, padded with black where the image is smaller. ``pad_to_square`` pads to a square first, with
-    the mean as colour.
+    ``resize`` names what ``size`` means: ``(edge,)``, ``(shortest, longest)``, ``(height, width)``,
+    ``(max_height, max_width)``, or ``(min_pixels, max_pixels, multiple)`` for sides that are multiples of a number and
+    keep the image's own resolution between two areas; None leaves the size. ``resample`` is Pillow's number of the
+    filter. ``crop`` is ``(height, width)``, padded with black where the image is smaller. ``pad_to_square`` pads to a
+    square first, with the mean as colour.
     """
 
     resize: ResizeRule | None = "shortest_edge"
@@ -70,6 +77,8 @@ class ImageTransform:
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Self:
         kind = _kind(fields)
+        if kind == "Qwen2VL":
+            return cls._from_qwen_fields(fields)
         siglip = kind == "Siglip"
         fields = {key: value for key, value in fields.items() if value is not None}
         if fields.get("do_pad") and kind != "Llava":
@@ -85,6 +94,25 @@ class ImageTransform:
             rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
             mean=_channels(fields.get("image_mean", HALF if siglip else CLIP_MEAN), fields),
             std=_channels(fields.get("image_std", HALF if siglip else CLIP_STD), fields),
+        )
+
+    @classmethod
+    def _from_qwen_fields(cls, fields: dict[str, Any]) -> Self:
+        fields = {key: value for key, value in fields.items() if value is not None}
+        size = fields.get("size", {})
+        smallest = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
+        largest = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
+        multiple = fields.get("patch_size", 14) * fields.get("merge_size", 2)
+        if not fields.get("do_resize", True):
+            raise UnsupportedModel("do_resize false is not supported for Qwen2VLImageProcessor: patches must fit")
+        return cls(
+            resize="pixel_budget",
+            size=(int(smallest), int(largest), int(multiple)),
+            resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
+            crop=None,
+            rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
+            mean=_channels(fields.get("image_mean", CLIP_MEAN), fields),
+            std=_channels(fields.get("image_std", CLIP_STD), fields),
         )
 
     @classmethod
@@ -177,6 +205,8 @@ class ImageTransform:
         if self.resize == "shortest_edge":
             long_side = int(self.size[0] * max(height, width) / min(height, width))
             return (long_side, self.size[0]) if width <= height else (self.size[0], long_side)
+        if self.resize == "pixel_budget":
+            return _within_budget(height, width, *self.size)
         if self.resize == "fit_within":
             scale = min(self.size[0] / height, self.size[1] / width)
             return int(height * scale), int(width * scale)
@@ -185,18 +215,29 @@ class ImageTransform:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image ready for the tower. Compared by identity; equal pictures have equal digests.
+    """An image ready for the tower, or past it. Compared by identity; equal pictures have equal digests.
 
     Attributes:
-        pixels: uint8 ``[H, W, 3]`` after the transform.
+        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is there already.
         digest: SHA-256 (32 bytes) of the original RGB pixels and size, before the transform.
         width, height: of the original, in pixels, its EXIF orientation applied.
+        size: (height, width) after the transform.
+        file_digest: SHA-256 (32 bytes) of the file that the image came in, where it came in one.
+        embedding: what the encoder makes of it, found by ``file_digest``. Held as long as this object is.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     digest: bytes
     width: int
     height: int
+    size: tuple[int, int]
+    file_digest: bytes | None = None
+    embedding: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the image takes: of its pixels, or of its embedding."""
+        return sum(part.nbytes for part in (self.pixels, self.embedding) if part is not None)
 
 
 def prepare_image(
@@ -206,7 +247,8 @@ def prepare_image(
 ) -> PreparedImage:
     """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
     rgb = load_rgb(source, limits)
-    return PreparedImage(transform.apply(rgb), pixel_digest(rgb), rgb.width, rgb.height)
+    pixels = transform.apply(rgb)
+    return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -226,11 +268,11 @@ def _has_image_processor(path: Path) -> bool:
 
 def _kind(fields: dict[str, Any]) -> str:
     name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIPImageProcessor")
-    for kind in ("CLIP", "Siglip", "Llava"):
+    for kind in ("CLIP", "Siglip", "Llava", "Qwen2VL"):
         if name in {f"{kind}ImageProcessor", f"{kind}ImageProcessorFast", f"{kind}ImageProcessorPil",
                     f"{kind}FeatureExtractor"}:  # fmt: skip
             return kind
-    raise UnsupportedModel(f"the image processor {name} is not supported; CLIP's, SigLIP's and LLaVA's are")
+    raise UnsupportedModel(f"the image processor {name} is not supported; CLIP's, SigLIP's, LLaVA's and Qwen2VL's are")
 
 
 def _resize_rule(size: int | dict[str, int]) -> tuple[ResizeRule, tuple[int, ...]]:
@@ -257,6 +299,24 @@ def _channels(values: Any, fields: dict[str, Any]) -> Channels | None:
         return None
     red, green, blue = values if isinstance(values, (list, tuple)) else (values,) * 3
     return float(red), float(green), float(blue)
+
+
+def _within_budget(height: int, width: int, smallest: int, largest: int, multiple: int) -> tuple[int, int]:
+    """The nearest multiples, both shrunk or grown in proportion where their area is beyond a bound.
+
+    Rounding never passes the upper bound, where transformers' does for narrow images under a low one.
+    """
+    if max(height, width) > MOST_ELONGATED * min(height, width):
+        raise ImageTooLarge(f"the image of {width}x{height} pixels is too narrow: {MOST_ELONGATED}:1 is the limit")
+    rows, columns = round(height / multiple), round(width / multiple)
+    if rows * columns * multiple**2 > largest:
+        shrink = sqrt(height * width / largest)
+        rows, columns = (max(1, floor(side / shrink / multiple)) for side in (height, width))
+    elif rows * columns * multiple**2 < smallest:
+        grow = sqrt(smallest / (height * width))
+        rows, columns = (ceil(side * grow / multiple) for side in (height, width))
+    rows = min(rows, largest // multiple**2)
+    return rows * multiple, min(columns, largest // multiple**2 // rows) * multiple
 
 
 def _with_longest_edge(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def directory() -> Path:
 @pytest.fixture(scope="module")
 def cases(directory: Path) -> list[Case]:
     """transformers' greedy answers, one prompt at a time, with the logits behind every token."""
-    reference = Reference(directory, is_llava=False)
+    reference = Reference(directory, sees=False)
     return [reference.answer(as_chat(reference.processor, question), max_tokens=TOKENS) for question in QUESTIONS]
 
 

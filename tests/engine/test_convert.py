@@ -82,7 +82,7 @@ def write_gguf(file: Path, checkpoint: Path) -> Path:
 
 def assert_answers_equal(original: Path, converted: Path, *, is_llava: bool = False) -> None:
     """transformers on the original, this engine on the converted one."""
-    drawn = draw_cases(Reference(original, is_llava=is_llava), [0, 1, 2] if is_llava else [0, 0, 0], max_tokens=12)
+    drawn = draw_cases(Reference(original, sees=is_llava), [0, 1, 2] if is_llava else [0, 0, 0], max_tokens=12)
     engine = recording_engine(converted)
     for number, case in enumerate(drawn):
         engine.add_request(case.prompt, greedy(12), images=case.images, request_id=str(number))
@@ -106,7 +106,7 @@ def test_bin_checkpoints_answer_as_before(tmp_path: Path, make: Callable[[Path],
     make(tmp_path / "bin")
     convert(as_bin(tmp_path / "bin", **form), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin*"))
-    assert_answers_equal(tmp_path / "original", tmp_path / "out", is_llava=make.func is make_llava)  # type: ignore[attr-defined]
+    assert_answers_equal(tmp_path / "original", tmp_path / "out", sees=make.func is make_llava)  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:The projector between")

@@ -12,7 +12,7 @@ from typing import Any
 import flash_attn_reference
 import pytest
 import torch
-from checkpoints import Family, make_llava, make_qwen3, make_text
+from checkpoints import Family, make_llava, make_qwen3, make_qwen_vl, make_text
 from engine_parts import (
     Case,
     RecordingSampler,
@@ -51,15 +51,18 @@ WORLDS: dict[str, Callable[[Path], Path]] = {
     "llava-clip-qwen3": make_llava,
     "llava-siglip-qwen2": partial(make_siglip_llava, text="qwen2", hidden_size=4 * HEAD_DIM),
     "llava-siglip-llama": partial(make_siglip_llava, text="llama", vision_feature_layer=[1, -1]),
+    "qwen2.5-vl": make_qwen_vl,
+    "qwen3-vl": partial(make_qwen_vl, family="qwen3_vl"),
 }
+SEE = ("llava", "qwen2.5-vl", "qwen3-vl")
 
 
 @pytest.fixture(scope="module", params=list(WORLDS))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Case]]:
     """A checkpoint and 16 cases of it; with images 0, 1 and 3 a prompt."""
     directory = WORLDS[request.param](tmp_path_factory.mktemp(request.param))
-    is_llava = request.param.startswith("llava")
-    cases = draw_cases(Reference(directory, is_llava=is_llava), [0, 1, 3, 1] * 4 if is_llava else [0] * 16)
+    sees = request.param.startswith(SEE)
+    cases = draw_cases(Reference(directory, sees=sees), [0, 1, 3, 1] * 4 if sees else [0] * 16)
     return directory, {f"case-{number}": case for number, case in enumerate(cases)}
 
 
@@ -146,9 +149,9 @@ def test_preempted_requests_equal_transformers(world: tuple[Path, dict[str, Case
     assert_all_same(engine, cases, outputs)
 
 
-def check_some(directory: Path, *, is_llava: bool, **options: Any) -> None:
-    reference = Reference(directory, is_llava=is_llava)
-    drawn = draw_cases(reference, [0, 1, 3] if is_llava else [0, 0], max_tokens=12)
+def check_some(directory: Path, *, sees: bool, **options: Any) -> None:
+    reference = Reference(directory, sees=sees)
+    drawn = draw_cases(reference, [0, 1, 3] if sees else [0, 0], max_tokens=12)
     engine = recording_engine(directory, **options)
     for number, case in enumerate(drawn):
         engine.add_request(case.prompt, greedy(12), images=case.images, request_id=str(number))
@@ -159,21 +162,21 @@ def check_some(directory: Path, *, is_llava: bool, **options: Any) -> None:
 def test_sharded_text_checkpoints_load(tmp_path: Path, tie_word_embeddings: bool) -> None:
     make_qwen3(tmp_path, max_shard_size="100KB", tie_word_embeddings=tie_word_embeddings)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    check_some(tmp_path, is_llava=False)
+    check_some(tmp_path, sees=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_checkpoints_run_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     make_qwen3(tmp_path / "text", dtype=dtype)
-    check_some(tmp_path / "text", is_llava=False)
+    check_some(tmp_path / "text", sees=False)
     make_llava(tmp_path / "llava", dtype=dtype)
-    check_some(tmp_path / "llava", is_llava=True)
+    check_some(tmp_path / "llava", sees=True)
 
 
 def test_sharded_tied_siglip_checkpoints_load(tmp_path: Path) -> None:
     make_llava(tmp_path, tower="siglip", patch=16, size=64, max_shard_size="100KB", tie_word_embeddings=True)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    check_some(tmp_path, is_llava=True)
+    check_some(tmp_path, sees=True)
 
 
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -191,14 +194,14 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", list(FAMILY_OPTIONS.values()), ids=list(FAMILY_OPTIONS))
 def test_what_a_family_leaves_to_its_checkpoints_equals_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     make_text(tmp_path, **options)
-    check_some(tmp_path, is_llava=False)
+    check_some(tmp_path, sees=False)
 
 
 def test_a_sliding_window_is_full_attention_up_to_its_length_and_refused_beyond(tmp_path: Path) -> None:
     make_text(tmp_path, family="qwen2", use_sliding_window=True, sliding_window=256, max_window_layers=1)
     with pytest.raises(UnsupportedModel, match=r"sliding_window=256 .* max_model_len=2048; up to max_model_len=256"):
         recording_engine(tmp_path)
-    check_some(tmp_path, is_llava=False, max_model_len=256)
+    check_some(tmp_path, sees=False, max_model_len=256)
 
 
 def test_stored_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_stored_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path: 
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(HEAD_DIM // 2)
     save_file(tensors, file, metadata={"format": "pt"})
-    check_some(tmp_path, is_llava=False)
+    check_some(tmp_path, sees=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -217,8 +220,8 @@ def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
 ) -> None:
     make_text(tmp_path, family=family)
     engine = recording_engine(tmp_path, dtype=str(dtype).removeprefix("torch."))
-    exact = Reference(tmp_path, is_llava=False)
-    rounded = Reference(tmp_path, is_llava=False, dtype=dtype)
+    exact = Reference(tmp_path, sees=False)
+    rounded = Reference(tmp_path, sees=False, dtype=dtype)
     ours, theirs = [], []
     for seed in range(8):
         prompt = random_prompt(seed, 12)
@@ -236,7 +239,7 @@ def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(tmp_path: 
     engine = LLMEngine(str(tmp_path), kv_cache_bytes=1 << 20)
     packed = [module for module in engine.model_runner.model.modules() if getattr(module, "form", "") == "packed"]
     assert len(packed) == 5 or not torch.backends.mkldnn.is_available()
-    check_some(tmp_path, is_llava=False)
+    check_some(tmp_path, sees=False)
 
 
 LAYOUTS = {
@@ -258,12 +261,12 @@ def test_both_layouts_of_llava_tensor_names_load(tmp_path: Path, wanted: str) ->
         renamed[name if prefix is None else changes[prefix] + name[len(prefix) :]] = tensor
     assert all(name.startswith(tuple(changes.values())) for name in renamed)
     save_file(renamed, file, metadata={"format": "pt"})
-    check_some(tmp_path, is_llava=True)
+    check_some(tmp_path, sees=True)
 
 
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     make_qwen3(tmp_path)
-    tokens = Reference(tmp_path, is_llava=False).answer("hello", max_tokens=8).token_ids
+    tokens = Reference(tmp_path, sees=False).answer("hello", max_tokens=8).token_ids
     config = {"eos_token_id": [tokens[5], tokens[3]]}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     engine = recording_engine(tmp_path)

@@ -24,7 +24,7 @@ from nanovllm.pipeline.reuse import ImageReuse, SharedWork
 from nanovllm.pipeline.settings import ReuseSettings, S3Settings, TenantSettings
 from nanovllm.pipeline.worker import Worker
 from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.transform import ImageTransform
+from nanovllm.vision.transform import ImageTransform, PreparedImage
 
 KEYS = "abcd"
 OPERATIONS = st.lists(st.tuples(st.sampled_from(KEYS), st.integers(0, 6), st.booleans()), max_size=40)
@@ -148,6 +148,10 @@ async def test_work_that_nobody_waits_for_ends_and_is_begun_anew_by_the_next_one
     assert (await late, ended) == (("made", "miss"), [False, True])
 
 
+def nothing_known(file_digest: bytes, salt: bytes) -> PreparedImage | None:
+    return None
+
+
 class Store:
     """A bucket, and an image reuse on it that counts its requests."""
 
@@ -158,7 +162,7 @@ class Store:
         self.has_read: Callable[[], None] = lambda: None
         settings = S3Settings(endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path")
         self.fetcher = ObjectFetcher(settings, max_bytes=10_000, client_factory=self._client)
-        self.images = ImageReuse(self.fetcher, None, self.metrics, max_bytes=max_bytes)
+        self.images = ImageReuse(self.fetcher, None, nothing_known, self.metrics, max_bytes=max_bytes)
 
     def put(self, body: bytes, key: str = "k") -> str | None:
         version: str | None = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body).get("VersionId")
@@ -305,7 +309,7 @@ async def test_equal_bytes_are_decoded_once(s3: Any) -> None:
         decoders = DecoderPool(ImageTransform(size=(8, 8)), workers=1)
         await decoders.start()
         try:
-            images = ImageReuse(store.fetcher, decoders, store.metrics, max_bytes=1_000_000)
+            images = ImageReuse(store.fetcher, decoders, nothing_known, store.metrics, max_bytes=1_000_000)
             fetched = [await images.fetch(ImageRef(data=data), b"") for _ in range(2)]
             first, second = [await images.prepare(image, b"") for image in fetched]
             assert first is second

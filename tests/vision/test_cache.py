@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.cache import EmbeddingCache, embedding_key
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.cache import MOST_FILES_AN_ENTRY, EmbeddingCache, MemoryTier, embedding_key
 
 ROWS = 4
 ENTRY_BYTES = ROWS * 4
@@ -31,7 +31,7 @@ def views_of_one_batch(numbers: Sequence[int]) -> Callable[[list[int]], Sequence
     return lambda indices: list(torch.stack([embedding(numbers[index]) for index in indices]))
 
 
-def ask(cache: EmbeddingCache, *numbers: int) -> list[str]:
+def ask(cache: EmbeddingCache[str], *numbers: int) -> list[str]:
     found = cache.get_or_compute([key(number) for number in numbers], views_of_one_batch(numbers))
     for number, (tensor, _) in zip(numbers, found, strict=True):
         assert torch.equal(tensor, embedding(number))
@@ -40,7 +40,7 @@ def ask(cache: EmbeddingCache, *numbers: int) -> list[str]:
 
 
 def test_the_first_is_a_miss_the_next_a_hit_and_a_repeat_in_one_call_joins() -> None:
-    cache = EmbeddingCache(1000)
+    cache = EmbeddingCache[str](1000)
     assert ask(cache, 1, 2, 1) == ["miss", "miss", "joined"]
     assert ask(cache, 2, 3, 2, 3) == ["hit", "miss", "hit", "joined"]
     stats = cache.stats()
@@ -49,18 +49,19 @@ def test_the_first_is_a_miss_the_next_a_hit_and_a_repeat_in_one_call_joins() -> 
 
 
 def test_a_cached_entry_pins_its_own_bytes_and_not_the_whole_batch() -> None:
-    cache = EmbeddingCache(100_000)
+    cache = EmbeddingCache[str](100_000)
     batch = torch.randn(8, 49, 16)
     cache.get_or_compute([key(number) for number in range(8)], lambda indices: batch[indices].unbind())
-    for number in range(8):
-        entry = cache.get(key(number))
-        assert entry is not None
-        assert entry.untyped_storage().nbytes() == entry.numel() * entry.element_size() == 49 * 16 * 4
     cache.audit()
+    assert cache.stats().bytes == 8 * 49 * 16 * 4
+    for number, (entry, outcome) in enumerate(cache.get_or_compute([key(n) for n in range(8)], never)):
+        assert outcome == "hit"
+        assert entry.untyped_storage().nbytes() == 49 * 16 * 4
+        assert torch.equal(entry, batch[number])
 
 
 def test_only_the_missing_are_computed_in_one_call_and_in_order() -> None:
-    cache = EmbeddingCache(1000)
+    cache = EmbeddingCache[str](1000)
     ask(cache, 2)
     calls: list[list[int]] = []
 
@@ -75,61 +76,50 @@ def test_only_the_missing_are_computed_in_one_call_and_in_order() -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    cache = EmbeddingCache(3 * ENTRY_BYTES)
+    cache = EmbeddingCache[str](3 * ENTRY_BYTES)
     ask(cache, 1, 2, 3)
     ask(cache, 1)
-    assert cache.get(key(2)) is not None
+    ask(cache, 2)
     ask(cache, 4)
-    assert cache.get(key(3)) is None
     assert [ask(cache, number) for number in (1, 2, 4)] == [["hit"]] * 3
     assert cache.stats().evictions == 1
 
 
 def test_an_item_larger_than_the_cache_is_returned_and_evicts_nothing() -> None:
-    cache = EmbeddingCache(3 * ENTRY_BYTES)
+    cache = EmbeddingCache[str](3 * ENTRY_BYTES)
     ask(cache, 1, 2)
     large = torch.ones(4 * ENTRY_BYTES)
     (found,) = cache.get_or_compute([key(9)], lambda _: [large])
     assert torch.equal(found[0], large)
-    assert cache.get(key(9)) is None
     assert cache.stats().entries == 2
     assert cache.stats().evictions == 0
 
 
 def test_one_byte_too_few_for_the_last_entry_evicts_exactly_one() -> None:
-    cache = EmbeddingCache(3 * ENTRY_BYTES - 1)
+    cache = EmbeddingCache[str](3 * ENTRY_BYTES - 1)
     ask(cache, 1, 2, 3)
     assert (cache.stats().entries, cache.stats().evictions) == (2, 1)
 
 
 def test_a_cache_of_no_bytes_still_computes_equal_images_once() -> None:
-    cache = EmbeddingCache(0)
+    cache = EmbeddingCache[str](0)
     assert ask(cache, 1, 1, 1) == ["miss", "joined", "joined"]
     assert ask(cache, 1) == ["miss"]
     assert cache.stats().entries == 0
     with pytest.raises(ConfigurationError, match="-1 bytes"):
-        EmbeddingCache(-1)
-
-
-def test_clearing_forgets_entries_and_keeps_the_counts() -> None:
-    cache = EmbeddingCache(1000)
-    ask(cache, 1, 2)
-    cache.clear()
-    cache.audit()
-    assert (cache.stats().entries, cache.stats().bytes, cache.stats().misses) == (0, 0, 2)
-    assert ask(cache, 1) == ["miss"]
+        EmbeddingCache[str](-1)
 
 
 def test_an_evicted_tensor_stays_whole_for_whoever_holds_it() -> None:
-    cache = EmbeddingCache(ENTRY_BYTES)
+    cache = EmbeddingCache[str](ENTRY_BYTES)
     ((held, _),) = cache.get_or_compute([key(1)], lambda _: [embedding(1)])
     ask(cache, 2)
-    assert cache.get(key(1)) is None
+    assert cache.stats().evictions == 1
     assert torch.equal(held, embedding(1))
 
 
 def test_a_failed_computation_raises_and_leaves_nothing_behind() -> None:
-    cache = EmbeddingCache(1000)
+    cache = EmbeddingCache[str](1000)
 
     def fail(_: list[int]) -> list[Tensor]:
         raise RuntimeError("the tower broke")
@@ -142,7 +132,7 @@ def test_a_failed_computation_raises_and_leaves_nothing_behind() -> None:
 
 
 def test_threads_that_want_one_image_compute_it_once() -> None:
-    cache = EmbeddingCache(1000)
+    cache = EmbeddingCache[str](1000)
     num_threads = 8
     computing, may_finish = threading.Event(), threading.Event()
     computations: list[int] = []
@@ -173,7 +163,7 @@ def test_threads_that_want_one_image_compute_it_once() -> None:
 
 
 def test_a_followers_wait_counts_as_joined() -> None:
-    cache = EmbeddingCache(1000)
+    cache = EmbeddingCache[str](1000)
     computing, follower_asked = threading.Event(), threading.Event()
     outcomes: dict[str, str] = {}
 
@@ -201,8 +191,8 @@ def test_a_followers_wait_counts_as_joined() -> None:
     assert outcomes == {"leader": "miss", "follower": "joined"}
 
 
-def test_a_failed_leader_does_not_poison_its_followers() -> None:
-    cache = EmbeddingCache(1000)
+def test_a_failed_leader_fails_those_who_joined_and_leaves_nothing_behind() -> None:
+    cache = EmbeddingCache[str](1000)
     computing, follower_waits = threading.Event(), threading.Event()
     outcomes: dict[str, str] = {}
 
@@ -223,17 +213,17 @@ def test_a_failed_leader_does_not_poison_its_followers() -> None:
             follower_waits.set()
             return [embedding(index + 1) for index in indices]
 
-        found = cache.get_or_compute([key(1), key(2)], compute)
-        outcomes["follower"] = found[0][1]
-        assert torch.equal(found[0][0], embedding(1))
+        with pytest.raises(RuntimeError, match="the tower broke"):
+            cache.get_or_compute([key(1), key(2)], compute)
+        outcomes["follower"] = "failed"
 
     join(start(leader, follower))
-    assert outcomes == {"leader": "failed", "follower": "miss"}
-    assert ask(cache, 1, 2) == ["hit", "hit"]
+    assert outcomes == {"leader": "failed", "follower": "failed"}
+    assert ask(cache, 1, 2) == ["miss", "hit"]
 
 
 def test_many_threads_over_few_keys_never_see_a_wrong_tensor_or_break_the_bound() -> None:
-    cache = EmbeddingCache(5 * ENTRY_BYTES)
+    cache = EmbeddingCache[str](5 * ENTRY_BYTES)
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -265,38 +255,125 @@ def test_many_threads_over_few_keys_never_see_a_wrong_tensor_or_break_the_bound(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 6), st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=5), max_size=20))
-def test_the_cache_behaves_as_an_ordered_dictionary_of_bounded_size(capacity: int, calls: list[list[int]]) -> None:
-    cache = EmbeddingCache(capacity * ENTRY_BYTES)
-    model: list[int] = []
+@given(st.integers(0, 4), st.integers(0, 4), st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=5), max_size=20))
+def test_the_cache_behaves_as_ordered_dictionaries_of_bounded_size(
+    capacity: int, host: int, calls: list[list[int]]
+) -> None:
+    cache = EmbeddingCache[str](capacity * ENTRY_BYTES, MemoryTier("host", host * ENTRY_BYTES))
+    near: list[int] = []
+    far: list[int] = []
+    evicted = 0
+
+    def put(number: int) -> None:
+        nonlocal evicted
+        leaving = [number]
+        for tier, bound in ((near, capacity), (far, host)):
+            tier += leaving
+            leaving, tier[:] = tier[: max(0, len(tier) - bound)], tier[max(0, len(tier) - bound) :]
+        evicted += len(leaving) if capacity + host else 0
+
     for numbers in calls:
-        hits = [number for number in numbers if number in model]
-        missing = [number for number in dict.fromkeys(numbers) if number not in model]
+        known = near + far
         outcomes = ask(cache, *numbers)
+        hits = [number for number in numbers if number in known]
         assert outcomes.count("hit") == len(hits)
-        assert outcomes.count("miss") == len(missing)
         for number in hits:
-            model.remove(number)
-            model.append(number)
-        model = (model + missing)[-capacity:] if capacity else []
-        assert cache.stats().entries == len(model)
+            tier = near if number in near else far
+            tier.remove(number)
+            if tier is near or not capacity:
+                tier.append(number)
+            else:
+                put(number)
+        missing = [number for number in dict.fromkeys(numbers) if number not in known]
+        assert outcomes.count("miss") == len(missing)
+        for number in missing:
+            put(number)
+        stats = cache.stats()
+        assert [tier.entries for tier in stats.tiers] == [len(near), len(far)]
+        assert stats.evictions == evicted
 
 
-def test_keys_differ_by_pixels_encoder_and_tenant_and_parts_do_not_run_together() -> None:
-    def image(digest: bytes) -> PreparedImage:
-        return PreparedImage(np.zeros((1, 1, 3), np.uint8), digest, 1, 1)
+def test_what_leaves_the_device_is_found_in_host_memory_bit_for_bit_and_comes_back() -> None:
+    cache = EmbeddingCache[str](2 * ENTRY_BYTES, MemoryTier("host", 2 * ENTRY_BYTES, "cpu"))
+    ask(cache, 1, 2, 3)
+    assert [(tier.name, tier.entries, tier.hits) for tier in cache.stats().tiers] == [("device", 2, 0), ("host", 1, 0)]
+    assert ask(cache, 1) == ["hit"]
+    assert [(tier.entries, tier.hits) for tier in cache.stats().tiers] == [(2, 0), (1, 1)]
+    assert ask(cache, 1) == ["hit"]
+    assert [tier.hits for tier in cache.stats().tiers] == [1, 1]
+    ask(cache, 4, 5)
+    assert cache.stats().evictions == 1
 
-    one, other = image(bytes(32)), image(b"\1" * 32)
+
+def test_what_is_too_large_for_the_device_lives_in_host_memory() -> None:
+    cache = EmbeddingCache[str](0, MemoryTier("host", ENTRY_BYTES))
+    assert [ask(cache, 1), ask(cache, 1)] == [["miss"], ["hit"]]
+    assert cache.stats().evictions == 0
+
+
+def test_an_entry_is_found_by_its_files_and_takes_their_names_along() -> None:
+    cache = EmbeddingCache[str](ENTRY_BYTES)
+    cache.name(b"early", key(1), "no such entry")
+    assert cache.find(b"early") is None
+    ask(cache, 1)
+    cache.name(b"a.png", key(1), "as png")
+    cache.name(b"a.bmp", key(1), "as bmp")
+    cache.name(b"a.bmp", key(2), "a name is given once")
+    for file, note in ((b"a.png", "as png"), (b"a.bmp", "as bmp")):
+        found = cache.find(file)
+        assert found is not None
+        assert torch.equal(found[0], embedding(1))
+        assert found[1] == note
+    assert (cache.stats().hits, cache.stats().hits_by_file) == (2, 2)
+    cache.audit()
+    ask(cache, 2)
+    assert cache.find(b"a.png") is None
+    cache.audit()
+
+
+def test_the_names_of_an_entry_are_bounded() -> None:
+    cache = EmbeddingCache[str](ENTRY_BYTES)
+    ask(cache, 1)
+    for number in range(MOST_FILES_AN_ENTRY + 2):
+        cache.name(bytes([number]), key(1), "")
+    assert [cache.find(bytes([number])) is None for number in range(MOST_FILES_AN_ENTRY + 2)] == (
+        [True, True] + [False] * MOST_FILES_AN_ENTRY
+    )
+    cache.audit()
+
+
+def test_the_seconds_saved_are_those_that_the_first_time_took() -> None:
+    cache = EmbeddingCache[str](1000)
+
+    def slowly(indices: list[int]) -> list[Tensor]:
+        time.sleep(0.02 * len(indices))
+        return [embedding(1) for _ in indices]
+
+    cache.get_or_compute([key(1)], slowly)
+    assert cache.stats().seconds_saved == 0
+    ask(cache, 1)
+    once = cache.stats().seconds_saved
+    assert once >= 0.02
+    ask(cache, 1)
+    assert cache.stats().seconds_saved == pytest.approx(2 * once)
+
+
+def test_keys_differ_by_digest_encoder_tenant_and_kind_and_parts_do_not_run_together() -> None:
     keys = [
-        embedding_key(one, "r1"),
-        embedding_key(other, "r1"),
-        embedding_key(one, "r2"),
-        embedding_key(one, "r1", b"tenant"),
-        embedding_key(one, "r1t", b"enant"),
+        embedding_key(bytes(32), "r1"),
+        embedding_key(b"\1" * 32, "r1"),
+        embedding_key(bytes(32), "r2"),
+        embedding_key(bytes(32), "r1", b"tenant"),
+        embedding_key(bytes(32), "r1t", b"enant"),
+        embedding_key(bytes(32), "r1", kind="file"),
     ]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
     assert all(len(one_key) == 32 for one_key in keys)
-    assert embedding_key(one, "r1") == keys[0]
+    assert embedding_key(bytes(32), "r1") == keys[0]
+
+
+def never(indices: list[int]) -> list[Tensor]:
+    raise AssertionError(f"{indices} were computed again")
 
 
 def start(*works: Callable[[], None]) -> list[threading.Thread]:

@@ -40,6 +40,7 @@ class DecoderConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    position_axes: tuple[int, ...] | None  # which of several positions turns each frequency; None: there is one
 
     @classmethod
     def of(
@@ -50,6 +51,7 @@ class DecoderConfig:
         qkv_bias: bool = False,
         output_bias: bool = False,
         mlp_bias: bool = False,
+        position_axes: tuple[int, ...] | None = None,
     ) -> Self:
         """Read what the families' configurations have in common.
 
@@ -78,6 +80,7 @@ class DecoderConfig:
             qkv_bias=qkv_bias,
             output_bias=output_bias,
             mlp_bias=mlp_bias,
+            position_axes=position_axes,
         )
 
     def context_limit(self, asked: int | None) -> int:
@@ -188,21 +191,33 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._rotary: Tensor | None = None
 
-    def positions(self, start: int, end: int) -> Sequence[int]:
-        """The positions of a sequence's tokens [start, end): plain numbers in these families, images included."""
-        return range(start, end)
-
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]."""
         return F.embedding(token_ids, self.embed_tokens)
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, caches: Sequence[Tensor], attention: AttentionBackend, plan: Any
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        caches: Sequence[Tensor],
+        attention: AttentionBackend,
+        plan: Any,
+        images: Sequence[tuple[int, Tensor]] = (),
     ) -> Tensor:
-        """Embeddings [T, hidden] at ``positions`` [T] → normalised hidden states [T, hidden]."""
+        """Embeddings [T, hidden] at ``positions`` [T] or [T, axes] → normalised hidden states [T, hidden].
+
+        ``images``: first token and embeddings [n, width] of those that stand among the tokens. What is wider than
+        hidden is added behind the first layers, hidden columns each (DeepStack, arXiv 2406.04334).
+        """
+        size = self.config.hidden_size
+        for first, embedding in images:
+            hidden[first : first + len(embedding)] = embedding[:, :size]
         rotary = self._rotary_rows(positions, hidden)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for depth, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             hidden = layer(hidden, rotary, cache, attention, plan)
+            for first, embedding in images:
+                if embedding.shape[1] > depth * size:
+                    hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]
         output: Tensor = self.norm(hidden)
         return output
 
@@ -215,7 +230,13 @@ class Decoder(nn.Module):
         """Cosine and signed sine [T, 1, d] of the positions, from a table made on first use."""
         if self._rotary is None:
             self._rotary = rotary_table(self.config.source, self.config.head_dim, like.dtype, like.device)
-        cos_rows, sin_rows = self._rotary[positions].unsqueeze(2).unbind(1)
+        if positions.ndim == 1:
+            rows = self._rotary[positions]
+        else:
+            axes = torch.tensor(self.config.position_axes, device=positions.device).repeat(2)
+            dims = torch.arange(self.config.head_dim, device=positions.device)
+            rows = self._rotary[positions[:, axes], :, dims].transpose(1, 2).contiguous()
+        cos_rows, sin_rows = rows.unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
 
     def pack(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:

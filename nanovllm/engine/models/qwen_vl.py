@@ -1,0 +1,106 @@
+"""Qwen2.5-VL and Qwen3-VL: Qwen2 and Qwen3 text whose tokens stand at three positions, time, height and width (M-RoPE).
+
+They differ in which of a head's frequencies turn with which position: Qwen2.5-VL cuts them into three runs
+(arXiv 2409.12191), Qwen3-VL deals them out in turn (arXiv 2511.21631). The towers are
+:class:`nanovllm.vision.native_encoder.NativeEncoder`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.loader import Checkpoint
+from nanovllm.engine.models.decoder import DecoderConfig
+from nanovllm.engine.sequence import ImageSpan
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.native_encoder import NativeEncoder
+
+# As the hub has them, and as transformers 5 saves them: where the text model's tensors stand.
+_TEXT_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("model.visual.", None),
+    ("visual.", None),
+    ("model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+
+
+def qwen2_5_vl(config: Any) -> DecoderConfig:
+    """The decoder of a ``Qwen2_5_VLForConditionalGeneration``."""
+    sections = _sections(config)
+    axes = tuple(axis for axis, length in enumerate(sections) for _ in range(length))
+    return DecoderConfig.of(config, qkv_bias=True, position_axes=axes)
+
+
+def qwen3_vl(config: Any) -> DecoderConfig:
+    """The decoder of a ``Qwen3VLForConditionalGeneration``."""
+    sections = _sections(config)
+    axes = tuple(
+        turn % 3 if turn % 3 and turn < 3 * sections[turn % 3] else 0  # what is left over turns with time
+        for turn in range(sum(sections))
+    )
+    bias = config.attention_bias
+    return DecoderConfig.of(config, qk_norm=True, qkv_bias=bias, output_bias=bias, position_axes=axes)
+
+
+def text_name(name: str) -> str | None:
+    """The name that a stored tensor has in a ``…ForCausalLM``; None for the tower's."""
+    for prefix, replacement in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return None if replacement is None else replacement + name[len(prefix) :]
+    return name
+
+
+def own_encoder(
+    checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> NativeEncoder:
+    """The encoder that the checkpoint was trained with; options that contradict it are a ConfigurationError."""
+    for name in ("vision_model", "projector", "max_image_size", "num_vision_tokens"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigurationError(
+                f"{name}={str(value)!r}, but {checkpoint.directory.name!r} brings a tower of its own, which takes "
+                "images at their own size: see min_pixels, max_pixels and max_image_tokens"
+            )
+    return NativeEncoder.from_checkpoint(
+        checkpoint.directory,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        max_image_tokens=config.max_image_tokens,
+        freeze_vision_weights=config.freeze_vision_weights,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[int, int, int]]:
+    """Time, height and width of a sequence's tokens [start, end).
+
+    Text counts on, the same in all three. An image's tokens share the time at which it begins, and lie below and beside
+    one another from there; the text behind goes on after the longer of its sides.
+    """
+    found: list[tuple[int, int, int]] = []
+    saved = 0  # by how much positions lag behind places
+    for span in images:
+        assert span.grid is not None  # the encoder of this family gives one
+        rows, columns = span.grid
+        found += [(place - saved,) * 3 for place in range(start + len(found), min(end, span.start))]
+        begin = span.start - saved
+        for place in range(max(start, span.start), min(end, span.end)):
+            row, column = divmod(place - span.start, columns)
+            found.append((begin, begin + row, begin + column))
+        saved += span.length - max(rows, columns)
+    return found + [(place - saved,) * 3 for place in range(start + len(found), end)]
+
+
+def _sections(config: Any) -> tuple[int, int, int]:
+    sections = (config.rope_parameters or {}).get("mrope_section")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not sections or len(sections) != 3 or 2 * sum(sections) != head_dim:
+        raise UnsupportedModel(f"mrope_section {sections} does not share out the {head_dim // 2} frequencies of a head")
+    time, height, width = sections
+    return int(time), int(height), int(width)

@@ -1,0 +1,136 @@
+"""What every encoder of images is: pixels in, embeddings out, counted, and named by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanovllm.vision.transform import ImageTransform, PreparedImage
+
+
+class ImageEncoder(nn.Module, ABC):
+    """A vision tower and what brings its features into the language model's space."""
+
+    batch_size = 32  # images that go through the tower at once, at most
+    tower: Any
+
+    def _finish(
+        self, name: str, transform: ImageTransform, freeze: bool, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        """Settle what all encoders have, once the parameters are loaded."""
+        self._vision_model = name
+        self._transform = transform
+        self._dtype = dtype
+        self.images_encoded = 0
+        self.encode_seconds = 0.0
+        self.to(dtype=dtype, device=device).eval()
+        self.register_buffer("_levels", torch.from_numpy(transform.lookup_table()).to(device), persistent=False)
+        self._levels: Tensor
+        if freeze:
+            self.tower.requires_grad_(False)
+
+    @property
+    @abstractmethod
+    def num_vision_tokens(self) -> int:
+        """Embeddings, and so positions in the sequence, that one image takes; the most, where images differ."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+
+    @property
+    def width(self) -> int:
+        """Columns of an embedding: ``hidden_size``, and more where it carries features for further layers."""
+        return self.hidden_size
+
+    @abstractmethod
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Positions that an image of this (height, width) after the transform takes."""
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of such an image's tokens, where positions are two-dimensional."""
+        return None
+
+    @abstractmethod
+    def accepts(self, size: tuple[int, int]) -> bool:
+        """Whether the transform makes images of this (height, width)."""
+
+    @abstractmethod
+    def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """One pass of at most ``batch_size`` images."""
+
+    @abstractmethod
+    def _architecture(self) -> dict[str, Any]:
+        """What, beside parameters and preprocessing, decides about an embedding."""
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The preprocessing that makes this encoder's pixels."""
+        return self._transform
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and the embeddings."""
+        return self._dtype
+
+    @property
+    def vision_model(self) -> str:
+        """The tower's name as it was given."""
+        return self._vision_model
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that an encoding uses."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @cached_property
+    def revision(self) -> str:
+        """SHA-256 (hex) over architecture, parameters and preprocessing: equal revisions embed an image equally.
+
+        Taken when first read; change no parameter afterwards.
+        """
+        digest = hashlib.sha256(json.dumps(self._architecture(), sort_keys=True, default=str).encode())
+        digest.update(self.transform.fingerprint().encode())
+        for name, parameter in sorted(self.named_parameters()):
+            digest.update(f"{name}:{parameter.dtype}:{list(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+        """Embeddings of prepared images with pixels: each ``[tokens, width]``, views of what was computed together."""
+        embeddings: list[Tensor] = []
+        for first in range(0, len(images), self.batch_size):
+            batch = images[first : first + self.batch_size]
+            with self._counted(len(batch)):
+                embeddings += self._embed([image.pixels for image in batch if image.pixels is not None])
+        return embeddings
+
+    @contextmanager
+    def _counted(self, images: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.images_encoded += images
+        self.encode_seconds += time.perf_counter() - started
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Rescale and normalise uint8 ``[N, H, W, 3]`` to the tower's ``pixel_values`` ``[N, 3, H, W]``."""
+        channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).long()
+        values = torch.stack([self._levels[channel][channels[:, channel]] for channel in range(3)], dim=1)
+        return values.to(self._dtype)
+
+
+def tower_fields(config: Any) -> dict[str, Any]:
+    """A transformers configuration without what changes from release to release."""
+    return {key: value for key, value in config.to_dict().items() if key != "transformers_version"}

@@ -1,0 +1,171 @@
+"""Qwen's vision towers: every image at its own resolution, a token for each square of patches.
+
+Qwen2.5-VL (arXiv 2502.13923) attends within windows in most layers. Qwen3-VL (arXiv 2511.21631) interpolates learnt
+positions, and hands out features of intermediate layers too, which the language model adds to its first layers
+(DeepStack, arXiv 2406.04334): they stand beside the tower's own in the width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.checkpoints import read_config
+from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
+from nanovllm.vision.transform import ImageTransform
+from nanovllm.vision.weights import load_into, named_tensors
+
+_TOWERS: dict[str, tuple[Any, Any]] = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLVisionModel),
+}
+
+_BATCH_PATCHES = 16_384
+"""Patches that go through the tower together, at most, unless one image has more: attention is within each image."""
+
+
+class NativeEncoder(ImageEncoder):
+    """A Qwen-VL checkpoint's tower with its merger. Built by ``from_checkpoint``."""
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_image_tokens: int | None = None,
+        freeze_vision_weights: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """Take the tower out of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
+
+        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_tokens`` lowers the second, to the
+        area that takes as many tokens.
+
+        Raises:
+            ModelNotFound: the directory lacks a file or tensors.
+            UnsupportedModel: another kind of checkpoint, or another preprocessing than its family's.
+            ConfigurationError: bounds between which no image fits.
+        """
+        directory = Path(directory)
+        fields = read_config(directory)
+        if fields.get("model_type") not in _TOWERS:
+            raise UnsupportedModel(f"{directory.name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
+        kind, tower = _TOWERS[fields["model_type"]]
+        config = kind.from_dict(fields).vision_config
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder.tower = tower(config)
+        load_into(encoder.tower, named_tensors(directory, ("model.visual.", "visual.")))
+        encoder.tower.patch_embed.proj = _PatchProjection(encoder.tower.patch_embed.proj)
+        transform = ImageTransform.from_preprocessor_config(directory)
+        multiple = config.patch_size * config.spatial_merge_size
+        if transform.resize != "pixel_budget" or transform.size[2] != multiple:
+            raise UnsupportedModel(f"the preprocessor of {directory.name!r} makes no multiples of {multiple} pixels")
+        smallest, largest = min_pixels or transform.size[0], max_pixels or transform.size[1]
+        if max_image_tokens is not None:
+            largest = min(largest, max_image_tokens * multiple**2)
+        if largest < multiple**2 or (smallest > largest and min_pixels is not None):
+            raise ConfigurationError(
+                f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
+                "see min_pixels, max_pixels and max_image_tokens"
+            )
+        transform = replace(transform, size=(min(smallest, largest), largest, multiple))
+        encoder._finish(directory.name, transform, freeze_vision_weights, dtype, device)
+        return encoder
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """The most positions that an image takes."""
+        _, largest, multiple = self.transform.size
+        return largest // multiple**2
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return int(self.tower.config.out_hidden_size)
+
+    @property
+    def width(self) -> int:
+        """``hidden_size`` once for the tower's output, and once for each of its deep features."""
+        return self.hidden_size * (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """A token for each square of patches."""
+        rows, columns = self.grid(size)
+        return rows * columns
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        multiple = self.transform.size[2]
+        return size[0] // multiple, size[1] // multiple
+
+    def accepts(self, size: tuple[int, int]) -> bool:
+        """Whether both sides are multiples, and no larger than the transform makes them."""
+        _, largest, multiple = self.transform.size
+        return min(size) > 0 and size[0] % multiple == size[1] % multiple == 0 and size[0] * size[1] <= largest
+
+    def _architecture(self) -> dict[str, Any]:
+        return {"tower": tower_fields(self.tower.config)}
+
+    def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        return [embedding for batch in self._batches(images) for embedding in self._run(batch)]
+
+    def _batches(self, images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        batch: list[np.ndarray] = []
+        room = _BATCH_PATCHES
+        for image in images:
+            patches = image.shape[0] * image.shape[1] // self.tower.config.patch_size**2
+            if batch and patches > room:
+                yield batch
+                batch, room = [], _BATCH_PATCHES
+            batch.append(image)
+            room -= patches
+        yield batch
+
+    def _run(self, images: Sequence[np.ndarray]) -> Sequence[Tensor]:
+        patch = self.tower.config.patch_size
+        grids = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
+        values = torch.cat([self._patches(image) for image in images])
+        outputs = self.tower(values, grid_thw=grids.to(values.device))
+        # Only Qwen3-VL's tower has deep features.
+        levels = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
+        return torch.cat(levels, -1).split([self.num_tokens(image.shape[:2]) for image in images])
+
+    def _patches(self, image: np.ndarray) -> Tensor:
+        """uint8 ``[H, W, 3]`` to normalised patches ``[patches, 3 × frames × area]``, those of each square together."""
+        config = self.tower.config
+        patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+        # Copied: what came out of a decoder is read-only, which torch does not know.
+        (values,) = self.normalise(torch.tensor(image)[None])
+        rows, columns = image.shape[0] // (patch * merge), image.shape[1] // (patch * merge)
+        squares = values.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+        # A still image is a film of equal frames.
+        film = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
+        return film.reshape(rows * columns * merge**2, -1)
+
+
+class _PatchProjection(nn.Module):
+    """A convolution over patches that do not overlap is one product; torch's own for three dimensions is slow."""
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(convolution.weight.detach().flatten(1))
+        bias = convolution.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``[N, 3, frames, patch, patch]`` to ``[N, width]``."""
+        return F.linear(patches.flatten(1), self.weight, self.bias)

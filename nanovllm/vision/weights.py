@@ -1,0 +1,44 @@
+"""A tower's or projector's tensors: from safetensors files into the parameters of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nanovllm.errors import ConfigurationError, ModelNotFound
+
+
+def named_tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a safetensors file, or of all files of a checkpoint, that carry one of ``prefixes``, without it."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFound(f"{path} holds no safetensors file")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+                if prefix is not None:
+                    yield name.removeprefix(prefix).removeprefix("vision_model."), tensors.get_tensor(name)
+
+
+def load_into(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy tensors into all parameters of ``module``; a tensor without a parameter there is passed over."""
+    # Releases of transformers differ in whether a lone tower keeps its parts under "vision_model".
+    parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters:
+                continue
+            if parameters[name].shape != tensor.shape:
+                raise ConfigurationError(
+                    f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+                )
+            parameters[name].copy_(tensor)
+            missing.discard(name)
+    if missing:
+        raise ModelNotFound(f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}")
