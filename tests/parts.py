@@ -102,6 +102,11 @@ class KafkaNode:
     def bootstrap_servers(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def data(self) -> Path:
+        """Where the node keeps its logs."""
+        return self.directory / "node" / "data"
+
     async def start(self, timeout_s: float = 90.0) -> None:
         program = kafka_node_program()
         assert program is not None, "ask kafka_node_program() first"

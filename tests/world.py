@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from chaos.broker_logs import job_of
 from parts import S3Part, create_topic, eventually, unique_name, worker_process
 
 from nanovllm.pipeline.local_process import LocalProcess
@@ -96,9 +96,8 @@ class World:
         """Jobs whose outcome lies behind the last stable offset of its partition.
 
         A worker's open transaction is aborted by the broker after ``kafka.transaction_timeout_ms``. What is unstable
-        for longer than that is a transaction that the coordinator believes to have ended: Apache Kafka 4.3.1, stopped
-        between the decision to commit and the markers, can write the end of the transaction when it is started again
-        and no marker. The next transaction of the same id that touches the partition makes it readable.
+        for longer than that is a transaction that the coordinator believes to have ended; see broker_logs. The next
+        transaction of the same id that touches the partition makes it readable.
         """
         topics = (self.topics.results, self.topics.dead_letters)
         partitions = [TopicPartition(topic, number) for topic in topics for number in range(PARTITIONS)]
@@ -114,9 +113,7 @@ class World:
                 consumer.seek(partition, stable[partition])
             while batches := await consumer.getmany(timeout_ms=2_000):
                 for record in (record for batch in batches.values() for record in batch):
-                    is_result = record.topic == self.topics.results
-                    headers = dict(record.headers)
-                    found.add(json.loads(record.value)["job_id"] if is_result else headers["nanovllm_job_id"].decode())
+                    found.add(job_of(record))
         return found
 
     async def _ends(self, partitions: list[TopicPartition], isolation_level: str) -> dict[TopicPartition, int]:

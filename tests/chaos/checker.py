@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,8 @@ class Ledger:
     dead_letters: dict[str, list[DeadLetter]] = field(default_factory=lambda: defaultdict(list))
     # Published and its offset committed, but behind a transaction that the broker itself never ends; see World.
     held_back: set[str] = field(default_factory=set)
+    # Made readable twice by a marker that the broker itself left out; see broker_logs.
+    late: Counter[str] = field(default_factory=Counter)
 
     def see(self, outcome: Result | DeadLetter) -> None:
         if isinstance(outcome, Result):
@@ -55,7 +57,8 @@ class Ledger:
             "held_back_by_the_broker": sorted(self.held_back & set(self.missing)),
             "unknown": sorted(seen - self.expected.keys()),
             "wrong": sorted(job for job in seen & self.expected.keys() if not self._is_as_expected(job)),
-            "repeated": sorted(job for job in seen if self._times(job) > 1),
+            "repeated": sorted(job for job in seen if self._times(job) > 1 + self.late[job]),
+            "doubled_by_the_broker": sorted(job for job in seen if 1 < self._times(job) <= 1 + self.late[job]),
             "differing": sorted(job for job in seen if not self._is_one_answer(job)),
             "object_replaced_between": sorted(job for job in seen if len(self._answers(job)) > 1),
             "uncommitted": sum(lags.values()),

@@ -28,6 +28,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
+from chaos.broker_logs import late_commits
 from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
 from chaos.faulty_worker import POISON
 from chaos.fleet import Fleet
@@ -242,6 +243,7 @@ async def run_drill(
             drill = Drill(world, node, kafka, s3_proxy, fleet, random)
             struck = await _produce_and_strike(drill, world, jobs, faults)
             exit_codes = await _finish(drill.ledger, world, fleet, finish_s)
+            drill.ledger.late = late_commits(node.data, (world.topics.results, world.topics.dead_letters))
             report = drill.ledger.check({0: await world.lag()})
             return {
                 "seed": seed,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+from chaos.broker_logs import late_in
 from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
 from chaos.drill import run_drill
 from parts import kafka_node_program
@@ -55,6 +60,42 @@ def test_answers_may_differ_only_where_the_input_could_be_replaced() -> None:
         ledger.see(result(job_id="a", text=text))
     assert broken_promises(ledger.check({0: 0}), "at_least_once") == []
     assert broken_promises(ledger.check({0: 0}), "exactly_once") == ["repeated"]
+
+
+class Batch:
+    """As a log has them: data of a producer's epoch, or the marker that ends its transaction."""
+
+    is_transactional = True
+
+    def __init__(self, epoch: int, *jobs: str, marker: int | None = None, producer: int = 7) -> None:
+        self.producer_id, self.producer_epoch, self.is_control_batch = producer, epoch, marker is not None
+        self._records = [SimpleNamespace(headers=(), value=json.dumps({"job_id": job}), key=b"") for job in jobs]
+        if marker is not None:
+            self._records = [SimpleNamespace(headers=(), value=None, key=struct.pack(">hh", 0, marker))]
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        return iter(self._records)
+
+
+def test_a_marker_of_a_later_epoch_tells_of_one_that_the_broker_left_out() -> None:
+    committed, aborted = 1, 0
+    log = [
+        Batch(0, "a"), Batch(0, marker=committed),
+        Batch(0, "b", "c"), Batch(4, "other", producer=8),
+        Batch(1, "b", "c", "d"), Batch(1, marker=committed), Batch(4, marker=committed, producer=8),
+        Batch(1, "e"), Batch(2, marker=aborted), Batch(2, "e"), Batch(2, marker=committed),
+    ]  # fmt: skip
+    assert late_in(log) == {"b": 1, "c": 1}
+
+
+def test_what_the_broker_doubled_is_told_apart_and_excuses_no_third_time() -> None:
+    ledger = ledger_of("doubled", "tripled")
+    for job, times in (("doubled", 2), ("tripled", 3)):
+        for _ in range(times):
+            ledger.see(result(job_id=job, text="p"))
+    ledger.late.update({"doubled": 1, "tripled": 1})
+    report = ledger.check({0: 0})
+    assert (report["doubled_by_the_broker"], report["repeated"]) == (["doubled"], ["tripled"])
 
 
 @pytest.mark.kafka
