@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from bench import Bench, GatedEngine, job_id_of, png
@@ -318,6 +318,22 @@ async def test_equal_bytes_are_decoded_once(s3: Any) -> None:
         finally:
             await decoders.close()
     assert store.metrics.reuse.labels("prepare", "hit")._value.get() == 1
+
+
+async def test_what_the_engine_has_embedded_is_not_decoded(s3: Any) -> None:
+    store, asked = Store(s3), []
+    known = PreparedImage(None, bytes(32), 4, 3, (8, 8))
+
+    def find(file_digest: bytes, salt: bytes) -> PreparedImage | None:
+        asked.append((file_digest, salt))
+        return known
+
+    store.put(b"a picture")
+    images = ImageReuse(store.fetcher, cast("DecoderPool", object()), find, store.metrics, max_bytes=1_000)
+    fetched = await images.fetch(store.ref("k"), b"tenant")
+    assert await images.prepare(fetched, b"tenant") is known
+    assert asked == [(hashlib.sha256(b"a picture").digest(), b"tenant")]
+    assert store.metrics.registry.get_sample_value("nanovllm_reuse_total", {"stage": "prepare", "reuse": "hit"}) == 1
 
 
 @pytest.mark.s3
