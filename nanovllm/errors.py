@@ -121,10 +121,10 @@ class ObjectNotFound(PermanentError):
 
 
 class ObjectChanged(PermanentError):
-    """The object's content is not what the job's sha256 promised."""
+    """The object's content is not what the job's sha256 or etag promised."""
 
     code = "object_changed"
-    remedy = "Name a version_id, or produce the job again with the new sha256."
+    remedy = "Name a version_id, or produce the job again with the new sha256 or etag."
 
 
 class ObjectForbidden(PermanentError):

@@ -59,6 +59,7 @@ _CREDENTIALS = frozenset(
         "AuthorizationHeaderMalformed",
     }
 )
+QUOTE = '"'
 _BUSY = frozenset({"SlowDown", "ThrottlingException", "RequestTimeout", "OperationAborted", "TooManyRequests"})
 
 
@@ -176,7 +177,9 @@ class ObjectFetcher:
         try:
             bucket, key = ref.bucket_and_key
             which = {"VersionId": ref.version_id} if ref.version_id else {}
-            if held is not None and held.etag:
+            if ref.etag is not None:
+                which["IfMatch"] = f'"{ref.etag.strip(QUOTE)}"'
+            elif held is not None and held.etag:
                 which["IfNoneMatch"] = held.etag
             answer = self._connected().get_object(Bucket=bucket, Key=key, **which)
             try:
@@ -304,6 +307,8 @@ def _classify_answer(error: ClientError) -> NanoVLLMError:
         return ObjectNotFound(said)
     if code in _BUSY or status >= 500 or status in (408, 409, 429):
         return FetchFailed(said)
+    if status == 412:
+        return ObjectChanged(f"{said}: the object has another entity tag than the job names")
     if status in (401, 403):
         return ObjectForbidden(said)
     if code in ("InvalidArgument", "InvalidBucketName", "KeyTooLongError"):

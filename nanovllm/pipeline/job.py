@@ -97,6 +97,9 @@ class ImageRef(_Strict):
 
     uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
     version_id: str | None = Field(None, min_length=1, max_length=1024, description="Version of the object.")
+    etag: str | None = Field(
+        None, min_length=1, max_length=1024, description="Entity tag that the object must have, with or without quotes."
+    )
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
     data: ImageBytes | None = Field(None, description="The encoded image: base64 in JSON, bytes in msgpack.")
 
@@ -104,8 +107,8 @@ class ImageRef(_Strict):
     def _check_one_source(self) -> ImageRef:
         if (self.uri is None) == (self.data is None):
             raise ValueError("an image has either uri or data")
-        if self.version_id is not None and self.uri is None:
-            raise ValueError("version_id belongs to a uri")
+        if self.uri is None and (self.version_id is not None or self.etag is not None):
+            raise ValueError("version_id and etag belong to a uri")
         return self
 
     @property
@@ -127,7 +130,8 @@ class ImageRef(_Strict):
             return f"sha256:{self.sha256}"
         if self.data is not None:
             return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
-        return f"{self.uri}#{self.version_id}" if self.version_id else str(self.uri)
+        version = self.version_id or self.etag
+        return f"{self.uri}#{version}" if version else str(self.uri)
 
 
 def _image_from_uri(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """What one job has made and the next one can use: images read and decoded, and, where asked for, whole answers.
 
-An object of a known version never changes. One without is asked for each time, with the entity tag of what is at hand:
-the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no job ever gets a picture
-that was replaced before the job came. A HEAD before each GET would prove the same with one request more.
+An object of a version or entity tag that the job names never changes. Any other is asked for each time, with the entity
+tag of what is at hand: the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no
+job ever gets a picture that was replaced before the job came. A HEAD before each GET would prove the same with one
+request more.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class ImageReuse:
         self._fetcher.check(ref)
         if ref.data is not None or not may_reuse:
             return self._downloaded(await self._fetcher.fetch(ref))
-        key = ("object", salt, ref.uri, ref.version_id)
+        key = ("object", salt, ref.uri, ref.version_id, ref.etag)
         # Others may wait for the bytes who have promised nothing about them, or something else.
         anyone = ref.model_copy(update={"sha256": None})
 
@@ -142,7 +143,8 @@ class ImageReuse:
             image = self._downloaded(await self._fetcher.fetch(anyone))
             return image, len(image.data)
 
-        may_have_changed = ref.version_id is None and self._work.knows(key)
+        is_named = ref.version_id is not None or ref.etag is not None
+        may_have_changed = not is_named and self._work.knows(key)
         try:
             image, reuse = await self._work.get(key, read)
         except NanoVLLMError:

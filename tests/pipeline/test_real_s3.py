@@ -1,0 +1,185 @@
+"""What the fetch makes of a real S3 server's answers: versions, conditions, rights, names, large objects."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import urllib.request
+from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import escape
+
+import pytest
+from boto3.s3.transfer import TransferConfig
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from parts import S3Part
+
+from nanovllm.errors import (
+    CredentialsRefused,
+    InvalidInput,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
+    PermanentError,
+    SystemicError,
+)
+from nanovllm.metrics import Metrics
+from nanovllm.pipeline.fetch import ObjectFetcher
+from nanovllm.pipeline.job import ImageRef, Job
+from nanovllm.pipeline.reuse import ImageReuse
+from nanovllm.pipeline.settings import S3Settings
+
+pytestmark = pytest.mark.s3
+
+NAME = "a b/50+ü &%日本.png"
+MIB = 1 << 20
+
+
+class Store:
+    """A bucket on the real server, and the worker's own way of reading it."""
+
+    def __init__(self, s3: S3Part, *, versioned: bool = False, bucket: str | None = None) -> None:
+        self.s3 = s3
+        self.bucket = bucket or s3.make_bucket(versioned=versioned)
+        settings = S3Settings(endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path")
+        self.metrics = Metrics()
+        self.fetcher = ObjectFetcher(settings, max_bytes=32 * MIB)
+        self.images = ImageReuse(self.fetcher, None, lambda *_: None, self.metrics, max_bytes=64 * MIB)
+
+    def put(self, body: bytes, key: str = "k") -> dict[str, Any]:
+        answer: dict[str, Any] = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body)
+        return answer
+
+    def ref(self, key: str = "k", **promises: Any) -> ImageRef:
+        return ImageRef(uri=f"s3://{self.bucket}/{key}", **promises)
+
+    async def read(self, ref: ImageRef) -> bytes:
+        return (await self.images.fetch(ref, b"")).data
+
+    @property
+    def downloads(self) -> int:
+        return int(self.metrics.fetched_objects._value.get())
+
+
+async def test_a_version_is_read_after_the_object_was_replaced_and_the_newest_without_one(versity_s3: S3Part) -> None:
+    store = Store(versity_s3, versioned=True)
+    old = store.put(b"old")["VersionId"]
+    assert await store.read(store.ref()) == b"old"
+    new = store.put(b"new")["VersionId"]
+    assert await store.read(store.ref(version_id=old)) == b"old"
+    assert await store.read(store.ref()) == b"new"
+    assert (await store.images.fetch(store.ref(), b"")).version_id == new
+    store.s3.client.delete_object(Bucket=store.bucket, Key="k")
+    with pytest.raises(ObjectNotFound):
+        await store.read(store.ref())
+    assert await store.read(store.ref(version_id=old)) == b"old"
+    with pytest.raises(InvalidInput):
+        await store.read(store.ref(version_id="no-such-version"))
+
+
+async def test_nobody_joins_a_download_across_a_change(versity_s3: S3Part) -> None:
+    store = Store(versity_s3)
+    store.put(b"a" * MIB)
+    for generation in (b"b", b"c", b"d"):
+        before = [asyncio.create_task(store.read(store.ref())) for _ in range(4)]
+        await asyncio.sleep(0.002)
+        await asyncio.to_thread(store.put, generation * MIB)
+        after = await asyncio.gather(*(store.read(store.ref()) for _ in range(4)))
+        assert {body[:1] for body in after} == {generation}
+        await asyncio.gather(*before)
+
+
+async def test_an_entity_tag_that_the_job_names_is_a_condition_and_a_version(versity_s3: S3Part) -> None:
+    store = Store(versity_s3)
+    tag = store.put(b"first")["ETag"]
+    for written in (tag, tag.strip('"')):
+        assert await store.read(store.ref(etag=written)) == b"first"
+    store.put(b"second")
+    assert await store.read(store.ref(etag=tag)) == b"first", "what is at hand under this tag needs no request"
+    fresh = Store(versity_s3, bucket=store.bucket)
+    with pytest.raises(ObjectChanged, match="412 PreconditionFailed: the object has another entity tag"):
+        await fresh.read(fresh.ref(etag=tag))
+    assert await fresh.read(fresh.ref()) == b"second"
+
+
+async def test_a_wrong_secret_is_systemic_and_stands_in_no_error(
+    versity_s3: S3Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(versity_s3)
+    store.put(b"bytes")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    for key in ("k", "missing"):
+        with pytest.raises(CredentialsRefused, match="403 SignatureDoesNotMatch") as caught:
+            await store.read(store.ref(key))
+        assert isinstance(caught.value, SystemicError)
+        assert "not-the-secret" not in str(caught.value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", versity_s3.secret_key)
+    assert await store.read(store.ref()) == b"bytes", "credentials are read anew after a refusal"
+
+
+async def test_an_object_that_may_not_be_read_is_permanent_and_its_neighbour_is_read(
+    versity_s3: S3Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(versity_s3)
+    store.put(b"open", "open/k")
+    store.put(b"closed", "closed/k")
+    make_user(versity_s3, "worker", "worker-secret")
+    statement = {
+        "Effect": "Allow",
+        "Principal": ["worker"],
+        "Action": "s3:GetObject",
+        "Resource": f"arn:aws:s3:::{store.bucket}/open/*",
+    }
+    store.s3.client.put_bucket_policy(
+        Bucket=store.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    )
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "worker")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "worker-secret")
+    with pytest.raises(ObjectForbidden) as caught:
+        await store.read(store.ref("closed/k"))
+    assert isinstance(caught.value, PermanentError)
+    assert "closed" not in str(caught.value)
+    assert await store.read(store.ref("open/k")) == b"open"
+
+
+async def test_a_name_with_spaces_signs_and_other_scripts_is_read_as_it_is_written(versity_s3: S3Part) -> None:
+    store = Store(versity_s3)
+    store.put(b"right", NAME)
+    store.put(b"wrong", quote(NAME))
+    store.put(b"wrong", NAME.replace("+", " "))
+    job = Job.model_validate({"prompt": "<|image|>", "images": [f"s3://{store.bucket}/{NAME}"]})
+    again = Job.model_validate_json(job.model_dump_json(exclude_unset=True))
+    for ref in (*job.images, *again.images):
+        assert await store.read(ref) == b"right"
+
+
+async def test_a_large_object_of_many_parts_is_read_whole_and_once(versity_s3: S3Part) -> None:
+    store = Store(versity_s3)
+    body = b"".join(hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(20 * MIB // 32))
+    part = TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB)
+    store.s3.client.upload_fileobj(io.BytesIO(body), store.bucket, "large", Config=part)
+    tag = store.s3.client.head_object(Bucket=store.bucket, Key="large")["ETag"].strip('"')
+    assert tag != hashlib.md5(body, usedforsecurity=False).hexdigest()
+    digest = hashlib.sha256(body).hexdigest()
+    for _ in range(3):
+        assert await store.read(store.ref("large", sha256=digest)) == body
+    assert store.downloads == 1
+    assert await store.read(store.ref("large", etag=tag)) == body
+    with pytest.raises(ObjectChanged, match="sha256"):
+        await store.read(store.ref("large", sha256="0" * 64))
+
+
+def make_user(s3: S3Part, access: str, secret: str) -> None:
+    """A user of the server with no rights of its own."""
+    fields = {"Access": access, "Secret": secret, "Role": "user"}
+    body = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items())
+    url = f"{s3.endpoint_url}/create-user"
+    request = AWSRequest("PATCH", url, data=f"<Account>{body}</Account>".encode())
+    S3SigV4Auth(Credentials(s3.access_key, s3.secret_key), "s3", s3.region).add_auth(request)
+    prepared = urllib.request.Request(url, request.data, dict(request.headers), method="PATCH")
+    with urllib.request.urlopen(prepared, timeout=10) as answer:
+        assert answer.status in (200, 201)
