@@ -66,7 +66,7 @@ def test_unknown_top_level_fields_are_tolerated() -> None:
         ({"images": ["s3://bucket"]}, "images.0.uri"),
         ({"images": [{"uri": "s3://bucket/k", "data": "QQ=="}]}, "images.0"),
         ({"images": [{}]}, "images.0"),
-        ({"images": [{"uri": "s3://bucket/k", "etag": "x"}]}, "images.0.etag"),
+        ({"images": [{"uri": "s3://bucket/k", "crc32": "x"}]}, "images.0.crc32"),
         ({"images": [{"uri": "s3://bucket/k", "sha256": "AB" * 32}]}, "images.0.sha256"),
         ({"images": [{"data": "not base64!"}]}, "images.0.data"),
         ({"images": [{"data": "QQ==", "version_id": "v"}]}, "images.0"),

@@ -59,7 +59,7 @@ def test_the_schema_refuses_what_the_decoder_refuses() -> None:
         {},
         {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
         {"prompt": "a", "sampling": {"max_tokenz": 1}},
-        {"prompt": "a", "images": [{"uri": "s3://bucket/k", "etag": "x"}]},
+        {"prompt": "a", "images": [{"uri": "s3://bucket/k", "crc32": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
     ):
         with pytest.raises(jsonschema.ValidationError):
