@@ -30,7 +30,7 @@ test-all: .venv/.dev ## All that CI runs (under 40 minutes)
 proof: .venv/.dev ## Held-out accuracy and whatever else takes long
 	$(PY) -m pytest -m proof --timeout 7200
 
-chaos: .venv/.dev ## Faults by seed against three workers, detached and resumable: SEED=1 SEEDS=1 JOBS=2000 FAULTS=40
+chaos: .venv/.dev ## Faults by seed against three workers, detached and resumable: SEED=1 SEEDS=1 JOBS=2000 FAULTS=40 BROKERS=1 BACKEND=echo
 	@PYTHON=$(PY) tools/chaos.sh
 
 check: .venv/.dev ## Lint, format, types, arrows between the rooms

@@ -80,6 +80,7 @@ class KafkaNode:
     ``settings`` are broker properties that win over the node's own (``{port}`` in a value is replaced by the node's
     port, ``{controller_port}`` by its controller's), ``scram`` user names with their passwords.
     ``probe`` False skips the wait for a plaintext Metadata answer: a listener with TLS or a login gives none.
+    ``cluster`` numbers the node among others; see ``kafka_cluster``.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class KafkaNode:
         self.directory = directory
         self.port = free_port()
         self.controller_port = free_port()
+        self.cluster: tuple[str, ...] = ()
         self._settings = dict(settings or {})
         self._scram = dict(scram or {})
         self._probe = probe
@@ -111,7 +113,7 @@ class KafkaNode:
         program = kafka_node_program()
         assert program is not None, "ask kafka_node_program() first"
         command = [str(program), "--dir", str(self.directory / "node"), "--port", str(self.port)]
-        command += ["--controller-port", str(self.controller_port)]
+        command += ["--controller-port", str(self.controller_port), *self.cluster]
         for name, value in self._settings.items():
             text = value.replace("{port}", str(self.port)).replace("{controller_port}", str(self.controller_port))
             command += ["--set", f"{name}={text}"]
@@ -152,14 +154,25 @@ class KafkaNode:
         self.stop()
 
 
+def kafka_cluster(nodes: Sequence[KafkaNode]) -> None:
+    """Make nodes that were not started yet one cluster; then start them together, for none is ready alone."""
+    voters = ",".join(f"{number}@127.0.0.1:{node.controller_port}" for number, node in enumerate(nodes, 1))
+    for number, node in enumerate(nodes, 1):
+        node.cluster = ("--node-id", str(number), "--voters", voters)
+
+
 async def create_topic(
-    bootstrap_servers: str, *names: str, partitions: int = 4, settings: Mapping[str, str] | None = None
+    bootstrap_servers: str,
+    *names: str,
+    partitions: int = 4,
+    replicas: int = 1,
+    settings: Mapping[str, str] | None = None,
 ) -> None:
     """Create topics and return when the broker lists all of their partitions."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     await admin.start()
     try:
-        topics = [NewTopic(name, partitions, 1, topic_configs=dict(settings or {})) for name in names]
+        topics = [NewTopic(name, partitions, replicas, topic_configs=dict(settings or {})) for name in names]
         response = await admin.create_topics(topics)
         for topic, code, *rest in response.topic_errors:
             assert code == 0, f"create {topic}: error {code} {rest}"

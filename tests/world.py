@@ -44,10 +44,10 @@ class World:
     def kafka(self) -> KafkaSettings:
         return KafkaSettings(bootstrap_servers=self.bootstrap_servers)
 
-    async def create_topics(self) -> None:
+    async def create_topics(self, replicas: int = 1) -> None:
         topics = self.topics
         names = (topics.jobs, topics.results, topics.metrics, topics.dead_letters)
-        await create_topic(self.bootstrap_servers, *names, partitions=PARTITIONS)
+        await create_topic(self.bootstrap_servers, *names, partitions=PARTITIONS, replicas=replicas)
 
     def producer(self) -> JobProducer:
         return JobProducer(self.kafka, topic=self.topics.jobs)

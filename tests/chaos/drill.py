@@ -2,7 +2,8 @@
 
     python tests/chaos/drill.py --seed 1 --jobs 2000 --faults 40 --delivery exactly_once --out benchmarks/results/chaos
 
-Writes one JSON a seed and mode, and leaves a seed alone whose JSON is there.
+``--brokers 3``: a cluster with replication 3, one broker at a time restarted or killed. ``--backend native``: the
+shipped model answers. Writes one JSON a seed, mode, number of brokers and backend, and leaves alone what is there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
 from chaos.faulty_worker import POISON
 from chaos.fleet import Fleet
 from chaos.proxies import S3Fault, S3Proxy, TcpProxy
-from parts import KafkaNode, S3Part, VersityNode, create_topic, png
+from parts import KafkaNode, S3Part, VersityNode, create_topic, kafka_cluster, png
 from world import PARTITIONS, World
 
 from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
@@ -54,12 +55,49 @@ SETTINGS = {
 CULPRIT_EVERY = 1_000
 
 
+class Brokers:
+    """Apache Kafka nodes, each behind a proxy that it calls itself by."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.proxies = [TcpProxy(0) for _ in range(count)]
+        self.nodes: list[KafkaNode] = []
+        self._folders = [directory] if count == 1 else [directory / f"broker-{number}" for number in range(count)]
+
+    @property
+    def bootstrap_servers(self) -> str:
+        return ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.proxies)
+
+    async def start(self) -> None:
+        for proxy, folder in zip(self.proxies, self._folders, strict=True):
+            await proxy.start()
+            folder.mkdir(exist_ok=True)
+            node = KafkaNode(folder, settings={"advertised.listeners": f"PLAINTEXT://127.0.0.1:{proxy.port}"})
+            proxy.upstream_port = node.port
+            self.nodes.append(node)
+        if len(self.nodes) > 1:
+            kafka_cluster(self.nodes)
+        await asyncio.gather(*(node.start() for node in self.nodes))
+
+    def late_commits(self, *topics: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for node in self.nodes:
+            found |= late_commits(node.data, topics)
+        return found
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.kill()
+        for proxy in self.proxies:
+            proxy.stop()
+
+
 class Drill:
     """The parts of one drill, and a method for each kind of fault."""
 
-    def __init__(self, world: World, node: KafkaNode, kafka: TcpProxy, s3: S3Proxy, fleet: Fleet, random: Random):
-        self._world, self._node, self._kafka, self._s3, self._fleet = world, node, kafka, s3, fleet
+    def __init__(self, world: World, brokers: Brokers, s3: S3Proxy, fleet: Fleet, random: Random, says: bool):
+        self._world, self._brokers, self._s3, self._fleet = world, brokers, s3, fleet
         self._random = random
+        self._says = says  # whether answers repeat their prompts, as the echo does
         self._number = 0
         self._objects: list[tuple[str, bytes]] = []
         self.ledger = Ledger()
@@ -101,7 +139,8 @@ class Drill:
         self._number += 1
         job_id, kind = f"job-{self._number:05d}", self._random.random()
         prompt = f"Say {self._number}"
-        expected = Expectation(frozenset({ANSWER}), prompt)
+        said = prompt if self._says else None
+        expected = Expectation(frozenset({ANSWER}), said)
         job = Job(job_id=job_id, prompt=prompt)
         if self._number % CULPRIT_EVERY == CULPRIT_EVERY // 2:
             job = job.model_copy(update={"prompt": POISON})
@@ -127,7 +166,7 @@ class Drill:
             )
             # Its object may be replaced, deleted or unreadable for longer than the attempts last.
             codes = {ANSWER, "object_changed", "object_not_found", "fetch_failed", "invalid_image"}
-            expected = Expectation(frozenset(codes), prompt, is_fixed=sha256 is not None)
+            expected = Expectation(frozenset(codes), said, is_fixed=sha256 is not None)
         self.ledger.expected[job_id] = expected
         value = job.model_dump_json(exclude_none=True, exclude_unset=True).encode()
         await producer.send_and_wait(self._world.topics.jobs, value)
@@ -149,22 +188,29 @@ class Drill:
         await self._fleet.remove("guest")
 
     async def _broker_restart(self) -> None:
-        await asyncio.to_thread(self._node.stop)
-        await self._node.start()
+        node = self._random.choice(self._brokers.nodes)
+        await asyncio.to_thread(node.stop)
+        await node.start()
 
     async def _broker_kill(self) -> None:
-        self._node.kill()
-        await self._node.start()
+        node = self._random.choice(self._brokers.nodes)
+        node.kill()
+        await node.start()
 
     async def _cut(self) -> None:
         for _ in range(3):
-            self._kafka.cut()
+            for proxy in self._brokers.proxies:
+                proxy.cut()
             await asyncio.sleep(self._random.uniform(0.05, 0.5))
 
     async def _slow(self) -> None:
-        self._kafka.delay_s = self._random.uniform(0.02, 0.2)
+        await self._delay(self._random.uniform(0.02, 0.2))
         await asyncio.sleep(2.0)
-        self._kafka.delay_s = 0.0
+        await self._delay(0.0)
+
+    async def _delay(self, seconds: float) -> None:
+        for proxy in self._brokers.proxies:
+            proxy.delay_s = seconds
 
     def _s3_fault(self, fault: S3Fault) -> Callable[[], Awaitable[None]]:
         async def spoil() -> None:
@@ -190,9 +236,10 @@ class Drill:
         return strike
 
     async def _dead_letters_unwritable(self) -> None:
-        await self._require_replicas(2)
+        replicas = len(self._brokers.nodes)
+        await self._require_replicas(replicas + 1)
         await asyncio.sleep(2.0)
-        await self._require_replicas(1)
+        await self._require_replicas(max(1, replicas - 1))
 
     async def _require_replicas(self, count: int) -> None:
         topic = ConfigResource(
@@ -221,29 +268,35 @@ async def run_drill(
     faults: int,
     delivery: str,
     finish_s: float = FINISH_S,
+    brokers: int = 1,
+    backend: str = "echo",
 ) -> dict[str, Any]:
     """Produce, break, heal, drain and check; the report says what was found.
 
     What has not ended ``finish_s`` seconds after the last fault counts as lost.
     """
     random, started = Random(f"{seed}-{delivery}"), time.monotonic()
-    kafka, s3_proxy = TcpProxy(0), S3Proxy(s3_port, random)
-    await kafka.start()
+    kafka, s3_proxy = Brokers(directory, brokers), S3Proxy(s3_port, random)
     await s3_proxy.start()
-    node = KafkaNode(directory, settings={"advertised.listeners": f"PLAINTEXT://127.0.0.1:{kafka.port}"})
-    kafka.upstream_port = node.port
     try:
-        await node.start()
-        own = {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_DELIVERY": delivery}
+        await kafka.start()
+        own = {"NANOVLLM_ENGINE__BACKEND": backend, "NANOVLLM_DELIVERY": delivery}
+        if backend == "native":
+            own |= {"NANOVLLM_SAMPLING__MAX_TOKENS": "8", "OMP_NUM_THREADS": "1"}
         endpoint = {"NANOVLLM_S3__ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.port}"}
-        world = World(f"127.0.0.1:{kafka.port}", s3, directory, {**SETTINGS, **own, **endpoint})
-        await world.create_topics()
-        await create_topic(world.bootstrap_servers, world.topics.in_flight, settings={"cleanup.policy": "compact"})
+        world = World(kafka.bootstrap_servers, s3, directory, {**SETTINGS, **own, **endpoint})
+        await world.create_topics(replicas=brokers)
+        await create_topic(
+            world.bootstrap_servers,
+            world.topics.in_flight,
+            replicas=brokers,
+            settings={"cleanup.policy": "compact"},
+        )
         async with Fleet(world, WORKERS, random) as fleet:
-            drill = Drill(world, node, kafka, s3_proxy, fleet, random)
+            drill = Drill(world, kafka, s3_proxy, fleet, random, says=backend == "echo")
             struck = await _produce_and_strike(drill, world, jobs, faults)
             exit_codes = await _finish(drill.ledger, world, fleet, finish_s)
-            drill.ledger.late = late_commits(node.data, (world.topics.results, world.topics.dead_letters))
+            drill.ledger.late = kafka.late_commits(world.topics.results, world.topics.dead_letters)
             report = drill.ledger.check({0: await world.lag()})
             return {
                 "seed": seed,
@@ -258,9 +311,10 @@ async def run_drill(
                 "exit_codes_of_the_last_drain": exit_codes,
                 "seconds": round(time.monotonic() - started, 1),
                 "partitions": PARTITIONS,
+                "brokers": brokers,
+                "backend": backend,
             }
     finally:
-        node.kill()
         kafka.stop()
         s3_proxy.stop()
 
@@ -308,9 +362,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--delivery", choices=["at_least_once", "exactly_once"], required=True)
+    parser.add_argument("--brokers", type=int, default=1)
+    parser.add_argument("--backend", choices=["echo", "native"], default="echo")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos"))
     options = parser.parse_args()
-    file = options.out / f"seed-{options.seed}-{options.delivery}.json"
+    kinds = [f"{options.brokers}-brokers"] * (options.brokers > 1) + [options.backend] * (options.backend != "echo")
+    file = options.out / ("-".join([f"seed-{options.seed}-{options.delivery}", *kinds]) + ".json")
     if file.exists():
         print(f"{file} is there already")
         return 0
@@ -321,11 +378,11 @@ def main() -> int:
         try:
             drill = run_drill(
                 directory, s3, store.port, seed=options.seed, jobs=options.jobs, faults=options.faults,
-                delivery=options.delivery,
+                delivery=options.delivery, brokers=options.brokers, backend=options.backend,
             )  # fmt: skip
             report = asyncio.run(drill)
             if report["broken_promises"]:
-                for log in directory.glob("*.log"):
+                for log in directory.rglob("*.log"):
                     (options.out / "failed").mkdir(parents=True, exist_ok=True)
                     (options.out / "failed" / f"{file.stem}-{log.name}").write_bytes(log.read_bytes())
         finally:

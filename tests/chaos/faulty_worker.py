@@ -1,4 +1,4 @@
-"""``nanovllm worker`` with an echo engine that fails when it is told to, by files in a folder.
+"""``nanovllm worker`` with an engine (echo or native) that fails when it is told to, by files in a folder.
 
     python faulty_worker.py FOLDER NAME worker …
 
@@ -17,29 +17,24 @@ from typing import Any
 
 from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
+from nanovllm.errors import EngineDead
 from nanovllm.pipeline import app, cli
 
 POISON = "segmentation fault, please"
 WORK_S = 0.03
 
 
-class FaultyEngine(EchoEngine):
-    def __init__(self, folder: Path, name: str, **options: Any) -> None:
-        super().__init__(delay_s=WORK_S, **options)
+class Orders:
+    """The files that tell a worker to fail."""
+
+    def __init__(self, folder: Path, name: str) -> None:
         self._fault_files = {fault: folder / f"{name}.{fault}" for fault in ("out-of-memory", "crash")}
 
-    async def _answer(self, request: Request, generation: Generation) -> None:
-        if POISON in (request.prompt or ""):
-            await asyncio.sleep(WORK_S)  # a crash in a kernel comes some time after the start
+    def crash_if_told(self) -> None:
+        if self.take("crash"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if self._is_told_to("crash"):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if self._is_told_to("out-of-memory"):
-            self.kill()
-            return
-        await super()._answer(request, generation)
 
-    def _is_told_to(self, fault: str) -> bool:
+    def take(self, fault: str) -> bool:
         try:
             self._fault_files[fault].unlink()
         except FileNotFoundError:
@@ -47,11 +42,45 @@ class FaultyEngine(EchoEngine):
         return True
 
 
-def main() -> None:
-    folder, name = Path(sys.argv[1]), sys.argv[2]
+class FaultyEcho(EchoEngine):
+    def __init__(self, orders: Orders, **options: Any) -> None:
+        super().__init__(delay_s=WORK_S, **options)
+        self._orders = orders
 
-    async def load_engine(settings: Any) -> EchoEngine:
-        return FaultyEngine(folder, name, max_num_seqs=settings.max_num_seqs)
+    async def _answer(self, request: Request, generation: Generation) -> None:
+        if POISON in (request.prompt or ""):
+            await asyncio.sleep(WORK_S)  # a crash in a kernel comes some time after the start
+            os.kill(os.getpid(), signal.SIGSEGV)
+        self._orders.crash_if_told()
+        if self._orders.take("out-of-memory"):
+            self.kill()
+            return
+        await super()._answer(request, generation)
+
+
+def faulty_native(orders: Orders, settings: Any) -> Any:
+    """The engine with the model, which fails likewise."""
+    from nanovllm.engine.async_engine import AsyncEngine
+
+    class FaultyNative(AsyncEngine):
+        def submit(self, request: Request) -> Generation:
+            if POISON in (request.prompt or ""):
+                asyncio.get_running_loop().call_later(WORK_S, os.kill, os.getpid(), signal.SIGSEGV)
+            orders.crash_if_told()
+            if orders.take("out-of-memory"):
+                self._die(EngineDead("told to run out of memory"))
+            return super().submit(request)
+
+    return FaultyNative(app.native_engine(settings), step_timeout_s=settings.step_timeout_s)
+
+
+def main() -> None:
+    orders = Orders(Path(sys.argv[1]), sys.argv[2])
+
+    async def load_engine(settings: Any) -> Any:
+        if settings.backend == "native":
+            return await asyncio.to_thread(faulty_native, orders, settings)
+        return FaultyEcho(orders, max_num_seqs=settings.max_num_seqs)
 
     app._load_engine = load_engine
     sys.argv = ["nanovllm", *sys.argv[3:]]
