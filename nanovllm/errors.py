@@ -77,10 +77,23 @@ class UnsupportedImageFormat(InvalidImage):
 
 
 class ImageTooLarge(InvalidImage):
-    """An image beyond the limit in bytes, pixels or frames; refused before it is decoded."""
+    """An image beyond the limit in bytes; refused before it is decoded."""
 
     code = "image_too_large"
     remedy = "Send a smaller image, or raise the image limits in the settings."
+
+
+class TooManyPixels(ImageTooLarge):
+    """An image beyond the limit in pixels; refused before it is decoded."""
+
+    code = "too_many_pixels"
+
+
+class TooManyFrames(ImageTooLarge):
+    """An image of more frames or pages than allowed; refused before it is decoded."""
+
+    code = "too_many_frames"
+    remedy = "Send one frame or page, or raise max_frames, which takes the first of them."
 
 
 class PlaceholderMismatch(InvalidInput):

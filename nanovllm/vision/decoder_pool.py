@@ -20,6 +20,8 @@ from nanovllm.errors import (
     InvalidImage,
     NanoVLLMError,
     SystemicError,
+    TooManyFrames,
+    TooManyPixels,
     UnsupportedImageFormat,
 )
 from nanovllm.vision.decoder import LENGTH, frame, settings_frame
@@ -33,7 +35,8 @@ START_TIMEOUT_S = 60.0
 DYING_TIMEOUT_S = 5.0
 
 _ERRORS: dict[str, type[NanoVLLMError]] = {
-    error.code: error for error in (InvalidImage, UnsupportedImageFormat, ImageTooLarge, DecoderFailed)
+    error.code: error
+    for error in (InvalidImage, UnsupportedImageFormat, ImageTooLarge, TooManyPixels, TooManyFrames, DecoderFailed)
 }
 
 

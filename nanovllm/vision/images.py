@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from nanovllm.errors import ConfigurationError, ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from nanovllm.errors import (
+    ConfigurationError,
+    ImageTooLarge,
+    InvalidImage,
+    TooManyFrames,
+    TooManyPixels,
+    UnsupportedImageFormat,
+)
 
 ImageSource = Image.Image | np.ndarray | str | Path | bytes
 
@@ -87,7 +94,7 @@ def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image
     ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA) of uint8, uint16, bool, floats in 0..1, or other integers in 0..255.
 
     Raises:
-        ImageTooLarge: beyond a limit in bytes, pixels or frames.
+        ImageTooLarge, TooManyPixels, TooManyFrames: beyond a limit.
         UnsupportedImageFormat: a format that is not allowed.
         InvalidImage: not a readable image, or an array of another shape, type or range.
     """
@@ -141,7 +148,7 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError:
         raise _unidentified(data, limits) from None
     except Image.DecompressionBombError:
-        raise ImageTooLarge(f"the image has more than the {limits.max_pixels} pixels allowed") from None
+        raise TooManyPixels(f"the image has more than the {limits.max_pixels} pixels allowed") from None
     except MemoryError:
         raise
     except Exception:
@@ -193,7 +200,7 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
 
 def _check_dimensions(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
-        raise ImageTooLarge(
+        raise TooManyPixels(
             f"the image has {width}x{height} = {width * height} pixels; {limits.max_pixels} are allowed"
         )
     if min(width, height) < limits.min_side:
@@ -207,7 +214,7 @@ def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
     with _as_invalid_image(image.format):
         frames = getattr(image, "n_frames", 1)
     if frames > limits.max_frames:
-        raise ImageTooLarge(f"the image has {frames} frames or pages; {limits.max_frames} are allowed")
+        raise TooManyFrames(f"the image has {frames} frames or pages; {limits.max_frames} are allowed")
 
 
 def _decode(image: Image.Image) -> Image.Image:

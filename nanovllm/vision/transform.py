@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from PIL import Image
 
-from nanovllm.errors import ConfigurationError, ImageTooLarge, ModelNotFound, UnsupportedModel
+from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
 from nanovllm.vision.checkpoints import read_json_object
 from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb, pixel_digest
 
@@ -163,14 +163,14 @@ class ImageTransform:
         """Resize and crop: uint8 ``[H, W, 3]``, before rescaling and normalisation.
 
         Raises:
-            ImageTooLarge: the image is so narrow that resizing its shortest edge would blow it up beyond memory.
+            TooManyPixels: the image is so narrow that resizing its shortest edge would blow it up beyond memory.
         """
         if self.pad_to_square:
             rgb = self._padded_to_square(rgb)
         if self.resize is not None:
             height, width = self._target(rgb.height, rgb.width)
             if height * width > MAX_RESIZED_PIXELS and height * width > rgb.height * rgb.width:
-                raise ImageTooLarge(
+                raise TooManyPixels(
                     f"the image of {rgb.width}x{rgb.height} pixels is too narrow: it would become {width}x{height}"
                 )
             # A side shorter than half a pixel rounds to zero there, which no filter can produce.
@@ -307,7 +307,7 @@ def _within_budget(height: int, width: int, smallest: int, largest: int, multipl
     Rounding never passes the upper bound, where transformers' does for narrow images under a low one.
     """
     if max(height, width) > MOST_ELONGATED * min(height, width):
-        raise ImageTooLarge(f"the image of {width}x{height} pixels is too narrow: {MOST_ELONGATED}:1 is the limit")
+        raise InvalidImage(f"the image of {width}x{height} pixels is too narrow: {MOST_ELONGATED}:1 is the limit")
     rows, columns = round(height / multiple), round(width / multiple)
     if rows * columns * multiple**2 > largest:
         shrink = sqrt(height * width / largest)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from nanovllm.errors import ImageTooLarge, InvalidImage, NanoVLLMError, UnsupportedImageFormat
+from nanovllm.errors import InvalidImage, NanoVLLMError, TooManyFrames, TooManyPixels, UnsupportedImageFormat
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.images import DEFAULT_FORMATS, ImageLimits, load_rgb, pixel_digest
 from nanovllm.vision.transform import ImageTransform
@@ -246,7 +246,7 @@ def pngs() -> list[File]:
         File("png truncated", cut(whole), refused=InvalidImage),
         File("png of no width", png(0, 9, 8, 2, b""), refused=InvalidImage),
         File("png of an impossible depth", png(13, 9, 3, 2, b""), refused=InvalidImage),
-        File("png animated", saved(RGB, "PNG", save_all=True, append_images=[other]), refused=ImageTooLarge),
+        File("png animated", saved(RGB, "PNG", save_all=True, append_images=[other]), refused=TooManyFrames),
     ]
 
 
@@ -268,13 +268,13 @@ def other_allowed_formats() -> list[File]:
         File("webp lossless", webp, RGB),
         File("webp lossless with alpha", saved(half, "WEBP", lossless=True), on_white(half[..., :3], half[..., 3]), 1),
         File("webp lossy", saved(RAMP, "WEBP", quality=95), RAMP, LOSSY),
-        File("webp animated", saved(RGB, "WEBP", **animated, lossless=True), refused=ImageTooLarge),
+        File("webp animated", saved(RGB, "WEBP", **animated, lossless=True), refused=TooManyFrames),
         File("webp animated, first", saved(RGB, "WEBP", **animated, lossless=True), RGB, max_frames=2),
         File("webp truncated", cut(webp), refused=InvalidImage),
         File("gif", gif, palette[indices]),
         File("gif with a clear colour", saved(paletted, "GIF", transparency=2), clear),
         File("gif with a small first frame", framed, frame),
-        File("gif animated", saved(RGB, "GIF", **animated), refused=ImageTooLarge),
+        File("gif animated", saved(RGB, "GIF", **animated), refused=TooManyFrames),
         File("gif truncated", cut(gif, 0.9), refused=InvalidImage),
         *(
             File(f"tiff {name}", saved(RGB, "TIFF", compression=name), RGB)
@@ -288,7 +288,7 @@ def other_allowed_formats() -> list[File]:
         File("tiff of 16 bits, big-endian", tiff(wide, order=">", photometric=1), grey_rgb(wide // 257), 1),
         File("tiff of 16 bits, 0 is white", tiff(wide, order="<", photometric=0), grey_rgb((65535 - wide) // 257), 1),
         File("tiff orientation 8", saved(RGB, "TIFF", exif=oriented(8)), turned(RGB, 8)),
-        File("tiff of two pages", saved(RGB, "TIFF", **animated), refused=ImageTooLarge),
+        File("tiff of two pages", saved(RGB, "TIFF", **animated), refused=TooManyFrames),
         File("tiff of two pages, first", saved(RGB, "TIFF", **animated), RGB, max_frames=2),
         File("tiff truncated", cut(saved(RGB, "TIFF"), 0.3), refused=InvalidImage),
         File("bmp", saved(RGB, "BMP"), RGB),
@@ -343,12 +343,12 @@ def bombs() -> list[File]:
         at = flat.index(struct.pack("<HHI", tag, 4, 1)) + 8
         flat[at : at + 4] = struct.pack("<I", side)
     return [
-        File("png bomb", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows), refused=ImageTooLarge),
-        File("jpeg bomb", bytes(jpeg), refused=ImageTooLarge),
-        File("webp bomb", webp, refused=ImageTooLarge),
-        File("gif bomb", gif, refused=ImageTooLarge),
-        File("bmp bomb", bytes(bmp), refused=ImageTooLarge),
-        File("tiff bomb", bytes(flat), refused=ImageTooLarge),
+        File("png bomb", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows), refused=TooManyPixels),
+        File("jpeg bomb", bytes(jpeg), refused=TooManyPixels),
+        File("webp bomb", webp, refused=TooManyPixels),
+        File("gif bomb", gif, refused=TooManyPixels),
+        File("bmp bomb", bytes(bmp), refused=TooManyPixels),
+        File("tiff bomb", bytes(flat), refused=TooManyPixels),
     ]
 
 
@@ -423,13 +423,13 @@ def test_a_bomb_is_refused_within_bounded_memory(tmp_path: Path) -> None:
     program = """
 import resource, sys
 from pathlib import Path
-from nanovllm.errors import ImageTooLarge
+from nanovllm.errors import TooManyPixels
 from nanovllm.vision.images import load_rgb
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sorted(Path(sys.argv[1]).glob("*.bomb")):
     try:
         load_rgb(file.read_bytes())
-    except ImageTooLarge:
+    except TooManyPixels:
         continue
     sys.exit(f"{file} was read")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanovllm.errors import DecoderFailed, ImageTooLarge, InvalidImage, SystemicError, UnsupportedImageFormat
+from nanovllm.errors import (
+    DecoderFailed,
+    ImageTooLarge,
+    InvalidImage,
+    SystemicError,
+    TooManyPixels,
+    UnsupportedImageFormat,
+)
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.images import ImageLimits
 from nanovllm.vision.transform import ImageTransform, prepare_image
@@ -77,7 +84,7 @@ async def test_a_refused_image_raises_the_same_error_and_the_child_goes_on(
 async def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     assert len(png_bomb()) < 200_000
     async with running() as pool:
-        with pytest.raises(ImageTooLarge, match="12000x12000 = 144000000 pixels; 50000000 are allowed"):
+        with pytest.raises(TooManyPixels, match="12000x12000 = 144000000 pixels; 50000000 are allowed"):
             await pool.prepare(png_bomb())
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from nanovllm.errors import ConfigurationError, ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from nanovllm.errors import (
+    ConfigurationError,
+    ImageTooLarge,
+    InvalidImage,
+    TooManyFrames,
+    TooManyPixels,
+    UnsupportedImageFormat,
+)
 from nanovllm.vision.images import ImageLimits, load_rgb, pixel_digest
 
 
@@ -204,9 +211,9 @@ def test_animations_and_pages_are_refused_or_their_first_taken() -> None:
     for format in ("GIF", "TIFF", "WEBP", "PNG"):
         options = {"lossless": True} if format == "WEBP" else {}
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
-        with pytest.raises(ImageTooLarge, match=r"has 3 frames or pages; 1 are allowed"):
+        with pytest.raises(TooManyFrames, match=r"has 3 frames or pages; 1 are allowed"):
             load_rgb(data)
-        with pytest.raises(ImageTooLarge, match="3 frames"):
+        with pytest.raises(TooManyFrames, match="3 frames"):
             load_rgb(Image.open(io.BytesIO(data)))
         assert pixels(data, ImageLimits(max_frames=3))[0, 0].tolist() == [255, 0, 0]
 
@@ -228,7 +235,7 @@ def test_pixels_beyond_the_limit_are_refused_from_the_header_alone() -> None:
     ):
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         png = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
-        with pytest.raises(ImageTooLarge, match=says):
+        with pytest.raises(TooManyPixels, match=says):
             load_rgb(png)
 
 
@@ -236,13 +243,13 @@ def test_pixels_beyond_the_limit_are_refused_from_the_header_alone() -> None:
 def test_a_webps_canvas_is_checked_before_pillow_allocates_it(header_only: bool) -> None:
     for options in ({}, {"lossless": True}, {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "red")]}):
         data = encoded(Image.new("RGB", (40, 30)), "WEBP", **options)
-        with pytest.raises(ImageTooLarge, match="40x30 = 1200 pixels; 1000 are allowed"):
+        with pytest.raises(TooManyPixels, match="40x30 = 1200 pixels; 1000 are allowed"):
             load_rgb(data[:32] if header_only else data, ImageLimits(max_pixels=1000))
 
 
 def test_limits_hold_for_arrays_and_pil_images_too() -> None:
     for source in (noise(20, 30), Image.fromarray(noise(20, 30))):
-        with pytest.raises(ImageTooLarge, match="30x20 = 600 pixels; 599 are allowed"):
+        with pytest.raises(TooManyPixels, match="30x20 = 600 pixels; 599 are allowed"):
             load_rgb(source, ImageLimits(max_pixels=599))
         with pytest.raises(InvalidImage, match="30x20 pixels; each side needs at least 21"):
             load_rgb(source, ImageLimits(min_side=21))
@@ -324,6 +331,41 @@ def test_digests_tell_apart_equal_bytes_of_another_shape() -> None:
     assert pixel_digest(load_rgb(array)) != pixel_digest(load_rgb(array.reshape(10, 6, 3)))
     assert pixel_digest(load_rgb(array)) != pixel_digest(load_rgb(array.reshape(60, 1, 3)))
     assert len(pixel_digest(load_rgb(array))) == 32
+
+
+def test_files_that_look_alike_have_one_digest_and_others_have_their_own() -> None:
+    picture = Image.fromarray(noise(6, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    decoded = Image.open(io.BytesIO(encoded(picture, "JPEG", quality=95)))
+    alike = {
+        "png": encoded(picture),
+        "bmp": encoded(picture, "BMP"),
+        "tiff": encoded(picture, "TIFF"),
+        "webp": encoded(picture, "WEBP", lossless=True),
+        "with opaque alpha": encoded(picture.convert("RGBA")),
+        "turned by EXIF": encoded(turned, exif=exif),
+    }
+    digests = {name: pixel_digest(load_rgb(data)) for name, data in alike.items()}
+    assert len(set(digests.values())) == 1, digests
+    assert pixel_digest(load_rgb(encoded(decoded))) == pixel_digest(load_rgb(encoded(picture, "JPEG", quality=95)))
+    turned_jpeg = encoded(turned, "JPEG", quality=95, exif=exif)
+    upright = Image.open(io.BytesIO(turned_jpeg)).transpose(Image.Transpose.ROTATE_270)
+    assert pixel_digest(load_rgb(turned_jpeg)) == pixel_digest(load_rgb(encoded(upright)))
+
+    one_pixel = noise(6, 10)
+    one_pixel[0, 0, 0] ^= 1
+    clear = picture.convert("RGBA")
+    clear.putpixel((0, 0), (*picture.getpixel((0, 0)), 0))  # type: ignore[misc]
+    others = [
+        encoded(Image.fromarray(one_pixel)),
+        encoded(picture.crop((0, 0, 9, 6))),
+        encoded(turned),
+        encoded(picture.convert("L")),
+        encoded(clear),
+    ]
+    assert len({pixel_digest(load_rgb(data)) for data in others} | set(digests.values())) == len(others) + 1
 
 
 def test_the_digest_does_not_depend_on_how_the_pixels_are_read() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from nanovllm.errors import ConfigurationError, ImageTooLarge, UnsupportedModel
+from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
 from nanovllm.vision.native_encoder import NativeEncoder
 from nanovllm.vision.transform import ImageTransform, PreparedImage, prepare_image
 
@@ -123,7 +123,7 @@ def test_other_sizes_than_the_transforms_are_not_accepted(checkpoint: Path) -> N
 def test_images_too_narrow_are_refused(checkpoint: Path) -> None:
     encoder = NativeEncoder.from_checkpoint(checkpoint)
     prepared(encoder, (200, 1))
-    with pytest.raises(ImageTooLarge, match="201x1 pixels is too narrow: 200:1"):
+    with pytest.raises(InvalidImage, match="201x1 pixels is too narrow: 200:1"):
         prepared(encoder, (201, 1))
 
 

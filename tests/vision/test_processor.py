@@ -8,7 +8,7 @@ import torch
 from checkpoints import make_clip, make_llava, make_tokenizer
 from PIL import Image
 
-from nanovllm.errors import ConfigurationError, ImageTooLarge, PlaceholderMismatch
+from nanovllm.errors import ConfigurationError, PlaceholderMismatch, TooManyPixels
 from nanovllm.layers.vision import VisionEncoder, VisionProcessor
 from nanovllm.vision.cache import EmbeddingCache
 from nanovllm.vision.images import ImageLimits
@@ -108,7 +108,7 @@ def test_encoders_with_other_weights_do_not_share_embeddings(tmp_path: Path, enc
 
 def test_a_prepared_image_is_taken_as_it_is_and_limits_hold_for_the_rest(encoder: VisionEncoder) -> None:
     processor = VisionProcessor(encoder, limits=ImageLimits(max_pixels=2999))
-    with pytest.raises(ImageTooLarge, match="3000 pixels"):
+    with pytest.raises(TooManyPixels, match="3000 pixels"):
         processor.prepare(image(0))
     prepared = VisionProcessor(encoder).prepare(image(0))
     assert processor.prepare(prepared) is prepared
