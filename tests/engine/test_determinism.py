@@ -16,7 +16,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
-from tests.checkpoints import make_llava, make_qwen3
+from tests.checkpoints import make_llava, make_qwen3, make_qwen_vl
 
 pytestmark = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
 
@@ -25,7 +25,9 @@ WORLDS: dict[str, Callable[[Path], Path]] = {
     "text": make_qwen3,
     "packed": partial(make_qwen3, hidden_size=768, num_heads=8, head_dim=64, num_layers=2),
     "llava": make_llava,
+    "qwen3-vl": partial(make_qwen_vl, family="qwen3_vl"),
 }
+SEE = ("llava", "qwen3-vl")
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantization": "int8"},
@@ -47,7 +49,7 @@ class Run:
         self.requests: dict[str, tuple[str, list[Any]]] = {}
         drawn = set()
         for number in range(COUNT):
-            wanted = (0, 1, 3)[number % 3] if name == "llava" else 0
+            wanted = (0, 1, 3)[number % 3] if name in SEE else 0
             seeds = [10 * (number % 5) + n for n in range(wanted)]
             drawn |= set(seeds)
             images = [noise_image(seed) for seed in seeds]

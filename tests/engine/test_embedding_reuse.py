@@ -125,6 +125,18 @@ def test_embeddings_are_the_same_bits_from_every_tier(llava: Path) -> None:
     assert stats["vision_cache_hits_by_tier"] == {"device": 0, "host": 6}
 
 
+def test_one_at_a_time_they_are_the_same_bits_alone_and_among_others_with_and_without_the_cache(llava: Path) -> None:
+    engine = make_engine(llava, embedding_cache_bytes=2 * ONE_IMAGE, embedding_cache_host_bytes=8 * ONE_IMAGE)
+    processor = engine.processor
+    assert processor is not None
+    processor.encoder.batch_size = 1  # as deterministic=True sets it
+    images = [processor.prepare(noise_image(seed)) for seed in range(5)]
+    alone = [processor.encoder.embed([image])[0] for image in images]
+    for order in (images, images[::-1], images[2:] + images):
+        for image, (found, _) in zip(order, processor.embed(order), strict=True):
+            assert torch.equal(found, alone[images.index(image)])
+
+
 def test_images_of_waiting_requests_fill_the_encoders_batch(llava: Path, batches: list[int]) -> None:
     engine = make_engine(llava, max_num_seqs=1)
     for seed in (1, 2, 1, 3):

@@ -223,8 +223,10 @@ def test_a_failed_leader_fails_those_who_joined_and_leaves_nothing_behind() -> N
 
 
 def test_many_threads_over_few_keys_never_see_a_wrong_tensor_or_break_the_bound() -> None:
-    cache = EmbeddingCache[str](5 * ENTRY_BYTES)
+    cache = EmbeddingCache[str](5 * ENTRY_BYTES, MemoryTier("host", 3 * ENTRY_BYTES))
     failures: list[BaseException] = []
+    computing: set[int] = set()
+    lock = threading.Lock()
 
     def work(seed: int) -> None:
         generator = np.random.default_rng(seed)
@@ -236,9 +238,18 @@ def test_many_threads_over_few_keys_never_see_a_wrong_tensor_or_break_the_bound(
                 def compute(
                     indices: list[int], numbers: list[int] = numbers, is_broken: bool = is_broken
                 ) -> Sequence[Tensor]:
-                    if is_broken:
-                        raise RuntimeError("broken on purpose")
-                    return views_of_one_batch(numbers)(indices)
+                    wanted = {numbers[index] for index in indices}
+                    with lock:
+                        assert not wanted & computing, "one key is computed twice at once"
+                        computing.update(wanted)
+                    try:
+                        time.sleep(0.0005)
+                        if is_broken:
+                            raise RuntimeError("broken on purpose")
+                        return views_of_one_batch(numbers)(indices)
+                    finally:
+                        with lock:
+                            computing.difference_update(wanted)
 
                 try:
                     found = cache.get_or_compute([key(number) for number in numbers], compute)
