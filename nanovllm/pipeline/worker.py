@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -59,6 +61,16 @@ COMMIT_INTERVAL_S = 1.0
 TICK_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
 OBJECT_STORE = "object store"
+TOLD_AT_ONCE = 3  # dead letters of records in a row that the log names one by one
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A record that is no job, and why."""
+
+    passage: Passage
+    ticket: Ticket
+    error: Exception
 
 
 class Worker:
@@ -173,13 +185,10 @@ class Worker:
             if delivery.ledger is ledger:
                 task.cancel()
 
-    async def deliver(self, delivery: Delivery, ticket: Ticket, turn: Turn | None = None) -> None:
-        """One delivery from the record to its end, whatever that is; in its ``turn`` where keys are in order."""
-        passage = Passage(delivery, self._tiers.origin_of(delivery))
+    async def _work(self, passage: Passage, job: Job, ticket: Ticket, turn: Turn | None) -> None:
+        """One job from its receipt to its end, whatever that is; in its ``turn`` where keys are in order."""
         try:
             try:
-                with passage.stage("receive"):
-                    job = self._receive(delivery, passage)
                 async with passage.deadline(passage.expires_at):
                     with passage.stage("admit"):
                         if turn is not None:
@@ -204,15 +213,42 @@ class Worker:
                     records = await self._store_if_large(records, passage)
             except Exception as error:
                 records = self._retry_later(passage, error) or self._bury(passage, error)
-            with passage.stage("publish"):
-                await self._publish(records, passage, ticket)
-            delivery.settle()
-            self._observe(passage)
+            await self._finish(records, passage, ticket)
         finally:
             ticket.release()
 
-    def _receive(self, delivery: Delivery, passage: Passage) -> Job:
-        source = passage.origin.source
+    async def _refuse(self, refused: list[Refused]) -> None:
+        """End records of one partition that are no jobs: their dead letters go out together.
+
+        A producer that has gone wrong sends thousands of them, and good jobs lie behind and beside them.
+        """
+        letters = [
+            self._bury(one.passage, one.error, is_told=place < TOLD_AT_ONCE)[0] for place, one in enumerate(refused)
+        ]
+        if (untold := len(refused) - TOLD_AT_ONCE) > 0:
+            logger.warning("%d more records in a row are dead letters", untold)
+        first = refused[0].passage
+        if first.delivery.transactions is not None:
+            await asyncio.gather(
+                *(self._finish([letter], one.passage, one.ticket) for letter, one in zip(letters, refused, strict=True))
+            )
+            return
+        with first.stage("publish"):
+            await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
+        self._metrics.sent.labels(letters[0].topic).inc(len(letters))
+        for one in refused:
+            one.passage.delivery.settle()
+            self._observe(one.passage)
+            one.ticket.release()
+
+    async def _finish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
+        with passage.stage("publish"):
+            await self._publish(records, passage, ticket)
+        passage.delivery.settle()
+        self._observe(passage)
+
+    def _receive(self, passage: Passage) -> Job:
+        delivery, source = passage.delivery, passage.origin.source
         passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
         job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
         passage.format = message_format(delivery.value)
@@ -411,8 +447,8 @@ class Worker:
         logger.info("job %r waits in %s: %s", passage.job_id, record.topic, reason.code)
         return [record]
 
-    def _bury(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
-        """The dead letter for what can never succeed.
+    def _bury(self, passage: Passage, error: Exception, *, is_told: bool = True) -> list[OutgoingRecord]:
+        """The dead letter for what can never succeed; the log is told of it, or not.
 
         Raises:
             SystemicError: it can, once the worker is well or another one takes it: back to Kafka. Or this would be one
@@ -428,13 +464,14 @@ class Worker:
             reason = internal
         self._poison.bury()
         passage.fail(reason)
-        logger.warning(
-            "job %r is a dead letter: %s in stage %s: %r",
-            passage.job_id,
-            reason.code,
-            passage.failed_stage,
-            str(reason),
-        )
+        if is_told:
+            logger.warning(
+                "job %r is a dead letter: %s in stage %s: %r",
+                passage.job_id,
+                reason.code,
+                passage.failed_stage,
+                str(reason),
+            )
         return [self._outgoing.dead_letter(passage, reason)]
 
     def _sampling(self, job: Job) -> SamplingParams:
@@ -455,32 +492,49 @@ class Worker:
                 continue
             failures = 0
             self._faults.clear("kafka consumer")
-            for delivery in deliveries:
-                self._begin(delivery)
+            self._begin(deliveries)
             if takes_work:
                 await self._admission.wait_for_room(POLL_MS / 1000)
 
-    def _begin(self, delivery: Delivery) -> None:
-        self._metrics.consumed.labels(delivery.topic).inc()
-        ticket = self._admission.admit(len(delivery.value))
-        turn = None
-        if self._settings.admission.per_key_order and delivery.key is not None:
-            turn = self._order.join((delivery.topic, delivery.partition, delivery.key))
-        task = asyncio.create_task(self.deliver(delivery, ticket, turn))
+    def _begin(self, deliveries: list[Delivery]) -> None:
+        """Start the work on each; what is no job is refused here, those of a partition together."""
+        refused: dict[PartitionLedger, list[Refused]] = defaultdict(list)
+        for delivery in deliveries:
+            self._metrics.consumed.labels(delivery.topic).inc()
+            passage = Passage(delivery, self._tiers.origin_of(delivery))
+            ticket = self._admission.admit(len(delivery.value))
+            try:
+                with passage.stage("receive"):
+                    job = self._receive(passage)
+            except Exception as error:
+                refused[delivery.ledger].append(Refused(passage, ticket, error))
+                continue
+            turn = None
+            if self._settings.admission.per_key_order and delivery.key is not None:
+                turn = self._order.join((delivery.topic, delivery.partition, delivery.key))
+            self._start(self._work(passage, job, ticket, turn), delivery, [ticket], turn)
+        for group in refused.values():
+            self._start(self._refuse(group), group[0].passage.delivery, [one.ticket for one in group], None)
+
+    def _start(
+        self, work: Coroutine[Any, Any, None], delivery: Delivery, tickets: list[Ticket], turn: Turn | None
+    ) -> None:
+        task = asyncio.create_task(work)
         self._at_work[task] = delivery
         # Not inside the coroutine: a task that is cancelled before its first step never runs a line of it.
-        task.add_done_callback(lambda ended: self._end(ended, ticket, turn))
+        task.add_done_callback(lambda ended: self._end(ended, tickets, turn))
 
-    def _end(self, task: asyncio.Task[None], ticket: Ticket, turn: Turn | None) -> None:
-        ticket.release()
+    def _end(self, task: asyncio.Task[None], tickets: list[Ticket], turn: Turn | None) -> None:
+        for ticket in tickets:
+            ticket.release()
         if turn is not None:
             turn.end()
         del self._at_work[task]
         if task.cancelled():
-            self._metrics.jobs.labels("returned").inc()
+            self._metrics.jobs.labels("returned").inc(len(tickets))
         elif (error := task.exception()) is not None:
             # A delivery that has not ended would hold its partition's watermark for ever: the worker ends instead.
-            self._metrics.jobs.labels("returned").inc()
+            self._metrics.jobs.labels("returned").inc(len(tickets))
             self._breach = error
             self._broken.set()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -72,15 +72,36 @@ class RenewingProducer:
         Raises:
             KafkaError: they have not, as far as is known; after a breakdown the next call uses another producer.
         """
+        await (await self.send(topic, value, key=key, headers=headers))
+
+    async def send(
+        self, topic: str, value: bytes | None, *, key: bytes | None, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> Awaitable[None]:
+        """Put the record into its batch, in the order of the calls; what is returned ends as ``send_and_wait`` does.
+
+        Raises:
+            KafkaError: it could not be put there.
+        """
         producer = self._producer
         if producer is None:
             raise ProducerClosed()
         try:
-            await producer.send_and_wait(topic, value, key=key, headers=list(headers))
+            sent = await producer.send(topic, value, key=key, headers=list(headers))
         except KafkaError as error:
-            if is_breakdown(error):
-                await self._renew(producer)
+            await self._renew_after(error, producer)
             raise
+        return self._acknowledged(sent, producer)
+
+    async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
+        try:
+            await sent
+        except KafkaError as error:
+            await self._renew_after(error, producer)
+            raise
+
+    async def _renew_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
+        if is_breakdown(error):
+            await self._renew(producer)
 
     async def _renew(self, broken: AIOKafkaProducer) -> None:
         async with self._renewal:
