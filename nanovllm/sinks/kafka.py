@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -59,7 +60,7 @@ class OutgoingRecord:
     value: bytes
     headers: Headers = ()
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """At least what the record takes in a batch of its own."""
         headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgpack
@@ -12,8 +12,8 @@ import pytest
 from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.echo import EchoEngine
-from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed
-from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, TransientError
+from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
 
 
 async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
@@ -70,6 +70,53 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     text = bench.metrics.exposition().decode()
     assert 'nanovllm_jobs_total{outcome="result"} 2.0' in text
     assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
+
+
+async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    published: list[int] = []
+    publish = KafkaSink.publish
+
+    async def counted(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+        published.append(len(records))
+        await publish(self, records)
+
+    monkeypatch.setattr(KafkaSink, "publish", counted)
+    await bench.send({"job_id": "before", "prompt": "p"}, *[b"{no job"] * 200, {"job_id": "behind", "prompt": "p"})
+    async with bench.working(EchoEngine()):
+        assert set(await bench.results(2)) == {"before", "behind"}
+        letters = await bench.dead_letters(200)
+        await eventually(lambda: reached(bench, 202))
+        await eventually(lambda: bench.metrics.registry.get_sample_value("nanovllm_jobs_in_flight") == 0)
+    assert len({headers["nanovllm_source_offset"] for headers, _ in letters}) == 200
+    assert max(published) > 3
+    told = [record.getMessage() for record in caplog.records if "dead letter" in record.getMessage()]
+    assert 0 < len(told) < 200
+    counts = [int(text.split()[0]) if text[0].isdigit() else 1 for text in told]
+    assert sum(counts) == 200
+    assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) == 200
+
+
+async def test_bad_records_that_cannot_be_sent_yet_keep_their_offsets(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = KafkaSink.publish
+    is_down = True
+
+    async def refused(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+        if is_down:
+            raise TransientError("not now")
+        await publish(self, records)
+
+    monkeypatch.setattr(KafkaSink, "publish", refused)
+    await bench.send(*[b"{no job"] * 20)
+    async with bench.working(EchoEngine()):
+        await asyncio.sleep(1.0)
+        assert not await bench.committed()
+        is_down = False
+        assert len(await bench.dead_letters(20)) == 20
+        await eventually(lambda: reached(bench, 20))
 
 
 async def test_a_slow_job_holds_the_watermark_and_not_the_jobs_behind_it(bench: Bench) -> None:
