@@ -8,7 +8,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import boto3
@@ -59,7 +59,6 @@ _CREDENTIALS = frozenset(
         "AuthorizationHeaderMalformed",
     }
 )
-QUOTE = '"'
 _BUSY = frozenset({"SlowDown", "ThrottlingException", "RequestTimeout", "OperationAborted", "TooManyRequests"})
 
 
@@ -178,7 +177,7 @@ class ObjectFetcher:
             bucket, key = ref.bucket_and_key
             which = {"VersionId": ref.version_id} if ref.version_id else {}
             if ref.etag is not None:
-                which["IfMatch"] = f'"{ref.etag.strip(QUOTE)}"'
+                which["IfMatch"] = f'"{ref.etag}"'
             elif held is not None and held.etag:
                 which["IfNoneMatch"] = held.etag
             answer = self._connected().get_object(Bucket=bucket, Key=key, **which)
@@ -189,21 +188,28 @@ class ObjectFetcher:
         except NanoVLLMError:
             raise
         except Exception as error:
-            if held is not None and _is_unchanged(error):
-                return self.checked(ref, held)
+            if held is not None and isinstance(error, ClientError) and _is_unchanged(error):
+                # Equal bytes may have been written again: as which version, only the store knows.
+                version_id = _version_in(error)
+                is_same = version_id == held.version_id
+                return self.checked(ref, held if is_same else replace(held, version_id=version_id))
             classed = classify(error)
             if isinstance(classed, CredentialsRefused):
                 # The next attempt reads credentials anew: a mounted secret may have been replaced.
                 with self._lock:
                     self._client = None
             raise classed from error
+        tag = answer.get("ETag")
+        if ref.etag is not None and (tag or "").strip('"') != ref.etag:
+            # Not every store, or proxy before one, knows the condition.
+            raise ObjectChanged("the object has another entity tag than the job names")
         version_id = answer.get("VersionId") or ref.version_id
         fetched = FetchedImage(
             data,
             hashlib.sha256(data).hexdigest(),
             ref.uri,
             None if version_id == "null" else version_id,
-            answer.get("ETag"),
+            tag,
         )
         return self.checked(ref, fetched)
 
@@ -276,8 +282,13 @@ def make_client(settings: S3Settings) -> Any:
     )
 
 
-def _is_unchanged(error: Exception) -> bool:
-    return isinstance(error, ClientError) and error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
+def _is_unchanged(error: ClientError) -> bool:
+    return error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
+
+
+def _version_in(error: ClientError) -> str | None:
+    version: str | None = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id")
+    return None if version == "null" else version
 
 
 def classify(error: Exception) -> NanoVLLMError:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,9 +35,10 @@ from nanovllm.sinks.encoding import check_json_value
 IMAGE_PLACEHOLDER = "<|image|>"
 MAX_METADATA_BYTES = 65_536
 
-_S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})/(.+)", re.DOTALL)
+_S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})/([^\x00]+)")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_BARE_TAG = re.compile(r"[!#-~]+")
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 
 
@@ -92,14 +94,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _bare_tag(value: str) -> str:
+    tag = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    # If-Match: * is met by every object, and so by none in particular.
+    if tag == "*" or not _BARE_TAG.fullmatch(tag):
+        raise ValueError("is not an entity tag")
+    return tag
+
+
+EntityTag = Annotated[str, Field(min_length=1, max_length=1024, pattern='^"?[!#-~]+"?$'), AfterValidator(_bare_tag)]
+
+
 class ImageRef(_Strict):
     """One image: an object in S3, or its bytes."""
 
     uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
     version_id: str | None = Field(None, min_length=1, max_length=1024, description="Version of the object.")
-    etag: str | None = Field(
-        None, min_length=1, max_length=1024, description="Entity tag that the object must have, with or without quotes."
-    )
+    etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
     data: ImageBytes | None = Field(None, description="The encoded image: base64 in JSON, bytes in msgpack.")
 

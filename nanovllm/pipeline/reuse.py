@@ -155,9 +155,11 @@ class ImageReuse:
         if reuse != "miss" and may_have_changed:
             # It was read, or its reading began, before this job came; it may have been replaced since.
             current = await self._fetcher.fetch(anyone, held=image)
+            if current.data is not image.data:
+                current, reuse = self._downloaded(current), "miss"
             if current is not image:
-                self._work.keep(key, self._downloaded(current), len(current.data))
-                image, reuse = current, "miss"
+                self._work.keep(key, current, len(current.data))
+                image = current
         self._metrics.reuse.labels("fetch", reuse).inc()
         return self._fetcher.checked(ref, image)
 
