@@ -65,7 +65,9 @@ def faulty_native(orders: Orders, settings: Any) -> Any:
     class FaultyNative(AsyncEngine):
         def submit(self, request: Request) -> Generation:
             if POISON in (request.prompt or ""):
+                # Not to the model: it might answer before the crash, which would then be laid to whoever comes next.
                 asyncio.get_running_loop().call_later(WORK_S, os.kill, os.getpid(), signal.SIGSEGV)
+                return Generation(request.request_id, self.abort)
             orders.crash_if_told()
             if orders.take("out-of-memory"):
                 self._die(EngineDead("told to run out of memory"))
