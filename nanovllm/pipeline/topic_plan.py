@@ -110,6 +110,9 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
             yield Finding(need.name, "error", "does not exist; nanovllm topics create makes it")
             continue
         yield from _replication_findings(need, state)
+        if settings.delivery == "exactly_once" and state.replication == 1 and "WRITE" in need.operations:
+            # A partition without a leader is taken for a deleted one when a transaction ends (KAFKA-20734).
+            yield Finding(need.name, "warning", "has one replica: a broker killed at a commit may show outputs twice")
         if need.purpose in ("jobs", "retry", "dead letters") and "compact" in state.configs.get("cleanup.policy", ""):
             yield Finding(need.name, "error", "cleanup.policy compacts: of records with one key all but the last go")
         if need.purpose == "jobs":

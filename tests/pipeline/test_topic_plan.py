@@ -77,6 +77,12 @@ def test_what_is_created_passes_the_check_on_apache_kafka(
         "has one replica: a lost broker loses it"
     }
     assert main(["topics", "check", "--workers", "4"]) == 1
+    capsys.readouterr()
+    monkeypatch.setenv("NANOVLLM_DELIVERY", "exactly_once")
+    assert main(["topics", "check", "--json"]) == 0
+    told = [row for row in json.loads(capsys.readouterr().out) if "may show outputs twice" in row["finding"]]
+    # All that a worker writes, and not the jobs.
+    assert len(told) == 4
 
 
 @pytest.mark.kafka
