@@ -67,6 +67,7 @@ class ModelRunner:
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
+            _ = self.encoder.revision  # taken here, where seconds do not matter, and not in somebody's event loop
             self.processor = VisionProcessor(
                 self.encoder,
                 image_token_id=self.image_token_id,

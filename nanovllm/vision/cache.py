@@ -103,6 +103,9 @@ class Tier(Protocol):
     def entries(self) -> Iterator[Entry]:
         """All entries."""
 
+    def __len__(self) -> int:
+        """How many there are."""
+
 
 class MemoryTier:
     """Entries in the memory of one device, least recently used out first, at most ``max_bytes`` of tensor storage."""
@@ -143,6 +146,10 @@ class MemoryTier:
     def entries(self) -> Iterator[Entry]:
         """All entries."""
         return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._entries)
 
 
 @dataclass
@@ -240,7 +247,7 @@ class EmbeddingCache(Generic[Note]):
         """Counts since the start, and what is held now."""
         with self._lock:
             tiers = tuple(
-                TierStats(tier.name, hits, sum(1 for _ in tier.entries()), tier.held_bytes, tier.max_bytes)
+                TierStats(tier.name, hits, len(tier), tier.held_bytes, tier.max_bytes)
                 for tier, hits in self._hits.items()
             )
             return CacheStats(
