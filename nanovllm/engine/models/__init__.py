@@ -14,8 +14,9 @@ from nanovllm.engine.models import llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
 from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
+from nanovllm.engine.models.qwen2_5_vl import qwen2_5_vl
 from nanovllm.engine.models.qwen3 import qwen3
-from nanovllm.engine.models.qwen_vl import qwen2_5_vl, qwen3_vl
+from nanovllm.engine.models.qwen3_vl import qwen3_vl
 from nanovllm.engine.models.weights import load_decoder
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel

@@ -1,8 +1,6 @@
-"""Qwen2.5-VL and Qwen3-VL: Qwen2 and Qwen3 text whose tokens stand at three positions, time, height and width (M-RoPE).
+"""What Qwen2.5-VL and Qwen3-VL share: tokens at three positions, time, height and width (M-RoPE), and tensors' names.
 
-They differ in which of a head's frequencies turn with which position: Qwen2.5-VL cuts them into three runs
-(arXiv 2409.12191), Qwen3-VL deals them out in turn (arXiv 2511.21631). The towers are
-:class:`nanovllm.vision.native_encoder.NativeEncoder`'s.
+The towers are :class:`nanovllm.vision.native_encoder.NativeEncoder`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import torch
 
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
-from nanovllm.engine.models.decoder import DecoderConfig
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.native_encoder import NativeEncoder
@@ -27,24 +24,6 @@ _TEXT_PREFIXES = (
     ("model.", "model."),
     ("lm_head.", "lm_head."),
 )
-
-
-def qwen2_5_vl(config: Any) -> DecoderConfig:
-    """The decoder of a ``Qwen2_5_VLForConditionalGeneration``."""
-    sections = _sections(config)
-    axes = tuple(axis for axis, length in enumerate(sections) for _ in range(length))
-    return DecoderConfig.of(config, qkv_bias=True, position_axes=axes)
-
-
-def qwen3_vl(config: Any) -> DecoderConfig:
-    """The decoder of a ``Qwen3VLForConditionalGeneration``."""
-    sections = _sections(config)
-    axes = tuple(
-        turn % 3 if turn % 3 and turn < 3 * sections[turn % 3] else 0  # what is left over turns with time
-        for turn in range(sum(sections))
-    )
-    bias = config.attention_bias
-    return DecoderConfig.of(config, qk_norm=True, qkv_bias=bias, output_bias=bias, position_axes=axes)
 
 
 def text_name(name: str) -> str | None:
@@ -97,10 +76,11 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
     return found + [(place - saved,) * 3 for place in range(start + len(found), end)]
 
 
-def _sections(config: Any) -> tuple[int, int, int]:
-    sections = (config.rope_parameters or {}).get("mrope_section")
+def sections(config: Any) -> tuple[int, int, int]:
+    """How many of a head's frequencies turn with time, height and width; UnsupportedModel where some are left over."""
+    found = (config.rope_parameters or {}).get("mrope_section")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not sections or len(sections) != 3 or 2 * sum(sections) != head_dim:
-        raise UnsupportedModel(f"mrope_section {sections} does not share out the {head_dim // 2} frequencies of a head")
-    time, height, width = sections
+    if not found or len(found) != 3 or 2 * sum(found) != head_dim:
+        raise UnsupportedModel(f"mrope_section {found} does not share out the {head_dim // 2} frequencies of a head")
+    time, height, width = found
     return int(time), int(height), int(width)
