@@ -80,9 +80,9 @@ def write_gguf(file: Path, checkpoint: Path) -> Path:
     return file
 
 
-def assert_answers_equal(original: Path, converted: Path, *, is_llava: bool = False) -> None:
+def assert_answers_equal(original: Path, converted: Path, *, sees: bool = False) -> None:
     """transformers on the original, this engine on the converted one."""
-    drawn = draw_cases(Reference(original, sees=is_llava), [0, 1, 2] if is_llava else [0, 0, 0], max_tokens=12)
+    drawn = draw_cases(Reference(original, sees=sees), [0, 1, 2] if sees else [0, 0, 0], max_tokens=12)
     engine = recording_engine(converted)
     for number, case in enumerate(drawn):
         engine.add_request(case.prompt, greedy(12), images=case.images, request_id=str(number))
