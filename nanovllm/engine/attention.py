@@ -211,7 +211,7 @@ class _CpuPlan:
 
 
 class PagedCpuAttention:
-    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, block_size, d], d a multiple of 16.
+    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, positions, d], both multiples of 16.
 
     A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
     """
@@ -221,9 +221,9 @@ class PagedCpuAttention:
         self.block_size = block_size or 16
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[num_blocks, 2, kv_heads, block_size, d]; heads are padded to whole vectors, and the padding stays zero."""
-        padded = head_dim + -head_dim % 16
-        return _zeros((num_blocks, 2, num_kv_heads, self.block_size, padded), dtype, torch.device("cpu"))
+        """[num_blocks, 2, kv_heads, positions, d]: blocks in whole tiles, heads in whole vectors; padding stays zero."""
+        positions, padded = (size + -size % 16 for size in (self.block_size, head_dim))
+        return _zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
 
     def plan(self, batch: AttentionBatch) -> _CpuPlan:
         """Slots, first tokens, contexts and the padded block table."""
@@ -237,8 +237,9 @@ class PagedCpuAttention:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _CpuPlan) -> Tensor:
         """See AttentionBackend."""
         output: Tensor = torch.ops.nanovllm.paged_attention(
-            query, key, value, cache, plan.slots, plan.starts, plan.contexts, plan.block_tables, query.shape[-1] ** -0.5
-        )
+            query, key, value, cache, self.block_size, plan.slots, plan.starts, plan.contexts, plan.block_tables,
+            query.shape[-1] ** -0.5,
+        )  # fmt: skip
         return output
 
 
