@@ -234,11 +234,14 @@ class SdpaAttention:
         return output
 
     def _decode(self, query: Tensor, cache: Tensor, group: _DecodeGroup) -> Tensor:
-        rows = group.end - group.start
+        rows, kv_heads = group.end - group.start, cache.shape[3]
         keys, values = self._gather(cache, group.pages).view(rows, -1, *cache.shape[2:]).unbind(2)
-        return F.scaled_dot_product_attention(
-            query.unsqueeze(2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, enable_gqa=True
-        ).squeeze(2)
+        # The heads that share keys are so many queries of one head, which every kernel of torch takes.
+        heads = query.view(rows, kv_heads, -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(
+            heads, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask
+        )
+        return output.reshape(query.shape)
 
     def _gather(self, cache: Tensor, pages: Tensor) -> Tensor:
         if not cache.is_cpu:

@@ -101,8 +101,10 @@ def _attention(engine: LLMEngine) -> Finding:
     if isinstance(backend, PagedCpuAttention):
         return Finding("attention", "our kernel on the pages", "compiled for this CPU")
     if isinstance(backend, SdpaAttention):
-        reason = "float32 on a GPU" if engine.model_runner.device.type == "cuda" else None
-        reason = reason or kernels.missing()
+        reason = kernels.missing()
+        if engine.model_runner.device.type == "cuda":
+            is_full = engine.model_runner.dtype == torch.float32
+            reason = "float32" if is_full else "neither flash-attn nor a torch whose varlen_attn takes block tables"
         return Finding("attention", "torch SDPA on copies of the pages: slow", f"the faster one is missing: {reason}")
     has_flash = importlib.util.find_spec("flash_attn") is not None
     return Finding("attention", "flash-attn" if has_flash else "torch varlen_attn", "on the pages")
