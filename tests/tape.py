@@ -6,7 +6,7 @@ recording; and it refuses what the real one refuses: a look at values, and const
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -14,19 +14,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_REFUSED = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"}
+_LOOKS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
+_CONSTANTS = {"lift_fresh"}
 
 
-class _Tape(TorchDispatchMode):
-    def __init__(self) -> None:
+class Tape(TorchDispatchMode):
+    """Notes every operator called inside, and raises RuntimeError for those that make the host wait for the device."""
+
+    def __init__(self, refused: Set[str] = _LOOKS) -> None:
+        """``refused``: names of operators."""
         super().__init__()
+        self.refused = refused
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if name in _REFUSED or (name.startswith("index") and _has_mask(args)):
-            raise RuntimeError(f"{name} is not possible while a graph is recorded")
+        if name in self.refused or (name.startswith("index") and _has_mask(args)):
+            raise RuntimeError(f"{name} looks at values, or takes them from the host")
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         memories = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
@@ -41,7 +46,7 @@ class _Tape(TorchDispatchMode):
 def record(compute: Callable[[], Any]) -> Callable[[], None]:
     """Run ``compute`` twice, the second time on tape; what is returned replays it."""
     compute()
-    with _Tape() as tape:
+    with Tape(_LOOKS | _CONSTANTS) as tape:
         compute()
 
     def replay() -> None:

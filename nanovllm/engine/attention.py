@@ -223,14 +223,20 @@ class SdpaAttention:
                 keys, values = key[part], value[part]
             else:
                 keys, values = self._gather(cache, row.pages).view(-1, *cache.shape[2:])[: row.context].unbind(1)
-            output[part] = F.scaled_dot_product_attention(
-                query[part].transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                attn_mask=row.mask,
-                is_causal=row.mask is None,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            # Heads that share keys are a batch: no kernel of torch's for CUDA takes both enable_gqa and a mask.
+            heads = query[part].unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)
+            shared = (len(heads), heads.shape[1], -1, -1)
+            output[part] = (
+                F.scaled_dot_product_attention(
+                    heads,
+                    keys.transpose(0, 1).unsqueeze(1).expand(shared),
+                    values.transpose(0, 1).unsqueeze(1).expand(shared),
+                    attn_mask=row.mask,
+                    is_causal=row.mask is None,
+                )
+                .permute(2, 0, 1, 3)
+                .flatten(1, 2)
+            )
         return output
 
     def _decode(self, query: Tensor, cache: Tensor, group: _DecodeGroup) -> Tensor:

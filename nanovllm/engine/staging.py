@@ -39,7 +39,7 @@ def read_back(tokens: Tensor) -> list[int]:
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(tokens.device))
         done.synchronize()
         tokens = host
     values: list[int] = tokens.tolist()

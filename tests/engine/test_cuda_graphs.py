@@ -27,13 +27,14 @@ from engine_parts import (
 )
 from torch import Tensor
 
-from nanovllm.engine import kernels, kv_memory, model_runner
+from nanovllm.engine import kernels, kv_memory, model_runner, sampler
 from nanovllm.engine.attention import AttentionBackend, GraphAttention, SdpaAttention
 from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.config import GIB, EngineConfig
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.doctor import describe
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.sampling_params import SamplingParams
 
@@ -282,10 +283,48 @@ def test_plans_made_on_the_device_are_those_of_the_host(backend: str) -> None:
     assert plan.slots.tolist() == [4 * size, 2 * size - 1, 5 * size]
 
 
+def test_a_step_waits_for_the_device_only_to_read_its_tokens(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    waits = 0
+
+    def read_back(tokens: Tensor) -> list[int]:
+        nonlocal waits
+        waits += 1
+        with torch.utils._python_dispatch._disable_current_modes():
+            values: list[int] = tokens.tolist()
+        return values
+
+    monkeypatch.setattr(sampler, "read_back", read_back)
+    options: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
+    everything = SamplingParams(
+        temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.1,
+        frequency_penalty=0.1, logit_bias={7: 2.0}, bad_words=["the"], min_tokens=2, stop_token_ids=(9,), seed=3,
+        **options,
+    )  # fmt: skip
+    guided = SamplingParams(temperature=0.0, regex="[a-z]{4,}", **options)
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20, enforce_eager=True) as engine:
+        for params in (everything, SamplingParams(temperature=0.0, **options), SamplingParams(**options), guided):
+            engine.add_request([7, 8, 9], params)
+        with tape.Tape():
+            while engine.has_unfinished():
+                engine.step()
+        assert waits == engine.stats().steps
+
+
+def test_greedy_rows_are_an_argmax_and_nothing_else() -> None:
+    calls = tape.Tape()
+    rows = [Sequence("", [0], 1, SamplingParams(temperature=0.0), 16, None) for _ in range(3)]  # type: ignore[arg-type]
+    logits = torch.eye(3, 5)
+    with calls:
+        tokens = sampler.Sampler(CPU).sample(logits, rows)
+    assert tokens == [0, 1, 2]
+    assert [function._schema.name for function, *_ in calls.calls] == ["aten::argmax"]
+
+
 def test_the_tape_refuses_what_a_graph_cannot_hold() -> None:
     values = torch.arange(4.0)
     for compute in (values.max().item, lambda: values[values > 1], lambda: values + torch.tensor([1.0])):
-        with pytest.raises(RuntimeError, match="not possible while a graph is recorded"):
+        with pytest.raises(RuntimeError, match="looks at values, or takes them from the host"):
             tape.record(compute)
     doubled = torch.empty(4)
     replay = tape.record(lambda: doubled.copy_(values.view(2, 2).mul(2).flatten()))
