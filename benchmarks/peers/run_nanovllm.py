@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import torch
 from protocol import Answers, serve
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.linear import Linear
 
 OPTIONS = {
     "fp32": {"dtype": "float32"},
@@ -24,9 +26,20 @@ class Ours:
         torch.set_num_threads(args.threads)
         self.llm = LLM(args.model, max_num_seqs=args.batch, **OPTIONS[args.precision])
         self.versions = {"torch": torch.__version__}
+        self.linear_seconds = 0.0
+        product = Linear.forward
+
+        def timed(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+            started = time.perf_counter()
+            output = product(layer, x)
+            self.linear_seconds += time.perf_counter() - started
+            return output
+
+        Linear.forward = timed  # type: ignore[method-assign]
 
     def run(self, workload: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
-        before = self.llm.stats()
+        before, self.linear_seconds = self.llm.stats(), 0.0
+        started = time.perf_counter()
         outputs = self.llm.generate(
             [request["prompt"] for request in workload["requests"]],
             [
@@ -41,10 +54,11 @@ class Ours:
             images=[request["images"] for request in workload["requests"]],
             use_tqdm=False,
         )
+        share = self.linear_seconds / (time.perf_counter() - started)
         after = self.llm.stats()
         counted = ("steps", "prefix_cache_hits", "encoder_images", "encoder_seconds", "num_preemptions")
         details = {name: getattr(after, name) - getattr(before, name) for name in counted}
-        return [list(output.token_ids) for output in outputs], {"counters": details}
+        return [list(output.token_ids) for output in outputs], {"counters": details, "linear_share": round(share, 3)}
 
 
 serve(Ours)
