@@ -44,7 +44,7 @@ CANNOT = {  # kinds of workload
     "transformers": {"schema"},
     "llama.cpp": {"text", "images", "schema"},
 }
-SPINS = "2000"
+SPINS = "20000"
 NO_INT8 = {"transformers", "vllm"}
 # Which checkpoint a size takes for text and schemas, and which for pictures; None: the size has no such workload.
 CHECKPOINTS = {

@@ -23,7 +23,7 @@ class EngineConfig:
     """
 
     model: str
-    max_num_batched_tokens: int = 2048  # the token budget of one step
+    max_num_batched_tokens: int | None = None  # the token budget of one step; None: 512 on a CPU, 2048 on a GPU
     max_num_seqs: int = 64
     max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
     block_size: int | None = None  # None: the attention backend's
@@ -59,9 +59,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a checkpoint is opened."""
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_images_per_request"):
+        for name in ("max_num_seqs", "max_images_per_request"):
             self._require_positive(name, optional=False)
-        for name in ("max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens",
+        for name in ("max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens",
                      "min_pixels", "max_pixels", "max_image_tokens"):  # fmt: skip
             self._require_positive(name, optional=True)
         for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
@@ -102,7 +102,11 @@ class EngineConfig:
     def max_decode_tokens(self) -> int:
         """The most tokens of a step without a prompt's: a seat has one, and drafts fill a small step up."""
         drafted = MOST_TOKENS_A_STEP if self.num_speculative_tokens else 0
-        return min(self.max_num_batched_tokens, max(self.max_num_seqs, drafted))
+        return min(self.step_tokens("cuda"), max(self.max_num_seqs, drafted))
+
+    def step_tokens(self, device_type: str) -> int:
+        """The token budget of one step. On a CPU what a layer computes for 512 tokens still lies in its cache."""
+        return self.max_num_batched_tokens or (512 if device_type == "cpu" else 2048)
 
     @property
     def wants_vision(self) -> bool | None:

@@ -19,7 +19,7 @@ _COLLAPSE = 25  # MADV_COLLAPSE: now, instead of when the kernel comes by (Linux
 
 def zeroed(size: int) -> mmap.mmap:
     """``size`` bytes of zeros that take memory only where they are written, and huge pages there."""
-    memory = mmap.mmap(-1, max(size, 1))
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

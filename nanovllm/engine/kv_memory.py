@@ -42,7 +42,7 @@ def kv_cache_bytes(
             taken += peak_bytes(device, lambda: largest_graph_step(config, model, attention, graph_tokens))
     except torch.OutOfMemoryError:
         raise ConfigurationError(
-            f"a step of max_num_batched_tokens={config.max_num_batched_tokens} at the end of a context of "
+            f"a step of max_num_batched_tokens={config.step_tokens(device.type)} at the end of a context of "
             f"{model.config.context_limit(config.max_model_len)} tokens does not fit the GPU: lower either"
         ) from None
     free, total = torch.cuda.mem_get_info(device)
@@ -63,8 +63,8 @@ def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
 def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBackend) -> Tensor:
     """Compute as much as any step: the last tokens of a longest prompt, and the logits that all seats would sample."""
     limit = model.config.context_limit(config.max_model_len)
-    length = min(config.max_num_batched_tokens, limit)
     device = model.embed_tokens.device
+    length = min(config.step_tokens(device.type), limit)
     caches = _one_block_for_all(model, attention)
     plan = attention.plan(AttentionBatch([length], [limit], [[0] * -(-limit // attention.block_size)]))
     ids = torch.zeros(length, dtype=torch.int64, device=device)

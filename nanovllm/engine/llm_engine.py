@@ -66,7 +66,7 @@ class LLMEngine:
                 enable_prefix_caching=self.config.enable_prefix_caching,
             ),
             max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
             num_speculative_tokens=self.config.num_speculative_tokens,
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)

@@ -318,7 +318,9 @@ class EngineSettings(Section):
         default_factory=dict, description="Short names for checkpoint directories (JSON object)."
     )
     max_num_seqs: int = Field(64, ge=1, description="Most jobs in one step of the engine.")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens in one step of the engine.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Most tokens in one step of the engine; unset: 512 on a CPU, 2048 on a GPU."
+    )
     max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; unset: the checkpoint's.")
     block_size: int | None = Field(
         None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's."

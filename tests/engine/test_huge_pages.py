@@ -42,6 +42,13 @@ def test_a_kv_cache_takes_memory_only_where_it_is_written() -> None:
 
 
 @pytest.mark.skipif(not can_have_them(), reason="this system has no huge pages")
+def test_a_kv_cache_is_written_to_huge_pages() -> None:
+    cache = PagedCpuAttention(16).allocate(1024, 2, 128, torch.float32)
+    cache.fill_(1.0)
+    assert kib_of(cache, "AnonHugePages") >= 16 * 1024
+
+
+@pytest.mark.skipif(not can_have_them(), reason="this system has no huge pages")
 def test_what_is_kept_of_a_block_s_memory_lies_on_huge_pages() -> None:
     before = torch.ones(16 * MIB)
     with huge_pages.for_new_memory():
