@@ -70,7 +70,10 @@ class EngineConfig:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel_size != 1:
-            raise ConfigurationError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported, only 1 is")
+            raise ConfigurationError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: this engine runs on one GPU; more are for the vLLM "
+                "backend"
+            )
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
         if self.kv_cache_dtype not in ("auto", "bfloat16"):

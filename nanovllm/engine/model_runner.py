@@ -174,7 +174,7 @@ class ModelRunner:
                 yield sequence, span
 
     def prepare(self, plan: Plan) -> StepInputs:
-        """Turn a plan's rows into tensors, single-token rows first; encodes the images that they touch."""
+        """Turn a plan's rows into tensors, single-token rows first; what `embed_images` found stands in it."""
         rows = tuple(sorted(plan.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []

@@ -17,6 +17,7 @@ from nanovllm.engine.guided import forbid_masked
 from nanovllm.engine.sequence import Sequence
 
 _NEVER = float("-inf")
+_COLDEST = 1e-5  # a temperature below which only the best token is left, and float32 would overflow
 
 
 class Sampler:
@@ -86,7 +87,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         params = [sequence.sampling for sequence in sequences]
-        logits = logits / self._column([param.temperature for param in params])
+        logits = logits / self._column([max(param.temperature, _COLDEST) for param in params])
         if any(param.min_p > 0.0 for param in params):
             floor = logits.amax(-1, keepdim=True) + self._column([param.min_p for param in params]).log()
             logits = logits.masked_fill(logits < floor, _NEVER)

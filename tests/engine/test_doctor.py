@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,19 @@ def test_a_fallback_is_called_slow_and_says_what_is_missing(text: Path, monkeypa
 def test_measuring_leaves_the_engine_idle(text: Path) -> None:
     with LLMEngine(str(text), kv_cache_bytes=8 << 20, max_num_seqs=8) as engine:
         found = {finding.subject: finding for finding in measure(engine, seconds=0.3)}
-        assert set(found) == {"prefill", "decode, batch 1", "decode, batch 8"}
+        assert set(found) == {"prefill, prompts of 64", "decode, batch 1", "decode, batch 8"}
         assert all(finding.value.endswith("tokens/s") for finding in found.values())
+        assert all(
+            re.match(r"the linear layers alone: [\d,]+, \d+% of which", finding.note) for finding in found.values()
+        )
+        assert engine.stats().spec_decode_draft_tokens == 0
         assert not engine.has_unfinished()
         engine.audit()
+
+
+def test_no_more_is_measured_at_once_than_the_cache_holds(text: Path) -> None:
+    with LLMEngine(str(text), kv_cache_bytes=16384 * 12) as engine:
+        assert [finding.subject for finding in measure(engine, seconds=0.1)][1:] == ["decode, batch 1"]
 
 
 def test_the_command_prints_one_json_array(
