@@ -13,7 +13,9 @@ from nanovllm.engine import kernels
 from nanovllm.engine.doctor import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
+from nanovllm.pipeline.app import _load_engine, native_engine
 from nanovllm.pipeline.cli import main
+from nanovllm.pipeline.settings import EngineSettings
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import make_llava
 
@@ -89,3 +91,18 @@ def test_a_bfloat16_cache_is_refused_where_nothing_reads_it(text: Path, monkeypa
     monkeypatch.setattr(kernels, "missing", lambda: "no compiler here")
     with pytest.raises(ConfigurationError, match=r"kv_cache_dtype='bfloat16' needs.*no compiler here"):
         LLMEngine(str(text), kv_cache_bytes=1 << 20, kv_cache_dtype="bfloat16")
+
+
+async def test_the_first_lines_of_a_worker_s_log_say_the_same(
+    text: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda: "there is no C++ compiler")
+    caplog.set_level("INFO", "nanovllm")
+    settings = EngineSettings(model=str(text), kv_cache_bytes=1 << 20)
+    engine = await _load_engine(settings)
+    lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.worker"]
+    with native_engine(settings) as same:
+        findings = told(same)
+    await engine.close()
+    assert [line.split(":")[0] for line in lines] == list(findings)
+    assert any(line.startswith("attention: torch SDPA") and "no C++ compiler" in line for line in lines)
