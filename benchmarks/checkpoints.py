@@ -89,7 +89,9 @@ def make_llava(directory: Path, text: Path) -> None:
         projection_dim=512,
     )
     torch.manual_seed(0)
-    config = LlavaConfig(tower, language.config, image_token_index=image_token, image_seq_length=196)
+    config = LlavaConfig(
+        vision_config=tower, text_config=language.config, image_token_index=image_token, image_seq_length=196
+    )
     config.eos_token_id = language.config.eos_token_id
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())

@@ -11,10 +11,10 @@ import importlib.util
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.staging import to_device, together
 
 logger = logging.getLogger(__name__)
+
+_GRAPH_CONTEXTS = (512, 2048)  # tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,22 @@ class AttentionBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class GraphAttention(AttentionBackend, Protocol):
+    """A backend that also plans steps of single tokens on the device alone, so that a CUDA graph can hold the plan."""
+
+    def decode_contexts(self, limit: int) -> tuple[int, ...]:
+        """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
+        ...
+
+    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> Any:
+        """The plan of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.
+
+        No value may reach the host. A row's unused blocks may be any of the cache's.
+        """
+        ...
+
+
 def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
     """The cache slot of every new token, in row order: block number times block size plus offset."""
     slots: list[int] = []
@@ -72,6 +91,18 @@ def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
             first = (table[block] - block) * block_size
             slots.extend(range(first + low, first + high))
     return slots
+
+
+def last_slots(context_lens: Tensor, block_tables: Tensor, block_size: int) -> Tensor:
+    """The slots [n] of the last tokens of contexts [n], from tables [n, width], computed where those are."""
+    last = (context_lens - 1).unsqueeze(1)
+    return (block_tables.gather(1, last // block_size) * block_size + last % block_size).squeeze(1)
+
+
+def padded_tables(batch: AttentionBatch, block_size: int) -> list[list[int]]:
+    """The block tables, all as wide as the longest context needs."""
+    width = -(-max(batch.context_lens) // block_size)
+    return [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
 
 
 @dataclass(frozen=True)
@@ -113,7 +144,8 @@ class SdpaAttention:
         self.block_size = block_size or 16
         self._device = device
         self._dtype = dtype
-        # Gathering into memory of its own is ten times faster than into a fresh allocation, which faults page by page.
+        # On a CPU, gathering into memory of its own is ten times faster than into a fresh allocation, which faults page
+        # by page. A GPU's allocator keeps its memory; and a graph would go on to use a workspace that was given up.
         self._workspace = torch.empty(0, dtype=dtype, device=device)
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -137,8 +169,19 @@ class SdpaAttention:
         for index in range(num_decodes, len(batch.query_lens)):
             prefills.append(self._prefill_row(batch, index, start))
             start += batch.query_lens[index]
-        slots = torch.tensor(slots_of(batch, self.block_size), device=self._device)
+        slots = to_device(slots_of(batch, self.block_size), self._device)
         return _SdpaPlan(slots, tuple(decodes), tuple(prefills))
+
+    def decode_contexts(self, limit: int) -> tuple[int, ...]:
+        """Rows are copied as wide as the table: short ones have a narrow table, and the longest no graph."""
+        return tuple(sorted({min(limit, context) for context in _GRAPH_CONTEXTS}))
+
+    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> _SdpaPlan:
+        """See GraphAttention."""
+        group = _DecodeGroup(
+            0, len(context_lens), block_tables.flatten(), self._mask(context_lens, block_tables.shape[1])
+        )
+        return _SdpaPlan(last_slots(context_lens, block_tables, self.block_size), (group,), ())
 
     def _num_pages(self, context: int) -> int:
         return -(-context // self.block_size)
@@ -150,16 +193,19 @@ class SdpaAttention:
         for table in batch.block_tables[start:end]:
             pages += table[:width]
             pages += [table[0]] * (width - len(table))  # masked: any page will do
-        lengths = torch.tensor(contexts, device=self._device).view(-1, 1, 1, 1)
-        beyond = torch.arange(width * self.block_size, device=self._device) >= lengths
-        mask = torch.zeros(beyond.shape, dtype=self._dtype, device=self._device).masked_fill_(beyond, float("-inf"))
-        return _DecodeGroup(start, end, torch.tensor(pages, device=self._device), mask)
+        lengths, places = together([contexts, pages], self._device)
+        return _DecodeGroup(start, end, places, self._mask(lengths, width))
+
+    def _mask(self, context_lens: Tensor, width: int) -> Tensor:
+        """Minus infinity beyond each row's context: [rows, 1, 1, tokens of ``width`` pages]."""
+        beyond = torch.arange(width * self.block_size, device=self._device) >= context_lens.view(-1, 1, 1, 1)
+        return torch.zeros(beyond.shape, dtype=self._dtype, device=self._device).masked_fill_(beyond, float("-inf"))
 
     def _prefill_row(self, batch: AttentionBatch, index: int, start: int) -> _PrefillRow:
         length, context = batch.query_lens[index], batch.context_lens[index]
         if length == context:
             return _PrefillRow(start, start + length, context, None, None)
-        pages = torch.tensor(batch.block_tables[index][: self._num_pages(context)], device=self._device)
+        pages = to_device(batch.block_tables[index][: self._num_pages(context)], self._device)
         mask = torch.full((length, context), float("-inf"), dtype=self._dtype, device=self._device)
         return _PrefillRow(start, start + length, context, pages, mask.triu_(context - length + 1))
 
@@ -177,24 +223,35 @@ class SdpaAttention:
                 keys, values = key[part], value[part]
             else:
                 keys, values = self._gather(cache, row.pages).view(-1, *cache.shape[2:])[: row.context].unbind(1)
-            output[part] = F.scaled_dot_product_attention(
-                query[part].transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                attn_mask=row.mask,
-                is_causal=row.mask is None,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            # Heads that share keys are a batch: no kernel of torch's for CUDA takes both enable_gqa and a mask.
+            heads = query[part].unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)
+            shared = (len(heads), heads.shape[1], -1, -1)
+            output[part] = (
+                F.scaled_dot_product_attention(
+                    heads,
+                    keys.transpose(0, 1).unsqueeze(1).expand(shared),
+                    values.transpose(0, 1).unsqueeze(1).expand(shared),
+                    attn_mask=row.mask,
+                    is_causal=row.mask is None,
+                )
+                .permute(2, 0, 1, 3)
+                .flatten(1, 2)
+            )
         return output
 
     def _decode(self, query: Tensor, cache: Tensor, group: _DecodeGroup) -> Tensor:
-        rows = group.end - group.start
+        rows, kv_heads = group.end - group.start, cache.shape[3]
         keys, values = self._gather(cache, group.pages).view(rows, -1, *cache.shape[2:]).unbind(2)
-        return F.scaled_dot_product_attention(
-            query.unsqueeze(2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, enable_gqa=True
-        ).squeeze(2)
+        # The heads that share keys are so many queries of one head, which every kernel of torch takes.
+        heads = query.view(rows, kv_heads, -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(
+            heads, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask
+        )
+        return output.reshape(query.shape)
 
     def _gather(self, cache: Tensor, pages: Tensor) -> Tensor:
+        if not cache.is_cpu:
+            return cache.index_select(0, pages)
         shape = (len(pages), *cache.shape[1:])
         size = len(pages) * cache[0].numel()
         if self._workspace.numel() < size:
@@ -211,7 +268,7 @@ class _CpuPlan:
 
 
 class PagedCpuAttention:
-    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, block_size, d], d a multiple of 16.
+    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, positions, d], both multiples of 16.
 
     A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
     """
@@ -221,9 +278,9 @@ class PagedCpuAttention:
         self.block_size = block_size or 16
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[num_blocks, 2, kv_heads, block_size, d]; heads are padded to whole vectors, and the padding stays zero."""
-        padded = head_dim + -head_dim % 16
-        return _zeros((num_blocks, 2, num_kv_heads, self.block_size, padded), dtype, torch.device("cpu"))
+        """[num_blocks, 2, kv_heads, positions, d]: blocks in whole tiles, heads in whole vectors; padding stays zero."""
+        positions, padded = (size + -size % 16 for size in (self.block_size, head_dim))
+        return _zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
 
     def plan(self, batch: AttentionBatch) -> _CpuPlan:
         """Slots, first tokens, contexts and the padded block table."""
@@ -231,14 +288,15 @@ class PagedCpuAttention:
             slots=torch.tensor(slots_of(batch, self.block_size)),
             starts=torch.tensor([0, *accumulate(batch.query_lens)]),
             contexts=torch.tensor(batch.context_lens),
-            block_tables=_padded_tables(batch, self.block_size),
+            block_tables=torch.tensor(padded_tables(batch, self.block_size), dtype=torch.int32),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _CpuPlan) -> Tensor:
         """See AttentionBackend."""
         output: Tensor = torch.ops.nanovllm.paged_attention(
-            query, key, value, cache, plan.slots, plan.starts, plan.contexts, plan.block_tables, query.shape[-1] ** -0.5
-        )
+            query, key, value, cache, self.block_size, plan.slots, plan.starts, plan.contexts, plan.block_tables,
+            query.shape[-1] ** -0.5,
+        )  # fmt: skip
         return output
 
 
@@ -249,96 +307,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def _padded_tables(batch: AttentionBatch, block_size: int) -> Tensor:
-    """The block tables [rows, blocks of the longest context], int32."""
-    width = -(-max(batch.context_lens) // block_size)
-    tables = [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
-    return torch.tensor(tables, dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class _VarlenPlan:
-    slots: Tensor
-    query_starts: Tensor
-    context_starts: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
-    max_query: int
-    max_context: int
-
-
-class PagedVarlenAttention:
-    """Kernels that read pages themselves on CUDA: flash-attn, or torch's own varlen_attn where flash-attn is missing.
-
-    Keys and values are [2, num_blocks, block_size, kv_heads, d]; both kernels want pages of a multiple of 256 tokens.
-    """
-
-    def __init__(self, device: torch.device, kernel: Callable[..., Tensor], block_size: int | None = None) -> None:
-        """``kernel`` is one of :func:`flash_attn_kernel` and :func:`torch_varlen_kernel`."""
-        self.block_size = block_size or 256
-        self._device = device
-        self._kernel = kernel
-
-    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[2, num_blocks, block_size, kv_heads, d]."""
-        return torch.zeros(2, num_blocks, self.block_size, num_kv_heads, head_dim, dtype=dtype, device=self._device)
-
-    def plan(self, batch: AttentionBatch) -> _VarlenPlan:
-        """Cumulative lengths and the padded block table."""
-        lengths = torch.tensor([batch.query_lens, batch.context_lens], dtype=torch.int32)
-        starts = F.pad(lengths.cumsum(1, dtype=torch.int32), (1, 0)).to(self._device)
-        return _VarlenPlan(
-            slots=torch.tensor(slots_of(batch, self.block_size), device=self._device),
-            query_starts=starts[0],
-            context_starts=starts[1],
-            context_lens=lengths[1].to(self._device),
-            block_tables=_padded_tables(batch, self.block_size).to(self._device),
-            max_query=max(batch.query_lens),
-            max_context=max(batch.context_lens),
-        )
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _VarlenPlan) -> Tensor:
-        """See AttentionBackend."""
-        keys, values = cache.unbind(0)
-        keys.view(-1, *key.shape[1:]).index_copy_(0, plan.slots, key)
-        values.view(-1, *value.shape[1:]).index_copy_(0, plan.slots, value)
-        return self._kernel(query, keys, values, plan)
-
-
-def flash_attn_kernel() -> Callable[..., Tensor]:
-    """flash-attn 2 over a block table."""
-    from flash_attn import flash_attn_varlen_func
-
-    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: _VarlenPlan) -> Tensor:
-        output: Tensor = flash_attn_varlen_func(
-            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
-            causal=True, block_table=plan.block_tables,
-        )  # fmt: skip
-        return output
-
-    return attend
-
-
-def torch_varlen_kernel() -> Callable[..., Tensor]:
-    """torch's own flash attention over a block table (torch 2.13 and later)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: _VarlenPlan) -> Tensor:
-        output = varlen_attn(
-            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
-            window_size=(-1, 0), enable_gqa=True, seqused_k=plan.context_lens, block_table=plan.block_tables,
-        )  # fmt: skip
-        assert isinstance(output, Tensor)  # a pair only when return_aux is asked for
-        return output
-
-    return attend
-
-
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
     """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels, torch_varlen_kernel
+
         if importlib.util.find_spec("flash_attn") is not None:
-            return PagedVarlenAttention(device, flash_attn_kernel(), block_size)
+            return PagedVarlenAttention(device, flash_attn_kernels(), block_size)
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             from torch.nn.attention.varlen import varlen_attn
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from nanovllm.engine.speculation import MOST_TOKENS_A_STEP
 from nanovllm.errors import ConfigurationError
 
 GIB = 1 << 30
@@ -39,7 +40,7 @@ class EngineConfig:
     dtype: str | None = None  # None or "auto": float32 on the CPU, the checkpoint's on a GPU
     device: str | None = None
     seed: int | None = None  # of the requests that bring none; None: drawn from the system
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # without CUDA graphs, which small steps on a GPU run as
     tensor_parallel_size: int = 1
     quantization: Literal["int8"] | None = None  # weights and products of the text model's linear layers, on a CPU
     deterministic: bool = False  # the same bits alone, in any batch, chunked, cached or preempted; on a CPU
@@ -71,8 +72,8 @@ class EngineConfig:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel_size != 1:
             raise ConfigurationError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: this engine runs on one GPU; more are for the vLLM "
-                "backend"
+                f"tensor_parallel_size={self.tensor_parallel_size}: the native engine runs on one GPU; "
+                "a model that needs several is for the vLLM backend"
             )
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
@@ -96,6 +97,12 @@ class EngineConfig:
         if unknown:
             raise ConfigurationError(f"unknown engine option: {', '.join(unknown)}")
         return cls(model=str(model), **options)
+
+    @property
+    def max_decode_tokens(self) -> int:
+        """The most tokens of a step without a prompt's: a seat has one, and drafts fill a small step up."""
+        drafted = MOST_TOKENS_A_STEP if self.num_speculative_tokens else 0
+        return min(self.max_num_batched_tokens, max(self.max_num_seqs, drafted))
 
     @property
     def wants_vision(self) -> bool | None:

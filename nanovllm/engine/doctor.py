@@ -42,6 +42,7 @@ def describe(engine: LLMEngine) -> Iterator[Finding]:
     yield _model(engine)
     yield _weights(engine)
     yield _attention(engine)
+    yield _graphs(engine)
     yield from _memory(engine)
     yield _guided()
 
@@ -107,11 +108,23 @@ def _attention(engine: LLMEngine) -> Finding:
     if isinstance(backend, PagedCpuAttention):
         return Finding("attention", "our kernel on the pages", "compiled for this CPU")
     if isinstance(backend, SdpaAttention):
-        reason = "float32 on a GPU" if engine.model_runner.device.type == "cuda" else None
-        reason = reason or kernels.missing()
+        reason = kernels.missing()
+        if engine.model_runner.device.type == "cuda":
+            is_full = engine.model_runner.dtype == torch.float32
+            reason = "float32" if is_full else "neither flash-attn nor a torch whose varlen_attn takes block tables"
         return Finding("attention", "torch SDPA on copies of the pages: slow", f"the faster one is missing: {reason}")
     has_flash = importlib.util.find_spec("flash_attn") is not None
     return Finding("attention", "flash-attn" if has_flash else "torch varlen_attn", "on the pages")
+
+
+def _graphs(engine: LLMEngine) -> Finding:
+    graphs, reason = engine.model_runner.graphs, engine.model_runner.why_no_graphs
+    if graphs is None:
+        return Finding("CUDA graphs", "none", reason or "the engine is closed")
+    sizes = ", ".join(map(str, graphs.sizes))
+    longest = graphs.contexts[-1]
+    beyond = "" if longest >= engine.max_model_len else "; steps with a longer one start their kernels one by one"
+    return Finding("CUDA graphs", f"steps of up to {sizes} tokens", f"contexts of up to {longest:,}{beyond}")
 
 
 def _memory(engine: LLMEngine) -> Iterator[Finding]:

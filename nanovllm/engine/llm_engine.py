@@ -36,6 +36,7 @@ from nanovllm.engine.outputs import (
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.scheduler import ScheduledRow, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.staging import to_device
 from nanovllm.errors import EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.checkpoints import resolve_checkpoint
@@ -69,7 +70,7 @@ class LLMEngine:
             num_speculative_tokens=self.config.num_speculative_tokens,
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
-        self.max_model_len = self._context_limit()
+        self.max_model_len = self.model_runner.max_model_len
         self.intake = Intake(
             self.tokenizer,
             self.model_runner,
@@ -84,11 +85,6 @@ class LLMEngine:
         self._steps = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
-
-    def _context_limit(self) -> int:
-        blocks = self.scheduler.blocks
-        limit = self.model_runner.model.config.context_limit(self.config.max_model_len)
-        return min(limit, blocks.num_blocks * blocks.block_size)
 
     @cached_property
     def model_info(self) -> ModelInfo:
@@ -170,7 +166,7 @@ class LLMEngine:
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)
         scored = [place for place, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
-        unchanged = logits[scored] if scored else None
+        unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
         tokens = self.sampler.sample(logits, inputs.sampling, masks.result() if masks is not None else None)
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
@@ -316,7 +312,7 @@ class LLMEngine:
             self.abort(request_id)
         self._ended.clear()
         self._masks.close()
-        self.model_runner.kv_caches = []
+        self.model_runner.release()
 
     def __enter__(self) -> Self:
         """The engine itself; it is closed at the end of the block."""

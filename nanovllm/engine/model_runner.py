@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import AttentionBatch, PagedCpuAttention, choose_backend
-from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.attention import AttentionBatch, GraphAttention, PagedCpuAttention, choose_backend
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.determinism import TILE, prove
+from nanovllm.engine.kv_memory import kv_cache_bytes
 from nanovllm.engine.linear import why_no_int8
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
@@ -24,6 +26,7 @@ from nanovllm.engine.models import around_image, load_encoder, load_text_model, 
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.scheduler import Plan, ScheduledRow
 from nanovllm.engine.sequence import ImageSpan, Sequence, SequenceStatus
+from nanovllm.engine.staging import together
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.image_encoder import ImageEncoder
@@ -35,17 +38,24 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """One forward pass: T tokens of all rows in one line, and what attention and sampling need to know about them."""
+class StepTokens:
+    """T tokens of all rows in one line, and what the model needs to know about them."""
 
-    rows: tuple[ScheduledRow, ...]  # in the order of the tokens
     token_ids: Tensor  # [T]
     positions: Tensor  # [T], or [T, 3] where the family counts height and width too
     images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, width] that stand there
     attention: Any
+    sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
+    scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
+
+    rows: tuple[ScheduledRow, ...]
     sampling: tuple[Sequence, ...]  # one for each row of logits: the sequence, ahead by the drafts before the place
-    sampling_indices: Tensor | None  # [len(sampling)]; None when every token samples
-    scored: tuple[tuple[ScheduledRow, int], ...] = ()  # rows whose prompt tokens want logprobs, and their first token
+    tokens: StepTokens | Replay  # or the graph that has them already
 
 
 class ModelRunner:
@@ -75,17 +85,46 @@ class ModelRunner:
             )
         text = self.model.config
         self.attention = choose_backend(self.device, self.dtype, config.block_size)
+        recorder = choose_recorder(self.device)
+        self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
         if config.deterministic:
             prove(self.model, self.attention)
             if self.encoder is not None:
                 self.encoder.batch_size = 1
-        kv_dtype = self._choose_kv_dtype()
-        shape = (text.num_key_value_heads, text.head_dim, kv_dtype)
+        graph_tokens = None if self.why_no_graphs else config.max_decode_tokens
+        cached = config.embedding_cache_bytes if self.encoder is not None else 0
+        budget = kv_cache_bytes(
+            config, self.device, self.model, self.attention, graph_tokens=graph_tokens, reserved=cached
+        )
+        shape = (text.num_key_value_heads, text.head_dim, self._choose_kv_dtype())
         block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
-        self.num_blocks = self._kv_cache_bytes() // block_bytes
+        spare = 0 if self.why_no_graphs else 1
+        self.num_blocks = budget // block_bytes - spare
         if self.num_blocks < 1:
-            raise ConfigurationError(f"the KV cache must hold a block of {block_bytes} bytes; raise kv_cache_bytes")
-        self.kv_caches = [self.attention.allocate(self.num_blocks, *shape) for _ in range(text.num_hidden_layers)]
+            least = block_bytes * (1 + spare)
+            raise ConfigurationError(f"the KV cache must have {least} bytes to hold a block; raise kv_cache_bytes")
+        self.kv_caches = [
+            self.attention.allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)
+        ]
+        self.max_model_len = min(text.context_limit(config.max_model_len), self.num_blocks * self.attention.block_size)
+        self.graphs: DecodeGraphs | None = None
+        if graph_tokens is not None:
+            assert recorder is not None  # why_no_graphs looked
+            assert isinstance(self.attention, GraphAttention)
+            self.graphs = DecodeGraphs(
+                self.model,
+                self.attention,
+                self.kv_caches,
+                recorder,
+                spare_block=self.num_blocks,
+                max_tokens=graph_tokens,
+                max_context=self.max_model_len,
+            )
+
+    def release(self) -> None:
+        """Let go of the KV memory, and of the graphs that hold it."""
+        self.graphs = None
+        self.kv_caches = []
 
     def _choose_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         if self.config.dtype not in (None, "auto"):
@@ -114,14 +153,6 @@ class ModelRunner:
         if own is None:
             own = tokenizer.get_vocab().get(IMAGE_TOKEN)
         return int(own) if own is not None else max(self.model.config.vocab_size, len(tokenizer))
-
-    def _kv_cache_bytes(self) -> int:
-        if self.config.kv_cache_bytes is not None:
-            return self.config.kv_cache_bytes
-        if self.device.type != "cuda":
-            return GIB
-        free, total = torch.cuda.mem_get_info(self.device)
-        return max(0, free - int(total * (1.0 - self.config.gpu_memory_utilization)))
 
     def _make_cache(self) -> EmbeddingCache[PreparedImage]:
         beyond = self.config.embedding_cache_host_bytes
@@ -174,7 +205,10 @@ class ModelRunner:
                 yield sequence, span
 
     def prepare(self, plan: Plan) -> StepInputs:
-        """Turn a plan's rows into tensors, single-token rows first; what `embed_images` found stands in it."""
+        """Turn a plan's rows into tensors, single-token rows first, or load them into a graph.
+
+        The images that they touch are encoded: `embed_images` ran before.
+        """
         rows = tuple(sorted(plan.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -202,32 +236,50 @@ class ModelRunner:
             context_lens=[row.end for row in rows],
             block_tables=[row.sequence.block_table for row in rows],
         )
-        ids = torch.tensor(token_ids, device=self.device)
+        replay = None
+        if self.graphs is not None and not images and not scored:
+            # Only an image's own tokens stand at different places on different axes.
+            places = positions if self.model.config.position_axes is None else [axes[0] for axes in positions]
+            replay = self.graphs.load(token_ids, places, sampling_indices, batch)
+        tokens = replay or self._to_device(token_ids, positions, images, sampling_indices, batch, scored)
+        return StepInputs(rows, tuple(sampling), tokens)
+
+    def _to_device(
+        self,
+        token_ids: list[int],
+        positions: list[Any],
+        images: list[tuple[int, Tensor]],
+        sampling_indices: list[int],
+        batch: AttentionBatch,
+        scored: list[tuple[ScheduledRow, int]],
+    ) -> StepTokens:
+        axes = self.model.config.position_axes
+        flat = positions if axes is None else [place for places in positions for place in places]
+        ids, places, indices = together([token_ids, flat, sampling_indices], self.device)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
-        return StepInputs(
-            rows=rows,
+        return StepTokens(
             token_ids=ids,
-            positions=torch.tensor(positions, device=self.device),
+            positions=places if axes is None else places.view(len(ids), -1),
             images=tuple(images),
             attention=self.attention.plan(batch),
-            sampling=tuple(sampling),
-            sampling_indices=(
-                None if len(sampling) == len(token_ids) else torch.tensor(sampling_indices, device=self.device)
-            ),
+            sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
         )
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Compute the step and return the logits [sampling rows, vocab]."""
-        hidden = self.model.embed(inputs.token_ids)
-        hidden = self.model(hidden, inputs.positions, self.kv_caches, self.attention, inputs.attention, inputs.images)
-        for row, first in inputs.scored:
+        tokens = inputs.tokens
+        if not isinstance(tokens, StepTokens):
+            return tokens()
+        hidden = self.model.embed(tokens.token_ids)
+        hidden = self.model(hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images)
+        for row, first in tokens.scored:
             self._score_prompt(row, hidden[first : first + row.num_tokens])
         if not inputs.sampling:
             return hidden.new_empty(0, self.model.config.vocab_size)
-        if inputs.sampling_indices is not None:
-            hidden = hidden.index_select(0, inputs.sampling_indices)
+        if tokens.sampling_indices is not None:
+            hidden = hidden.index_select(0, tokens.sampling_indices)
         return self.model.logits(hidden)
 
     def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> None:

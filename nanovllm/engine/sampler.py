@@ -1,4 +1,4 @@
-"""From logits to the next token of every row, all rows in one go.
+"""From logits to the next token of every row, all rows in one go, and with one wait for the device: for the tokens.
 
 A greedy row is always the argmax of its own logits, whatever its neighbours ask for. The random numbers of a row with a
 seed follow from the seed and the place in the output, so that its choices depend neither on who else is in the batch
@@ -8,6 +8,7 @@ nor on how many places a step samples.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence as Rows
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.engine.guided import forbid_masked
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.staging import move, read_back, to_device
 
 _NEVER = float("-inf")
 _COLDEST = 1e-5  # a temperature below which only the best token is left, and float32 would overflow
@@ -40,17 +42,18 @@ class Sampler:
         ``min_tokens`` leave none that it allows, they are set aside.
         """
         if masks is not None:
-            forbid_masked(logits, masks)
+            forbid_masked(logits, move(masks, logits.device))
         self._adjust(logits, sequences)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if not random:
-            return _to_ints(logits.argmax(-1))
+            return read_back(logits.argmax(-1))
         if len(random) == len(sequences):
-            return _to_ints(self._draw(logits.float(), sequences))
+            return read_back(self._draw(logits.float(), sequences))
         tokens = logits.argmax(-1)
-        rows = torch.tensor(random, device=logits.device)
-        tokens[rows] = self._draw(logits[rows].float(), [sequences[row] for row in random])
-        return _to_ints(tokens)
+        rows = to_device(random, logits.device)
+        drawn = self._draw(logits.index_select(0, rows).float(), [sequences[row] for row in random])
+        tokens.index_copy_(0, rows, drawn)
+        return read_back(tokens)
 
     def _adjust(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
         """Apply, in place, what changes which token is the best: prohibitions, biases, penalties."""
@@ -60,13 +63,13 @@ class Sampler:
             if sequence.num_output_tokens < params.min_tokens:
                 forbidden += sequence.stop_token_ids
             if forbidden:
-                before = logits[row, forbidden]
-                logits[row, forbidden] = _NEVER
-                if logits[row].amax() == _NEVER:
-                    logits[row, forbidden] = before
+                places = to_device(sorted(set(forbidden)), self._device)
+                before = logits[row, places]
+                logits[row, places] = _NEVER
+                logits[row, places] = torch.where(logits[row].amax() == _NEVER, before, _NEVER)
             if params.logit_bias:
-                places = torch.tensor(list(params.logit_bias), device=self._device)
-                logits[row, places] += torch.tensor(list(params.logit_bias.values()), device=self._device).to(logits)
+                places = to_device(list(params.logit_bias), self._device)
+                logits[row, places] += to_device(list(params.logit_bias.values()), self._device).to(logits)
             if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
                 self._penalise(logits[row], sequence)
 
@@ -76,14 +79,16 @@ class Sampler:
         """
         params = sequence.sampling
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sequence.token_ids, device=self._device).unique()
-            seen = seen[seen < logits.shape[0]]  # an image token may lie beyond the vocabulary
+            # An image token may lie beyond the vocabulary.
+            known = [token for token in set(sequence.token_ids) if token < len(logits)]
+            seen = to_device(known, self._device, torch.int64)
             picked = logits[seen]
             penalty = params.repetition_penalty
             logits[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
         if (params.presence_penalty or params.frequency_penalty) and sequence.num_output_tokens:
-            used, counts = torch.tensor(sequence.output_token_ids, device=self._device).unique(return_counts=True)
-            logits[used] -= (params.presence_penalty + params.frequency_penalty * counts).to(logits)
+            counts = Counter(sequence.output_token_ids)
+            penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+            logits[to_device(list(counts), self._device)] -= to_device(penalties, self._device).to(logits)
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         params = [sequence.sampling for sequence in sequences]
@@ -121,7 +126,7 @@ class Sampler:
         return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
 
     def _column(self, values: list[float] | list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+        return to_device(values, self._device, torch.float32).unsqueeze(1)
 
 
 def _seed_of(seed: int, place: int) -> int:
@@ -133,8 +138,3 @@ def _would_complete(word: tuple[int, ...], sequence: Sequence) -> bool:
     """Whether the output ends with all of a bad word but its last token."""
     begun = len(word) - 1
     return begun == 0 or (begun <= sequence.num_output_tokens and tuple(sequence.token_ids[-begun:]) == word[:-1])
-
-
-def _to_ints(tokens: Tensor) -> list[int]:
-    values: list[int] = tokens.tolist()
-    return values

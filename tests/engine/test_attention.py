@@ -20,11 +20,11 @@ from nanovllm.engine.attention import (
     AttentionBackend,
     AttentionBatch,
     PagedCpuAttention,
-    PagedVarlenAttention,
     SdpaAttention,
     choose_backend,
     slots_of,
 )
+from nanovllm.engine.attention_cuda import PagedVarlenAttention
 
 HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 16, 4, 64
 CPU = torch.device("cpu")

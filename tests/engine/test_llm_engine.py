@@ -365,7 +365,7 @@ def test_a_text_tokenizer_without_an_image_token_composes_too(tmp_path: Path) ->
         ({"num_vision_tokens": 16}, "num_vision_tokens=16.*49"),
         ({"projector": "other"}, "projector='other'"),
         ({"max_model_len": 10**6}, "max_model_len=1000000.*4096"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2.*vLLM backend"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2.*one GPU.*vLLM"),
         ({"quantization": "awq"}, "quantization='awq'"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"dtype": "int4"}, "dtype='int4'"),

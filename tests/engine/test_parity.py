@@ -28,7 +28,8 @@ from engine_parts import (
 from safetensors.torch import load_file, save_file
 
 from nanovllm.engine import kernels, model_runner
-from nanovllm.engine.attention import PagedCpuAttention, PagedVarlenAttention, SdpaAttention, flash_attn_kernel
+from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
+from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import StepInputs
 from nanovllm.engine.outputs import RequestOutput
@@ -112,7 +113,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> type:
     """Make engines attend as on another machine; returns the class of backend that they then have."""
     if name == "flash-attn":
         monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_reference)
-        backend = PagedVarlenAttention(torch.device("cpu"), flash_attn_kernel())
+        backend = PagedVarlenAttention(torch.device("cpu"), flash_attn_kernels())
         monkeypatch.setattr(model_runner, "choose_backend", lambda *_: backend)
         return PagedVarlenAttention
     if name == "torch":

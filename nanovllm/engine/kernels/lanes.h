@@ -14,6 +14,25 @@ inline float sum_of(Lanes lanes) {
   return at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return a + b; }, lanes);
 }
 
+inline float highest_of(Lanes lanes) {
+  return at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return at::vec::maximum(a, b); }, lanes);
+}
+
+// One vector of any stored type.
+template <typename Stored>
+Lanes load_lanes(const Stored* source) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    return Lanes::loadu(source);
+  } else {
+    Lanes lanes;
+    if constexpr (std::is_same_v<Stored, at::BFloat16>)
+      at::vec::load_fp32_from_bf16(source, lanes);
+    else
+      at::vec::load_fp32_from_fp16(source, lanes);
+    return lanes;
+  }
+}
+
 template <typename Stored>
 void load(const Stored* source, int64_t count, float* target) {
   if constexpr (std::is_same_v<Stored, float>) {
@@ -50,5 +69,16 @@ void store(const float* source, int64_t count, Stored* target) {
       const Lanes high = count - i > kLanes ? Lanes::loadu(source + i + kLanes, std::min(kLanes, count - i - kLanes)) : Lanes(0.0f);
       at::vec::convert_from_float<Stored>(low, high).store(target + i, std::min(pair, count - i));
     }
+  }
+}
+
+// Numbers of one type as another.
+template <typename From, typename To>
+void convert(const From* source, int64_t count, To* target) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::copy_n(source, count, target);
+  } else {
+    static_assert(std::is_same_v<From, float>);
+    store(source, count, target);
   }
 }

@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor> scale_rows(const at::Tensor& x) {
       const float* own = as_float(x.const_data_ptr<Stored>() + row * d, d, scratch);
       Lanes highest(std::numeric_limits<float>::min());
       for (int64_t i = 0; i < d; i += kLanes) highest = at::vec::maximum(highest, Lanes::loadu(own + i).abs());
-      const float most = at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return at::vec::maximum(a, b); }, highest);
+      const float most = highest_of(highest);
       largest.mutable_data_ptr<float>()[row] = most;
       float* target = scaled.mutable_data_ptr<float>() + row * d;
       for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) / Lanes(most)).store(target + i);

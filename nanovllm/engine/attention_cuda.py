@@ -1,0 +1,133 @@
+"""Attention on CUDA by kernels that read pages themselves: flash-attn, or torch's own varlen_attn without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.engine.attention import AttentionBatch, last_slots, padded_tables, slots_of
+from nanovllm.engine.staging import together
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """What the kernels want to know of a step; lengths and tables are int32 on the device."""
+
+    slots: Tensor
+    query_starts: Tensor
+    context_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_query: int
+    max_context: int
+
+
+class Kernel(Protocol):
+    """Queries [T, heads, d] over pages [num_blocks, block_size, kv_heads, d], each row seeing its context."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+        """[T, heads, d]."""
+        ...
+
+
+class PagedVarlenAttention:
+    """A cache is [2, num_blocks, block_size, kv_heads, d]; the kernels want pages of a multiple of 256 tokens."""
+
+    def __init__(self, device: torch.device, kernel: Kernel, block_size: int | None = None) -> None:
+        """``kernel`` is one of :func:`flash_attn_kernels` and :func:`torch_varlen_kernel`."""
+        self.block_size = block_size or 256
+        self._device = device
+        self._kernel = kernel
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """[2, num_blocks, block_size, kv_heads, d]."""
+        return torch.zeros(2, num_blocks, self.block_size, num_kv_heads, head_dim, dtype=dtype, device=self._device)
+
+    def plan(self, batch: AttentionBatch) -> VarlenPlan:
+        """Slots, cumulative lengths and the padded block table, in one copy to the device."""
+        tables = padded_tables(batch, self.block_size)
+        slots, *lengths, pages = together(
+            [
+                slots_of(batch, self.block_size),
+                [0, *accumulate(batch.query_lens)],
+                [0, *accumulate(batch.context_lens)],
+                batch.context_lens,
+                list(chain.from_iterable(tables)),
+            ],
+            self._device,
+        )
+        query_starts, context_starts, context_lens = (part.int() for part in lengths)
+        return VarlenPlan(
+            slots=slots,
+            query_starts=query_starts,
+            context_starts=context_starts,
+            context_lens=context_lens,
+            block_tables=pages.int().view(len(tables), -1),
+            max_query=max(batch.query_lens),
+            max_context=max(batch.context_lens),
+        )
+
+    def decode_contexts(self, limit: int) -> tuple[int, ...]:
+        """One width of table will do: what a row does not use of it costs nothing."""
+        return (limit,)
+
+    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> VarlenPlan:
+        """See GraphAttention."""
+        lengths = context_lens.int()
+        return VarlenPlan(
+            slots=last_slots(context_lens, block_tables, self.block_size),
+            query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device),
+            context_starts=F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            context_lens=lengths,
+            block_tables=block_tables.int().contiguous(),
+            max_query=1,
+            max_context=block_tables.shape[1] * self.block_size,
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: VarlenPlan) -> Tensor:
+        """See AttentionBackend."""
+        keys, values = cache.unbind(0)
+        keys.view(-1, *key.shape[1:]).index_copy_(0, plan.slots, key)
+        values.view(-1, *value.shape[1:]).index_copy_(0, plan.slots, value)
+        return self._kernel(query, keys, values, plan)
+
+
+def flash_attn_kernels() -> Kernel:
+    """flash-attn 2 over a block table: its call for decoding where every row is one token, else the general one."""
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+        output: Tensor
+        if plan.max_query == 1:
+            output = flash_attn_with_kvcache(
+                query.unsqueeze(1), keys, values,
+                cache_seqlens=plan.context_lens, block_table=plan.block_tables, causal=True,
+            ).squeeze(1)  # fmt: skip
+        else:
+            output = flash_attn_varlen_func(
+                query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
+                causal=True, block_table=plan.block_tables,
+            )  # fmt: skip
+        return output
+
+    return attend
+
+
+def torch_varlen_kernel() -> Kernel:
+    """torch's own flash attention over a block table (torch 2.13 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+        output = varlen_attn(
+            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
+            window_size=(-1, 0), enable_gqa=True, seqused_k=plan.context_lens, block_table=plan.block_tables,
+        )  # fmt: skip
+        assert isinstance(output, Tensor)  # a pair only when return_aux is asked for
+        return output
+
+    return attend

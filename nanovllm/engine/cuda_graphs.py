@@ -1,0 +1,175 @@
+"""CUDA graphs: the kernels of a small step, recorded once and then started by a single call.
+
+A decode step of a small model is over sooner than Python can start its kernels one by one. A graph replays them on the
+same memory, so its inputs are one tensor that every step writes to, and it comes in a few sizes: a step runs in the
+smallest that holds its tokens, and the rows left over compute a token that nobody reads, into a block that nobody owns.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.attention import AttentionBackend, AttentionBatch, GraphAttention
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.staging import move, to_device
+
+Compute = Callable[[], Any]
+Replay = Callable[[], Tensor]
+Recorder = Callable[[Compute], Compute]
+"""Takes what computes, from and into tensors that stay where they are; returns what does the same again."""
+
+_LARGEST = 512  # tokens of a step; with more of them the GPU is the slower of the two
+_LONGEST_ROW = 16  # tokens of one sequence, drafts or forced ones: each of them reads the whole context for itself
+_COLUMNS = 3  # of a graph's inputs before the block table: token, position, context length
+
+
+class CudaRecorder:
+    """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is recorded yet."""
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Compute) -> Compute:
+        """Run ``compute`` once, so that libraries set themselves up, then record it."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            compute()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # An engine in another thread may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            compute()
+        replay: Compute = graph.replay
+        return replay
+
+
+def choose_recorder(device: torch.device) -> Recorder | None:
+    """What records on this device; None where steps cannot be recorded."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def why_no_graphs(config: EngineConfig, attention: AttentionBackend, recorder: Recorder | None) -> str | None:
+    """What keeps decode steps from running as graphs; None if nothing does."""
+    if config.enforce_eager:
+        return "enforce_eager=True"
+    if recorder is None:
+        return "they are for CUDA"
+    if not isinstance(attention, GraphAttention):
+        return f"{type(attention).__name__} plans its steps on the host"
+    return None
+
+
+def graph_sizes(max_tokens: int) -> list[int]:
+    """The sizes for steps of up to ``max_tokens``, ascending: fine where a token more costs much, then by sixteens."""
+    largest = min(max_tokens, _LARGEST)
+    return [size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest] + [largest]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: Tensor  # [size, _COLUMNS + blocks] int64 on the device
+    replay: Compute
+
+
+class DecodeGraphs:
+    """The graphs of a model: by size, and by the context that their block tables hold.
+
+    All are recorded at once when the engine starts, the largest first, whose memory the others then share. Recorded on
+    demand they would keep somebody waiting, and take memory that the KV cache has.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: GraphAttention,
+        caches: Sequence[Tensor],
+        recorder: Recorder,
+        *,
+        spare_block: int,
+        max_tokens: int,
+        max_context: int,
+    ) -> None:
+        """``spare_block`` of the ``caches`` belongs to nobody. ``max_context``: tokens of the longest sequence."""
+        self._model, self._attention, self._caches = model, attention, caches
+        self._spare_block = spare_block
+        self.sizes = graph_sizes(max_tokens)
+        self.contexts = attention.decode_contexts(max_context)
+        self.num_replays = 0
+        with torch.inference_mode():
+            # One for all graphs: each would keep its own in the pool for ever.
+            self._logits = model.embed_tokens.new_empty(self.sizes[-1], model.config.vocab_size)
+            self._graphs = {
+                (size, context): self._record(recorder, size, context)
+                for context in reversed(self.contexts)
+                for size in reversed(self.sizes)
+            }
+
+    def _record(self, recorder: Recorder, size: int, context: int) -> _Graph:
+        inputs = move(self._idle_rows(size, context), self._logits.device)
+        logits = self._logits[:size]
+        caches, model, attention = self._caches, self._model, self._attention
+        return _Graph(inputs, recorder(lambda: logits.copy_(compute_rows(model, attention, caches, inputs))))
+
+    def _idle_rows(self, size: int, context: int) -> Tensor:
+        """[size, _COLUMNS + blocks] in the host's memory: first tokens of sequences in the block that nobody owns."""
+        blocks = -(-context // self._attention.block_size)
+        rows = torch.full(
+            (size, _COLUMNS + blocks), self._spare_block, dtype=torch.int64, pin_memory=self._logits.is_cuda
+        )
+        rows[:, :_COLUMNS] = torch.tensor([0, 0, 1])
+        return rows
+
+    def load(
+        self, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int], batch: AttentionBatch
+    ) -> Replay | None:
+        """Send the step's T tokens to the smallest graph that holds them; None where none does.
+
+        The graph takes every token for a row of its own, of a context that ends there: what the tokens of a step see of
+        one another is in the cache before any of them looks. What is returned computes the logits of the ``wanted``
+        tokens [len(wanted), vocab].
+        """
+        size = _first_from(self.sizes, len(token_ids))
+        context = _first_from(self.contexts, max(batch.context_lens))
+        if size is None or context is None or max(batch.query_lens) > _LONGEST_ROW:
+            return None
+        graph = self._graphs[size, context]
+        host = self._idle_rows(size, context)
+        rows, place = host.numpy(), 0
+        rows[: len(token_ids), 0] = token_ids
+        rows[: len(token_ids), 1] = positions
+        for length, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            known = table[: -(-end // self._attention.block_size)]
+            rows[place : place + length, 2] = range(end - length + 1, end + 1)
+            rows[place : place + length, _COLUMNS : _COLUMNS + len(known)] = known
+            place += length
+        graph.inputs.copy_(host, non_blocking=True)
+        chosen = None if len(wanted) == place else to_device(wanted, self._logits.device, torch.int64)
+        return partial(self._replay, graph, place, chosen)
+
+    def _replay(self, graph: _Graph, count: int, wanted: Tensor | None) -> Tensor:
+        graph.replay()
+        self.num_replays += 1
+        return self._logits[:count] if wanted is None else self._logits.index_select(0, wanted)
+
+
+def compute_rows(model: Decoder, attention: GraphAttention, caches: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """The logits [n, vocab] of rows of one token each: int64 ``inputs`` [n, token, position, context, block table]."""
+    token_ids, positions, context_lens = inputs[:, :_COLUMNS].unbind(1)
+    plan = attention.decode_plan(context_lens, inputs[:, _COLUMNS:])
+    return model.logits(model(model.embed(token_ids), positions, caches, attention, plan))
+
+
+def _first_from(values: Sequence[int], least: int) -> int | None:
+    """The first of ascending ``values`` that is not below ``least``."""
+    place = bisect_left(values, least)
+    return values[place] if place < len(values) else None

@@ -1,0 +1,94 @@
+"""How much memory the KV cache may take: on a GPU, what the share that was asked for leaves beside everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.attention import AttentionBackend, AttentionBatch, GraphAttention
+from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.cuda_graphs import compute_rows, graph_sizes
+from nanovllm.engine.models.decoder import Decoder
+from nanovllm.errors import ConfigurationError
+
+
+def kv_cache_bytes(
+    config: EngineConfig,
+    device: torch.device,
+    model: Decoder,
+    attention: AttentionBackend,
+    *,
+    graph_tokens: int | None,
+    reserved: int,
+) -> int:
+    """What was asked for; or 1 GiB on a CPU; or what a GPU has to spare.
+
+    Weights are loaded already. ``graph_tokens``: of the largest recorded step, if steps are to be recorded;
+    ``reserved``: bytes that others of the GPU's users have yet to take.
+
+    Raises:
+        ConfigurationError: the largest step alone does not fit the GPU.
+    """
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes
+    if device.type != "cuda":
+        return GIB
+    try:
+        taken = peak_bytes(device, lambda: largest_step(config, model, attention))
+        if graph_tokens is not None and isinstance(attention, GraphAttention):
+            # Their pool is apart from what other steps use.
+            taken += peak_bytes(device, lambda: largest_graph_step(config, model, attention, graph_tokens))
+    except torch.OutOfMemoryError:
+        raise ConfigurationError(
+            f"a step of max_num_batched_tokens={config.max_num_batched_tokens} at the end of a context of "
+            f"{model.config.context_limit(config.max_model_len)} tokens does not fit the GPU: lower either"
+        ) from None
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - taken - reserved - int(total * (1.0 - config.gpu_memory_utilization)))
+
+
+def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
+    """Memory that ``compute`` takes for a time; none of it stays reserved."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    compute()
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+@torch.inference_mode()
+def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBackend) -> Tensor:
+    """Compute as much as any step: the last tokens of a longest prompt, and the logits that all seats would sample."""
+    limit = model.config.context_limit(config.max_model_len)
+    length = min(config.max_num_batched_tokens, limit)
+    device = model.embed_tokens.device
+    caches = _one_block_for_all(model, attention)
+    plan = attention.plan(AttentionBatch([length], [limit], [[0] * -(-limit // attention.block_size)]))
+    ids = torch.zeros(length, dtype=torch.int64, device=device)
+    positions = torch.arange(length, device=device)
+    if model.config.position_axes is not None:
+        positions = positions.unsqueeze(1).expand(-1, 3)
+    hidden = model(model.embed(ids), positions, caches, attention, plan)
+    logits = model.logits(hidden[: config.max_num_seqs])
+    # Sampling with top_p keeps this many copies.
+    return logits.float().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+
+
+@torch.inference_mode()
+def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAttention, tokens: int) -> Tensor:
+    """Compute as much as the largest recorded step."""
+    limit = model.config.context_limit(config.max_model_len)
+    context = attention.decode_contexts(limit)[-1]
+    rows = [[0, 0, context, *[0] * -(-context // attention.block_size)]] * graph_sizes(tokens)[-1]
+    inputs = torch.tensor(rows, device=model.embed_tokens.device)
+    return compute_rows(model, attention, _one_block_for_all(model, attention), inputs)
+
+
+def _one_block_for_all(model: Decoder, attention: AttentionBackend) -> list[Tensor]:
+    """A cache of one block that all layers and all pages of a table share: nobody looks at what is computed."""
+    shape = model.config
+    cache = attention.allocate(1, shape.num_key_value_heads, shape.head_dim, model.embed_tokens.dtype)
+    return [cache] * shape.num_hidden_layers

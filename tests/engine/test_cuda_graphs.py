@@ -1,0 +1,333 @@
+"""Recorded steps: right by the same measure as others, with nothing but their inputs to tell one step from the next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import flash_attn_reference
+import pytest
+import tape
+import torch
+from checkpoints import make_llava, make_qwen3, make_qwen_vl
+from engine_parts import (
+    Case,
+    RecordingSampler,
+    Reference,
+    assert_all_same,
+    drain,
+    draw_cases,
+    greedy,
+    recording_engine,
+    step,
+)
+from torch import Tensor
+
+from nanovllm.engine import kernels, kv_memory, model_runner, sampler
+from nanovllm.engine.attention import AttentionBackend, GraphAttention, SdpaAttention
+from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
+from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
+from nanovllm.engine.doctor import describe
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import ConfigurationError
+from nanovllm.sampling_params import SamplingParams
+
+CPU = torch.device("cpu")
+WORLDS: dict[str, Callable[[Path], Path]] = {
+    "text": make_qwen3,
+    "llava": partial(make_llava, tower="siglip", patch=16, size=64),
+    "qwen-vl": partial(make_qwen_vl, family="qwen3_vl"),
+}
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, most: int, longest: int, table: Tensor
+) -> Tensor:
+    return flash_attn_reference.flash_attn_varlen_func(
+        q, k, v, starts, ends, most, longest, causal=True, block_table=table
+    )
+
+
+def _with_kvcache(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    return flash_attn_reference.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+
+# The reference looks at values, which kernels do on the device: for whoever records, each call is one operator.
+_with_kvcache_op = torch.library.custom_op(
+    "nanovllm_tests::with_kvcache",
+    _with_kvcache,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor table) -> Tensor",
+)
+decode_calls: list[int] = []
+
+
+def with_kvcache(
+    q: Tensor, k: Tensor, v: Tensor, *, cache_seqlens: Tensor, block_table: Tensor, causal: bool
+) -> Tensor:
+    assert causal
+    decode_calls.append(len(q))
+    output: Tensor = _with_kvcache_op(q, k, v, cache_seqlens, block_table)
+    return output
+
+
+def use_graphs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make engines record their steps, and attend as on a GPU with flash-attn or without."""
+    monkeypatch.setattr(model_runner, "choose_recorder", lambda _: tape.record)
+    monkeypatch.setattr(kernels, "missing", lambda: "a GPU has none")
+    if backend == "flash-attn":
+        module = SimpleNamespace(
+            flash_attn_varlen_func=flash_attn_reference.flash_attn_varlen_func, flash_attn_with_kvcache=with_kvcache
+        )
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        attention = PagedVarlenAttention(CPU, flash_attn_kernels())
+        monkeypatch.setattr(model_runner, "choose_backend", lambda *_: attention)
+
+
+def graphs_of(engine: LLMEngine) -> DecodeGraphs:
+    graphs = engine.model_runner.graphs
+    assert graphs is not None
+    return graphs
+
+
+@pytest.fixture(scope="module", params=list(WORLDS))
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Case]]:
+    """A checkpoint and 8 cases of it; with images 0, 1 and 3 a prompt."""
+    directory = WORLDS[request.param](tmp_path_factory.mktemp(request.param))
+    sees = request.param != "text"
+    cases = draw_cases(Reference(directory, sees=sees), [0, 1, 3, 1] * 2 if sees else [0] * 8, max_tokens=32)
+    return directory, {f"case-{number}": case for number, case in enumerate(cases)}
+
+
+def ask_all(engine: LLMEngine, cases: dict[str, Case], *, apart: int = 0) -> None:
+    """All cases, each ``apart`` steps after the last, against transformers."""
+    outputs: dict[str, Any] = {}
+    for name, case in cases.items():
+        engine.add_request(case.prompt, greedy(32), images=case.images, request_id=name)
+        for _ in range(apart):
+            step(engine, outputs)
+    assert_all_same(engine, cases, drain(engine, outputs))
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "torch"])
+def test_recorded_steps_equal_transformers(
+    world: tuple[Path, dict[str, Case]], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, cases = world
+    use_graphs(backend, monkeypatch)
+    engine = recording_engine(directory, max_num_seqs=8)
+    ask_all(engine, cases, apart=3)
+    replays = graphs_of(engine).num_replays
+    assert replays > engine.stats().steps // 2
+    assert isinstance(engine.sampler, RecordingSampler)
+    engine.sampler.logits.clear()
+    ask_all(engine, cases)  # with a warm prefix cache
+    assert graphs_of(engine).num_replays > replays
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "torch"])
+def test_recorded_steps_between_chunks_and_preemptions_equal_transformers(
+    world: tuple[Path, dict[str, Case]], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, cases = world
+    use_graphs(backend, monkeypatch)
+    size = 256 if backend == "flash-attn" else 16
+    blocks = 4 if backend == "flash-attn" else 24
+    engine = recording_engine(
+        directory, max_num_batched_tokens=23, kv_cache_bytes=(blocks + 1) * size * 2 * 2 * 32 * 2 * 4
+    )
+    assert engine.scheduler.blocks.num_blocks == blocks
+    ask_all(engine, cases)
+    assert graphs_of(engine).num_replays > 0
+    assert engine.stats().num_preemptions > 0 or backend == "flash-attn"
+
+
+def test_flash_attn_s_own_call_decodes_in_graphs_and_out_of_them(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for eager in (False, True):
+        use_graphs("flash-attn", monkeypatch)
+        decode_calls.clear()
+        with LLMEngine(str(text), kv_cache_bytes=4 << 20, enforce_eager=eager) as engine:
+            recorded = len(decode_calls)
+            engine.generate(["hello", "world"], greedy(4), use_tqdm=False)
+            # A replay calls nothing; without graphs, each step calls once a layer.
+            assert len(decode_calls) - recorded == (6 if eager else 0)
+            assert (engine.model_runner.graphs is None) is eager
+
+
+def test_sizes_are_fine_where_a_token_more_costs_much() -> None:
+    assert graph_sizes(64) == [1, 2, 4, 8, 16, 32, 48, 64]
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(5) == [1, 2, 4, 5]
+    assert graph_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert graph_sizes(4096)[-1] == 512
+
+
+def test_rows_left_over_write_to_the_block_that_nobody_owns(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20, enable_prefix_caching=False) as engine:
+        for word in ("hello", "world", "fox"):
+            engine.add_request(word, greedy(9))
+        engine.step()
+        owned = {block for sequence in engine.scheduler.running for block in sequence.block_table}
+        before = [cache.clone() for cache in engine.model_runner.kv_caches]
+        engine.step()  # three rows in a graph of four
+        assert graphs_of(engine).num_replays == 2
+        for old, new in zip(before, engine.model_runner.kv_caches, strict=True):
+            changed = {int(block) for block in (old != new).flatten(1).any(1).nonzero()}
+            assert changed <= owned | {engine.scheduler.blocks.num_blocks}
+            assert len(changed & owned) == 3
+
+
+def test_drafts_and_forced_tokens_are_rows_of_their_own(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    pattern = SamplingParams(temperature=0.0, max_tokens=24, regex="(the total |hello world )+")
+    answers = []
+    for eager in (True, False):
+        with LLMEngine(str(text), kv_cache_bytes=4 << 20, enforce_eager=eager) as engine:
+            answers.append(engine.generate([[7, 8, 9, 10] * 9], pattern, use_tqdm=False)[0].token_ids)
+            if not eager:
+                stats = engine.stats()
+                assert stats.spec_decode_draft_tokens + stats.generation_tokens > stats.steps
+                assert graphs_of(engine).num_replays == stats.steps - 1  # all but the prompt's
+    assert answers[0] == answers[1]
+
+
+def test_what_no_graph_holds_is_computed_without(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    with LLMEngine(str(text), kv_cache_bytes=8 << 20, max_num_seqs=4, num_speculative_tokens=0) as engine:
+        graphs = graphs_of(engine)
+        assert graphs.sizes == [1, 2, 4]
+
+        def replays(prompt: list[int], **options: Any) -> int:
+            before = graphs.num_replays
+            engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1, **options), use_tqdm=False)
+            return graphs.num_replays - before
+
+        assert replays([7, 8, 9]) == 1
+        assert replays([7, 8, 9, 10, 11]) == 0
+        assert replays([7, 8, 9], prompt_logprobs=1) == 0
+        graphs.contexts = (16,)
+        assert replays([7] * 40 + [8, 9, 10]) == 0  # after a prefix hit three tokens, but at the end of a long context
+        assert replays([7] * 40 + [8, 9, 10]) == 0
+
+
+def test_a_closed_engine_holds_no_cache(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    engine = LLMEngine(str(text), kv_cache_bytes=1 << 20)
+    engine.close()
+    assert engine.model_runner.graphs is None
+    assert not engine.model_runner.kv_caches
+
+
+def test_the_doctor_tells_of_graphs_and_why_there_are_none(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**options: Any) -> str:
+        with LLMEngine(str(text), kv_cache_bytes=1 << 20, max_num_seqs=8, **options) as engine:
+            return next(f"{one.value} {one.note}" for one in describe(engine) if one.subject == "CUDA graphs")
+
+    assert "they are for CUDA" in told()
+    use_graphs("torch", monkeypatch)
+    assert "1, 2, 4, 8, 16 tokens" in told()
+    assert "enforce_eager=True" in told(enforce_eager=True)
+
+
+@pytest.mark.parametrize("name", ["text", "qwen-vl"])
+@pytest.mark.parametrize("backend", ["flash-attn", "torch"])
+def test_a_gpu_s_cache_takes_what_the_largest_steps_leave(
+    name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_graphs(backend, monkeypatch)
+    computed: list[Tensor] = []
+
+    def peak_bytes(_: torch.device, compute: Callable[[], Tensor]) -> int:
+        computed.append(compute())
+        return GIB
+
+    monkeypatch.setattr(kv_memory, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 24 * GIB))
+    with LLMEngine(str(WORLDS[name](tmp_path)), kv_cache_bytes=1 << 20, max_num_seqs=8) as engine:
+        runner = engine.model_runner
+        attention = runner.attention
+        budget = partial(kv_memory.kv_cache_bytes, device=torch.device("cuda"), model=runner.model, attention=attention)
+        config = EngineConfig("", gpu_memory_utilization=0.75, max_num_seqs=8, max_model_len=600)
+        assert budget(config, graph_tokens=None, reserved=0) == (20 - 6 - 1) * GIB
+        assert budget(config, graph_tokens=8, reserved=GIB) == (20 - 6 - 2 - 1) * GIB
+        vocab = runner.model.config.vocab_size
+        assert [tuple(one.shape) for one in computed] == [(8, vocab)] * 3
+
+        def too_large(*_: Any) -> int:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(kv_memory, "peak_bytes", too_large)
+        with pytest.raises(ConfigurationError, match=r"max_num_batched_tokens=2048.*600 tokens"):
+            budget(config, graph_tokens=None, reserved=0)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "torch"])
+def test_plans_made_on_the_device_are_those_of_the_host(backend: str) -> None:
+    attention: AttentionBackend = (
+        PagedVarlenAttention(CPU, lambda query, *_: query)
+        if backend == "flash-attn"
+        else SdpaAttention(CPU, torch.float32)
+    )
+    assert isinstance(attention, GraphAttention)
+    size = attention.block_size
+    tables = torch.tensor([[4, 0, 9], [2, 7, 1], [3, 5, 9]])
+    contexts = torch.tensor([1, 3 * size, size + 1])
+    plan = attention.decode_plan(contexts, tables)
+    assert plan.slots.tolist() == [4 * size, 2 * size - 1, 5 * size]
+
+
+def test_a_step_waits_for_the_device_only_to_read_its_tokens(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs("torch", monkeypatch)
+    waits = 0
+
+    def read_back(tokens: Tensor) -> list[int]:
+        nonlocal waits
+        waits += 1
+        with torch.utils._python_dispatch._disable_current_modes():
+            values: list[int] = tokens.tolist()
+        return values
+
+    monkeypatch.setattr(sampler, "read_back", read_back)
+    options: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
+    everything = SamplingParams(
+        temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.1,
+        frequency_penalty=0.1, logit_bias={7: 2.0}, bad_words=["the"], min_tokens=2, stop_token_ids=(9,), seed=3,
+        **options,
+    )  # fmt: skip
+    guided = SamplingParams(temperature=0.0, regex="[a-z]{4,}", **options)
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20, enforce_eager=True) as engine:
+        for params in (everything, SamplingParams(temperature=0.0, **options), SamplingParams(**options), guided):
+            engine.add_request([7, 8, 9], params)
+        with tape.Tape():
+            while engine.has_unfinished():
+                engine.step()
+        assert waits == engine.stats().steps
+
+
+def test_greedy_rows_are_an_argmax_and_nothing_else() -> None:
+    calls = tape.Tape()
+    rows = [Sequence("", [0], 1, SamplingParams(temperature=0.0), 16, None) for _ in range(3)]  # type: ignore[arg-type]
+    logits = torch.eye(3, 5)
+    with calls:
+        tokens = sampler.Sampler(CPU).sample(logits, rows)
+    assert tokens == [0, 1, 2]
+    assert [function._schema.name for function, *_ in calls.calls] == ["aten::argmax"]
+
+
+def test_the_tape_refuses_what_a_graph_cannot_hold() -> None:
+    values = torch.arange(4.0)
+    for compute in (values.max().item, lambda: values[values > 1], lambda: values + torch.tensor([1.0])):
+        with pytest.raises(RuntimeError, match="looks at values, or takes them from the host"):
+            tape.record(compute)
+    doubled = torch.empty(4)
+    replay = tape.record(lambda: doubled.copy_(values.view(2, 2).mul(2).flatten()))
+    values.fill_(3.0)
+    replay()
+    assert doubled.tolist() == [6.0] * 4
