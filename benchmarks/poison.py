@@ -3,10 +3,11 @@
     python benchmarks/poison.py [--bad 10000] [--behind 2000] [--runs 5]
 
 Two questions, asked by turns, the engine echoing. **Beside**: good jobs arrive steadily on three partitions, once
-alone and once while the bad ones lie on the fourth; the latency is from a job's timestamp to its result's, over the
-jobs that came while bad ones were worked off. **Behind**: good jobs wait behind the bad ones on one partition; the rate
-is all records over the time from the first one's end to the last good answer, beside a loop that only takes a record,
-parses it and sends one on.
+alone and once while the bad ones come, all at once, on the fourth; the latency is from just before a job is sent until
+the broker has its result (the topics stamp records when they are appended), over the jobs that came while bad ones were
+worked off. **Behind**: good jobs wait behind the bad ones on one partition. How fast the bad ones pass, from the first
+dead letter to the first answer behind them, beside a loop that only takes a record, parses it and sends one on; and how
+fast the good ones are answered then, beside the same good ones with nothing before them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,15 @@ from nanovllm.pipeline.local_process import LocalProcess
 RESULTS = Path(__file__).parent / "results" / "poison.json"
 PARTITIONS = 4
 GOOD_PER_S = 50
+BAD_AFTER_S = 1.0
 BAD = b'{"prompt": "a job that ends in the middle of'
 
 
 async def make_topics(brokers: str) -> dict[str, str]:
     base = unique_name("poison")
     topics = {name: f"{base}.{name}" for name in ("jobs", "results", "metrics", "dead_letters")}
-    await create_topic(brokers, *topics.values(), partitions=PARTITIONS)
+    settings = {"message.timestamp.type": "LogAppendTime"}
+    await create_topic(brokers, *topics.values(), partitions=PARTITIONS, settings=settings)
     return topics
 
 
@@ -109,32 +113,49 @@ async def latency_beside(brokers: str, directory: Path, bad: int, seconds: float
     process.start()
     try:
         async with (
-            AIOKafkaProducer(bootstrap_servers=brokers) as producer,
+            AIOKafkaProducer(bootstrap_servers=brokers, max_batch_size=2**20) as producer,
             reader(brokers, topics["results"]) as results,
-            reader(brokers, topics["dead_letters"]) as letters,
         ):
             warm_up = [good(f"warm-{number}") for number in range(50)]
             await send_all(producer, topics["jobs"], warm_up, 1)
             await read_until(results, len(warm_up))
-            if bad:
-                await send_all(producer, topics["jobs"], [BAD] * bad, 0)
-            sent_ms: dict[bytes, int] = {}
+            # Filled beforehand: this process must not be busy with the bad ones while it times the good ones.
+            batch = producer.create_batch()
+            for _ in range(bad):
+                batch.append(timestamp=None, key=None, value=BAD)
+            flood: asyncio.Future[Any] | None = None
+            sent_ms: dict[bytes, float] = {}
             began = time.monotonic()
             for number in range(int(GOOD_PER_S * seconds)):
+                if bad and flood is None and time.monotonic() - began >= BAD_AFTER_S:
+                    flood = await producer.send_batch(batch, topics["jobs"], partition=0)
                 name = f"good-{number}"
-                record = await producer.send_and_wait(topics["jobs"], good(name), partition=1 + number % 3)
-                sent_ms[name.encode()] = record.timestamp
+                sent_ms[name.encode()] = time.time() * 1000
+                await producer.send(topics["jobs"], good(name), partition=1 + number % 3)
                 await asyncio.sleep(max(0.0, began + (number + 1) / GOOD_PER_S - time.monotonic()))
             answers = {record.key: record.timestamp for record in await read_until(results, len(sent_ms))}
-            worked_off_ms = (await read_until(letters, bad))[-1].timestamp if bad else float("inf")
-        taken = [answers[name] - at for name, at in sent_ms.items() if at <= worked_off_ms]
+        first_ms, last_ms = 0.0, float("inf")
+        if flood is not None:
+            first_ms = (await flood).timestamp
+            async with reader(brokers, topics["dead_letters"]) as letters:
+                last_ms = max(record.timestamp for record in await read_until(letters, bad))
+        taken = [answers[name] - at for name, at in sent_ms.items() if first_ms <= at <= last_ms]
         return {"median_ms": statistics.median(taken), "jobs": len(taken)}
     finally:
         process.kill()
 
 
-async def rate_behind(brokers: str, directory: Path, contender: str, bad: int, behind: int) -> float:
-    """Records a second on one partition of ``bad`` messages and ``behind`` good jobs after them."""
+@dataclass(frozen=True)
+class Passing:
+    """Records a second: of the bad ones until the first good answer, of the good ones behind, and of all."""
+
+    bad_per_s: float
+    good_per_s: float
+    all_per_s: float
+
+
+async def passing(brokers: str, directory: Path, contender: str, bad: int, behind: int) -> Passing:
+    """One partition with ``bad`` messages and ``behind`` good jobs after them."""
     topics = await make_topics(brokers)
     async with AIOKafkaProducer(bootstrap_servers=brokers, linger_ms=5) as producer:
         values = [BAD] * bad + [good(f"behind-{number}") for number in range(behind)]
@@ -142,16 +163,22 @@ async def rate_behind(brokers: str, directory: Path, contender: str, bad: int, b
     process = (worker if contender == "worker" else plain_loop)(brokers, topics, directory)
     process.start()
     try:
-        async with reader(brokers, topics["results"]) as results, reader(brokers, topics["dead_letters"]) as letters:
-            first = (await read_until(letters, 1))[0].timestamp
-            last = max(record.timestamp for record in await read_until(results, behind))
-        return (bad + behind) / max(0.001, (last - first) / 1000)
+        async with reader(brokers, topics["results"]) as results:
+            answered = [record.timestamp for record in await read_until(results, behind)]
+        async with reader(brokers, topics["dead_letters"]) as letters:
+            began = min(record.timestamp for record in await read_until(letters, bad)) if bad else min(answered)
     finally:
         process.kill()
+    first, last = min(answered), max(answered)
+
+    def per_s(records: int, ms: float) -> float:
+        return records / max(0.001, ms / 1000)
+
+    return Passing(per_s(bad, first - began), per_s(behind, last - first), per_s(bad + behind, last - began))
 
 
 async def measure(bad: int, behind: int, runs: int, seconds: float) -> dict[str, Any]:
-    alone, beside, ours, plain = [], [], [], []
+    alone, beside, ours, plain, without = [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         async with KafkaNode(directory) as node:
@@ -159,18 +186,30 @@ async def measure(bad: int, behind: int, runs: int, seconds: float) -> dict[str,
             for _ in range(runs):
                 alone.append(await latency_beside(brokers, directory, 0, seconds))
                 beside.append(await latency_beside(brokers, directory, bad, seconds))
-                ours.append(await rate_behind(brokers, directory, "worker", bad, behind))
-                plain.append(await rate_behind(brokers, directory, "plain", bad, behind))
-                print(f"alone {alone[-1]}, beside {beside[-1]}, behind {ours[-1]:.0f}/s, plain {plain[-1]:.0f}/s")
+                ours.append(await passing(brokers, directory, "worker", bad, behind))
+                plain.append(await passing(brokers, directory, "plain", bad, behind))
+                without.append(await passing(brokers, directory, "worker", 0, behind))
+                print(f"alone {alone[-1]}, beside {beside[-1]}, {ours[-1]}, plain {plain[-1]}, none bad {without[-1]}")
     quiet, loud = (statistics.median(run["median_ms"] for run in some) for some in (alone, beside))
+    ours_bad, plain_bad = (statistics.median(run.bad_per_s for run in some) for some in (ours, plain))
+    behind_bad, behind_none = (statistics.median(run.good_per_s for run in some) for some in (ours, without))
     return {
         "latency_alone_ms": quiet,
         "latency_beside_ms": loud,
         "latency_ratio": loud / quiet,
-        "rate_behind_per_s": statistics.median(ours),
-        "rate_plain_per_s": statistics.median(plain),
-        "rate_ratio": statistics.median(ours) / statistics.median(plain),
-        "runs": {"alone": alone, "beside": beside, "behind_per_s": ours, "plain_per_s": plain},
+        "bad_pass_per_s": ours_bad,
+        "bad_pass_plain_per_s": plain_bad,
+        "bad_pass_ratio": ours_bad / plain_bad,
+        "good_behind_bad_per_s": behind_bad,
+        "good_behind_none_per_s": behind_none,
+        "good_behind_ratio": behind_bad / behind_none,
+        "runs": {
+            "alone": alone,
+            "beside": beside,
+            "passing": [asdict(run) for run in ours],
+            "plain": [asdict(run) for run in plain],
+            "none_bad": [asdict(run) for run in without],
+        },
     }
 
 

@@ -76,7 +76,7 @@ class Bench:
         )
         source = JobSource(
             effective.kafka,
-            [effective.topics.jobs, *tiers.topics],
+            tiers.lanes,
             max_out_of_order=effective.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
@@ -181,8 +181,8 @@ class FaultyFetcher(ObjectFetcher):
 class GatedEngine(EchoEngine):
     """Answers a job only after its gate was opened, by its id."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **engine: Any) -> None:
+        super().__init__(**engine)
         self.requests: list[Request] = []
         self._gates: dict[str, asyncio.Event] = {}
 

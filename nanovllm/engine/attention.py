@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine import kernels
+from nanovllm.engine import huge_pages, kernels
 from nanovllm.engine.staging import to_device, together
 
 logger = logging.getLogger(__name__)
@@ -303,8 +302,8 @@ class PagedCpuAttention:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy leaves zero pages to the system until they are written, torch writes them all at once.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    memory = huge_pages.zeroed(math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:

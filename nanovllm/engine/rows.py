@@ -52,5 +52,13 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / largest, largest
 
 
+def argmax(x: Tensor) -> Tensor:
+    """The first place of the highest number in each row of [rows, d]: [rows], int64."""
+    if x.is_cpu and x.is_contiguous() and kernels.missing() is None:
+        output: Tensor = torch.ops.nanovllm.argmax(x)
+        return output
+    return x.argmax(-1)
+
+
 def _has_kernel(x: Tensor) -> bool:
     return x.is_cpu and x.shape[-1] % 32 == 0 and kernels.missing() is None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.guided import forbid_masked
+from nanovllm.engine.rows import argmax
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import move, read_back, to_device
 
@@ -46,10 +47,10 @@ class Sampler:
         self._adjust(logits, sequences)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         if not random:
-            return read_back(logits.argmax(-1))
+            return read_back(argmax(logits))
         if len(random) == len(sequences):
             return read_back(self._draw(logits.float(), sequences))
-        tokens = logits.argmax(-1)
+        tokens = argmax(logits)
         rows = to_device(random, logits.device)
         drawn = self._draw(logits.index_select(0, rows).float(), [sequences[row] for row in random])
         tokens.index_copy_(0, rows, drawn)

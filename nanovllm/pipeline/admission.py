@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+
+from nanovllm.pipeline.lanes import LaneTurns
 
 
 class Admission:
@@ -16,18 +18,26 @@ class Admission:
     ``Ticket.reserve`` waits its turn, first come first served. A job reserves all it may need at once and never again:
     jobs that held a part each and waited for the rest would wait for ever. A reservation above the whole bound is
     granted alone, when no other one is held.
+
+    With several ``lanes`` a share of both is kept for each, so that none fills the window for all: a quarter of it
+    between them. Of those that wait the lane goes first whose turn it is.
     """
 
-    def __init__(self, *, max_jobs: int, max_bytes: int) -> None:
-        if max_jobs < 1 or max_bytes < 1:
-            raise ValueError(f"max_jobs {max_jobs} or max_bytes {max_bytes} is below 1")
+    def __init__(self, *, max_jobs: int, max_bytes: int, lanes: Iterable[int] = (0,)) -> None:
+        self._lanes = {lane: _LaneUse() for lane in sorted(lanes)}
+        if max_jobs < len(self._lanes) or max_bytes < 1:
+            raise ValueError(f"max_jobs {max_jobs} or max_bytes {max_bytes} is too small")
         self._max_jobs = max_jobs
         self._max_bytes = max_bytes
+        shares = 4 * len(self._lanes)
+        is_shared = len(self._lanes) > 1
+        self._kept_jobs = max(1, max_jobs // shares) if is_shared else 0
+        self._kept_bytes = max_bytes // shares if is_shared else 0
         self._jobs = 0
         self._tickets = 0
         self._bytes = 0
         self._reservations = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._turns = LaneTurns()
         self._changed = asyncio.Event()
 
     @property
@@ -42,15 +52,20 @@ class Admission:
 
     @property
     def room(self) -> int:
-        """How many more records may be taken from Kafka now."""
-        return 0 if self._bytes >= self._max_bytes else max(0, self._max_jobs - self._jobs)
+        """How many more records of whichever lane may be taken from Kafka now."""
+        return max(self.rooms.values())
 
-    def admit(self, record_bytes: int) -> Ticket:
+    @property
+    def rooms(self) -> dict[int, int]:
+        """How many more records of each lane may be taken from Kafka now."""
+        return {lane: self._room_of(lane) for lane in self._lanes}
+
+    def admit(self, record_bytes: int, lane: int = 0) -> Ticket:
         """Take in one job whose record holds ``record_bytes``; leave its ticket when it ends."""
-        self._jobs += 1
+        use = self._lanes[lane]
         self._tickets += 1
-        self._bytes += record_bytes
-        return Ticket(self, record_bytes)
+        self._take(use, record_bytes, jobs=1)
+        return Ticket(self, use, record_bytes)
 
     async def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until there is room, at most ``timeout_s``; returns whether there is."""
@@ -72,52 +87,84 @@ class Admission:
         assert self._jobs > 0 or self._reservations == 0, "a reservation is held by no job"
         assert self._tickets > 0 or self._bytes == 0, "bytes are held by no job"
 
-    async def _reserve(self, nbytes: int) -> None:
-        if self._waiting or not self._fits(nbytes):
-            turn = asyncio.get_running_loop().create_future()
-            entry = (nbytes, turn)
-            self._waiting.append(entry)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    # Granted in the very step in which the job was cancelled: nobody will use it.
-                    self._give_back(nbytes, reservations=1)
-                else:
-                    with contextlib.suppress(ValueError):
-                        self._waiting.remove(entry)
-                    self._wake()
-                raise
-        else:
-            self._take(nbytes)
+    def _room_of(self, lane: int) -> int:
+        use = self._lanes[lane]
+        others = [other for other in self._lanes.values() if other is not use]
+        if self._bytes + sum(max(0, self._kept_bytes - other.bytes) for other in others) >= self._max_bytes:
+            return 0
+        kept = sum(max(0, self._kept_jobs - other.jobs) for other in others)
+        return max(0, self._max_jobs - self._jobs - kept)
 
-    def _fits(self, nbytes: int) -> bool:
-        return self._reservations == 0 or self._bytes + nbytes <= self._max_bytes
+    async def _reserve(self, use: _LaneUse, nbytes: int) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        entry = (nbytes, turn)
+        use.waiting.append(entry)
+        self._wake()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                # Granted in the very step in which the job was cancelled: nobody will use it.
+                self._give_back(use, nbytes, reservations=1)
+            else:
+                with contextlib.suppress(ValueError):
+                    use.waiting.remove(entry)
+                self._wake()
+            raise
 
-    def _take(self, nbytes: int) -> None:
+    def _fits(self, use: _LaneUse, nbytes: int) -> bool:
+        if self._reservations == 0:
+            return True
+        kept = sum(max(0, self._kept_bytes - other.bytes) for other in self._lanes.values() if other is not use)
+        return self._bytes + kept + nbytes <= self._max_bytes
+
+    def _take(self, use: _LaneUse, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
         self._bytes += nbytes
-        self._reservations += 1
+        self._jobs += jobs
+        self._reservations += reservations
+        use.bytes += nbytes
+        use.jobs += jobs
 
-    def _give_back(self, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
-        self._bytes -= nbytes
-        self._jobs -= jobs
-        self._reservations -= reservations
+    def _give_back(self, use: _LaneUse, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
+        self._take(use, -nbytes, jobs=-jobs, reservations=-reservations)
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
-            nbytes, turn = self._waiting.popleft()
-            if not turn.cancelled():
-                self._take(nbytes)
-                turn.set_result(None)
+        while waiting := {lane: use for lane, use in self._lanes.items() if use.next_waiting() is not None}:
+            lane = self._turns.next(waiting)
+            if not self._fits(waiting[lane], waiting[lane].waiting[0][0]):
+                # What is kept for another one is no use to it.
+                within = [other for other, use in waiting.items() if use.bytes + use.waiting[0][0] <= self._kept_bytes]
+                if not within:
+                    break
+                lane = self._turns.next(within)
+            nbytes, turn = waiting[lane].waiting.popleft()
+            self._take(waiting[lane], nbytes, reservations=1)
+            self._turns.serve(lane, waiting)
+            turn.set_result(None)
         self._changed.set()
+
+
+class _LaneUse:
+    """What the jobs of one lane hold, and what they wait for."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self.bytes = 0
+        self.waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def next_waiting(self) -> tuple[int, asyncio.Future[None]] | None:
+        while self.waiting and self.waiting[0][1].cancelled():
+            self.waiting.popleft()
+        return self.waiting[0] if self.waiting else None
 
 
 class Ticket:
     """One job's share of the admission; a context manager that gives everything back."""
 
-    def __init__(self, admission: Admission, record_bytes: int) -> None:
+    def __init__(self, admission: Admission, use: _LaneUse, record_bytes: int) -> None:
         self._admission = admission
+        self._use = use
         self._record_bytes = record_bytes
         self._reserved_bytes: int | None = None
         self._has_left = False
@@ -129,11 +176,11 @@ class Ticket:
 
         Coming back takes the place again at once, so there may be more jobs than places for a while.
         """
-        self._admission._give_back(0, jobs=1)
+        self._admission._give_back(self._use, 0, jobs=1)
         try:
             yield
         finally:
-            self._admission._jobs += 1
+            self._admission._take(self._use, 0, jobs=1)
 
     async def reserve(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more may be held. Once for each job.
@@ -143,7 +190,7 @@ class Ticket:
         """
         if self._reserved_bytes is not None or self._is_released:
             raise RuntimeError("a job reserves once, while it is admitted")
-        await self._admission._reserve(nbytes)
+        await self._admission._reserve(self._use, nbytes)
         self._reserved_bytes = nbytes
 
     def hold(self, nbytes: int) -> None:
@@ -151,7 +198,7 @@ class Ticket:
         if self._reserved_bytes is None or self._is_released:
             return
         given_back, self._reserved_bytes = self._reserved_bytes - nbytes, nbytes
-        self._admission._give_back(given_back)
+        self._admission._give_back(self._use, given_back)
 
     def leave_with(self, nbytes: int) -> None:
         """The work is done and ``nbytes`` of output wait to be released: others may have the job's place."""
@@ -161,7 +208,7 @@ class Ticket:
         reserved, self._reserved_bytes = self._reserved_bytes, None
         given_back = self._record_bytes + (reserved or 0) - nbytes
         self._record_bytes = nbytes
-        self._admission._give_back(given_back, jobs=1, reservations=0 if reserved is None else 1)
+        self._admission._give_back(self._use, given_back, jobs=1, reservations=0 if reserved is None else 1)
 
     def release(self) -> None:
         """The job ended: give back all that it holds. Again does nothing."""
@@ -171,6 +218,7 @@ class Ticket:
         self._admission._tickets -= 1
         reserved = self._reserved_bytes
         self._admission._give_back(
+            self._use,
             self._record_bytes + (reserved or 0),
             jobs=0 if self._has_left else 1,
             reservations=0 if reserved is None else 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -141,7 +142,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         signals.drain(worker)
         source = JobSource(
             settings.kafka,
-            [topics.jobs, *tiers.topics],
+            tiers.lanes,
             max_out_of_order=settings.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
@@ -151,9 +152,14 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             exactly_once=settings.delivery == "exactly_once",
             in_flight=in_flight,
         )
+        # What is here now stays: the collector need not look through all of it again and again while jobs pass.
+        gc.collect()
+        gc.freeze()
         # From here on the worker leaves the group before anything above is closed.
         await source.start()
-        logger.info("consuming %s as %s in group %s", topics.jobs, settings.worker_id, settings.kafka.group_id)
+        logger.info(
+            "consuming %s as %s in group %s", ", ".join(tiers.lanes), settings.worker_id, settings.kafka.group_id
+        )
         await worker.run(source, exit_when_drained=exit_when_drained)
 
 

@@ -40,6 +40,9 @@ def submit(
         str | None, typer.Option("--prompt", "-p", help="Text; <|image|> marks the image's place.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="One of topics.lanes, for jobs of its priority; topics.jobs if unset.")
+    ] = None,
     key: Annotated[JobKey, typer.Option(help="Record key; image: equal images meet one worker's cache.")] = "image",
     upload: Annotated[str | None, typer.Option(help="s3://bucket/prefix for files too large for a message.")] = None,
     format: Annotated[Literal["json", "msgpack"], typer.Option(help="Encoding of the jobs.")] = "json",
@@ -52,11 +55,12 @@ def submit(
 ) -> None:
     """Send jobs: one for each image, or those of a file."""
     settings = client_settings(config, bootstrap_servers)
+    topic = topic or settings.topics.jobs
+    if topic not in settings.topics.job_topics:
+        raise InvalidInput(f"no worker of these settings reads jobs from {topic}: topics.lanes does not name it")
     sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
     submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling)
-    producer = JobProducer(
-        settings.kafka, topic=settings.topics.jobs, key=key, fmt=format, upload=upload, s3=settings.s3
-    )
+    producer = JobProducer(settings.kafka, topic=topic, key=key, fmt=format, upload=upload, s3=settings.s3)
     failed = asyncio.run(_submit(settings, producer, submissions, timeout if wait else None, as_json))
     raise typer.Exit(1 if failed else 0)
 
@@ -111,7 +115,7 @@ async def _submit(
             async for job_id in send_all(producer, submissions):
                 job_ids.append(job_id)
         finally:
-            _print_sent(job_ids, settings.topics.jobs, as_json=as_json)
+            _print_sent(job_ids, producer.topic, as_json=as_json)
         if reader is None or wait_s is None:
             return False
         return await _wait_for(reader, set(job_ids), ResultRows(as_json=as_json), wait_s)

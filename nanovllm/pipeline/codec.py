@@ -79,13 +79,7 @@ def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:
 
 def _parse_json(value: bytes) -> Any:
     try:
-        return json.loads(
-            value.decode(),
-            object_pairs_hook=_unique_keys,
-            parse_int=_exact_int,
-            parse_float=_finite_float,
-            parse_constant=_refuse_constant,
-        )
+        return _STRICT_JSON.decode(value.decode())
     except UnicodeDecodeError:
         raise InvalidJob("the message is not valid UTF-8") from None
     except RecursionError:
@@ -135,3 +129,12 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _refuse_extension(code: int, data: bytes) -> NoReturn:
     raise InvalidJob("the message holds a msgpack extension type")
+
+
+# Made once: json.loads() makes one for every call that has hooks.
+_STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique_keys,
+    parse_int=_exact_int,
+    parse_float=_finite_float,
+    parse_constant=_refuse_constant,
+)

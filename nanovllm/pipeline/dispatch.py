@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 
+from nanovllm.pipeline.lanes import LaneTurns
 from nanovllm.pipeline.tenants import FairShares
 
 
@@ -16,13 +17,14 @@ from nanovllm.pipeline.tenants import FairShares
 class Claim:
     """One job that wants a place in the engine.
 
-    ``tokens`` is a guess of what it will use; a lower ``priority`` goes first.
+    ``tokens`` is a guess of what it will use; a lower ``lane`` goes first, and in a lane a lower ``priority``.
     """
 
     tokens: int
     priority: int = 0
     tenant: str = ""
     deadline: datetime | None = None
+    lane: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +37,8 @@ class _Waiting:
 class Dispatch:
     """Hands out the engine's ``places``.
 
-    Lower priority first; inside a priority the tenant that has had least for its weight; inside a tenant the earliest
-    deadline, jobs without one last; then first come, first served.
+    The lane first whose turn it is; inside a lane lower priority first; inside a priority the tenant that has had
+    least for its weight; inside a tenant the earliest deadline, jobs without one last; then first come, first served.
     """
 
     def __init__(self, places: int, shares: FairShares) -> None:
@@ -44,6 +46,7 @@ class Dispatch:
         self._shares = shares
         self._waiting: list[_Waiting] = []
         self._arrivals = count()
+        self._lanes = LaneTurns()
 
     @property
     def waiting(self) -> int:
@@ -89,8 +92,11 @@ class Dispatch:
         self._waiting = [waiting for waiting in self._waiting if not waiting.turn.cancelled()]
         while self._free and self._waiting:
             # A scan, not a heap: shares change with every job, and the window holds a few hundred.
-            chosen = min(self._waiting, key=self._order)
+            lanes = {waiting.claim.lane for waiting in self._waiting}
+            lane = self._lanes.next(lanes)
+            chosen = min((one for one in self._waiting if one.claim.lane == lane), key=self._order)
             self._waiting.remove(chosen)
+            self._lanes.serve(lane, lanes)
             self._free -= 1
             self._shares.charge(chosen.claim.tenant, chosen.claim.tokens)
             chosen.turn.set_result(None)

@@ -96,7 +96,8 @@ def dlq_replay(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     rate: Annotated[float, typer.Option(min=0.001, help="Most messages a second.")] = 50.0,
     topic: Annotated[
-        list[str] | None, typer.Option("--topic", help="Topics that may be sent to; the settings' jobs topic if unset.")
+        list[str] | None,
+        typer.Option("--topic", help="Topics that may be sent to; the settings' topics of jobs if unset."),
     ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -107,7 +108,7 @@ def dlq_replay(
     if wanted.excludes_nothing and not everything:
         raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
     settings = client_settings(config, bootstrap_servers)
-    replayer = Replayer(settings.kafka, topic or [settings.topics.jobs], per_second=rate, send=not dry_run)
+    replayer = Replayer(settings.kafka, topic or settings.topics.job_topics, per_second=rate, send=not dry_run)
     replays = asyncio.run(_replay(replayer, read_dead_letters(settings, wanted)))
     rows = [(one.buried.place, one.buried.letter.job_id or "", one.state, one.reason) for one in replays]
     print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)

@@ -80,12 +80,16 @@ class PartitionLedger:
             return False
         if offset >= self._position:
             raise ValueError(f"offset {offset} was never delivered")
-        if offset < self.watermark or offset in self._finished:
+        if not self.is_open(offset):
             return False
         self._finished.add(offset)
         while self._span and self._span[0] in self._finished:
             self._finished.remove(self._span.popleft())
         return True
+
+    def is_open(self, offset: int) -> bool:
+        """Whether ``offset``, which was delivered, is not settled."""
+        return offset >= self.watermark and offset not in self._finished
 
     def leading(self, ready: Container[int], at_most: int) -> tuple[list[int], int]:
         """The open offsets from the watermark on that are all in ``ready``, and the watermark behind them."""

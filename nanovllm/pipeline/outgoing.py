@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
 from nanovllm.errors import NanoVLLMError
+from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.fetch import FetchedImage
-from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.job import Job, derive_job_id
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.encoding import MessageFormat
-from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_record, metrics_record, result_record
+from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_like, dead_letter_record, metrics_record, result_record
 from nanovllm.sinks.messages import (
     DeadLetter,
     ImageMetrics,
@@ -136,6 +137,22 @@ class OutgoingRecords:
             keep_headers=self._settings.dead_letters.keep_headers,
             max_bytes=self._max_record_bytes(topic),
         )
+
+    def another_dead_letter(self, delivery: Delivery, like: OutgoingRecord) -> OutgoingRecord | None:
+        """A dead letter that differs from ``like``, of the same partition, in its source alone.
+
+        None where it must be made by itself: the record is from a retry topic, or too large as it is.
+        """
+        if delivery.topic in self._tiers.delays_s:
+            return None
+        job_id = derive_job_id(delivery.topic, delivery.partition, delivery.offset)
+        source: dict[str, str | int | None] = {
+            "job_id": job_id,
+            "source_offset": delivery.offset,
+            "source_timestamp_ms": delivery.timestamp_ms,
+        }
+        record = dead_letter_like(like, source, key=delivery.key, value=delivery.value)
+        return record if record and record.size_bytes <= self._max_record_bytes(record.topic) else None
 
     def delayed_retry(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""

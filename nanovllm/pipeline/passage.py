@@ -33,14 +33,15 @@ class Passage:
     """What is known of a delivery while it is at work. Mutable, and owned by its one task.
 
     ``job_id`` and ``format`` are unset until the record could be read so far; ``seconds`` are by stage.
-    ``attempts`` are those of this delivery; ``waits_in`` is the retry topic in which it ended.
+    ``attempts`` are those of this delivery; ``waits_in`` is the retry topic in which it ended. ``began`` is the
+    monotonic time of its receipt; None: now.
     """
 
-    def __init__(self, delivery: Delivery, origin: Origin) -> None:
+    def __init__(self, delivery: Delivery, origin: Origin, began: float | None = None) -> None:
         self.delivery = delivery
         self.origin = origin
         self.received_at = datetime.now(UTC)
-        self._received = time.monotonic()
+        self._received = time.monotonic() if began is None else began
         self.job_id: str | None = None
         self.format: MessageFormat = "json"
         self.result_topic: str | None = None

@@ -22,6 +22,15 @@ class PoisonLimit:
         Raises:
             PoisonLimitReached: it would be one too many.
         """
-        if self._limit is not None and self._in_a_row >= self._limit:
-            raise PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")
-        self._in_a_row += 1
+        if not self.bury_up_to(1):
+            raise self.reached()
+
+    def bury_up_to(self, count: int) -> int:
+        """How many of ``count`` more dead letters may be published, which are counted as if they were."""
+        allowed = count if self._limit is None else min(count, self._limit - self._in_a_row)
+        self._in_a_row += allowed
+        return allowed
+
+    def reached(self) -> PoisonLimitReached:
+        """What to raise instead of one more."""
+        return PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")

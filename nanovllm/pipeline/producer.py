@@ -60,7 +60,7 @@ class JobProducer:
     ) -> None:
         kafka = kafka or KafkaSettings()
         self._kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}) if bootstrap_servers else kafka
-        self._topic = topic
+        self.topic = topic
         self._key = key
         self._format: MessageFormat = fmt
         self._uploader = ImageUploader(upload, s3 or S3Settings()) if upload else None
@@ -73,7 +73,7 @@ class JobProducer:
         Raises:
             BrokersUnavailable: the brokers cannot be reached, or refuse the login.
         """
-        self._max_bytes = (await message_limits(self._kafka, [self._topic]))[self._topic]
+        self._max_bytes = (await message_limits(self._kafka, [self.topic]))[self.topic]
         producer = AIOKafkaProducer(**self._kafka.producer_kwargs())
         try:
             await producer.start()
@@ -156,7 +156,7 @@ class JobProducer:
                 record.topic, record.value, key=record.key, headers=list(record.headers)
             )
         except KafkaError as error:
-            raise publish_error(error, self._topic) from error
+            raise publish_error(error, self.topic) from error
         return job.job_id or derive_job_id(sent.topic, sent.partition, sent.offset)
 
     async def _record(self, job: Job) -> OutgoingRecord:
@@ -169,7 +169,7 @@ class JobProducer:
             held = any(image.data is not None for image in job.images)
             hint = "; give a place for large images (--upload s3://bucket/prefix)" if held else ""
             raise MessageTooLarge(
-                f"the job takes {record.size_bytes} bytes, topic {self._topic} takes {self._max_bytes}{hint}"
+                f"the job takes {record.size_bytes} bytes, topic {self.topic} takes {self._max_bytes}{hint}"
             )
         return record
 
@@ -181,7 +181,7 @@ class JobProducer:
 
     def _encode(self, job: Job, key: bytes | None) -> OutgoingRecord:
         headers = (("content-type", CONTENT_TYPES[self._format].encode()),)
-        return OutgoingRecord(self._topic, key, encode_job(job, self._format), headers)
+        return OutgoingRecord(self.topic, key, encode_job(job, self._format), headers)
 
     @staticmethod
     async def _with_uploaded_images(job: Job, uploader: ImageUploader) -> Job:

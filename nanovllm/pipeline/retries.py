@@ -6,7 +6,7 @@ reading the partition until then. What must outlive the wait travels in headers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -46,17 +46,28 @@ class Origin:
 
 
 class RetryTiers:
-    """The retry topics of a jobs topic, in the order in which a job goes through them; none without delays."""
+    """The retry topics of each topic of jobs, in the order in which a job goes through them; none without delays.
 
-    def __init__(self, jobs_topic: str, delays_s: Sequence[int]) -> None:
-        self.delays_s = {f"{jobs_topic}.retry-{delay_s}s": delay_s for delay_s in delays_s}
+    Args:
+        job_topics: their priorities, by topic.
+    """
+
+    def __init__(self, job_topics: Mapping[str, int], delays_s: Sequence[int]) -> None:
+        self.delays_s: dict[str, int] = {}
         """Seconds that a record waits, by topic."""
-        self._next = dict(zip([jobs_topic, *self.delays_s], self.delays_s, strict=False))
+        self.lanes: dict[str, int] = {}
+        """The priority of every topic that jobs are read from: a lane is a topic of jobs with its retry topics."""
+        self._next: dict[str, str] = {}
+        for jobs, priority in job_topics.items():
+            tiers = {f"{jobs}.retry-{delay_s}s": delay_s for delay_s in delays_s}
+            self.delays_s |= tiers
+            self.lanes |= dict.fromkeys([jobs, *tiers], priority)
+            self._next |= dict(zip([jobs, *tiers], tiers, strict=False))
 
     @classmethod
     def of(cls, settings: Settings) -> RetryTiers:
         """Those that ``settings`` ask for."""
-        return cls(settings.topics.jobs, settings.retries.delays_s)
+        return cls(settings.topics.job_topics, settings.retries.delays_s)
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -73,8 +84,7 @@ class RetryTiers:
 
     def origin_of(self, delivery: Delivery) -> Origin:
         """Where the job of ``delivery`` came from. Only records of retry topics are believed what their headers say."""
-        own = {name: value for name, value in delivery.headers if name.startswith(OWN_PREFIX)}
-        others = tuple((name, value) for name, value in delivery.headers if not name.startswith(OWN_PREFIX))
+        others = tuple(header for header in delivery.headers if not header[0].startswith(OWN_PREFIX))
         here = Source(
             topic=delivery.topic,
             partition=delivery.partition,
@@ -83,7 +93,8 @@ class RetryTiers:
         )
         if delivery.topic not in self.delays_s:
             return Origin(here, others)
-        carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own.items()}
+        own = (header for header in delivery.headers if header[0].startswith(OWN_PREFIX))
+        carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own}
         try:
             return Origin(
                 Source(

@@ -235,7 +235,24 @@ class TopicSettings(Section):
     metrics: str = Field("nanovllm.metrics", min_length=1, description="One record of figures for each job goes here.")
     dead_letters: str = Field("nanovllm.dead-letters", min_length=1, description="Jobs that failed for good go here.")
     in_flight: str = Field("nanovllm.in-flight", min_length=1, description="Record of the jobs in the engines.")
+    lanes: dict[str, int] = Field(
+        default_factory=dict,
+        description="More topics of jobs, each with a priority (JSON object): lower goes first, `topics.jobs` has 0. "
+        "Each lane has a share of the worker's window and its own retry topics.",
+    )
     reply_to: StrList = Field((), description="Topics that a job's `reply_to` may name; any other is refused.")
+
+    @model_validator(mode="after")
+    def _check_lanes(self) -> TopicSettings:
+        others = {self.jobs, self.results, self.metrics, self.dead_letters, self.in_flight, *self.reply_to, ""}
+        if others & self.lanes.keys():
+            raise ValueError("lanes names a topic that is used for something else, or none")
+        return self
+
+    @property
+    def job_topics(self) -> dict[str, int]:
+        """Every topic of jobs and its priority, the most urgent one first."""
+        return dict(sorted({self.jobs: 0, **self.lanes}.items(), key=lambda item: item[1]))
 
     def result_topic(self, reply_to: str | None) -> str:
         """Where a job's result goes.
@@ -452,6 +469,8 @@ class Settings(BaseSettings):
             )
         if self.retries.delays_s and self.admission.per_key_order:
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
+        if self.max_admitted_jobs < len(self.topics.job_topics):
+            raise ValueError("admission.max_jobs must have a place for each of topics.lanes and for topics.jobs")
         rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
         if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
             raise ValueError(

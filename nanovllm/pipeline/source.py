@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, OffsetAndMetadata, TopicPartition
@@ -23,6 +24,7 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Assignment, Delivery
 from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.in_flight import InFlight
+from nanovllm.pipeline.lanes import LaneTurns
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
 from nanovllm.pipeline.settings import KafkaSettings
@@ -36,6 +38,7 @@ _NOWHERE = TopicPartition("", -1)
 
 COMMIT_TIMEOUT_S = 10.0
 POSITION_TIMEOUT_S = 0.2
+POSITION_INTERVAL_S = 0.1
 
 
 class JobSource(ConsumerRebalanceListener):
@@ -47,6 +50,7 @@ class JobSource(ConsumerRebalanceListener):
     unchanged keeps its ledger and the jobs at work; one that left is fenced.
 
     Args:
+        topics: what to read, and the lane of each; a lower one goes first.
         drain: awaited when partitions are about to leave; ends when the jobs at work are done or its budget is spent.
         drain_timeout_s: that budget; the group's timeouts are derived from it.
         lost: called with the ledger of each partition that left for good.
@@ -59,7 +63,7 @@ class JobSource(ConsumerRebalanceListener):
     def __init__(
         self,
         settings: KafkaSettings,
-        topics: Sequence[str],
+        topics: Mapping[str, int],
         *,
         max_out_of_order: int,
         drain: Callable[[], Awaitable[None]],
@@ -71,7 +75,8 @@ class JobSource(ConsumerRebalanceListener):
         in_flight: InFlight | None = None,
     ) -> None:
         self._settings = settings
-        self._topics = list(topics)
+        self._lanes = dict(topics)
+        self._turns = LaneTurns()
         self._max_out_of_order = max_out_of_order
         self._drain = drain
         self._lost = lost
@@ -90,6 +95,23 @@ class JobSource(ConsumerRebalanceListener):
         self._commit_lock = asyncio.Lock()
         self._has_joined = False
         self._takes_work = True
+        self._put_off: set[TopicPartition] = set()
+        self._positions_noted = 0.0
+
+    @property
+    def has_put_off(self) -> bool:
+        """Whether there are partitions that only ``poll(put_off=True)`` reads."""
+        return bool(self._put_off)
+
+    @property
+    def can_read_put_off(self) -> bool:
+        """Whether one of them has room for records."""
+        return bool(self._rooms(1, put_off=True))
+
+    def put_off(self, last: Delivery, is_put_off: bool) -> None:
+        """Whether the partition of ``last`` waits for polls of its own kind, because what it holds can wait."""
+        tp = TopicPartition(last.topic, last.partition)
+        (self._put_off.add if is_put_off and last.is_current else self._put_off.discard)(tp)
 
     @property
     def has_joined(self) -> bool:
@@ -121,7 +143,7 @@ class JobSource(ConsumerRebalanceListener):
             **self._settings.consumer_kwargs(drain_timeout_s=self._drain_timeout_s),
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
-        consumer.subscribe(self._topics, listener=self)
+        consumer.subscribe(list(self._lanes), listener=self)
         try:
             await consumer.start()
         except KafkaError as error:
@@ -130,11 +152,15 @@ class JobSource(ConsumerRebalanceListener):
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         self._consumer = consumer
 
-    async def poll(self, max_records: int, timeout_ms: int) -> list[Delivery]:
+    async def poll(
+        self, max_records: int | Mapping[int, int], timeout_ms: int, *, put_off: bool = False
+    ) -> list[Delivery]:
         """At most ``max_records`` new records, waiting at most ``timeout_ms`` for the first (longer in a rebalance).
 
-        0 takes none and keeps the membership alive. Never cancel it: aiokafka would no longer notice a dead worker.
-        Only one task may call it.
+        They are those of the lane whose turn it is, if any has some at hand; a mapping bounds each lane. 0 takes none
+        and keeps the membership alive. ``put_off`` reads from partitions that were put off alone, and takes up again
+        those that have no more at hand. Never cancel it: aiokafka would no longer notice a dead worker. Only one task
+        may call it.
 
         Raises:
             BrokersUnavailable: Kafka refuses or cannot be reached.
@@ -142,11 +168,10 @@ class JobSource(ConsumerRebalanceListener):
         consumer = self._started()
         try:
             await self._take_in()
-            asked = self._with_room() if self._takes_work and max_records > 0 else []
-            limit = min([max_records, *(self._active[tp].ledger.room for tp in asked)]) if asked else 0
+            asked = self._rooms(max_records, put_off=put_off) if self._takes_work else {}
             try:
                 batches = (
-                    await self._get(consumer, asked, timeout_ms, limit)
+                    await self._get_in_turn(consumer, asked, timeout_ms)
                     if asked
                     else await _keep_alive(consumer, timeout_ms)
                 )
@@ -157,6 +182,8 @@ class JobSource(ConsumerRebalanceListener):
                 return []  # found before we sought: the place is known by now
         except KafkaError as error:
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+        if put_off:
+            self._put_off -= set(asked) - batches.keys()
         deliveries: list[Delivery] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -170,18 +197,35 @@ class JobSource(ConsumerRebalanceListener):
             else:
                 # Asked for before the end was known. The position is committed: it must not stay behind them.
                 consumer.seek(tp, records[0].offset)
-        await self._note_positions()
+        if time.monotonic() - self._positions_noted >= POSITION_INTERVAL_S:
+            await self._note_positions()
         return deliveries
 
-    async def _get(
-        self, consumer: AIOKafkaConsumer, asked: list[TopicPartition], timeout_ms: int, limit: int
+    async def _get_in_turn(
+        self, consumer: AIOKafkaConsumer, rooms: dict[TopicPartition, int], timeout_ms: int
     ) -> dict[TopicPartition, list[ConsumerRecord]]:
-        """At most ``limit`` records, the partitions taking turns.
+        """Records of the lane whose turn it is, or of the next one that has any, within the ``rooms``."""
+        lanes: defaultdict[int, dict[TopicPartition, int]] = defaultdict(dict)
+        for tp, room in rooms.items():
+            lanes[self._lanes[tp.topic]][tp] = room
+        if len(lanes) > 1:
+            first = self._turns.next(lanes)
+            for lane in sorted(lanes, key=lambda lane: (lane != first, lane)):
+                if batches := await self._get(consumer, lanes[lane], 0):
+                    self._turns.serve(lane, lanes)
+                    return batches
+        return await self._get(consumer, rooms, timeout_ms)
+
+    async def _get(
+        self, consumer: AIOKafkaConsumer, rooms: dict[TopicPartition, int], timeout_ms: int
+    ) -> dict[TopicPartition, list[ConsumerRecord]]:
+        """Records within the ``rooms``, the partitions taking turns.
 
         aiokafka hands out what it has of one partition before it looks at the next: a partition full of small records
         would keep the others waiting until it is empty.
         """
-        share = max(1, limit // len(asked))
+        asked = list(rooms)
+        share = max(1, min(rooms.values()) // len(asked))
         if others := [tp for tp in asked if tp not in self._had_their_turn]:
             batches = await consumer.getmany(*others, timeout_ms=0, max_records=share)
             if batches:
@@ -235,6 +279,7 @@ class JobSource(ConsumerRebalanceListener):
         revoked = set(revoked)
         self._has_joined = False
         self._arriving = set()
+        self._put_off = set()
         leaving = {tp: self._active.pop(tp) for tp in revoked if tp in self._active}
         self._parted |= leaving
         if not leaving:
@@ -262,8 +307,15 @@ class JobSource(ConsumerRebalanceListener):
             raise RuntimeError("start() comes first")
         return self._consumer
 
-    def _with_room(self) -> list[TopicPartition]:
-        return [tp for tp, assignment in self._active.items() if assignment.ledger.room > 0 and self._waits.is_over(tp)]
+    def _rooms(self, max_records: int | Mapping[int, int], *, put_off: bool) -> dict[TopicPartition, int]:
+        """How many records each partition may give now, those that may give any."""
+        rooms = {}
+        for tp, assignment in self._active.items():
+            bound = max_records if isinstance(max_records, int) else max_records.get(self._lanes[tp.topic], 0)
+            room = min(bound, assignment.ledger.room)
+            if room > 0 and self._waits.is_over(tp) and (tp in self._put_off) is put_off:
+                rooms[tp] = room
+        return rooms
 
     def _let_go(self, assignment: Assignment) -> None:
         assignment.ledger.fence()
@@ -400,6 +452,7 @@ class JobSource(ConsumerRebalanceListener):
     async def _note_positions(self) -> None:
         """The consumer's position passes offsets that nobody is ever given: an idle partition commits it."""
         consumer = self._started()
+        self._positions_noted = time.monotonic()
         with suppress(KafkaError, TimeoutError):
             # position() answers at once, except for a partition whose offset is being reset.
             async with asyncio.timeout(POSITION_TIMEOUT_S):

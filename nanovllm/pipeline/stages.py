@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from nanovllm.pipeline.key_order import Turn
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.poison import PoisonLimit
+from nanovllm.pipeline.refusals import Refusals, Refused
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.reuse import AnswerReuse, ImageReuse
 from nanovllm.pipeline.settings import Settings
@@ -45,16 +47,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OBJECT_STORE = "object store"
-TOLD_AT_ONCE = 3  # dead letters of records in a row that the log names one by one
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A record that is no job, and why."""
+class Received:
+    """A job, and its way through the stages, which has begun."""
 
     passage: Passage
-    ticket: Ticket
-    error: Exception
+    job: Job
 
 
 class Stages:
@@ -107,10 +107,10 @@ class Stages:
         self._rates = TokenRates(tenants.tokens_per_minute, tenants.limits)
         self._poison = PoisonLimit(settings.dead_letters.poison_limit)
         self._submitted = 0
-
-    def passage_of(self, delivery: Delivery) -> Passage:
-        """The delivery's way through the stages, which begins now."""
-        return Passage(delivery, self._tiers.origin_of(delivery))
+        self.refusals = Refusals(
+            self._outgoing, sink, metrics, self._poison, passage_of=self._passage_of, persist=self._persist
+        )
+        """Of the records that ``receive`` refused."""
 
     async def work(self, passage: Passage, job: Job, ticket: Ticket, turn: Turn | None) -> None:
         """One job from its receipt to its end, whatever that is; in its ``turn`` where keys are in order."""
@@ -144,49 +144,39 @@ class Stages:
         finally:
             ticket.release()
 
-    async def refuse(self, refused: list[Refused]) -> None:
-        """End records of one partition that are no jobs: their dead letters go out together.
-
-        A producer that has gone wrong sends thousands of them, and good jobs lie behind and beside them.
-        """
-        letters = [
-            self._bury(one.passage, one.error, is_told=place < TOLD_AT_ONCE)[0] for place, one in enumerate(refused)
-        ]
-        if (untold := len(refused) - TOLD_AT_ONCE) > 0:
-            logger.warning("%d more records in a row are dead letters", untold)
-        first = refused[0].passage
-        if first.delivery.transactions is not None:
-            await asyncio.gather(
-                *(self._finish([letter], one.passage, one.ticket) for letter, one in zip(letters, refused, strict=True))
-            )
-            return
-        with first.stage("publish"):
-            await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
-        self._metrics.sent.labels(letters[0].topic).inc(len(letters))
-        for one in refused:
-            one.passage.delivery.settle()
-            self._observe(one.passage)
-            one.ticket.release()
-
     async def _finish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
         with passage.stage("publish"):
             await self._publish(records, passage, ticket)
         passage.delivery.settle()
         self._observe(passage)
 
-    def receive(self, passage: Passage) -> Job:
-        """Read the record. Raises NanoVLLMError for one that is no job: it is to be refused."""
-        delivery, source = passage.delivery, passage.origin.source
-        passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
-        job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
-        passage.format = message_format(delivery.value)
+    def receive(self, delivery: Delivery) -> Received | Refused:
+        """Read the record. Raises SystemicError where that is no reason to bury a job."""
+        began, passage = time.monotonic(), None
+        try:
+            job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
+            passage = self._passage_of(delivery, began)
+            passage.format = message_format(delivery.value)
+            passage.job_id = job.job_id or passage.job_id
+            passage.expires_at = self._expiry(job, passage)
+            passage.tenant = self._settings.tenants.tenant_of(passage.origin.source.topic, passage.origin.headers)
+            passage.result_topic = self._settings.topics.result_topic(job.reply_to)
+        except Exception as error:
+            verdict = self._verdict(passage, error)
+            if verdict is error:
+                # Told by its name and text: the frames that it was raised in need not stay until it is acknowledged.
+                verdict.__traceback__ = verdict.__context__ = None
+            return Refused(delivery, verdict, passage)
         if job.job_id is None:
             job = job.model_copy(update={"job_id": passage.job_id})
-        passage.job_id = job.job_id
-        passage.expires_at = self._expiry(job, passage)
-        passage.tenant = self._settings.tenants.tenant_of(passage.origin.source.topic, passage.origin.headers)
-        passage.result_topic = self._settings.topics.result_topic(job.reply_to)
-        return job
+        passage.seconds["receive"] = passage.elapsed_s
+        return Received(passage, job)
+
+    def _passage_of(self, delivery: Delivery, began: float | None = None) -> Passage:
+        passage = Passage(delivery, self._tiers.origin_of(delivery), began)
+        source = passage.origin.source
+        passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
+        return passage
 
     def _expiry(self, job: Job, passage: Passage) -> datetime | None:
         """The job's deadline, or the end of what the settings let a record live, if that is earlier."""
@@ -198,7 +188,8 @@ class Stages:
 
     def _claim(self, job: Job, passage: Passage) -> Claim:
         tokens = job.text_chars // CHARS_PER_TOKEN + self._sampling(job).max_tokens
-        return Claim(tokens, job.priority, passage.tenant, passage.expires_at)
+        lane = self._tiers.lanes.get(passage.delivery.topic, 0)
+        return Claim(tokens, job.priority, passage.tenant, passage.expires_at, lane)
 
     def _settle_tokens(self, claim: Claim, output: RequestOutput, passage: Passage) -> None:
         used = 0
@@ -265,7 +256,7 @@ class Stages:
     ) -> RequestOutput:
         async def infer() -> RequestOutput:
             async with self._dispatch.place(claim), self._alone_if_suspected(passage):
-                return await self._infer(job, images, passage)
+                return await self._infer(job, images, claim, passage)
 
         salt = self._settings.tenants.salt_of(passage.tenant)
         key = self._answers.key(job, images, self._sampling(job), salt) if may_reuse else None
@@ -277,7 +268,9 @@ class Stages:
         self._settle_tokens(claim, output, passage)
         return output
 
-    async def _infer(self, job: Job, images: tuple[PreparedImage, ...], passage: Passage) -> RequestOutput:
+    async def _infer(
+        self, job: Job, images: tuple[PreparedImage, ...], claim: Claim, passage: Passage
+    ) -> RequestOutput:
         self._submitted += 1
         generation = self._engine.submit(
             Request(
@@ -287,7 +280,7 @@ class Stages:
                 messages=job.message_dicts(),
                 images=images,
                 sampling=self._sampling(job),
-                priority=job.priority,
+                priority=claim.lane + job.priority,
                 cache_salt=self._settings.tenants.salt_of(passage.tenant),
             )
         )
@@ -375,32 +368,37 @@ class Stages:
         logger.info("job %r waits in %s: %s", passage.job_id, record.topic, reason.code)
         return [record]
 
-    def _bury(self, passage: Passage, error: Exception, *, is_told: bool = True) -> list[OutgoingRecord]:
-        """The dead letter for what can never succeed; the log is told of it, or not.
+    def _bury(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
+        """The dead letter for what can never succeed.
 
         Raises:
             SystemicError: it can, once the worker is well or another one takes it: back to Kafka. Or this would be one
                 dead letter too many.
         """
+        reason = self._verdict(passage, error)
+        self._poison.bury()
+        passage.fail(reason)
+        logger.warning(
+            "job %r is a dead letter: %s in stage %s: %r",
+            passage.job_id,
+            reason.code,
+            passage.failed_stage,
+            str(reason),
+        )
+        return [self._outgoing.dead_letter(passage, reason)]
+
+    def _verdict(self, passage: Passage | None, error: Exception) -> NanoVLLMError:
+        """What the dead letter says was wrong. Raises SystemicError: that is no reason to bury a job."""
         reason = _first_cause(error)
         if isinstance(reason, SystemicError):
             raise reason
         if not isinstance(reason, NanoVLLMError):
-            logger.error("job %r failed in stage %s", passage.job_id, passage.failed_stage, exc_info=reason)
+            job_id, stage = (passage.job_id, passage.failed_stage) if passage else (None, "receive")
+            logger.error("job %r failed in stage %s", job_id, stage, exc_info=reason)
             internal = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
             internal.__cause__ = reason
             reason = internal
-        self._poison.bury()
-        passage.fail(reason)
-        if is_told:
-            logger.warning(
-                "job %r is a dead letter: %s in stage %s: %r",
-                passage.job_id,
-                reason.code,
-                passage.failed_stage,
-                str(reason),
-            )
-        return [self._outgoing.dead_letter(passage, reason)]
+        return reason
 
     def _sampling(self, job: Job) -> SamplingParams:
         return job.sampling_params(self._settings.sampling, self._settings.admission.max_tokens)

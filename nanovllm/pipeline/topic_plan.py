@@ -64,7 +64,10 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
     carries_jobs = {"max.message.bytes": str(largest)}
     largest_job = {"max.message.bytes": str(max(1, largest - ENVELOPE_BYTES))}
     needs = [
-        TopicNeed(topics.jobs, "jobs", ("READ", "DESCRIBE", "DESCRIBE_CONFIGS"), largest_job),
+        *(
+            TopicNeed(name, "jobs", ("READ", "DESCRIBE", "DESCRIBE_CONFIGS"), largest_job)
+            for name in (topics.jobs, *topics.lanes)
+        ),
         TopicNeed(topics.results, "results", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
         TopicNeed(topics.metrics, "metrics", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
         TopicNeed(
@@ -103,7 +106,9 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
     Args:
         workers: how many shall work at once.
     """
-    jobs = states.get(settings.topics.jobs)
+    jobs = [states[name] for name in settings.topics.job_topics if name in states]
+    jobs_retention_ms = max((state.retention_ms for state in jobs), default=0.0)
+    largest_job = max((state.number("max.message.bytes") for state in jobs), default=0)
     for need in topic_needs(settings):
         state = states.get(need.name)
         if state is None:
@@ -119,17 +124,17 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
             yield from _jobs_findings(settings, need, state, workers)
         elif need.purpose == "retry" and state.retention_ms < need.delay_ms + HOUR_MS:
             yield Finding(need.name, "error", f"retention.ms {state.retention_ms:.0f} removes jobs before they are due")
-        elif need.purpose == "dead letters" and jobs and state.retention_ms < jobs.retention_ms:
+        elif need.purpose == "dead letters" and state.retention_ms < jobs_retention_ms:
             yield Finding(need.name, "warning", "retention.ms is below that of the jobs: they go before they are seen")
-        if need.purpose in ("retry", "dead letters") and jobs:
+        if need.purpose in ("retry", "dead letters"):
             largest = min(state.number("max.message.bytes"), settings.kafka.max_request_bytes)
-            if largest < jobs.number("max.message.bytes"):
+            if largest < largest_job:
                 fate = "are cut" if need.purpose == "dead letters" else "are not retried later"
                 yield Finding(
                     need.name,
                     "warning",
                     f"takes {largest} bytes (max.message.bytes, kafka.max_request_bytes), a job may have "
-                    f"{jobs.number('max.message.bytes')}: large ones {fate}",
+                    f"{largest_job}: large ones {fate}",
                 )
 
 

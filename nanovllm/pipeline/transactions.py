@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -92,14 +92,27 @@ class PartitionTransactions:
         Raises:
             NanoVLLMError: the transaction was given up, and nothing of it is visible.
         """
-        released = asyncio.get_running_loop().create_future()
-        output = self._outputs[offset] = _Output(records, released)
+        await self.release_all({offset: records})
+
+    async def release_all(self, outputs: Mapping[int, list[OutgoingRecord]]) -> None:
+        """As ``release``, for several offsets: return when all are settled. Those that are already are left alone."""
+        loop, ledger = asyncio.get_running_loop(), self._ledger
+        waiting = {
+            offset: _Output(records, loop.create_future())
+            for offset, records in outputs.items()
+            if ledger is None or ledger.is_open(offset)
+        }
+        self._outputs |= waiting
         self._changed.set()
         try:
-            await released
+            outcomes = await asyncio.gather(*(output.released for output in waiting.values()), return_exceptions=True)
         finally:
-            if self._outputs.get(offset) is output:
-                del self._outputs[offset]
+            for offset, output in waiting.items():
+                if self._outputs.get(offset) is output:
+                    del self._outputs[offset]
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def commit_position(self, ledger: PartitionLedger) -> None:
         """Commit the watermark of an idle partition: offsets that nobody is given must not stay as lag.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -27,6 +27,7 @@ from aiokafka.errors import (
 )
 
 from nanovllm.errors import BrokersUnavailable, ErrorClass, MessageTooLarge, NanoVLLMError, TransientError
+from nanovllm.sinks.batches import send_batches
 from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat, encode
 from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 from nanovllm.sinks.producer import RenewingProducer, is_breakdown
@@ -44,6 +45,7 @@ LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
 MAX_HEADER_BYTES = 1_024
 MAX_MESSAGE_CHARS = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000
+BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
 _BATCH_OVERHEAD_BYTES = 128
 _HEADER_OVERHEAD_BYTES = 10
@@ -117,6 +119,20 @@ def dead_letter_record(
     return OutgoingRecord(topic, without_value.key, original[:room], tuple(headers))
 
 
+def dead_letter_like(
+    like: OutgoingRecord, differing: Mapping[str, str | int | None], *, key: bytes | None, value: bytes
+) -> OutgoingRecord | None:
+    """A dead letter whose envelope differs from that of ``like`` in these fields alone.
+
+    None where ``like`` was cut, or one of the fields is unset in either.
+    """
+    encoded = {OWN_PREFIX + name: str(field).encode() for name, field in differing.items() if field is not None}
+    headers = tuple([(name, encoded.pop(name, own)) for name, own in like.headers])
+    if encoded or None in differing.values() or any(name == TRUNCATED_HEADER for name, _ in like.headers):
+        return None
+    return OutgoingRecord(like.topic, key, value, headers)
+
+
 class KafkaSink:
     """Publishes records and returns when all of them are acknowledged.
 
@@ -159,6 +175,9 @@ class KafkaSink:
             BrokersUnavailable: the brokers refuse, whatever is sent.
         """
         self.check(records)
+        if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
+            await self._send_batches(records)
+            return
         outcomes = await asyncio.gather(*(self._send(record) for record in records), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
@@ -172,6 +191,14 @@ class KafkaSink:
             await self._producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
         except KafkaError as error:
             raise publish_error(error, record.topic) from error
+
+    async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
+        producer, topic = self._producer, records[0].topic
+        send = producer.send_batches if isinstance(producer, RenewingProducer) else partial(send_batches, producer)
+        try:
+            await send(topic, records, self.max_record_bytes(topic))
+        except KafkaError as error:
+            raise publish_error(error, topic) from error
 
 
 # Retriable by their meaning, though aiokafka does not mark them so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -18,6 +19,10 @@ from aiokafka.errors import (
 )
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.sinks.batches import send_batches
+
+if TYPE_CHECKING:
+    from nanovllm.sinks.kafka import OutgoingRecord
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +96,17 @@ class RenewingProducer:
             await self._renew_after(error, producer)
             raise
         return self._acknowledged(sent, producer)
+
+    async def send_batches(self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int) -> None:
+        """As ``nanovllm.sinks.batches.send_batches``. Raises KafkaError as ``send_and_wait`` does."""
+        producer = self._producer
+        if producer is None:
+            raise ProducerClosed()
+        try:
+            await send_batches(producer, topic, records, max_bytes)
+        except KafkaError as error:
+            await self._renew_after(error, producer)
+            raise
 
     async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from nanovllm.errors import EngineDead
 from nanovllm.pipeline import app, cli
 
 POISON = "segmentation fault, please"
+HUNGER = "all the memory, please"
+SPARE_BYTES = 256 * 2**20
 WORK_S = 0.03
 
 
@@ -51,11 +54,25 @@ class FaultyEcho(EchoEngine):
         if POISON in (request.prompt or ""):
             await asyncio.sleep(WORK_S)  # a crash in a kernel comes some time after the start
             os.kill(os.getpid(), signal.SIGSEGV)
+        if HUNGER in (request.prompt or ""):
+            exhaust_memory()
         self._orders.crash_if_told()
         if self._orders.take("out-of-memory"):
             self.kill()
             return
         await super()._answer(request, generation)
+
+
+def exhaust_memory() -> None:
+    """Take memory until there is none, and end as the kernel ends a process that took it all."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.RLIM_INFINITY))
+    held = []
+    try:
+        while True:
+            held.append(bytearray(16 * 2**20))
+    except MemoryError:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def faulty_native(orders: Orders, settings: Any) -> Any:

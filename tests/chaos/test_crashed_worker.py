@@ -6,7 +6,7 @@ import asyncio
 from random import Random
 
 import pytest
-from chaos.faulty_worker import POISON
+from chaos.faulty_worker import HUNGER, POISON
 from chaos.fleet import Fleet
 from parts import create_topic
 from world import World
@@ -26,9 +26,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.parametrize(
+    ("delivery", "prompt", "exit_code"),
+    [("at_least_once", POISON, -11), ("exactly_once", POISON, -11), ("at_least_once", HUNGER, -9)],
+    ids=["segfault", "segfault exactly_once", "out of memory"],
+)
 async def test_the_culprit_is_buried_the_innocent_are_answered_and_the_fleet_lives(
-    kafka_broker, s3, tmp_path, delivery: str
+    kafka_broker, s3, tmp_path, delivery: str, prompt: str, exit_code: int
 ):
     world = World(kafka_broker, s3, tmp_path, {**SETTINGS, "NANOVLLM_DELIVERY": delivery})
     await world.create_topics()
@@ -36,7 +40,7 @@ async def test_the_culprit_is_buried_the_innocent_are_answered_and_the_fleet_liv
         kafka_broker, world.topics.in_flight, partitions=2, settings={"cleanup.policy": "compact"}
     )  # fmt: skip
     jobs = [Job(job_id=f"job-{number:03d}", prompt=f"Say {number}") for number in range(GOOD)]
-    jobs.insert(GOOD // 2, Job(job_id="culprit", prompt=POISON))
+    jobs.insert(GOOD // 2, Job(job_id="culprit", prompt=prompt))
     async with world.producer() as producer, world.reader() as reader:
         await asyncio.gather(*(producer.send_job(job) for job in jobs))
         async with Fleet(world, 3, Random(1)) as fleet:
@@ -50,5 +54,5 @@ async def test_the_culprit_is_buried_the_innocent_are_answered_and_the_fleet_liv
         "culprit": ["crashed_worker"]
     }
     # The first death, among others, makes suspects; each of the next ones is counted.
-    assert fleet.exit_codes == [-11] * (1 + LIMIT)
+    assert fleet.exit_codes == [exit_code] * (1 + LIMIT)
     assert exit_codes == [0, 0, 0]

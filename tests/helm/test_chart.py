@@ -18,6 +18,7 @@ import yaml
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
+from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.settings import Settings, load_settings, unknown_variables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -346,6 +347,14 @@ def test_keda_watches_what_the_workers_consume(render: Render) -> None:
     watched |= {"offsetResetPolicy": "latest", "lagThreshold": "5000000", "tls": "disable"}
     assert watched.items() <= trigger["metadata"].items()
     assert "authenticationRef" not in trigger
+
+
+def test_keda_watches_every_lane_and_every_retry_topic(render: Render) -> None:
+    values = {"settings": {"topics": {"jobs": "scans", "lanes": {"urgent": -10}}, "retries": {"delays_s": [60, 600]}}}
+    triggers = render(values)["ScaledObject"]["spec"]["triggers"]
+    watched = {trigger["metadata"]["topic"] for trigger in triggers}
+    assert watched == set(RetryTiers.of(Settings.model_validate(values["settings"])).lanes)
+    assert len({trigger["name"] for trigger in triggers}) == len(triggers) == 6
 
 
 def test_keda_logs_in_with_the_workers_own_secret(render: Render) -> None:

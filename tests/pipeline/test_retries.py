@@ -250,12 +250,12 @@ def test_a_delayed_head_holds_its_partition_until_it_is_due_and_never_for_ever()
 
 
 def test_tiers_are_gone_through_in_their_order_and_delays_must_grow() -> None:
-    tiers = RetryTiers("jobs", (60, 600))
+    tiers = RetryTiers({"jobs": 0}, (60, 600))
     assert tiers.topics == ("jobs.retry-60s", "jobs.retry-600s")
     assert tiers.topic_after("jobs", before=None) == "jobs.retry-60s"
     assert tiers.topic_after("jobs.retry-60s", before=None) == "jobs.retry-600s"
     assert tiers.topic_after("jobs.retry-600s", before=None) is None
-    assert RetryTiers("jobs", ()).topic_after("jobs", before=None) is None
+    assert RetryTiers({"jobs": 0}, ()).topic_after("jobs", before=None) is None
     for wrong in ((0,), (60, 60), (600, 60)):
         with pytest.raises(ValueError, match="longer than the one before"):
             RetrySettings(delays_s=wrong)

@@ -67,7 +67,7 @@ class Group:
         metrics = Metrics()
         source = JobSource(
             settings or self.settings,
-            [self.topic],
+            {self.topic: 0},
             max_out_of_order=max_out_of_order,
             drain=drain,
             lost=lost.append,
@@ -277,6 +277,6 @@ async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:
         return None
 
     settings = KafkaSettings(bootstrap_servers="127.0.0.1:9", group_id="g")
-    source = JobSource(settings, ["jobs"], max_out_of_order=1, drain=drain, lost=lambda _: None)
+    source = JobSource(settings, {"jobs": 0}, max_out_of_order=1, drain=drain, lost=lambda _: None)
     with pytest.raises(BrokersUnavailable):
         await source.start()

@@ -1,4 +1,4 @@
-"""The TLS and login settings against Apache Kafka itself: SCRAM over TLS, and what must not get in."""
+"""The TLS and login settings against Apache Kafka itself: SCRAM and PLAIN over TLS, and what must not get in."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from nanovllm.pipeline.topics import create_topics
 
 pytestmark = pytest.mark.kafka
 
+PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
 SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
 
 
@@ -81,7 +82,8 @@ async def secure(tmp_path: Path) -> AsyncIterator[SecureBroker]:
         "advertised.listeners": "SASL_SSL://127.0.0.1:{port}",
         "inter.broker.listener.name": "SASL_SSL",
         "sasl.mechanism.inter.broker.protocol": "SCRAM-SHA-512",
-        "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512",
+        "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512,PLAIN",
+        "listener.name.sasl_ssl.plain.sasl.jaas.config": f'{PLAIN} user_worker="hunter2";',
         "listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config": SCRAM,
         "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": SCRAM.replace(
             ";", ' username="admin" password="admin";'
@@ -97,10 +99,11 @@ async def secure(tmp_path: Path) -> AsyncIterator[SecureBroker]:
         yield SecureBroker(node.bootstrap_servers, ca, other)
 
 
-async def test_scram_over_tls_lets_the_right_client_in_and_nobody_else(secure: SecureBroker) -> None:
+async def test_a_login_over_tls_lets_the_right_client_in_and_nobody_else(secure: SecureBroker) -> None:
     assert await create_topics(secure.settings(), ["jobs"], partitions=1) == ["jobs"]
 
-    for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+    mechanisms = ["SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN"]
+    for mechanism in mechanisms:
         async with JobProducer(secure.settings(sasl_mechanism=mechanism), topic="jobs") as producer:
             await producer.send("What is the total?", job_id=mechanism)
 
@@ -108,16 +111,17 @@ async def test_scram_over_tls_lets_the_right_client_in_and_nobody_else(secure: S
     await consumer.start()
     try:
         seen: list[str | None] = []
-        while len(seen) < 2:
+        while len(seen) < len(mechanisms):
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 seen += [decode_job(record.value).job_id for record in records]
-        assert seen == ["SCRAM-SHA-256", "SCRAM-SHA-512"]
+        assert seen == mechanisms
         await consumer.commit()
     finally:
         await consumer.stop()
 
     wrong: tuple[dict[str, object], ...] = (
         {"sasl_password": "wrong"},
+        {"sasl_password": "wrong", "sasl_mechanism": "PLAIN"},
         {"sasl_username": "nobody"},
         {"ssl_cafile": str(secure.other_ca)},
         {"security_protocol": "SSL", "sasl_mechanism": None, "sasl_username": None, "sasl_password": None},

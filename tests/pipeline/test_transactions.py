@@ -64,7 +64,7 @@ class Topics:
 
         lost: list[PartitionLedger] = []
         source = JobSource(
-            self.kafka, [self.jobs], max_out_of_order=1_000, drain=drain, lost=lost.append, exactly_once=True
+            self.kafka, {self.jobs: 0}, max_out_of_order=1_000, drain=drain, lost=lost.append, exactly_once=True
         )
         await source.start()
         owner = Owner(source, self.output, lost=lost)

@@ -98,6 +98,40 @@ async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) == 200
 
 
+async def test_bad_records_in_a_row_end_in_order_and_once_with_exactly_once(bench: Bench) -> None:
+    engine = GatedEngine()
+    await bench.send({"job_id": "slow", "prompt": "p"}, *[b"{no job"] * 300, {"job_id": "behind", "prompt": "p"})
+    async with bench.working(engine, delivery="exactly_once"):
+        await engine.submitted("slow", "behind")
+        assert await bench.committed() in (None, 0)
+        engine.open("slow", "behind")
+        letters = await bench.dead_letters(300)
+        assert set(await bench.results(2)) == {"slow", "behind"}
+        await eventually(lambda: reached(bench, 302))
+    assert sorted(int(headers["nanovllm_source_offset"]) for headers, _ in letters) == list(range(1, 301))
+
+
+async def test_jobs_of_other_partitions_pass_while_bad_records_wait_for_their_dead_letters(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = KafkaSink.publish
+    is_open = asyncio.Event()
+
+    async def held(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+        if any(record.topic == bench.settings.topics.dead_letters for record in records):
+            await is_open.wait()
+        await publish(self, records)
+
+    monkeypatch.setattr(KafkaSink, "publish", held)
+    # More than the window holds: refused records must take no job's place.
+    await bench.send(*[b"{no job"] * 50)
+    await bench.send(*({"job_id": f"j{i}", "prompt": "p"} for i in range(20)), partition=1)
+    async with bench.working(EchoEngine()):
+        assert set(await bench.results(20)) == {f"j{i}" for i in range(20)}
+        is_open.set()
+        assert len(await bench.dead_letters(50)) == 50
+
+
 async def test_bad_records_that_cannot_be_sent_yet_keep_their_offsets(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

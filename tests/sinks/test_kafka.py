@@ -22,10 +22,12 @@ from parts import create_topic
 from sample_messages import SOURCE, dead_letter, metrics, result
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
+from nanovllm.sinks.batches import send_batches
 from nanovllm.sinks.encoding import MessageFormat
 from nanovllm.sinks.kafka import (
     KafkaSink,
     OutgoingRecord,
+    dead_letter_like,
     dead_letter_record,
     metrics_record,
     publish_error,
@@ -33,7 +35,7 @@ from nanovllm.sinks.kafka import (
     result_record,
     without_url_queries,
 )
-from nanovllm.sinks.messages import Result, result_id_for
+from nanovllm.sinks.messages import Result, Source, result_id_for
 from nanovllm.sinks.producer import RenewingProducer
 
 
@@ -256,3 +258,51 @@ async def test_a_producer_whose_numbers_the_broker_no_longer_takes_is_replaced(
     finally:
         await producer.stop()
     assert len(made) == 2
+
+
+def test_a_dead_letter_made_like_another_one_is_the_one_made_by_itself() -> None:
+    first, second = (
+        dead_letter(job_id=f"jobs:0:{offset}", source=Source(topic="jobs", partition=0, offset=offset, timestamp_ms=at))
+        for offset, at in ((17, 1_000), (18, 2_000))
+    )
+    like = dead_letter_record(first, "dead", key=b"a", value=b"{")
+    differing = {"job_id": "jobs:0:18", "source_offset": 18, "source_timestamp_ms": 2_000}
+    assert dead_letter_like(like, differing, key=b"b", value=b"[") == dead_letter_record(
+        second, "dead", key=b"b", value=b"["
+    )
+
+
+def test_no_dead_letter_is_made_like_one_that_was_cut_or_lacks_a_field() -> None:
+    cut = dead_letter_record(dead_letter(), "dead", key=None, value=b"x" * 5_000, max_bytes=2_000)
+    assert dead_letter_like(cut, {"source_offset": 18}, key=None, value=b"y") is None
+    whole = dead_letter_record(dead_letter(), "dead", key=None, value=b"x")
+    assert dead_letter_like(whole, {"source_offset": 18, "source_timestamp_ms": None}, key=None, value=b"y") is None
+    assert dead_letter_like(whole, {"no_such_field": 1}, key=None, value=b"y") is None
+
+
+async def test_records_sent_together_lie_where_each_would_lie_alone_and_in_order(
+    embedded_broker: str, unique: Callable[[str], str]
+) -> None:
+    topic = unique("dead")
+    await create_topic(embedded_broker, topic, partitions=4)
+    records = [OutgoingRecord(topic, b"key-%d" % (n % 7), b"%d" % n, (("n", b"%d" % n),)) for n in range(100)]
+    producer = AIOKafkaProducer(bootstrap_servers=embedded_broker, enable_idempotence=True, acks="all")
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=embedded_broker, auto_offset_reset="earliest")
+    await producer.start()
+    try:
+        alone = {record.key: (await producer.send_and_wait(topic, b"", key=record.key)).partition for record in records}
+        # So small a limit that each partition needs several batches.
+        await send_batches(producer, topic, records, 1_000)
+        await consumer.start()
+        seen = []
+        while len(seen) < len(records):
+            for batch in (await consumer.getmany(timeout_ms=500)).values():
+                seen += [record for record in batch if record.value]
+    finally:
+        await consumer.stop()
+        await producer.stop()
+    assert all(record.partition == alone[record.key] for record in seen)
+    assert all(record.headers == (("n", record.value),) for record in seen)
+    for key in alone:
+        order = [int(record.value) for record in seen if record.key == key]
+        assert order == [n for n in range(100) if b"key-%d" % (n % 7) == key]

@@ -118,3 +118,15 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- define "nanovllm.makesTriggerAuthentication" -}}
 {{- if and .Values.keda.enabled (not .Values.keda.authenticationRef.name) (or .Values.kafka.sasl.existingSecret .Values.kafka.tls.existingSecret) }}true{{ end }}
 {{- end }}
+
+{{/* Every topic that the workers read jobs from: the lanes, and the retry topics of each. */}}
+{{- define "nanovllm.jobTopics" -}}
+{{- $jobs := concat (list .Values.settings.topics.jobs) (keys (default dict .Values.settings.topics.lanes) | sortAlpha) -}}
+{{- $topics := $jobs -}}
+{{- range $topic := $jobs -}}
+{{- range $delay := dig "retries" "delays_s" list $.Values.settings -}}
+{{- $topics = append $topics (printf "%s.retry-%ds" $topic (int $delay)) -}}
+{{- end -}}
+{{- end -}}
+{{- join "," $topics -}}
+{{- end -}}

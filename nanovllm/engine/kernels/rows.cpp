@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -152,17 +153,44 @@ std::tuple<at::Tensor, at::Tensor> scale_rows(const at::Tensor& x) {
   return {scaled, largest};
 }
 
+// The first place of the highest number in each row of x [rows, d]: [rows]; 0 for a row of NaNs.
+at::Tensor argmax(const at::Tensor& x) {
+  const int64_t rows = x.size(0), d = x.size(1), whole = d / kLanes * kLanes;
+  TORCH_CHECK(x.is_contiguous());
+  at::Tensor output = at::zeros({rows}, x.options().dtype(at::kLong));
+  dispatch(x.scalar_type(), [&](auto stored) {
+    using Stored = decltype(stored);
+    int64_t* places = output.mutable_data_ptr<int64_t>();
+    for_each_row(rows, d, 0, [&](int64_t row, float*) {
+      const Stored* own = x.const_data_ptr<Stored>() + row * d;
+      Lanes most(-std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < whole; i += kLanes) most = at::vec::maximum(most, load_lanes(own + i));
+      float highest = highest_of(most);
+      for (int64_t i = whole; i < d; ++i) highest = std::max(highest, static_cast<float>(own[i]));
+      for (int64_t i = 0; i < d; ++i) {
+        if (static_cast<float>(own[i]) == highest) {
+          places[row] = i;
+          break;
+        }
+      }
+    });
+  });
+  return output;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("rotate_heads(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor signed_sin) -> Tensor");
   library.def("gated_silu(Tensor gate_up) -> Tensor");
+  library.def("argmax(Tensor x) -> Tensor");
   library.def("scale_rows(Tensor x) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) {
   library.impl("rms_norm", rms_norm);
   library.impl("rotate_heads", rotate_heads);
   library.impl("gated_silu", gated_silu);
+  library.impl("argmax", argmax);
   library.impl("scale_rows", scale_rows);
 }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.engine import huge_pages
 from nanovllm.engine.attention import AttentionBackend
 from nanovllm.engine.linear import Linear, Quantization
 from nanovllm.engine.models.rope import check_rope, rotary_table
@@ -241,6 +242,7 @@ class Decoder(nn.Module):
 
     def pack(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
         """Lay the weights out for this machine, once they are loaded; see ``Linear.pack``."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)
+        with huge_pages.for_new_memory():
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)

@@ -1,0 +1,27 @@
+"""Whose turn it is among lanes: the most urgent one's, and now and then another one's that would starve."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+OVERTAKEN_AT_MOST = 7
+"""Times that others may go before a lane that waits."""
+
+
+class LaneTurns:
+    """Lower lanes first; one that has been overtaken ``OVERTAKEN_AT_MOST`` times is next."""
+
+    def __init__(self) -> None:
+        self._overtaken: Counter[int] = Counter()
+
+    def next(self, waiting: Collection[int]) -> int:
+        """The lane whose turn it is, of those that wait (at least one)."""
+        owed = [lane for lane in waiting if self._overtaken[lane] >= OVERTAKEN_AT_MOST]
+        return max(owed, key=self._overtaken.__getitem__) if owed else min(waiting)
+
+    def serve(self, lane: int, waiting: Collection[int]) -> None:
+        """``lane`` had a turn, while all of ``waiting`` wanted one."""
+        for other in waiting:
+            self._overtaken[other] += 1
+        self._overtaken[lane] = 0

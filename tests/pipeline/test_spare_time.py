@@ -1,0 +1,44 @@
+"""Work that can wait, beside an event loop that is idle and one that never is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from nanovllm.pipeline.spare_time import BUSY_TURN_S, spare_time
+
+
+async def test_work_that_can_wait_goes_on_beside_a_loop_that_is_never_idle() -> None:
+    turns = 0
+
+    async def keep_busy() -> None:
+        nonlocal turns
+        while True:
+            end = time.perf_counter() + 2 * BUSY_TURN_S
+            while time.perf_counter() < end:
+                pass
+            turns += 1
+            await asyncio.sleep(0)
+
+    busy = asyncio.create_task(keep_busy())
+    try:
+        for _ in range(3):
+            before = turns
+            await spare_time()
+            assert turns - before > 4, "it did not wait for the others"
+    finally:
+        busy.cancel()
+
+
+async def test_a_chain_of_steps_ends_before_work_that_can_wait_begins() -> None:
+    steps: list[int] = []
+
+    async def chain() -> None:
+        for step in range(3):
+            await asyncio.sleep(0)
+            steps.append(step)
+
+    job = asyncio.create_task(chain())
+    await spare_time()
+    assert steps == [0, 1, 2]
+    await job
