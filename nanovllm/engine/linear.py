@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.engine import huge_pages
 from nanovllm.engine.rows import scale_rows
 
 Quantization = Literal["int8"]
@@ -69,6 +70,18 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Pack torch's own linear layers inside ``module``, which is somebody else's code, where that pays.
+
+    Their plain weights go, so whoever reads those (a digest, a checkpoint) comes before.
+    """
+    with huge_pages.for_new_memory():
+        for layer in module.modules():
+            if type(layer) is nn.Linear and layer.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(layer.weight):
+                layer.forward = packed_multiply(layer.weight, layer.bias)  # type: ignore[assignment]
+                layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
 
 
 def packed_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:

@@ -19,7 +19,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.determinism import TILE, prove
 from nanovllm.engine.kv_memory import kv_cache_bytes
-from nanovllm.engine.linear import why_no_int8
+from nanovllm.engine.linear import pack_linears, why_no_int8
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.models import around_image, load_encoder, load_text_model, positions_of
@@ -78,6 +78,7 @@ class ModelRunner:
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
             _ = self.encoder.revision  # taken here, where seconds do not matter, and not in somebody's event loop
+            pack_linears(self.encoder)
             self.processor = VisionProcessor(
                 self.encoder,
                 image_token_id=self.image_token_id,

@@ -118,6 +118,9 @@ class Admission:
         kept = sum(max(0, self._kept_bytes - other.bytes) for other in self._lanes.values() if other is not use)
         return self._bytes + kept + nbytes <= self._max_bytes
 
+    def _is_granted_alone(self, nbytes: int) -> bool:
+        return nbytes > self._max_bytes - (len(self._lanes) - 1) * self._kept_bytes
+
     def _take(self, use: _LaneUse, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
         self._bytes += nbytes
         self._jobs += jobs
@@ -132,7 +135,10 @@ class Admission:
     def _wake(self) -> None:
         while waiting := {lane: use for lane, use in self._lanes.items() if use.next_waiting() is not None}:
             lane = self._turns.next(waiting)
-            if not self._fits(waiting[lane], waiting[lane].waiting[0][0]):
+            nbytes = waiting[lane].waiting[0][0]
+            if not self._fits(waiting[lane], nbytes):
+                if self._is_granted_alone(nbytes) and self._turns.is_owed(lane):
+                    break  # until no other reservation is held
                 # What is kept for another one is no use to it.
                 within = [other for other, use in waiting.items() if use.bytes + use.waiting[0][0] <= self._kept_bytes]
                 if not within:

@@ -118,7 +118,10 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         topics, tiers = settings.topics, RetryTiers.of(settings)
         written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
-        producer = RenewingProducer(lambda: AIOKafkaProducer(**settings.kafka.producer_kwargs()))
+        options = settings.kafka.producer_kwargs()
+        # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
+        options["max_batch_size"] = min(options["max_batch_size"], *limits_by_topic.values())
+        producer = RenewingProducer(lambda: AIOKafkaProducer(**options))
         stack.push_async_callback(producer.stop)
         await producer.start()
 

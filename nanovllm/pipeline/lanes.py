@@ -15,9 +15,13 @@ class LaneTurns:
     def __init__(self) -> None:
         self._overtaken: Counter[int] = Counter()
 
+    def is_owed(self, lane: int) -> bool:
+        """Whether the lane has been overtaken as often as it may be."""
+        return self._overtaken[lane] >= OVERTAKEN_AT_MOST
+
     def next(self, waiting: Collection[int]) -> int:
         """The lane whose turn it is, of those that wait (at least one)."""
-        owed = [lane for lane in waiting if self._overtaken[lane] >= OVERTAKEN_AT_MOST]
+        owed = [lane for lane in waiting if self.is_owed(lane)]
         return max(owed, key=self._overtaken.__getitem__) if owed else min(waiting)
 
     def serve(self, lane: int, waiting: Collection[int]) -> None:

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import MessageTooLarge, NanoVLLMError
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Ticket
 from nanovllm.pipeline.assignment import Delivery
@@ -129,13 +129,23 @@ class Refusals:
         transactions = first.delivery.transactions
         with first.stage("publish"):
             if transactions is None:
-                await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
+                await self._publish(letters, first)
             else:
                 outputs = {one.delivery.offset: [letter] for one, letter in zip(refused, letters, strict=True)}
                 await self._persist(lambda: transactions.release_all(outputs), "kafka producer", first)
         for one in refused:
             one.delivery.settle()
         self._observe(refused, first, letters[0].topic)
+
+    async def _publish(self, letters: Sequence[OutgoingRecord], first: Passage) -> None:
+        try:
+            await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
+        except MessageTooLarge:
+            if len(letters) == 1:
+                raise
+            # A topic whose limit nobody told us may take each of them alone.
+            for letter in letters:
+                await self._publish([letter], first)
 
     async def _letters(self, refused: Sequence[Refused], first: Passage) -> list[OutgoingRecord]:
         letters: list[OutgoingRecord] = []

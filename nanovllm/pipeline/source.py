@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, OffsetAndMetadata, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
@@ -24,9 +23,9 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Assignment, Delivery
 from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.lanes import LaneTurns
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
+from nanovllm.pipeline.rounds import Batches, Rounds
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.transactions import PartitionTransactions
 
@@ -75,8 +74,8 @@ class JobSource(ConsumerRebalanceListener):
         in_flight: InFlight | None = None,
     ) -> None:
         self._settings = settings
-        self._lanes = dict(topics)
-        self._turns = LaneTurns()
+        self._topics = list(topics)
+        self._rounds = Rounds(topics)
         self._max_out_of_order = max_out_of_order
         self._drain = drain
         self._lost = lost
@@ -86,7 +85,6 @@ class JobSource(ConsumerRebalanceListener):
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, Assignment] = {}
         self._parted: dict[TopicPartition, Assignment] = {}
-        self._had_their_turn: set[TopicPartition] = set()
         self._arriving: set[TopicPartition] = set()
         self._exactly_once = exactly_once
         self._in_flight = in_flight
@@ -95,23 +93,26 @@ class JobSource(ConsumerRebalanceListener):
         self._commit_lock = asyncio.Lock()
         self._has_joined = False
         self._takes_work = True
-        self._put_off: set[TopicPartition] = set()
         self._positions_noted = 0.0
 
     @property
     def has_put_off(self) -> bool:
         """Whether there are partitions that only ``poll(put_off=True)`` reads."""
-        return bool(self._put_off)
+        return self._rounds.has_put_off
 
     @property
     def can_read_put_off(self) -> bool:
         """Whether one of them has room for records."""
-        return bool(self._rooms(1, put_off=True))
+        return bool(self._asked(1, put_off=True))
 
-    def put_off(self, last: Delivery, is_put_off: bool) -> None:
-        """Whether the partition of ``last`` waits for polls of its own kind, because what it holds can wait."""
-        tp = TopicPartition(last.topic, last.partition)
-        (self._put_off.add if is_put_off and last.is_current else self._put_off.discard)(tp)
+    def put_off(self, last: Delivery) -> None:
+        """What the partition of ``last`` holds can wait: it is read by polls of its own."""
+        if last.is_current:
+            self._rounds.put_off(TopicPartition(last.topic, last.partition))
+
+    def take_up(self, last: Delivery) -> None:
+        """The partition of ``last`` is read as others are."""
+        self._rounds.take_up([TopicPartition(last.topic, last.partition)])
 
     @property
     def has_joined(self) -> bool:
@@ -143,7 +144,7 @@ class JobSource(ConsumerRebalanceListener):
             **self._settings.consumer_kwargs(drain_timeout_s=self._drain_timeout_s),
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
-        consumer.subscribe(list(self._lanes), listener=self)
+        consumer.subscribe(self._topics, listener=self)
         try:
             await consumer.start()
         except KafkaError as error:
@@ -168,10 +169,10 @@ class JobSource(ConsumerRebalanceListener):
         consumer = self._started()
         try:
             await self._take_in()
-            asked = self._rooms(max_records, put_off=put_off) if self._takes_work else {}
+            asked = self._asked(max_records, put_off=put_off) if self._takes_work else {}
             try:
                 batches = (
-                    await self._get_in_turn(consumer, asked, timeout_ms)
+                    await self._rounds.take(consumer, asked, timeout_ms)
                     if asked
                     else await _keep_alive(consumer, timeout_ms)
                 )
@@ -183,7 +184,7 @@ class JobSource(ConsumerRebalanceListener):
         except KafkaError as error:
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         if put_off:
-            self._put_off -= set(asked) - batches.keys()
+            self._rounds.take_up(asked.keys() - batches.keys())
         deliveries: list[Delivery] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -200,40 +201,6 @@ class JobSource(ConsumerRebalanceListener):
         if time.monotonic() - self._positions_noted >= POSITION_INTERVAL_S:
             await self._note_positions()
         return deliveries
-
-    async def _get_in_turn(
-        self, consumer: AIOKafkaConsumer, rooms: dict[TopicPartition, int], timeout_ms: int
-    ) -> dict[TopicPartition, list[ConsumerRecord]]:
-        """Records of the lane whose turn it is, or of the next one that has any, within the ``rooms``."""
-        lanes: defaultdict[int, dict[TopicPartition, int]] = defaultdict(dict)
-        for tp, room in rooms.items():
-            lanes[self._lanes[tp.topic]][tp] = room
-        if len(lanes) > 1:
-            first = self._turns.next(lanes)
-            for lane in sorted(lanes, key=lambda lane: (lane != first, lane)):
-                if batches := await self._get(consumer, lanes[lane], 0):
-                    self._turns.serve(lane, lanes)
-                    return batches
-        return await self._get(consumer, rooms, timeout_ms)
-
-    async def _get(
-        self, consumer: AIOKafkaConsumer, rooms: dict[TopicPartition, int], timeout_ms: int
-    ) -> dict[TopicPartition, list[ConsumerRecord]]:
-        """Records within the ``rooms``, the partitions taking turns.
-
-        aiokafka hands out what it has of one partition before it looks at the next: a partition full of small records
-        would keep the others waiting until it is empty.
-        """
-        asked = list(rooms)
-        share = max(1, min(rooms.values()) // len(asked))
-        if others := [tp for tp in asked if tp not in self._had_their_turn]:
-            batches = await consumer.getmany(*others, timeout_ms=0, max_records=share)
-            if batches:
-                self._had_their_turn |= batches.keys()
-                return batches
-        batches = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=share)
-        self._had_their_turn = set(batches)
-        return batches
 
     def stop_taking(self) -> None:
         """Take no more records; polls go on keeping the membership alive."""
@@ -279,7 +246,7 @@ class JobSource(ConsumerRebalanceListener):
         revoked = set(revoked)
         self._has_joined = False
         self._arriving = set()
-        self._put_off = set()
+        self._rounds.take_up(revoked)
         leaving = {tp: self._active.pop(tp) for tp in revoked if tp in self._active}
         self._parted |= leaving
         if not leaving:
@@ -307,15 +274,9 @@ class JobSource(ConsumerRebalanceListener):
             raise RuntimeError("start() comes first")
         return self._consumer
 
-    def _rooms(self, max_records: int | Mapping[int, int], *, put_off: bool) -> dict[TopicPartition, int]:
-        """How many records each partition may give now, those that may give any."""
-        rooms = {}
-        for tp, assignment in self._active.items():
-            bound = max_records if isinstance(max_records, int) else max_records.get(self._lanes[tp.topic], 0)
-            room = min(bound, assignment.ledger.room)
-            if room > 0 and self._waits.is_over(tp) and (tp in self._put_off) is put_off:
-                rooms[tp] = room
-        return rooms
+    def _asked(self, max_records: int | Mapping[int, int], *, put_off: bool) -> dict[TopicPartition, int]:
+        free = {tp: held.ledger.room for tp, held in self._active.items() if self._waits.is_over(tp)}
+        return self._rounds.rooms(free, max_records, put_off=put_off)
 
     def _let_go(self, assignment: Assignment) -> None:
         assignment.ledger.fence()
@@ -485,7 +446,7 @@ class JobSource(ConsumerRebalanceListener):
                 assignment.committed = watermark
 
 
-async def _keep_alive(consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[ConsumerRecord]]:
+async def _keep_alive(consumer: AIOKafkaConsumer, timeout_ms: int) -> Batches:
     """Poll for nothing."""
-    batches: dict[TopicPartition, list[ConsumerRecord]] = await consumer.getmany(_NOWHERE, timeout_ms=timeout_ms)
+    batches: Batches = await consumer.getmany(_NOWHERE, timeout_ms=timeout_ms)
     return batches

@@ -201,9 +201,9 @@ class Worker:
                 self._begin_job(received)
         for received in last.values():
             if isinstance(received, Refused):
-                source.put_off(received.delivery, True)
+                source.put_off(received.delivery)
             else:
-                source.put_off(received.passage.delivery, False)
+                source.take_up(received.passage.delivery)
         for ledger, some in refused.items():
             self._refuse(ledger, some)
 

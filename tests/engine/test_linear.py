@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.engine.linear import Linear
+from nanovllm.engine.linear import Linear, pack_linears
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -58,3 +58,17 @@ def test_an_int8_row_is_the_same_to_the_bit_in_any_batch() -> None:
     together = layer(x)
     for size in (1, 2, 3, 17, 64):
         assert torch.equal(torch.cat([layer(part) for part in x.split(size)]), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_somebody_else_s_module_are_packed_where_that_pays(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(3)
+    module = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=bias), torch.nn.Linear(512, 8)).to(dtype).eval()
+    x = torch.randn(2, 7, 512, dtype=dtype)
+    with torch.inference_mode():
+        expected = module(x)
+        pack_linears(module)
+        assert [layer.weight.numel() for layer in module] == [0, 8 * 512]
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)

@@ -74,3 +74,12 @@ def test_a_row_of_zeros_stays_one() -> None:
     scaled, largest = rows.scale_rows(torch.zeros(2, 64))
     assert not scaled.any()
     assert (largest > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [3, 64, 1001])
+def test_the_best_place_is_the_first_of_the_highest(width: int, dtype: torch.dtype) -> None:
+    x = torch.randint(-5, 5, (40, width), generator=torch.Generator().manual_seed(width)).to(dtype)
+    x[0] = float("-inf")
+    expected = [row.index(max(row)) for row in x.tolist()]
+    assert rows.argmax(x).tolist() == expected

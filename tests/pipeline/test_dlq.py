@@ -206,3 +206,23 @@ async def test_the_innermost_error_is_the_cause(bench: Bench) -> None:
         ((headers, _),) = await bench.dead_letters(1)
     assert headers["nanovllm_cause"] == "ConnectionResetError"
     assert headers["nanovllm_class"] == "retries_exhausted"
+
+
+async def test_a_replay_waits_between_messages_as_the_rate_asks_and_a_dry_run_does_not(
+    bench: Bench, environment: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(delay_s: float, result: Any = None) -> Any:
+        waits.append(delay_s)
+        return await sleep(0 if delay_s == 1 / 7 else delay_s, result)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    for offset in range(3):
+        source = Source(topic=bench.settings.topics.jobs, partition=0, offset=offset)
+        await bury(bench, job_id=f"j{offset}", source=source, value=b"{}")
+    await command(capsys, "replay", "--all", "--rate", "7", "--dry-run", "--json")
+    assert waits.count(1 / 7) == 0
+    await command(capsys, "replay", "--all", "--rate", "7", "--json")
+    assert waits.count(1 / 7) == 3

@@ -132,6 +132,26 @@ async def test_bytes_are_kept_for_each_lane_too() -> None:
     of.audit()
 
 
+async def test_a_reservation_that_is_granted_alone_is_not_overtaken_for_ever() -> None:
+    of = Admission(max_jobs=64, max_bytes=800, lanes=(URGENT, 0))
+    held = of.admit(0, URGENT)
+    await held.reserve(10)
+    huge = asyncio.ensure_future(of.admit(0, 0).reserve(900))
+    await asyncio.sleep(0)
+    for _ in range(30):
+        # Each comes before the one before has gone, so that some reservation is always held.
+        ticket = of.admit(0, URGENT)
+        asking = asyncio.ensure_future(ticket.reserve(10))
+        await asyncio.sleep(0)
+        if not asking.done():
+            break
+        held.release()
+        held = ticket
+    held.release()
+    await asyncio.wait_for(huge, 5)
+    asking.cancel()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -12,7 +12,8 @@ import pytest
 from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.echo import EchoEngine
-from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, TransientError
+from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
+from nanovllm.pipeline.worker import ALONE
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
 
 
@@ -130,6 +131,43 @@ async def test_jobs_of_other_partitions_pass_while_bad_records_wait_for_their_de
         assert set(await bench.results(20)) == {f"j{i}" for i in range(20)}
         is_open.set()
         assert len(await bench.dead_letters(50)) == 50
+
+
+async def test_bad_records_that_their_topic_takes_only_one_by_one_are_sent_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = KafkaSink.publish
+
+    async def small_batches(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+        if len(records) > 1 and records[0].topic == bench.settings.topics.dead_letters:
+            raise MessageTooLarge("together they are too large")
+        await publish(self, records)
+
+    monkeypatch.setattr(KafkaSink, "publish", small_batches)
+    await bench.send(*[b"{no job"] * 20)
+    async with bench.working(EchoEngine()):
+        assert len(await bench.dead_letters(20)) == 20
+        await eventually(lambda: reached(bench, 20))
+
+
+async def test_bad_records_in_a_row_are_read_in_spare_time_and_the_jobs_behind_them_are_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused_so_far: list[int] = []
+
+    async def spare_time() -> None:
+        sample = bench.metrics.registry.get_sample_value
+        refused_so_far.append(int(sample("nanovllm_jobs_total", {"outcome": "dead_letter"}) or 0))
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("nanovllm.pipeline.worker.spare_time", spare_time)
+    await bench.send(*[b"{no job"] * 200, *({"job_id": f"j{n}", "prompt": "p"} for n in range(100)))
+    async with bench.working(EchoEngine()):
+        assert len(await bench.results(100)) == 100
+        await eventually(lambda: reached(bench, 300))
+    # A few at a time; and none of the turns is spent on the jobs, of which there are as many.
+    assert len(refused_so_far) >= 200 / ALONE - 2
+    assert len(refused_so_far) <= 60
 
 
 async def test_bad_records_that_cannot_be_sent_yet_keep_their_offsets(

@@ -27,6 +27,7 @@ constexpr int64_t kTiles = 4;  // tiles between two updates of the softmax
 constexpr int64_t kStride = kTile * kTiles;
 constexpr int64_t kQueries = 32;  // query vectors of a work item, unless a single token has more heads than that
 constexpr int64_t kRegisters = kLanes == 16 ? 16 : 8;  // sums that stay in registers
+constexpr int64_t kCacheLine = 64;  // bytes
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 struct Item {
@@ -172,6 +173,11 @@ class Attention {
 
   void update(const Item& item, int64_t rows, const Piece<Stored>* pieces, int64_t num_pieces, Workspace& work) const {
     float* scores = work.scores.data();
+    // The values are on their way while the keys are multiplied: every piece lies in another page, at which the CPU's
+    // own prefetching begins anew.
+    for (int64_t piece = 0; piece < num_pieces; ++piece)
+      for (int64_t i = 0; i < pieces[piece].count * d_; i += kCacheLine / sizeof(Stored))
+        __builtin_prefetch(pieces[piece].values + i, 0, 2);
     in_groups(rows, [&](auto width, int64_t row) {
       const auto score = [&](auto tiles, int64_t piece) {
         multiply<width, tiles>(work.queries.data() + row * d_, pieces + piece, d_, scores + row * kStride + piece * kTile);

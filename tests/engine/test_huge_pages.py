@@ -1,0 +1,57 @@
+"""Memory on huge pages: zeros that cost nothing until written, and what libraries allocate for themselves."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm.engine import huge_pages
+from nanovllm.engine.attention import PagedCpuAttention
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
+
+
+def kib_of(tensor: torch.Tensor, field: str) -> int:
+    """What the kernel says of the mapping that a tensor lies in, in KiB."""
+    address = tensor.data_ptr()
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", mapping)
+        if found and int(found[1], 16) <= address < int(found[2], 16):
+            return int(re.search(rf"(?m)^{field}:\s+(\d+) kB", mapping)[1])  # type: ignore[index]
+    raise AssertionError("no mapping holds the tensor")
+
+
+def can_have_them() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+def test_a_kv_cache_takes_memory_only_where_it_is_written() -> None:
+    cache = PagedCpuAttention(16).allocate(1024, 2, 128, torch.float32)
+    assert cache.nbytes == 32 * MIB
+    assert not cache[5].any()
+    cache[0] = 1.0
+    # Neighbouring mappings of one kind are one to the kernel, so this is about more than the cache.
+    assert kib_of(cache, "Rss") < 31 * 1024
+
+
+@pytest.mark.skipif(not can_have_them(), reason="this system has no huge pages")
+def test_what_is_kept_of_a_block_s_memory_lies_on_huge_pages() -> None:
+    before = torch.ones(16 * MIB)
+    with huge_pages.for_new_memory():
+        weight = torch.ones(16 * MIB)  # 64 MiB
+    assert weight.sum() == before.sum() == 16 * MIB
+    assert kib_of(weight, "AnonHugePages") >= 32 * 1024
+
+
+def test_memory_that_cannot_be_looked_at_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "no such file")
+    with huge_pages.for_new_memory():
+        weight = torch.ones(4 * MIB)
+    assert weight.sum() == 4 * MIB
