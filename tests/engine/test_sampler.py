@@ -101,6 +101,16 @@ def test_draws_follow_the_distribution_that_is_computed_by_hand(options: dict[st
     assert chi_squared < 35.0  # one in a thousand passes 31 with 11 degrees of freedom; the seed is fixed
 
 
+def test_the_places_of_a_seeded_output_are_drawn_independently() -> None:
+    logits, count = make_logits(seed=3), 4000
+    sequence, sampler = make_sequence(seed=7), make_sampler()
+    for _ in range(count):
+        sequence.token_ids += sampler.sample(logits.clone(), [sequence])
+    counts = Counter(sequence.output_token_ids)
+    expected = by_hand(logits, [], {}) * count
+    assert sum((counts[n] - float(e)) ** 2 / float(e) for n, e in enumerate(expected)) < 35.0
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-60])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "min_p": 0.1}])
 def test_the_coldest_temperatures_take_the_best_token(temperature: float, options: dict[str, Any]) -> None:
