@@ -48,6 +48,7 @@ nobody is named, write UNKNOWN. payment_method is CASH, CARD, TRANSFER or UNKNOW
 the sum to be paid with all taxes, with two decimals and the currency's code after it. Never guess a
 field: what is not printed is UNKNOWN. Never explain, never repeat the document, never add a field.
 Here is the document:\n"""
+_DOCUMENT_TOKENS = 128  # at most, where a token is a character
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,18 @@ def make_images(repeating: bool, count: int = 24, answer: int = 16) -> Maker:
     return make
 
 
-def make_schema(seed: int, _: Any, __: Path, count: int = 16) -> Workload:
-    """(d) Fields of a receipt under a JSON schema, after one long prompt that all requests share."""
+def make_schema(seed: int, tokenizer: Any, _: Path, count: int = 16, answer: int = 160) -> Workload:
+    """(d) Fields of a receipt under a JSON schema, after one long prompt that all requests share.
+
+    A model of few positions gets as many of its lines as it has room for.
+    """
     draw = random.Random(seed)
     # A turn's own first words keep the prefix caches from answering across turns.
     head = f"Batch {draw.randrange(10**9)}. "
+    room = tokenizer.model_max_length - answer - _DOCUMENT_TOKENS
+    for line in INSTRUCTION.splitlines(keepends=True):
+        if len(tokenizer.encode(head + line)) <= room:
+            head += line
     requests = []
     for _index in range(count):
         document = (
@@ -143,7 +151,7 @@ def make_schema(seed: int, _: Any, __: Path, count: int = 16) -> Workload:
             f"BILL TO {draw.choice(('A. Moss', 'J. Reed', 'T. Lake', 'M. Ford'))}\n"
             f"TOTAL {draw.randrange(1, 500)}.{draw.randrange(100):02} EUR\nPAID BY CARD\n"
         )
-        requests.append(Request(head + INSTRUCTION + document, 160, json_schema=RECEIPT_SCHEMA))
+        requests.append(Request(head + document, answer, json_schema=RECEIPT_SCHEMA))
     return Workload("schema", tuple(requests), ignore_eos=False)
 
 

@@ -49,20 +49,23 @@ def extend(
 def _extend(sequence: Sequence, token: int, *, force: bool) -> tuple[str, FinishReason | None]:
     matcher = sequence.matcher
     text, reason = _add(sequence, token)
-    if matcher is None or reason is not None:
+    if matcher is None:
         return text, reason
     matcher.consume_token(token)
     # A forced token has no logits, so that its log probability could not be told.
-    if force and sequence.sampling.logprobs is None:
+    if force and reason is None and sequence.sampling.logprobs is None:
         for forced in matcher.compute_ff_tokens():
             more, reason = _add(sequence, forced)
             text += more
-            if reason is not None:
-                return text, reason
             matcher.consume_token(forced)
+            if reason is not None:
+                break
     if matcher.is_error():
-        raise UnsupportedConstraint("the constraint is too complex, or allows no token after the text so far")
-    return text, "stop" if matcher.is_stopped() else None
+        if reason is None:
+            raise UnsupportedConstraint("the constraint is too complex, or allows no token after the text so far")
+        return text, reason
+    # An output that is whole with its last token was not cut.
+    return text, "stop" if matcher.is_stopped() else reason
 
 
 def _add(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:

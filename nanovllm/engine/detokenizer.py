@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 REPLACEMENT = "\ufffd"
 
 
@@ -29,36 +27,47 @@ class Detokenizer:
         """``tokenizer`` is a fast Hugging Face tokenizer; ``stop`` counts after ``min_tokens`` tokens."""
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._token_ids: list[int] = []
-        self._decoded = 0  # characters that the stream has given
+        self._num_tokens = 0
+        self._window: list[int] = []  # the tokens last decoded, which their successors are read behind, and newer ones
+        self._num_read = 0  # of the window
+        self._read = ""  # what those say
         self._held = ""
         self.text = ""
         self.is_stopped = False
 
     def append(self, token_id: int) -> str:
         """Add a token and return the text that may be shown now; sets ``is_stopped`` at a stop string."""
-        self._token_ids.append(token_id)
-        fresh = self._stream.step(self._backend, token_id) or ""
-        self._decoded += len(fresh)
+        self._num_tokens += 1
+        self._window.append(token_id)
+        fresh = self._unread()
+        # Bytes that are no character yet are decoded to a replacement: they wait for the rest of it.
+        if not fresh or fresh.endswith(REPLACEMENT):
+            return self._release("")
+        del self._window[: self._num_read]
+        self._num_read = len(self._window)
+        self._read = self._decode()
         return self._release(fresh)
 
     def finish(self) -> str:
         """The rest of the text at the end of the output; bytes of an unfinished character are left out."""
-        if self.is_stopped:
-            return ""
-        whole: str = self._backend.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
-        return self._release(whole[self._decoded :].rstrip(REPLACEMENT), final=True)
+        return "" if self.is_stopped else self._release(self._unread().rstrip(REPLACEMENT), final=True)
+
+    def _unread(self) -> str:
+        return self._decode()[len(self._read) :]
+
+    def _decode(self) -> str:
+        text: str = self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+        return text
 
     def _release(self, fresh: str, *, final: bool = False) -> str:
         if not self._stop:
             self.text += fresh
             return fresh
         pending = self._held + fresh
-        if len(self._token_ids) > self._min_tokens:
+        if self._num_tokens > self._min_tokens:
             found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
             if found is not None:
                 end = found[0] + (len(found[1]) if self._include_stop else 0)

@@ -23,6 +23,7 @@ from nanovllm.sampling_params import SamplingParams
 _MIB = 1 << 20
 _BATCHES = (1, 8, 32)
 _PROMPT = 64  # tokens of a measured prompt
+_PROMPTS = 4  # that are measured at once
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,22 @@ def describe(engine: LLMEngine) -> Iterator[Finding]:
 
 def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
     """Decode and prefill for about ``seconds``, beside what the linear layers alone would allow; the engine is idle."""
-    batches = [size for size in _BATCHES if size <= engine.config.max_num_seqs]
-    share = seconds / (len(batches) + 1)
     length = max(1, min(_PROMPT, engine.max_model_len // 2))
-    prefill = _prefill(engine, length, share)
-    yield Finding("prefill", f"{prefill:,.0f} tokens/s", f"prompts of {length} tokens")
+    blocks = engine.scheduler.blocks
+    fit = min(engine.config.max_num_seqs, blocks.num_blocks // blocks.blocks_for(length + 2))
+    batches = [size for size in _BATCHES if size <= fit]
+    share = seconds / (len(batches) + 1)
+    rows = min(_PROMPTS * length, engine.config.max_num_batched_tokens)
+    bound = rows / _linears(engine, rows, _PROMPTS, share / 3)
+    yield _measured(f"prefill, prompts of {length}", _prefill(engine, length, 2 * share / 3), bound)
     for size in batches:
-        bound = size / _linears(engine, size, share / 3)
-        decode = _decode(engine, size, length, 2 * share / 3)
-        note = f"the linear layers alone: {bound:,.0f}, {decode / bound:.0%} of which is reached"
-        yield Finding(f"decode, batch {size}", f"{decode:,.0f} tokens/s", note)
+        bound = size / _linears(engine, size, size, share / 3)
+        yield _measured(f"decode, batch {size}", _decode(engine, size, length, 2 * share / 3), bound)
+
+
+def _measured(subject: str, speed: float, bound: float) -> Finding:
+    note = f"the linear layers alone: {bound:,.0f}, {speed / bound:.0%} of which is reached"
+    return Finding(subject, f"{speed:,.0f} tokens/s", note)
 
 
 def _machine(engine: LLMEngine) -> Finding:
@@ -146,19 +153,22 @@ def _guided() -> Finding:
     return Finding("guided output", "JSON schema, regex, choice, grammar")
 
 
-def _linears(engine: LLMEngine, rows: int, seconds: float) -> float:
-    """Seconds that all linear layers of one step take on ``rows`` tokens, the fastest of some rounds."""
+def _linears(engine: LLMEngine, rows: int, sampled: int, seconds: float) -> float:
+    """Seconds that all linear layers of a step of ``rows`` tokens take, the fastest of some rounds; the head computes
+    the ``sampled`` ones.
+    """
     runner = engine.model_runner
     layers = [module for module in runner.model.modules() if isinstance(module, Linear)]
     inputs = {
         layer.in_features: torch.randn(rows, layer.in_features).to(runner.dtype).to(runner.device) for layer in layers
     }
+    counts = [sampled if layer is runner.model.lm_head else rows for layer in layers]
     fastest, until = float("inf"), time.perf_counter() + seconds
     with torch.inference_mode():
         while fastest == float("inf") or time.perf_counter() < until:
             started = time.perf_counter()
-            for layer in layers:
-                layer(inputs[layer.in_features])
+            for layer, count in zip(layers, counts, strict=True):
+                layer(inputs[layer.in_features][:count])
             _wait_for(runner.device)
             fastest = min(fastest, time.perf_counter() - started)
     return fastest
@@ -182,19 +192,24 @@ def _prefill(engine: LLMEngine, length: int, seconds: float) -> float:
     """Prompt tokens computed in a second."""
     done, spent, round_number = 0, 0.0, 0
     while spent < seconds:
-        _requests(engine, 4, length, 1, round_number)
+        _requests(engine, _PROMPTS, length, 1, round_number)
         started = time.perf_counter()
         while engine.has_unfinished():
             engine.step()
         if round_number:  # the first round warms up
-            done += 4 * length
+            done += _PROMPTS * length
         spent += time.perf_counter() - started if round_number else 0.0
         round_number += 1
     return done / spent
 
 
 def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
-    """Tokens decoded in a second by ``rows`` requests at once: the fastest step counts, as for the linear layers."""
+    """Tokens decoded in a second by ``rows`` requests at once: the fastest step counts, as for the linear layers.
+
+    Without drafts: a token that was guessed right costs no step, and nothing could be said of the bound.
+    """
+    speculation = engine.scheduler.speculation
+    max_drafts, speculation.max_drafts = speculation.max_drafts, 0
     names = _requests(engine, rows, length, engine.max_model_len - length - 1, rows)
     while any(sequence.num_output_tokens < 2 for sequence in engine.scheduler.running) or engine.scheduler.waiting:
         engine.step()
@@ -209,4 +224,5 @@ def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
         engine.abort(name)
     while engine.has_unfinished():
         engine.step()
+    speculation.max_drafts = max_drafts
     return 1.0 / fastest

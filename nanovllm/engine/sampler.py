@@ -20,6 +20,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import move, read_back, to_device
 
 _NEVER = float("-inf")
+_COLDEST = 1e-5  # a temperature below which only the best token is left, and float32 would overflow
 
 
 class Sampler:
@@ -92,7 +93,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         params = [sequence.sampling for sequence in sequences]
-        logits = logits / self._column([param.temperature for param in params])
+        logits = logits / self._column([max(param.temperature, _COLDEST) for param in params])
         if any(param.min_p > 0.0 for param in params):
             floor = logits.amax(-1, keepdim=True) + self._column([param.min_p for param in params]).log()
             logits = logits.masked_fill(logits < floor, _NEVER)

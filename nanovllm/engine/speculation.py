@@ -107,7 +107,11 @@ class Speculation:
         if not sequence.num_output_tokens:
             return
         key = _template(sequence)
-        output = sequence.token_ids[max(0, sequence.num_prompt_tokens - MATCH) :]
+        end = sequence.num_prompt_tokens
+        start = max(0, end - MATCH)
+        if any(span.touches(start, end) for span in sequence.images):
+            start = end  # nobody writes an image's placeholder, and not every vocabulary has it
+        output = sequence.token_ids[start:]
         template = self._templates.pop(key, None)
         if template is None or len(template.tokens) + len(output) > _KEPT_TOKENS:
             template = Recurrences([])

@@ -56,6 +56,7 @@ class Run:
             prompt = random_prompt(number, 1 + 7 * (number % 5)) + " <|image|> and" * wanted
             self.requests[str(number)] = (prompt, images)
         self.num_distinct_images = len(drawn)
+        self.num_images = sum(len(images) for _, images in self.requests.values())
 
     def engine(self, **options: Any) -> LLMEngine:
         return recording_engine(self.directory, **self.options, **options)
@@ -93,7 +94,9 @@ def test_every_way_to_compute_a_request_gives_the_same_bits(world: tuple[str, Pa
     alone: dict[str, Tensor] = {}
     for name in run.requests:
         alone |= run.all_at_once(engine, [name])
-    assert engine.stats().prefix_cache_hits == engine.stats().num_preemptions == 0
+    stats = engine.stats()
+    assert stats.prefix_cache_hits == stats.num_preemptions == stats.spec_decode_draft_tokens == 0
+    assert stats.encoder_images == run.num_images  # each one a miss, the repeated ones too
 
     engine = run.engine(enable_prefix_caching=False)
     assert_same_bits(run.all_at_once(engine), alone)
@@ -101,9 +104,7 @@ def test_every_way_to_compute_a_request_gives_the_same_bits(world: tuple[str, Pa
     assert_same_bits(run.all_at_once(engine, list(reversed(run.requests))), alone)
     if engine.processor is not None:
         assert engine.processor.cache.stats().hits > 0
-        assert engine.stats().encoder_images == len(
-            {10 * (n % 5) + i for n in range(COUNT) for i in range((0, 1, 3)[n % 3])}
-        )
+        assert engine.stats().encoder_images == run.num_distinct_images
 
     engine = run.engine(enable_prefix_caching=False, max_num_batched_tokens=19)
     assert_same_bits(run.all_at_once(engine), alone)
@@ -127,8 +128,13 @@ def test_every_way_to_compute_a_request_gives_the_same_bits(world: tuple[str, Pa
     for name in run.requests:
         run.add(engine, name)
         step(engine, outputs)
+    assert len(engine.scheduler.running) > COUNT // 2
     drain(engine, outputs)
     assert_same_bits(taken(engine), alone)
+
+    for name in run.requests:  # each answer is known, and drafted
+        assert_same_bits(run.all_at_once(engine, [name]), {name: alone[name]})
+    assert engine.stats().spec_decode_accepted_tokens > 5 * COUNT
 
 
 def test_the_same_run_without_the_mode_differs_in_some_bits(world: tuple[str, Path]) -> None:

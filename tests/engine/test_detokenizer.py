@@ -6,30 +6,63 @@ import pytest
 from checkpoints import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm.engine.detokenizer import REPLACEMENT, Detokenizer
 
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2, Mistral and Gemma have: words by ``▁``, bytes where there is no token for a character."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "e", "é", "日", "x", "▁▁"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(fallback)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
 TOKENIZER: PreTrainedTokenizerFast = make_tokenizer()
+TOKENIZERS = {"bytes": TOKENIZER, "byte fallback": byte_fallback_tokenizer()}
 
 
-def stream(text: str, **options: object) -> tuple[list[str], Detokenizer]:
+def stream(
+    text: str, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: object
+) -> tuple[list[str], Detokenizer]:
     """The chunks for the tokens of ``text``, up to a stop string."""
-    detokenizer = Detokenizer(TOKENIZER, **options)  # type: ignore[arg-type]
+    detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
     chunks = []
-    for token in TOKENIZER.encode(text, add_special_tokens=False):
+    for token in tokenizer.encode(text, add_special_tokens=False):
         chunks.append(detokenizer.append(token))
         if detokenizer.is_stopped:
             break
     return [*chunks, detokenizer.finish()], detokenizer
 
 
+WRITTEN = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT + "▁")
+
+
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT), max_size=30))
-def test_chunks_join_to_the_text_and_hold_whole_characters(text: str) -> None:
-    chunks, detokenizer = stream(text, skip_special_tokens=False)
+@given(text=st.text(st.one_of(WRITTEN, st.sampled_from("日é👩🏽 ")), max_size=30))
+def test_chunks_join_to_the_text_and_hold_whole_characters(kind: str, text: str) -> None:
+    chunks, detokenizer = stream(text, TOKENIZERS[kind], skip_special_tokens=False)
     assert "".join(chunks) == text == detokenizer.text
     assert not any(REPLACEMENT in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), skips=st.booleans())
+def test_bytes_that_are_no_text_stop_nobody(kind: str, data: st.DataObject, skips: bool) -> None:
+    tokenizer = TOKENIZERS[kind]
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    good = tokenizer.encode(" the x", add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skips)
+    text = "".join([*(detokenizer.append(token) for token in (*tokens, *good)), detokenizer.finish()])
+    assert text == detokenizer.text
+    assert text.endswith("the x")
 
 
 def test_a_character_that_was_cut_off_is_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from nanovllm.engine import kernels
 from nanovllm.engine.doctor import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
+from nanovllm.pipeline.app import _load_engine, native_engine
 from nanovllm.pipeline.cli import main
+from nanovllm.pipeline.settings import EngineSettings
 from nanovllm.sampling_params import SamplingParams
 from tests.checkpoints import make_llava
 
@@ -45,10 +48,19 @@ def test_a_fallback_is_called_slow_and_says_what_is_missing(text: Path, monkeypa
 def test_measuring_leaves_the_engine_idle(text: Path) -> None:
     with LLMEngine(str(text), kv_cache_bytes=8 << 20, max_num_seqs=8) as engine:
         found = {finding.subject: finding for finding in measure(engine, seconds=0.3)}
-        assert set(found) == {"prefill", "decode, batch 1", "decode, batch 8"}
+        assert set(found) == {"prefill, prompts of 64", "decode, batch 1", "decode, batch 8"}
         assert all(finding.value.endswith("tokens/s") for finding in found.values())
+        assert all(
+            re.match(r"the linear layers alone: [\d,]+, \d+% of which", finding.note) for finding in found.values()
+        )
+        assert engine.stats().spec_decode_draft_tokens == 0
         assert not engine.has_unfinished()
         engine.audit()
+
+
+def test_no_more_is_measured_at_once_than_the_cache_holds(text: Path) -> None:
+    with LLMEngine(str(text), kv_cache_bytes=16384 * 12) as engine:
+        assert [finding.subject for finding in measure(engine, seconds=0.1)][1:] == ["decode, batch 1"]
 
 
 def test_the_command_prints_one_json_array(
@@ -79,3 +91,18 @@ def test_a_bfloat16_cache_is_refused_where_nothing_reads_it(text: Path, monkeypa
     monkeypatch.setattr(kernels, "missing", lambda: "no compiler here")
     with pytest.raises(ConfigurationError, match=r"kv_cache_dtype='bfloat16' needs.*no compiler here"):
         LLMEngine(str(text), kv_cache_bytes=1 << 20, kv_cache_dtype="bfloat16")
+
+
+async def test_the_first_lines_of_a_worker_s_log_say_the_same(
+    text: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda: "there is no C++ compiler")
+    caplog.set_level("INFO", "nanovllm")
+    settings = EngineSettings(model=str(text), kv_cache_bytes=1 << 20)
+    engine = await _load_engine(settings)
+    lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.worker"]
+    with native_engine(settings) as same:
+        findings = told(same)
+    await engine.close()
+    assert [line.split(":")[0] for line in lines] == list(findings)
+    assert any(line.startswith("attention: torch SDPA") and "no C++ compiler" in line for line in lines)

@@ -31,6 +31,7 @@ from nanovllm.engine import kernels, model_runner
 from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
 from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import StepInputs
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import UnsupportedModel
 
@@ -79,6 +80,21 @@ def test_each_request_alone_equals_transformers(world: tuple[Path, dict[str, Cas
         add(engine, name, case)
         drain(engine, outputs)
     assert_all_same(engine, cases, outputs)
+    assert engine.stats().num_preemptions == 0
+
+
+def test_drafts_of_what_was_answered_before_change_nothing(world: tuple[Path, dict[str, Case]]) -> None:
+    directory, cases = world
+    engine = recording_engine(directory)
+    for _ in range(2):
+        before = engine.stats()
+        for name, case in cases.items():
+            add(engine, name, case)
+            assert_all_same(engine, {name: case}, drain(engine))
+    after = engine.stats()
+    accepted = after.spec_decode_accepted_tokens - before.spec_decode_accepted_tokens
+    assert accepted > (after.generation_tokens - before.generation_tokens) // 4
+    assert accepted < after.spec_decode_draft_tokens - before.spec_decode_draft_tokens  # and some are taken back
 
 
 def test_sixteen_that_join_and_leave_at_different_steps_equal_transformers(world: tuple[Path, dict[str, Case]]) -> None:
@@ -117,7 +133,16 @@ def test_prompts_computed_in_chunks_equal_transformers(
     assert isinstance(engine.model_runner.attention, expected)
     for name, case in cases.items():
         add(engine, name, case)
+    chunks, forward = [], engine.model_runner.forward
+
+    def count_chunks(inputs: StepInputs) -> torch.Tensor:
+        chunks.extend(row.num_tokens for row in inputs.rows if not row.samples)
+        return forward(inputs)
+
+    monkeypatch.setattr(engine.model_runner, "forward", count_chunks)
     assert_all_same(engine, cases, drain(engine))
+    assert len(chunks) >= 8
+    assert 1 <= max(chunks) <= tokens_a_step
 
 
 def test_a_warm_prefix_cache_changes_nothing(world: tuple[Path, dict[str, Case]]) -> None:

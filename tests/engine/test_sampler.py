@@ -50,6 +50,75 @@ def test_random_rows_follow_the_distribution(temperature: float) -> None:
     assert float((observed - expected).abs().max()) < 0.015
 
 
+def by_hand(logits: Tensor, output: list[int], options: dict[str, Any]) -> Tensor:
+    """The distribution [VOCAB] that the parameters describe, one after the other, in float64."""
+    logits = logits[0].double()
+    for token in {0, *output}:
+        penalty = options.get("repetition_penalty", 1.0)
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token in output:
+        logits[token] -= options.get("frequency_penalty", 0.0) + options.get("presence_penalty", 0.0) / output.count(
+            token
+        )
+    for token, bias in options.get("logit_bias", {}).items():
+        logits[token] += bias
+    probabilities = (logits / options.get("temperature", 1.0)).softmax(0)
+    probabilities[probabilities < options.get("min_p", 0.0) * probabilities.max()] = 0.0
+    kept, mass = probabilities.argsort(descending=True).tolist(), 0.0
+    kept = kept[: options.get("top_k") or VOCAB]
+    total = float(probabilities[kept].sum())
+    chosen = torch.zeros(VOCAB, dtype=torch.double)
+    for token in kept:
+        if mass < options.get("top_p", 1.0) * total:
+            chosen[token] = probabilities[token]
+            mass += float(probabilities[token])
+    return chosen / chosen.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 5},
+        {"temperature": 2.0, "top_p": 0.8},
+        {"temperature": 1.3, "min_p": 0.1},
+        {"temperature": 2.0, "top_k": 8, "top_p": 0.9, "min_p": 0.05},
+        {"logit_bias": {3: 2.0, 4: -2.0}},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_draws_follow_the_distribution_that_is_computed_by_hand(options: dict[str, Any]) -> None:
+    logits, count, output = make_logits(seed=3), 20_000, [5, 5, 7, 9]
+    sequences = [make_sequence(**options) for _ in range(count)]
+    for sequence in sequences:
+        sequence.token_ids += output
+    counts = Counter(make_sampler().sample(logits.expand(count, -1).clone(), sequences))
+    expected = by_hand(logits, output, options) * count
+
+    assert set(counts) <= set(expected.nonzero().flatten().tolist())
+    chi_squared = sum((counts[n] - float(e)) ** 2 / float(e) for n, e in enumerate(expected) if e)
+    assert chi_squared < 35.0  # one in a thousand passes 31 with 11 degrees of freedom; the seed is fixed
+
+
+def test_the_places_of_a_seeded_output_are_drawn_independently() -> None:
+    logits, count = make_logits(seed=3), 4000
+    sequence, sampler = make_sequence(seed=7), make_sampler()
+    for _ in range(count):
+        sequence.token_ids += sampler.sample(logits.clone(), [sequence])
+    counts = Counter(sequence.output_token_ids)
+    expected = by_hand(logits, [], {}) * count
+    assert sum((counts[n] - float(e)) ** 2 / float(e) for n, e in enumerate(expected)) < 35.0
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-60])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "min_p": 0.1}])
+def test_the_coldest_temperatures_take_the_best_token(temperature: float, options: dict[str, Any]) -> None:
+    logits = make_logits(seed=3) + 100.0
+    assert int(logits.argmax()) != 0
+    assert set(draw(logits, count=50, temperature=temperature, **options)) == {int(logits.argmax())}
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 7])
 def test_top_k_keeps_the_k_best(top_k: int) -> None:
     logits = make_logits()

@@ -214,4 +214,5 @@ def test_block_hashes_tell_images_offsets_and_salts_apart() -> None:
     other, moved, salted = with_image(b"b" * 32, 6), with_image(b"a" * 32, 7), with_image(b"a" * 32, 6, b"tenant")
     assert base == with_image(b"a" * 32, 6)
     assert base[0] == other[0] == moved[0] != salted[0]
+    assert all(8 * len(key) >= 128 for key in base)
     assert all(len({base[n], other[n], moved[n], salted[n]}) == 4 for n in (1, 2, 3))

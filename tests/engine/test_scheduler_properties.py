@@ -246,6 +246,32 @@ def test_texts_depend_on_nothing_but_their_prompts(seed: int, budget: int, seats
         assert mine.token_ids == alone.token_ids
 
 
+def test_thousands_of_operations_go_every_way() -> None:
+    """The machine above, driven without a goal; what it is there for must have happened many times."""
+    draw = random.Random(0)
+    world, arrivals, aborts = World(), 0, 0
+    scheduler = world.scheduler
+    for _ in range(5000):
+        deed = draw.random()
+        if deed < 0.15 and len(scheduler.waiting) < 8:
+            (sequence,) = draw_work(draw.randrange(40), 1)  # prompts come again
+            sequence.cache_salt = draw.choice([b"", b"tenant"])
+            world.add(sequence)
+            arrivals += 1
+        elif deed < 0.17 and scheduler.has_unfinished():
+            scheduler.finish(draw.choice(scheduler.running + scheduler.waiting))
+            aborts += 1
+        elif deed < 0.18 and scheduler.running:
+            scheduler._preempt_last()
+        elif scheduler.has_unfinished():
+            world.step()
+        world.audit()
+    world.finish_all()
+    happened = (arrivals, aborts, scheduler.num_preemptions, scheduler.prefix_cache_hits // SIZE)
+    assert min(*happened, scheduler.speculation.num_accepted) > 50
+    assert all(sequence.is_finished for sequence in world.sequences)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_drafts_are_made_accepted_and_taken_back(seed: int) -> None:
     world = World(max_num_batched_tokens=64, num_blocks=64)
