@@ -54,7 +54,7 @@ def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
     fit = min(engine.config.max_num_seqs, blocks.num_blocks // blocks.blocks_for(length + 2))
     batches = [size for size in _BATCHES if size <= fit]
     share = seconds / (len(batches) + 1)
-    rows = min(_PROMPTS * length, engine.config.max_num_batched_tokens)
+    rows = min(_PROMPTS * length, engine.scheduler.max_num_batched_tokens)
     bound = rows / _linears(engine, rows, _PROMPTS, share / 3)
     yield _measured(f"prefill, prompts of {length}", _prefill(engine, length, 2 * share / 3), bound)
     for size in batches:

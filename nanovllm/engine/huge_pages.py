@@ -43,7 +43,7 @@ def for_new_memory() -> Iterator[None]:
 
 def _large_mappings() -> set[tuple[int, int]]:
     """First and last address of the process's large private anonymous mappings."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:
