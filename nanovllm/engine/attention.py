@@ -277,7 +277,7 @@ class PagedCpuAttention:
         self.block_size = block_size or 16
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[num_blocks, 2, kv_heads, positions, d]: blocks in whole tiles, heads in whole vectors; padding stays zero."""
+        """[num_blocks, 2, kv_heads, positions, d]: whole tiles of positions, whole vectors; padding stays zero."""
         positions, padded = (size + -size % 16 for size in (self.block_size, head_dim))
         return _zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
 

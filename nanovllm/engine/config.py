@@ -61,7 +61,8 @@ class EngineConfig:
         """Refuse what can be refused before a checkpoint is opened."""
         for name in ("max_num_seqs", "max_images_per_request"):
             self._require_positive(name, optional=False)
-        for name in ("max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens",
+        for name in ("max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_bytes", "max_image_size",
+                     "num_vision_tokens",
                      "min_pixels", "max_pixels", "max_image_tokens"):  # fmt: skip
             self._require_positive(name, optional=True)
         for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
