@@ -318,7 +318,8 @@ def test_greedy_rows_are_an_argmax_and_nothing_else() -> None:
     with calls:
         tokens = sampler.Sampler(CPU).sample(logits, rows)
     assert tokens == [0, 1, 2]
-    assert [function._schema.name for function, *_ in calls.calls] == ["aten::argmax"]
+    called = [function._schema.name.split("::")[1] for function, *_ in calls.calls]
+    assert called == ["argmax"]  # our kernel's or torch's
 
 
 def test_the_tape_refuses_what_a_graph_cannot_hold() -> None:
