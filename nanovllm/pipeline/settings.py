@@ -326,7 +326,7 @@ class EngineSettings(Section):
         None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's."
     )
     kv_cache_bytes: Bytes | None = Field(
-        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1/4 GiB on CPU."
+        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1 GiB on a CPU."
     )
     kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
         "auto", description="`auto`: the model's own type; `bfloat16` halves the cache of a float32 model, on a CPU."
@@ -334,6 +334,7 @@ class EngineSettings(Section):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
     )
+    enforce_eager: bool = Field(False, description="Record no CUDA graphs: a quicker start, slower small steps.")
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
     embedding_cache_host_bytes: int = Field(
         0, ge=0, description="Size of its second tier, in the host's memory, for what leaves a GPU's."

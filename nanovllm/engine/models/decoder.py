@@ -191,6 +191,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._rotary: Tensor | None = None
+        self._axes: Tensor | None = None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]."""
@@ -234,9 +235,10 @@ class Decoder(nn.Module):
         if positions.ndim == 1:
             rows = self._rotary[positions]
         else:
-            axes = torch.tensor(self.config.position_axes, device=positions.device).repeat(2)
+            if self._axes is None:
+                self._axes = torch.tensor(self.config.position_axes, device=positions.device).repeat(2)
             dims = torch.arange(self.config.head_dim, device=positions.device)
-            rows = self._rotary[positions[:, axes], :, dims].transpose(1, 2).contiguous()
+            rows = self._rotary[positions[:, self._axes], :, dims].transpose(1, 2).contiguous()
         cos_rows, sin_rows = rows.unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
 
