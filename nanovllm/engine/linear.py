@@ -10,19 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.engine import huge_pages
+from nanovllm.engine import huge_pages, kernels
 from nanovllm.engine.rows import scale_rows
 
 Quantization = Literal["int8"]
+Form = Literal["plain", "packed", "panels", "int8"]  # packed: by oneDNN; panels: by us
 Multiply = Callable[[Tensor], Tensor]
 
 _PACKED_ROWS_HINT = 16  # the batch that oneDNN lays the weight out for; measured to serve 1 to 512 rows as well
 _INT8_CALL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+_PANEL = 48  # outputs of a panel, as kernels/panels.cpp has it
 _MIN_PACKED_ELEMENTS = 1 << 18  # a smaller product is over before oneDNN's call (20 microseconds) has begun
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. ``pack`` on a CPU takes oneDNN's layout: two to five times as fast below 32 rows; or int8."""
+    """y = x W^T + b. ``pack`` lays the weight out for our CPU kernel, or for oneDNN where that is missing; or int8."""
 
     bias: nn.Parameter | None
 
@@ -32,7 +34,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.in_features = in_features
-        self.form: Literal["plain", "packed", "int8"] = "plain"
+        self.form: Form = "plain"
         self._multiply: Multiply | None = None
         self._tile: int | None = None
 
@@ -41,13 +43,14 @@ class Linear(nn.Module):
     ) -> None:
         """Store the weight as int8 if asked to, or else packed if that pays; the plain ``weight`` goes unless kept.
 
-        With ``tile`` the product is one of that many rows, always: an output row then depends on its input row alone.
+        With ``tile`` an output row depends on its input row alone: our kernel sees to that by itself, other products
+        are ones of that many rows, always.
         """
         if quantization == "int8":
             self.form, self._multiply = "int8", int8_multiply(self.weight, self.bias)
-        elif self.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(self.weight):
-            self.form, self._multiply = "packed", packed_multiply(self.weight, self.bias)
-        self._tile = tile
+        else:
+            self.form, self._multiply = packed_form(self.weight, self.bias)
+        self._tile = tile if self.form in ("plain", "packed") else None
         if self._multiply is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
@@ -72,6 +75,15 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+def packed_form(weight: Tensor, bias: Tensor | None) -> tuple[Form, Multiply | None]:
+    """The fastest layout of a weight [out, in] that keeps its numbers, and the product with it; None: as it is."""
+    if weight.numel() < _MIN_PACKED_ELEMENTS:
+        return "plain", None
+    if has_panels(weight.dtype, weight.device):
+        return "panels", panels_multiply(weight, bias)
+    return ("packed", packed_multiply(weight, bias)) if can_pack(weight) else ("plain", None)
+
+
 def pack_linears(module: nn.Module) -> None:
     """Pack torch's own linear layers inside ``module``, which is somebody else's code, where that pays.
 
@@ -79,9 +91,40 @@ def pack_linears(module: nn.Module) -> None:
     """
     with huge_pages.for_new_memory():
         for layer in module.modules():
-            if type(layer) is nn.Linear and layer.weight.numel() >= _MIN_PACKED_ELEMENTS and can_pack(layer.weight):
-                layer.forward = packed_multiply(layer.weight, layer.bias)  # type: ignore[assignment]
+            if type(layer) is not nn.Linear:
+                continue
+            _, multiply = packed_form(layer.weight, layer.bias)
+            if multiply is not None:
+                layer.forward = multiply  # type: ignore[assignment]
                 layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
+
+
+def has_panels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our kernel multiplies by weights of ``dtype`` here: it needs AVX-512, and its extension for the type."""
+    if device.type != "cpu" or kernels.missing() is not None or not hasattr(torch.ops.nanovllm, "multiply_panels"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.int8 and torch.cpu._is_vnni_supported())
+
+
+def panels_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """Multiply by a weight [out, in] of float32 or bfloat16 in the layout of kernels/panels.cpp."""
+    panels, width = to_panels(weight.detach()), len(weight)
+    padded_bias = None if bias is None else _padded(bias.float())
+    return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, padded_bias, None, None)
+
+
+def to_panels(weight: Tensor) -> Tensor:
+    """A weight [out, in] as [panels, steps, 48, n]: n neighbouring inputs, four bytes, of 48 outputs side by side."""
+    together = 4 // weight.itemsize
+    padded = F.pad(weight, (0, -weight.shape[1] % together, 0, -len(weight) % _PANEL))
+    return padded.view(-1, _PANEL, padded.shape[1] // together, together).transpose(1, 2).contiguous()
+
+
+def _padded(values: Tensor) -> Tensor:
+    """One value for each output [out], with zeros for those that the last panel has too many."""
+    return F.pad(values, (0, -len(values) % _PANEL))
 
 
 def packed_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
@@ -94,6 +137,8 @@ def why_no_int8(device: torch.device) -> str | None:
     """What keeps int8 products from this machine; None if nothing does."""
     if device.type != "cpu":
         return "it is for CPUs"
+    if has_panels(torch.int8, device):
+        return None
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return "this build of torch comes without FBGEMM"
     if not hasattr(torch.ops.quantized, _INT8_CALL):
@@ -107,6 +152,8 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
     An input row is divided by its largest magnitude first, so the product's own scale is a constant: a row's result
     depends on nothing but the row, and is the same to the bit in any batch.
     """
+    if has_panels(torch.int8, weight.device):
+        return _int8_panels_multiply(weight.detach().float(), bias)
     # Without VNNI pairs of products are added in 16 bits, which overflow unless the weights leave a bit free.
     levels = 127 if torch.cpu._is_vnni_supported() else 63
     weight = weight.detach().float()
@@ -132,3 +179,15 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
         return output
 
     return multiply
+
+
+def _int8_panels_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
+    scales = scale_rows(weight)[1] / 127
+    quantized = (weight / scales).round_().clamp_(-127, 127).to(torch.int8)
+    panels, width = to_panels(quantized), len(weight)
+    # The kernel's inputs are 128 too high: they have no sign.
+    excess = _padded(128 * quantized.sum(1, dtype=torch.int32))
+    padded_scales, padded_bias = _padded(scales.squeeze(1)), None if bias is None else _padded(bias.float())
+    return lambda x: torch.ops.nanovllm.multiply_panels(
+        x.contiguous(), panels, width, padded_bias, padded_scales, excess
+    )

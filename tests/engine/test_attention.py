@@ -186,7 +186,7 @@ def test_kernels_for_a_lesser_cpu_compile_anew_and_pass_the_same_tests(tmp_path:
     here = Path(__file__)
     modules = [str(here), str(here.with_name("test_rows.py")), str(here.with_name("test_linear.py"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *modules],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "not panels", *modules],
         cwd=here.parents[2],
         env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from nanovllm.engine.linear import Linear, pack_linears
+from nanovllm.engine import kernels, linear
+from nanovllm.engine.linear import Linear, has_panels, int8_multiply, pack_linears, panels_multiply
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -72,3 +75,74 @@ def test_layers_of_somebody_else_s_module_are_packed_where_that_pays(dtype: torc
         assert [layer.weight.numel() for layer in module] == [0, 8 * 512]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
+
+
+CPU = torch.device("cpu")
+
+
+def needs_panels(dtype: torch.dtype) -> None:
+    if not has_panels(dtype, CPU):
+        pytest.skip(f"no panels of {dtype} here: {kernels.missing() or 'the CPU lacks what they need'}")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 2), (47, 34), (48, 64), (200, 258)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_multiply_as_the_plain_weight_and_each_row_by_itself(
+    dtype: torch.dtype, outputs: int, inputs: int, bias: bool
+) -> None:
+    needs_panels(dtype)
+    torch.manual_seed(outputs)
+    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(37, inputs).to(dtype)
+    added = torch.randn(outputs).to(dtype) if bias else None
+    multiply = panels_multiply(weight, added)
+    product = multiply(x)
+    expected = x.double() @ weight.double().T + (added.double() if added is not None else 0)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(product.double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
+    for size in (1, 3, 8, 16):
+        assert torch.equal(torch.cat([multiply(rows) for rows in x.split(size)]), product)
+    assert torch.equal(multiply(x.view(1, 37, inputs)), product.view(1, 37, outputs))
+    assert multiply(x[:0]).shape == (0, outputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(3, 5), (48, 64), (130, 258)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_panels_of_bytes_are_the_rounded_products_exactly(
+    dtype: torch.dtype, outputs: int, inputs: int, bias: bool
+) -> None:
+    needs_panels(torch.int8)
+    torch.manual_seed(outputs)
+    weight, x = torch.randn(outputs, inputs), torch.randn(21, inputs).to(dtype)
+    added = torch.randn(outputs) if bias else None
+    product = int8_multiply(weight, added)(x)
+
+    def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = rows.abs().amax(1, keepdim=True)
+        return (rows / scales * 127).round().double(), scales.double() / 127
+
+    (inputs_, input_scales), (weights, weight_scales) = rounded(x.float()), rounded(weight)
+    expected = inputs_ @ weights.T * input_scales * weight_scales.T + (added.double() if added is not None else 0)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_libraries_multiply_where_our_kernel_is_missing(
+    quantization: linear.Quantization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(512, 768, bias=True)
+    x = torch.randn(9, 512)
+    expected = layer(x)
+    monkeypatch.setattr(linear, "has_panels", lambda *_: False)
+    layer.pack(quantization)
+    assert layer.form == (quantization or "packed")
+    tolerance = 1e-3 if quantization is None else 3.0  # of outputs whose spread is 23
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=tolerance)
+
+
+def test_a_packed_layer_does_not_keep_its_plain_weight() -> None:
+    layer = make_layer(512, 768)
+    address = weakref.ref(layer.weight)
+    layer.pack()
+    assert address() is None

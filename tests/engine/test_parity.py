@@ -27,7 +27,7 @@ from engine_parts import (
 )
 from safetensors.torch import load_file, save_file
 
-from nanovllm.engine import kernels, model_runner
+from nanovllm.engine import kernels, linear, model_runner
 from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
 from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.llm_engine import LLMEngine
@@ -260,11 +260,16 @@ def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
     assert 0 < sum(ours) <= 1.2 * sum(theirs)
 
 
-def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_our_kernel", [True, False])
+def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(
+    by_our_kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_our_kernel:
+        monkeypatch.setattr(linear, "has_panels", lambda *_: False)
     make_qwen3(tmp_path, hidden_size=768, num_heads=8, head_dim=64, num_layers=1, tie_word_embeddings=True)
     engine = LLMEngine(str(tmp_path), kv_cache_bytes=1 << 20)
-    packed = [module for module in engine.model_runner.model.modules() if getattr(module, "form", "") == "packed"]
-    assert len(packed) == 5 or not torch.backends.mkldnn.is_available()
+    forms = [getattr(module, "form", "") for module in engine.model_runner.model.modules()]
+    assert forms.count("panels") + forms.count("packed") == 5 or not torch.backends.mkldnn.is_available()
     check_some(tmp_path, sees=False)
 
 

@@ -113,7 +113,17 @@ class Attention {
     std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
       Workspace work(*this, items);
-      for (int64_t item = next++; item < total; item = next++) attend(items[item / kv_heads_], item % kv_heads_, work);
+      for (int64_t item = next++; item < total;) {
+        const int64_t following = next++;
+        if (following < total) {
+          Piece<Stored> pieces[kTiles];
+          int64_t position = 0;
+          const int64_t count = collect(items[following / kv_heads_], following % kv_heads_, position, pieces);
+          fetch(pieces, count, true);
+        }
+        attend(items[item / kv_heads_], item % kv_heads_, work);
+        item = following;
+      }
     });
   }
 
@@ -146,20 +156,15 @@ class Attention {
     std::fill_n(work.highest.data(), rows, kNever);
     std::fill_n(work.sums.data(), rows, 0.0f);
 
-    const int64_t context = item.first_position + item.num_tokens;
-    Piece<Stored> pieces[kTiles];
-    int64_t num_pieces = 0;
-    for (int64_t position = 0; position < context;) {
-      const int64_t block = position / block_size_, offset = position % block_size_;
-      const int64_t page = tables_[item.row * width_ + block];
-      const Stored* keys = cache_ + (page * 2 * kv_heads_ + kv_head) * page_size_ * d_ + offset * d_;
-      const int64_t count = std::min({kTile, block_size_ - offset, context - position});
-      pieces[num_pieces++] = {keys, keys + kv_heads_ * page_size_ * d_, position, count};
-      position += count;
-      if (num_pieces == kTiles || position == context) {
-        update(item, rows, pieces, num_pieces, work);
-        num_pieces = 0;
-      }
+    Piece<Stored> pieces[2][kTiles];
+    int64_t position = 0;
+    int64_t num_pieces = collect(item, kv_head, position, pieces[0]);
+    for (int64_t which = 0; num_pieces > 0; which = 1 - which) {
+      const int64_t num_following = collect(item, kv_head, position, pieces[1 - which]);
+      fetch(pieces[which], num_pieces, false);
+      fetch(pieces[1 - which], num_following, true);
+      update(item, rows, pieces[which], num_pieces, work);
+      num_pieces = num_following;
     }
 
     for (int64_t row = 0; row < rows; ++row) {
@@ -171,13 +176,33 @@ class Attention {
     }
   }
 
+  // The next pieces of the item's context from `position` on, which moves behind them; returns how many there are.
+  int64_t collect(const Item& item, int64_t kv_head, int64_t& position, Piece<Stored>* pieces) const {
+    const int64_t context = item.first_position + item.num_tokens;
+    int64_t num_pieces = 0;
+    while (num_pieces < kTiles && position < context) {
+      const int64_t block = position / block_size_, offset = position % block_size_;
+      const int64_t page = tables_[item.row * width_ + block];
+      const Stored* keys = cache_ + (page * 2 * kv_heads_ + kv_head) * page_size_ * d_ + offset * d_;
+      const int64_t count = std::min({kTile, block_size_ - offset, context - position});
+      pieces[num_pieces++] = {keys, keys + kv_heads_ * page_size_ * d_, position, count};
+      position += count;
+    }
+    return num_pieces;
+  }
+
+  // What is needed soon sets out while something else is computed: every piece lies in another page, at which the CPU's
+  // own prefetching begins anew.
+  void fetch(const Piece<Stored>* pieces, int64_t num_pieces, bool keys) const {
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      const Stored* first = keys ? pieces[piece].keys : pieces[piece].values;
+      const int64_t size = (keys ? kTile : pieces[piece].count) * d_;
+      for (int64_t i = 0; i < size; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(first + i, 0, 2);
+    }
+  }
+
   void update(const Item& item, int64_t rows, const Piece<Stored>* pieces, int64_t num_pieces, Workspace& work) const {
     float* scores = work.scores.data();
-    // The values are on their way while the keys are multiplied: every piece lies in another page, at which the CPU's
-    // own prefetching begins anew.
-    for (int64_t piece = 0; piece < num_pieces; ++piece)
-      for (int64_t i = 0; i < pieces[piece].count * d_; i += kCacheLine / sizeof(Stored))
-        __builtin_prefetch(pieces[piece].values + i, 0, 2);
     in_groups(rows, [&](auto width, int64_t row) {
       const auto score = [&](auto tiles, int64_t piece) {
         multiply<width, tiles>(work.queries.data() + row * d_, pieces + piece, d_, scores + row * kStride + piece * kTile);

@@ -1,0 +1,198 @@
+// Products with weights that lie in panels: 48 outputs side by side, and of each four bytes that belong together (one
+// float, two bfloat16 or four int8 of a row of the weight). A step of a product so reads three whole vectors of the
+// panel and four bytes of each input row, whatever the type; eight rows by 48 outputs are summed in registers.
+//
+// A row's result is summed in the order of its inputs, whatever is multiplied beside it: the same bits in any batch.
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <immintrin.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kVectors = 3;  // of a panel
+constexpr int64_t kOutputs = 16 * kVectors;
+constexpr int64_t kRows = 8;
+constexpr int64_t kStep = 64 * kVectors;  // bytes
+constexpr int64_t kAhead = 24 * kStep;  // bytes that a panel is fetched before it is needed
+
+#define PANEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
+
+// By name below: what GCC makes of the two intrinsics copies every sum before and after.
+struct Floats {
+  using Sum = __m512;
+  PANEL static Sum zero() { return _mm512_setzero_ps(); }
+  PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(input)), _mm512_castsi512_ps(weight), sum);
+  }
+  PANEL static __m512 finish(Sum sum, __m512i) { return sum; }
+};
+
+struct BFloat16s {
+  using Sum = __m512;
+  PANEL static Sum zero() { return _mm512_setzero_ps(); }
+  PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(input)), "v"(weight));
+    return sum;
+  }
+  PANEL static __m512 finish(Sum sum, __m512i) { return sum; }
+};
+
+// Inputs are bytes without a sign, 128 too high: so many times the sum of its weights is every output too high.
+struct Bytes {
+  using Sum = __m512i;
+  PANEL static Sum zero() { return _mm512_setzero_si512(); }
+  PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(input)), "v"(weight));
+    return sum;
+  }
+  PANEL static __m512 finish(Sum sum, __m512i excess) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, excess)); }
+};
+
+struct Epilogue {
+  const float* row_scales;  // null: none
+  const float* scales;      // of the outputs; null: none
+  const int32_t* excess;    // null: none
+  const float* bias;        // null: none
+};
+
+// R rows of inputs, `steps` steps each, times one panel.
+template <typename Dot, int64_t R>
+PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, const char* next, const Epilogue& epilogue,
+                    int64_t output, float* results) {
+  typename Dot::Sum sums[R][kVectors];
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = Dot::zero();
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i weights[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      weights[v] = _mm512_loadu_si512(panel + step * kStep + v * 64);
+      _mm_prefetch(next + step * kStep + v * 64, _MM_HINT_T0);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      const int32_t input = inputs[r * steps + step];
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = Dot::add(sums[r][v], input, weights[v]);
+    }
+  }
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const int64_t first = output + v * 16;
+    const __m512i excess = epilogue.excess ? _mm512_loadu_si512(epilogue.excess + first) : _mm512_setzero_si512();
+    for (int64_t r = 0; r < R; ++r) {
+      __m512 result = Dot::finish(sums[r][v], excess);
+      if (epilogue.scales)
+        result = _mm512_mul_ps(result, _mm512_mul_ps(_mm512_loadu_ps(epilogue.scales + first), _mm512_set1_ps(epilogue.row_scales[r])));
+      if (epilogue.bias) result = _mm512_add_ps(result, _mm512_loadu_ps(epilogue.bias + first));
+      _mm512_storeu_ps(results + r * kOutputs + v * 16, result);
+    }
+  }
+}
+
+template <typename Dot, int64_t R>
+void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64_t steps, const char* next,
+                   const Epilogue& epilogue, int64_t output, float* results) {
+  if (rows == R)
+    multiply<Dot, R>(inputs, panel, steps, next, epilogue, output, results);
+  else if constexpr (R > 1)
+    multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, next, epilogue, output, results);
+}
+
+// inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
+template <typename Dot, typename Stored>
+void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, Epilogue epilogue,
+         int64_t width, Stored* output) {
+  at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+    float results[kRows * kOutputs];
+    for (int64_t number = begin; number < end; ++number) {
+      const char* panel = panels + number * steps * kStep;
+      const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const int64_t some = std::min(kRows, rows - row);
+        // The first rows wait for the panel's memory; while the second ones are multiplied, the next panel sets out.
+        const char* next = row == 0 ? panel + kAhead : row == kRows && number + 1 < end ? panel + steps * kStep : panel;
+        Epilogue own = epilogue;
+        if (own.row_scales) own.row_scales += row;
+        multiply_rows<Dot, kRows>(some, inputs + row * steps, panel, steps, next, own, first, results);
+        for (int64_t r = 0; r < some; ++r) store(results + r * kOutputs, count, output + (row + r) * width + first);
+      }
+    }
+  });
+}
+
+// A row of d floats as bytes around 128, the largest magnitude 127 away from it; returns what a unit is worth.
+PANEL float to_bytes(const float* x, int64_t d, uint8_t* bytes) {
+  const auto lanes_at = [d](int64_t i) { return static_cast<__mmask16>(d - i >= 16 ? 0xffff : (1 << (d - i)) - 1); };
+  __m512 most = _mm512_set1_ps(std::numeric_limits<float>::min());
+  for (int64_t i = 0; i < d; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes_at(i), x + i)));
+  const float highest = _mm512_reduce_max_ps(most);
+  for (int64_t i = 0; i < d; i += 16) {
+    const __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes_at(i), x + i), _mm512_set1_ps(highest));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, _mm512_set1_ps(127.0f)));
+    _mm_mask_storeu_epi8(bytes + i, lanes_at(i), _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128))));
+  }
+  return highest / 127.0f;
+}
+
+// x [rows, d] times a weight [width, d] in panels [panels, steps, 48] of float, pairs of bfloat16 or fours of int8. With
+// int8 `scales` and `excess` [48 * panels] belong to the outputs: see Bytes.
+at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_t width, const std::optional<at::Tensor>& bias,
+                           const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& excess) {
+  const int64_t d = x.size(-1), rows = x.numel() / std::max<int64_t>(d, 1), num_panels = panels.size(0), steps = panels.size(1);
+  TORCH_CHECK(x.is_contiguous() && panels.is_contiguous() && width <= num_panels * kOutputs);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = width;
+  at::Tensor output = at::empty(sizes, x.options());
+  const char* weights = static_cast<const char*>(panels.const_data_ptr());
+  Epilogue epilogue{nullptr, nullptr, nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
+  if (panels.scalar_type() == at::kChar) {
+    std::vector<int32_t> inputs(rows * steps);
+    std::vector<float> row_scales(rows);
+    epilogue.scales = scales->const_data_ptr<float>();
+    epilogue.excess = excess->const_data_ptr<int32_t>();
+    const auto with = [&](auto stored) {
+      using Stored = decltype(stored);
+      const Stored* source = x.const_data_ptr<Stored>();
+      at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(d);
+        for (int64_t row = begin; row < end; ++row)
+          row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, reinterpret_cast<uint8_t*>(&inputs[row * steps]));
+      });
+      epilogue.row_scales = row_scales.data();
+      run<Bytes>(inputs.data(), rows, weights, num_panels, steps, epilogue, width, output.mutable_data_ptr<Stored>());
+    };
+    if (x.scalar_type() == at::kFloat)
+      with(float{});
+    else if (x.scalar_type() == at::kBFloat16)
+      with(at::BFloat16{});
+    else
+      with(at::Half{});
+  } else if (x.scalar_type() == at::kFloat) {
+    TORCH_CHECK(panels.scalar_type() == at::kFloat && steps == d);
+    run<Floats>(static_cast<const int32_t*>(x.const_data_ptr()), rows, weights, num_panels, steps, epilogue, width,
+                output.mutable_data_ptr<float>());
+  } else {
+    TORCH_CHECK(panels.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16 && 2 * steps == d);
+    run<BFloat16s>(static_cast<const int32_t*>(x.const_data_ptr()), rows, weights, num_panels, steps, epilogue, width,
+                   output.mutable_data_ptr<at::BFloat16>());
+  }
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
+  library.def("multiply_panels(Tensor x, Tensor panels, int width, Tensor? bias, Tensor? scales, Tensor? excess) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(nanovllm, CPU, library) { library.impl("multiply_panels", multiply_panels); }
+
+#endif
