@@ -1,9 +1,9 @@
 """``deterministic=True``: the bits of a request's logits do not depend on what is computed beside it, or when.
 
 A product's last bits depend on how many rows are multiplied at once, because libraries choose their blocking by it. So
-every linear layer multiplies tiles of one constant height (`linear.Linear.pack`), images are encoded one by one, and
-what else a layer does, attention included, is done by kernels that treat each token by itself. Libraries promise
-nothing of the kind: the loaded model is tried out, and the mode refused where the bits differ.
+linear layers that a library multiplies take tiles of one constant height (`linear.Linear.pack`), images are encoded one
+by one, and what else a layer does, attention included, is done by kernels that treat each token by itself. Nobody
+promises this of a machine: the loaded model is tried out, and the mode refused where the bits differ.
 """
 
 from __future__ import annotations
