@@ -32,6 +32,7 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 struct Item {
   int64_t row, first_token, num_tokens, first_position;
+  bool writes;  // its own key and value, as nobody else waits for them
 };
 
 // Keys and values of neighbouring positions, at most a tile of them.
@@ -41,6 +42,13 @@ struct Piece {
   int64_t position, count;
 };
 
+// What is attended to between two updates of the softmax.
+template <typename Stored>
+struct Stride {
+  Piece<Stored> pieces[kTiles];
+  int64_t count = 0;
+};
+
 // The exponential of the weights, for one number.
 float exponential(float x) {
   float lanes[kLanes];
@@ -48,9 +56,16 @@ float exponential(float x) {
   return lanes[0];
 }
 
-// scores[q][tile] = queries[q] . each key of the tiles, summed in the order of the dimensions.
+// What will be needed sets out while something else is computed: every piece lies in another page, at which the CPU's own
+// prefetching begins anew.
+template <typename Stored>
+void fetch(const Stored* memory, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(memory + i, 0, 2);
+}
+
+// scores[q][tile] = queries[q] . each key of the tiles, summed in the order of the dimensions. Fetches as much of `ahead`.
 template <int64_t Q, int64_t T, typename Stored>
-void multiply(const float* queries, const Piece<Stored>* pieces, int64_t d, float* scores) {
+void multiply(const float* queries, const Piece<Stored>* pieces, const Stored* const* ahead, int64_t d, float* scores) {
   constexpr int64_t parts = kTile / kLanes;
   Lanes sums[Q][T * parts];
   for (int64_t q = 0; q < Q; ++q)
@@ -58,6 +73,7 @@ void multiply(const float* queries, const Piece<Stored>* pieces, int64_t d, floa
   for (int64_t i = 0; i < d; ++i) {
     Lanes keys[T * parts];
     for (int64_t t = 0; t < T * parts; ++t) keys[t] = load_lanes(pieces[t / parts].keys + i * kTile + t % parts * kLanes);
+    for (int64_t t = 0; t < T; ++t) fetch(ahead[t], i * kTile, (i + 1) * kTile);
     for (int64_t q = 0; q < Q; ++q) {
       const Lanes query(queries[q * d + i]);
       for (int64_t t = 0; t < T * parts; ++t) sums[q][t] = at::vec::fmadd(query, keys[t], sums[q][t]);
@@ -68,16 +84,19 @@ void multiply(const float* queries, const Piece<Stored>* pieces, int64_t d, floa
 }
 
 // outputs[q] = outputs[q] * scales[q] + sum over positions j of weights[q][j] * values[j], V vectors of every row at a time.
+// Fetches as much of `ahead`.
 template <int64_t Q, int64_t V, typename Stored>
-void accumulate(const float* weights, const float* scales, const Piece<Stored>* pieces, int64_t num_pieces, int64_t d,
+void accumulate(const float* weights, const float* scales, const Stride<Stored>& stride, const Stored* const* ahead, int64_t d,
                 int64_t start, float* outputs) {
   Lanes sums[Q][V];
   for (int64_t q = 0; q < Q; ++q)
     for (int64_t v = 0; v < V; ++v) sums[q][v] = Lanes::loadu(outputs + q * d + start + v * kLanes) * Lanes(scales[q]);
-  for (int64_t piece = 0; piece < num_pieces; ++piece) {
-    for (int64_t j = 0; j < pieces[piece].count; ++j) {
+  for (int64_t piece = 0; piece < stride.count; ++piece) {
+    for (int64_t j = 0; j < stride.pieces[piece].count; ++j) {
+      const int64_t first = j * d + start;
       Lanes values[V];
-      for (int64_t v = 0; v < V; ++v) values[v] = load_lanes(pieces[piece].values + j * d + start + v * kLanes);
+      for (int64_t v = 0; v < V; ++v) values[v] = load_lanes(stride.pieces[piece].values + first + v * kLanes);
+      fetch(ahead[piece], first, first + V * kLanes);
       for (int64_t q = 0; q < Q; ++q) {
         const Lanes weight(weights[q * kStride + piece * kTile + j]);
         for (int64_t v = 0; v < V; ++v) sums[q][v] = at::vec::fmadd(weight, values[v], sums[q][v]);
@@ -91,10 +110,13 @@ void accumulate(const float* weights, const float* scales, const Piece<Stored>* 
 template <typename Computed, typename Stored>
 class Attention {
  public:
-  Attention(const at::Tensor& query, const at::Tensor& cache, const at::Tensor& tables, int64_t block_size, double scale,
-            at::Tensor& output)
+  Attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& cache,
+            const at::Tensor& slots, const at::Tensor& tables, int64_t block_size, double scale, at::Tensor& output)
       : query_(query.const_data_ptr<Computed>()),
-        cache_(cache.const_data_ptr<Stored>()),
+        key_(key.const_data_ptr<Computed>()),
+        value_(value.const_data_ptr<Computed>()),
+        cache_(cache.mutable_data_ptr<Stored>()),
+        slots_(slots.const_data_ptr<int64_t>()),
         tables_(tables.const_data_ptr<int32_t>()),
         output_(output.mutable_data_ptr<Computed>()),
         width_(tables.size(1)),
@@ -102,27 +124,41 @@ class Attention {
         head_(query.size(2)),
         d_(cache.size(4)),
         query_stride_(query.stride(0)),
+        key_stride_(key.stride(0)),
+        value_stride_(value.stride(0)),
         kv_heads_(cache.size(2)),
         page_size_(cache.size(3)),
         block_size_(block_size),
         group_(heads_ / kv_heads_),
         scale_(static_cast<float>(scale)) {}
 
+  // Keys and values of the tokens from `begin` on go to their slots.
+  void write(int64_t begin, int64_t end) const {
+    at::parallel_for(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
+      std::vector<Stored> scratch(head_);
+      for (; first < last; first += kTile)
+        for (int64_t kv_head = 0; kv_head < kv_heads_; ++kv_head)
+          for (int64_t token = first; token < std::min(first + kTile, last); ++token) write(token, kv_head, scratch.data());
+    });
+  }
+
   void run(const std::vector<Item>& items) const {
     const int64_t total = static_cast<int64_t>(items.size()) * kv_heads_;
     std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+      const auto begin = [&](int64_t item) {
+        return item < total ? collect(items[item / kv_heads_], item % kv_heads_, 0) : Stride<Stored>{};
+      };
       Workspace work(*this, items);
-      for (int64_t item = next++; item < total;) {
+      int64_t item = next++;
+      Stride<Stored> stride = begin(item);
+      for (const Piece<Stored>& piece : stride.pieces) fetch(piece.keys, 0, kTile * d_);
+      while (item < total) {
         const int64_t following = next++;
-        if (following < total) {
-          Piece<Stored> pieces[kTiles];
-          int64_t position = 0;
-          const int64_t count = collect(items[following / kv_heads_], following % kv_heads_, position, pieces);
-          fetch(pieces, count, true);
-        }
-        attend(items[item / kv_heads_], item % kv_heads_, work);
+        const Stride<Stored> after = begin(following);
+        attend(items[item / kv_heads_], item % kv_heads_, stride, after, work);
         item = following;
+        stride = after;
       }
     });
   }
@@ -139,11 +175,24 @@ class Attention {
       highest.resize(rows);
       sums.resize(rows);
       scales.resize(rows);
+      stored.resize(parent.head_);
     }
     std::vector<float> queries, outputs, scores, highest, sums, scales;
+    std::vector<Stored> stored;
   };
 
-  void attend(const Item& item, int64_t kv_head, Workspace& work) const {
+  // Heads are padded with zeros to whole vectors of floats, which change neither products nor outputs.
+  void write(int64_t token, int64_t kv_head, Stored* scratch) const {
+    const int64_t block = slots_[token] / block_size_, offset = slots_[token] % block_size_;
+    Stored* keys = cache_ + (block * 2 * kv_heads_ + kv_head) * page_size_ * d_;
+    convert(key_ + token * key_stride_ + kv_head * head_, head_, scratch);
+    Stored* column = keys + offset / kTile * kTile * d_ + offset % kTile;
+    for (int64_t i = 0; i < head_; ++i) column[i * kTile] = scratch[i];
+    convert(value_ + token * value_stride_ + kv_head * head_, head_, keys + (kv_heads_ * page_size_ + offset) * d_);
+  }
+
+  // `stride` is the item's first one, `after` that of the item that will follow.
+  void attend(const Item& item, int64_t kv_head, Stride<Stored> stride, const Stride<Stored>& after, Workspace& work) const {
     const int64_t rows = item.num_tokens * group_;
     for (int64_t row = 0; row < rows; ++row) {
       const Computed* source = query_ + (item.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * head_;
@@ -156,15 +205,12 @@ class Attention {
     std::fill_n(work.highest.data(), rows, kNever);
     std::fill_n(work.sums.data(), rows, 0.0f);
 
-    Piece<Stored> pieces[2][kTiles];
-    int64_t position = 0;
-    int64_t num_pieces = collect(item, kv_head, position, pieces[0]);
-    for (int64_t which = 0; num_pieces > 0; which = 1 - which) {
-      const int64_t num_following = collect(item, kv_head, position, pieces[1 - which]);
-      fetch(pieces[which], num_pieces, false);
-      fetch(pieces[1 - which], num_following, true);
-      update(item, rows, pieces[which], num_pieces, work);
-      num_pieces = num_following;
+    while (stride.count > 0) {
+      const Piece<Stored>& end = stride.pieces[stride.count - 1];
+      const Stride<Stored> following = collect(item, kv_head, end.position + end.count);
+      if (following.count == 0 && item.writes) write(item.first_token, kv_head, work.stored.data());
+      update(item, rows, stride, following.count == 0 ? after : following, work);
+      stride = following;
     }
 
     for (int64_t row = 0; row < rows; ++row) {
@@ -176,71 +222,71 @@ class Attention {
     }
   }
 
-  // The next pieces of the item's context from `position` on, which moves behind them; returns how many there are.
-  int64_t collect(const Item& item, int64_t kv_head, int64_t& position, Piece<Stored>* pieces) const {
+  // What the item's context has from `position` on.
+  Stride<Stored> collect(const Item& item, int64_t kv_head, int64_t position) const {
     const int64_t context = item.first_position + item.num_tokens;
-    int64_t num_pieces = 0;
-    while (num_pieces < kTiles && position < context) {
+    Stride<Stored> stride;
+    while (stride.count < kTiles && position < context) {
       const int64_t block = position / block_size_, offset = position % block_size_;
       const int64_t page = tables_[item.row * width_ + block];
       const Stored* keys = cache_ + (page * 2 * kv_heads_ + kv_head) * page_size_ * d_ + offset * d_;
       const int64_t count = std::min({kTile, block_size_ - offset, context - position});
-      pieces[num_pieces++] = {keys, keys + kv_heads_ * page_size_ * d_, position, count};
+      stride.pieces[stride.count++] = {keys, keys + kv_heads_ * page_size_ * d_, position, count};
       position += count;
     }
-    return num_pieces;
+    return stride;
   }
 
-  // What is needed soon sets out while something else is computed: every piece lies in another page, at which the CPU's
-  // own prefetching begins anew.
-  void fetch(const Piece<Stored>* pieces, int64_t num_pieces, bool keys) const {
-    for (int64_t piece = 0; piece < num_pieces; ++piece) {
-      const Stored* first = keys ? pieces[piece].keys : pieces[piece].values;
-      const int64_t size = (keys ? kTile : pieces[piece].count) * d_;
-      for (int64_t i = 0; i < size; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(first + i, 0, 2);
+  // Attends to a stride, while its values and the keys of the following one are fetched.
+  void update(const Item& item, int64_t rows, const Stride<Stored>& stride, const Stride<Stored>& following, Workspace& work) const {
+    const Stored *own_keys[kTiles], *own_values[kTiles], *next_keys[kTiles];
+    for (int64_t piece = 0; piece < stride.count; ++piece) {
+      own_keys[piece] = stride.pieces[piece].keys;
+      own_values[piece] = stride.pieces[piece].values;
+      next_keys[piece] = piece < following.count ? following.pieces[piece].keys : own_values[piece];
     }
-  }
-
-  void update(const Item& item, int64_t rows, const Piece<Stored>* pieces, int64_t num_pieces, Workspace& work) const {
     float* scores = work.scores.data();
     in_groups(rows, [&](auto width, int64_t row) {
       const auto score = [&](auto tiles, int64_t piece) {
-        multiply<width, tiles>(work.queries.data() + row * d_, pieces + piece, d_, scores + row * kStride + piece * kTile);
+        multiply<width, tiles>(work.queries.data() + row * d_, stride.pieces + piece, (row == 0 ? own_values : own_keys) + piece, d_,
+                               scores + row * kStride + piece * kTile);
       };
       if constexpr (kLanes < kTile) {
-        for (int64_t piece = 0; piece < num_pieces; ++piece) score(std::integral_constant<int64_t, 1>{}, piece);
+        for (int64_t piece = 0; piece < stride.count; ++piece) score(std::integral_constant<int64_t, 1>{}, piece);
       } else {
-        if (num_pieces == 4) score(std::integral_constant<int64_t, 4>{}, 0);
-        if (num_pieces == 3) score(std::integral_constant<int64_t, 3>{}, 0);
-        if (num_pieces == 2) score(std::integral_constant<int64_t, 2>{}, 0);
-        if (num_pieces == 1) score(std::integral_constant<int64_t, 1>{}, 0);
+        if (stride.count == 4) score(std::integral_constant<int64_t, 4>{}, 0);
+        if (stride.count == 3) score(std::integral_constant<int64_t, 3>{}, 0);
+        if (stride.count == 2) score(std::integral_constant<int64_t, 2>{}, 0);
+        if (stride.count == 1) score(std::integral_constant<int64_t, 1>{}, 0);
       }
     });
-    for (int64_t row = 0; row < rows; ++row) soften(item.first_position + row / group_, row, pieces, num_pieces, work);
+    for (int64_t row = 0; row < rows; ++row) soften(item.first_position + row / group_, row, stride, work);
     in_groups(rows, [&](auto width, int64_t row) {
       constexpr int64_t at_once = kRegisters / (width <= 2 ? 2 : 4);
       const auto add = [&](auto vectors, int64_t start) {
-        accumulate<width, vectors>(scores + row * kStride, work.scales.data() + row, pieces, num_pieces, d_, start,
-                                   work.outputs.data() + row * d_);
+        accumulate<width, vectors>(scores + row * kStride, work.scales.data() + row, stride, row == 0 ? next_keys : own_values, d_,
+                                   start, work.outputs.data() + row * d_);
       };
       int64_t i = 0;
       for (; i + at_once * kLanes <= d_; i += at_once * kLanes) add(std::integral_constant<int64_t, at_once>{}, i);
       for (; i < d_; i += kLanes) add(std::integral_constant<int64_t, 1>{}, i);
     });
+    for (int64_t piece = 0; piece < following.count; ++piece)
+      fetch(following.pieces[piece].keys, piece < stride.count ? stride.pieces[piece].count * d_ : 0, kTile * d_);
   }
 
   // Scores to weights, in place, of a query at `position`, which sees what comes up to it.
-  void soften(int64_t position, int64_t row, const Piece<Stored>* pieces, int64_t num_pieces, Workspace& work) const {
+  void soften(int64_t position, int64_t row, const Stride<Stored>& stride, Workspace& work) const {
     float* own = work.scores.data() + row * kStride;
-    for (int64_t piece = 0; piece < num_pieces; ++piece) {
-      const int64_t seen = std::clamp<int64_t>(position + 1 - pieces[piece].position, 0, pieces[piece].count);
+    for (int64_t piece = 0; piece < stride.count; ++piece) {
+      const int64_t seen = std::clamp<int64_t>(position + 1 - stride.pieces[piece].position, 0, stride.pieces[piece].count);
       std::fill(own + piece * kTile + seen, own + (piece + 1) * kTile, kNever);
     }
     Lanes most(work.highest[row]);
-    for (int64_t j = 0; j < num_pieces * kTile; j += kLanes) most = at::vec::maximum(most, Lanes::loadu(own + j));
+    for (int64_t j = 0; j < stride.count * kTile; j += kLanes) most = at::vec::maximum(most, Lanes::loadu(own + j));
     const float highest = highest_of(most);
     Lanes sum(0.0f);
-    for (int64_t j = 0; j < num_pieces * kTile; j += kLanes) {
+    for (int64_t j = 0; j < stride.count * kTile; j += kLanes) {
       const Lanes weight = (Lanes::loadu(own + j) - Lanes(highest)).exp_u20();
       weight.store(own + j);
       sum = sum + weight;
@@ -261,37 +307,14 @@ class Attention {
     if (rows - row == 1) step(std::integral_constant<int64_t, 1>{}, row);
   }
 
-  const Computed* query_;
-  const Stored* cache_;
+  const Computed *query_, *key_, *value_;
+  Stored* cache_;
+  const int64_t* slots_;
   const int32_t* tables_;
   Computed* output_;
-  int64_t width_, heads_, head_, d_, query_stride_, kv_heads_, page_size_, block_size_, group_;
+  int64_t width_, heads_, head_, d_, query_stride_, key_stride_, value_stride_, kv_heads_, page_size_, block_size_, group_;
   float scale_;
 };
-
-// Write key and value [T, kv_heads, head] to their slots of cache [blocks, 2, kv_heads, page_size, d]. Heads are padded
-// with zeros to whole vectors of floats, which change neither products nor outputs.
-template <typename Computed, typename Stored>
-void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& cache, int64_t block_size, const at::Tensor& slots) {
-  const int64_t heads = cache.size(2), page_size = cache.size(3), d = cache.size(4), head_size = key.size(2);
-  const int64_t* slot = slots.const_data_ptr<int64_t>();
-  Stored* pages = cache.mutable_data_ptr<Stored>();
-  at::parallel_for(0, slots.numel(), 32, [&](int64_t begin, int64_t end) {
-    std::vector<Stored> scratch(head_size);
-    for (int64_t token = begin; token < end; ++token) {
-      const int64_t block = slot[token] / block_size, offset = slot[token] % block_size;
-      const Computed* keys = key.const_data_ptr<Computed>() + token * key.stride(0);
-      const Computed* values = value.const_data_ptr<Computed>() + token * value.stride(0);
-      for (int64_t head = 0; head < heads; ++head) {
-        Stored* page = pages + (block * 2 * heads + head) * page_size * d;
-        convert(keys + head * head_size, head_size, scratch.data());
-        Stored* column = page + offset / kTile * kTile * d + offset % kTile;
-        for (int64_t i = 0; i < head_size; ++i) column[i * kTile] = scratch[i];
-        convert(values + head * head_size, head_size, page + heads * page_size * d + offset * d);
-      }
-    }
-  });
-}
 
 // starts [rows + 1]: the first token of each row; contexts [rows]: positions with the row's own tokens; tables [rows, width].
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor cache,
@@ -308,12 +331,17 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
   const int64_t item_tokens = std::max<int64_t>(1, kQueries * cache.size(2) / query.size(1));
   const int64_t* start = starts.const_data_ptr<int64_t>();
   const int64_t* context = contexts.const_data_ptr<int64_t>();
-  for (int64_t row = 0; row < contexts.numel(); ++row)
+  int64_t written = 0;  // tokens whose items write them
+  for (int64_t row = 0; row < contexts.numel(); ++row) {
+    const bool writes = start[row + 1] == start[row] + 1 && start[row] == written;
+    written += writes;
     for (int64_t token = start[row]; token < start[row + 1]; token += item_tokens)
-      items.push_back({row, token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token)});
+      items.push_back({row, token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token), writes});
+  }
   const auto run = [&](auto computed, auto stored) {
-    write<decltype(computed), decltype(stored)>(key, value, cache, block_size, slots);
-    Attention<decltype(computed), decltype(stored)>(query, cache, tables, block_size, scale, output).run(items);
+    const Attention<decltype(computed), decltype(stored)> attention(query, key, value, cache, slots, tables, block_size, scale, output);
+    attention.write(written, slots.numel());
+    attention.run(items);
   };
   const auto computed = query.scalar_type(), stored = cache.scalar_type();
   if (computed == at::kFloat && stored == at::kFloat)
