@@ -1,6 +1,6 @@
 // Products with weights that lie in panels: 48 outputs side by side, and of each four bytes that belong together (one
 // float, two bfloat16 or four int8 of a row of the weight). A step of a product so reads three whole vectors of the
-// panel and four bytes of each input row, whatever the type; eight rows by 48 outputs are summed in registers.
+// panel and four bytes of each input row, whatever the type; nine rows by 48 outputs are summed in registers.
 //
 // A row's result is summed in the order of its inputs, whatever is multiplied beside it: the same bits in any batch.
 
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kVectors = 3;  // of a panel
 constexpr int64_t kOutputs = 16 * kVectors;
-constexpr int64_t kRows = 8;
+constexpr int64_t kRows = 9;
 constexpr int64_t kStep = 64 * kVectors;  // bytes
 constexpr int64_t kAhead = 24 * kStep;  // bytes that a panel is fetched before it is needed
 
@@ -69,7 +69,7 @@ struct Epilogue {
 
 // R rows of inputs, `steps` steps each, times one panel.
 template <typename Dot, int64_t R>
-PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, const char* next, const Epilogue& epilogue,
+PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, const char* const* ahead, const Epilogue& epilogue,
                     int64_t output, float* results) {
   typename Dot::Sum sums[R][kVectors];
   for (int64_t r = 0; r < R; ++r)
@@ -78,7 +78,7 @@ PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, con
     __m512i weights[kVectors];
     for (int64_t v = 0; v < kVectors; ++v) {
       weights[v] = _mm512_loadu_si512(panel + step * kStep + v * 64);
-      _mm_prefetch(next + step * kStep + v * 64, _MM_HINT_T0);
+      _mm_prefetch(ahead[v] + step * kStep + v * 64, _MM_HINT_T1);
     }
     for (int64_t r = 0; r < R; ++r) {
       const int32_t input = inputs[r * steps + step];
@@ -99,30 +99,34 @@ PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, con
 }
 
 template <typename Dot, int64_t R>
-void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64_t steps, const char* next,
+void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64_t steps, const char* const* ahead,
                    const Epilogue& epilogue, int64_t output, float* results) {
   if (rows == R)
-    multiply<Dot, R>(inputs, panel, steps, next, epilogue, output, results);
+    multiply<Dot, R>(inputs, panel, steps, ahead, epilogue, output, results);
   else if constexpr (R > 1)
-    multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, next, epilogue, output, results);
+    multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, ahead, epilogue, output, results);
 }
 
 // inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
 template <typename Dot, typename Stored>
 void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, Epilogue epilogue,
          int64_t width, Stored* output) {
+  const int64_t blocks = (rows + kRows - 1) / kRows;
   at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
+    int64_t some;
     for (int64_t number = begin; number < end; ++number) {
       const char* panel = panels + number * steps * kStep;
       const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
-      for (int64_t row = 0; row < rows; row += kRows) {
-        const int64_t some = std::min(kRows, rows - row);
-        // The first rows wait for the panel's memory; while the second ones are multiplied, the next panel sets out.
-        const char* next = row == 0 ? panel + kAhead : row == kRows && number + 1 < end ? panel + steps * kStep : panel;
+      const char* following = number + 1 < end ? panel + steps * kStep : panel;
+      for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
+        some = (rows - row + blocks - block - 1) / (blocks - block);
+        // Every block of rows fetches its share of the next panel; a single one fetches what it needs itself soon.
+        const char* ahead[kVectors];
+        for (int64_t v = 0; v < kVectors; ++v) ahead[v] = blocks == 1 ? panel + kAhead : v % blocks == block ? following : panel;
         Epilogue own = epilogue;
         if (own.row_scales) own.row_scales += row;
-        multiply_rows<Dot, kRows>(some, inputs + row * steps, panel, steps, next, own, first, results);
+        multiply_rows<Dot, kRows>(some, inputs + row * steps, panel, steps, ahead, own, first, results);
         for (int64_t r = 0; r < some; ++r) store(results + r * kOutputs, count, output + (row + r) * width + first);
       }
     }
