@@ -274,12 +274,15 @@ class ModelRunner:
         if not isinstance(tokens, StepTokens):
             return tokens()
         hidden = self.model.embed(tokens.token_ids)
-        hidden = self.model(hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images)
+        wanted = None if tokens.scored else tokens.sampling_indices
+        hidden = self.model(
+            hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted
+        )
         for row, first in tokens.scored:
             self._score_prompt(row, hidden[first : first + row.num_tokens])
         if not inputs.sampling:
             return hidden.new_empty(0, self.model.config.vocab_size)
-        if tokens.sampling_indices is not None:
+        if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
         return self.model.logits(hidden)
 

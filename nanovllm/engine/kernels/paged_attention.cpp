@@ -152,7 +152,7 @@ class Attention {
       Workspace work(*this, items);
       int64_t item = next++;
       Stride<Stored> stride = begin(item);
-      for (const Piece<Stored>& piece : stride.pieces) fetch(piece.keys, 0, kTile * d_);
+      for (int64_t piece = 0; piece < stride.count; ++piece) fetch(stride.pieces[piece].keys, 0, kTile * d_);
       while (item < total) {
         const int64_t following = next++;
         const Stride<Stored> after = begin(following);

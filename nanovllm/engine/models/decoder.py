@@ -102,6 +102,10 @@ class DecoderConfig:
         return limit
 
 
+def _rows(hidden: Tensor, wanted: Tensor | None) -> Tensor:
+    return hidden if wanted is None else hidden.index_select(0, wanted)
+
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
@@ -139,13 +143,21 @@ class Attention(nn.Module):
         self.qk_norm = _weight(self.num_rotary, self.head_dim) if config.qk_norm else None
         self._eps = config.rms_norm_eps
 
-    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
-        """[T, hidden] → [T, hidden]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: Tensor,
+        attention: AttentionBackend,
+        plan: Any,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """[T, hidden] → [T, hidden], or the ``wanted`` rows of it."""
         qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
         qk = rotate_heads(qkv[:, : self.num_rotary], self.qk_norm, self._eps, rotary)
         query, key = qk.split((self.num_heads, self.num_kv_heads), 1)
         output = attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan)
-        return self.o_proj(output.reshape(len(hidden), -1))
+        return self.o_proj(_rows(output.reshape(len(hidden), -1), wanted))
 
 
 class MLP(nn.Module):
@@ -173,9 +185,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
-        """[T, hidden] → [T, hidden]."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan)
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: Tensor,
+        attention: AttentionBackend,
+        plan: Any,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """[T, hidden] → [T, hidden], or the ``wanted`` rows of it: all leave their keys and values in the cache."""
+        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan, wanted)
+        hidden = _rows(hidden, wanted) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -205,8 +226,12 @@ class Decoder(nn.Module):
         attention: AttentionBackend,
         plan: Any,
         images: Sequence[tuple[int, Tensor]] = (),
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [T, hidden] at ``positions`` [T] or [T, axes] → normalised hidden states [T, hidden].
+
+        Of ``wanted`` rows [n] alone, if they are named: the last layer leaves the others out once it has their keys
+        and values.
 
         ``images``: first token and embeddings [n, width] of those that stand among the tokens. What is wider than
         hidden is added behind the first layers, hidden columns each (DeepStack, arXiv 2406.04334).
@@ -214,13 +239,15 @@ class Decoder(nn.Module):
         size = self.config.hidden_size
         for first, embedding in images:
             hidden[first : first + len(embedding)] = embedding[:, :size]
+        levels = max((embedding.shape[1] // size - 1 for _, embedding in images), default=0)
+        kept_by_last = wanted if levels < len(self.layers) else None  # else something is still added behind it
         rotary = self._rotary_rows(positions, hidden)
         for depth, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
-            hidden = layer(hidden, rotary, cache, attention, plan)
+            hidden = layer(hidden, rotary, cache, attention, plan, kept_by_last if depth == len(self.layers) else None)
             for first, embedding in images:
                 if embedding.shape[1] > depth * size:
                     hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]
-        output: Tensor = self.norm(hidden)
+        output: Tensor = self.norm(hidden if kept_by_last is wanted else _rows(hidden, wanted))
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
