@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 using Lanes = at::vec::Vectorized<float>;
@@ -30,6 +31,21 @@ Lanes load_lanes(const Stored* source) {
     else
       at::vec::load_fp32_from_fp16(source, lanes);
     return lanes;
+  }
+}
+
+template <typename Stored>
+void store_lanes(Lanes lanes, Stored* target) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    lanes.store(target);
+  } else {
+    const auto converted = [&] {
+      if constexpr (std::is_same_v<Stored, at::BFloat16>)
+        return at::vec::cvtfp32_bf16(lanes);
+      else
+        return at::vec::cvtfp32_fp16(lanes);
+    }();
+    std::memcpy(target, &converted, sizeof converted);
   }
 }
 

@@ -10,10 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "lanes.h"
 
@@ -21,12 +19,11 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which waking a thread costs more than it saves
 
-// Calls row(i, scratch of `floats`) for every row; `width` elements are work on a row.
+// Calls row(i) for every row; `width` elements are work on a row.
 template <typename Row>
-void for_each_row(int64_t rows, int64_t width, int64_t floats, const Row& row) {
+void for_each_row(int64_t rows, int64_t width, const Row& row) {
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[floats]);
-    for (int64_t i = begin; i < end; ++i) row(i, scratch.get());
+    for (int64_t i = begin; i < end; ++i) row(i);
   });
 }
 
@@ -43,37 +40,30 @@ void dispatch(at::ScalarType type, const Function& function) {
 }
 
 template <typename Stored>
-const float* floats_of(const at::Tensor& weight, Stored, std::vector<float>& converted) {
-  if constexpr (!std::is_same_v<Stored, float>) converted.resize(weight.numel());
-  return as_float(weight.const_data_ptr<Stored>(), weight.numel(), converted.data());
-}
-
-float inverse_rms(const float* x, int64_t d, double eps) {
-  Lanes sum(0.0f);
-  for (int64_t i = 0; i < d; i += kLanes) {
-    const Lanes part = Lanes::loadu(x + i);
-    sum = at::vec::fmadd(part, part, sum);
+Lanes inverse_rms(const Stored* x, int64_t d, double eps) {
+  Lanes even(0.0f), odd(0.0f);  // two sums, as one would wait for itself
+  for (int64_t i = 0; i < d; i += 2 * kLanes) {
+    const Lanes first = load_lanes(x + i), second = load_lanes(x + i + kLanes);
+    even = at::vec::fmadd(first, first, even);
+    odd = at::vec::fmadd(second, second, odd);
   }
-  return 1.0f / std::sqrt(sum_of(sum) / static_cast<float>(d) + static_cast<float>(eps));
+  return Lanes(1.0f / std::sqrt(sum_of(even + odd) / static_cast<float>(d) + static_cast<float>(eps)));
 }
 
 // x [rows, d] / rms(x) * weight [d]
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t d = x.size(-1), rows = x.numel() / d;
-  TORCH_CHECK(x.is_contiguous() && d % 16 == 0 && weight.numel() == d && weight.scalar_type() == x.scalar_type());
+  TORCH_CHECK(x.is_contiguous() && d % 32 == 0 && weight.numel() == d && weight.scalar_type() == x.scalar_type());
   at::Tensor output = at::empty(x.sizes(), x.options());
   dispatch(x.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    const Stored* source = x.const_data_ptr<Stored>();
+    const Stored *source = x.const_data_ptr<Stored>(), *scales = weight.const_data_ptr<Stored>();
     Stored* target = output.mutable_data_ptr<Stored>();
-    std::vector<float> converted;
-    const float* scales = floats_of(weight, stored, converted);
-    for_each_row(rows, d, 2 * d, [&](int64_t row, float* scratch) {
-      const float* own = as_float(source + row * d, d, scratch);
-      const Lanes factor(inverse_rms(own, d, eps));
-      float* result = scratch + d;
-      for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) * factor * Lanes::loadu(scales + i)).store(result + i);
-      store(result, d, target + row * d);
+    for_each_row(rows, d, [&](int64_t row) {
+      const Stored* own = source + row * d;
+      const Lanes factor = inverse_rms(own, d, eps);
+      for (int64_t i = 0; i < d; i += kLanes)
+        store_lanes(load_lanes(own + i) * factor * load_lanes(scales + i), target + row * d + i);
     });
   });
   return output;
@@ -88,23 +78,23 @@ at::Tensor rotate_heads(const at::Tensor& x, const std::optional<at::Tensor>& we
   at::Tensor output = at::empty({tokens, heads, d}, x.options());
   dispatch(x.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    std::vector<float> converted;
-    const float* scales = weight ? floats_of(*weight, stored, converted) : nullptr;
-    for_each_row(tokens, heads * d, 4 * d, [&](int64_t token, float* scratch) {
-      float *own = scratch, *result = own + d, *c = result + d, *s = c + d;
-      load(cos.const_data_ptr<Stored>() + token * cos.stride(0), d, c);
-      load(signed_sin.const_data_ptr<Stored>() + token * signed_sin.stride(0), d, s);
+    const Stored* scales = weight ? weight->const_data_ptr<Stored>() : nullptr;
+    for_each_row(tokens, heads * d, [&](int64_t token) {
+      const Stored* cosines = cos.const_data_ptr<Stored>() + token * cos.stride(0);
+      const Stored* sines = signed_sin.const_data_ptr<Stored>() + token * signed_sin.stride(0);
       for (int64_t head = 0; head < heads; ++head) {
-        load(x.const_data_ptr<Stored>() + token * x.stride(0) + head * d, d, own);
-        if (weight) {
-          const Lanes factor(inverse_rms(own, d, eps));
-          for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) * factor * Lanes::loadu(scales + head * d + i)).store(own + i);
+        const Stored* own = x.const_data_ptr<Stored>() + token * x.stride(0) + head * d;
+        Stored* target = output.mutable_data_ptr<Stored>() + (token * heads + head) * d;
+        const Lanes factor = weight ? inverse_rms(own, d, eps) : Lanes(1.0f);
+        for (int64_t i = 0; i < half; i += kLanes) {
+          Lanes a = load_lanes(own + i), b = load_lanes(own + half + i);
+          if (weight) {
+            a = a * factor * load_lanes(scales + head * d + i);
+            b = b * factor * load_lanes(scales + head * d + half + i);
+          }
+          store_lanes(at::vec::fmadd(b, load_lanes(sines + i), a * load_lanes(cosines + i)), target + i);
+          store_lanes(at::vec::fmadd(a, load_lanes(sines + half + i), b * load_lanes(cosines + half + i)), target + half + i);
         }
-        for (int64_t i = 0; i < d; i += kLanes) {
-          const Lanes other = Lanes::loadu(own + (i < half ? i + half : i - half));
-          at::vec::fmadd(other, Lanes::loadu(s + i), Lanes::loadu(own + i) * Lanes::loadu(c + i)).store(result + i);
-        }
-        store(result, d, output.mutable_data_ptr<Stored>() + (token * heads + head) * d);
       }
     });
   });
@@ -118,15 +108,13 @@ at::Tensor gated_silu(const at::Tensor& gate_up) {
   at::Tensor output = at::empty({rows, d}, gate_up.options());
   dispatch(gate_up.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    for_each_row(rows, 2 * d, 3 * d, [&](int64_t row, float* scratch) {
-      const float* gate = as_float(gate_up.const_data_ptr<Stored>() + row * 2 * d, 2 * d, scratch);
-      const float* up = gate + d;
-      float* result = scratch + 2 * d;
+    for_each_row(rows, 2 * d, [&](int64_t row) {
+      const Stored* gate = gate_up.const_data_ptr<Stored>() + row * 2 * d;
+      Stored* target = output.mutable_data_ptr<Stored>() + row * d;
       for (int64_t i = 0; i < d; i += kLanes) {
-        const Lanes x = Lanes::loadu(gate + i);
-        (x / (Lanes(1.0f) + x.neg().exp_u20()) * Lanes::loadu(up + i)).store(result + i);
+        const Lanes x = load_lanes(gate + i);
+        store_lanes(x / (Lanes(1.0f) + x.neg().exp_u20()) * load_lanes(gate + d + i), target + i);
       }
-      store(result, d, output.mutable_data_ptr<Stored>() + row * d);
     });
   });
   return output;
@@ -140,14 +128,14 @@ std::tuple<at::Tensor, at::Tensor> scale_rows(const at::Tensor& x) {
   at::Tensor largest = at::empty({rows, 1}, scaled.options());
   dispatch(x.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    for_each_row(rows, d, d, [&](int64_t row, float* scratch) {
-      const float* own = as_float(x.const_data_ptr<Stored>() + row * d, d, scratch);
+    for_each_row(rows, d, [&](int64_t row) {
+      const Stored* own = x.const_data_ptr<Stored>() + row * d;
       Lanes highest(std::numeric_limits<float>::min());
-      for (int64_t i = 0; i < d; i += kLanes) highest = at::vec::maximum(highest, Lanes::loadu(own + i).abs());
+      for (int64_t i = 0; i < d; i += kLanes) highest = at::vec::maximum(highest, load_lanes(own + i).abs());
       const float most = highest_of(highest);
       largest.mutable_data_ptr<float>()[row] = most;
       float* target = scaled.mutable_data_ptr<float>() + row * d;
-      for (int64_t i = 0; i < d; i += kLanes) (Lanes::loadu(own + i) / Lanes(most)).store(target + i);
+      for (int64_t i = 0; i < d; i += kLanes) (load_lanes(own + i) / Lanes(most)).store(target + i);
     });
   });
   return {scaled, largest};
@@ -161,7 +149,7 @@ at::Tensor argmax(const at::Tensor& x) {
   dispatch(x.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
     int64_t* places = output.mutable_data_ptr<int64_t>();
-    for_each_row(rows, d, 0, [&](int64_t row, float*) {
+    for_each_row(rows, d, [&](int64_t row) {
       const Stored* own = x.const_data_ptr<Stored>() + row * d;
       Lanes most(-std::numeric_limits<float>::infinity());
       for (int64_t i = 0; i < whole; i += kLanes) most = at::vec::maximum(most, load_lanes(own + i));
