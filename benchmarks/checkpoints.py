@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from smollm import smollm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -97,6 +98,7 @@ def make_llava(directory: Path, text: Path) -> None:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     model.save_pretrained(directory)
+    name_as_published(directory / "model.safetensors")
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}),
         tokenizer=tokenizer,
@@ -120,6 +122,12 @@ def checkpoint(name: str, root: Path) -> Path:
     else:
         make_text_checkpoint(directory, SHAPES[name])
     return directory
+
+
+def name_as_published(path: Path) -> None:
+    """Give the tower's tensors the names that published LLaVA checkpoints have, and that vLLM knows."""
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def draw_picture(seed: int) -> Image.Image:

