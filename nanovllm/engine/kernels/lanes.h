@@ -11,6 +11,18 @@
 using Lanes = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Lanes::size();
 
+// The bare vector. An array of these stays in registers if every loop over it is unrolled; one of Lanes lies on the stack.
+#if defined(CPU_CAPABILITY_AVX512)
+using Register = __m512;
+#else
+using Register = __m256;
+#endif
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
 inline float sum_of(Lanes lanes) {
   return at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return a + b; }, lanes);
 }

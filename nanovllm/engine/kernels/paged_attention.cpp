@@ -58,29 +58,29 @@ float exponential(float x) {
 
 // What will be needed sets out while something else is computed: every piece lies in another page, at which the CPU's own
 // prefetching begins anew.
-template <typename Stored>
-void fetch(const Stored* memory, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(memory + i, 0, 2);
+template <int64_t N, typename Stored>
+void fetch(const Stored* memory) {
+  for (int64_t i = 0; i < N; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(memory + i, 0, 2);
 }
 
 // scores[q][tile] = queries[q] . each key of the tiles, summed in the order of the dimensions. Fetches as much of `ahead`.
 template <int64_t Q, int64_t T, typename Stored>
 void multiply(const float* queries, const Piece<Stored>* pieces, const Stored* const* ahead, int64_t d, float* scores) {
   constexpr int64_t parts = kTile / kLanes;
-  Lanes sums[Q][T * parts];
-  for (int64_t q = 0; q < Q; ++q)
-    for (int64_t t = 0; t < T * parts; ++t) sums[q][t] = Lanes(0.0f);
+  Register sums[Q][T * parts];
+  UNROLLED for (int64_t q = 0; q < Q; ++q)
+    UNROLLED for (int64_t t = 0; t < T * parts; ++t) sums[q][t] = Lanes(0.0f);
   for (int64_t i = 0; i < d; ++i) {
-    Lanes keys[T * parts];
-    for (int64_t t = 0; t < T * parts; ++t) keys[t] = load_lanes(pieces[t / parts].keys + i * kTile + t % parts * kLanes);
-    for (int64_t t = 0; t < T; ++t) fetch(ahead[t], i * kTile, (i + 1) * kTile);
-    for (int64_t q = 0; q < Q; ++q) {
+    Register keys[T * parts];
+    UNROLLED for (int64_t t = 0; t < T * parts; ++t) keys[t] = load_lanes(pieces[t / parts].keys + i * kTile + t % parts * kLanes);
+    UNROLLED for (int64_t t = 0; t < T; ++t) fetch<kTile>(ahead[t] + i * kTile);
+    UNROLLED for (int64_t q = 0; q < Q; ++q) {
       const Lanes query(queries[q * d + i]);
-      for (int64_t t = 0; t < T * parts; ++t) sums[q][t] = at::vec::fmadd(query, keys[t], sums[q][t]);
+      UNROLLED for (int64_t t = 0; t < T * parts; ++t) sums[q][t] = at::vec::fmadd(query, Lanes(keys[t]), Lanes(sums[q][t]));
     }
   }
-  for (int64_t q = 0; q < Q; ++q)
-    for (int64_t t = 0; t < T * parts; ++t) sums[q][t].store(scores + q * kStride + t * kLanes);
+  UNROLLED for (int64_t q = 0; q < Q; ++q)
+    UNROLLED for (int64_t t = 0; t < T * parts; ++t) Lanes(sums[q][t]).store(scores + q * kStride + t * kLanes);
 }
 
 // outputs[q] = outputs[q] * scales[q] + sum over positions j of weights[q][j] * values[j], V vectors of every row at a time.
@@ -88,23 +88,23 @@ void multiply(const float* queries, const Piece<Stored>* pieces, const Stored* c
 template <int64_t Q, int64_t V, typename Stored>
 void accumulate(const float* weights, const float* scales, const Stride<Stored>& stride, const Stored* const* ahead, int64_t d,
                 int64_t start, float* outputs) {
-  Lanes sums[Q][V];
-  for (int64_t q = 0; q < Q; ++q)
-    for (int64_t v = 0; v < V; ++v) sums[q][v] = Lanes::loadu(outputs + q * d + start + v * kLanes) * Lanes(scales[q]);
+  Register sums[Q][V];
+  UNROLLED for (int64_t q = 0; q < Q; ++q)
+    UNROLLED for (int64_t v = 0; v < V; ++v) sums[q][v] = Lanes::loadu(outputs + q * d + start + v * kLanes) * Lanes(scales[q]);
   for (int64_t piece = 0; piece < stride.count; ++piece) {
     for (int64_t j = 0; j < stride.pieces[piece].count; ++j) {
       const int64_t first = j * d + start;
-      Lanes values[V];
-      for (int64_t v = 0; v < V; ++v) values[v] = load_lanes(stride.pieces[piece].values + first + v * kLanes);
-      fetch(ahead[piece], first, first + V * kLanes);
-      for (int64_t q = 0; q < Q; ++q) {
+      Register values[V];
+      UNROLLED for (int64_t v = 0; v < V; ++v) values[v] = load_lanes(stride.pieces[piece].values + first + v * kLanes);
+      fetch<V * kLanes>(ahead[piece] + first);
+      UNROLLED for (int64_t q = 0; q < Q; ++q) {
         const Lanes weight(weights[q * kStride + piece * kTile + j]);
-        for (int64_t v = 0; v < V; ++v) sums[q][v] = at::vec::fmadd(weight, values[v], sums[q][v]);
+        UNROLLED for (int64_t v = 0; v < V; ++v) sums[q][v] = at::vec::fmadd(weight, Lanes(values[v]), Lanes(sums[q][v]));
       }
     }
   }
-  for (int64_t q = 0; q < Q; ++q)
-    for (int64_t v = 0; v < V; ++v) sums[q][v].store(outputs + q * d + start + v * kLanes);
+  UNROLLED for (int64_t q = 0; q < Q; ++q)
+    UNROLLED for (int64_t v = 0; v < V; ++v) Lanes(sums[q][v]).store(outputs + q * d + start + v * kLanes);
 }
 
 template <typename Computed, typename Stored>
@@ -152,7 +152,7 @@ class Attention {
       Workspace work(*this, items);
       int64_t item = next++;
       Stride<Stored> stride = begin(item);
-      for (int64_t piece = 0; piece < stride.count; ++piece) fetch(stride.pieces[piece].keys, 0, kTile * d_);
+      for (int64_t piece = 0; piece < stride.count; ++piece) fetch_keys(stride.pieces[piece], 0);
       while (item < total) {
         const int64_t following = next++;
         const Stride<Stored> after = begin(following);
@@ -251,18 +251,20 @@ class Attention {
         multiply<width, tiles>(work.queries.data() + row * d_, stride.pieces + piece, (row == 0 ? own_values : own_keys) + piece, d_,
                                scores + row * kStride + piece * kTile);
       };
-      if constexpr (kLanes < kTile) {
-        for (int64_t piece = 0; piece < stride.count; ++piece) score(std::integral_constant<int64_t, 1>{}, piece);
-      } else {
-        if (stride.count == 4) score(std::integral_constant<int64_t, 4>{}, 0);
-        if (stride.count == 3) score(std::integral_constant<int64_t, 3>{}, 0);
-        if (stride.count == 2) score(std::integral_constant<int64_t, 2>{}, 0);
-        if (stride.count == 1) score(std::integral_constant<int64_t, 1>{}, 0);
+      constexpr int64_t at_once = std::max<int64_t>(1, kRegisters / std::max<int64_t>(width, 4) * kLanes / kTile);
+      int64_t piece = 0;
+      for (; piece + at_once <= stride.count; piece += at_once) score(std::integral_constant<int64_t, at_once>{}, piece);
+      if constexpr (at_once > 2) {
+        if (stride.count - piece >= 2) {
+          score(std::integral_constant<int64_t, 2>{}, piece);
+          piece += 2;
+        }
       }
+      if (piece < stride.count) score(std::integral_constant<int64_t, 1>{}, piece);
     });
     for (int64_t row = 0; row < rows; ++row) soften(item.first_position + row / group_, row, stride, work);
     in_groups(rows, [&](auto width, int64_t row) {
-      constexpr int64_t at_once = kRegisters / (width <= 2 ? 2 : 4);
+      constexpr int64_t at_once = kRegisters / (width <= 2 ? 2 : width <= 4 ? 4 : 8);
       const auto add = [&](auto vectors, int64_t start) {
         accumulate<width, vectors>(scores + row * kStride, work.scales.data() + row, stride, row == 0 ? next_keys : own_values, d_,
                                    start, work.outputs.data() + row * d_);
@@ -272,7 +274,12 @@ class Attention {
       for (; i < d_; i += kLanes) add(std::integral_constant<int64_t, 1>{}, i);
     });
     for (int64_t piece = 0; piece < following.count; ++piece)
-      fetch(following.pieces[piece].keys, piece < stride.count ? stride.pieces[piece].count * d_ : 0, kTile * d_);
+      fetch_keys(following.pieces[piece], piece < stride.count ? stride.pieces[piece].count : 0);
+  }
+
+  // A tile's keys without the first ones of them.
+  void fetch_keys(const Piece<Stored>& piece, int64_t first) const {
+    for (int64_t i = first * d_; i < kTile * d_; i += kTile) fetch<kTile>(piece.keys + i);
   }
 
   // Scores to weights, in place, of a query at `position`, which sees what comes up to it.
@@ -297,10 +304,11 @@ class Attention {
     work.sums[row] = work.sums[row] * scale + sum_of(sum);
   }
 
-  // Up to four rows at a time share what is loaded.
+  // Up to eight rows at a time share what is loaded.
   template <typename Step>
   static void in_groups(int64_t rows, const Step& step) {
     int64_t row = 0;
+    for (; row + 8 <= rows; row += 8) step(std::integral_constant<int64_t, 8>{}, row);
     for (; row + 4 <= rows; row += 4) step(std::integral_constant<int64_t, 4>{}, row);
     if (rows - row == 3) step(std::integral_constant<int64_t, 3>{}, row);
     if (rows - row == 2) step(std::integral_constant<int64_t, 2>{}, row);
