@@ -243,6 +243,10 @@ class VisionEncoder(ImageEncoder):
         # Hidden states are taken before this norm; some releases of transformers hand out the last one behind it.
         getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
 
+    def _finish(self, *args: Any) -> None:
+        super()._finish(*args)
+        self.batch_size = min(self.batch_size, max(1, self.batch_patches // self._grid**2))
+
     def _set_transform(self, transform: ImageTransform) -> None:
         if transform.output_size is None or transform.output_size[0] != transform.output_size[1]:
             raise UnsupportedModel("the preprocessor's images have no one square size")

@@ -30,9 +30,6 @@ _TOWERS: dict[str, tuple[Any, Any]] = {
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLVisionModel),
 }
 
-_BATCH_PATCHES = 16_384
-"""Patches that go through the tower together, at most, unless one image has more: attention is within each image."""
-
 
 class NativeEncoder(ImageEncoder):
     """A Qwen-VL checkpoint's tower with its merger. Built by ``from_checkpoint``."""
@@ -125,12 +122,12 @@ class NativeEncoder(ImageEncoder):
 
     def _batches(self, images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         batch: list[np.ndarray] = []
-        room = _BATCH_PATCHES
+        room = self.batch_patches
         for image in images:
             patches = image.shape[0] * image.shape[1] // self.tower.config.patch_size**2
             if batch and patches > room:
                 yield batch
-                batch, room = [], _BATCH_PATCHES
+                batch, room = [], self.batch_patches
             batch.append(image)
             room -= patches
         yield batch

@@ -332,3 +332,16 @@ def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
     assert found.dtype == half.dtype == torch.bfloat16
     cosine = F.cosine_similarity(found.float().flatten(1), exact.encode(batch).flatten(1))
     assert cosine.min() > 0.99
+
+
+@pytest.mark.parametrize(("patch", "images"), [(32, 32), (16, 10), (4, 1)])
+def test_a_cpu_gives_the_tower_few_patches_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int, images: int
+) -> None:
+    encoder = VisionEncoder(24, make_clip(tmp_path, patch=patch))
+    parts: list[int] = []
+    features = encoder.features
+    monkeypatch.setattr(encoder, "features", lambda values: parts.append(len(values)) or features(values))
+    encoder.encode(np.zeros((33, 224, 224, 3), dtype=np.uint8))
+    assert max(parts) == images
+    assert sum(parts) == 33

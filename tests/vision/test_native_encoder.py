@@ -85,7 +85,7 @@ def test_a_batch_goes_through_the_tower_in_parts_of_bounded_size(
     encoder = NativeEncoder.from_checkpoint(checkpoint)
     images = prepared(encoder, *SIZES)
     expected = encoder.embed(images)
-    monkeypatch.setattr("nanovllm.vision.native_encoder._BATCH_PATCHES", 64)
+    encoder.batch_patches = 64
     parts: list[int] = []
     run = encoder._run
     monkeypatch.setattr(encoder, "_run", lambda batch: parts.append(len(batch)) or run(batch))
