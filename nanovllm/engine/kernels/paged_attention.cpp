@@ -304,11 +304,12 @@ class Attention {
     work.sums[row] = work.sums[row] * scale + sum_of(sum);
   }
 
-  // Up to eight rows at a time share what is loaded.
+  // Up to eight rows at a time share what is loaded; four where there are half as many registers.
   template <typename Step>
   static void in_groups(int64_t rows, const Step& step) {
     int64_t row = 0;
-    for (; row + 8 <= rows; row += 8) step(std::integral_constant<int64_t, 8>{}, row);
+    if constexpr (kRegisters == 16)
+      for (; row + 8 <= rows; row += 8) step(std::integral_constant<int64_t, 8>{}, row);
     for (; row + 4 <= rows; row += 4) step(std::integral_constant<int64_t, 4>{}, row);
     if (rows - row == 3) step(std::integral_constant<int64_t, 3>{}, row);
     if (rows - row == 2) step(std::integral_constant<int64_t, 2>{}, row);
