@@ -67,7 +67,7 @@ def compile_for(capability: str, library: Path) -> None:
         raise RuntimeError("there is no C++ compiler; install g++, or name one in CXX")
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("compiling the CPU kernels with %s, once for this machine (about ten seconds)", compiler)
+    logger.info("compiling the CPU kernels with %s, once for this machine (half a minute)", compiler)
     (libraries,) = library_paths("cpu")
     # torch's own OpenMP: a second one would bring its own threads, and the two would spin against each other.
     openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
