@@ -1,6 +1,7 @@
 // Vectors of float over at::vec, and rows of any stored type read as float.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -63,16 +64,9 @@ void store_lanes(Lanes lanes, Stored* target) {
 
 template <typename Stored>
 void load(const Stored* source, int64_t count, float* target) {
-  if constexpr (std::is_same_v<Stored, float>) {
-    std::copy_n(source, count, target);
-  } else {
-    constexpr int64_t pair = at::vec::Vectorized<Stored>::size();
-    for (int64_t i = 0; i < count; i += pair) {
-      const auto [low, high] = at::vec::convert_to_float<Stored>(at::vec::Vectorized<Stored>::loadu(source + i, std::min(pair, count - i)));
-      low.store(target + i, std::min(kLanes, count - i));
-      if (count - i > kLanes) high.store(target + i + kLanes, std::min(kLanes, count - i - kLanes));
-    }
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) load_lanes(source + i).store(target + i);
+  for (; i < count; ++i) target[i] = static_cast<float>(source[i]);
 }
 
 // The row itself if it is float already, or its copy in scratch.
@@ -88,16 +82,9 @@ const float* as_float(const Stored* source, int64_t count, float* scratch) {
 
 template <typename Stored>
 void store(const float* source, int64_t count, Stored* target) {
-  if constexpr (std::is_same_v<Stored, float>) {
-    std::copy_n(source, count, target);
-  } else {
-    constexpr int64_t pair = at::vec::Vectorized<Stored>::size();
-    for (int64_t i = 0; i < count; i += pair) {
-      const Lanes low = Lanes::loadu(source + i, std::min(kLanes, count - i));
-      const Lanes high = count - i > kLanes ? Lanes::loadu(source + i + kLanes, std::min(kLanes, count - i - kLanes)) : Lanes(0.0f);
-      at::vec::convert_from_float<Stored>(low, high).store(target + i, std::min(pair, count - i));
-    }
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_lanes(Lanes::loadu(source + i), target + i);
+  for (; i < count; ++i) target[i] = static_cast<Stored>(source[i]);
 }
 
 // Numbers of one type as another.
@@ -109,4 +96,17 @@ void convert(const From* source, int64_t count, To* target) {
     static_assert(std::is_same_v<From, float>);
     store(source, count, target);
   }
+}
+
+// Calls function with a number of the type.
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  if (type == at::kFloat)
+    function(float{});
+  else if (type == at::kBFloat16)
+    function(at::BFloat16{});
+  else if (type == at::kHalf)
+    function(at::Half{});
+  else
+    TORCH_CHECK(false, "no kernel for ", type);
 }

@@ -30,23 +30,23 @@ constexpr int64_t kAhead = 24 * kStep;  // bytes that a panel is fetched before 
 #define PANEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 
 // By name below: what GCC makes of the two intrinsics copies every sum before and after.
-struct Floats {
+struct SummedAsFloats {
   using Sum = __m512;
   PANEL static Sum zero() { return _mm512_setzero_ps(); }
-  PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(input)), _mm512_castsi512_ps(weight), sum);
-  }
   PANEL static __m512 finish(Sum sum, __m512i) { return sum; }
 };
 
-struct BFloat16s {
-  using Sum = __m512;
-  PANEL static Sum zero() { return _mm512_setzero_ps(); }
+struct Floats : SummedAsFloats {
+  PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(input)), _mm512_castsi512_ps(weight), sum);
+  }
+};
+
+struct BFloat16s : SummedAsFloats {
   PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(input)), "v"(weight));
     return sum;
   }
-  PANEL static __m512 finish(Sum sum, __m512i) { return sum; }
 };
 
 // Inputs are bytes without a sign, 128 too high: so many times the sum of its weights is every output too high.
@@ -163,7 +163,7 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
     std::vector<float> row_scales(rows);
     epilogue.scales = scales->const_data_ptr<float>();
     epilogue.excess = excess->const_data_ptr<int32_t>();
-    const auto with = [&](auto stored) {
+    dispatch(x.scalar_type(), [&](auto stored) {
       using Stored = decltype(stored);
       const Stored* source = x.const_data_ptr<Stored>();
       at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
@@ -173,13 +173,7 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
       });
       epilogue.row_scales = row_scales.data();
       run<Bytes>(inputs.data(), rows, weights, num_panels, steps, epilogue, width, output.mutable_data_ptr<Stored>());
-    };
-    if (x.scalar_type() == at::kFloat)
-      with(float{});
-    else if (x.scalar_type() == at::kBFloat16)
-      with(at::BFloat16{});
-    else
-      with(at::Half{});
+    });
   } else if (x.scalar_type() == at::kFloat) {
     TORCH_CHECK(panels.scalar_type() == at::kFloat && steps == d);
     run<Floats>(static_cast<const int32_t*>(x.const_data_ptr()), rows, weights, num_panels, steps, epilogue, width,

@@ -27,18 +27,6 @@ void for_each_row(int64_t rows, int64_t width, const Row& row) {
   });
 }
 
-template <typename Function>
-void dispatch(at::ScalarType type, const Function& function) {
-  if (type == at::kFloat)
-    function(float{});
-  else if (type == at::kBFloat16)
-    function(at::BFloat16{});
-  else if (type == at::kHalf)
-    function(at::Half{});
-  else
-    TORCH_CHECK(false, "no kernel for ", type);
-}
-
 template <typename Stored>
 Lanes inverse_rms(const Stored* x, int64_t d, double eps) {
   Lanes even(0.0f), odd(0.0f);  // two sums, as one would wait for itself

@@ -143,21 +143,12 @@ class Attention(nn.Module):
         self.qk_norm = _weight(self.num_rotary, self.head_dim) if config.qk_norm else None
         self._eps = config.rms_norm_eps
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotary: Rotary,
-        cache: Tensor,
-        attention: AttentionBackend,
-        plan: Any,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """[T, hidden] → [T, hidden], or the ``wanted`` rows of it."""
+    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
+        """[T, hidden] → [T, heads * d], which ``o_proj`` brings back to [T, hidden]."""
         qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
         qk = rotate_heads(qkv[:, : self.num_rotary], self.qk_norm, self._eps, rotary)
         query, key = qk.split((self.num_heads, self.num_kv_heads), 1)
-        output = attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan)
-        return self.o_proj(_rows(output.reshape(len(hidden), -1), wanted))
+        return attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan).reshape(len(hidden), -1)
 
 
 class MLP(nn.Module):
@@ -195,8 +186,8 @@ class DecoderLayer(nn.Module):
         wanted: Tensor | None = None,
     ) -> Tensor:
         """[T, hidden] → [T, hidden], or the ``wanted`` rows of it: all leave their keys and values in the cache."""
-        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan, wanted)
-        hidden = _rows(hidden, wanted) + attended
+        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan)
+        hidden = _rows(hidden, wanted) + self.self_attn.o_proj(_rows(attended, wanted))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
