@@ -19,6 +19,8 @@ class Delivery:
     key: bytes | None
     value: bytes
     headers: tuple[tuple[str, bytes], ...] = ()
+    unreadable: str | None = None
+    """Why the Kafka client could not parse it; what could be read of it is in the other fields."""
     ledger: PartitionLedger = field(kw_only=True, repr=False)
     transactions: PartitionTransactions | None = field(default=None, kw_only=True, repr=False)
 

@@ -25,6 +25,7 @@ from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
+from nanovllm.pipeline.raw_records import PARSE_ERRORS, RawRecord, read_raw
 from nanovllm.pipeline.rounds import Batches, Rounds
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.transactions import PartitionTransactions
@@ -181,6 +182,9 @@ class JobSource(ConsumerRebalanceListener):
                 return []
             except NoOffsetForPartitionError:
                 return []  # found before we sought: the place is known by now
+            except PARSE_ERRORS:
+                positions = {tp: self._active[tp].ledger.position for tp in asked if tp in self._active}
+                batches = await read_raw(consumer, positions, min(asked.values()))
         except KafkaError as error:
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         if put_off:
@@ -406,6 +410,7 @@ class JobSource(ConsumerRebalanceListener):
             record.key,  # type: ignore[attr-defined]
             record.value or b"",  # type: ignore[attr-defined]
             tuple((name, value or b"") for name, value in record.headers),  # type: ignore[attr-defined]
+            unreadable=record.unreadable if isinstance(record, RawRecord) else None,
             ledger=assignment.ledger,
             transactions=assignment.transactions,
         )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from nanovllm.engine.backend import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.errors import InvalidInput, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
+from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Ticket
 from nanovllm.pipeline.assignment import Delivery
@@ -154,6 +154,8 @@ class Stages:
         """Read the record. Raises SystemicError where that is no reason to bury a job."""
         began, passage = time.monotonic(), None
         try:
+            if delivery.unreadable is not None:
+                raise InvalidJob(f"the record cannot be read: {delivery.unreadable}")
             job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
             passage = self._passage_of(delivery, began)
             passage.format = message_format(delivery.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -15,13 +16,13 @@ from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.images import ImageLimits
 
 
-@pytest.fixture
-async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+@asynccontextmanager
+async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
     topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
-    await create_topic(embedded_broker, *topics.values(), partitions=PARTITIONS)
+    await create_topic(broker, *topics.values(), partitions=PARTITIONS)
     settings = Settings.model_validate(
         {
-            "kafka": {"bootstrap_servers": embedded_broker, "group_id": unique("group")},
+            "kafka": {"bootstrap_servers": broker, "group_id": unique("group")},
             "topics": topics,
             "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
             "images": {"max_bytes": 100_000},
@@ -34,9 +35,22 @@ async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) 
     assert echo.image_transform is not None
     decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
     await decoders.start()
-    yield Bench(embedded_broker, settings, producer, decoders)
+    yield Bench(broker, settings, producer, decoders)
     await decoders.close()
     await producer.stop()
+
+
+@pytest.fixture
+async def bench(embedded_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    async with bench_on(embedded_broker, unique, s3) as bench:
+        yield bench
+
+
+@pytest.fixture
+async def kafka_bench(kafka_broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    """As ``bench``, on Apache Kafka. Tests that use it carry the marker ``kafka``."""
+    async with bench_on(kafka_broker, unique, s3) as bench:
+        yield bench
 
 
 @pytest.fixture
