@@ -42,7 +42,10 @@ OWN_PREFIX = "nanovllm_"
 TRUNCATED_HEADER = f"{OWN_PREFIX}value_truncated"
 SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
 LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
+MESSAGE_HEADER = f"{OWN_PREFIX}message"
 MAX_HEADER_BYTES = 1_024
+MAX_HEADERS = 32
+MAX_HEADERS_BYTES = 8_192
 MAX_MESSAGE_CHARS = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
@@ -96,27 +99,32 @@ def dead_letter_record(
     """The original message with ``letter`` in its headers, beside the original ones that ``keep_headers`` names.
 
     What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
-    partition for good. A cut value keeps its beginning; its digest, its size and where it still lies are headers.
+    partition for good. The value is cut first, and keeps its beginning; its digest, its size and where it still lies
+    are headers. Then the original headers, the key and the end of the error's message go, in this order.
     """
     original = value or b""
     kept = tuple(_kept(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
-    headers = [*kept, *_envelope_headers(letter)]
-    if left_out := len(original_headers) - len(kept):
-        headers.append((LEFT_OUT_HEADER, str(left_out).encode()))
-    record = OutgoingRecord(topic, key, original, tuple(headers))
+    envelope = list(_envelope_headers(letter))
+    left_out = len(original_headers) - len(kept)
+    record = OutgoingRecord(topic, key, original, (*kept, *envelope, *_left_out(left_out)))
     if record.size_bytes <= max_bytes:
         return record
-    headers += [
+    envelope += [
         (TRUNCATED_HEADER, b"true"),
         (SHA256_HEADER, hashlib.sha256(original).hexdigest().encode()),
         (f"{OWN_PREFIX}value_size", str(len(original)).encode()),
     ]
-    # A key larger than the room that is left goes too: without the value it identifies nothing.
-    without_value = OutgoingRecord(topic, key, b"", tuple(headers))
-    if without_value.size_bytes > max_bytes:
-        without_value = OutgoingRecord(topic, None, b"", tuple(headers))
-    room = max(0, max_bytes - without_value.size_bytes)
-    return OutgoingRecord(topic, without_value.key, original[:room], tuple(headers))
+    without_headers = (*envelope, *_left_out(len(original_headers)))
+    for kept_key, headers in (
+        (key, (*kept, *envelope, *_left_out(left_out))),
+        (key, without_headers),
+        (None, without_headers),
+    ):
+        without_value = OutgoingRecord(topic, kept_key, b"", headers)
+        if (room := max_bytes - without_value.size_bytes) >= 0:
+            return OutgoingRecord(topic, kept_key, original[:room], headers)
+    shortest = tuple((name, field[:room] if name == MESSAGE_HEADER else field) for name, field in without_headers)
+    return OutgoingRecord(topic, None, b"", shortest)
 
 
 def dead_letter_like(
@@ -287,10 +295,20 @@ def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
 
 
 def _kept(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+    """Those of ``names``, in their order, as long as they are at most ``MAX_HEADERS`` in ``MAX_HEADERS_BYTES``."""
+    count, left = 0, MAX_HEADERS_BYTES
     for name, value in headers:
         is_own = name.lower().startswith(OWN_PREFIX)
-        if name.lower() in names and not is_own and value is not None and len(value) <= MAX_HEADER_BYTES:
-            yield name, value
+        if name.lower() not in names or is_own or value is None or len(value) > MAX_HEADER_BYTES:
+            continue
+        count, left = count + 1, left - len(name.encode()) - len(value)
+        if count > MAX_HEADERS or left < 0:
+            return
+        yield name, value
+
+
+def _left_out(count: int) -> Headers:
+    return ((LEFT_OUT_HEADER, str(count).encode()),) if count else ()
 
 
 def _rfc3339(time: datetime) -> str:

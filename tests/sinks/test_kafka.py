@@ -134,25 +134,43 @@ def test_text_without_urls_is_left_alone() -> None:
 
 @given(
     value=st.binary(max_size=5_000),
-    key=st.none() | st.binary(max_size=2_000),
+    key=st.none() | st.binary(max_size=12_000),
     message=st.text(max_size=3_000),
     job_id=st.none() | st.text(min_size=1, max_size=512),
+    headers=st.lists(
+        st.tuples(st.sampled_from(["traceparent", "Content-Type", "kept", "other"]), st.binary(max_size=1_500)),
+        max_size=50,
+    ),
+    max_bytes=st.integers(4_000, 10_000),
 )
 def test_a_dead_letter_never_exceeds_its_limit(
-    value: bytes, key: bytes | None, message: str, job_id: str | None
+    value: bytes, key: bytes | None, message: str, job_id: str | None, headers: list[tuple[str, bytes]], max_bytes: int
 ) -> None:
     letter = dead_letter(message=message, job_id=job_id)
-    record = dead_letter_record(letter, "dead", key=key, value=value, max_bytes=10_000)
-    assert record.size_bytes <= 10_000
-    headers = dict(record.headers)
-    if record.value != value:
+    options = {"original_headers": tuple(headers), "keep_headers": ("kept",), "max_bytes": max_bytes}
+    record = dead_letter_record(letter, "dead", key=key, value=value, **options)
+    assert record.size_bytes <= max_bytes
+    own = dict(record.headers)
+    kept = [header for header in record.headers if not header[0].startswith("nanovllm_")]
+    assert len(headers) - len(kept) == int(own.get("nanovllm_headers_left_out", b"0"))
+    if record.value != value or record.key != key:
         assert value.startswith(record.value)
-        assert headers["nanovllm_value_truncated"] == b"true"
-        assert headers["nanovllm_value_sha256"].decode() == hashlib.sha256(value).hexdigest()
-        assert headers["nanovllm_value_size"].decode() == str(len(value))
-        assert headers["nanovllm_source_offset"] == b"17"
-    else:
-        assert record.key == key or record.key is None
+        assert own["nanovllm_value_truncated"] == b"true"
+        assert own["nanovllm_value_sha256"].decode() == hashlib.sha256(value).hexdigest()
+        assert own["nanovllm_value_size"].decode() == str(len(value))
+        assert own["nanovllm_source_offset"] == b"17"
+
+
+def test_headers_that_are_too_many_or_too_long_together_stay_out_of_whatever_is_sent() -> None:
+    many = tuple(("traceparent", b"%d" % number) for number in range(1_100))
+    long = tuple(("tracestate", b"x" * 1_000) for _ in range(1_100))
+    for headers, kept in ((many, 32), (long, 8)):
+        letter = dead_letter_record(dead_letter(), "dead", key=None, value=b"v", original_headers=headers)
+        assert [name for name, _ in letter.headers if name.startswith("trace")] == [headers[0][0]] * kept
+        assert letter.value == b"v"
+        assert dict(letter.headers)["nanovllm_headers_left_out"].decode() == str(1_100 - kept)
+        record = result_record(result(), "results", "json", headers)
+        assert sum(name.startswith("trace") for name, _ in record.headers) == kept
 
 
 @pytest.mark.parametrize(
