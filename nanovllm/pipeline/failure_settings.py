@@ -7,6 +7,11 @@ from pydantic import Field, field_validator
 from nanovllm.pipeline.section import IntList, Seconds, Section, StrList
 
 
+def retry_topic(jobs: str, delay_s: int) -> str:
+    """The topic in which records of the topic ``jobs`` wait for ``delay_s`` seconds."""
+    return f"{jobs}.retry-{delay_s}s"
+
+
 class RetrySettings(Section):
     """What is tried again later, and when everything has to wait. Attempts in place are `s3.max_attempts`."""
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from nanovllm.errors import NanoVLLMError
 from nanovllm.pipeline.assignment import Delivery
+from nanovllm.pipeline.failure_settings import retry_topic
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, Headers
 from nanovllm.sinks.messages import Source
@@ -59,7 +60,7 @@ class RetryTiers:
         """The priority of every topic that jobs are read from: a lane is a topic of jobs with its retry topics."""
         self._next: dict[str, str] = {}
         for jobs, priority in job_topics.items():
-            tiers = {f"{jobs}.retry-{delay_s}s": delay_s for delay_s in delays_s}
+            tiers = {retry_topic(jobs, delay_s): delay_s for delay_s in delays_s}
             self.delays_s |= tiers
             self.lanes |= dict.fromkeys([jobs, *tiers], priority)
             self._next |= dict(zip([jobs, *tiers], tiers, strict=False))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 
@@ -18,8 +19,17 @@ def _split_list(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()]
 
 
+def _check_topic(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", "..") or len(name) > MAX_TOPIC_CHARS:
+        raise ValueError("is no name of a topic: 1 to 249 letters, digits, '.', '_' and '-', and not '.' or '..'")
+    return name
+
+
 StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)]
+MAX_TOPIC_CHARS = 249
+TopicName = Annotated[str, AfterValidator(_check_topic)]
+TopicList = Annotated[tuple[TopicName, ...], NoDecode, BeforeValidator(_split_list)]
 Bytes = Annotated[int, Field(ge=1)]
 Millis = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -24,9 +24,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
-from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings
+from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings, retry_topic
 from nanovllm.pipeline.login_tokens import MskIamToken, TokenFile
-from nanovllm.pipeline.section import Bytes, Millis, Seconds, Section, StrList
+from nanovllm.pipeline.section import MAX_TOPIC_CHARS, Bytes, Millis, Seconds, Section, StrList, TopicList, TopicName
 from nanovllm.pipeline.tenant_settings import TenantSettings
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
@@ -98,7 +98,7 @@ class KafkaSettings(Section):
     max_partition_fetch_bytes: Bytes = Field(2**20, description="Most bytes of one fetch from one partition.")
     max_request_bytes: Bytes = Field(2**20, description="Largest message that is sent; at most the topics' own limit.")
     compression_type: Literal["gzip", "lz4", "snappy", "zstd"] | None = Field(
-        None, description="Compression of what is sent; all but gzip need their library."
+        None, description="Compression of what is sent; every kind is read."
     )
     linger_ms: int = Field(5, ge=0, description="Wait for more messages before a batch is sent.")
 
@@ -230,24 +230,17 @@ class KafkaSettings(Section):
 class TopicSettings(Section):
     """Names of the topics."""
 
-    jobs: str = Field("nanovllm.jobs", min_length=1, description="Jobs come from here.")
-    results: str = Field("nanovllm.results", min_length=1, description="Results go here, keyed by `job_id`.")
-    metrics: str = Field("nanovllm.metrics", min_length=1, description="One record of figures for each job goes here.")
-    dead_letters: str = Field("nanovllm.dead-letters", min_length=1, description="Jobs that failed for good go here.")
-    in_flight: str = Field("nanovllm.in-flight", min_length=1, description="Record of the jobs in the engines.")
-    lanes: dict[str, int] = Field(
+    jobs: TopicName = Field("nanovllm.jobs", description="Jobs come from here.")
+    results: TopicName = Field("nanovllm.results", description="Results go here, keyed by `job_id`.")
+    metrics: TopicName = Field("nanovllm.metrics", description="One record of figures for each job goes here.")
+    dead_letters: TopicName = Field("nanovllm.dead-letters", description="Jobs that failed for good go here.")
+    in_flight: TopicName = Field("nanovllm.in-flight", description="Record of the jobs in the engines.")
+    lanes: dict[TopicName, int] = Field(
         default_factory=dict,
         description="More topics of jobs, each with a priority (JSON object): lower goes first, `topics.jobs` has 0. "
         "Each lane has a share of the worker's window and its own retry topics.",
     )
-    reply_to: StrList = Field((), description="Topics that a job's `reply_to` may name; any other is refused.")
-
-    @model_validator(mode="after")
-    def _check_lanes(self) -> TopicSettings:
-        others = {self.jobs, self.results, self.metrics, self.dead_letters, self.in_flight, *self.reply_to, ""}
-        if others & self.lanes.keys():
-            raise ValueError("lanes names a topic that is used for something else, or none")
-        return self
+    reply_to: TopicList = Field((), description="Topics that a job's `reply_to` may name; any other is refused.")
 
     @property
     def job_topics(self) -> dict[str, int]:
@@ -472,6 +465,7 @@ class Settings(BaseSettings):
             )
         if self.retries.delays_s and self.admission.per_key_order:
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
+        self._check_topics()
         if self.max_admitted_jobs < len(self.topics.job_topics):
             raise ValueError("admission.max_jobs must have a place for each of topics.lanes and for topics.jobs")
         rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
@@ -485,6 +479,27 @@ class Settings(BaseSettings):
                 "or a worker that waits for a draining one leaves the group"
             )
         return self
+
+    def _check_topics(self) -> None:
+        """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
+        topics = self.topics
+        uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
+        uses += [
+            (retry_topic(jobs, delay_s), "retries.delays_s")
+            for jobs in topics.job_topics
+            for delay_s in self.retries.delays_s
+        ]
+        uses += [
+            (getattr(topics, name), f"topics.{name}") for name in ("results", "metrics", "dead_letters", "in_flight")
+        ]
+        uses += [(name, "topics.reply_to") for name in dict.fromkeys(topics.reply_to) if name != topics.results]
+        first: dict[str, str] = {}
+        for name, use in uses:
+            if len(name) > MAX_TOPIC_CHARS:
+                raise ValueError(f"{use}: the topic {name} has more than {MAX_TOPIC_CHARS} characters")
+            if name in first:
+                raise ValueError(f"{first[name]} and {use} name the same topic {name}; give each its own")
+            first[name] = use
 
     @property
     def max_admitted_jobs(self) -> int:

@@ -268,3 +268,36 @@ def test_a_reply_topic_must_be_allowed() -> None:
     assert topics.result_topic("answers.a") == "answers.a"
     with pytest.raises(ForbiddenUri):
         topics.result_topic("nanovllm.jobs")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"topics": {"dead_letters": "nanovllm.jobs"}}, "topics.jobs and topics.dead_letters name the same topic"),
+        ({"topics": {"results": "same", "metrics": "same"}}, "topics.results and topics.metrics name the same topic"),
+        ({"topics": {"lanes": {"nanovllm.results": -1}}}, "topics.lanes and topics.results name the same topic"),
+        ({"topics": {"lanes": {"nanovllm.jobs": -1}}}, "topics.jobs and topics.lanes name the same topic"),
+        ({"topics": {"reply_to": ["nanovllm.jobs"]}}, "topics.jobs and topics.reply_to name the same topic"),
+        ({"topics": {"in_flight": "nanovllm.metrics"}}, "topics.metrics and topics.in_flight name the same topic"),
+        (
+            {"retries": {"delays_s": [60]}, "topics": {"results": "nanovllm.jobs.retry-60s"}},
+            "retries.delays_s and topics.results name the same topic",
+        ),
+        ({"retries": {"delays_s": [60]}, "topics": {"jobs": "j" * 245}}, "more than 249 characters"),
+        ({"topics": {"jobs": "jobs/new"}}, "topics.jobs: is no name of a topic"),
+        ({"topics": {"results": ".."}}, "topics.results: is no name of a topic"),
+        ({"topics": {"metrics": ""}}, "topics.metrics: is no name of a topic"),
+        ({"topics": {"dead_letters": "é"}}, "topics.dead_letters: is no name of a topic"),
+        ({"topics": {"in_flight": "n" * 250}}, "topics.in_flight: is no name of a topic"),
+        ({"topics": {"lanes": {"a b": 1}}}, "is no name of a topic"),
+        ({"topics": {"reply_to": ["ok", "not\nok"]}}, "is no name of a topic"),
+    ],
+)
+def test_topics_that_coincide_or_that_kafka_refuses_are_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        load_settings(overrides=values)
+
+
+def test_a_reply_topic_may_be_the_results_topic_and_be_named_twice() -> None:
+    reply_to = ("nanovllm.results", "other", "other")
+    assert load_settings(overrides={"topics": {"reply_to": reply_to}}).topics.reply_to == reply_to
