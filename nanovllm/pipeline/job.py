@@ -34,6 +34,8 @@ from nanovllm.sinks.encoding import check_json_value
 
 IMAGE_PLACEHOLDER = "<|image|>"
 MAX_METADATA_BYTES = 65_536
+MAX_ITEMS = 4_096
+"""Most images, messages, or parts of a message; every item costs validation in Python."""
 
 _S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})/([^\x00]+)")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -208,7 +210,7 @@ def _content_kind(value: Any) -> str:
 
 Part = Annotated[TextPart | ImagePart | ImageUrlPart, Field(discriminator="type")]
 # Lists arrive as lists, and strict mode would take nothing but a tuple for a tuple.
-Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
+Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS)]
 Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_content_kind)]
 
 
@@ -238,10 +240,12 @@ class Job(BaseModel):
     version: Literal[1] = 1
     job_id: JobId | None = Field(None, description="Unset: derived from topic, partition and offset.")
     prompt: str | None = Field(None, min_length=1, description="Text with one `<|image|>` for each of `images`.")
-    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False, min_length=1)] | None = Field(
-        None, description="A chat in place of `prompt`."
+    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS)] | None = (
+        Field(None, description="A chat in place of `prompt`.")
     )
-    images: Annotated[tuple[Image, ...], Field(strict=False)] = Field((), description="In the order of their places.")
+    images: Annotated[tuple[Image, ...], Field(strict=False, max_length=MAX_ITEMS)] = Field(
+        (), description="In the order of their places."
+    )
     sampling: Annotated[
         dict[str, Any], WithJsonSchema({"allOf": [SamplingParams.model_json_schema()], "type": "object"})
     ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 MAX_ERRORS = 3
+MAX_COMPARED = 100
 MAX_NAME_CHARS = 64
 
 
 def describe_errors(error: ValidationError, root: str) -> str:
     """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut."""
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Each may be compared with every other: a list of wrong items has as many errors as items.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
+    uncounted = error.error_count() - len(errors)
     # A sequence with a wrong item is also reported as too short: only the item says anything.
     items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
     lines = []
@@ -19,8 +22,8 @@ def describe_errors(error: ValidationError, root: str) -> str:
         # pydantic repeats the sender's own value for a wrong tag, and only there.
         message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
         lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
-    if len(items) > MAX_ERRORS:
-        lines.append(f"and {len(items) - MAX_ERRORS} more")
+    if (more := len(items) - MAX_ERRORS + uncounted) > 0:
+        lines.append(f"and {more} more")
     return "; ".join(lines)
 
 

@@ -38,6 +38,8 @@ SHORT_POLL_MS = 20
 COMMIT_INTERVAL_S = 1.0
 TICK_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
+TURN_S = 0.005
+"""Time for which records are read in a row: a large message takes some 100 ms, and the heartbeats share the loop."""
 
 # Records that are read at once from a partition whose last ones were no jobs: reading and refusing that many holds the
 # event loop for about 0.2 ms beside jobs, and for about 0.4 ms alone.
@@ -168,7 +170,7 @@ class Worker:
                 continue
             failures = 0
             self._faults.clear("kafka consumer")
-            self._begin(deliveries, source)
+            await self._begin(deliveries, source)
             if takes_work:
                 await self._admission.wait_for_room(POLL_MS / 1000)
 
@@ -187,13 +189,21 @@ class Worker:
         at_most = BESIDE_JOBS if self._admission.jobs else ALONE
         return await source.poll({lane: min(room, at_most) for lane, room in rooms.items()}, 0, put_off=True)
 
-    def _begin(self, deliveries: list[Delivery], source: JobSource) -> None:
+    async def _begin(self, deliveries: list[Delivery], source: JobSource) -> None:
         """Start the work on each; those that are no jobs are refused, and their partition waits for spare time."""
         for topic, count in Counter(delivery.topic for delivery in deliveries).items():
             self._metrics.consumed.labels(topic).inc(count)
         refused: dict[PartitionLedger, list[Refused]] = defaultdict(list)
         last: dict[PartitionLedger, Received | Refused] = {}
+        turn_ends = time.monotonic() + TURN_S
         for delivery in deliveries:
+            if time.monotonic() >= turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.monotonic() + TURN_S
+            if self._is_draining:
+                break  # what is not begun is not settled, and so not committed
+            if not delivery.is_current:
+                continue
             received = last[delivery.ledger] = self._stages.receive(delivery)
             if isinstance(received, Refused):
                 refused[delivery.ledger].append(received)

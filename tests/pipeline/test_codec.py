@@ -185,3 +185,40 @@ def test_errors_name_the_field_and_never_its_value() -> None:
             decode_job(json.dumps(fields).encode())
         assert secret not in str(caught.value)
         assert len(str(caught.value)) < 400
+
+
+def _too_many_nested() -> bytes:
+    inner = b"\xdd" + (90_000).to_bytes(4, "big") + b"\x90" * 80_000
+    return b"\x82\xa6prompt\xa1a\xa6images" + inner * 4
+
+
+# Each of them once held the event loop for seconds to minutes, or took gigabytes.
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (json.dumps({"messages": [{"role": "user", "content": ""}] * 30_000}).encode(), "at most 4096 items"),
+        (json.dumps({"messages": [{"role": "user", "content": []}] * 4_096}).encode(), r"and \d+ more$"),
+        (b'{"prompt":"a","images":[' + b"0," * 4_190_000 + b"0]}", "more than 100000 values"),
+        (b'{"prompt":"a","images":[' + b"0," * 90_000 + b"0]}", r"images.0: .* and \d+ more$"),
+        (b'{"prompt":"a","images":["s3://bb/1"' + b',"s3://bb/1"' * 700_000 + b"]}", "more than 100000 values"),
+        (json.dumps({"prompt": "a", "images": ["s3://bb/1"] * 4_097}).encode(), "images: .* at most 4096 items"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 4_097}]}).encode(),
+            "at most 4096 items",
+        ),
+        (b'{"prompt":' + b'{"a":' * 200_000, "nested too deeply"),
+        (json.dumps({"prompt": "a", "sampling": {f"x{i}": 0 for i in range(90_000)}}).encode(), r"and \d+ more$"),
+        (msgpack.packb({"prompt": "a", "images": [0] * 4_000_000}), "not one complete msgpack map"),
+        (msgpack.packb({"prompt": "a", "x": [[0] * 300] * 400}), "more than 100000 values"),
+        (_too_many_nested(), "more than 100000 values"),
+    ],
+)
+def test_what_would_cost_too_much_to_read_is_refused_before_it_does(value: bytes, reason: str) -> None:
+    with pytest.raises(InvalidJob, match=reason) as refused:
+        decode_job(value)
+    assert len(str(refused.value)) < 1_000
+
+
+def test_commas_in_texts_are_no_values() -> None:
+    prompt = 'say "1,2", then \\ ' + "3," * 200_000
+    assert decode_job(json.dumps({"prompt": prompt}).encode()).prompt == prompt

@@ -9,10 +9,13 @@ from datetime import UTC, datetime, timedelta
 
 import msgpack
 import pytest
+from aiokafka import AIOKafkaProducer
 from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
+from nanovllm.pipeline.assignment import Delivery
+from nanovllm.pipeline.stages import Stages
 from nanovllm.pipeline.worker import ALONE
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
 
@@ -388,3 +391,50 @@ async def test_a_partition_out_of_order_by_the_bound_is_read_no_further(bench: B
         assert len(engine.requests) == 6
         engine.open("j0")
         await bench.results(13)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_headers_beyond_measure_hold_up_neither_answers_nor_dead_letters(
+    kafka_bench: Bench, delivery: str
+) -> None:
+    # Together they are larger than any message may be: only compressed do they get into the topic.
+    bench = kafka_bench
+    headers = [("traceparent", b"%01000d" % number) for number in range(1_100)]
+    async with AIOKafkaProducer(
+        bootstrap_servers=bench.bootstrap_servers, compression_type="gzip", max_request_size=8 << 20
+    ) as producer:
+        for value in (b"{not json", json.dumps({"job_id": "good", "prompt": "p"}).encode()):
+            await producer.send_and_wait(bench.settings.topics.jobs, value, partition=0, headers=headers)
+    async with bench.working(EchoEngine(), delivery=delivery):
+        ((envelope, value),) = await bench.dead_letters(1)
+        assert set(await bench.results(1)) == {"good"}
+        await eventually(lambda: reached(bench, 2))
+    assert value == b"{not json"
+    assert envelope["nanovllm_headers_left_out"] == "1092"
+
+
+async def test_the_event_loop_turns_between_records_that_take_long_to_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.send(*[json.dumps({"messages": [{"role": "user", "content": []}] * 4_000}).encode()] * 40)
+    turns = 0
+    received_in: list[int] = []
+    receive = Stages.receive
+
+    def noting(stages: Stages, delivery: Delivery) -> object:
+        received_in.append(turns)
+        return receive(stages, delivery)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    monkeypatch.setattr(Stages, "receive", noting)
+    counting = asyncio.create_task(count_turns())
+    async with bench.working(EchoEngine()):
+        await bench.dead_letters(40)
+    counting.cancel()
+    assert len(set(received_in)) == len(received_in) == 40
