@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.pipeline.raw_records import getmany
 from nanovllm.pipeline.settings import KafkaSettings, Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, Headers, publish_error, read_dead_letter
 from nanovllm.sinks.messages import DeadLetter
@@ -107,7 +108,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
         ends = await consumer.end_offsets(partitions)
         idle = 0
         while idle < IDLE_POLLS and not await _has_reached(consumer, ends):
-            batches = await consumer.getmany(timeout_ms=POLL_MS)
+            batches = await getmany(consumer, timeout_ms=POLL_MS)
             idle = 0 if batches else idle + 1
             for tp, records in batches.items():
                 for record in records:
@@ -185,9 +186,9 @@ async def _whole_value(consumer: AIOKafkaConsumer, buried: BuriedJob) -> bytes |
     consumer.assign([tp])
     consumer.seek(tp, source.offset)
     for _ in range(IDLE_POLLS):
-        for records in (await consumer.getmany(tp, timeout_ms=POLL_MS, max_records=1)).values():
-            value: bytes = records[0].value or b""
-            is_it = records[0].offset == source.offset and hashlib.sha256(value).hexdigest() == buried.cut_sha256
+        for record in (await getmany(consumer, tp, timeout_ms=POLL_MS)).get(tp, ()):
+            value: bytes = record.value or b""
+            is_it = record.offset == source.offset and hashlib.sha256(value).hexdigest() == buried.cut_sha256
             return value if is_it else None
     return None
 

@@ -20,6 +20,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead, NanoVLLMError
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.raw_records import getmany
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.solitude import Solitude
 from nanovllm.pipeline.suspects import PartitionRecord
@@ -210,7 +211,7 @@ class _WrittenRecord:
 async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:
     value: bytes | None = None
     while await consumer.position(tp) < end:
-        for record in (await consumer.getmany(tp, timeout_ms=500)).get(tp, ()):
+        for record in (await getmany(consumer, tp, timeout_ms=500)).get(tp, ()):
             if record.key == key:
                 value = record.value
     return value

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import cramjam
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
 from aiokafka.errors import CorruptRecordException, IllegalStateError
 from aiokafka.protocol.fetch import FetchRequest
@@ -37,6 +37,7 @@ PARSE_ERRORS = (
 
 MAX_PARTITION_BYTES = 1 << 20
 MAX_FETCH_BYTES = 16 << 20
+MAX_RECORDS = 500
 
 # A record batch of magic 2 (KIP-98): base offset, length, leader epoch, magic, CRC-32C, attributes, last offset delta,
 # first and greatest timestamp, producer id and epoch, base sequence, number of records.
@@ -87,6 +88,30 @@ async def read_raw(
             batches[tp] = records
         max_records -= len(records)
     return batches
+
+
+async def getmany(
+    consumer: AIOKafkaConsumer, *tps: TopicPartition, timeout_ms: int
+) -> dict[TopicPartition, list[ConsumerRecord]]:
+    """As ``consumer.getmany``, without the records that it cannot parse: for readers of what the worker has written.
+
+    Raises:
+        KafkaError: the brokers refuse, or cannot be reached.
+    """
+    positions = {tp: await consumer.position(tp) for tp in tps or consumer.assignment()}
+    try:
+        batches: dict[TopicPartition, list[ConsumerRecord]] = await consumer.getmany(*tps, timeout_ms=timeout_ms)
+        return batches
+    except PARSE_ERRORS:
+        raw = await read_raw(consumer, positions, MAX_RECORDS)
+    return {
+        tp: [
+            ConsumerRecord(*tp, one.offset, one.timestamp, 0, one.key, one.value, None, -1, -1, one.headers)
+            for one in records
+            if one.unreadable is None
+        ]
+        for tp, records in raw.items()
+    }
 
 
 def _seek(consumer: AIOKafkaConsumer, tp: TopicPartition, offset: int) -> None:

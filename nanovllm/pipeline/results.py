@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidJob
 from nanovllm.pipeline.codec import decode_fields
+from nanovllm.pipeline.raw_records import getmany
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import read_dead_letter
 from nanovllm.sinks.messages import DeadLetter, Result
@@ -74,7 +75,7 @@ class ResultReader:
             BrokersUnavailable: the brokers refuse.
         """
         try:
-            batches = await self._consumer.getmany(timeout_ms=timeout_ms)
+            batches = await getmany(self._consumer, timeout_ms=timeout_ms)
         except KafkaError as error:
             raise BrokersUnavailable(f"the results cannot be read ({type(error).__name__})") from error
         records = sorted((record for batch in batches.values() for record in batch), key=lambda r: r.timestamp)

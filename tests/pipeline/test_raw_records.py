@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -14,7 +15,10 @@ from aiokafka.record.util import calc_crc32c
 from bench import Bench, eventually, reached
 
 from nanovllm.engine.echo import EchoEngine
+from nanovllm.pipeline.dead_letters import LetterFilter, read_dead_letters
 from nanovllm.pipeline.raw_records import records_in
+from nanovllm.pipeline.results import ResultReader
+from nanovllm.sinks.messages import DeadLetter, Result
 
 NAMES = [b"tr\xe4ce", b"\xff\xfe", b"\xc3", b"a\xed\xa0\x80"]
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
@@ -46,7 +50,9 @@ def raw_batch(*records: Record, codec: int = 0) -> bytes:
     return bytes(builder.build())
 
 
-async def send_raw(bench: Bench, *records: Record, codec: int = 0, partition: int = 0) -> None:
+async def send_raw(
+    bench: Bench, *records: Record, codec: int = 0, partition: int = 0, topic: str | None = None
+) -> None:
     producer = AIOKafkaProducer(bootstrap_servers=bench.bootstrap_servers)
     await producer.start()
     try:
@@ -54,7 +60,7 @@ async def send_raw(bench: Bench, *records: Record, codec: int = 0, partition: in
         batch._buffer = raw_batch(*records, codec=codec)
         batch._relative_offset = len(records)
         batch.close()
-        await (await producer.send_batch(batch, bench.settings.topics.jobs, partition=partition))
+        await (await producer.send_batch(batch, topic or bench.settings.topics.jobs, partition=partition))
     finally:
         await producer.stop()
 
@@ -168,6 +174,23 @@ async def test_records_of_an_aborted_transaction_are_no_records(kafka_bench: Ben
         await eventually(lambda: reached(bench, 9))
     assert set(results) == {"kept", "kept-too"}
     assert letters[0][1] == b"v"
+
+
+async def test_readers_of_results_and_dead_letters_skip_what_they_cannot_parse(bench: Bench) -> None:
+    topics = bench.settings.topics
+    await bench.send({"job_id": "good", "prompt": "p"}, b"{not json")
+    for topic in (topics.results, topics.dead_letters):
+        for partition in (0, 1):
+            await send_raw(bench, (None, b"v", [(NAMES[0], b"x")]), topic=topic, partition=partition)
+    async with bench.working(EchoEngine()):
+        await eventually(lambda: reached(bench, 2))
+    async with ResultReader(bench.settings, from_beginning=True, dead_letters=True) as reader:
+        outcomes: list[Result | DeadLetter] = []
+        async with asyncio.timeout(30):
+            while len(outcomes) < 2:
+                outcomes += await reader.read()
+    assert {type(outcome) for outcome in outcomes} == {Result, DeadLetter}
+    assert [buried.value async for buried in read_dead_letters(bench.settings, LetterFilter())] == [b"{not json"]
 
 
 @pytest.mark.kafka
