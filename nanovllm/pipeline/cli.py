@@ -60,7 +60,7 @@ def worker(
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave broker, store and worker running until Ctrl-C.")] = False,
     output: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("build/demo"),
-    jobs: Annotated[int | None, typer.Option(min=1, help="How many jobs; unset: the demo's own number.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="How many jobs, at least 24; unset: 48.")] = None,
 ) -> None:
     """Show the whole way on this machine: generated images in, text out, with a report."""
     _require("demo", "torch", "transformers", "moto", "noida_db")

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaProducer
 from sample_messages import dead_letter, result
 
 from nanovllm.errors import InvalidInput, InvalidJob
+from nanovllm.pipeline import demo_jobs
 from nanovllm.pipeline.cli import main
 from nanovllm.pipeline.console import plain
 from nanovllm.pipeline.submission import plan_submissions
@@ -170,6 +171,12 @@ def test_a_light_installation_says_what_the_worker_needs(
     for command in (["worker"], ["demo"], ["align"]):
         assert main(command) == 2
         assert "pip install 'nanovllm[" in capsys.readouterr().err
+
+
+def test_the_demos_help_says_its_real_bounds(capsys: Capture) -> None:
+    assert main(["demo", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"at least {demo_jobs.MIN_JOBS}; unset: {demo_jobs.DEFAULT_JOBS}" in shown
 
 
 def test_an_unknown_setting_stops_the_worker(
