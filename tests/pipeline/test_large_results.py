@@ -11,7 +11,7 @@ from parts import S3Part, VersityNode
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, StoreUnreachable
-from nanovllm.pipeline.fetch import make_client
+from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import S3Settings, Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.sinks.messages import Result, result_id_for
@@ -68,13 +68,13 @@ async def test_without_its_store_a_large_result_waits_and_no_more_work_is_taken(
 async def test_what_was_stored_once_stays_on_a_real_server(versity_node: VersityNode, versity_s3: S3Part) -> None:
     bucket = versity_s3.make_bucket()
     settings = S3Settings(endpoint_url=versity_node.endpoint_url, addressing_style="path")
-    store = S3ResultStore(f"s3://{bucket}/a/b", make_client(settings))
+    store = S3ResultStore(f"s3://{bucket}/a/b", S3Client(settings).call)
     first = await store.put("id", b"one", "json")
     again = await store.put("id", b"another text", "json")
     assert again == first
     assert first.sha256 == hashlib.sha256(b"one").hexdigest()
     with pytest.raises(StoreUnreachable, match="no-such-bucket"):
-        await S3ResultStore("s3://no-such-bucket", make_client(settings)).put("id", b"x", "json")
+        await S3ResultStore("s3://no-such-bucket", S3Client(settings).call).put("id", b"x", "json")
 
 
 def test_a_place_for_results_has_its_form() -> None:
