@@ -68,6 +68,8 @@ def _log_to_stderr(level: str) -> None:
     # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
     for name in ("aiokafka", "botocore", "boto3", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 
 
 async def _run(settings: Settings, exit_when_drained: bool) -> None:

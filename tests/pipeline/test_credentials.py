@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,11 +17,13 @@ import pytest
 from bench import Bench, eventually, png, reached
 from parts import S3Part
 from prometheus_client import Counter
+from world import World
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, CredentialsRefused, SystemicError
 from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.local_process import free_port
 from nanovllm.pipeline.s3_client import S3Client, check_settings
 from nanovllm.pipeline.settings import S3Settings
 from nanovllm.pipeline.upload import ImageUploader
@@ -304,6 +309,54 @@ async def test_no_job_is_buried_while_no_credentials_can_be_had_and_all_are_answ
         await eventually(lambda: reached(bench, 30))
         await eventually(lambda: bench.health.systemic is None)
     assert total(bench.metrics.dead_letters) == 0
+
+
+async def test_a_worker_process_without_credentials_says_so_and_answers_all_once_it_has_some(
+    embedded_broker: str, s3: S3Part, sts: TokenService, tmp_path: Path
+) -> None:
+    port = free_port()
+    static = {name: "" for name in s3.environment if "KEY" in name}
+    settings = {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_HTTP__PORT": str(port), "NANOVLLM_IMAGES__DECODERS": "1"}
+    world = World(embedded_broker, s3, tmp_path, {**settings, **static, **web_identity(sts, tmp_path)})
+    await world.create_topics()
+    sts.code = "InvalidIdentityToken"
+    uri = s3.put(world.bucket, "k.png", png())
+    async with world.producer() as producer:
+        for number in range(30):
+            await producer.send("<|image|>", images=[uri], job_id=f"j{number}")
+    worker = world.worker("worker")
+    worker.start()
+    try:
+        async with world.reader() as reader:
+            await eventually(lambda: "InvalidIdentityToken" in unready(port), 120)
+            await asyncio.sleep(3)
+            assert "InvalidIdentityToken" in unready(port)
+            await world.read(reader)
+            assert not world.results
+            assert not world.dead_letters
+            sts.code = None
+
+            async def all_are_answered() -> bool:
+                await world.read(reader)
+                return len(world.results) == 30
+
+            await eventually(all_are_answered, 120)
+            assert not world.dead_letters
+            await eventually(lambda: unready(port) == "", 60)
+    finally:
+        worker.kill()
+    assert ROLE not in worker.tail(10_000)
+
+
+def unready(port: int) -> str:
+    """What ``/readyz`` gives as reasons; nothing where it answers 200, a line of its own where it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10):
+            return ""
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    except OSError:
+        return "no answer"
 
 
 def total(counter: Counter) -> float:
