@@ -189,6 +189,10 @@ async def test_what_was_stored_once_stays_on_a_real_server(versity_node: Versity
     again = await store.put("id", b"another text", "json")
     assert again == first
     assert first.sha256 == hashlib.sha256(b"one").hexdigest()
+    key = first.uri.removeprefix(f"s3://{bucket}/")
+    versity_s3.client.put_object(Bucket=bucket, Key=key, Body=b"by other means, without metadata")
+    there = await store.put("id", b"one", "json")
+    assert there.sha256 == hashlib.sha256(b"by other means, without metadata").hexdigest()
     with pytest.raises(StoreUnreachable, match="no-such-bucket"):
         await S3ResultStore("s3://no-such-bucket", S3Client(settings).call).put("id", b"x", "json")
 
