@@ -144,7 +144,15 @@ class ObjectForbidden(PermanentError):
     """The worker's credentials may not read this object, though they work elsewhere."""
 
     code = "object_forbidden"
-    remedy = "Grant the worker's role s3:GetObject on the object."
+    remedy = "Grant the worker's role s3:GetObject on the object, and kms:Decrypt on its key where it has one."
+    retryable = True
+
+
+class ObjectArchived(PermanentError):
+    """The object lies in an archive (S3 Glacier, or an archive tier) and cannot be read from there."""
+
+    code = "object_archived"
+    remedy = "Restore the object (s3:RestoreObject), wait until that is done, and replay the job."
     retryable = True
 
 
@@ -179,9 +187,19 @@ class TransientError(NanoVLLMError):
 
 
 class FetchFailed(TransientError):
-    """The object store broke off or answered with a server error."""
+    """The object store broke off, or answered with a server error or with a code that this worker does not know."""
 
     code = "fetch_failed"
+
+
+class ObjectUnavailable(TransientError):
+    """The store answers for this object or bucket, and cannot give it now: its encryption key or its region."""
+
+    code = "object_unavailable"
+    remedy = (
+        "Repair what the store's code names (KMS.…: the state of the key; InvalidRequest: encryption with a "
+        "customer-provided key; …Redirect: the bucket's region, or NANOVLLM_S3__REGION), then replay the job."
+    )
 
 
 class DeadlineExceeded(NanoVLLMError):
@@ -209,10 +227,10 @@ class BrokersUnavailable(SystemicError):
 
 
 class CredentialsRefused(SystemicError):
-    """The object store refuses the worker's credentials altogether."""
+    """The object store refuses the worker's credentials altogether, or the AWS SDK cannot get any."""
 
     code = "credentials_refused"
-    remedy = "Give the worker valid AWS credentials."
+    remedy = "Give the worker valid AWS credentials: check its AWS_ variables, profile, token file and clock."
 
 
 class StoreUnreachable(SystemicError):

@@ -17,9 +17,10 @@ from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.fetch import ObjectFetcher, make_client
+from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.worker import Worker
@@ -67,7 +68,7 @@ class Bench:
             decoders=self.decoders,
             fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
             sink=sink or KafkaSink(self.producer),
-            result_store=S3ResultStore(effective.s3.large_results, make_client(effective.s3))
+            result_store=S3ResultStore(effective.s3.large_results, S3Client(effective.s3).call)
             if effective.s3.large_results
             else None,
             metrics=self.metrics,

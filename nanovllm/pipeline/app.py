@@ -68,16 +68,19 @@ def _log_to_stderr(level: str) -> None:
     # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
     for name in ("aiokafka", "botocore", "boto3", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 
 
 async def _run(settings: Settings, exit_when_drained: bool) -> None:
     from aiokafka import AIOKafkaProducer
 
     from nanovllm.metrics import Metrics
-    from nanovllm.pipeline.fetch import ObjectFetcher, make_client
+    from nanovllm.pipeline.fetch import ObjectFetcher
     from nanovllm.pipeline.health import Health, HealthServer
     from nanovllm.pipeline.in_flight import InFlight
     from nanovllm.pipeline.retries import RetryTiers
+    from nanovllm.pipeline.s3_client import S3Client, check_settings
     from nanovllm.pipeline.source import JobSource
     from nanovllm.pipeline.topics import message_limits
     from nanovllm.pipeline.worker import Worker
@@ -94,6 +97,8 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         server.start()
         logger.info("health and metrics on port %d", server.port)
 
+        if settings.s3.allow or settings.s3.large_results:
+            check_settings(settings.s3)
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
         engine = await _load_engine(settings.engine)
         stack.push_async_callback(engine.close)
@@ -134,7 +139,7 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             decoders=decoders,
             fetcher=fetcher,
             sink=KafkaSink(producer, limits_by_topic),
-            result_store=S3ResultStore(settings.s3.large_results, make_client(settings.s3))
+            result_store=S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
             if settings.s3.large_results
             else None,
             in_flight=in_flight,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from nanovllm.errors import SystemicError, TransientError
+from nanovllm.errors import ObjectUnavailable, SystemicError, TransientError
 from nanovllm.pipeline.backoff import Backoff
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ class CircuitBreaker:
 
     Open, calls wait and nobody is charged an attempt. When the wait is over one call goes through: its success lets all
     others pass, its failure opens the circuit for twice as long. A call that fails for good is a success: what it
-    asked answered.
+    asked answered. So is one whose object alone is unavailable: one tenant's key or bucket must not stop the others.
 
     Args:
         waits: how long it stays open; ``opened`` is told so each time, to take no work meanwhile.
@@ -54,6 +54,9 @@ class CircuitBreaker:
         is_probe = await self._wait_for_turn()
         try:
             outcome = await attempt()
+        except ObjectUnavailable:
+            self._close()
+            raise
         except TransientError as error:
             self._fail(what, error, is_probe=is_probe)
             raise

@@ -11,55 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectTimeoutError,
-    CredentialRetrievalError,
-    EndpointConnectionError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProxyConnectionError,
-    SSLError,
-)
+from botocore.exceptions import ClientError
 
-from nanovllm.errors import (
-    CredentialsRefused,
-    FetchFailed,
-    ForbiddenUri,
-    ImageTooLarge,
-    InvalidInput,
-    NanoVLLMError,
-    ObjectChanged,
-    ObjectForbidden,
-    ObjectNotFound,
-    PermanentError,
-    StoreUnreachable,
-)
+from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged
 from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import S3Settings
 
 CHUNK_BYTES = 256 * 1024
 
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
-
-_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "NotFound", "MethodNotAllowed"})
-_CREDENTIALS = frozenset(
-    {
-        "InvalidAccessKeyId",
-        "SignatureDoesNotMatch",
-        "ExpiredToken",
-        "InvalidToken",
-        "TokenRefreshRequired",
-        "RequestTimeTooSkewed",
-        "UnrecognizedClientException",
-        "AuthorizationHeaderMalformed",
-    }
-)
-_BUSY = frozenset({"SlowDown", "ThrottlingException", "RequestTimeout", "OperationAborted", "TooManyRequests"})
 
 
 @dataclass(frozen=True)
@@ -121,12 +82,9 @@ class ObjectFetcher:
     def __init__(
         self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
     ) -> None:
-        self._settings = settings
         self._allow = AllowList.parse(settings.allow)
         self._max_bytes = max_bytes
-        self._make_client = client_factory or make_client
-        self._client: Any = None
-        self._lock = threading.Lock()
+        self._client = S3Client(settings, client_factory)
         self._places = asyncio.Semaphore(settings.max_connections)
 
     def check(self, ref: ImageRef) -> None:
@@ -145,8 +103,9 @@ class ObjectFetcher:
         """The bytes of one image; those of ``held``, read from the same object before, where they are still its bytes.
 
         Raises:
-            ForbiddenUri, ImageTooLarge, ObjectNotFound, ObjectForbidden, ObjectChanged: for good.
-            FetchFailed: worth another attempt.
+            ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
+                for good.
+            FetchFailed, ObjectUnavailable: worth another attempt.
             CredentialsRefused, StoreUnreachable: nothing can be read until somebody acts.
         """
         self.check(ref)
@@ -167,51 +126,42 @@ class ObjectFetcher:
 
     def close(self) -> None:
         """Close idle connections; threads that still read end with their read timeout, or with the process."""
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+        self._client.close()
 
     def _read(self, ref: ImageRef, held: FetchedImage | None) -> FetchedImage:
+        return self.checked(ref, self._client.call(lambda client: self._read_with(client, ref, held)))
+
+    def _read_with(self, client: Any, ref: ImageRef, held: FetchedImage | None) -> FetchedImage:
+        bucket, key = ref.bucket_and_key
+        which = {"VersionId": ref.version_id} if ref.version_id else {}
+        if ref.etag is not None:
+            which["IfMatch"] = f'"{ref.etag}"'
+        elif held is not None and held.etag:
+            which["IfNoneMatch"] = held.etag
         try:
-            bucket, key = ref.bucket_and_key
-            which = {"VersionId": ref.version_id} if ref.version_id else {}
-            if ref.etag is not None:
-                which["IfMatch"] = f'"{ref.etag}"'
-            elif held is not None and held.etag:
-                which["IfNoneMatch"] = held.etag
-            answer = self._connected().get_object(Bucket=bucket, Key=key, **which)
-            try:
-                data = self._read_body(answer)
-            finally:
-                answer["Body"].close()
-        except NanoVLLMError:
-            raise
-        except Exception as error:
-            if held is not None and isinstance(error, ClientError) and _is_unchanged(error):
-                # Equal bytes may have been written again: as which version, only the store knows.
-                version_id = _version_in(error)
-                is_same = version_id == held.version_id
-                return self.checked(ref, held if is_same else replace(held, version_id=version_id))
-            classed = classify(error)
-            if isinstance(classed, CredentialsRefused):
-                # The next attempt reads credentials anew: a mounted secret may have been replaced.
-                with self._lock:
-                    self._client = None
-            raise classed from error
+            answer = client.get_object(Bucket=bucket, Key=key, **which)
+        except ClientError as error:
+            if held is None or not _is_unchanged(error):
+                raise
+            # Equal bytes may have been written again: as which version, only the store knows.
+            version_id = _version_in(error)
+            return held if version_id == held.version_id else replace(held, version_id=version_id)
+        try:
+            data = self._read_body(answer)
+        finally:
+            answer["Body"].close()
         tag = answer.get("ETag")
         if ref.etag is not None and (tag or "").strip('"') != ref.etag:
             # Not every store, or proxy before one, knows the condition.
             raise ObjectChanged("the object has another entity tag than the job names")
         version_id = answer.get("VersionId") or ref.version_id
-        fetched = FetchedImage(
+        return FetchedImage(
             data,
             hashlib.sha256(data).hexdigest(),
             ref.uri,
             None if version_id == "null" else version_id,
             tag,
         )
-        return self.checked(ref, fetched)
 
     def _read_body(self, answer: Any) -> bytes:
         self._check_size(answer.get("ContentLength", 0), "the object")
@@ -224,12 +174,6 @@ class ObjectFetcher:
     def _check_size(self, nbytes: int, what: str) -> None:
         if nbytes > self._max_bytes:
             raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
-
-    def _connected(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                self._client = self._make_client(self._settings)
-            return self._client
 
 
 async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[], None]) -> FetchedImage:
@@ -262,26 +206,6 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
     return await outcome
 
 
-def make_client(settings: S3Settings) -> Any:
-    """An S3 client with the worker's time-outs; credentials come from the SDK's own chain."""
-    # A session of its own: boto3's default one keeps credentials that were refused.
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.endpoint_url,
-        region_name=settings.region,
-        config=Config(
-            connect_timeout=settings.connect_timeout_s,
-            read_timeout=settings.read_timeout_s,
-            max_pool_connections=settings.max_connections,
-            retries={"total_max_attempts": 1},
-            s3={"addressing_style": settings.addressing_style},
-            # Only where the store sends checksums by itself: other S3 servers refuse or lack the newer header.
-            response_checksum_validation="when_required",
-            request_checksum_calculation="when_required",
-        ),
-    )
-
-
 def _is_unchanged(error: ClientError) -> bool:
     return error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
 
@@ -289,39 +213,3 @@ def _is_unchanged(error: ClientError) -> bool:
 def _version_in(error: ClientError) -> str | None:
     version: str | None = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id")
     return None if version == "null" else version
-
-
-def classify(error: Exception) -> NanoVLLMError:
-    """What a failure of the SDK means for the job. The message never repeats URLs or credentials."""
-    if isinstance(error, ClientError):
-        return _classify_answer(error)
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
-        return CredentialsRefused(f"no usable credentials for the object store: {type(error).__name__}")
-    if isinstance(error, ParamValidationError):
-        return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
-    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError, SSLError)):
-        # A job cannot cause this, so it must not pay for it: an outage would make a dead letter of every job.
-        return StoreUnreachable(f"the object store cannot be reached: {type(error).__name__}")
-    if isinstance(error, (BotoCoreError, OSError)):
-        return FetchFailed(f"the object store broke off: {type(error).__name__}")
-    # urllib3 and http.client raise their own errors while the body is read.
-    return FetchFailed(f"reading the object broke off: {type(error).__name__}")
-
-
-def _classify_answer(error: ClientError) -> NanoVLLMError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    said = f"the object store answered {status} {code}".rstrip()
-    if code in _CREDENTIALS:
-        return CredentialsRefused(said)
-    if code in _NOT_FOUND or status == 404:
-        return ObjectNotFound(said)
-    if code in _BUSY or status >= 500 or status in (408, 409, 429):
-        return FetchFailed(said)
-    if status == 412:
-        return ObjectChanged(f"{said}: the object has another entity tag than the job names")
-    if status in (401, 403):
-        return ObjectForbidden(said)
-    if code in ("InvalidArgument", "InvalidBucketName", "KeyTooLongError"):
-        return InvalidInput(said)
-    return PermanentError(said)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -32,6 +35,8 @@ from nanovllm.sinks.messages import (
     TokenUsage,
     result_id_for,
 )
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
 
 class OutgoingRecords:
@@ -98,6 +103,18 @@ class OutgoingRecords:
         """Whether a result must lie in S3, by the settings or by what its topic takes."""
         limit = self._max_record_bytes(record.topic)
         return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
+
+    def stored_name(self, passage: Passage) -> str:
+        """The name of the job's result in S3: the same for each delivery of a record, also from a retry topic.
+
+        No two records share one. The digest tells apart what has the same tenant, topic, partition and offset: other
+        groups, other clusters, a topic that was created again.
+        """
+        source, tenant = passage.origin.source, passage.tenant
+        value = hashlib.sha256(passage.delivery.value).hexdigest()
+        identity = [self._settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
+        digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
+        return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
     def reference(self, passage: Passage, stored: StoredResult) -> OutgoingRecord:
         """The result of ``passage`` by the place where it is stored."""
@@ -243,6 +260,13 @@ def root_cause(failure: NanoVLLMError) -> str:
         if (module := frame.f_globals.get("__name__", "")).startswith("nanovllm.")
     ]
     return f"{name} in {places[-1]}" if places else name
+
+
+def _folder(name: str) -> str:
+    """A segment of a key for each name, and for no other: the name where it is plain, or its digest."""
+    if not name or _PLAIN_NAME.fullmatch(name):
+        return name or "-"
+    return "~" + hashlib.sha256(name.encode()).hexdigest()
 
 
 def _one_of_several(completion: Completion) -> Output:

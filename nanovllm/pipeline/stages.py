@@ -37,7 +37,6 @@ from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
-from nanovllm.sinks.messages import result_id_for
 from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import PreparedImage
@@ -308,8 +307,8 @@ class Stages:
         store = self._result_store
         if store is None or not self._outgoing.is_too_large(result):
             return records
-        result_id, fmt = result_id_for(passage.job_id or ""), self._outgoing.format_of(passage)
-        stored = await self._persist(lambda: store.put(result_id, result.value, fmt), "result store", passage)
+        name, fmt = self._outgoing.stored_name(passage), self._outgoing.format_of(passage)
+        stored = await self._persist(lambda: store.put(name, result.value, fmt), "result store", passage)
         return [self._outgoing.reference(passage, stored), *others]
 
     async def _publish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from typing import Any
+from functools import partial
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
-from nanovllm.errors import ConfigurationError, SystemicError
+from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.s3_client import S3Client, check_settings, make_client
 from nanovllm.pipeline.settings import S3Settings
 
 _TARGET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
@@ -22,7 +19,7 @@ class ImageUploader:
     """Puts images below ``target`` (``s3://bucket/prefix``); equal bytes get one key, however often they are sent.
 
     Raises:
-        ConfigurationError: ``target`` is not of that form.
+        ConfigurationError: ``target`` is not of that form, or the AWS SDK's settings make no client.
     """
 
     def __init__(self, target: str, s3: S3Settings) -> None:
@@ -30,18 +27,8 @@ class ImageUploader:
         if match is None:
             raise ConfigurationError("the place for uploads must have the form s3://bucket or s3://bucket/prefix")
         self._bucket, self._prefix = match[1], (match[2] or "").strip("/")
-        self._client: Any = boto3.client(
-            "s3",
-            endpoint_url=s3.endpoint_url,
-            region_name=s3.region,
-            config=Config(
-                signature_version="s3v4",
-                connect_timeout=s3.connect_timeout_s,
-                read_timeout=s3.read_timeout_s,
-                retries={"max_attempts": s3.max_attempts, "mode": "standard"},
-                s3={"addressing_style": s3.addressing_style},
-            ),
-        )
+        check_settings(s3)
+        self._client = S3Client(s3, partial(make_client, max_attempts=s3.max_attempts))
 
     async def upload(self, data: bytes) -> ImageRef:
         """Put ``data`` and return how a job names it.
@@ -51,9 +38,9 @@ class ImageUploader:
         """
         digest = hashlib.sha256(data).hexdigest()
         key = f"{self._prefix}/{digest}" if self._prefix else digest
+        put = partial(self._client.call, lambda client: client.put_object(Bucket=self._bucket, Key=key, Body=data))
         try:
-            await asyncio.to_thread(self._client.put_object, Bucket=self._bucket, Key=key, Body=data)
-        except (BotoCoreError, ClientError) as error:
-            reason = error.response["Error"].get("Code") if isinstance(error, ClientError) else type(error).__name__
-            raise SystemicError(f"the image could not be uploaded to bucket {self._bucket} ({reason})") from error
+            await asyncio.to_thread(put)
+        except NanoVLLMError as error:
+            raise SystemicError(f"the image could not be uploaded to bucket {self._bucket}: {error}") from error
         return ImageRef(uri=f"s3://{self._bucket}/{key}", sha256=digest)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
-from nanovllm.errors import ConfigurationError, StoreUnreachable
+from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable, SystemicError
 from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.sinks.messages import StoredResult
 
@@ -18,49 +19,53 @@ _EXISTS = frozenset({"PreconditionFailed", "412"})
 
 
 class S3ResultStore:
-    """Puts encoded results below ``target`` (``s3://bucket/prefix``), each once: its key is its ``result_id``.
+    """Puts encoded results below ``target`` (``s3://bucket/prefix``), each once: what is stored under a name stays.
 
-    ``client`` is a boto3 S3 client.
+    ``call`` runs an operation with a boto3 S3 client in the calling thread, and raises what fails as NanoVLLMError.
 
     Raises:
         ConfigurationError: ``target`` is not of that form.
     """
 
-    def __init__(self, target: str, client: Any) -> None:
+    def __init__(self, target: str, call: Callable[[Callable[[Any], StoredResult]], StoredResult]) -> None:
         match = _TARGET.fullmatch(target)
         if match is None:
             raise ConfigurationError("s3.large_results must have the form s3://bucket or s3://bucket/prefix")
         self._bucket, self._prefix = match[1], (match[2] or "").strip("/")
-        self._client = client
+        self._call = call
 
-    async def put(self, result_id: str, body: bytes, fmt: MessageFormat) -> StoredResult:
+    async def put(self, name: str, body: bytes, fmt: MessageFormat) -> StoredResult:
         """Store ``body`` and return where it is. What an earlier delivery has stored stays, and is what is returned.
 
-        Raises:
-            StoreUnreachable: the store does not take it now. No job can be the cause: nothing is dropped for it.
-        """
-        return await asyncio.to_thread(self._put, result_id, body, fmt)
+        Args:
+            name: of the result; equal for deliveries of one record and for no others.
 
-    def _put(self, result_id: str, body: bytes, fmt: MessageFormat) -> StoredResult:
-        name = f"{result_id}.{fmt}"
-        key = f"{self._prefix}/{name}" if self._prefix else name
+        Raises:
+            SystemicError: the store does not take it now. No job can be the cause: nothing is dropped for it.
+        """
+        try:
+            return await asyncio.to_thread(self._call, lambda client: self._put(client, name, body, fmt))
+        except SystemicError:
+            raise
+        except NanoVLLMError as error:
+            raise StoreUnreachable(f"bucket {self._bucket} does not take a large result: {error}") from error
+
+    def _put(self, client: Any, name: str, body: bytes, fmt: MessageFormat) -> StoredResult:
+        key = "/".join(filter(None, (self._prefix, f"{name}.{fmt}")))
         digest, size = hashlib.sha256(body).hexdigest(), len(body)
         try:
-            try:
-                self._client.put_object(
-                    Bucket=self._bucket,
-                    Key=key,
-                    Body=body,
-                    ContentType=CONTENT_TYPES[fmt],
-                    Metadata={"sha256": digest},
-                    IfNoneMatch="*",
-                )
-            except ClientError as error:
-                if error.response["Error"].get("Code") not in _EXISTS:
-                    raise
-                there = self._client.head_object(Bucket=self._bucket, Key=key)
-                digest, size = there["Metadata"]["sha256"], there["ContentLength"]
-        except (BotoCoreError, ClientError, KeyError) as error:
-            reason = error.response["Error"].get("Code") if isinstance(error, ClientError) else type(error).__name__
-            raise StoreUnreachable(f"bucket {self._bucket} does not take a large result ({reason})") from error
+            client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=body,
+                ContentType=CONTENT_TYPES[fmt],
+                Metadata={"sha256": digest},
+                IfNoneMatch="*",
+            )
+        except ClientError as error:
+            if error.response["Error"].get("Code") not in _EXISTS:
+                raise
+            # Read, not asked with HeadObject: not every store keeps metadata, and the digest must be of what is there.
+            there = client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+            digest, size = hashlib.sha256(there).hexdigest(), len(there)
         return StoredResult(uri=f"s3://{self._bucket}/{key}", sha256=digest, size=size)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,18 @@ from nanovllm.errors import (
     FetchFailed,
     ForbiddenUri,
     ImageTooLarge,
+    InvalidInput,
     NanoVLLMError,
+    ObjectArchived,
     ObjectChanged,
     ObjectForbidden,
     ObjectNotFound,
+    ObjectUnavailable,
     StoreUnreachable,
 )
-from nanovllm.pipeline.fetch import AllowList, ObjectFetcher, classify
+from nanovllm.pipeline.fetch import AllowList, ObjectFetcher
 from nanovllm.pipeline.job import ImageRef
+from nanovllm.pipeline.s3_client import classify
 from nanovllm.pipeline.settings import S3Settings
 
 
@@ -126,7 +130,7 @@ async def test_an_object_above_the_limit_is_not_read(s3: Any) -> None:
 
 
 @contextmanager
-def answering(response: bytes) -> Iterator[str]:
+def answering(response: bytes | Callable[[], bytes]) -> Iterator[str]:
     """A server that reads a request, says ``response`` and hangs up, again and again."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -138,7 +142,7 @@ def answering(response: bytes) -> Iterator[str]:
                 return
             with connection:
                 connection.recv(65536)
-                connection.sendall(response)
+                connection.sendall(response if isinstance(response, bytes) else response())
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -164,9 +168,43 @@ def s3_error(status: str, code: str) -> bytes:
     [
         (http("200 OK", b"half", length=8), FetchFailed),
         (http("500 Internal Server Error"), FetchFailed),
+        (s3_error("501 Not Implemented", "NotImplemented"), FetchFailed),
+        (s3_error("400 Bad Request", "RequestTimeout"), FetchFailed),
+        (s3_error("429 Too Many Requests", "TooManyRequests"), FetchFailed),
+        (s3_error("409 Conflict", "OperationAborted"), FetchFailed),
+        (s3_error("400 Bad Request", "ACodeOfTomorrow"), FetchFailed),
+        (http("400 Bad Request", b"<html>not S3</html>"), FetchFailed),
+        (http("421 Misdirected Request"), FetchFailed),
         (s3_error("503 Slow Down", "SlowDown"), FetchFailed),
         (b"", FetchFailed),
         (s3_error("403 Forbidden", "AccessDenied"), ObjectForbidden),
+        (s3_error("403 Forbidden", "AllAccessDisabled"), ObjectForbidden),
+        (s3_error("403 Forbidden", "InvalidObjectState"), ObjectArchived),
+        *(
+            (s3_error("400 Bad Request", code), ObjectUnavailable)
+            for code in (
+                "KMS.DisabledException",
+                "KMS.KMSInvalidStateException",
+                "KMS.NotFoundException",
+                "KMS.ACodeOfTomorrow",
+                "InvalidRequest",
+            )
+        ),
+        (s3_error("301 Moved Permanently", "PermanentRedirect"), ObjectUnavailable),
+        (s3_error("307 Temporary Redirect", "TemporaryRedirect"), ObjectUnavailable),
+        (http("301 Moved Permanently", b"<html>https, please</html>"), StoreUnreachable),
+        (http("308 Permanent Redirect"), StoreUnreachable),
+        (s3_error("403 Forbidden", "RequestExpired"), CredentialsRefused),
+        (s3_error("400 Bad Request", "RequestExpired"), CredentialsRefused),
+        (s3_error("403 Forbidden", "RequestTimeTooSkewed"), CredentialsRefused),
+        (s3_error("403 Forbidden", "InvalidTokenId"), CredentialsRefused),
+        (s3_error("403 Forbidden", "AccountProblem"), CredentialsRefused),
+        (s3_error("403 Forbidden", "UserSuspended"), CredentialsRefused),
+        (s3_error("400 Bad Request", "AuthorizationHeaderMalformed"), CredentialsRefused),
+        (s3_error("400 Bad Request", "InvalidArgument"), InvalidInput),
+        (s3_error("400 Bad Request", "KeyTooLongError"), InvalidInput),
+        (s3_error("405 Method Not Allowed", "MethodNotAllowed"), ObjectNotFound),
+        (s3_error("412 Precondition Failed", "PreconditionFailed"), ObjectChanged),
         (s3_error("403 Forbidden", "InvalidAccessKeyId"), CredentialsRefused),
         (s3_error("400 Bad Request", "ExpiredToken"), CredentialsRefused),
         (s3_error("404 Not Found", "NoSuchBucket"), ObjectNotFound),
@@ -179,7 +217,30 @@ async def test_each_failure_of_the_store_has_its_class(s3: Any, response: bytes,
             await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
         assert type(caught.value) is expected
         assert endpoint_url not in str(caught.value)
+        # Only what the job itself says wrong, or an object that was replaced, can never succeed as it is.
+        assert caught.value.retryable or expected in (InvalidInput, ObjectChanged)
         fetcher.close()
+
+
+async def test_a_redirect_to_nowhere_is_not_followed_for_ever(s3: Any) -> None:
+    answers = [http("301 Moved Permanently")] * 10
+    with answering(answers.pop) as endpoint_url:
+        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        with pytest.raises(StoreUnreachable, match="answered 301"):
+            await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
+        fetcher.close()
+    assert len(answers) >= 8
+
+
+async def test_a_bucket_of_another_region_is_read_there(s3: Any) -> None:
+    moved = b"<Error><Code>PermanentRedirect</Code><Message>m</Message></Error>"
+    head = b"HTTP/1.1 301 Moved Permanently\r\nx-amz-bucket-region: eu-central-1\r\nConnection: close\r\n"
+    answers = [head + b"Content-Length: %d\r\n\r\n" % len(moved) + moved, http("200 OK", b"bytes")]
+    with answering(lambda: answers.pop(0)) as endpoint_url:
+        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        assert (await fetcher.fetch(ImageRef(uri="s3://bucket/k"))).data == b"bytes"
+        fetcher.close()
+    assert not answers
 
 
 async def test_a_store_that_is_not_there_is_nobodys_fault(s3: Any) -> None:
@@ -219,8 +280,21 @@ class _Refusing:
         raise NoCredentialsError
 
 
+@pytest.mark.parametrize("operation", ["AssumeRole", "GetRoleCredentials", "CreateToken", "CreateOAuth2Token"])
+@pytest.mark.parametrize("code", ["AccessDenied", "NoSuchKey", "InvalidArgument", "Throttling", "InternalFailure"])
+def test_what_another_operation_answered_is_no_objects_fault(operation: str, code: str) -> None:
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 404}}, operation)  # type: ignore[typeddict-item]
+    assert type(classify(error)) is CredentialsRefused
+
+
+def test_the_session_of_a_directory_bucket_is_its_buckets_answer() -> None:
+    error = ClientError({"Error": {"Code": "NoSuchBucket"}}, "CreateSession")
+    assert type(classify(error)) is ObjectNotFound
+
+
 def test_nothing_secret_is_repeated() -> None:
     error = EndpointConnectionError(endpoint_url="http://user:secret@host")
     assert "secret" not in str(classify(error))
-    said = ClientError({"Error": {"Code": "AccessDenied", "Message": "secret"}}, "GetObject")
-    assert "secret" not in str(classify(said))
+    for operation in ("GetObject", "AssumeRole"):
+        said = ClientError({"Error": {"Code": "AccessDenied", "Message": "secret"}}, operation)
+        assert "secret" not in str(classify(said))

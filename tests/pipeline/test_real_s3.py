@@ -30,10 +30,11 @@ from nanovllm.errors import (
     SystemicError,
 )
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.fetch import ObjectFetcher, make_client
+from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.job import ImageRef, Job
 from nanovllm.pipeline.producer import _image_ref
 from nanovllm.pipeline.reuse import ImageReuse
+from nanovllm.pipeline.s3_client import make_client
 from nanovllm.pipeline.settings import S3Settings
 from nanovllm.pipeline.submission import plan_submissions
 
@@ -49,9 +50,11 @@ class Store:
     def __init__(self, s3: S3Part, *, versioned: bool = False, bucket: str | None = None) -> None:
         self.s3 = s3
         self.bucket = bucket or s3.make_bucket(versioned=versioned)
-        settings = S3Settings(endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path")
+        self.settings = S3Settings(
+            endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path"
+        )
         self.metrics = Metrics()
-        self.fetcher = ObjectFetcher(settings, max_bytes=32 * MIB)
+        self.fetcher = ObjectFetcher(self.settings, max_bytes=32 * MIB)
         self.images = ImageReuse(self.fetcher, None, lambda *_: None, self.metrics, max_bytes=64 * MIB)
 
     def put(self, body: bytes, key: str = "k") -> dict[str, Any]:
@@ -260,7 +263,7 @@ def answered_then(store: Store, then: Callable[[], None], *, without: str = "") 
         def close(self) -> None:
             self._client.close()
 
-    store.fetcher = ObjectFetcher(store.fetcher._settings, max_bytes=32 * MIB, client_factory=Client)
+    store.fetcher = ObjectFetcher(store.settings, max_bytes=32 * MIB, client_factory=Client)
     store.images._fetcher = store.fetcher
 
 

@@ -15,7 +15,7 @@ from bench import Bench, FaultyFetcher, eventually, png, reached
 from parts import create_topic
 
 from nanovllm.engine.echo import EchoEngine
-from nanovllm.errors import FetchFailed, ObjectNotFound, TransientError
+from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.delays import DelayedHeads
@@ -184,13 +184,28 @@ async def test_a_success_or_a_clear_answer_between_starts_the_count_again() -> N
     async def missing() -> None:
         raise ObjectNotFound("404")
 
+    async def unavailable() -> None:
+        raise ObjectUnavailable("400 KMS.DisabledException")
+
     circuit, openings = breaker()
-    for between in (working, missing):
+    for between in (working, missing, unavailable):
         for name in ("a", "b"):
             with pytest.raises(TransientError):
                 await circuit.call(name, failing)
-        with suppress(ObjectNotFound):
+        with suppress(ObjectNotFound, ObjectUnavailable):
             await circuit.call("c", between)
+    assert not openings
+
+
+async def test_objects_that_the_store_keeps_back_open_nothing() -> None:
+    async def unavailable() -> None:
+        raise ObjectUnavailable("400 KMS.DisabledException")
+
+    circuit, openings = breaker()
+    for name in "abcdef":
+        with pytest.raises(TransientError):
+            await circuit.call(name, unavailable)
+    assert circuit.is_closed
     assert not openings
 
 

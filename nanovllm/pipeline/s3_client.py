@@ -1,0 +1,279 @@
+"""The S3 client of a process: how it is made, and what each of its failures means.
+
+Only the answer to an operation on an object can be a job's fault. Everything before that (profile, region, endpoint,
+the credential chain with STS, SSO and the metadata services) is systemic, whatever its error looks like: a role ARN or
+a token that is too short is a ``ParamValidationError``, a missing token file a ``FileNotFoundError``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import botocore.exceptions as sdk
+import botocore.session
+from botocore.config import Config
+
+from nanovllm.errors import (
+    ConfigurationError,
+    CredentialsRefused,
+    FetchFailed,
+    InvalidInput,
+    NanoVLLMError,
+    ObjectArchived,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
+    ObjectUnavailable,
+    StoreUnreachable,
+    SystemicError,
+)
+from nanovllm.pipeline.settings import S3Settings
+
+T = TypeVar("T")
+
+# CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
+_OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession"})
+
+# Codes of AWS S3, MinIO, Ceph and Versity. What is in no set is told by its status; an unknown code is transient, so
+# that the circuit breaker holds the queue when every object gets it.
+_CREDENTIALS = frozenset(
+    {
+        "AccountProblem",
+        "AuthorizationHeaderMalformed",  # the SDK has tried the region that it names
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "IncompleteSignature",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidRegion",
+        "InvalidSecurity",
+        "InvalidToken",
+        "InvalidTokenId",
+        "MissingAuthenticationToken",
+        "MissingSecurityHeader",
+        "NotSignedUp",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnauthorizedAccess",
+        "UnrecognizedClientException",
+        "UnsupportedSignature",
+        "UserSuspended",
+    }
+)
+# MethodNotAllowed is the answer for a version that is a delete marker.
+_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "MethodNotAllowed"})
+_INPUT = frozenset(
+    {
+        "InvalidArgument",
+        "InvalidBucketName",
+        "InvalidObjectName",
+        "InvalidURI",
+        "KeyTooLongError",
+        "XMinioInvalidObjectName",
+    }
+)
+# InvalidRequest: the object is encrypted with a customer-provided key (SSE-C), which GetObject has to name.
+_UNAVAILABLE = frozenset({"InvalidRequest", "PermanentRedirect", "Redirect", "TemporaryRedirect"})
+
+
+class S3Client:
+    """A boto3 S3 client for many threads: made at its first use, and anew after a systemic failure.
+
+    A replaced secret, profile or certificate is so found without a restart.
+    """
+
+    def __init__(self, settings: S3Settings, make: Callable[[S3Settings], Any] | None = None) -> None:
+        self._settings = settings
+        self._make = make or make_client
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def call(self, operation: Callable[[Any], T]) -> T:
+        """What ``operation`` returns, given the client; it blocks.
+
+        Raises:
+            CredentialsRefused, StoreUnreachable: nothing can be asked now.
+            NanoVLLMError: as ``classify`` says, or what ``operation`` itself raised of this kind.
+        """
+        client = None
+        try:
+            client = self._connected()
+            return operation(client)
+        except Exception as error:
+            classed = error if isinstance(error, NanoVLLMError) else classify(error)
+            if isinstance(classed, SystemicError):
+                self._forget(client)
+            if classed is error:
+                raise
+            raise classed from error
+
+    def close(self) -> None:
+        """Close idle connections; the next call makes another client."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                try:
+                    self._client = self._make(self._settings)
+                except Exception as error:
+                    raise CredentialsRefused(
+                        f"the AWS SDK makes no client for the object store: {_reason(error)}"
+                    ) from error
+            return self._client
+
+    def _forget(self, failed: Any) -> None:
+        with self._lock:
+            if self._client is failed:
+                self._client = None
+
+
+def make_client(settings: S3Settings, *, max_attempts: int = 1) -> Any:
+    """A botocore S3 client with the time-outs of ``settings``; credentials come from the SDK's own chain.
+
+    It fetches credentials before each operation and apart from it. An operation raises CredentialsRefused where that
+    fails.
+
+    Raises:
+        BotoCoreError, ValueError, OSError: the environment or the SDK's files do not allow one.
+    """
+    # Not a shared session: it keeps credentials that were refused.
+    session = botocore.session.get_session()
+    client = _client_of(session, settings, max_attempts)
+
+    def fetch_credentials(**_: Any) -> None:
+        try:
+            credentials = session.get_credentials()
+            if credentials is None:
+                raise sdk.NoCredentialsError
+            frozen = credentials.get_frozen_credentials()
+        except Exception as error:
+            raise CredentialsRefused(f"no usable credentials for the object store: {_reason(error)}") from error
+        # A secret that was stored with its line break. As a header it would look like a failure of the request.
+        if not ((frozen.access_key or "").isprintable() and (frozen.token or "").isprintable()):
+            raise CredentialsRefused("the access key or session token has a line break or another control character")
+
+    def redirect_once(model: Any, context: dict[str, Any], **_: Any) -> None:
+        if model.name == "HeadBucket":
+            context.setdefault("s3_redirect", {})["redirected"] = True
+
+    client.meta.events.register_first("provide-client-params.s3", fetch_credentials)
+    # botocore 1.44 sends a HeadBucket for a redirect that names no region, and another one when that is redirected too,
+    # up to the RecursionError: a proxy that moves http to https does so.
+    client.meta.events.register_last("before-parameter-build.s3", redirect_once)
+    return client
+
+
+def check_settings(settings: S3Settings) -> None:
+    """Find out what can be known without a request and without credentials.
+
+    Raises:
+        ConfigurationError: the SDK can make no client: profile, configuration file, region or endpoint are at fault.
+    """
+    session = botocore.session.get_session()
+    session.set_credentials("unused", "unused")
+    try:
+        client = _client_of(session, settings, 1)
+    except (sdk.BotoCoreError, ValueError, OSError) as error:
+        raise ConfigurationError(f"the AWS SDK makes no client for the object store: {_reason(error)}") from error
+    if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
+        raise ConfigurationError(_BAD_ENDPOINT)
+
+
+_BAD_ENDPOINT = (
+    "the endpoint of the object store (NANOVLLM_S3__ENDPOINT_URL, or the AWS SDK's own setting) is no URL such as "
+    "http://minio:9000"
+)
+
+
+def _client_of(session: Any, settings: S3Settings, max_attempts: int) -> Any:
+    # The session's default, so that the clients of the credential chain (STS, SSO) have it too: with botocore's own
+    # time-outs and retries a job waits for minutes before the fault is known.
+    session.set_default_client_config(
+        Config(
+            connect_timeout=settings.connect_timeout_s,
+            read_timeout=settings.read_timeout_s,
+            max_pool_connections=settings.max_connections,
+            retries={"total_max_attempts": max_attempts, "mode": "standard"},
+            s3={"addressing_style": settings.addressing_style},
+            # Only where the store sends checksums by itself: other S3 servers refuse or lack the newer header.
+            response_checksum_validation="when_required",
+            request_checksum_calculation="when_required",
+        )
+    )
+    return session.create_client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region)
+
+
+def classify(error: Exception) -> NanoVLLMError:
+    """What a failure of an S3 operation means for the job. The message never repeats URLs, paths or credentials."""
+    if isinstance(error, sdk.ClientError):
+        if error.operation_name in _OBJECT_OPERATIONS:
+            return _classify_answer(error)
+        return CredentialsRefused(f"no usable credentials for the object store: {_reason(error)}")
+    if isinstance(error, sdk.ParamValidationError):
+        return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
+    if isinstance(error, (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.ChecksumError, sdk.FlexibleChecksumError)):
+        return FetchFailed(f"the object store broke off: {type(error).__name__}")
+    if isinstance(error, sdk.ConnectionError):
+        # A job cannot cause this, so it must not pay for it: an outage would make a dead letter of every job.
+        return StoreUnreachable(f"the object store cannot be reached: {type(error).__name__}")
+    if isinstance(error, sdk.BotoCoreError):
+        # Signing, endpoint rules, a missing dependency: the SDK does not get as far as to ask.
+        return CredentialsRefused(f"the AWS SDK cannot ask the object store: {_reason(error)}")
+    # urllib3 and http.client raise their own errors while the body is read.
+    return FetchFailed(f"reading the object broke off: {type(error).__name__}")
+
+
+def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
+    code, status, said = _code(error), _status(error), f"the object store {_answer(error)}"
+    if code in _CREDENTIALS:
+        return CredentialsRefused(said)
+    if code == "InvalidObjectState":
+        return ObjectArchived(said)
+    if code in _UNAVAILABLE or code.startswith("KMS."):
+        return ObjectUnavailable(said)
+    if code in _INPUT:
+        return InvalidInput(said)
+    if code in _NOT_FOUND or status == 404:
+        return ObjectNotFound(said)
+    if status == 412:
+        return ObjectChanged(f"{said}: the object has another entity tag than the job names")
+    if status in (401, 403):
+        return ObjectForbidden(said)
+    if 300 <= status < 400:
+        # S3 says in a code why it redirects; a proxy does not.
+        return StoreUnreachable(f"{said}: no S3 server, or not by this scheme")
+    return FetchFailed(said)
+
+
+def _reason(error: Exception) -> str:
+    """An error of the SDK by its name: its text may hold a URL, a path or what a service said about the caller."""
+    if isinstance(error, sdk.ClientError):
+        return f"{error.operation_name} {_answer(error)}"
+    if isinstance(error, sdk.ProfileNotFound):
+        return f"there is no AWS profile {error.kwargs['profile']!r}"
+    if isinstance(error, sdk.InvalidRegionError):
+        return f"{error.kwargs['region_name']!r} is no region"
+    if type(error) is ValueError and str(error).startswith("Invalid endpoint"):
+        return _BAD_ENDPOINT
+    return type(error).__name__
+
+
+def _answer(error: sdk.ClientError) -> str:
+    return f"answered {_status(error)} {_code(error)}".rstrip()
+
+
+def _code(error: sdk.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: sdk.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
