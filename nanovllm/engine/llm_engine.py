@@ -161,7 +161,7 @@ class LLMEngine:
         for row in plan.rows:
             if not row.sequence.times.first_scheduled:
                 row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(plan.rows, self.scheduler.waiting)
+        self.model_runner.embed_images(plan.rows, self.scheduler.upcoming())
         inputs = self.model_runner.prepare(plan)
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)
