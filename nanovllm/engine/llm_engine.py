@@ -76,7 +76,7 @@ class LLMEngine:
             self.model_runner,
             max_model_len=self.max_model_len,
             max_images=self.config.max_images_per_request,
-            eos_token_ids=self.checkpoint.eos_token_ids(),
+            eos_token_ids=self.checkpoint.eos_token_ids(self.model_runner.model.config.vocab_size),
         )
         self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
         self._requests: dict[str, list[Sequence]] = {}
