@@ -94,7 +94,13 @@ class SamplingParams(BaseModel):
         if len(constraints) > 1:
             raise ValueError(f"{' and '.join(constraints)} exclude each other")
         limit = MAX_SCHEMA_CHARS if self.json_schema is not None else MAX_CONSTRAINT_CHARS
-        if self.constraint is not None and len(self.constraint.text) > limit:
+        try:
+            constraint = self.constraint
+        except RecursionError:
+            raise ValueError("json_schema is nested too deeply") from None
+        except TypeError as error:
+            raise ValueError(f"json_schema is no JSON: {error}") from None
+        if constraint is not None and len(constraint.text) > limit:
             raise ValueError(f"{constraints[0]} is longer than {limit} characters")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n is {self.n}, but temperature 0 makes all outputs equal")

@@ -32,7 +32,7 @@ def extend(
     Returns the text that may be shown now, and why the output ends here if it does.
 
     Raises:
-        UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token at all.
+        UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token after the text.
     """
     sequence, known = row.sequence, len(row.sequence)
     text, new = "", 0
@@ -61,9 +61,12 @@ def _extend(sequence: Sequence, token: int, *, force: bool) -> tuple[str, Finish
             if reason is not None:
                 break
     if matcher.is_error():
-        if reason is None:
+        # In a dead end llguidance's mask allows the end tokens alone, so that "stop" says nothing here.
+        if reason in (None, "stop"):
             raise UnsupportedConstraint("the constraint is too complex, or allows no token after the text so far")
         return text, reason
+    if sequence.detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped() or matcher.is_accepting())):
+        return text, "length"  # a stop string or a stop token inside what the constraint demands
     # An output that is whole with its last token was not cut.
     return text, "stop" if matcher.is_stopped() else reason
 

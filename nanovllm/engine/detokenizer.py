@@ -37,9 +37,13 @@ class Detokenizer:
         self._held = ""
         self.text = ""
         self.is_stopped = False
+        self.is_cut = False
 
     def append(self, token_id: int) -> str:
-        """Add a token and return the text that may be shown now; sets ``is_stopped`` at a stop string."""
+        """Add a token and return the text that may be shown now.
+
+        Sets ``is_stopped`` at a stop string, and ``is_cut`` where the text then lacks some of what was written.
+        """
         self._num_tokens += 1
         self._window.append(token_id)
         fresh = self._unread()
@@ -72,6 +76,7 @@ class Detokenizer:
             if found is not None:
                 end = found[0] + (len(found[1]) if self._include_stop else 0)
                 self.is_stopped = True
+                self.is_cut = end < len(pending)
                 self._held = ""
                 self.text += pending[:end]
                 return pending[:end]

@@ -84,7 +84,8 @@ class GrammarCompiler:
         llguidance = _llguidance()
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         if state["model"]["type"] == "WordLevel":
-            return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words(self._tokenizer, self._vocab_size)))
+            words = _Words(self._tokenizer, self._vocab_size, self._end_token_ids)
+            return llguidance.LLTokenizer(llguidance.TokenizerWrapper(words))
         from llguidance.hf import from_tokenizer
 
         try:
@@ -96,11 +97,11 @@ class GrammarCompiler:
 class _Words:
     """A vocabulary whose tokens are their own text, in the form that llguidance's wrapper takes."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: Rows[int]) -> None:
         words = {index: token for token, index in tokenizer.get_vocab().items()}
         self.tokens = [words.get(index, "").encode() for index in range(vocab_size)]
         self.special_token_ids = list(tokenizer.all_special_ids)
-        self.eos_token_id = tokenizer.eos_token_id
+        self.eos_token_id = next(iter(end_token_ids), None)
         self.bos_token_id = tokenizer.bos_token_id
         self._encode = tokenizer.backend_tokenizer.encode
 
@@ -130,14 +131,15 @@ class TokenMasks:
         masks = torch.full((sum(1 + len(drafts) for _, drafts in rows), self._words), -1, dtype=torch.int32)
         places = iter(masks)
         for matcher, drafts in rows:
+            if matcher is not None and drafts:
+                # A draft may lead into a dead end, and no rollback mends a matcher that has found one.
+                matcher = matcher.deep_copy()
             for place in range(1 + len(drafts)):
                 mask = next(places)
                 if matcher is not None:
                     if place:
                         matcher.consume_token(drafts[place - 1])
                     matcher.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
-            if matcher is not None and drafts:
-                matcher.rollback(len(drafts))
         return masks
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 from operator import index
@@ -32,6 +32,7 @@ class Intake:
         self.processor: VisionProcessor | None = runner.processor
         self.prompts = PromptEncoder(
             tokenizer,
+            max_model_len=max_model_len,
             image_token_id=runner.image_token_id if self.processor else None,
             around_image=runner.around_image,
         )
@@ -59,11 +60,7 @@ class Intake:
         """
         arrived = time.perf_counter()
         token_ids, spans = self._expand(self._encode(prompt), list(images), salt)
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids)} tokens; with one token of output at most {self.max_model_len} fit"
-            )
+        self._check_length(len(token_ids))
         stop_token_ids = self._stop_token_ids(sampling)
         bad_words = self._bad_words(sampling)
         self._check_tokens("logit_bias", sampling.logit_bias)
@@ -75,7 +72,7 @@ class Intake:
                 token_ids=list(token_ids),
                 num_prompt_tokens=len(token_ids),
                 sampling=sampling,
-                max_tokens=min(sampling.max_tokens, room),
+                max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)),
                 index=place,
                 images=tuple(replace(span) for span in spans),
                 priority=priority,
@@ -97,18 +94,25 @@ class Intake:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.prompts.trusted(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.prompts.messages(prompt)  # type: ignore[arg-type]
-        try:
-            token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
-        except TypeError:
-            raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
+            token_ids = self.prompts.trusted(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            token_ids = self.prompts.messages(prompt)  # type: ignore[arg-type]
+        else:
+            self._check_length(len(prompt))
+            try:
+                token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
+            except TypeError:
+                raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
+        # Not of lists alone: a tokenizer may have more tokens than the model.
         image_token_id = self._image_token_id if self.processor else None
-        for token_id in token_ids:
-            if not 0 <= token_id < self._vocab_size and token_id != image_token_id:
-                raise InvalidInput(f"token {token_id} is outside the vocabulary of {self._vocab_size}")
+        self._check_tokens("prompt", {token_id for token_id in token_ids if token_id != image_token_id})
         return token_ids
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens >= self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens; with one token of output at most {self.max_model_len} fit"
+            )
 
     def _expand(
         self, token_ids: list[int], images: list[ImageSource | PreparedImage], salt: bytes
@@ -146,9 +150,11 @@ class Intake:
         """The tokens of each bad word, as it stands at the beginning of a text and after a space."""
         forms = {form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}")}
         ids = {tuple(self._tokenizer.encode(form, add_special_tokens=False)) for form in forms}
+        for form in ids:
+            self._check_tokens("bad_words", form)
         return tuple(sorted(form for form in ids if form))
 
-    def _check_tokens(self, name: str, token_ids: Rows[int] | Mapping[int, Any] | frozenset[int]) -> None:
+    def _check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidInput(f"{name}: token {token_id} is outside the vocabulary of {self._vocab_size}")

@@ -31,10 +31,12 @@ _MAX_ALTERNATIVES = 8
 def enforceable(schema: Any) -> Any:
     """The same schema for llguidance: without formats that assert nothing, with conditions on a property as choices.
 
-    Raises RecursionError for one that is nested too deeply.
+    Raises RecursionError for one that is nested too deeply, and ValueError where llguidance would take a name that
+    comes twice for two properties.
     """
     if not isinstance(schema, dict):
         return schema
+    _check_least_properties(schema)
     rewritten: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, dict):
@@ -50,6 +52,18 @@ def enforceable(schema: Any) -> Any:
     if choices:
         rewritten["allOf"] = [*rewritten.get("allOf", ()), *choices]
     return rewritten
+
+
+def _check_least_properties(schema: dict[str, Any]) -> None:
+    """Raise ValueError where ``minProperties`` asks for several properties whose names are not given."""
+    least, required = schema.get("minProperties", 0), schema.get("required", ())
+    if not isinstance(least, int) or not isinstance(required, list | tuple):
+        return  # llguidance refuses it
+    is_closed = schema.get("additionalProperties", True) is False and not schema.get("patternProperties")
+    if not is_closed and least > len(set(map(str, required))) + 1:
+        raise ValueError(
+            f"minProperties is {least} and required names {len(required)}: that the others differ cannot be enforced"
+        )
 
 
 def _take_conditions(schema: dict[str, Any], key: str) -> list[dict[str, Any]]:

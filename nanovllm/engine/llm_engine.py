@@ -76,7 +76,7 @@ class LLMEngine:
             self.model_runner,
             max_model_len=self.max_model_len,
             max_images=self.config.max_images_per_request,
-            eos_token_ids=self.checkpoint.eos_token_ids(),
+            eos_token_ids=self.checkpoint.eos_token_ids(self.model_runner.model.config.vocab_size),
         )
         self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
         self._requests: dict[str, list[Sequence]] = {}
@@ -161,7 +161,7 @@ class LLMEngine:
         for row in plan.rows:
             if not row.sequence.times.first_scheduled:
                 row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(plan.rows, self.scheduler.waiting)
+        self.model_runner.embed_images(plan.rows, self.scheduler.upcoming())
         inputs = self.model_runner.prepare(plan)
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)

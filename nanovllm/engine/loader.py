@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 from nanovllm.vision.checkpoints import read_config
 
+logger = logging.getLogger(__name__)
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _READ_BYTES = 1 << 24
 
 
@@ -77,16 +81,28 @@ class Checkpoint:
             tokenizer.chat_template = json.loads(own.read_text()).get("chat_template")
         return tokenizer
 
-    def eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end a text: of generation_config.json where it names any, else of the configuration."""
+    def eos_token_ids(self, vocab_size: int) -> frozenset[int]:
+        """The tokens that end a text: of generation_config.json where it names any, else of the configuration.
+
+        Ids outside the model's vocabulary can never be sampled: they are left out with a warning.
+        """
         text: Any = self.config.get_text_config()
-        found = getattr(text, "eos_token_id", None)
-        if (self.directory / "generation_config.json").is_file():
+        file, found = "config.json", getattr(text, "eos_token_id", None)
+        if (self.directory / _GENERATION).is_file():
             generation = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
-            found = generation.eos_token_id if generation.eos_token_id is not None else found
-        if found is None:
-            return frozenset()
-        return frozenset(found) if isinstance(found, list) else frozenset((found,))
+            if generation.eos_token_id is not None:
+                file, found = _GENERATION, generation.eos_token_id
+        named = found if isinstance(found, list) else [] if found is None else [found]
+        known = [token for token in named if type(token) is int and 0 <= token < vocab_size]
+        if len(known) < len(named):
+            logger.warning(
+                "eos_token_id is %r in %s, and the model has the tokens 0 to %d: the others are ignored, so that %s",
+                found,
+                file,
+                vocab_size - 1,
+                f"an output ends with {known}" if known else "an output ends at max_tokens or its own stop only",
+            )
+        return frozenset(known)
 
     @cached_property
     def parameter_digest(self) -> str:

@@ -25,7 +25,7 @@ from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.models import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.scheduler import Plan, ScheduledRow
-from nanovllm.engine.sequence import ImageSpan, Sequence, SequenceStatus
+from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.engine.staging import together
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.cache import EmbeddingCache, MemoryTier
@@ -160,50 +160,67 @@ class ModelRunner:
         host = [MemoryTier("host", beyond, "cpu")] if beyond else []
         return EmbeddingCache(self.config.embedding_cache_bytes, *host, device=self.device)
 
-    def embed_images(self, rows: Rows[ScheduledRow], waiting: Iterable[Sequence] = ()) -> None:
+    def embed_images(self, rows: Rows[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
         The embeddings stay with the sequence until it has computed past them, so that no eviction can take them away
-        between two chunks of its prompt. Images of ``waiting`` sequences fill the encoder's batch up and go to the
-        cache.
+        between two chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's
+        batch up and go to the cache.
         """
-        wanted: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
-        for row in rows:
-            for span in row.sequence.images:
-                if span.embedding is None and span.touches(row.start, row.end):
-                    wanted[row.sequence.cache_salt].append((row.sequence, span))
-        if wanted:
-            for sequence, span in self._ahead([span for spans in wanted.values() for _, span in spans], waiting):
-                wanted[sequence.cache_salt].append((sequence, span))
-        for salt, spans in wanted.items():
+        needed = [
+            (row.sequence, span)
+            for row in rows
+            for span in row.sequence.images
+            if span.embedding is None and span.touches(row.start, row.end)
+        ]
+        if not needed:
+            return
+        by_salt: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
+        for sequence, span in (*needed, *self._ahead([span for _, span in needed], upcoming)):
+            by_salt[sequence.cache_salt].append((sequence, span))
+        embeddings: dict[bytes, Tensor] = {}
+        for salt, spans in by_salt.items():
             started = time.perf_counter()
             assert self.processor is not None  # a sequence with images passed admission
             embedded = self.processor.embed([span.image for _, span in spans], salt)
             elapsed = time.perf_counter() - started
-            for (sequence, span), (embedding, outcome) in zip(spans, embedded, strict=True):
-                if sequence.status is SequenceStatus.RUNNING:  # who waits must hold nothing
-                    span.embedding = embedding
+            for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
+                embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
             for sequence in {id(sequence): sequence for sequence, _ in spans}.values():
                 sequence.times.encode_s += elapsed
+        for _, span in needed:
+            span.embedding = embeddings[span.key]
 
-    def _ahead(self, needed: Rows[ImageSpan], waiting: Iterable[Sequence]) -> Iterator[tuple[Sequence, ImageSpan]]:
-        """Images needed soon, as many as fit into a batch with the needed ones, and into half the cache."""
+    def _ahead(
+        self, needed: Rows[ImageSpan], upcoming: Iterable[tuple[Sequence, int]]
+    ) -> Iterator[tuple[Sequence, ImageSpan]]:
+        """The images of ``upcoming`` to encode along with the needed ones: the next distinct ones that the cache lacks.
+
+        Encoded ahead are, with what the cache already holds of them, at most half of its bytes and what the needed ones
+        leave. All of these are then its most recently used entries, so that this step evicts none of them.
+        """
         assert self.processor is not None
-        encoder = self.processor.encoder
-        room = self.config.encoder_batch_pixels - sum(prod(span.image.size) for span in needed)
-        storage = self.config.embedding_cache_bytes // 2
+        encoder, cache = self.processor.encoder, self.processor.cache
         if encoder.batch_size == 1:
             return  # deterministic: nothing is gained
-        for sequence in waiting:
+        row_bytes = encoder.width * encoder.dtype.itemsize
+        lengths = {span.key: span.length for span in needed}
+        capacity = self.config.embedding_cache_bytes
+        room = min(capacity // 2, capacity - sum(lengths.values()) * row_bytes)
+        pixels = self.config.encoder_batch_pixels - sum(prod(span.image.size) for span in needed)
+        for sequence, computed in upcoming:
             for span in sequence.images:
-                if span.outcome is not None or span.image.embedding is not None:
+                if span.end <= computed or span.key in lengths or span.image.embedding is not None:
                     continue
-                room -= prod(span.image.size)
-                storage -= span.length * encoder.width * encoder.dtype.itemsize
-                if room < 0 or storage < 0:
+                lengths[span.key] = span.length
+                room -= span.length * row_bytes
+                if room < 0:
                     return
-                yield sequence, span
+                if not cache.touch(span.key):
+                    pixels -= prod(span.image.size)
+                    if pixels >= 0:
+                        yield sequence, span
 
     def prepare(self, plan: Plan) -> StepInputs:
         """Turn a plan's rows into tensors, single-token rows first, or load them into a graph.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import InvalidInput, PlaceholderMismatch, UnsupportedModel
+from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 IMAGE_PLACEHOLDER = "<|image|>"
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+CHARS_PER_TOKEN = 128
+"""The most characters that a prompt may have for each token of the context, unless the vocabulary has a longer token.
+
+Where every character becomes part of a token, no longer text can fit. Tokenizers that drop white space, or that make
+one token of any unknown word, could take one: it is refused too.
+"""
+
+_ALWAYS_ENCODED_CHARS = 1 << 16  # a shorter text is never refused unencoded; a longer one is counted in such slices
+_USUAL_CHARS_PER_TOKEN = 8  # slices are counted of texts with more than these for each token of the context
 
 Piece = str | None  # untrusted text, or the place of an image
 
@@ -54,14 +64,18 @@ class _Parts(list[dict[str, str]]):
 class PromptEncoder:
     """Tokenises prompts and messages for one checkpoint. Holds no state between calls.
 
-    ``image_token_id`` None means that the model takes no images: a placeholder is then an error. ``around_image`` are
-    the tokens before and behind it, which some families want and their chat templates write.
+    A prompt that cannot fit ``max_model_len`` tokens is refused by its characters, images and messages, where these
+    tell; a result may still be longer. ``image_token_id`` None means that the model takes no images: a placeholder is
+    then an error. ``around_image`` are the tokens before and behind it, which some families want and their chat
+    templates write.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
         image_token: str = IMAGE_PLACEHOLDER,
+        *,
+        max_model_len: int,
         image_token_id: int | None = None,
         around_image: tuple[int, int] | None = None,
     ) -> None:
@@ -74,6 +88,9 @@ class PromptEncoder:
         self.image_token = image_token
         self.image_token_id = image_token_id
         self._around_image = around_image
+        self._max_model_len = max_model_len
+        longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
+        self._max_chars = max(max_model_len * max(longest, CHARS_PER_TOKEN), _ALWAYS_ENCODED_CHARS)
 
     @property
     def has_chat_template(self) -> bool:
@@ -81,13 +98,15 @@ class PromptEncoder:
         return bool(self._tokenizer.chat_template)
 
     def trusted(self, prompt: str) -> list[int]:
-        """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
+        """The tokens of a prompt whose author may write special tokens. No chat template is applied.
+
+        Raises as ``untrusted``.
+        """
+        pieces = tuple(self._split_images(prompt))
+        self._check_length(pieces, self._backend)
         ids = list(self._leading_ids)
-        for piece in self._split_images(prompt):
-            if piece is None:
-                ids += self._image_ids()
-            else:
-                ids += self._backend.encode(_valid(piece), add_special_tokens=False).ids
+        for piece in pieces:
+            ids += self._image_ids() if piece is None else _encode(piece, self._backend)
         return ids
 
     def untrusted(self, prompt: str, *, raw_prompt: bool = False) -> list[int]:
@@ -96,8 +115,10 @@ class PromptEncoder:
         Raises:
             InvalidInput: text that is no valid Unicode, or that the template or the tokenizer cannot take.
             PlaceholderMismatch: an image placeholder for a model that takes no images.
+            PromptTooLong: more characters or placeholders than fit.
         """
         pieces = tuple(self._split_images(prompt))
+        self._check_length(pieces, self._plain_backend)
         if raw_prompt or not self.has_chat_template:
             return self._leading_ids + self._encode_pieces(pieces)
         return self._render([_Turn("user", pieces, is_parts=False)])
@@ -112,15 +133,46 @@ class PromptEncoder:
         Raises:
             InvalidInput: unknown roles, fields or parts, text that is no valid Unicode, a refusal by the template.
             PlaceholderMismatch: an image part for a model that takes no images.
+            PromptTooLong: more characters, parts or messages than fit.
         """
+        if len(messages) > self._max_model_len:
+            raise PromptTooLong(f"{len(messages)} messages for a context of {self._max_model_len} tokens")
         turns = [_read_turn(number, message) for number, message in enumerate(messages)]
         if not turns:
             raise InvalidInput("messages is empty")
+        self._check_length([piece for turn in turns for piece in turn.pieces], self._plain_backend)
         if self.has_chat_template:
             return self._render(turns)
         if len(turns) > 1 or turns[0].role != "user":
             raise InvalidInput("the checkpoint has no chat template: it takes a prompt, or a single user message")
         return self._leading_ids + self._encode_pieces(turns[0].pieces)
+
+    def _check_length(self, pieces: Sequence[Piece], backend: Tokenizer) -> None:
+        """Refuse what is too long for certain, before anything is encoded; PromptTooLong.
+
+        Of a text that is longer than texts of so many tokens usually are, slices are encoded one by one, until they
+        have twice the tokens of the context: a cut may split a token, so that slices have a few more than the whole.
+        """
+        room = self._max_model_len
+        texts = [piece for piece in pieces if piece is not None]
+        for count, name in ((len(pieces) - len(texts), "images"), (len(texts), "parts of text")):
+            if count > room:
+                raise PromptTooLong(f"the prompt has {count} {name}; a context of {room} tokens is all there is")
+        chars = sum(map(len, texts))
+        if chars > self._max_chars:
+            raise PromptTooLong(
+                f"the prompt has {chars} characters; at most {self._max_chars} can fit a context of {room} tokens"
+            )
+        if chars <= max(_ALWAYS_ENCODED_CHARS, _USUAL_CHARS_PER_TOKEN * room):
+            return
+        text, known = "".join(texts), 0
+        for start in range(0, chars, _ALWAYS_ENCODED_CHARS):
+            known += len(_encode(text[start : start + _ALWAYS_ENCODED_CHARS], backend))
+            if known > 2 * room:
+                raise PromptTooLong(
+                    f"the prompt has {chars} characters, and the first {start + _ALWAYS_ENCODED_CHARS} have {known} "
+                    f"tokens; a context of {room} tokens is all there is"
+                )
 
     def _render(self, turns: Sequence[_Turn]) -> list[int]:
         """Render ``turns`` in the first form of content that the template takes without losing anything."""
@@ -176,15 +228,16 @@ class PromptEncoder:
         the list of added tokens; the text is then cut inside the token and encoded again.
         """
         ids: list[int] = []
-        stack = [_valid(text)]
+        stack = [text]
         while stack:
             part = stack.pop()
+            part_ids = _encode(part, self._plain_backend)
+            if self._forbidden_ids.isdisjoint(part_ids):
+                ids += part_ids
+                continue
             encoding = self._plain_backend.encode(part, add_special_tokens=False)
             spans = zip(encoding.ids, encoding.offsets, strict=True)
             offenders = [span for token, span in spans if token in self._forbidden_ids]
-            if not offenders:
-                ids += encoding.ids
-                continue
             if any(stop - start < 2 for start, stop in offenders):
                 raise InvalidInput("the text holds a character that the tokenizer writes as a control token only")
             cuts = [0, *(start + 1 for start, _ in offenders), len(part)]
@@ -306,10 +359,13 @@ def _read_part(name: str, part: Any) -> Piece:
     raise InvalidInput(f"{name} is neither a text part nor an image part")
 
 
-def _valid(text: str) -> str:
-    """``text``; InvalidInput when it holds half of a surrogate pair, which no tokenizer takes."""
+def _encode(text: str, backend: Tokenizer) -> list[int]:
+    """The tokens of ``text``; InvalidInput when it holds half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidInput("the text holds half of a surrogate pair: it is no valid Unicode") from None
-    return text
+    # `Tokenizer.encode` holds the GIL throughout, and computes offsets.
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    return ids

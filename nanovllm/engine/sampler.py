@@ -107,7 +107,7 @@ class Sampler:
         vocab = logits.shape[-1]
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(vocab, device=logits.device)
-        limits = self._column([k if k > 0 else vocab for k in top_k])
+        limits = self._column([min(k, vocab) if k > 0 else vocab for k in top_k])
         ordered = ordered.masked_fill(ranks >= limits, _NEVER)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities

@@ -144,11 +144,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 return
-            hashes = sequence.block_hashes(self.blocks.block_size)
-            # At least one token is left to compute: without it there would be no logits to sample from.
-            reusable = hashes[: (len(sequence) - 1) // self.blocks.block_size]
-            if sequence.lacks_prompt_logprobs:
-                reusable = []
+            reusable = self._reusable_hashes(sequence)
             cached = self.blocks.match(reusable)
             # Another sequence computes the very next block right now: wait for it instead of computing it twice.
             if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
@@ -168,9 +164,27 @@ class Scheduler:
                 self.prefix_cache_queries += len(sequence)
                 self.prefix_cache_hits += num_cached
             if self.blocks.enable_prefix_caching:
-                in_flight.update(hashes[len(cached) :])
+                in_flight.update(sequence.block_hashes(self.blocks.block_size)[len(cached) :])
             budget -= num_tokens
             yield ScheduledRow(sequence, num_cached, num_tokens)
+
+    def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
+        """The hashes of the leading blocks that a waiting sequence may find in the prefix cache."""
+        if sequence.lacks_prompt_logprobs:
+            return []
+        # At least one token is left to compute: without it there would be no logits to sample from.
+        size = self.blocks.block_size
+        return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
+
+    def upcoming(self) -> Iterator[tuple[Sequence, int]]:
+        """All sequences in the order in which they are computed, each with its first token that has yet to be.
+
+        Of waiting ones, tokens that the prefix cache holds count as computed.
+        """
+        for sequence in self.running:
+            yield sequence, sequence.num_computed_tokens
+        for sequence in self.waiting:
+            yield sequence, len(self.blocks.match(self._reusable_hashes(sequence))) * self.blocks.block_size
 
     def _with_drafts(self, rows: list[ScheduledRow]) -> Iterator[ScheduledRow]:
         """Add drafts to the rows that sample, as long as the step stays small and blank blocks are there."""

@@ -243,6 +243,11 @@ class EmbeddingCache(Generic[Note]):
             self._hits_by_file += 1
             return embedding, note
 
+    def touch(self, key: bytes) -> bool:
+        """Whether the entry of ``key`` is held; it then is the most recently used one. Counts as no hit."""
+        with self._lock:
+            return self._use(key) is not None
+
     def stats(self) -> CacheStats:
         """Counts since the start, and what is held now."""
         with self._lock:
@@ -280,18 +285,23 @@ class EmbeddingCache(Generic[Note]):
 
     def _hit(self, key: bytes) -> Tensor | None:
         """Under the lock: the entry's embedding, beside the encoder, where any tier has it."""
+        found = self._use(key)
+        if found is None:
+            return None
+        tier, entry = found
+        self._hits[tier] += 1
+        self._seconds_saved += entry.seconds
+        return entry.embedding if self._device is None else entry.embedding.to(self._device)
+
+    def _use(self, key: bytes) -> tuple[Tier, Entry] | None:
+        """Under the lock: the entry and the tier that held it; it moves to the first tier where it fits in there."""
         for tier in self._tiers:
             entry = tier.get(key)
             if entry is None:
                 continue
-            self._hits[tier] += 1
-            self._seconds_saved += entry.seconds
-            embedding = entry.embedding
-            if tier is not self._tiers[0]:
-                if entry.nbytes <= self._tiers[0].max_bytes:
-                    self._store(key, tier.pop(key))
-                embedding = entry.embedding if self._device is None else entry.embedding.to(self._device)
-            return embedding
+            if tier is not self._tiers[0] and entry.nbytes <= self._tiers[0].max_bytes:
+                self._store(key, tier.pop(key))
+            return tier, entry
         return None
 
     def _lead(

@@ -101,5 +101,11 @@ def test_stop_strings_count_only_after_min_tokens() -> None:
     assert stream(text, stop=("stop",), min_tokens=first)[1].text == "stop it "
 
 
+def test_a_text_is_cut_where_a_stop_string_leaves_something_out() -> None:
+    assert stream("x stop", stop=("stop",))[1].is_cut
+    assert not stream("x stop", stop=("stop",), include_stop=True)[1].is_cut
+    assert not stream("x stop", stop=("halt",))[1].is_cut
+
+
 def test_overlapping_beginnings_of_a_stop_string_are_found() -> None:
     assert stream("xaaab", stop=("aab",))[1].text == "xa"

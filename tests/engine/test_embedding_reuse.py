@@ -145,7 +145,7 @@ def test_images_of_waiting_requests_fill_the_encoders_batch(llava: Path, batches
     engine.audit()
     assert batches == [3]
     outcomes = [output.images[0].outcome for output in drain(engine).values()]
-    assert sorted(outcomes) == ["joined", "miss", "miss", "miss"]
+    assert sorted(outcomes) == ["hit", "miss", "miss", "miss"]
     assert batches == [3]
 
 
@@ -163,6 +163,59 @@ def test_no_more_is_encoded_ahead_than_there_is_room_for(llava: Path, batches: l
         engine.add_request(PROMPT, greedy(2), images=[noise_image(seed)], request_id=str(seed))
     drain(engine)
     assert batches == [1, 1, 1]
+
+
+def encoder_runs(directory: Path, requests: list[list[int]], **options: Any) -> int:
+    """How many images an engine encodes for requests of these pictures, all queued at once."""
+    engine = make_engine(directory, **options)
+    pictures = {seed: noise_image(seed) for seeds in requests for seed in seeds}
+    for number, seeds in enumerate(requests):
+        engine.add_request(
+            " and ".join([PROMPT] * len(seeds)),
+            greedy(3),
+            images=[pictures[seed] for seed in seeds],
+            request_id=str(number),
+        )
+    outputs = drain(engine)
+    assert [len(outputs[str(number)].images) for number in range(len(requests))] == [len(seeds) for seeds in requests]
+    return engine.stats().encoder_images
+
+
+QUEUES: dict[str, list[list[int]]] = {
+    "an image each": [[seed] for seed in range(24)],
+    "several images each": [list(range(4 * number, 4 * number + 4)) for number in range(6)],
+    "one or many": [[0], [1, 2, 3, 4], [5], [6, 7], [8, 9, 10], [11], [12, 13, 14, 15], [16]],
+    "each image twice in a row": [[seed // 2] for seed in range(24)],
+    "each request has its neighbour's image": [[seed, seed + 1] for seed in range(16)],
+}
+
+
+@pytest.mark.parametrize("seats", [1, 2])
+@pytest.mark.parametrize("held", [8, 10, 13, 100])
+@pytest.mark.parametrize("requests", list(QUEUES.values()), ids=list(QUEUES))
+def test_every_picture_of_a_queue_is_encoded_once_where_the_cache_holds_what_runs(
+    llava: Path, requests: list[list[int]], held: int, seats: int
+) -> None:
+    distinct = len({seed for seeds in requests for seed in seeds})
+    for host in (0, 1, 5):
+        sizes = {"embedding_cache_bytes": held * ONE_IMAGE, "embedding_cache_host_bytes": host * ONE_IMAGE}
+        assert encoder_runs(llava, requests, max_num_seqs=seats, **sizes) == distinct
+
+
+@pytest.mark.parametrize("held", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [5, 8, 512])
+def test_a_cache_smaller_than_the_pictures_of_a_request_encodes_none_of_them_twice(
+    llava: Path, held: int, tokens: int
+) -> None:
+    requests = [list(range(5 * number, 5 * number + 5)) for number in range(4)]
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": tokens, "embedding_cache_bytes": held * ONE_IMAGE}
+    assert encoder_runs(llava, requests, **options) == 20
+
+
+def test_pictures_whose_prompts_the_prefix_cache_holds_are_not_encoded_ahead(llava: Path) -> None:
+    requests = [[0], [1], *([seed] for seed in range(2, 10)), [0], [1]]
+    options = {"embedding_cache_bytes": 4 * ONE_IMAGE, "max_num_seqs": 1, "block_size": 4}
+    assert encoder_runs(llava, requests, enable_prefix_caching=True, **options) == 10
 
 
 def test_what_was_encoded_ahead_and_evicted_is_encoded_again(llava: Path, batches: list[int]) -> None:

@@ -166,6 +166,79 @@ def test_a_constraint_outweighs_bad_words_and_min_tokens(engine: LLMEngine) -> N
     assert (output.text, output.finish_reason) == ("yes", "stop")
 
 
+DEAD_END = {
+    "type": "object",
+    "properties": {"score": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "patternProperties": {"^score$": {"type": "integer"}},  # llguidance allows a comma, and then no other property
+    "additionalProperties": False,
+    "required": ["score"],
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n": 2, "temperature": 0.5, "seed": 1},
+        {"min_tokens": 30, "max_tokens": 60},
+        {"stop": ["}"], "include_stop_str_in_output": True},
+        {"ignore_eos": True},
+        {"logprobs": 1},
+    ],
+    ids=str,
+)
+def test_a_dead_end_is_an_error_and_no_whole_text(
+    engine: LLMEngine, unforced: LLMEngine, options: dict[str, Any]
+) -> None:
+    comma = engine.tokenizer.convert_tokens_to_ids(",")
+    for one in (engine, unforced):
+        assert ask(one, json_schema=DEAD_END, logit_bias={comma: -100.0}).text.startswith('{"score": ')
+        with pytest.raises(UnsupportedConstraint, match="allows no token after the text so far"):
+            ask(one, json_schema=DEAD_END, logit_bias={comma: 100.0}, **options)
+        assert not one.has_unfinished()
+        one.audit()
+
+
+async def test_a_dead_end_fails_its_own_request_alone(text: Path) -> None:
+    async with AsyncEngine(LLMEngine(str(text), kv_cache_bytes=4 << 20)) as engine:
+        comma = {engine._engine.tokenizer.convert_tokens_to_ids(","): 100.0}
+        dead = SamplingParams(temperature=0.0, max_tokens=200, json_schema=DEAD_END, logit_bias=comma)
+        free = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        neighbour, lost = (
+            engine.submit(Request("n", PROMPT, sampling=free)),
+            engine.submit(Request("d", PROMPT, sampling=dead)),
+        )
+        with pytest.raises(UnsupportedConstraint):
+            await lost
+        assert len((await neighbour).token_ids) == 40
+        assert engine.death is None
+
+
+def test_a_stop_inside_a_constraint_is_reported_as_a_cut(engine: LLMEngine, unforced: LLMEngine) -> None:
+    quote = engine.tokenizer.convert_tokens_to_ids('"')
+    cut: list[dict[str, Any]] = [
+        {"json_schema": SCHEMA, "stop": ["kind"]},
+        {"json_schema": SCHEMA, "stop": ["kind"], "include_stop_str_in_output": True},
+        {"json_schema": SCHEMA, "stop": ["}"]},
+        {"choice": ["yes.no"], "stop": [".no"]},
+        {"choice": ["yes.no"], "stop": ["."]},
+        {"regex": '[a-z]"[a-z]+', "stop_token_ids": [quote]},
+        {"grammar": 'start: "a" <[2]> "b"'},  # the end of the sequence as a part of the text
+    ]
+    whole: list[dict[str, Any]] = [
+        {"json_schema": SCHEMA, "stop": ["}"], "include_stop_str_in_output": True},
+        {"choice": ["yes", "yes, it is"], "stop": ["is"], "include_stop_str_in_output": True},
+        {"choice": ["yes.no"], "stop": [".no"], "include_stop_str_in_output": True},
+        {"choice": ["yes", "yes, it is"], "stop": ["maybe"]},
+        {"regex": '[a-z]"', "stop_token_ids": [quote]},
+        {"regex": "(ab)*", "min_tokens": 20},
+        {"grammar": 'start: "a" <[2]>?'},
+    ]
+    for one in (engine, unforced):
+        assert [ask(one, **options).finish_reason for options in cut] == ["length"] * len(cut)
+        assert [ask(one, **options).finish_reason for options in whole] == ["stop"] * len(whole)
+
+
 def test_every_output_of_a_request_has_a_constraint_of_its_own(engine: LLMEngine) -> None:
     output = ask(engine, n=3, temperature=2.0, seed=3, json_schema=SCHEMA)
 
@@ -186,6 +259,10 @@ def test_with_logprobs_every_token_is_computed(engine: LLMEngine) -> None:
         {"json_schema": {"type": "strong"}},
         {"json_schema": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}},
         {"json_schema": {"not": {"type": "string"}}},
+        {"json_schema": {"allOf": [{"const": 1}, {"const": 2}]}},
+        {"json_schema": {"type": "integer", "minimum": 5, "maximum": 2}},
+        {"json_schema": {"type": "object", "patternProperties": {"^a": {}, "^ab": {}}}},
+        {"json_schema": {"type": "object", "required": ["a"], "properties": {"a": False}}},
         {"regex": "("},
         {"regex": r"(?=a)b"},
         {"grammar": "start: nothing"},

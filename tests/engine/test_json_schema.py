@@ -69,6 +69,33 @@ def test_what_has_no_exact_form_stays_and_is_refused(engine: LLMEngine, schema: 
         engine.add_request("JSON:", SamplingParams(json_schema=schema))
 
 
+@pytest.mark.parametrize(
+    ("schema", "is_enforced"),
+    [
+        ({"type": "object", "minProperties": 1}, True),
+        ({"type": "object", "minProperties": 2}, False),
+        (
+            {"type": "object", "patternProperties": {"^a$": {}}, "additionalProperties": False, "minProperties": 2},
+            False,
+        ),
+        ({**OBJECT, "required": ["a", "b", "c"], "minProperties": 4}, True),
+        ({**OBJECT, "required": ["a", "b", "c"], "minProperties": 5}, False),
+        ({**OBJECT, "required": ["a", "b", "c"], "additionalProperties": False, "minProperties": 3}, True),
+        ({"type": "array", "items": {"type": "object", "minProperties": 2}}, False),
+    ],
+    ids=json.dumps,
+)
+def test_a_name_that_comes_twice_never_counts_as_two_properties(
+    engine: LLMEngine, schema: dict[str, Any], is_enforced: bool
+) -> None:
+    if is_enforced:
+        engine.abort(engine.add_request("JSON:", SamplingParams(json_schema=schema)))
+        engine.step()
+    else:
+        with pytest.raises(UnsupportedConstraint, match="minProperties is "):
+            engine.add_request("JSON:", SamplingParams(json_schema=schema))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["dependencies on names", "one property of two", "closed object", "dependentSchemas"])
 def test_outputs_conform_to_the_schema_as_it_was_given(engine: LLMEngine, name: str, seed: int) -> None:

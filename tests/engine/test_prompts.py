@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanovllm.engine.prompts import PromptEncoder
-from nanovllm.errors import InvalidInput, PlaceholderMismatch
+from nanovllm.engine.prompts import CHARS_PER_TOKEN, PromptEncoder
+from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong
 
 STRINGS_ONLY = (
     "{%- if messages[0].role == 'system' %}"
@@ -38,6 +38,7 @@ SHOUTS = "{% for message in messages %}{{ '<|im_start|>' + message['content'] | 
 TOKENIZER = make_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
 ADDED = frozenset(TOKENIZER.added_tokens_decoder)
+CONTEXT = 2048
 
 
 def encoder(template: str | None = None, *, image_token_id: int | None = IMAGE) -> PromptEncoder:
@@ -45,11 +46,11 @@ def encoder(template: str | None = None, *, image_token_id: int | None = IMAGE) 
     if template is not None:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = template
-    return PromptEncoder(tokenizer, image_token_id=image_token_id)
+    return PromptEncoder(tokenizer, max_model_len=CONTEXT, image_token_id=image_token_id)
 
 
 def raw_encoder() -> PromptEncoder:
-    return PromptEncoder(make_tokenizer(chat_template=False), image_token_id=IMAGE)
+    return PromptEncoder(make_tokenizer(chat_template=False), max_model_len=CONTEXT, image_token_id=IMAGE)
 
 
 def added_tokens(ids: list[int]) -> list[str]:
@@ -241,7 +242,7 @@ def test_a_vocabulary_that_spells_its_own_control_tokens_still_lets_none_out_of_
     pieces = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -5.0) for letter in "abcdefs</>▁ ")]
     model = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
-    prompts = PromptEncoder(tokenizer)
+    prompts = PromptEncoder(tokenizer, max_model_len=CONTEXT)
     assert tokenizer("a</s>b").input_ids.count(1) == 1
     ids = prompts.untrusted("a</s></s>b</s>é")
     assert 1 not in ids
@@ -256,5 +257,120 @@ def test_a_beginning_of_sequence_token_leads_raw_and_trusted_prompts() -> None:
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", unk_token="<unk>")
-    prompts = PromptEncoder(tokenizer)
+    prompts = PromptEncoder(tokenizer, max_model_len=CONTEXT)
     assert prompts.trusted("a b") == prompts.untrusted("a b") == [0, 1, 2]
+
+
+class _Counting:
+    """A backend of tokenizers that counts the characters it is given."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend, self.chars = backend, 0
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.chars += sum(map(len, texts))
+        return self.backend.encode_batch_fast(texts, **options)
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.chars += len(text)
+        return self.backend.encode(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+def counting(prompts: PromptEncoder) -> list[_Counting]:
+    """Counters in the place of both backends of ``prompts``."""
+    prompts.untrusted("hello")  # makes what is made once
+    counters = [_Counting(prompts._backend), _Counting(prompts._plain_backend)]
+    prompts._backend, prompts.__dict__["_plain_backend"] = counters  # type: ignore[assignment]
+    return counters
+
+
+LONG = 8_300_000
+TOO_LONG: dict[str, Any] = {
+    "words": "total " * (LONG // 6),
+    "white space": " " * LONG,
+    "one word": "a" * LONG,
+    "characters of three bytes": "日" * (LONG // 3),
+    "placeholders": IMAGE_TOKEN * (LONG // len(IMAGE_TOKEN)),
+    "special tokens": IM_START * (LONG // len(IM_START)),
+}
+
+
+@pytest.mark.parametrize("prompt", TOO_LONG.values(), ids=list(TOO_LONG))
+@pytest.mark.parametrize("way", ["trusted", "untrusted", "raw", "message", "parts"])
+def test_what_cannot_fit_is_refused_before_it_is_encoded(way: str, prompt: str) -> None:
+    prompts = encoder()
+    counters = counting(prompts)
+    ways = {
+        "trusted": lambda: prompts.trusted(prompt),
+        "untrusted": lambda: prompts.untrusted(prompt),
+        "raw": lambda: prompts.untrusted(prompt, raw_prompt=True),
+        "message": lambda: prompts.messages([{"role": "user", "content": prompt}]),
+        "parts": lambda: prompts.messages([{"role": "user", "content": [{"type": "text", "text": prompt}]}]),
+    }
+    with pytest.raises(PromptTooLong, match=r"^the prompt has \d+ (characters; at most \d+ can|images; a)"):
+        ways[way]()
+    assert [counter.chars for counter in counters] == [0, 0]
+
+
+def test_many_messages_are_refused_by_the_sum_of_their_texts_and_by_their_number() -> None:
+    prompts = encoder()
+    counters = counting(prompts)
+    text = {"type": "text", "text": "a"}
+    for messages in (
+        [{"role": "user", "content": "the total " * 500}] * 100,
+        [{"role": "user", "content": ""}] * 30_000,
+        [{"role": "user", "content": [text] * 30_000}],
+        [{"role": "user", "content": [{"type": "image"}] * 30_000}],
+    ):
+        with pytest.raises(PromptTooLong):
+            prompts.messages(messages)
+    assert [counter.chars for counter in counters] == [0, 0]
+
+
+@pytest.mark.parametrize("word", ["the total of ", "日本", "    ", "x"])
+def test_of_a_long_text_no_more_is_encoded_than_tells_that_it_is_too_long(word: str) -> None:
+    prompts = PromptEncoder(TOKENIZER, max_model_len=40_000)
+    counters = counting(prompts)
+    text = word * (3_000_000 // len(word))
+    for encode in (prompts.trusted, prompts.untrusted):
+        with pytest.raises(PromptTooLong, match=r"characters, and the first \d+ have \d+ tokens"):
+            encode(text)
+    assert all(0 < counter.chars < 1_200_000 for counter in counters)
+
+
+def swallowing() -> PreTrainedTokenizerFast:
+    """A tokenizer whose white space is nothing and whose unknown words are one token each."""
+    model = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+
+
+def long_token() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token of 1,000 spaces."""
+    model = Tokenizer(models.BPE({" " * 1000: 0, "a": 1}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    tokenizer.add_tokens([" " * 1000])
+    return tokenizer
+
+
+def test_what_fits_is_never_refused_by_its_characters() -> None:
+    for tokenizer, text, count in (
+        (swallowing(), "a" + " " * 60_000 + "a", 2),
+        (swallowing(), "x" * 60_000, 1),
+        (swallowing(), "a " + "x" * (CHARS_PER_TOKEN * 1000 - 2), 2),
+        (long_token(), " " * 1000 * 990, 990),
+        (TOKENIZER, IM_START * 900, 900),
+    ):
+        prompts = PromptEncoder(tokenizer, max_model_len=1000)
+        assert len(prompts.trusted(text)) == count
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(min_size=1, max_size=12), st.integers(70_000, 140_000), st.booleans())
+def test_no_text_that_fits_is_refused_by_its_slices(part: str, chars: int, added: bool) -> None:
+    text = (part + IM_START * added) * (chars // len(part))
+    ids = PromptEncoder(TOKENIZER, max_model_len=10**6).trusted(text)
+    assert PromptEncoder(TOKENIZER, max_model_len=len(ids) + 1).trusted(text) == ids

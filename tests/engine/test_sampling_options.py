@@ -91,6 +91,11 @@ def test_a_bias_decides_and_a_neighbour_does_not_feel_it(engine: LLMEngine) -> N
     assert both[1].token_ids == plain.token_ids
 
 
+def test_more_best_tokens_than_there_are_keep_all(engine: LLMEngine) -> None:
+    options = {"temperature": 1.0, "seed": 1}
+    assert ask(engine, top_k=10**400, **options).token_ids == ask(engine, top_p=0.999999, **options).token_ids
+
+
 @pytest.mark.parametrize("options", [{"logit_bias": {10**6: 1.0}}, {"stop_token_ids": [-1]}])
 def test_tokens_outside_the_vocabulary_are_refused(engine: LLMEngine, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="outside the vocabulary"):
@@ -106,11 +111,20 @@ def test_tokens_outside_the_vocabulary_are_refused(engine: LLMEngine, options: d
         {"json_schema": {"enum": ["a" * 270_000]}},
         {"regex": "a" * 70_000},
         {"top_q": 1},
+        {"json_schema": {"enum": [{1, 2}]}},
     ],
 )
 def test_options_that_contradict_one_another_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(**options)
+
+
+def test_a_schema_nested_beyond_what_json_can_write_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(ValidationError, match="nested too deeply"):
+        SamplingParams(json_schema=schema)
 
 
 def test_several_outputs_differ_and_each_is_the_one_of_its_seed(engine: LLMEngine) -> None:

@@ -25,7 +25,7 @@ Written = tuple[bytes, tuple[int, ...], tuple[tuple[bytes, int], ...]]
 class _Text:
     """Stands where a Detokenizer would."""
 
-    is_stopped = False
+    is_stopped = is_cut = False
 
     def append(self, _: int) -> str:
         return ""

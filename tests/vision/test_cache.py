@@ -110,6 +110,17 @@ def test_a_cache_of_no_bytes_still_computes_equal_images_once() -> None:
         EmbeddingCache[str](-1)
 
 
+def test_a_touched_entry_outlives_the_others_in_every_tier_and_counts_as_no_hit() -> None:
+    cache = EmbeddingCache[str](2 * ENTRY_BYTES, MemoryTier("host", ENTRY_BYTES))
+    ask(cache, 1, 2, 3)
+    assert [cache.touch(key(number)) for number in (1, 4)] == [True, False]
+    assert (cache.stats().hits, cache.stats().misses, cache.stats().seconds_saved) == (0, 3, 0)
+    ask(cache, 5)
+    assert ask(cache, 1) == ["hit"]
+    assert [tier.hits for tier in cache.stats().tiers] == [1, 0]
+    cache.audit()
+
+
 def test_an_evicted_tensor_stays_whole_for_whoever_holds_it() -> None:
     cache = EmbeddingCache[str](ENTRY_BYTES)
     ((held, _),) = cache.get_or_compute([key(1)], lambda _: [embedding(1)])
