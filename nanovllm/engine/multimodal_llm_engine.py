@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.images import ImageSource
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.processor import PromptImages
 
 
 class MultiModalLLM(LLMEngine):
@@ -60,7 +58,7 @@ class MultiModalLLM(LLMEngine):
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        images: Sequence[ImageSource | PreparedImage] | None = (),
+        images: PromptImages = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -86,3 +84,7 @@ class MultiModalLLM(LLMEngine):
             "image_token_id": self.processor.image_token_id,
             **self.model_runner.get_vision_stats(),
         }
+
+
+MultiModalLLMEngine = MultiModalLLM
+"""The engine under the name of the guide's API reference."""
