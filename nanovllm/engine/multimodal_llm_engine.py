@@ -13,11 +13,12 @@ from nanovllm.vision.processor import PromptImages
 class MultiModalLLM(LLMEngine):
     """An engine that takes images when ``enable_multimodal`` is set, and is ``LLMEngine`` without images otherwise.
 
-    A LLaVA checkpoint brings its own tower, size and number of tokens. A Qwen-VL checkpoint takes images at their own
-    size, between ``min_pixels`` and ``max_pixels``, and at most ``max_image_tokens`` tokens each. A text checkpoint is
-    composed with ``vision_model``, by default CLIP's base tower with patches of 32 pixels, at 224 pixels and 49 tokens
-    an image; its projector is untrained unless ``projector`` names one. Without ``enable_multimodal`` the vision
-    options have no effect.
+    A LLaVA checkpoint brings its own tower, size and number of tokens; others than its own are interpolated and pooled,
+    with a warning. A Qwen-VL checkpoint takes images at their own size, between ``min_pixels`` and ``max_pixels``, and
+    at most ``max_image_tokens`` tokens each; there ``max_image_size`` bounds the area, to that of a square, and
+    ``num_vision_tokens`` the tokens. A text checkpoint is composed with ``vision_model``, by default CLIP's base tower
+    with patches of 32 pixels, at 224 pixels and 49 tokens an image; its projector is untrained unless ``projector``
+    names one. Without ``enable_multimodal`` the vision options have no effect.
     """
 
     def __init__(

@@ -41,6 +41,7 @@ class NativeEncoder(ImageEncoder):
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_image_size: int | None = None,
         max_image_tokens: int | None = None,
         freeze_vision_weights: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -48,8 +49,8 @@ class NativeEncoder(ImageEncoder):
     ) -> Self:
         """Take the tower out of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
 
-        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_tokens`` lowers the second, to the
-        area that takes as many tokens.
+        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_size`` lowers the second, to the
+        area of a square of that many pixels a side, and ``max_image_tokens`` to the area that takes as many tokens.
 
         Raises:
             ModelNotFound: the directory lacks a file or tensors.
@@ -72,12 +73,14 @@ class NativeEncoder(ImageEncoder):
         if transform.resize != "pixel_budget" or transform.size[2] != multiple:
             raise UnsupportedModel(f"the preprocessor of {directory.name!r} makes no multiples of {multiple} pixels")
         smallest, largest = min_pixels or transform.size[0], max_pixels or transform.size[1]
+        if max_image_size is not None:
+            largest = min(largest, max_image_size**2)
         if max_image_tokens is not None:
             largest = min(largest, max_image_tokens * multiple**2)
         if largest < multiple**2 or (smallest > largest and min_pixels is not None):
             raise ConfigurationError(
                 f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
-                "see min_pixels, max_pixels and max_image_tokens"
+                "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
             )
         transform = replace(transform, size=(min(smallest, largest), largest, multiple))
         encoder._finish(directory.name, transform, freeze_vision_weights, dtype, device)
