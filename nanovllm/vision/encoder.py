@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipV
 from transformers.activations import ACT2FN
 
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config, resolve_checkpoint
+from nanovllm.vision.checkpoints import checkpoint_name, read_config, resolve_checkpoint
 from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
 from nanovllm.vision.transform import ImageTransform
 from nanovllm.vision.weights import load_into, named_tensors
@@ -136,9 +136,9 @@ class VisionEncoder(ImageEncoder):
             UnsupportedModel: no LLaVA checkpoint, or a tower of another kind than CLIP's and SigLIP's.
         """
         directory = Path(directory)
-        fields = read_config(directory)
+        name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") != "llava":
-            raise UnsupportedModel(f"{directory.name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
+            raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
         config = LlavaConfig.from_dict(fields)
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
@@ -161,8 +161,8 @@ class VisionEncoder(ImageEncoder):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
             )
-        encoder._warn_if_changed(directory.name)
-        encoder._finish(directory.name, encoder._transform, freeze_vision_weights, dtype, device)
+        encoder._warn_if_changed(name)
+        encoder._finish(name, encoder._transform, freeze_vision_weights, dtype, device)
         return encoder
 
     @property

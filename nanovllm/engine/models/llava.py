@@ -11,7 +11,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.checkpoints import resolve_checkpoint
+from nanovllm.vision.checkpoints import checkpoint_name, resolve_checkpoint
 from nanovllm.vision.encoder import VisionEncoder
 
 # transformers before 4.52 and after it: where the text model's tensors stand in a LLaVA checkpoint.
@@ -39,7 +39,7 @@ def own_encoder(
     Raises:
         ConfigurationError: an option that contradicts the checkpoint or that its tower does not have.
     """
-    name = checkpoint.directory.name
+    name = checkpoint_name(checkpoint.directory)
     _refuse_pixel_bounds(config)
     if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
         raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")

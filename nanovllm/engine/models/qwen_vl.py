@@ -14,6 +14,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.checkpoints import checkpoint_name
 from nanovllm.vision.native_encoder import NativeEncoder
 
 # As the hub has them, and as transformers 5 saves them: where the text model's tensors stand.
@@ -48,7 +49,8 @@ def own_encoder(
         value = getattr(config, name)
         if value is not None:
             raise ConfigurationError(
-                f"{name}={str(value)!r}, but {checkpoint.directory.name!r} brings a tower and a projector of its own"
+                f"{name}={str(value)!r}, but {checkpoint_name(checkpoint.directory)!r} brings a tower and a projector "
+                "of its own"
             )
     tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
     return NativeEncoder.from_checkpoint(
