@@ -6,6 +6,7 @@ and a forgotten bias or norm weight shows. Every builder takes a directory that 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -322,6 +323,23 @@ def make_qwen_vl(
     ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+def into_hub_cache(
+    cache: Path, repository: str, directory: Path, *, revision: str = "a" * 40, main: bool = True
+) -> Path:
+    """Move a checkpoint's files into a hub cache as huggingface_hub lays them out; the snapshot's directory."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / revision
+    for part in (folder / "blobs", folder / "refs", snapshot):
+        part.mkdir(parents=True, exist_ok=True)
+    if main:
+        (folder / "refs" / "main").write_text(revision)
+    for file in sorted(directory.iterdir()):
+        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
 
 
 def clip_image_processor(size: int, *, crop: bool = True) -> CLIPImageProcessorPil:

@@ -25,7 +25,7 @@ class Request:
     Exactly one of ``prompt`` (``<|image|>`` marks the place of each image) and ``messages`` (OpenAI chat form, images
     as parts) is set. ``images`` are in the order of their places. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
-    out. Raises InvalidInput unless exactly one of the two is set.
+    out. Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
 
     request_id: str
@@ -38,9 +38,15 @@ class Request:
     raw_prompt: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a request with neither or both kinds of text."""
+        """Refuse neither or both kinds of text, and images that an engine's thread cannot take."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidInput("a request has either a prompt or messages")
+        # Not by type: this module imports no numpy.
+        if not isinstance(self.images, (tuple, list)) or not all(hasattr(image, "digest") for image in self.images):
+            raise InvalidInput(
+                "the images of a request are a tuple of what prepare_image returns: "
+                "images=(prepare_image(source, engine.image_transform),)"
+            )
 
 
 class Generation:

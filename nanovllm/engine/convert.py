@@ -8,7 +8,9 @@ out of it.
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
+import shlex
 import shutil
 import tempfile
 import zipfile
@@ -24,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models import TEXT_FAMILIES, text_architecture
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config, read_json_object
+from nanovllm.vision.checkpoints import read_config, read_json_object, resolve_checkpoint
 
 _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -35,15 +37,17 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "v
 def convert(source: Path, output: Path) -> None:
     """Write the checkpoint of ``source`` (a directory of ``.bin`` files, a GGUF file) to the new directory ``output``.
 
-    ``output`` appears complete or not at all.
+    A ``source`` that is no path is a name that ``resolve_checkpoint`` knows. ``output`` appears complete or not at all.
 
     Raises:
         ConfigurationError: ``output`` exists, or a package for GGUF is missing.
-        ModelNotFound: ``source`` does not exist or holds no weights in either format.
+        ModelNotFound: ``source`` leads nowhere or holds no weights in either format.
         UnsupportedModel: an architecture that the engine does not implement, or a file that is not what it says.
     """
     if output.exists() or output.is_symlink():
         raise ConfigurationError(f"the output {str(output)!r} exists already; name a directory that does not")
+    if not source.exists():
+        source = resolve_checkpoint(str(source))
     gguf = _find_gguf(source)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
@@ -57,14 +61,22 @@ def convert(source: Path, output: Path) -> None:
         made.rename(output)
 
 
+def how_to_use(directory: Path) -> str:
+    """The call that loads a converted checkpoint, and the worker's setting where a worker can run it alone."""
+    fields, path = read_config(directory), json.dumps(str(directory), ensure_ascii=False)
+    if str(fields.get("model_type")).removesuffix("_vision_model") in ("clip", "siglip"):
+        return f'MultiModalLLM("…", enable_multimodal=True, vision_model={path}) behind a text model'
+    sees = not {*TEXT_FAMILIES}.intersection(fields.get("architectures") or ())
+    call = f"MultiModalLLM({path}, enable_multimodal=True)" if sees else f"LLM({path})"
+    return f"{call}, or for the worker NANOVLLM_ENGINE__MODEL={shlex.quote(str(directory))}"
+
+
 def _find_gguf(source: Path) -> Path | None:
     """The GGUF file that ``source`` is or holds; None for a directory of ``.bin`` files."""
     if source.is_file():
         if source.suffix != ".gguf":
             raise UnsupportedModel(f"{str(source)!r} is not a .gguf file; give the directory of a .bin checkpoint")
         return source
-    if not source.is_dir():
-        raise ModelNotFound(f"the source {str(source)!r} does not exist")
     if (source / _BIN).is_file() or (source / _BIN_INDEX).is_file():
         return None
     found = sorted(source.glob("*.gguf"))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import replace
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -16,11 +17,29 @@ from nanovllm.engine.prompts import PromptEncoder
 from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.images import ImageSource
-from nanovllm.vision.processor import VisionProcessor
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.processor import (
+    OneImage,
+    PromptImages,
+    VisionProcessor,
+    as_list,
+    image_list,
+    is_image,
+    shape_of,
+    written,
+)
 
 Prompt = str | Rows[int] | Rows[Mapping[str, Any]]
+Images = PromptImages | Iterable[PromptImages]
+"""Of many prompts: one entry for each. Of one prompt: its images, or a list with them."""
+
+_SHOWN_PROMPTS = 4  # whose images a message about their shape writes out
+
+
+def prompt_list(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
+    """Prompts as a list, where one may stand alone: text, token ids or messages."""
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    is_alone = bool(listed) and not isinstance(prompts, str) and isinstance(listed[0], (Mapping, Integral))
+    return [listed] if is_alone else listed
 
 
 class Intake:
@@ -49,7 +68,7 @@ class Intake:
         request_id: str,
         prompt: Prompt,
         sampling: SamplingParams,
-        images: Rows[ImageSource | PreparedImage],
+        images: PromptImages,
         *,
         priority: int,
         salt: bytes,
@@ -59,7 +78,9 @@ class Intake:
         Raises what ``LLMEngine.add_request`` says.
         """
         arrived = time.perf_counter()
-        token_ids, spans = self._expand(self._encode(prompt), list(images), salt)
+        token_ids = self._encode(prompt)
+        pictures = image_list(images, token_ids.count(self._image_token_id))
+        token_ids, spans = self._expand(token_ids, pictures, salt)
         self._check_length(len(token_ids))
         stop_token_ids = self._stop_token_ids(sampling)
         bad_words = self._bad_words(sampling)
@@ -92,6 +113,32 @@ class Intake:
             sequences.append(sequence)
         return sequences
 
+    def images_of(self, prompts: Rows[Prompt], images: Images) -> list[list[OneImage]]:
+        """The images of each prompt.
+
+        Raises:
+            InvalidInput: not one list for each prompt, nor a flat list or an image for a single prompt. The message
+                writes the shape that the prompts' placeholders call for.
+        """
+        if images is None:
+            return [[] for _ in prompts]
+        listed = [images] if is_image(images) else as_list(images)
+        if listed is not None and len(prompts) == 1 and all(map(is_image, listed)):
+            return [listed]
+        if listed is None or len(listed) != len(prompts) or any(map(is_image, listed)):
+            raise self._wrong_shape(prompts, listed or images)
+        try:
+            return [image_list(entry) for entry in listed]
+        except InvalidInput:
+            raise self._wrong_shape(prompts, listed) from None
+
+    def _wrong_shape(self, prompts: Rows[Prompt], given: object) -> InvalidInput:
+        wanted = [written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_SHOWN_PROMPTS]]
+        wanted += ["…"] * (len(prompts) > _SHOWN_PROMPTS)
+        return InvalidInput(
+            f"each prompt has its own list of images: images=[{', '.join(wanted)}], not {shape_of(given)}"
+        )
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             token_ids = self.prompts.trusted(prompt)
@@ -115,7 +162,7 @@ class Intake:
             )
 
     def _expand(
-        self, token_ids: list[int], images: list[ImageSource | PreparedImage], salt: bytes
+        self, token_ids: list[int], images: list[OneImage], salt: bytes
     ) -> tuple[list[int], tuple[ImageSpan, ...]]:
         """Give every image its positions: each image token becomes as many as the processor says, image by image."""
         if not token_ids:

@@ -20,7 +20,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.completion import extend, output_of
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.guided import TokenMasks
-from nanovllm.engine.intake import Intake, Prompt
+from nanovllm.engine.intake import Images, Intake, Prompt, prompt_list
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.model_runner import ModelRunner, StepInputs
@@ -40,9 +40,7 @@ from nanovllm.engine.staging import to_device
 from nanovllm.errors import EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.checkpoints import resolve_checkpoint
-from nanovllm.vision.images import ImageSource
-from nanovllm.vision.processor import VisionProcessor
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 
 class LLMEngine:
@@ -104,7 +102,7 @@ class LLMEngine:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        images: Rows[ImageSource | PreparedImage] | None = (),
+        images: PromptImages = None,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: bytes = b"",
@@ -119,16 +117,15 @@ class LLMEngine:
             PlaceholderMismatch: more or fewer placeholders than images.
             PromptTooLong: a prompt that leaves no room for a single token.
             UnsupportedConstraint: a schema, expression, grammar or choice that cannot be enforced.
-            InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower.
+            InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower
+                or in another shape than a flat sequence or one image.
             InvalidImage: an image that cannot be read.
         """
         sampling = sampling_params or SamplingParams()
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
-        sequences = self.intake.sequences(
-            request_id, prompt, sampling, images or (), priority=priority, salt=cache_salt
-        )
+        sequences = self.intake.sequences(request_id, prompt, sampling, images, priority=priority, salt=cache_salt)
         self._requests[request_id] = sequences
         for sequence in sequences:
             self.scheduler.add(sequence)
@@ -241,26 +238,27 @@ class LLMEngine:
         self,
         prompts: Prompt | Rows[Prompt],
         sampling_params: SamplingParams | Rows[SamplingParams] | None = None,
-        images: Rows[Rows[ImageSource | PreparedImage]] | None = None,
+        images: Images = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer all prompts and return their outputs in the same order; one prompt may stand without a list.
 
-        ``sampling_params`` and ``images`` are one for all prompts, or one for each. Raises what ``add_request`` raises,
-        and then none of the prompts runs on.
+        ``sampling_params`` are one for all prompts, or one for each. ``images`` are one list for each prompt; a single
+        prompt's may be a flat list, and a single image may stand without one. Raises what ``add_request`` raises, and
+        then none of the prompts runs on.
         """
-        batch: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
-        if images is None:
-            images = [()] * len(batch)
+        batch = prompt_list(prompts)
+        images_of_prompts = self.intake.images_of(batch, images)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
-        for name, given in (("sampling_params", sampling_params), ("images", images)):
-            if len(given) != len(batch):
-                raise InvalidInput(f"{len(given)} {name} for {len(batch)} prompts")
+        if len(sampling_params) != len(batch):
+            raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
         places: dict[str, int] = {}
         outputs: list[RequestOutput | None] = [None] * len(batch)
         try:
-            for place, (prompt, params, pictures) in enumerate(zip(batch, sampling_params, images, strict=True)):
+            for place, (prompt, params, pictures) in enumerate(
+                zip(batch, sampling_params, images_of_prompts, strict=True)
+            ):
                 places[self.add_request(prompt, params, images=pictures)] = place
             with _progress(len(batch), use_tqdm) as bar:
                 while any(output is None for output in outputs):

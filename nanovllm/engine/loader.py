@@ -14,13 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from nanovllm.errors import ModelNotFound, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config
+from nanovllm.errors import UnsupportedModel
+from nanovllm.vision.checkpoints import read_config, weight_files
 
 logger = logging.getLogger(__name__)
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
 _READ_BYTES = 1 << 24
 
@@ -32,16 +30,7 @@ class Checkpoint:
         """Raises ModelNotFound where config.json or the weights are missing."""
         self.directory = directory
         self.fields = read_config(directory)
-        if (directory / _INDEX).is_file():
-            index = json.loads((directory / _INDEX).read_text())
-            self.files = sorted({directory / name for name in index["weight_map"].values()})
-        else:
-            self.files = [directory / _SINGLE]
-        missing = [file.name for file in self.files if not file.is_file()]
-        if missing:
-            others = sorted(file.name for pattern in ("*.bin", "*.gguf") for file in directory.glob(pattern))
-            hint = f"; `nanovllm convert` makes them of {others[0]!r}" if others else ""
-            raise ModelNotFound(f"checkpoint {directory.name!r} lacks {', '.join(missing)}{hint}")
+        self.files = weight_files(directory)
 
     @cached_property
     def config(self) -> PreTrainedConfig:

@@ -28,7 +28,7 @@ from nanovllm.engine.scheduler import Plan, ScheduledRow
 from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.engine.staging import together
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.cache import EmbeddingCache, MemoryTier
+from nanovllm.vision.cache import CacheStats, EmbeddingCache, MemoryTier
 from nanovllm.vision.image_encoder import ImageEncoder
 from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
 from nanovllm.vision.transform import PreparedImage
@@ -326,10 +326,8 @@ class ModelRunner:
             sequence.prompt_logprobs += scores
 
     def get_vision_stats(self) -> dict[str, Any]:
-        """The embedding cache's figures under the guide's names; empty without vision."""
-        if self.encoder is None or self.processor is None:
-            return {}
-        cache = self.processor.cache.stats()
+        """The embedding cache's figures under the guide's names; without vision all are 0."""
+        cache = self.processor.cache.stats() if self.processor is not None else CacheStats()
         return {
             "vision_cache_size": cache.entries,
             "vision_cache_bytes": cache.bytes,
@@ -340,6 +338,6 @@ class ModelRunner:
             "vision_cache_joined": cache.joined,
             "vision_cache_evictions": cache.evictions,
             "vision_cache_seconds_saved": cache.seconds_saved,
-            "images_encoded": self.encoder.images_encoded,
-            "encode_seconds": self.encoder.encode_seconds,
+            "images_encoded": self.encoder.images_encoded if self.encoder is not None else 0,
+            "encode_seconds": self.encoder.encode_seconds if self.encoder is not None else 0.0,
         }

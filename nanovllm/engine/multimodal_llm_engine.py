@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.images import ImageSource
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.processor import PromptImages
 
 
 class MultiModalLLM(LLMEngine):
     """An engine that takes images when ``enable_multimodal`` is set, and is ``LLMEngine`` without images otherwise.
 
-    A LLaVA checkpoint brings its own tower, size and number of tokens. A Qwen-VL checkpoint takes images at their own
-    size, between ``min_pixels`` and ``max_pixels``, and at most ``max_image_tokens`` tokens each. A text checkpoint is
-    composed with ``vision_model``, by default CLIP's base tower with patches of 32 pixels, at 224 pixels and 49 tokens
-    an image; its projector is untrained unless ``projector`` names one. Without ``enable_multimodal`` the vision
-    options have no effect.
+    A LLaVA checkpoint brings its own tower, size and number of tokens; others than its own are interpolated and pooled,
+    with a warning. A Qwen-VL checkpoint takes images at their own size, between ``min_pixels`` and ``max_pixels``, and
+    at most ``max_image_tokens`` tokens each; there ``max_image_size`` bounds the area, to that of a square, and
+    ``num_vision_tokens`` the tokens. A text checkpoint is composed with ``vision_model``, by default CLIP's base tower
+    with patches of 32 pixels, at 224 pixels and 49 tokens an image; its projector is untrained unless ``projector``
+    names one. Without ``enable_multimodal`` the vision options have no effect.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class MultiModalLLM(LLMEngine):
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        images: Sequence[ImageSource | PreparedImage] | None = (),
+        images: PromptImages = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -86,3 +85,7 @@ class MultiModalLLM(LLMEngine):
             "image_token_id": self.processor.image_token_id,
             **self.model_runner.get_vision_stats(),
         }
+
+
+MultiModalLLMEngine = MultiModalLLM
+"""The engine under the name of the guide's API reference."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from nanovllm.errors import NanoVLLMError
@@ -14,8 +13,29 @@ FinishReason = Literal["stop", "length", "loop", "abort"]
 ImageOutcome = Literal["hit", "joined", "miss", "prefix"]
 
 
+class Record(dict[str, Any]):
+    """Base of frozen dataclasses that are dictionaries of their fields too, so that ``json.dumps`` takes them.
+
+    ``json`` writes no other mapping than a ``dict``. Changing one raises TypeError.
+    """
+
+    def __post_init__(self) -> None:
+        """Fill the dictionary."""
+        super().update(vars(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made by the constructor: a ``dict`` would be filled item by item."""
+        return type(self), tuple(self.values())
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be changed")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+
 @dataclass(frozen=True)
-class Usage:
+class Usage(Record):
     """Token counts of one request. ``cached_tokens``: prompt tokens whose KV came from the prefix cache."""
 
     input_tokens: int
@@ -25,7 +45,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class RequestTimings:
+class RequestTimings(Record):
     """Where the time of one request went, in milliseconds.
 
     ``encode_ms`` is the time of the encoder calls that the request waited for; ``generation_ms`` runs from the first
@@ -41,7 +61,7 @@ class RequestTimings:
 
 
 @dataclass(frozen=True)
-class ImageUse:
+class ImageUse(Record):
     """One image of a request and where its embedding came from; ``prefix``: all its KV came from the prefix cache."""
 
     digest: str
@@ -52,7 +72,7 @@ class ImageUse:
 
 
 @dataclass(frozen=True)
-class Logprob:
+class Logprob(Record):
     """Of one token at one place: its natural log probability, its rank (1 is the most probable), and its text."""
 
     logprob: float
@@ -65,7 +85,7 @@ TokenLogprobs = dict[int, Logprob]
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(Record):
     """One of the ``n`` outputs of a request."""
 
     index: int
@@ -76,8 +96,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class RequestOutput(Mapping[str, Any]):
-    """The finished request. Also a mapping: ``output["text"]`` and ``output.text`` are the same.
+class RequestOutput(Record):
+    """The finished request. ``output["text"]`` and ``output.text`` are the same, and so with the records within.
 
     ``outputs`` holds all ``n`` outputs; ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the
     first. ``prompt_logprobs`` has an entry for each prompt token; the first one's is empty, and so are images'.
@@ -93,23 +113,6 @@ class RequestOutput(Mapping[str, Any]):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     outputs: tuple[Completion, ...] = ()
-
-    def __getitem__(self, name: str) -> Any:
-        """The field called ``name``; KeyError when there is none."""
-        if name not in _OUTPUT_FIELDS:
-            raise KeyError(name)
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of the fields."""
-        return iter(_OUTPUT_FIELDS)
-
-    def __len__(self) -> int:
-        """The number of fields."""
-        return len(_OUTPUT_FIELDS)
-
-
-_OUTPUT_FIELDS = tuple(field.name for field in fields(RequestOutput))
 
 
 @dataclass(frozen=True)

@@ -103,15 +103,18 @@ def doctor(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A directory with pytorch_model.bin (or its shards), or a GGUF file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A directory with pytorch_model.bin (or its shards), a GGUF file, or a cached hub name."),
+    ],
     output: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
 ) -> None:
     """Turn a .bin or GGUF checkpoint into the directory of safetensors that the engine loads."""
     _require("worker", "torch", "transformers")
-    from nanovllm.engine.convert import convert
+    from nanovllm.engine.convert import convert, how_to_use
 
     convert(source, output)
-    print(f"{output} is ready: NANOVLLM_ENGINE__MODEL={output}")
+    print(f"{output} is ready: {how_to_use(output.resolve())}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

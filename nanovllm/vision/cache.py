@@ -47,16 +47,16 @@ class CacheStats:
     the hits and the joined anew would have taken, going by what each took once.
     """
 
-    hits: int
-    misses: int
-    joined: int
-    evictions: int
-    entries: int
-    bytes: int
-    max_bytes: int
-    hits_by_file: int
-    seconds_saved: float
-    tiers: tuple[TierStats, ...]
+    hits: int = 0
+    misses: int = 0
+    joined: int = 0
+    evictions: int = 0
+    entries: int = 0
+    bytes: int = 0
+    max_bytes: int = 0
+    hits_by_file: int = 0
+    seconds_saved: float = 0.0
+    tiers: tuple[TierStats, ...] = ()
 
 
 def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, kind: str = "pixels") -> bytes:

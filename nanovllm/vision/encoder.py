@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipV
 from transformers.activations import ACT2FN
 
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config, resolve_checkpoint
+from nanovllm.vision.checkpoints import checkpoint_name, read_config, resolve_checkpoint
 from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
 from nanovllm.vision.transform import ImageTransform
 from nanovllm.vision.weights import load_into, named_tensors
@@ -96,7 +96,7 @@ class VisionEncoder(ImageEncoder):
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self.tower.config, size))
-        self._pool_to(num_vision_tokens)
+        self._choose_tokens(num_vision_tokens, math.isqrt(DEFAULT_VISION_TOKENS))
 
         self.projector = Projector(
             self.tower.config.hidden_size * len(self._layers),
@@ -117,26 +117,38 @@ class VisionEncoder(ImageEncoder):
         cls,
         directory: str | Path,
         *,
+        max_image_size: int | None = None,
+        num_vision_tokens: int | None = None,
         freeze_vision_weights: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Self:
         """Take tower and projector out of a LLaVA checkpoint, with its own feature layers and preprocessing.
 
+        Another ``max_image_size`` or ``num_vision_tokens`` than the checkpoint's interpolates and pools as for a
+        composed tower, and warns. A class token that the checkpoint's features include is one token more than a square
+        number, and a square number leaves it out.
+
         Raises:
             ModelNotFound: the directory lacks a file or tensors.
+            ConfigurationError: a number of tokens that no pooling of the patches makes, or a preprocessor of another
+                size than the tower.
             UnsupportedModel: no LLaVA checkpoint, or a tower of another kind than CLIP's and SigLIP's.
         """
         directory = Path(directory)
-        fields = read_config(directory)
+        name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") != "llava":
-            raise UnsupportedModel(f"{directory.name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
+            raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
         config = LlavaConfig.from_dict(fields)
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
         encoder._build_tower(config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy)
-        encoder._set_transform(ImageTransform.from_preprocessor_config(directory))
-        encoder._pool_to_all()
+        side = encoder.tower.config.image_size
+        transform = ImageTransform.from_preprocessor_config(directory)
+        if max_image_size is not None and transform.output_size != (max_image_size, max_image_size):
+            transform = transform.resized(max_image_size)
+        encoder._set_transform(transform)
+        encoder._choose_tokens(num_vision_tokens, side // encoder.tower.config.patch_size)
         encoder.projector = Projector(
             encoder.tower.config.hidden_size * len(encoder._layers),
             config.text_config.hidden_size,
@@ -145,12 +157,12 @@ class VisionEncoder(ImageEncoder):
         )
         load_into(encoder.tower, named_tensors(directory, _TOWER))
         load_into(encoder.projector, named_tensors(directory, _PROJECTOR))
-        side = encoder.tower.config.image_size
-        if encoder.transform.output_size != (side, side):
+        if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
-                f"the preprocessor makes images of {encoder.transform.output_size}, the tower takes {side}x{side}"
+                f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
             )
-        encoder._finish(directory.name, encoder._transform, freeze_vision_weights, dtype, device)
+        encoder._warn_if_changed(name)
+        encoder._finish(name, encoder._transform, freeze_vision_weights, dtype, device)
         return encoder
 
     @property
@@ -199,6 +211,7 @@ class VisionEncoder(ImageEncoder):
             "layers": self._layers,
             "strategy": self._strategy,
             "pooled_grid": self._pooled_grid,
+            "tokens": self._num_vision_tokens,
         }
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -214,12 +227,13 @@ class VisionEncoder(ImageEncoder):
             interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own),
         )
         selected = torch.cat([outputs.hidden_states[layer] for layer in self._layers], dim=-1)
-        if self._strategy == "default":
-            selected = selected[:, 1:]
         if self._pooled_grid is None:
-            return selected
-        grid = selected.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(grid, self._pooled_grid).flatten(2).transpose(1, 2)
+            return selected[:, 1:] if self._strategy == "default" else selected
+        patches = selected[:, int(self._has_class_token) :]
+        grid = patches.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)
+        pooled = F.adaptive_avg_pool2d(grid, self._pooled_grid).flatten(2).transpose(1, 2)
+        class_tokens = self._num_vision_tokens - self._pooled_grid**2
+        return torch.cat([selected[:, :class_tokens], pooled], dim=1)
 
     def _build_tower(
         self,
@@ -253,27 +267,44 @@ class VisionEncoder(ImageEncoder):
         self._transform = transform
         self._grid: int = transform.output_size[0] // self.tower.config.patch_size
         if self._grid < 1:
-            raise ConfigurationError(f"images of {transform.output_size[0]} pixels are smaller than the tower's patch")
-
-    def _pool_to_all(self) -> None:
-        class_tokens = int(self._has_class_token)
-        self._pooled_grid: int | None = None
-        self._num_vision_tokens = self._grid**2 + class_tokens - int(self._strategy == "default")
-
-    def _pool_to(self, num_vision_tokens: int | None) -> None:
-        self._pool_to_all()
-        wanted = min(DEFAULT_VISION_TOKENS, self._grid**2) if num_vision_tokens is None else num_vision_tokens
-        side = math.isqrt(max(wanted, 0))
-        if side < 1 or side * side != wanted:
-            raise ConfigurationError(f"num_vision_tokens={wanted} is not a square number, as pooling a grid needs")
-        if side > self._grid:
             raise ConfigurationError(
-                f"num_vision_tokens={wanted} is more than the {self._grid**2} patches of a "
-                f"{self._transform.output_size} image in patches of {self.tower.config.patch_size}"
+                f"images of {transform.output_size[0]} pixels are smaller than the tower's patch of "
+                f"{self.tower.config.patch_size}: max_image_size is {self.tower.config.patch_size} or more"
             )
-        if side < self._grid:
-            self._pooled_grid = side
+
+    def _choose_tokens(self, wanted: int | None, default_side: int) -> None:
+        """Take all tokens of an image, or pool its patches to ``wanted``, by default to a grid of ``default_side``."""
+        grid = self._grid
+        class_tokens = int(self._has_class_token and self._strategy == "full")
+        self._pooled_grid: int | None = None
+        self._num_vision_tokens = grid**2 + int(self._has_class_token) - int(self._strategy == "default")
+        if wanted == self._num_vision_tokens or (wanted is None and default_side >= grid):
+            return
+        if wanted is None:
+            wanted = default_side**2 + class_tokens
+        sides = {side**2 + extra: side for side in range(1, grid + 1) for extra in (0, class_tokens)}
+        if wanted not in sides:
+            nearest = sorted(sorted({*sides, self._num_vision_tokens}, key=lambda count: abs(count - wanted))[:2])
+            raise ConfigurationError(
+                f"num_vision_tokens={wanted} cannot be pooled from the {grid}x{grid} patches of an image of "
+                f"{grid * self.tower.config.patch_size} pixels; the nearest that can: {', '.join(map(str, nearest))}"
+            )
+        self._pooled_grid = sides[wanted]
         self._num_vision_tokens = wanted
+
+    def _warn_if_changed(self, name: str) -> None:
+        """Warn where size or tokens are not those of the checkpoint called ``name``."""
+        config = self.tower.config
+        own = (config.image_size // config.patch_size) ** 2 + int(self._has_class_token)
+        own -= int(self._strategy == "default")
+        size = self._transform.output_size
+        if size != (config.image_size, config.image_size) or self._num_vision_tokens != own:
+            warnings.warn(
+                f"{name!r} was trained on images of {config.image_size} pixels and {own} tokens; its answers are less "
+                f"accurate with {size[0] if size else size} pixels and {self._num_vision_tokens} tokens. Leave "
+                "max_image_size and num_vision_tokens unset for its own.",
+                stacklevel=3,
+            )
 
 
 def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:

@@ -343,7 +343,7 @@ def _from_array(array: np.ndarray, limits: ImageLimits) -> Image.Image:
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = "; channels come last: array.transpose(1, 2, 0)"
         elif array.ndim == 4:
-            hint = "; pass the images one by one, not as a batch"
+            hint = "; pass the images one by one, list(array), not as a batch"
         raise InvalidImage(f"an image array has shape [H, W] or [H, W, 1..4], not {list(array.shape)}{hint}")
     height, width = array.shape[:2]
     if not height or not width:

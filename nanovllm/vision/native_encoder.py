@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config
+from nanovllm.vision.checkpoints import checkpoint_name, read_config
 from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
 from nanovllm.vision.transform import ImageTransform
 from nanovllm.vision.weights import load_into, named_tensors
@@ -41,6 +41,7 @@ class NativeEncoder(ImageEncoder):
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_image_size: int | None = None,
         max_image_tokens: int | None = None,
         freeze_vision_weights: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -48,8 +49,8 @@ class NativeEncoder(ImageEncoder):
     ) -> Self:
         """Take the tower out of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
 
-        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_tokens`` lowers the second, to the
-        area that takes as many tokens.
+        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_size`` lowers the second, to the
+        area of a square of that many pixels a side, and ``max_image_tokens`` to the area that takes as many tokens.
 
         Raises:
             ModelNotFound: the directory lacks a file or tensors.
@@ -57,9 +58,9 @@ class NativeEncoder(ImageEncoder):
             ConfigurationError: bounds between which no image fits.
         """
         directory = Path(directory)
-        fields = read_config(directory)
+        name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") not in _TOWERS:
-            raise UnsupportedModel(f"{directory.name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
+            raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
         kind, tower = _TOWERS[fields["model_type"]]
         config = kind.from_dict(fields).vision_config
         encoder = cls.__new__(cls)
@@ -70,17 +71,19 @@ class NativeEncoder(ImageEncoder):
         transform = ImageTransform.from_preprocessor_config(directory)
         multiple = config.patch_size * config.spatial_merge_size
         if transform.resize != "pixel_budget" or transform.size[2] != multiple:
-            raise UnsupportedModel(f"the preprocessor of {directory.name!r} makes no multiples of {multiple} pixels")
+            raise UnsupportedModel(f"the preprocessor of {name!r} makes no multiples of {multiple} pixels")
         smallest, largest = min_pixels or transform.size[0], max_pixels or transform.size[1]
+        if max_image_size is not None:
+            largest = min(largest, max_image_size**2)
         if max_image_tokens is not None:
             largest = min(largest, max_image_tokens * multiple**2)
         if largest < multiple**2 or (smallest > largest and min_pixels is not None):
             raise ConfigurationError(
                 f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
-                "see min_pixels, max_pixels and max_image_tokens"
+                "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
             )
         transform = replace(transform, size=(min(smallest, largest), largest, multiple))
-        encoder._finish(directory.name, transform, freeze_vision_weights, dtype, device)
+        encoder._finish(name, transform, freeze_vision_weights, dtype, device)
         return encoder
 
     @property

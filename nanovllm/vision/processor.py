@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from io import IOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch
@@ -18,6 +21,52 @@ from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource, rea
 from nanovllm.vision.transform import PreparedImage, prepare_image
 
 IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of text)
+
+OneImage = ImageSource | PreparedImage
+PromptImages = OneImage | Iterable[OneImage] | None
+"""What one prompt's images may be given as: a flat sequence, an image alone, or nothing."""
+
+
+def is_image(value: object) -> TypeGuard[OneImage]:
+    """Whether ``value`` is of a type that one image may come as."""
+    return isinstance(value, (Image.Image, np.ndarray, str, Path, bytes, PreparedImage))
+
+
+def as_list(values: Any) -> list[Any] | None:
+    """The items of a sequence or iterator; None for an image, an open file and whatever else has no order of items."""
+    if is_image(values) or isinstance(values, IOBase) or not isinstance(values, (Sequence, Iterator)):
+        return None
+    return list(values)
+
+
+def image_list(images: PromptImages, num_placeholders: int | None = None) -> list[OneImage]:
+    """The images of one prompt, in the order of their placeholders.
+
+    Raises:
+        InvalidInput: neither an image nor a flat sequence of images. Its text writes the list that fits
+            ``num_placeholders``.
+    """
+    if images is None or is_image(images):
+        return [] if images is None else [images]
+    listed = as_list(images)
+    if listed is None or not all(map(is_image, listed)):
+        wanted = "[image, …]" if num_placeholders is None else written(num_placeholders)
+        raise InvalidInput(
+            f"the images of one prompt are a flat list: images={wanted}, not {shape_of(listed or images)}"
+        )
+    return listed
+
+
+def written(num_images: int) -> str:
+    """The list of a prompt's images as a caller writes it."""
+    return f"[{', '.join(['image'] * num_images)}]"
+
+
+def shape_of(value: object) -> str:
+    """Lists and types within a value, such as ``[ndarray, [str, str]]``, for messages."""
+    if not isinstance(value, (list, tuple)):
+        return type(value).__name__
+    return f"[{', '.join([shape_of(item) for item in value[:4]] + ['…'] * (len(value) > 4))}]"
 
 
 class VisionProcessor:
@@ -50,20 +99,18 @@ class VisionProcessor:
         self.cache: EmbeddingCache[PreparedImage] = cache if cache is not None else EmbeddingCache(0)
         self.limits = limits
 
-    def process_images(self, images: Sequence[ImageSource | PreparedImage]) -> tuple[Tensor, int]:
+    def process_images(self, images: PromptImages) -> tuple[Tensor, int]:
         """Embed images: features ``[len(images) × tokens, hidden_size]`` and the number of tokens an image.
 
         Of an encoder that takes images at their own size, the features are as many as ``num_image_tokens`` says of each
         image, and the number is the most that one may take.
         """
-        embedded = [embedding for embedding, _ in self.embed([self.prepare(image) for image in images])]
+        embedded = [embedding for embedding, _ in self.embed([self.prepare(image) for image in image_list(images)])]
         if not embedded:
             return torch.empty(0, self.encoder.hidden_size, dtype=self.encoder.dtype), self.encoder.num_vision_tokens
         return torch.cat(embedded), self.encoder.num_vision_tokens
 
-    def replace_image_placeholders(
-        self, text: str, images: Sequence[ImageSource | PreparedImage]
-    ) -> tuple[str, list[int]]:
+    def replace_image_placeholders(self, text: str, images: PromptImages) -> tuple[str, list[int]]:
         """Write every placeholder as often as its image has tokens.
 
         Returns the new text and, for each image, the character at which its first token starts there.
@@ -72,10 +119,11 @@ class VisionProcessor:
             PlaceholderMismatch: there are more or fewer placeholders than images.
         """
         parts = text.split(self.image_token)
-        self.check_placeholders(len(parts) - 1, len(images))
+        pictures = image_list(images, len(parts) - 1)
+        self.check_placeholders(len(parts) - 1, len(pictures))
         positions: list[int] = []
         modified = parts[0]
-        for part, image in zip(parts[1:], images, strict=True):
+        for part, image in zip(parts[1:], pictures, strict=True):
             positions.append(len(modified))
             modified += self.image_token * self.num_image_tokens(self.prepare(image)) + part
         return modified, positions
@@ -97,7 +145,7 @@ class VisionProcessor:
                 f"the prompt has {num_placeholders} {self.image_token} placeholders for {num_images} images"
             )
 
-    def prepare(self, source: ImageSource | PreparedImage, salt: bytes = b"") -> PreparedImage:
+    def prepare(self, source: OneImage, salt: bytes = b"") -> PreparedImage:
         """Decode and transform an image for this encoder, unless the embedding of the same file is at hand.
 
         Raises:

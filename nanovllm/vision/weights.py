@@ -10,13 +10,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nanovllm.errors import ConfigurationError, ModelNotFound
+from nanovllm.vision.checkpoints import weight_files
 
 
 def named_tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a safetensors file, or of all files of a checkpoint, that carry one of ``prefixes``, without it."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ModelNotFound(f"{path} holds no safetensors file")
+    """Tensors of a safetensors file, or of all files of a checkpoint, that carry one of ``prefixes``, without it.
+
+    Raises ModelNotFound where files are missing.
+    """
+    files = [path] if path.is_file() else [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
+    if not files or (path / "model.safetensors.index.json").is_file():
+        files = weight_files(path)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)

@@ -210,5 +210,5 @@ def test_the_command_converts_once_and_never_overwrites(tmp_path: Path, capsys: 
 
 def test_the_engine_points_to_the_conversion(tmp_path: Path) -> None:
     as_bin(make_text(tmp_path))
-    with pytest.raises(ModelNotFound, match=r"lacks model.safetensors; `nanovllm convert` .* 'pytorch_model.bin'"):
+    with pytest.raises(ModelNotFound, match=r"lacks model.safetensors; .* as pytorch_model.bin: `nanovllm convert "):
         recording_engine(tmp_path)

@@ -361,8 +361,10 @@ def test_a_text_tokenizer_without_an_image_token_composes_too(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_image_size": 128}, "max_image_size=128.*224"),
-        ({"num_vision_tokens": 16}, "num_vision_tokens=16.*49"),
+        ({"max_image_size": 31}, "max_image_size is 32 or more"),
+        ({"num_vision_tokens": 18}, "num_vision_tokens=18.*: 16, 25"),
+        ({"max_image_tokens": 16}, "max_image_tokens=16.*see max_image_size and num_vision_tokens"),
+        ({"min_pixels": 100}, "min_pixels=100.*see max_image_size and num_vision_tokens"),
         ({"projector": "other"}, "projector='other'"),
         ({"max_model_len": 10**6}, "max_model_len=1000000.*4096"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2.*one GPU.*vLLM"),
@@ -378,6 +380,11 @@ def test_options_that_contradict_or_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make_engine(llava, **options)
+
+
+def test_pixel_bounds_of_other_towers_are_refused_for_a_composed_one(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_pixels=100.*see max_image_size"):
+        make_engine(text, vision_model=str(make_clip(tmp_path)), max_pixels=100)
 
 
 def test_a_foreign_tower_for_a_llava_checkpoint_is_refused(llava: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -66,8 +67,37 @@ def test_a_tower_is_composed_at_the_size_and_tokens_asked_for(text_model: str, t
         assert (stats["vision_model"], stats["max_image_size"], stats["num_vision_tokens"]) == (tower, 96, 9)
 
 
-@pytest.mark.parametrize("option", [{"max_image_size": 96}, {"num_vision_tokens": 1}])
-def test_what_contradicts_a_trained_checkpoint_is_named(llava_model: str, option: dict[str, int]) -> None:
-    (name,) = option
-    with pytest.raises(ConfigurationError, match=name):
-        MultiModalLLM(llava_model, enable_multimodal=True, **option, **SMALL)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_the_guides_cure_for_high_memory_runs_on_a_checkpoint_with_its_own_tower(
+    tmp_path: Path, tower: Literal["clip", "siglip"]
+) -> None:
+    model = str(make_llava(tmp_path, tower=tower, patch=16, size=64))
+    with pytest.warns(UserWarning, match="trained on images of 64 pixels and 16 tokens") as caught:
+        engine = MultiModalLLM(model, enable_multimodal=True, max_image_size=128, num_vision_tokens=16, **SMALL)
+    assert len([one for one in caught if "trained on" in str(one.message)]) == 1
+    with engine:
+        output = engine.generate("Look: <|image|>", GREEDY, images=PICTURE, use_tqdm=False)[0]
+        assert output.usage.image_tokens == 16
+        stats = engine.get_multimodal_stats()
+        assert (stats["max_image_size"], stats["num_vision_tokens"]) == (128, 16)
+        other = engine.generate("Look: <|image|>", GREEDY, images=255 - PICTURE, use_tqdm=False)[0]
+        assert other.token_ids != output.token_ids
+
+
+def test_the_guides_cure_for_high_memory_runs_on_the_shipped_checkpoint() -> None:
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (224, 224), "white")
+    ImageDraw.Draw(picture).ellipse((40, 40, 184, 184), fill=(220, 30, 30))
+    with pytest.warns(UserWarning, match="'tiny-receipts' was trained on images of 224 pixels and 49 tokens"):
+        engine = MultiModalLLM("tiny-receipts", enable_multimodal=True, max_image_size=128, num_vision_tokens=16)
+    with engine:
+        output = engine.generate("Extract text from this document: <|image|>", GREEDY, images=picture, use_tqdm=False)
+        assert output[0].usage.image_tokens == 16
+
+
+def test_what_no_pooling_makes_is_refused_with_what_does(llava_model: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"num_vision_tokens=3 .* 2x2 patches of an image of 64 pixels; .* 1, 4"
+    ):
+        MultiModalLLM(llava_model, enable_multimodal=True, num_vision_tokens=3, **SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -119,10 +120,31 @@ def test_the_token_budget_bounds_what_an_image_takes_in_the_prompt(checkpoint: P
         assert (stats["num_vision_tokens"], stats["max_image_size"]) == (6, None)
 
 
-@pytest.mark.parametrize("option", [{"max_image_size": 96}, {"num_vision_tokens": 4}, {"projector": "x"}])
-def test_options_of_towers_with_one_size_are_refused(checkpoint: Path, option: dict[str, object]) -> None:
-    with pytest.raises(ConfigurationError, match="own size: see min_pixels"):
-        MultiModalLLM(str(checkpoint), enable_multimodal=True, **option, **SMALL)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"max_image_size": 128, "num_vision_tokens": 6}, 6),
+        ({"max_image_size": 64}, 5),
+        ({"num_vision_tokens": 4, "max_image_tokens": 9}, 4),
+        ({"num_vision_tokens": 9, "max_image_tokens": 4}, 4),
+    ],
+)
+def test_size_and_tokens_are_bounds_for_images_at_their_own_size(
+    checkpoint: Path, options: dict[str, int], most: int
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such towers were trained on many sizes
+        engine = MultiModalLLM(str(checkpoint), enable_multimodal=True, **options, **SMALL)  # type: ignore[arg-type]
+    with engine:
+        for size in ((600, 400), (90, 400), (20, 20)):
+            output = engine.generate("<|image|>", greedy(2), images=noise_image(3, *size), use_tqdm=False)[0]
+            assert 1 <= output.usage.image_tokens <= most
+
+
+@pytest.mark.parametrize("option", ["projector", "vision_model"])
+def test_options_of_composed_towers_are_refused(checkpoint: Path, option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option}='x', but .* brings a tower and a projector of its own"):
+        MultiModalLLM(str(checkpoint), enable_multimodal=True, **{option: "x"}, **SMALL)  # type: ignore[arg-type]
 
 
 def test_an_image_prepared_for_another_model_is_refused_before_it_runs(checkpoint: Path) -> None:

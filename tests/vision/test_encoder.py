@@ -93,7 +93,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(ModelNotFound, match=r"lacks 1 tensors, such as pre_layrnorm.weight"):
         VisionEncoder.from_llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFound, match="no safetensors file"):
+    with pytest.raises(ModelNotFound, match=r"lacks model\.safetensors"):
         VisionEncoder.from_llava(tmp_path)
 
 
@@ -115,6 +115,85 @@ def test_a_preprocessor_of_another_size_than_the_tower_is_refused_naming_both(tm
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match=r"\(48, 48\), the tower takes 64x64"):
         VisionEncoder.from_llava(tmp_path)
+
+
+@pytest.mark.parametrize("tower", [SMALL_CLIP, SMALL_SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"max_image_size": 32, "num_vision_tokens": 4}, 4),
+        ({"max_image_size": 48}, None),
+        ({"num_vision_tokens": 4}, 4),
+        ({"num_vision_tokens": 16}, 16),
+        ({"num_vision_tokens": 1}, 1),
+        ({"max_image_size": 128}, None),
+        ({"max_image_size": 128, "num_vision_tokens": 64}, 64),
+        ({"max_image_size": 100, "num_vision_tokens": 36}, 36),
+    ],
+    ids=str,
+)
+def test_a_checkpoints_own_tower_takes_other_sizes_and_tokens_with_one_warning(
+    tmp_path: Path, tower: dict[str, Any], strategy: Any, options: dict[str, int], tokens: int | None
+) -> None:
+    make_llava(tmp_path, **tower, vision_feature_layer=-1, vision_feature_select_strategy=strategy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encoder = VisionEncoder.from_llava(tmp_path, **options)
+        own = VisionEncoder.from_llava(tmp_path)
+    side = options.get("max_image_size", 64)
+    assert encoder.transform.output_size == (side, side)
+    changed = side != 64 or encoder.num_vision_tokens != own.num_vision_tokens
+    messages = [str(one.message) for one in caught]
+    assert len(messages) == changed
+    assert all(f"64 pixels and {own.num_vision_tokens} tokens" in message for message in messages)
+    assert all(f"{side} pixels and {encoder.num_vision_tokens} tokens" in message for message in messages)
+    assert (encoder.revision == own.revision) is not changed
+
+    reference = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval().model
+    values = encoder.normalise(torch.tensor(pixels(encoder.transform)))
+    first = int(tower is SMALL_CLIP)
+    with torch.no_grad():
+        states = reference.vision_tower(values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[
+            -1
+        ]
+        grid = states[:, first:].unflatten(1, (side // 16, side // 16)).permute(0, 3, 1, 2)
+        if tokens is None and side > 64:  # as many patches as the checkpoint's own size has
+            tokens = 16 + (first if strategy == "full" else 0)
+        if tokens is None or (encoder.num_vision_tokens == own.num_vision_tokens and side == 64):
+            expected = states[:, 1:] if strategy == "default" else states
+        else:
+            pooled = F.adaptive_avg_pool2d(grid, int(tokens**0.5)).flatten(2).transpose(1, 2)
+            expected = torch.cat([states[:, : tokens - pooled.shape[1]], pooled], 1)
+        expected = reference.multi_modal_projector(expected)
+    found = encoder.encode(pixels(encoder.transform))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_class_token_is_kept_or_left_out_by_the_number_of_tokens(tmp_path: Path) -> None:
+    make_llava(tmp_path, **SMALL_CLIP, vision_feature_select_strategy="full")
+    with pytest.warns(UserWarning, match="17 tokens; .* 64 pixels and 4 tokens"):
+        without = VisionEncoder.from_llava(tmp_path, num_vision_tokens=4)
+    with pytest.warns(UserWarning, match="5 tokens"):
+        kept = VisionEncoder.from_llava(tmp_path, num_vision_tokens=5)
+    batch = pixels(kept.transform)
+    assert torch.allclose(kept.encode(batch)[:, 1:], without.encode(batch), atol=1e-5)
+    assert kept.revision != without.revision
+    with pytest.raises(ConfigurationError, match=r"num_vision_tokens=7 cannot be pooled .* can: 5, 9"):
+        VisionEncoder.from_llava(tmp_path, num_vision_tokens=7)
+    with pytest.raises(ConfigurationError, match=r"num_vision_tokens=99 cannot be pooled .* can: 16, 17"):
+        VisionEncoder.from_llava(tmp_path, num_vision_tokens=99)
+    with pytest.raises(ConfigurationError, match="max_image_size is 16 or more"):
+        VisionEncoder.from_llava(tmp_path, max_image_size=15)
+
+
+def test_a_checkpoints_own_size_and_tokens_by_name_change_nothing(tmp_path: Path) -> None:
+    make_llava(tmp_path, **SMALL_CLIP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = VisionEncoder.from_llava(tmp_path, max_image_size=64, num_vision_tokens=16)
+    assert named.revision == VisionEncoder.from_llava(tmp_path).revision
 
 
 def test_layers_behind_the_selected_one_are_left_out(tmp_path: Path) -> None:
@@ -180,12 +259,18 @@ def test_other_sizes_interpolate_positions_and_fewer_tokens_average_neighbouring
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"num_vision_tokens": 20}, "num_vision_tokens=20 is not a square"),
-        ({"num_vision_tokens": 0}, "num_vision_tokens=0 is not a square"),
-        ({"num_vision_tokens": -4}, "num_vision_tokens=-4 is not a square"),
-        ({"num_vision_tokens": 64}, "num_vision_tokens=64 is more than the 49 patches"),
-        ({"max_image_size": 128, "num_vision_tokens": 49}, "num_vision_tokens=49 is more than the 16 patches"),
-        ({"max_image_size": 31}, "smaller than the tower's patch"),
+        (
+            {"num_vision_tokens": 20},
+            r"num_vision_tokens=20 cannot be pooled from the 7x7 patches .* nearest that can: 16, 25",
+        ),
+        ({"num_vision_tokens": 0}, "num_vision_tokens=0 cannot be pooled .* can: 1, 4"),
+        ({"num_vision_tokens": -4}, "num_vision_tokens=-4 cannot be pooled .* can: 1, 4"),
+        ({"num_vision_tokens": 64}, "num_vision_tokens=64 cannot be pooled .* can: 36, 49"),
+        (
+            {"max_image_size": 128, "num_vision_tokens": 49},
+            "num_vision_tokens=49 cannot be pooled from the 4x4 .* can: 9, 16",
+        ),
+        ({"max_image_size": 31}, "smaller than the tower's patch of 32: max_image_size is 32 or more"),
         ({"max_image_size": -5}, "-5 pixels is not positive"),
         ({"vision_feature_layer": 7}, "vision_feature_layer 7 is not within a tower of 3 layers"),
         ({"vision_feature_layer": []}, "not within a tower"),

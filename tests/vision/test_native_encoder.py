@@ -108,8 +108,17 @@ def test_pixel_bounds_stand_in_for_the_checkpoints(checkpoint: Path) -> None:
     square = NativeEncoder.from_checkpoint(checkpoint).transform.size[2]
     encoder = NativeEncoder.from_checkpoint(checkpoint, min_pixels=9 * square**2, max_pixels=16 * square**2)
     assert [encoder.num_tokens(image.size) for image in prepared(encoder, (8, 8), (500, 500))] == [9, 16]
-    for options in ({"max_pixels": square**2 - 1}, {"min_pixels": 10**6, "max_pixels": 10**5}):
-        with pytest.raises(ConfigurationError, match="min_pixels, max_pixels and max_image_tokens"):
+    small = NativeEncoder.from_checkpoint(checkpoint, max_image_size=3 * square + 1)
+    assert [small.num_tokens(image.size) for image in prepared(small, (500, 500))] == [9]
+    assert NativeEncoder.from_checkpoint(checkpoint, max_image_size=10**4).transform == (
+        NativeEncoder.from_checkpoint(checkpoint).transform
+    )
+    for options in (
+        {"max_pixels": square**2 - 1},
+        {"max_image_size": square - 1},
+        {"min_pixels": 10**6, "max_pixels": 10**5},
+    ):
+        with pytest.raises(ConfigurationError, match="see min_pixels, max_pixels, max_image_size"):
             NativeEncoder.from_checkpoint(checkpoint, **options)
 
 

@@ -11,7 +11,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.checkpoints import resolve_checkpoint
+from nanovllm.vision.checkpoints import checkpoint_name, resolve_checkpoint
 from nanovllm.vision.encoder import VisionEncoder
 
 # transformers before 4.52 and after it: where the text model's tensors stand in a LLaVA checkpoint.
@@ -34,27 +34,30 @@ def text_name(name: str) -> str | None:
 def own_encoder(
     checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, device: torch.device
 ) -> VisionEncoder:
-    """The encoder that a LLaVA checkpoint was trained with; options that contradict it are a ConfigurationError."""
-    encoder = VisionEncoder.from_llava(
-        checkpoint.directory, freeze_vision_weights=config.freeze_vision_weights, dtype=dtype, device=device
-    )
-    name = checkpoint.directory.name
-    size = encoder.transform.output_size
-    if config.max_image_size is not None and size != (config.max_image_size, config.max_image_size):
-        raise ConfigurationError(f"max_image_size={config.max_image_size}, but {name!r} was trained on {size}")
-    if config.num_vision_tokens not in (None, encoder.num_vision_tokens):
-        raise ConfigurationError(
-            f"num_vision_tokens={config.num_vision_tokens}, but {name!r} was trained with {encoder.num_vision_tokens}"
-        )
+    """The encoder that a LLaVA checkpoint was trained with, at the size and tokens asked for.
+
+    Raises:
+        ConfigurationError: an option that contradicts the checkpoint or that its tower does not have.
+    """
+    name = checkpoint_name(checkpoint.directory)
+    _refuse_pixel_bounds(config)
     if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
         raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")
     if config.projector is not None:
         raise ConfigurationError(f"projector={str(config.projector)!r}, but {name!r} brings a projector of its own")
-    return encoder
+    return VisionEncoder.from_llava(
+        checkpoint.directory,
+        max_image_size=config.max_image_size,
+        num_vision_tokens=config.num_vision_tokens,
+        freeze_vision_weights=config.freeze_vision_weights,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
-    """A separate vision model in front of a text model."""
+    """A separate vision model in front of a text model; ConfigurationError for an option that its tower lacks."""
+    _refuse_pixel_bounds(config)
     return VisionEncoder(
         text.config.hidden_size,
         config.vision_model or "openai/clip-vit-base-patch32",
@@ -65,3 +68,12 @@ def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, de
         dtype=dtype,
         device=device,
     )
+
+
+def _refuse_pixel_bounds(config: EngineConfig) -> None:
+    for name in ("min_pixels", "max_pixels", "max_image_tokens"):
+        if getattr(config, name) is not None:
+            raise ConfigurationError(
+                f"{name}={getattr(config, name)}, but a CLIP or SigLIP tower takes all images at one size: "
+                "see max_image_size and num_vision_tokens"
+            )

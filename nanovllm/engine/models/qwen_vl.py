@@ -14,6 +14,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.checkpoints import checkpoint_name
 from nanovllm.vision.native_encoder import NativeEncoder
 
 # As the hub has them, and as transformers 5 saves them: where the text model's tensors stand.
@@ -37,19 +38,27 @@ def text_name(name: str) -> str | None:
 def own_encoder(
     checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, device: torch.device
 ) -> NativeEncoder:
-    """The encoder that the checkpoint was trained with; options that contradict it are a ConfigurationError."""
-    for name in ("vision_model", "projector", "max_image_size", "num_vision_tokens"):
+    """The encoder that the checkpoint was trained with.
+
+    Images keep their own proportions: ``max_image_size`` and ``num_vision_tokens`` bound their area and their tokens.
+
+    Raises:
+        ConfigurationError: an option that contradicts the checkpoint, or bounds between which no image fits.
+    """
+    for name in ("vision_model", "projector"):
         value = getattr(config, name)
         if value is not None:
             raise ConfigurationError(
-                f"{name}={str(value)!r}, but {checkpoint.directory.name!r} brings a tower of its own, which takes "
-                "images at their own size: see min_pixels, max_pixels and max_image_tokens"
+                f"{name}={str(value)!r}, but {checkpoint_name(checkpoint.directory)!r} brings a tower and a projector "
+                "of its own"
             )
+    tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
     return NativeEncoder.from_checkpoint(
         checkpoint.directory,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
-        max_image_tokens=config.max_image_tokens,
+        max_image_size=config.max_image_size,
+        max_image_tokens=min(tokens, default=None),
         freeze_vision_weights=config.freeze_vision_weights,
         dtype=dtype,
         device=device,
