@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,13 @@ import pytest
 from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
 
 from nanovllm.pipeline.broker import EmbeddedBroker
+
+# The tests see neither the shell's settings and credentials, nor those of ~/.aws, nor a proxy before loopback.
+for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_"))]:
+    del os.environ[_name]
+os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 # `repeatable`, the default and what CI runs: the examples follow from the source of the test and of the package, and no
 # example database is read, so that a commit passes or fails in the same way on every run. `thorough`, in `make proof`:
