@@ -14,8 +14,10 @@ from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_pro
 
 from nanovllm.pipeline.broker import EmbeddedBroker
 
-# The tests see neither the shell's settings and credentials, nor those of ~/.aws, nor a proxy before loopback.
-for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_"))]:
+# The tests see neither the shell's settings and credentials, nor those of ~/.aws, nor a proxy before loopback; and what
+# they print is plain, though Rich and Typer are asked for colours (GitHub's runners do).
+_TERMINAL = ("COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS")
+for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_")) or name in _TERMINAL]:
     del os.environ[_name]
 os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
 os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
