@@ -49,11 +49,6 @@ def test_a_message_above_the_limit_is_refused_unread() -> None:
         decode_job(value, max_bytes=50)
 
 
-@given(jobs)
-def test_the_two_formats_say_the_same(job: Job) -> None:
-    assert decode_job(encode_job(decode_job(encode_job(job, "msgpack")), "json")) == job
-
-
 @given(st.binary(max_size=400))
 @example(b"")
 @example(b"\xdf\xff\xff\xff\xff")
