@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,9 +14,23 @@ from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_pro
 
 from nanovllm.pipeline.broker import EmbeddedBroker
 
-# How long an example takes says more about the machine than about the code.
-hypothesis.settings.register_profile("nanovllm", deadline=None)
-hypothesis.settings.load_profile("nanovllm")
+# The tests see neither the shell's settings and credentials, nor those of ~/.aws, nor a proxy before loopback; and what
+# they print is plain, though Rich and Typer are asked for colours (GitHub's runners do).
+_TERMINAL = ("COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS")
+for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_")) or name in _TERMINAL]:
+    del os.environ[_name]
+os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+# `repeatable`, the default and what CI runs: the examples follow from the source of the test and of the package, and no
+# example database is read, so that a commit passes or fails in the same way on every run. `thorough`, in `make proof`:
+# new examples at every run; those that fail are kept in .hypothesis, and the report says how to repeat them.
+# Neither judges by time: how long an example takes to draw or to run depends on the machine's load.
+_NO_CLOCK: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("repeatable", max_examples=100, derandomize=True, **_NO_CLOCK)
+hypothesis.settings.register_profile("thorough", max_examples=20_000, derandomize=False, print_blob=True, **_NO_CLOCK)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ async def create_topic(
         response = await admin.create_topics(topics)
         for topic, code, *rest in response.topic_errors:
             assert code == 0, f"create {topic}: error {code} {rest}"
-        for _ in range(200):
+        for _ in range(1_200):
             described = await admin.describe_topics(list(names))
             if all(len(topic["partitions"]) == partitions for topic in described):
                 return

@@ -23,6 +23,7 @@ from pydantic import (
     Tag,
     ValidationError,
     WithJsonSchema,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -263,6 +264,12 @@ class Job(BaseModel):
     @classmethod
     def _check_sampling(cls, sampling: dict[str, Any]) -> dict[str, Any]:
         return _explicit_sampling(sampling)
+
+    @field_serializer("sampling")
+    def _sampling_with_text_keys(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        # JSON has no other keys, and msgpack maps of jobs are read with string keys alone: token ids become text.
+        biases = sampling.get("logit_bias")
+        return {**sampling, "logit_bias": {str(token): bias for token, bias in biases.items()}} if biases else sampling
 
     @field_validator("metadata")
     @classmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -13,12 +15,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+_steps = itertools.count(secrets.randbelow(17_000))  # onwards, so that a process is not given one port twice
+
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now; whoever binds it next must cope with having lost it meanwhile."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now; another process may bind it before the caller does.
+
+    It is below Linux's ephemeral ports (from 32768): a client's connection, even one that is tried again while the
+    server is down, is never given it as its own.
+
+    Raises:
+        OSError: a hundred ports were tried and none was free.
+    """
+    for _ in range(100):
+        port = 15_000 + next(_steps) % 17_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no port of {host} from 15000 to 31999 is free")
 
 
 class LocalProcess:

@@ -133,7 +133,7 @@ class JobProducer:
             "prompt": prompt,
             "messages": None if messages is None else list(messages),
             "images": [await _image_ref(image) for image in images],
-            "sampling": _lists(explicit or {}),
+            "sampling": _json_form(explicit or {}),
             "deadline": deadline,
             "priority": priority,
             "metadata": dict(metadata or {}),
@@ -248,5 +248,9 @@ async def _image_ref(image: JobImage) -> dict[str, Any] | ImageRef | str:
         raise InvalidInput(f"the image {path} cannot be read: {error.strerror or type(error).__name__}") from None
 
 
-def _lists(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
+def _json_form(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
+    if isinstance(biases := values.get("logit_bias"), Mapping):
+        # Token ids are numbers in Python and the keys of an object in JSON.
+        values["logit_bias"] = {str(key) if type(key) is int else key: bias for key, bias in biases.items()}
+    return values

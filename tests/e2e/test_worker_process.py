@@ -13,7 +13,7 @@ from world import World
 from nanovllm.pipeline.job import ImageRef
 
 ECHO = {"NANOVLLM_ENGINE__BACKEND": "echo"}
-READ_S = 30.0
+READ_S = 120.0
 
 
 async def read_all(world: World, *, outcomes: int) -> None:

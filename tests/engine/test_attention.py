@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import Tensor
 
 from nanovllm.engine import kernels
@@ -48,7 +49,7 @@ def cpu_backend(kernel: bool, dtype: torch.dtype = torch.float32) -> AttentionBa
 
 
 @pytest.mark.parametrize(("kernel", "dim"), [(True, 16), (True, 24), (False, 8)])
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(rows=rows, seed=st.integers(0, 1000))
 def test_rows_of_any_lengths_equal_unpaged_attention(
     kernel: bool, dim: int, rows: list[tuple[int, int]], seed: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import make_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +45,7 @@ WRITTEN = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMEN
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=st.text(st.one_of(WRITTEN, st.sampled_from("日é👩🏽 ")), max_size=30))
 def test_chunks_join_to_the_text_and_hold_whole_characters(kind: str, text: str) -> None:
     chunks, detokenizer = stream(text, TOKENIZERS[kind], skip_special_tokens=False)
@@ -53,7 +54,7 @@ def test_chunks_join_to_the_text_and_hold_whole_characters(kind: str, text: str)
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(data=st.data(), skips=st.booleans())
 def test_bytes_that_are_no_text_stop_nobody(kind: str, data: st.DataObject, skips: bool) -> None:
     tokenizer = TOKENIZERS[kind]

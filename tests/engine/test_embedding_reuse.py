@@ -232,7 +232,7 @@ def test_what_was_encoded_ahead_and_evicted_is_encoded_again(llava: Path, batche
 
 
 async def test_an_idle_engine_waits_a_moment_for_more_images(llava: Path, batches: list[int]) -> None:
-    llm = make_engine(llava, encoder_linger_s=0.5)
+    llm = make_engine(llava, encoder_linger_s=3.0)
     async with AsyncEngine(llm) as engine:
         transform = engine.image_transform
         assert transform is not None

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoints import IM_END, IM_START, QwenVL, make_qwen_vl
 from engine_parts import Reference, drain, greedy, noise_image
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
@@ -36,7 +37,7 @@ def rope_index(tmp_path_factory: pytest.TempPathFactory) -> Qwen2_5_VLModel:
     return Qwen2_5_VLModel(config)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.data())
 def test_positions_equal_transformers_and_do_not_depend_on_the_cut(
     rope_index: Qwen2_5_VLModel, data: st.DataObject

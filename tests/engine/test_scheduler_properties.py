@@ -6,9 +6,10 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from strategies import examples
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.completion import extend
@@ -216,7 +217,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = examples(60, stateful_step_count=50)
 
 
 def draw_work(seed: int, count: int) -> list[Sequence]:
@@ -232,7 +233,7 @@ def draw_work(seed: int, count: int) -> list[Sequence]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(seed=st.integers(0, 10**6), budget=st.integers(1, 40), seats=st.integers(1, 6), num_blocks=st.integers(10, 24))
 def test_texts_depend_on_nothing_but_their_prompts(seed: int, budget: int, seats: int, num_blocks: int) -> None:
     together = World(max_num_batched_tokens=budget, max_num_seqs=seats, num_blocks=num_blocks)

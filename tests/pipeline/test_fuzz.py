@@ -12,11 +12,12 @@ import pytest
 from bench import Bench, eventually, reached
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ErrorClass, NanoVLLMError
 from nanovllm.pipeline.codec import decode_job
-from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.job import ChatMessage, ImageRef, Job
 from nanovllm.pipeline.passage import dead_letter_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka import dead_letter_record, read_dead_letter
@@ -44,7 +45,7 @@ scalars = st.one_of(
     ),
 )
 NAMES = sorted(
-    {*Job.model_fields, *SamplingParams.model_fields, "uri", "data", "sha256", "version_id", "role", "content", "type"}
+    {name for model in (Job, SamplingParams, ImageRef, ChatMessage) for name in model.model_fields} | {"type"}
 )
 names = st.sampled_from(NAMES) | st.text(max_size=6)
 anything = st.recursive(
@@ -52,7 +53,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=5),
     max_leaves=15,
 )
-images = st.one_of(scalars, st.dictionaries(st.sampled_from(["uri", "data", "sha256", "version_id", "x"]), scalars))
+images = st.one_of(scalars, st.dictionaries(st.sampled_from([*ImageRef.model_fields, "x"]), scalars))
 parts = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image", "image_url", "video"])},
     optional={"text": scalars, "image_url": st.one_of(scalars, st.fixed_dictionaries({"url": scalars}))},
@@ -62,17 +63,14 @@ messages = st.fixed_dictionaries(
 )
 almost_jobs = st.fixed_dictionaries(
     {},
-    optional={
+    optional=dict.fromkeys(Job.model_fields, scalars)
+    | {
         "version": st.one_of(st.just(1), scalars),
-        "job_id": scalars,
-        "prompt": scalars,
         "messages": st.one_of(scalars, st.lists(messages, max_size=3)),
         "images": st.one_of(scalars, st.lists(images, max_size=3)),
         "sampling": st.one_of(scalars, st.dictionaries(st.sampled_from(sorted(SamplingParams.model_fields)), anything)),
         "deadline": scalars | st.datetimes().map(str),
-        "priority": scalars,
         "metadata": anything,
-        "reply_to": scalars,
         "later_field": anything,
     },
 )
@@ -143,7 +141,7 @@ def ends_well(value: bytes) -> None:
 
 
 @given(inputs)
-@hypothesis.settings(max_examples=2_000, suppress_health_check=list(hypothesis.HealthCheck))
+@examples(2_000, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_bytes_are_a_job_or_a_dead_letter(value: bytes) -> None:
     ends_well(value)
 
@@ -156,7 +154,7 @@ def test_a_hundred_thousand_inputs_are_jobs_or_dead_letters(value: bytes) -> Non
 
 
 @given(almost_jobs)
-@hypothesis.settings(max_examples=500, suppress_health_check=list(hypothesis.HealthCheck))
+@examples(500, suppress_health_check=list(hypothesis.HealthCheck))
 def test_json_and_msgpack_say_the_same_of_the_same_fields(fields: dict[str, Any]) -> None:
     def verdict(value: bytes) -> Job | str:
         try:

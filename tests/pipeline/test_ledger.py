@@ -5,15 +5,15 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
+from strategies import examples
 
 from nanovllm.pipeline.ledger import PartitionLedger
 
@@ -114,7 +114,7 @@ def test_what_leads_is_the_ready_run_from_the_watermark_and_the_offset_behind_it
     assert of.watermark == 12
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.randoms())
 def test_in_whatever_order_jobs_finish_the_watermark_ends_behind_the_last(gaps: list[int], random: object) -> None:
     of = ledger()
@@ -181,13 +181,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert sum(o > self.of.watermark for o in self.finished) <= 10
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=40)
+LedgerMachine.TestCase.settings = examples(400, stateful_step_count=40)
 TestLedgerMachine = LedgerMachine.TestCase
-
-
-@pytest.mark.proof
-def test_ten_thousand_interleavings_of_the_machine() -> None:
-    run_state_machine_as_test(LedgerMachine, settings=settings(max_examples=10_000, stateful_step_count=40))
 
 
 @pytest.mark.parametrize("seed", range(10))

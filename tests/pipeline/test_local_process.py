@@ -8,7 +8,7 @@ import sys
 import pytest
 from parts import eventually
 
-from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.pipeline.local_process import LocalProcess, free_port
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [
@@ -58,7 +58,7 @@ def test_a_process_that_never_started_has_nothing_to_stop(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
-from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.pipeline.local_process import LocalProcess, free_port
 child = LocalProcess("child", [sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1]))
 child.start()
 print(child.pid, flush=True)
@@ -82,3 +82,9 @@ def is_alive(pid: int) -> bool:
     """A zombie is not: whoever adopted it may reap it late."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
     return bool(state) and not state.startswith("Z")
+
+
+def test_no_port_is_given_twice_and_none_that_a_client_may_be_given() -> None:
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert max(ports) < 32_768

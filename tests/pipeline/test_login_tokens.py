@@ -21,7 +21,7 @@ from nanovllm.pipeline.login_tokens import MskIamToken, TokenFile
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.topics import create_topics
 
-TOKEN_S = 3
+TOKEN_S = 6  # renewed every second: a pause of some seconds is no failure
 
 
 def unsigned_token() -> str:
@@ -74,9 +74,11 @@ async def test_connections_outlive_their_tokens_on_apache_kafka(tmp_path: Path) 
             consumer = AIOKafkaConsumer("jobs", **kafka.consumer_kwargs() | {"auto_offset_reset": "earliest"})
             await consumer.start()
             seen: list[bytes] = []
-            sent = [str(number).encode() for number in range(3 * TOKEN_S)]
-            for value in sent:
-                await producer.send_and_wait("jobs", value)
+            sent: list[bytes] = []
+            end = time.monotonic() + 2 * TOKEN_S
+            while time.monotonic() < end:
+                sent.append(str(len(sent)).encode())
+                await producer.send_and_wait("jobs", sent[-1])
                 for records in (await consumer.getmany(timeout_ms=900)).values():
                     seen += [record.value for record in records]
                 await asyncio.sleep(0.1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
@@ -17,6 +18,7 @@ from nanovllm.pipeline.codec import decode_job, message_format
 from nanovllm.pipeline.producer import SyncJobProducer
 from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import create_topics, message_limits
+from nanovllm.sinks.encoding import MessageFormat
 
 PNG = b"\x89PNG not really" * 10
 
@@ -85,6 +87,17 @@ async def test_msgpack_is_sent_where_asked(embedded_broker: str, topic: str) -> 
     (record,) = await read(embedded_broker, topic, 1)
     assert message_format(record.value) == "msgpack"
     assert decode_job(record.value).images[0].data == PNG
+
+
+@pytest.mark.parametrize("fmt", ["json", "msgpack"])
+@pytest.mark.parametrize("sampling", [SamplingParams(logit_bias={5: 1.0}), {"logit_bias": {5: 1.0}}])
+async def test_token_ids_with_a_bias_are_sent_as_python_writes_them(
+    embedded_broker: str, topic: str, fmt: MessageFormat, sampling: SamplingParams | dict[str, Any]
+) -> None:
+    async with JobProducer(bootstrap_servers=embedded_broker, topic=topic, fmt=fmt) as producer:
+        await producer.send("a", sampling=sampling)
+    (record,) = await read(embedded_broker, topic, 1)
+    assert decode_job(record.value).sampling == {"logit_bias": {5: 1.0}}
 
 
 async def test_an_image_too_large_for_a_message_is_refused_with_the_way_out(embedded_broker: str, topic: str) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import jsonschema
 import msgpack
 import pytest
+from hypothesis import given
 from sample_messages import dead_letter, metrics, result
+from strategies import jobs
 
 from nanovllm.pipeline import reference
 from nanovllm.pipeline.codec import encode_job
@@ -14,6 +16,7 @@ from nanovllm.pipeline.job import Job
 from nanovllm.sinks.encoding import encode
 
 DOCS = Path(__file__).parents[2] / "docs"
+JOB_SCHEMA = jsonschema.Draft202012Validator(json.loads(reference.schemas()["job.v1.json"]))
 
 
 def test_the_published_schemas_are_those_of_the_models() -> None:
@@ -51,6 +54,11 @@ def test_what_is_sent_follows_the_schemas() -> None:
         messages[f"{name}.json"] = encode(message, "json")
     for name, message_bytes in messages.items():
         jsonschema.validate(json.loads(message_bytes), json.loads(reference.schemas()[name]))
+
+
+@given(jobs)
+def test_every_job_that_is_sent_follows_the_schema(job: Job) -> None:
+    JOB_SCHEMA.validate(json.loads(encode_job(job)))
 
 
 def test_the_schema_refuses_what_the_decoder_refuses() -> None:

@@ -434,7 +434,7 @@ async def test_an_answer_depends_on_prompt_images_parameters_and_tenant(
 async def test_a_deadline_of_one_takes_the_answer_from_nobody_else(bench: Bench) -> None:
     engine = GatedEngine()
     async with bench.working(engine, reuse=ANSWERS) as (worker, _):
-        deadline = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
+        deadline = (datetime.now(UTC) + timedelta(seconds=10)).isoformat()
         await bench.send({"job_id": "short", "prompt": "p", "deadline": deadline})
         await engine.submitted("short")
         await bench.send({"job_id": "patient", "prompt": "p"})

@@ -96,7 +96,7 @@ class Topics:
 
     async def reaches(self, offset: int) -> None:
         """Return when the group has committed ``offset``: a transaction ends a moment after its producer is told."""
-        for _ in range(500):
+        for _ in range(3_000):
             if await self.committed() == offset:
                 return
             await asyncio.sleep(0.02)
@@ -172,7 +172,7 @@ async def test_a_job_whose_record_is_refused_does_not_take_the_others_with_it(to
         await eventually(lambda: len(owner.taken) == 3)
 
         async def end(offset: int, value: bytes | None = None) -> str:
-            for _ in range(50):
+            for _ in range(3_000):
                 try:
                     await owner.end(owner.taken[0, offset], value)
                 except MessageTooLarge:
@@ -247,7 +247,7 @@ async def test_the_worker_answers_and_buries_each_job_once(kafka_bench: Bench) -
     for partition in range(2):
         offsets = [offset for where, offset in by_offset if where == partition]
         assert len(offsets) == len(set(offsets))
-    for _ in range(500):
+    for _ in range(3_000):
         ended = [await bench.committed(partition) or 0 for partition in range(2)]
         if sum(ended) == JOBS + 1:
             break

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts import create_topic
 from sample_messages import SOURCE, dead_letter, metrics, result
+from strategies import job_ids
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
 from nanovllm.sinks.batches import send_batches
@@ -136,7 +137,7 @@ def test_text_without_urls_is_left_alone() -> None:
     value=st.binary(max_size=5_000),
     key=st.none() | st.binary(max_size=12_000),
     message=st.text(max_size=3_000),
-    job_id=st.none() | st.text(min_size=1, max_size=512),
+    job_id=st.none() | job_ids,
     headers=st.lists(
         st.tuples(st.sampled_from(["traceparent", "Content-Type", "kept", "other"]), st.binary(max_size=1_500)),
         max_size=50,

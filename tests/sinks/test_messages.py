@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_messages import result
+from strategies import json_values, messages
 
 from nanovllm.sinks.encoding import check_json_value, encode
 from nanovllm.sinks.jsonl import JsonLinesSink
-from nanovllm.sinks.messages import Result, result_id_for
+from nanovllm.sinks.messages import DeadLetter, JobMetrics, Message, Result, result_id_for
 
 
 def test_a_result_id_depends_on_the_job_id_alone_and_never_changes() -> None:
@@ -44,9 +46,17 @@ def test_nesting_is_bounded_without_recursion() -> None:
         check_json_value(deep)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), st.lists, max_leaves=8))
+@given(json_values)
 def test_plain_values_pass(value: object) -> None:
     check_json_value(value)
+
+
+@pytest.mark.parametrize("model", [Result, JobMetrics, DeadLetter])
+@given(data=st.data())
+def test_a_message_survives_both_formats(model: type[Message], data: st.DataObject) -> None:
+    message = data.draw(messages(model))
+    assert model.model_validate_json(encode(message, "json")) == message
+    assert model.model_validate(msgpack.unpackb(encode(message, "msgpack"))) == message
 
 
 def test_json_lines_are_appended_one_message_a_line(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import examples
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError
@@ -276,7 +277,7 @@ def test_many_threads_over_few_keys_never_see_a_wrong_tensor_or_break_the_bound(
     assert failures == []
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 4), st.integers(0, 4), st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=5), max_size=20))
 def test_the_cache_behaves_as_ordered_dictionaries_of_bounded_size(
     capacity: int, host: int, calls: list[list[int]]
