@@ -1,5 +1,5 @@
 # A worker for CPUs:  docker build -t nanovllm .
-# For GPUs take a CUDA base, torch from the index that fits its driver, and nanovllm[cuda].
+# For GPUs take a CUDA base, torch from the index that fits its driver, and the extra cuda. Neither image has been built yet.
 
 FROM python:3.12-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -21,10 +21,10 @@ help: ## Say what can be made
 demo: .venv/.demo ## Images into Kafka, text out: the whole way on this machine
 	@$(PY) -m nanovllm.pipeline.cli demo
 
-test: .venv/.dev ## The tests for every day (under 15 minutes on 2 cores)
+test: .venv/.dev ## The tests for every day (15 minutes on 2 quiet cores, twice that on busy ones)
 	$(PY) -m pytest -m "not slow and not proof"
 
-test-all: .venv/.dev ## All that CI runs (under 40 minutes)
+test-all: .venv/.dev ## All that CI runs (20 minutes on 2 quiet cores)
 	$(PY) -m pytest -m "not proof"
 
 proof: .venv/.dev ## Held-out accuracy, 20,000 new examples of every property, and whatever else takes long

@@ -139,7 +139,7 @@ def _read_bin(file: Path) -> Mapping[str, Tensor]:
 def _convert_gguf(file: Path, made: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigurationError(f"reading GGUF needs {', '.join(missing)}: pip install 'nanovllm[convert]'")
+        raise ConfigurationError(f"reading GGUF needs {', '.join(missing)}: pip install '.[convert]' in a clone")
     architecture = text_architecture(_from_gguf(AutoConfig, file))
     if architecture not in TEXT_FAMILIES:
         raise UnsupportedModel(f"{file.name!r} is a {architecture}; supported are {', '.join(TEXT_FAMILIES)}")

@@ -149,7 +149,7 @@ def _memory(engine: LLMEngine) -> Iterator[Finding]:
 
 def _guided() -> Finding:
     if importlib.util.find_spec("llguidance") is None:
-        return Finding("guided output", "none", "pip install 'nanovllm[guided]'")
+        return Finding("guided output", "none", "pip install '.[guided]' in a clone")
     return Finding("guided output", "JSON schema, regex, choice, grammar")
 
 

@@ -176,5 +176,5 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise ConfigurationError("guided output needs llguidance: pip install 'nanovllm[guided]'") from None
+        raise ConfigurationError("guided output needs llguidance: pip install '.[guided]' in a clone") from None
     return llguidance

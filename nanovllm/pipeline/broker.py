@@ -42,7 +42,7 @@ def broker_program() -> Path:
     try:
         program = Path(str(resources.files("noida_db").joinpath("noida-db")))
     except ModuleNotFoundError as error:
-        raise ConfigurationError("the embedded broker needs noida-db: pip install 'nanovllm[demo]'") from error
+        raise ConfigurationError("the embedded broker needs noida-db: pip install '.[demo]' in a clone") from error
     if not program.is_file():
         raise ConfigurationError("the installed noida-db has no program for this platform")
     with contextlib.suppress(PermissionError):

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _require(extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigurationError(f"this command needs {', '.join(missing)}: pip install 'nanovllm[{extra}]'")
+        raise ConfigurationError(f"this command needs {', '.join(missing)}: pip install '.[{extra}]' in a clone")
 
 
 def _print_error(error: NanoVLLMError) -> None:

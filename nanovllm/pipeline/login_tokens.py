@@ -62,7 +62,7 @@ class MskIamToken(AbstractTokenProvider):
             ConfigurationError: the extra is not installed.
         """
         if importlib.util.find_spec("aws_msk_iam_sasl_signer") is None:
-            raise ConfigurationError("kafka.sasl_oauth_aws_region needs the signer: pip install 'nanovllm[msk]'")
+            raise ConfigurationError("kafka.sasl_oauth_aws_region needs the signer: pip install '.[msk]' in a clone")
         from aws_msk_iam_sasl_signer import MSKAuthTokenProvider
 
         return cls(lambda: MSKAuthTokenProvider.generate_auth_token(region))

@@ -52,7 +52,7 @@ class EmbeddedObjectStore:
             SystemicError: it ended by itself, or does not answer within ``timeout_s``.
         """
         if importlib.util.find_spec("moto") is None:
-            raise ConfigurationError("the embedded object store needs moto: pip install 'nanovllm[demo]'")
+            raise ConfigurationError("the embedded object store needs moto: pip install '.[demo]' in a clone")
         deadline = time.monotonic() + timeout_s
         for _ in range(3):
             self._port = free_port(HOST)

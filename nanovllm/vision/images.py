@@ -30,7 +30,7 @@ DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 WHITE = (255, 255, 255)
 _DIGEST_STRIP_PIXELS = 1 << 20
 _TIFF_PHOTOMETRIC = 262
-_HEIF_HINT = "reading HEIC takes the extra nanovllm[heic], and HEIF among the allowed formats"
+_HEIF_HINT = "reading HEIC takes the extra heic, and HEIF among the allowed formats"
 
 # First bytes of formats that people do send, so that a refusal can say what it saw without running other decoders.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -62,7 +62,7 @@ class ImageLimits:
     """What an image may cost, checked before its pixels are decoded.
 
     ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used. ``formats`` are
-    Pillow's names; ``HEIF`` needs the extra ``nanovllm[heic]``.
+    Pillow's names; ``HEIF`` needs the extra ``heic``.
 
     Raises:
         ConfigurationError: a format that Pillow does not read, or HEIF without its extra.

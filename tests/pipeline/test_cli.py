@@ -170,7 +170,7 @@ def test_a_light_installation_says_what_the_worker_needs(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for command in (["worker"], ["demo"], ["align"]):
         assert main(command) == 2
-        assert "pip install 'nanovllm[" in capsys.readouterr().err
+        assert "pip install '.[" in capsys.readouterr().err
 
 
 def test_the_demos_help_says_its_real_bounds(capsys: Capture) -> None:
