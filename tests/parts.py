@@ -105,6 +105,10 @@ class KafkaNode:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
     def data(self) -> Path:
         """Where the node keeps its logs."""
         return self.directory / "node" / "data"

@@ -6,41 +6,42 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError
 from nanovllm.pipeline.settings import EngineSettings, ImageSettings, Settings
+from nanovllm.pipeline.stop_signals import DONE, FAILED, StopSignals
 
 if TYPE_CHECKING:
     from nanovllm.engine.backend import EngineBackend
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.pipeline.worker import Worker
+    from nanovllm.pipeline.health import Health
     from nanovllm.vision.images import ImageLimits
 
 logger = logging.getLogger("nanovllm.worker")
 
-DONE = 0
-FAILED = 1
 MISUSE = 2
 
 DEFAULT_MODEL = "tiny-receipts"
+TICK_S = 1.0
 
 
 def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     """Run one worker until it is told to stop; returns the exit code of the process.
 
     SIGTERM and SIGINT drain: jobs at work are finished within ``admission.drain_timeout_s``, the rest goes back to
-    Kafka. A second signal ends the process at once. 0: stopped or drained; 1: a failure, with the offsets of what was
-    at work uncommitted; 2: settings that cannot work.
+    Kafka. Before the first job is taken they end the process within two seconds; a second signal ends it at once. 0:
+    stopped or drained; 1: a second signal, or a failure, with the offsets of what was at work uncommitted; 2: settings
+    that cannot work.
     """
+    signals = StopSignals()
     prepare_threads()
     _log_to_stderr(settings.log_level)
     try:
-        asyncio.run(_run(settings, exit_when_drained))
+        asyncio.run(_run(settings, signals, exit_when_drained))
     except ConfigurationError as error:
         logger.error("%s. %s", error, error.remedy)
         return MISUSE
@@ -72,30 +73,34 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 
 
-async def _run(settings: Settings, exit_when_drained: bool) -> None:
-    from aiokafka import AIOKafkaProducer
-
+async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool) -> None:
     from nanovllm.metrics import Metrics
-    from nanovllm.pipeline.fetch import ObjectFetcher
     from nanovllm.pipeline.health import Health, HealthServer
-    from nanovllm.pipeline.in_flight import InFlight
-    from nanovllm.pipeline.retries import RetryTiers
-    from nanovllm.pipeline.s3_client import S3Client, check_settings
-    from nanovllm.pipeline.source import JobSource
-    from nanovllm.pipeline.topics import message_limits
-    from nanovllm.pipeline.worker import Worker
-    from nanovllm.sinks.kafka import KafkaSink
-    from nanovllm.sinks.producer import RenewingProducer
-    from nanovllm.sinks.s3 import S3ResultStore
-    from nanovllm.vision.decoder_pool import DecoderPool
 
-    signals = _Signals()
+    asyncio.get_running_loop().set_exception_handler(_report)
     metrics, health = Metrics(), Health()
     async with AsyncExitStack() as stack:
         server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
         stack.callback(server.close)
         server.start()
         logger.info("health and metrics on port %d", server.port)
+        ticking = asyncio.create_task(_tick(health), name="tick")
+        stack.callback(ticking.cancel)
+
+        # The probes answer by now: these take seconds.
+        from aiokafka import AIOKafkaProducer
+
+        from nanovllm.pipeline.fetch import ObjectFetcher
+        from nanovllm.pipeline.in_flight import InFlight
+        from nanovllm.pipeline.retries import RetryTiers
+        from nanovllm.pipeline.s3_client import S3Client, check_settings
+        from nanovllm.pipeline.source import JobSource
+        from nanovllm.pipeline.topics import message_limits
+        from nanovllm.pipeline.worker import Worker
+        from nanovllm.sinks.kafka import KafkaSink
+        from nanovllm.sinks.producer import RenewingProducer
+        from nanovllm.sinks.s3 import S3ResultStore
+        from nanovllm.vision.decoder_pool import DecoderPool
 
         if settings.s3.allow or settings.s3.large_results:
             check_settings(settings.s3)
@@ -116,10 +121,10 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             await decoders.start()
         fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
         stack.callback(fetcher.close)
-        health.tick()
         health.is_model_loaded = True
         logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
 
+        health.wait_for("the brokers")
         topics, tiers = settings.topics, RetryTiers.of(settings)
         written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
@@ -147,7 +152,6 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
             health=health,
         )
         metrics.watch_engine(lambda: worker.engine_stats)
-        signals.drain(worker)
         source = JobSource(
             settings.kafka,
             tiers.lanes,
@@ -164,11 +168,38 @@ async def _run(settings: Settings, exit_when_drained: bool) -> None:
         gc.collect()
         gc.freeze()
         # From here on the worker leaves the group before anything above is closed.
-        await source.start()
+        joining = asyncio.create_task(source.start(health.wait_for), name="join")
+        signals.hand_to(
+            lambda: worker.stop() if joining.done() else joining.cancel(), has_taken=lambda: worker.has_taken
+        )
+        try:
+            await joining
+        except asyncio.CancelledError:
+            if signals.is_stopping:
+                return
+            raise
+        health.wait_for(None)
         logger.info(
             "consuming %s as %s in group %s", ", ".join(tiers.lanes), settings.worker_id, settings.kafka.group_id
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what no task was told. aiokafka shields its commits: one that was given up fails later, and unheard."""
+    from aiokafka.errors import KafkaError
+
+    error = context.get("exception")
+    if isinstance(error, KafkaError):
+        logger.warning("a request to Kafka that was given up has failed: %s", type(error).__name__)
+    else:
+        loop.default_exception_handler(context)
+
+
+async def _tick(health: Health) -> None:
+    while True:
+        health.tick()
+        await asyncio.sleep(TICK_S)
 
 
 async def _load_engine(settings: EngineSettings) -> EngineBackend:
@@ -207,33 +238,3 @@ def _image_limits(settings: ImageSettings) -> ImageLimits:
         max_frames=settings.max_frames,
         formats=settings.formats,
     )
-
-
-class _Signals:
-    """SIGTERM and SIGINT: the first one drains, the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-        self._received = 0
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def drain(self, worker: Worker) -> None:
-        """What the first signal stops; before that, nothing was taken and there is nothing to drain."""
-        self._worker = worker
-
-    def _on_signal(self) -> None:
-        self._received += 1
-        if self._worker is None:
-            _end_at_once(DONE)
-        if self._received > 1:
-            _end_at_once(FAILED)
-        logger.info("stopping: no more jobs are taken")
-        self._worker.stop()
-
-
-def _end_at_once(code: int) -> NoReturn:
-    # Not sys.exit: that would wait for threads that read or compute.
-    logging.shutdown()
-    os._exit(code)

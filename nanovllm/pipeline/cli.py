@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import signal
 import sys
+
+# Before the imports below, which take seconds: PID 1 of a container ignores signals without a handler, and nothing was
+# taken that would have to be drained. The worker's own handlers (stop_signals.py) replace these.
+if sys.argv[1:2] == ["worker"]:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated

@@ -25,17 +25,22 @@ class Health:
         self.has_joined = False
         self.is_draining = False
         self.systemic: str | None = None
+        self._waits_for: str | None = None
         self._last_tick = time.monotonic()
 
     def tick(self) -> None:
         """The event loop is alive."""
         self._last_tick = time.monotonic()
 
+    def wait_for(self, what: str | None) -> None:
+        """The start waits for ``what``; None: it is over."""
+        self._waits_for = what
+
     @property
     def troubles(self) -> tuple[str, ...]:
         """Why the process should be restarted; nothing when it is well."""
         troubles = []
-        # Loading a model holds the loop's start back, not its life: before that there is nothing to restart.
+        # While a model loads, imports hold the loop for a while: that is no reason to start again.
         if self.is_model_loaded and (silence_s := time.monotonic() - self._last_tick) > MAX_SILENCE_S:
             troubles.append(f"the event loop has stood still for {silence_s:.0f} s")
         if not self.is_engine_alive:
@@ -50,6 +55,8 @@ class Health:
             reasons.append("the model is not loaded")
         if not self.has_joined:
             reasons.append("the consumer group is not joined")
+        if self._waits_for:
+            reasons.append(f"waiting for {self._waits_for}")
         if self.is_draining:
             reasons.append("draining")
         if self.systemic:

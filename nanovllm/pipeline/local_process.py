@@ -95,12 +95,17 @@ class LocalProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM, without waiting for what it does."""
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self, grace_s: float = 10.0) -> int | None:
         """SIGTERM, then SIGKILL after ``grace_s`` seconds; returns the exit code, None when it never ran."""
         if self._process is None:
             return None
         if self._process.poll() is None:
-            self._process.terminate()
+            self.terminate()
             try:
                 self._process.wait(grace_s)
             except subprocess.TimeoutExpired:

@@ -58,7 +58,9 @@ class KafkaSettings(Section):
     )
     client_id: str = Field("nanovllm", min_length=1, description="Name shown in the brokers' logs and quotas.")
     auto_offset_reset: Literal["earliest", "latest"] = Field(
-        "earliest", description="Where a new group starts: `earliest` takes the jobs that are waiting."
+        "earliest",
+        description="Where a group starts that is new to a topic: `earliest` takes the jobs that are waiting. "
+        "Partitions that are added later, and retry topics, are read from their beginning.",
     )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="`SSL` and `SASL_SSL` encrypt; the `SASL_` ones log in."
@@ -81,6 +83,9 @@ class KafkaSettings(Section):
     )
     ssl_key_password: SecretStr | None = Field(None, description="Password of an encrypted client key.")
     ssl_check_hostname: bool = Field(True, description="Check that the broker's certificate names its host.")
+    metadata_max_age_ms: Millis = Field(
+        30_000, description="Partitions that were added, and leaders that moved unnoticed, are known after this long."
+    )
     request_timeout_ms: Millis = Field(40_000, description="Longest wait for one answer of a broker.")
     session_timeout_ms: Millis = Field(10_000, description="A worker silent for this long loses its partitions.")
     heartbeat_interval_ms: Millis = Field(3_000, description="Time between heartbeats; a third of the session timeout.")
@@ -161,6 +166,7 @@ class KafkaSettings(Section):
         kwargs: dict[str, Any] = {
             "bootstrap_servers": self.bootstrap_servers,
             "client_id": self.client_id,
+            "metadata_max_age_ms": self.metadata_max_age_ms,
             "request_timeout_ms": self.request_timeout_ms,
             "security_protocol": self.security_protocol,
             "ssl_context": self.ssl_context(),

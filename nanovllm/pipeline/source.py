@@ -16,7 +16,9 @@ from aiokafka.errors import (
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
+    UnknownTopicOrPartitionError,
 )
+from aiokafka.protocol.group import LeaveGroupRequest
 
 from nanovllm.errors import BrokersUnavailable, NanoVLLMError
 from nanovllm.metrics import Metrics
@@ -39,6 +41,11 @@ _NOWHERE = TopicPartition("", -1)
 COMMIT_TIMEOUT_S = 10.0
 POSITION_TIMEOUT_S = 0.2
 POSITION_INTERVAL_S = 0.1
+LEAVE_TIMEOUT_S = 3.0
+
+# Partitions that one poll takes in, at the same time, and transactions that one commit has open. Each partition needs
+# some requests, and with exactly_once a producer with connections of its own; a worker may get hundreds at once.
+AT_ONCE = 16
 
 
 class JobSource(ConsumerRebalanceListener):
@@ -81,12 +88,14 @@ class JobSource(ConsumerRebalanceListener):
         self._drain = drain
         self._lost = lost
         self._drain_timeout_s = drain_timeout_s
-        self._places = Places(settings.auto_offset_reset, metrics or Metrics())
+        self._places = Places(settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
         self._waits = DelayedHeads(delays_s or {})
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, Assignment] = {}
         self._parted: dict[TopicPartition, Assignment] = {}
         self._arriving: set[TopicPartition] = set()
+        # The committed offsets of what arrives; None: not asked for yet.
+        self._committed: dict[TopicPartition, int] | None = None
         self._exactly_once = exactly_once
         self._in_flight = in_flight
         self._not_before: dict[TopicPartition, float] = {}
@@ -135,24 +144,74 @@ class JobSource(ConsumerRebalanceListener):
                 lags[tp.topic, tp.partition] = max(0, end - held.ledger.watermark)
         return lags
 
-    async def start(self) -> None:
-        """Connect and join the group.
+    async def start(self, on_wait: Callable[[str], None] = lambda _: None) -> None:
+        """Connect and join the group; a call that is cancelled leaves it again.
+
+        Args:
+            on_wait: told what is waited for, each time that it changes.
 
         Raises:
-            BrokersUnavailable: no broker answers, or it refuses the login.
+            BrokersUnavailable: no broker answers, or it refuses the login; or a topic is missing.
         """
         consumer = AIOKafkaConsumer(
             **self._settings.consumer_kwargs(drain_timeout_s=self._drain_timeout_s),
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
-        consumer.subscribe(self._topics, listener=self)
         try:
-            await consumer.start()
+            await self._join(consumer, on_wait)
         except KafkaError as error:
-            with suppress(KafkaError):
-                await consumer.stop()
+            await self._leave(consumer)
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+        except BaseException:
+            await self._leave(consumer)
+            raise
         self._consumer = consumer
+
+    async def _join(self, consumer: AIOKafkaConsumer, on_wait: Callable[[str], None]) -> None:
+        on_wait("the brokers")
+        await consumer.start()
+        for topic in self._topics:
+            on_wait(f"topic {topic}, which the brokers do not list")
+            try:
+                await consumer._client._wait_on_metadata(topic)
+            except UnknownTopicOrPartitionError as error:
+                raise BrokersUnavailable(
+                    f"topic {topic} is missing; create it, or let `nanovllm topics create` make all of them"
+                ) from error
+        on_wait(f"the coordinator of group {self._settings.group_id}")
+        await self._places.look(consumer, self._topics)
+        on_wait(f"partitions from group {self._settings.group_id}")
+        consumer.subscribe(self._topics, listener=self)
+        await consumer._subscription.wait_for_assignment()
+
+    async def _leave(self, consumer: AIOKafkaConsumer) -> None:
+        """Leave the group and disconnect; gives up after ``LEAVE_TIMEOUT_S``."""
+        # stop() first: aiokafka would join again when its JoinGroup ends and it is not being closed.
+        ending = [asyncio.create_task(consumer.stop()), asyncio.create_task(self._end_join(consumer))]
+        _, late = await asyncio.wait(ending, timeout=LEAVE_TIMEOUT_S)
+        for task in late:
+            task.cancel()
+        for outcome in await asyncio.gather(*ending, return_exceptions=True):
+            # In aiokafka 0.14 stop() ends in CancelledError where a fetch waits for its next attempt.
+            if isinstance(outcome, Exception):
+                logger.warning("the consumer group was not left in order: %s", type(outcome).__name__)
+        # What stop() did not come to: open connections would keep their tasks.
+        await consumer._client.close()
+
+    async def _end_join(self, consumer: AIOKafkaConsumer) -> None:
+        """Leave the group while a JoinGroup of ours is under way.
+
+        aiokafka's stop() waits for the answer, which comes when all other members have drained and joined as well. A
+        broker answers one request of a connection after another, so LeaveGroup goes over the other one.
+        """
+        coordinator = consumer._coordinator
+        if coordinator is None or consumer._subscription.subscription is None:
+            return
+        is_joining = coordinator.need_rejoin(consumer._subscription.subscription)
+        if is_joining and coordinator.member_id and self._settings.group_instance_id is None:
+            leave = LeaveGroupRequest(self._settings.group_id, coordinator.member_id)
+            with suppress(KafkaError):
+                await consumer._client.send(coordinator.coordinator_id, leave)
 
     async def poll(
         self, max_records: int | Mapping[int, int], timeout_ms: int, *, put_off: bool = False
@@ -169,7 +228,8 @@ class JobSource(ConsumerRebalanceListener):
         """
         consumer = self._started()
         try:
-            await self._take_in()
+            if await self._take_in():
+                timeout_ms = 0
             asked = self._asked(max_records, put_off=put_off) if self._takes_work else {}
             try:
                 batches = (
@@ -214,7 +274,7 @@ class JobSource(ConsumerRebalanceListener):
         """Commit each partition's watermark where it has moved. A failure is logged: the next commit covers it."""
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await self._commit(self._active)
+                await self._commit(dict(self._active))
         except (KafkaError, NanoVLLMError, TimeoutError) as error:
             logger.warning("offsets were not committed this time: %s", type(error).__name__)
 
@@ -236,20 +296,22 @@ class JobSource(ConsumerRebalanceListener):
         """Commit and leave the group."""
         if self._consumer is None:
             return
-        if self._active:
-            await self.commit()
-            await self._part(self._active.values())
-        for assignment in [*self._active.values(), *self._parted.values()]:
-            self._close(assignment)
-        await asyncio.gather(*self._closing)
-        await self._consumer.stop()
-        self._has_joined = False
+        self._forget_arrivals()
+        try:
+            if self._active:
+                await self.commit()
+                await self._part(list(self._active.values()))
+        finally:
+            for assignment in [*self._active.values(), *self._parted.values()]:
+                self._close(assignment)
+            await asyncio.gather(*self._closing, self._leave(self._consumer))
+            self._has_joined = False
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Stop taking, let the jobs at work end within the budget, commit, and set the partitions aside."""
         revoked = set(revoked)
         self._has_joined = False
-        self._arriving = set()
+        self._forget_arrivals()
         self._rounds.take_up(revoked)
         leaving = {tp: self._active.pop(tp) for tp in revoked if tp in self._active}
         self._parted |= leaving
@@ -267,11 +329,18 @@ class JobSource(ConsumerRebalanceListener):
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Mark what came, and fence what did not come back."""
+        self._forget_arrivals()
         self._arriving = set(assigned)
+        if self._consumer is not None:
+            self._places.recount(self._consumer)
         for tp in list(self._parted):
             if tp not in self._arriving:
                 self._let_go(self._parted.pop(tp))
         self._has_joined = True
+
+    def _forget_arrivals(self) -> None:
+        self._arriving = set()
+        self._committed = None
 
     def _started(self) -> AIOKafkaConsumer:
         if self._consumer is None:
@@ -314,30 +383,52 @@ class JobSource(ConsumerRebalanceListener):
                 self._arriving.add(tp)
                 self._not_before[tp] = time.monotonic() + 2 * self._settings.heartbeat_interval_ms / 1000
 
-    async def _take_in(self) -> None:
+    async def _take_in(self) -> bool:
+        """Take in some of the partitions that have come; returns whether others are left that could be now."""
         consumer = self._started()
         self._give_up_fenced()
-        for tp in sorted(self._arriving):
-            if time.monotonic() < self._not_before.get(tp, 0.0):
-                continue
+        now = time.monotonic()
+        due = [tp for tp in sorted(self._arriving) if self._not_before.get(tp, 0.0) <= now]
+        if not self._takes_work:
+            # What is new is somebody else's soon; what came back has jobs at work, which end and are committed.
+            due = [tp for tp in due if tp in self._parted]
+        if not due:
+            return False
+        if self._committed is None:
+            arriving = self._arriving
             try:
-                if self._exactly_once:
-                    assignment = await self._adopt_or_fence(consumer, tp)
-                else:
-                    assignment = await self._adopt_or_open(consumer, tp, await consumer.committed(tp))
-            except IllegalStateError:
-                continue  # revoked meanwhile
-            if self._in_flight is not None:
-                try:
-                    await self._in_flight.take_in(tp, assignment.ledger)
-                except NanoVLLMError as error:
-                    self._let_go(assignment)
-                    raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
-            if tp in self._arriving and tp not in self._active:
-                self._arriving.discard(tp)
-                self._active[tp] = assignment
+                committed = await self._places.committed(consumer, arriving)
+            except (CommitFailedError, IllegalStateError):
+                return False  # a rebalance has begun meanwhile
+            if self._arriving is not arriving:
+                return False
+            self._committed = committed
+        committed = self._committed
+        outcomes = await asyncio.gather(
+            *(self._take_in_one(consumer, tp, committed.get(tp)) for tp in due[:AT_ONCE]), return_exceptions=True
+        )
+        _raise_first(outcomes)
+        return len(due) > AT_ONCE
+
+    async def _take_in_one(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> None:
+        try:
+            if self._exactly_once:
+                assignment = await self._adopt_or_fence(consumer, tp)
             else:
+                assignment = await self._adopt_or_open(consumer, tp, committed)
+        except IllegalStateError:
+            return  # revoked meanwhile
+        if self._in_flight is not None:
+            try:
+                await self._in_flight.take_in(tp, assignment.ledger)
+            except NanoVLLMError as error:
                 self._let_go(assignment)
+                raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
+        if tp in self._arriving and tp not in self._active:
+            self._arriving.discard(tp)
+            self._active[tp] = assignment
+        else:
+            self._let_go(assignment)
 
     async def _adopt_or_fence(self, consumer: AIOKafkaConsumer, tp: TopicPartition) -> Assignment:
         """With exactly_once: the producer first, then the committed offset, then records. Any other order repeats."""
@@ -383,7 +474,7 @@ class JobSource(ConsumerRebalanceListener):
             wanted = assignment.ledger.position
             place = await self._places.near(consumer, tp, wanted)
             if place == wanted:
-                place = await self._places.by_policy(consumer, tp)
+                place = await self._places.anew(consumer, tp, wanted)
             if self._active.get(tp) is assignment:
                 consumer.seek(tp, place)
 
@@ -431,8 +522,13 @@ class JobSource(ConsumerRebalanceListener):
         consumer = self._started()
         async with self._commit_lock:
             if self._exactly_once:
-                for assignment in assignments.values():
-                    await assignment.commit_position()
+                at_once = asyncio.Semaphore(AT_ONCE)
+                _raise_first(
+                    await asyncio.gather(
+                        *(_commit_position(assignment, at_once) for assignment in assignments.values()),
+                        return_exceptions=True,
+                    )
+                )
                 return
             moved = {
                 tp: (assignment, assignment.ledger.watermark)
@@ -449,6 +545,17 @@ class JobSource(ConsumerRebalanceListener):
                 raise CommitFailedError("a partition left") from error
             for assignment, watermark in moved.values():
                 assignment.committed = watermark
+
+
+async def _commit_position(assignment: Assignment, at_once: asyncio.Semaphore) -> None:
+    async with at_once:
+        await assignment.commit_position()
+
+
+def _raise_first(outcomes: Iterable[object]) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 async def _keep_alive(consumer: AIOKafkaConsumer, timeout_ms: int) -> Batches:

@@ -96,6 +96,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._is_draining = False
         self._is_spare_turn = False
+        self.has_taken = False
         self._broken = asyncio.Event()
         self._breach: BaseException | None = None
         self.engine_stats = engine.stats()
@@ -138,7 +139,7 @@ class Worker:
             is_polling.clear()
             for task in others:
                 task.cancel()
-            await asyncio.wait([polling, *others], timeout=4 * POLL_MS / 1000)
+            await asyncio.wait([polling, *others], timeout=2 * POLL_MS / 1000)
             await self._leave(source)
             # Only a poll that a rebalance holds is still there; once the consumer has stopped, cancelling does no harm.
             polling.cancel()
@@ -191,6 +192,7 @@ class Worker:
 
     async def _begin(self, deliveries: list[Delivery], source: JobSource) -> None:
         """Start the work on each; those that are no jobs are refused, and their partition waits for spare time."""
+        self.has_taken |= bool(deliveries)
         for topic, count in Counter(delivery.topic for delivery in deliveries).items():
             self._metrics.consumed.labels(topic).inc(count)
         refused: dict[PartitionLedger, list[Refused]] = defaultdict(list)
@@ -286,7 +288,6 @@ class Worker:
             planned = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
             self._metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
-            self._health.tick()
             self._health.has_joined = source.has_joined
             self._health.is_engine_alive = not self._engine.dead.is_set()
             self.engine_stats = self._engine.stats()

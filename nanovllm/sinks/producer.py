@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STOP_TIMEOUT_S = 5.0
+
 _BREAKDOWNS = (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
@@ -65,9 +67,15 @@ class RenewingProducer:
             raise BrokersUnavailable(f"the brokers refuse or do not answer ({type(error).__name__})") from error
 
     async def stop(self) -> None:
-        """Send what is left, and disconnect."""
-        if self._producer is not None:
-            await self._producer.stop()
+        """Send what is left, and disconnect; records that no broker takes are given up after ``STOP_TIMEOUT_S``."""
+        if self._producer is None:
+            return
+        try:
+            # aiokafka repeats what an idempotent producer has to send for as long as its broker is away.
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._producer.stop()
+        except TimeoutError:
+            logger.warning("the brokers did not take what was left to send: its jobs go back to Kafka")
 
     async def send_and_wait(
         self, topic: str, value: bytes | None, *, key: bytes | None, headers: Sequence[tuple[str, bytes]] = ()

@@ -43,6 +43,9 @@ def test_a_worker_that_loads_its_model_is_alive_and_not_ready(served: Served) ->
     status, body = served.get("/readyz")
     assert status == 503
     assert json.loads(body)["reasons"] == ["the model is not loaded", "the consumer group is not joined"]
+    served.health.wait_for("topic jobs, which the brokers do not list")
+    assert "waiting for topic jobs, which the brokers do not list" in json.loads(served.get("/readyz")[1])["reasons"]
+    assert served.get("/healthz")[0] == 200
 
 
 def test_a_worker_in_its_group_is_ready_until_it_drains_or_a_fault_is_systemic(served: Served) -> None:

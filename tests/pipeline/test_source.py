@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from aiokafka.structs import TopicPartition
 from parts import create_topic
 
@@ -17,8 +18,10 @@ from nanovllm.errors import BrokersUnavailable
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.places import Places
 from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.source import JobSource
+from nanovllm.pipeline.topics import create_topics
 
 
 @dataclass
@@ -58,7 +61,13 @@ class Group:
 
     @asynccontextmanager
     async def member(
-        self, *, max_out_of_order: int = 1_000, room: int = 100, settings: KafkaSettings | None = None
+        self,
+        *,
+        max_out_of_order: int = 1_000,
+        room: int = 100,
+        settings: KafkaSettings | None = None,
+        delays_s: dict[str, int] | None = None,
+        exactly_once: bool = False,
     ) -> AsyncIterator[Member]:
         async def drain() -> None:
             return None
@@ -72,6 +81,8 @@ class Group:
             drain=drain,
             lost=lost.append,
             metrics=metrics,
+            delays_s=delays_s,
+            exactly_once=exactly_once,
         )
         await source.start()
         member = Member(source, metrics, lost=lost, room=room)
@@ -96,6 +107,32 @@ class Group:
         finally:
             await admin.close()
 
+    async def add_partitions(self, total: int) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.create_partitions({self.topic: NewPartitions(total_count=total)})
+            await eventually(lambda: self._has_partitions(admin, total))
+        finally:
+            await admin.close()
+        # The producer's own metadata would be as old as a client's may be.
+        await self.producer.client.force_metadata_update()
+
+    async def _has_partitions(self, admin: AIOKafkaAdminClient, total: int) -> bool:
+        (described,) = await admin.describe_topics([self.topic])
+        return len(described["partitions"]) == total
+
+    async def make_anew(self) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([self.topic])
+        finally:
+            await admin.close()
+        # Or the broker has made it by itself already, when a client asked for it.
+        await create_topics(self.settings, [self.topic])
+        await self.producer.client.force_metadata_update()
+
     async def committed(self, partition: int) -> int | None:
         admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
         await admin.start()
@@ -116,6 +153,7 @@ async def group_on(bootstrap_servers: str, unique: Callable[[str], str]) -> Asyn
         group_id=unique("group"),
         session_timeout_ms=6_000,
         heartbeat_interval_ms=300,
+        metadata_max_age_ms=500,
     )
     async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers) as producer:
         yield Group(bootstrap_servers, topic, settings, producer)
@@ -280,3 +318,119 @@ async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:
     source = JobSource(settings, {"jobs": 0}, max_out_of_order=1, drain=drain, lost=lambda _: None)
     with pytest.raises(BrokersUnavailable):
         await source.start()
+
+
+MODES = pytest.mark.parametrize("exactly_once", [False, True], ids=["at_least_once", "exactly_once"])
+POLICIES = pytest.mark.parametrize("policy", ["earliest", "latest"])
+
+
+@pytest.fixture
+def latest(kafka_group: Group) -> Group:
+    kafka_group.settings = kafka_group.settings.model_copy(update={"auto_offset_reset": "latest"})
+    return kafka_group
+
+
+@pytest.mark.kafka
+@MODES
+@POLICIES
+async def test_jobs_in_partitions_that_are_added_are_read_from_the_first_one_on(
+    kafka_group: Group, policy: str, exactly_once: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = kafka_group
+    settings = group.settings.model_copy(update={"auto_offset_reset": policy})
+    await group.send(0, 2)
+    with caplog.at_level(logging.INFO, "nanovllm.pipeline.places"):
+        async with group.member(settings=settings, exactly_once=exactly_once) as member:
+            await eventually(lambda: member.partitions == {0, 1})
+            await group.add_partitions(4)
+            await group.send(2, 3)
+            await group.send(3, 3)
+            await eventually(lambda: member.partitions == {0, 1, 2, 3})
+            added = {(partition, offset) for partition in (2, 3) for offset in range(3)}
+            await eventually(lambda: added <= member.taken.keys())
+            waiting = {(0, 0), (0, 1)} if policy == "earliest" else set()
+            assert member.taken.keys() == added | waiting
+    assert f"{group.topic}: partitions 2-3 are read from their beginning: " in caplog.text
+
+
+@pytest.mark.kafka
+@MODES
+async def test_a_group_that_began_at_the_end_and_has_read_nothing_skips_nothing_when_it_comes_back(
+    latest: Group, exactly_once: bool
+) -> None:
+    await latest.send(0, 3)
+    async with latest.member(exactly_once=exactly_once) as first:
+        # No commit of the worker's: the start offset is committed before anything is read.
+        await eventually(lambda: first.partitions == {0, 1})
+        assert [await latest.committed(partition) for partition in (0, 1)] == [3, 0]
+    await latest.send(0, 1)
+    await latest.send(1, 1)
+    async with latest.member(exactly_once=exactly_once) as second:
+        await eventually(lambda: second.taken.keys() == {(0, 3), (1, 0)})
+    assert first.taken == {}
+
+
+@pytest.mark.kafka
+async def test_partitions_that_were_added_while_no_worker_ran_are_read_from_their_beginning(latest: Group) -> None:
+    async with latest.member() as first:
+        await eventually(lambda: first.partitions == {0, 1})
+    await latest.add_partitions(3)
+    await latest.send(2, 2)
+    # Two members, of which one never had another partition of the topic.
+    async with latest.member() as second, latest.member() as third:
+        await eventually(lambda: second.partitions | third.partitions == {0, 1, 2})
+        await eventually(lambda: second.taken.keys() | third.taken.keys() == {(2, 0), (2, 1)})
+
+
+@pytest.mark.kafka
+async def test_a_group_that_has_read_other_topics_only_is_new_to_this_one(
+    latest: Group, unique: Callable[[str], str]
+) -> None:
+    async with latest.member() as elsewhere:
+        await eventually(lambda: elsewhere.partitions == {0, 1})
+    latest.topic = unique("jobs")
+    await create_topic(latest.bootstrap_servers, latest.topic, partitions=2)
+    await latest.send(0, 2)
+    async with latest.member() as member:
+        await eventually(lambda: member.partitions == {0, 1})
+        await latest.send(0, 1)
+        await eventually(lambda: (0, 2) in member.taken)
+        assert member.taken.keys() == {(0, 2)}
+
+
+@pytest.mark.kafka
+async def test_of_several_new_members_none_takes_the_others_offsets_for_those_of_an_old_group(latest: Group) -> None:
+    await latest.send(0, 2)
+    await latest.send(1, 2)
+    mine, others = (TopicPartition(latest.topic, partition) for partition in (0, 1))
+    places = Places("latest", Metrics())
+    options = {"bootstrap_servers": latest.bootstrap_servers, "group_id": latest.settings.group_id}
+    async with AIOKafkaConsumer(**options, enable_auto_commit=False) as consumer:
+        consumer.assign([mine, others])
+        await consumer._client._wait_on_metadata(latest.topic)
+        await places.look(consumer, [latest.topic])
+        await consumer.commit({others: OffsetAndMetadata(2, "")})
+        assert await places.committed(consumer, [mine]) == {mine: 2}
+        # Whoever comes later finds a group that has been here.
+        later = Places("latest", Metrics())
+        await later.look(consumer, [latest.topic])
+        assert later._begin(TopicPartition(latest.topic, 7))[0] == "beginning"
+
+
+@pytest.mark.kafka
+async def test_retry_topics_are_read_in_full_by_a_new_group_as_well(latest: Group) -> None:
+    await latest.send(0, 2)
+    async with latest.member(delays_s={latest.topic: 0}) as member:
+        await eventually(lambda: member.taken.keys() == {(0, 0), (0, 1)})
+
+
+@pytest.mark.kafka
+async def test_jobs_in_a_topic_that_was_made_anew_are_read_from_the_first_one_on(latest: Group) -> None:
+    await latest.send(0, 5)
+    async with latest.member() as member:
+        await eventually(lambda: member.partitions == {0, 1})
+        await latest.send(0, 1)
+        await eventually(lambda: (0, 5) in member.taken)
+        await latest.make_anew()
+        await latest.send(0, 2)
+        await eventually(lambda: member.taken.keys() == {(0, 5), (0, 0), (0, 1)})
