@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from nanovllm.errors import NanoVLLMError
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.failure_settings import retry_topic
+from nanovllm.pipeline.section import MAX_TOPIC_CHARS
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, Headers
 from nanovllm.sinks.messages import Source
@@ -96,6 +97,8 @@ class RetryTiers:
             return Origin(here, others)
         own = (header for header in delivery.headers if header[0].startswith(OWN_PREFIX))
         carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own}
+        if any(len(value) > MAX_TOPIC_CHARS for value in carried.values()):
+            return Origin(here, others)
         try:
             return Origin(
                 Source(
@@ -106,8 +109,8 @@ class RetryTiers:
                 ),
                 others,
                 int(carried["attempts"]),
-                datetime.fromisoformat(carried["first_failed_at"]),
+                datetime.fromisoformat(carried["first_failed_at"]).astimezone(UTC),
             )
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             # Somebody else's record: a job like any other.
             return Origin(here, others)

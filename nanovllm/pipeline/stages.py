@@ -184,7 +184,10 @@ class Stages:
         ttl_s, written_ms = self._settings.admission.ttl_s, passage.origin.source.timestamp_ms
         if ttl_s is None or written_ms is None:
             return job.deadline
-        end = datetime.fromtimestamp(written_ms / 1000 + ttl_s, UTC)
+        try:
+            end = datetime.fromtimestamp(written_ms / 1000 + ttl_s, UTC)
+        except (OverflowError, ValueError, OSError):
+            return job.deadline  # beyond the calendar: a producer that writes microseconds
         return end if job.deadline is None else min(end, job.deadline)
 
     def _claim(self, job: Job, passage: Passage) -> Claim:

@@ -249,3 +249,11 @@ async def test_a_partition_full_of_bad_messages_does_not_keep_the_others_waiting
         letters = await bench.read(bench.settings.topics.dead_letters, 900)
     before = sum(letter.timestamp < result.timestamp for letter in letters)
     assert before < 300, "the job waited until the partition beside it was empty"
+
+
+async def test_a_record_from_beyond_the_calendar_has_no_end_but_its_deadline(bench: Bench) -> None:
+    """A producer that writes microseconds as its records' timestamps."""
+    admission = bench.settings.admission.model_copy(update={"ttl_s": 300.0})
+    await bench.send({"job_id": "micro", "prompt": "p"}, timestamp_ms=1_800_000_000_000_000)
+    async with bench.working(EchoEngine(), admission=admission):
+        assert set(await bench.results(1)) == {"micro"}

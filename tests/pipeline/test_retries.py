@@ -279,3 +279,32 @@ def test_tiers_are_gone_through_in_their_order_and_delays_must_grow() -> None:
 def test_retry_topics_and_order_by_key_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         Settings.model_validate({"retries": {"delays_s": [60]}, "admission": {"per_key_order": True}})
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"first_failed_at": "0001-01-01T00:00:00+14:00"},
+        {"first_failed_at": "9999-12-31T23:59:59-14:00"},
+        {"first_failed_at": "yesterday"},
+        {"source_topic": "t" * 100_000},
+        {"source_offset": "9" * 5_000},
+        {"attempts": "many"},
+    ],
+)
+async def test_forged_headers_in_a_retry_topic_make_a_job_like_any_other(tiered: Bench, forged: dict[str, str]) -> None:
+    headers = {
+        "source_topic": "jobs",
+        "source_partition": "0",
+        "source_offset": "1",
+        "attempts": "2",
+        "first_failed_at": "2026-01-01T00:00:00+00:00",
+        **forged,
+    }
+    (first, *_) = RetryTiers.of(tiered.settings).topics
+    own = [(f"nanovllm_{name}", value.encode()) for name, value in headers.items()]
+    await tiered.producer.send_and_wait(first, b"{not json", partition=0, headers=own)
+    async with tiered.working(EchoEngine()):
+        ((envelope, value),) = await tiered.dead_letters(1)
+    assert value == b"{not json"
+    assert (envelope["nanovllm_source_topic"], envelope["nanovllm_source_offset"]) == (first, "0")
