@@ -74,7 +74,7 @@ class EngineConfig:
         if self.tensor_parallel_size != 1:
             raise ConfigurationError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: the native engine runs on one GPU; "
-                "a model that needs several is for the vLLM backend"
+                "a model that needs several is for another engine, such as vLLM"
             )
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")

@@ -37,7 +37,7 @@ from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.scheduler import ScheduledRow, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import to_device
-from nanovllm.errors import EngineFault, InvalidInput, UnsupportedConstraint
+from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.checkpoints import resolve_checkpoint
 from nanovllm.vision.processor import PromptImages, VisionProcessor
@@ -79,6 +79,7 @@ class LLMEngine:
         self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
         self._requests: dict[str, list[Sequence]] = {}
         self._ended: list[StepOutput] = []  # between two steps
+        self._is_closed = False
         self._names = count()
         self._steps = 0
         self._prompt_tokens = 0
@@ -120,7 +121,10 @@ class LLMEngine:
             InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower
                 or in another shape than a flat sequence or one image.
             InvalidImage: an image that cannot be read.
+            EngineDead: the engine is closed.
         """
+        if self._is_closed:
+            raise EngineDead("the engine is closed: make another one")
         sampling = sampling_params or SamplingParams()
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
@@ -306,6 +310,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End all requests and let go of the KV memory. Closing twice does nothing."""
+        self._is_closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
         self._ended.clear()

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from nanovllm.errors import UnsupportedModel
-from nanovllm.vision.checkpoints import read_config, weight_files
+from nanovllm.errors import ModelNotFound, UnsupportedModel
+from nanovllm.vision.checkpoints import checkpoint_name, read_config, weight_files
+from nanovllm.vision.weights import open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +50,37 @@ class Checkpoint:
         """The names of all stored tensors."""
         names: set[str] = set()
         for file in self.files:
-            with safe_open(file, framework="pt") as tensors:
+            with open_tensors(file) as tensors:
                 names.update(tensors.keys())
         return frozenset(names)
 
     def tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of everything that is ``wanted``, one at a time, on the CPU in the stored type."""
         for file in self.files:
-            with safe_open(file, framework="pt") as tensors:
+            with open_tensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                     if wanted(name):
                         yield name, tensors.get_tensor(name)
 
     def tokenizer(self) -> Any:
-        """The tokenizer with the checkpoint's chat template, which older releases keep in a file for the processor."""
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        """The tokenizer with the checkpoint's chat template, which older releases keep in a file for the processor.
+
+        Raises:
+            ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
+        """
+        name, why = checkpoint_name(self.directory), "it has no vocabulary"
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            tokenizer, why = None, type(error).__name__
+        # Without its files transformers 5 makes some families' tokenizers of their control tokens alone.
+        if tokenizer is None or tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+            raise ModelNotFound(
+                f"{name!r} ({self.architecture or 'no architecture'}) has no tokenizer that can be read ({why}): the "
+                "directory of a model holds tokenizer.json or tokenizer.model; a vision tower goes with vision_model="
+            )
         own = self.directory / "chat_template.json"
         if not tokenizer.chat_template and own.is_file():
             tokenizer.chat_template = json.loads(own.read_text()).get("chat_template")

@@ -58,6 +58,16 @@ class StepInputs:
     tokens: StepTokens | Replay  # or the graph that has them already
 
 
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigurationError(f"device={name!r} is no device such as 'cpu', 'cuda' or 'cuda:1'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device={name!r}: torch sees no GPU here")
+    return device
+
+
 class ModelRunner:
     """Weights, KV caches and the steps between a plan and its logits, each callable on its own."""
 
@@ -65,7 +75,7 @@ class ModelRunner:
         """Load everything. Raises ConfigurationError and its kin for what the checkpoint or machine cannot do."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(config.device)
         self.dtype = self._choose_dtype(checkpoint)
         reason = why_no_int8(self.device) if config.quantization == "int8" else None
         if reason is not None:

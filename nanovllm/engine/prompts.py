@@ -254,7 +254,10 @@ class PromptEncoder:
     def _image_ids(self) -> list[int]:
         """What an image's placeholder becomes; PlaceholderMismatch for a model that takes no images."""
         if self.image_token_id is None:
-            raise PlaceholderMismatch(f"the prompt has a {self.image_token} placeholder, and this model takes 0 images")
+            raise PlaceholderMismatch(
+                f"the prompt has a {self.image_token} placeholder, and this engine takes no images: MultiModalLLM "
+                "wants enable_multimodal=True, and a text model a vision_model beside it"
+            )
         if self._around_image is None:
             return [self.image_token_id]
         before, behind = self._around_image

@@ -80,7 +80,11 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
     asyncio.get_running_loop().set_exception_handler(_report)
     metrics, health = Metrics(), Health()
     async with AsyncExitStack() as stack:
-        server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
+        try:
+            server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
+        except OSError as error:
+            where = f"http.port {settings.http.port} of http.host {settings.http.host}"
+            raise ConfigurationError(f"{where} cannot be listened on: {error.strerror}") from error
         stack.callback(server.close)
         server.start()
         logger.info("health and metrics on port %d", server.port)
@@ -102,6 +106,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.sinks.s3 import S3ResultStore
         from nanovllm.vision.decoder_pool import DecoderPool
 
+        if not settings.s3.allow:
+            logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
         if settings.s3.allow or settings.s3.large_results:
             check_settings(settings.s3)
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from typing import Any, NoReturn
 
 import msgpack
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from nanovllm.errors import InvalidJob, UnsupportedVersion
-from nanovllm.pipeline.job import Job
+from nanovllm.pipeline.job import Job, JobId
 from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sinks.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
 
 VERSION = 1
 MAX_VALUES = 100_000
 """Most values in a message. Reading that many holds the event loop for about a tenth of a second."""
+_JOB_ID: TypeAdapter[str] = TypeAdapter(JobId)
 _JSON_SPACE = b" \t\r\n"
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _MAX_DIGITS = len(str(MAX_INTEGER))
@@ -52,13 +54,19 @@ def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
     fields = decode_fields(value)
     version = fields.get("version", VERSION)
     if type(version) is not int:  # True and 1.0 equal 1
-        raise InvalidJob("version: is not an integer")
+        raise _of_job(fields, InvalidJob("version: is not an integer"))
     if version != VERSION:
-        raise UnsupportedVersion(f"the job has version {version}, this worker knows {VERSION}")
+        raise _of_job(fields, UnsupportedVersion(f"the job has version {version}, this worker knows {VERSION}"))
     try:
         return Job.model_validate(fields)
     except ValidationError as error:
-        raise InvalidJob(describe_errors(error, "job")) from None
+        raise _of_job(fields, InvalidJob(describe_errors(error, "job"))) from None
+
+
+def _of_job(fields: dict[str, Any], error: InvalidJob) -> InvalidJob:
+    with contextlib.suppress(ValidationError):
+        error.job_id = _JOB_ID.validate_python(fields.get("job_id"), strict=True)
+    return error
 
 
 def decode_fields(value: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged
+from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import S3Settings
@@ -70,7 +70,7 @@ class AllowList:
         for allowed_bucket, prefix in self.entries:
             if bucket == allowed_bucket and (not prefix or key == prefix or key.startswith(prefix + "/")):
                 return
-        raise ForbiddenUri(f"s3://{bucket}/… is not on the allow-list of this worker, or not this prefix of it")
+        raise ForbiddenUri(f"s3.allow of this worker does not list s3://{bucket}, or not with this prefix of the key")
 
 
 class ObjectFetcher:
@@ -147,11 +147,14 @@ class ObjectFetcher:
             version_id = _version_in(error)
             return held if version_id == held.version_id else replace(held, version_id=version_id)
         try:
+            if answer.get("ETag") is None:
+                # A console, a proxy or a captive portal answers 200 to anything; every S3 server sends an entity tag.
+                raise StoreUnreachable("what answers at the endpoint of the object store is no S3 server: no ETag")
             data = self._read_body(answer)
         finally:
             answer["Body"].close()
-        tag = answer.get("ETag")
-        if ref.etag is not None and (tag or "").strip('"') != ref.etag:
+        tag = answer["ETag"]
+        if ref.etag is not None and tag.strip('"') != ref.etag:
             # Not every store, or proxy before one, knows the condition.
             raise ObjectChanged("the object has another entity tag than the job names")
         version_id = answer.get("VersionId") or ref.version_id

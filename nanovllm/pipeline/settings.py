@@ -19,7 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from aiokafka.abc import AbstractTokenProvider
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -106,6 +106,13 @@ class KafkaSettings(Section):
         None, description="Compression of what is sent; every kind is read."
     )
     linger_ms: int = Field(5, ge=0, description="Wait for more messages before a batch is sent.")
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _check_ports(cls, servers: str) -> str:
+        if any(int(port) > 65_535 for port in re.findall(r":(\d{1,9})(?=,|\s|$)", servers)):
+            raise ValueError("a port is above 65535")
+        return servers
 
     @model_validator(mode="after")
     def _check_security(self) -> KafkaSettings:

@@ -126,8 +126,10 @@ class JobSource(ConsumerRebalanceListener):
 
     @property
     def has_joined(self) -> bool:
-        """Whether the group has given this member its partitions (which may be none)."""
-        return self._has_joined
+        """Whether the group has given this member its partitions (which may be none), and its coordinator answers."""
+        coordinator = self._consumer._coordinator if self._consumer else None
+        # aiokafka forgets the coordinator when a heartbeat fails, and looks for it until it is back.
+        return self._has_joined and coordinator is not None and coordinator.coordinator_id is not None
 
     @property
     def watermarks(self) -> dict[tuple[str, int], int]:

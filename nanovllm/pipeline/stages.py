@@ -167,6 +167,9 @@ class Stages:
             if verdict is error:
                 # Told by its name and text: the frames that it was raised in need not stay until it is acknowledged.
                 verdict.__traceback__ = verdict.__context__ = None
+            if passage is None and isinstance(verdict, InvalidJob) and verdict.job_id is not None:
+                passage = self._passage_of(delivery, began)
+                passage.job_id = verdict.job_id
             return Refused(delivery, verdict, passage)
         if job.job_id is None:
             job = job.model_copy(update={"job_id": passage.job_id})

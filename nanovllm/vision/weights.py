@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanovllm.errors import ConfigurationError, ModelNotFound
-from nanovllm.vision.checkpoints import weight_files
+from nanovllm.vision.checkpoints import checkpoint_name, weight_files
+
+_LFS = b"version https://git-lfs"
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for reading.
+
+    Raises:
+        ModelNotFound: the file is cut, damaged, or only a Git LFS pointer to one.
+    """
+    try:
+        tensors = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as start:
+            is_pointer = start.read(len(_LFS)) == _LFS
+        why = "is a Git LFS pointer: `git lfs pull` gets the file" if is_pointer else "is cut or damaged: get it again"
+        raise ModelNotFound(f"{file.name} of checkpoint {checkpoint_name(file.parent)!r} {why}") from error
+    with tensors:
+        yield tensors
 
 
 def named_tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -22,7 +44,7 @@ def named_tensors(path: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, 
     if not files or (path / "model.safetensors.index.json").is_file():
         files = weight_files(path)
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
                 if prefix is not None:

@@ -274,6 +274,8 @@ async def test_sigterm_before_the_first_job_ends_the_worker_also_while_the_broke
                 if fault != "none":
                     await asyncio.sleep(2)  # the clients notice
                     assert worker.probe("/healthz") == (200, [])
+                if fault == "down":
+                    await worker.says("the consumer group is not joined")
                 await worker.stops()
 
 

@@ -16,6 +16,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import (
     ConfigurationError,
+    EngineDead,
     EngineFault,
     InvalidInput,
     PlaceholderMismatch,
@@ -159,6 +160,19 @@ def test_token_ids_hold_one_image_token_for_each_image(engine: LLMEngine) -> Non
 def test_images_for_a_text_model_are_refused(text: Path) -> None:
     with pytest.raises(InvalidInput, match="no vision model"):
         make_engine(text).add_request("hello", images=[noise_image(1)])
+
+
+def test_an_engine_that_was_closed_says_so(text: Path) -> None:
+    engine = make_engine(text)
+    engine.close()
+    with pytest.raises(EngineDead, match="the engine is closed"):
+        engine.generate("hello")
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda", "cuda:7"])
+def test_a_device_that_is_not_there_is_a_configuration_error(text: Path, device: str) -> None:
+    with pytest.raises(ConfigurationError, match="device="):
+        make_engine(text, device=device)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [999_999], [-1], ["a", 1]])

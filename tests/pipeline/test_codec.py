@@ -183,3 +183,13 @@ def test_what_would_cost_too_much_to_read_is_refused_before_it_does(value: bytes
 def test_commas_in_texts_are_no_values() -> None:
     prompt = 'say "1,2", then \\ ' + "3," * 200_000
     assert decode_job(json.dumps({"prompt": prompt}).encode()).prompt == prompt
+
+
+@pytest.mark.parametrize("wrong", [{"sampling": {"max_token": 3}}, {"version": 2}, {"version": "1"}, {"images": [0]}])
+@pytest.mark.parametrize("pack", [lambda fields: json.dumps(fields).encode(), msgpack.packb])
+def test_an_invalid_job_keeps_the_id_that_its_sender_gave_it(wrong: dict[str, Any], pack: Any) -> None:
+    fields = {"job_id": "mine", "prompt": "p", **wrong}
+    for job_id, kept in (("mine", "mine"), ("", None), (7, None), ("x" * 513, None), ("a\nb", None)):
+        with pytest.raises(InvalidJob) as refused:
+            decode_job(pack({**fields, "job_id": job_id}))
+        assert refused.value.job_id == kept

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def answering(response: bytes | Callable[[], bytes]) -> Iterator[str]:
 
 def http(status: str, body: bytes = b"", length: int | None = None) -> bytes:
     head = (
-        f"HTTP/1.1 {status}\r\nContent-Length: {len(body) if length is None else length}\r\nConnection: close\r\n\r\n"
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body) if length is None else length}\r\n"
+        'ETag: "tag"\r\nConnection: close\r\n\r\n'
     )
     return head.encode() + body
 
@@ -298,3 +300,27 @@ def test_nothing_secret_is_repeated() -> None:
     for operation in ("GetObject", "AssumeRole"):
         said = ClientError({"Error": {"Code": "AccessDenied", "Message": "secret"}}, operation)
         assert "secret" not in str(classify(said))
+
+
+async def test_what_answers_without_an_entity_tag_is_no_store_and_no_objects_fault(s3: Any) -> None:
+    """A console, a proxy or a captive portal says 200 to everything."""
+
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>login</html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Portal)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        fetcher = fetcher_for(f"http://127.0.0.1:{server.server_address[1]}", "s3://images")
+        with pytest.raises(StoreUnreachable, match="no S3 server"):
+            await fetcher.fetch(ImageRef(uri="s3://images/a.png"))
+    finally:
+        server.shutdown()
+        server.server_close()

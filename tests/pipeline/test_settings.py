@@ -301,3 +301,9 @@ def test_topics_that_coincide_or_that_kafka_refuses_are_refused(values: dict[str
 def test_a_reply_topic_may_be_the_results_topic_and_be_named_twice() -> None:
     reply_to = ("nanovllm.results", "other", "other")
     assert load_settings(overrides={"topics": {"reply_to": reply_to}}).topics.reply_to == reply_to
+
+
+@pytest.mark.parametrize("servers", ["broker:99999", "a:9092,b:65536", "[::1]:70000"])
+def test_a_port_that_cannot_be_is_refused(servers: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"kafka.bootstrap_servers: a port is above 65535"):
+        load_settings(overrides={"kafka": {"bootstrap_servers": servers}})

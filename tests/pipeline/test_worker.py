@@ -58,7 +58,7 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     malformed = f"{bench.settings.topics.jobs}:0:1"
     assert reasons == {
         malformed: ("invalid", "invalid_job", "receive"),
-        f"{bench.settings.topics.jobs}:0:2": ("invalid", "invalid_job", "receive"),
+        "unknown-sampling": ("invalid", "invalid_job", "receive"),
         "broken": ("invalid", "invalid_image", "prepare"),
         "huge": ("invalid", "image_too_large", "fetch"),
         "forbidden": ("invalid", "forbidden_uri", "admit"),

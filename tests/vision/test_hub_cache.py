@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -284,3 +285,33 @@ def test_the_conversion_finds_what_the_engine_finds(cache: Path, tmp_path: Path)
     assert main(["convert", "qwen3-0.6b", str(tmp_path / "out")]) == DONE
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:20_000]), "model.safetensors of checkpoint 'mine' is cut or"),
+        (lambda file: file.write_bytes(b""), "model.safetensors of checkpoint 'mine' is cut or damaged"),
+        (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "`git lfs pull`"),
+    ],
+)
+def test_a_weight_file_that_is_no_safetensors_is_named_with_its_cure(
+    tmp_path: Path, damage: Callable[[Path], object], reason: str
+) -> None:
+    directory = make_qwen3(tmp_path / "mine")
+    damage(directory / "model.safetensors")
+    with pytest.raises(ModelNotFound, match=re.escape(reason)):
+        LLMEngine(str(directory))
+    tower = make_clip(tmp_path / "tower" / "mine")
+    damage(tower / "model.safetensors")
+    with pytest.raises(ModelNotFound, match=re.escape(reason)):
+        VisionEncoder(64, str(tower))
+
+
+def test_a_checkpoint_without_a_tokenizer_does_not_load(tmp_path: Path) -> None:
+    directory = make_qwen3(tmp_path / "mine")
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    for missing in (directory, make_clip(tmp_path / "tower")):
+        with pytest.raises(ModelNotFound, match="no tokenizer that can be read"):
+            LLMEngine(str(missing))
