@@ -48,12 +48,10 @@ class UnsupportedConstraint(InvalidInput):
 
 
 class InvalidJob(InvalidInput):
-    """A record that is not a valid job: broken encoding, wrong types, unknown names.
-
-    ``job_id`` is what the record itself says, where that much of it is valid.
-    """
+    """A record that is not a valid job: broken encoding, wrong types, unknown names."""
 
     job_id: str | None = None
+    """What the record itself says, where that much of it is valid."""
     code = "invalid_job"
     remedy = "Send a job that follows docs/schemas/job.v1.json."
 

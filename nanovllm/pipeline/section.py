@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_settings import NoDecode
 
 
@@ -28,7 +28,9 @@ def _check_topic(name: str) -> str:
 StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)]
 MAX_TOPIC_CHARS = 249
-TopicName = Annotated[str, AfterValidator(_check_topic)]
+TopicName = Annotated[
+    str, AfterValidator(_check_topic), WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9._-]{1,249}$"})
+]
 TopicList = Annotated[tuple[TopicName, ...], NoDecode, BeforeValidator(_split_list)]
 Bytes = Annotated[int, Field(ge=1)]
 Millis = Annotated[int, Field(ge=1)]

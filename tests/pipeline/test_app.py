@@ -146,7 +146,8 @@ class SlowStore:
         self.asked.set()
         await self.gate.wait()
         writer.write(
-            b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(self._body) + self._body
+            b'HTTP/1.1 200 OK\r\nConnection: close\r\nETag: "tag"\r\nContent-Length: %d\r\n\r\n' % len(self._body)
+            + self._body
         )
         await writer.drain()
         writer.close()
