@@ -22,6 +22,7 @@ from nanovllm.pipeline.local_process import LocalProcess
 pytestmark = pytest.mark.kafka
 
 JOBS = 600
+TRIES = 4
 STOP_AFTER = 80
 SESSION_S = 1.0
 NAIVE = Path(__file__).with_name("naive_worker.py")
@@ -143,10 +144,14 @@ async def test_every_job_is_answered_once_whether_its_worker_is_killed_or_a_zomb
 
 
 async def test_the_documented_loop_answers_jobs_twice_when_its_worker_is_a_zombie(kafka_broker, s3, tmp_path):
-    world = World(kafka_broker, s3, tmp_path, {})
-    jobs, seen = await replace_while_stopped(world, naive(world), kill=False)
-    doubled = {job for job, times in seen.items() if times > 1}
-    assert doubled or seen.keys() != jobs, "if this loop were safe, ours would be needless"
+    # It depends on where the zombie was stopped, and so on the machine: not every try shows it.
+    for _ in range(TRIES):
+        world = World(kafka_broker, s3, tmp_path, {})
+        jobs, seen = await replace_while_stopped(world, naive(world), kill=False)
+        doubled = {job for job, times in seen.items() if times > 1}
+        if doubled or seen.keys() != jobs:
+            return
+    pytest.fail("if this loop were safe, ours would be needless")
 
 
 async def eventually_no_lag(world: World) -> None:
