@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 from parts import create_topic
 
@@ -130,9 +131,24 @@ class Group:
             await admin.delete_topics([self.topic])
         finally:
             await admin.close()
-        # Or the broker has made it by itself already, when a client asked for it.
-        await create_topics(self.settings, [self.topic])
+        # The broker deletes a while after its answer: what is sent until then goes to the old log. And it may have made
+        # the topic by itself already, when a client asked for it.
+        async with asyncio.timeout(60):
+            while not await self._is_empty():
+                await create_topics(self.settings, [self.topic])
+                await asyncio.sleep(0.2)
         await self.producer.client.force_metadata_update()
+
+    async def _is_empty(self) -> bool:
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap_servers, request_timeout_ms=2_000)
+        await consumer.start()
+        try:
+            tp = TopicPartition(self.topic, 0)
+            return (await consumer.end_offsets([tp]))[tp] == 0
+        except KafkaError:
+            return False
+        finally:
+            await consumer.stop()
 
     async def committed(self, partition: int) -> int | None:
         admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
