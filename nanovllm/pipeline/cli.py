@@ -25,10 +25,9 @@ from nanovllm.pipeline.client_commands import ConfigOption
 from nanovllm.pipeline.console import plain, print_table
 from nanovllm.pipeline.dlq_commands import dlq_app
 from nanovllm.pipeline.settings import load_settings
+from nanovllm.pipeline.stop_signals import DONE, FAILED
 from nanovllm.pipeline.topic_commands import topics_app
 
-DONE = 0
-FAILED = 1
 MISUSE = 2
 
 app = typer.Typer(

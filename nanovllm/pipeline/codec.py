@@ -76,8 +76,6 @@ def decode_fields(value: bytes) -> dict[str, Any]:
         InvalidJob: bytes that are no JSON object and no msgpack map, or hold what the other of the two cannot.
     """
     fmt = message_format(value)
-    if fmt == "json":
-        _check_commas(value)
     fields: dict[str, Any] = _parse_json(value) if fmt == "json" else _parse_msgpack(value)
     try:
         check_json_value(fields, allow_bytes_in="data" if fmt == "msgpack" else None)
@@ -98,6 +96,7 @@ def _check_commas(value: bytes) -> None:
 
 
 def _parse_json(value: bytes) -> Any:
+    _check_commas(value)
     try:
         return _STRICT_JSON.decode(value.decode())
     except UnicodeDecodeError:
