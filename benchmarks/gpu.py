@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class Scale:
     options: dict[str, Any]  # of every engine
 
 
-FULL = Scale("0.6b", ("float32", "bfloat16", "float16"), 12, 300, 48, (1, 8, 32, 64), 64, 64, 512, 256, 64, {})
+FULL = Scale(
+    "0.6b", ("float32", "bfloat16", "float16"), 12, 300, 48, (1, 8, 32, 64, 128, 256), 64, 64, 512, 256, 64, {}
+)
 SMOKE = Scale(
     "tiny", ("float32", "bfloat16"), 4, 40, 8, (1, 4), 4, 6, 24, 12, 4, {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8}
 )
@@ -86,18 +89,30 @@ def main() -> int:
         parser.error("there is no GPU; --smoke runs on a CPU")
     scale, device = (SMOKE, "cpu") if args.smoke else (FULL, "cuda")
     shape = args.shape or scale.shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # for transformers as well, each of whose steps has a new shape
     started = time.perf_counter()
+    report: dict[str, Any] = {
+        "machine": {**describe_machine("benchmarks/gpu.py " + " ".join(sys.argv[1:])), **describe_gpu(device)},
+        "shape": shape,
+        "checks": [],
+        "figures": {},
+    }
+
+    def save() -> None:
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
     with tempfile.TemporaryDirectory(prefix="nanovllm-gpu-") as directory:
         bench = Bench(scale, shape, device, Path(directory))
-        report = {
-            "machine": {**describe_machine("benchmarks/gpu.py " + " ".join(sys.argv[1:])), **describe_gpu(device)},
-            "shape": shape,
-            "checks": bench.check(),
-            "figures": bench.measure(),
-        }
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+        # A limit of time may end the run anywhere: what is known by then is in the file.
+        for figures in bench.measure():
+            report["figures"] |= figures
+            save()
+        for check in bench.check():
+            report["checks"].append(check)
+            print_check(check)
+            save()
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     verdict = f"FAILED: {', '.join(failed)}" if failed else "all right"
     print(f"\n{report['seconds']:.0f} s, written to {args.output}; {verdict}")
@@ -136,11 +151,9 @@ class Bench:
 
     @contextmanager
     def engine(self, **options: Any) -> Iterator[LLM]:
-        """An engine of the checkpoint, whose memory is free again behind it."""
+        """An engine of the checkpoint; the caller forgets it before he frees its memory."""
         with LLM(str(self.directory), device=self.device, **{**options, **self.scale.options}) as engine:
             yield engine
-        del engine
-        free_memory()
 
     def transformers(self, dtype: str) -> Any:
         """The same weights in transformers."""
@@ -151,42 +164,41 @@ class Bench:
         draw = random.Random(seed)
         return [[draw.randrange(2, self.vocab) for _ in range(tokens + 3 * place)] for place in range(count)]
 
-    def check(self) -> list[dict[str, Any]]:
+    def check(self) -> Iterator[dict[str, Any]]:
         """Whether the engine is right, in every precision and in every way to compute."""
         prompts = self.draw(self.scale.prompts, self.scale.prompt_tokens, seed=1)
         params = SamplingParams(temperature=0.0, max_tokens=self.scale.answer_tokens, ignore_eos=True, logprobs=1)
-        asked: dict[str, dict[str, list[RequestOutput]]] = {}
-        paths: dict[str, dict[str, Any]] = {}
         for dtype in self.scale.dtypes:
-            asked[dtype] = {}
+            asked: dict[str, list[RequestOutput]] = {}
+            paths: dict[str, dict[str, Any]] = {}
             for mode, options in MODES.items():
-                with self.engine(dtype=dtype, **{"kv_cache_bytes": 4 << 30, **options}) as engine:
-                    if mode == "warm prefix cache":
-                        engine.generate(prompts, params, use_tqdm=False)
-                    asked[dtype][mode] = outputs = engine.generate(prompts, params, use_tqdm=False)
-                    paths[f"{dtype}, {mode}"] = path_of(engine, outputs)
-        # The same answers in every precision are scored by transformers in float32, and in that precision.
-        exact: dict[str, dict[str, list[Scores]]] = {}
-        model = self.transformers("float32")
-        for dtype, modes in asked.items():
-            exact[dtype] = {mode: score_all(model, prompts, outputs) for mode, outputs in modes.items()}
-        checks = []
-        for dtype, modes in asked.items():
+                try:
+                    with self.engine(dtype=dtype, **{"kv_cache_bytes": 4 << 30, **options}) as engine:
+                        if mode == "warm prefix cache":
+                            engine.generate(prompts, params, use_tqdm=False)
+                        asked[mode] = outputs = engine.generate(prompts, params, use_tqdm=False)
+                        paths[mode] = path_of(engine, outputs)
+                    del engine
+                except Exception as error:
+                    yield failure(f"{dtype}, {mode}", error)
+                free_memory()
+            # The answers are scored by transformers in float32, and for its own error in that precision.
+            model = self.transformers("float32")
+            exact = {mode: score_all(model, prompts, outputs) for mode, outputs in asked.items()}
+            if dtype != "float32":
+                del model
+                free_memory()
+                model = self.transformers(dtype)
+            for mode, outputs in asked.items():
+                scores = exact[mode] if dtype == "float32" else score_all(model, prompts, outputs)
+                theirs = mean_error([one.taken for one in scores], exact[mode])
+                yield judge(f"{dtype}, {mode}", dtype, outputs, exact[mode], theirs, paths[mode])
             del model
             free_memory()
-            model = self.transformers(dtype)
-            first = next(iter(MODES))
-            theirs = mean_error([one.taken for one in score_all(model, prompts, modes[first])], exact[dtype][first])
-            for mode, outputs in modes.items():
-                name = f"{dtype}, {mode}"
-                checks.append(judge(name, dtype, outputs, exact[dtype][mode], theirs, paths[name]))
-                print_check(checks[-1])
-        del model
-        free_memory()
-        for dtype in self.scale.dtypes:
-            checks.append(self.images(dtype))
-            print_check(checks[-1])
-        return checks
+            try:
+                yield self.images(dtype)
+            except Exception as error:
+                yield failure(f"{dtype}, images", error)
 
     def images(self, dtype: str) -> dict[str, Any]:
         """The shipped checkpoint reads receipts and shapes that it never saw."""
@@ -204,28 +216,36 @@ class Bench:
         exact = statistics.fmean(one.answer == output.text for one, output in zip(samples, outputs, strict=True))
         return {"name": f"{dtype}, images", "passed": exact >= READ_EXACTLY, "read_exactly": exact, **path}
 
-    def measure(self) -> dict[str, Any]:
-        """How fast, in bfloat16 on a GPU."""
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """How fast, in bfloat16 on a GPU; the figures one after another."""
         dtype = "float32" if self.device == "cpu" else "bfloat16"
-        figures: dict[str, Any] = {"dtype": dtype, "decode_tokens_per_second": {}}
-        for mode in ("without graphs", "graphs"):
+        decode: dict[str, dict[str, float]] = {}
+        useful = 0.0
+        for mode in ("graphs", "without graphs"):
             with self.engine(
-                dtype=dtype, enable_prefix_caching=False, num_speculative_tokens=0, **MODES[mode]
+                dtype=dtype,
+                enable_prefix_caching=False,
+                num_speculative_tokens=0,
+                **{"max_num_seqs": self.scale.batches[-1], **MODES[mode]},
             ) as engine:
-                rates = {str(batch): self.decode(engine, batch) for batch in self.scale.batches}
-                figures["decode_tokens_per_second"][mode] = rates
+                decode[mode] = rates = {str(batch): self.decode(engine, batch) for batch in self.scale.batches}
                 print(f"decode, {mode}: " + ", ".join(f"{rate:,.0f}/s at {batch}" for batch, rate in rates.items()))
+                yield {"dtype": dtype, "decode_tokens_per_second": decode}
                 if mode == "graphs":
-                    figures |= self.whole(engine)
-        decode = figures["decode_tokens_per_second"]
-        figures["graphs_against_none"] = {
-            batch: round(rate / decode["without graphs"][batch], 2) for batch, rate in decode["graphs"].items()
+                    figures = self.whole(engine)
+                    useful = figures["varied"]["useful_tokens_per_second"]
+                    yield figures
+            del engine
+            free_memory()
+        yield {
+            "graphs_against_none": {
+                batch: round(rate / decode["without graphs"][batch], 2) for batch, rate in decode["graphs"].items()
+            }
         }
-        figures["transformers"] = theirs = self.static_batches(dtype)
-        ratio = figures["varied"]["useful_tokens_per_second"] / theirs["useful_tokens_per_second"]
-        figures["varied_against_transformers"] = round(ratio, 2)
+        theirs = self.static_batches(dtype)
+        ratio = round(useful / theirs["useful_tokens_per_second"], 2)
         print(f"varied workload: {ratio:.2f} times transformers' static batches, sorted by length")
-        return figures
+        yield {"transformers": theirs, "varied_against_transformers": ratio}
 
     def decode(self, engine: LLM, batch: int) -> float:
         """Tokens a second of ``batch`` requests that decode together, by the median step."""
@@ -372,8 +392,17 @@ def path_of(engine: LLM, outputs: list[RequestOutput]) -> dict[str, Any]:
     }
 
 
+def failure(name: str, error: Exception) -> dict[str, Any]:
+    """A check that ended with an exception; the others go on."""
+    traceback.print_exception(error)
+    return {"name": name, "passed": False, "error": f"{type(error).__name__}: {error}"}
+
+
 def print_check(check: dict[str, Any]) -> None:
     """A line for people."""
+    if "error" in check:
+        print(f"FAILED {check['name']:28} {check['error']}")
+        return
     told = f"{check['read_exactly']:.1%} read exactly" if "read_exactly" in check else (
         f"log probabilities off by {check['mean_logprob_error']:.2g} (transformers' "
         f"{check['mean_logprob_error_of_transformers']:.2g}), {check['best_tokens']:.1%} best tokens"

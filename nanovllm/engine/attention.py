@@ -308,6 +308,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
     """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
+    if device.type == "cuda":
+        # From torch 2.11 on, scaled_dot_product_attention prefers cuDNN on sm_90, which builds a plan for every shape
+        # that it has not seen, and here nearly every step has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels, torch_varlen_kernel
 
