@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine as LLM  # noqa: N814
     from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
-    from nanovllm.pipeline.job import Job
+    from nanovllm.messages.dead_letter import DeadLetter
+    from nanovllm.messages.job import Job
+    from nanovllm.messages.result import Result
     from nanovllm.pipeline.producer import JobProducer
     from nanovllm.sampling_params import SamplingParams
-    from nanovllm.sinks.messages import DeadLetter, Result
 
 __all__ = ["LLM", "DeadLetter", "Job", "JobProducer", "MultiModalLLM", "Result", "SamplingParams"]
 
@@ -23,9 +24,9 @@ _HOMES = {
     "MultiModalLLM": ("nanovllm.engine.multimodal_llm_engine", "MultiModalLLM"),
     "SamplingParams": ("nanovllm.sampling_params", "SamplingParams"),
     "JobProducer": ("nanovllm.pipeline.producer", "JobProducer"),
-    "Job": ("nanovllm.pipeline.job", "Job"),
-    "Result": ("nanovllm.sinks.messages", "Result"),
-    "DeadLetter": ("nanovllm.sinks.messages", "DeadLetter"),
+    "Job": ("nanovllm.messages.job", "Job"),
+    "Result": ("nanovllm.messages.result", "Result"),
+    "DeadLetter": ("nanovllm.messages.result", "DeadLetter"),
 }
 
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from nanovllm.sinks.messages import (
-    DeadLetter,
-    ImageMetrics,
-    InputUse,
-    JobMetrics,
-    ModelUse,
-    Result,
-    Source,
-    StageTimings,
-    TokenUsage,
-    result_id_for,
-)
+from nanovllm.messages.base import Source
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.job_metrics import ImageMetrics, JobMetrics
+from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, TokenUsage, result_id_for
 
 SOURCE = Source(topic="nanovllm.jobs", partition=3, offset=17, timestamp_ms=1_700_000_000_000)
 

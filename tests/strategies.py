@@ -14,10 +14,10 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from nanovllm.pipeline.job import _BARE_TAG, _S3_URI, MAX_METADATA_BYTES, ImageRef, Job
+from nanovllm.messages.base import Message
+from nanovllm.messages.encoding import MAX_INTEGER
+from nanovllm.messages.job import _BARE_TAG, _S3_URI, MAX_METADATA_BYTES, ImageRef, Job
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.sinks.encoding import MAX_INTEGER
-from nanovllm.sinks.messages import Message
 
 Schema = dict[str, Any]
 Values = st.SearchStrategy[Any]

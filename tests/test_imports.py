@@ -41,8 +41,8 @@ def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) ->
     run(
         REFUSE_HEAVY
         + "from nanovllm import JobProducer, Job, Result, DeadLetter, SamplingParams\n"
-        + "import nanovllm.pipeline.job, nanovllm.pipeline.codec, nanovllm.pipeline.settings, nanovllm.pipeline.cli\n"
-        + "import nanovllm.sinks.messages, nanovllm.sinks.kafka, nanovllm.sinks.jsonl, nanovllm.metrics\n"
+        + "import nanovllm.messages.job, nanovllm.messages.codec, nanovllm.pipeline.settings, nanovllm.pipeline.cli\n"
+        + "import nanovllm.messages.result, nanovllm.sinks.kafka, nanovllm.sinks.jsonl, nanovllm.metrics\n"
         + "import nanovllm.engine.backend, nanovllm.engine.outputs, nanovllm.engine.prompts, nanovllm.engine.echo\n",
         tmp_path,
     )
@@ -52,7 +52,7 @@ def test_a_job_is_made_and_a_result_is_read_without_torch_installed(tmp_path: Pa
     run(
         REFUSE_HEAVY
         + "from nanovllm import Job, JobProducer, SamplingParams\n"
-        + "from nanovllm.pipeline.codec import decode_job, encode_job\n"
+        + "from nanovllm.messages.codec import decode_job, encode_job\n"
         + "job = Job(prompt='Say hello', sampling={'max_tokens': 8})\n"
         + "assert decode_job(encode_job(job, 'json')) == job\n"
         + "JobProducer(bootstrap_servers='localhost:9092')\n",

@@ -11,11 +11,12 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from chaos.broker_logs import job_of
 from parts import S3Part, create_topic, eventually, unique_name, worker_process
 
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.local_process import LocalProcess
 from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings
-from nanovllm.sinks.messages import DeadLetter, Result
 
 PARTITIONS = 4
 

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 import typer
 
 from nanovllm.errors import InvalidInput, SystemicError
-from nanovllm.pipeline.console import plain, print_json
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.producer import JobKey, JobProducer
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.results_view import ResultRows
 from nanovllm.pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
-from nanovllm.sinks.messages import Result
+from nanovllm.terminal import plain, print_json
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", envvar=CONFIG_VARIABLE, help="YAML or TOML file of settings.")

@@ -15,10 +15,10 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.pipeline.raw_records import getmany
 from nanovllm.pipeline.settings import KafkaSettings, Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, Headers, publish_error, read_dead_letter
-from nanovllm.sinks.messages import DeadLetter
 
 POLL_MS = 300
 # Behind the last record that anybody may read there may be offsets of markers and of open transactions.

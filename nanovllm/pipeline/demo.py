@@ -24,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nanovllm.errors import SystemicError
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.broker import EmbeddedBroker
-from nanovllm.pipeline.console import plain
 from nanovllm.pipeline.demo_jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
 from nanovllm.pipeline.demo_outcome import Outcome
 from nanovllm.pipeline.local_process import LocalProcess, free_port
@@ -35,7 +36,7 @@ from nanovllm.pipeline.report import render_report
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.settings import ENV_PREFIX, KafkaSettings, Settings, TopicSettings
 from nanovllm.pipeline.topics import create_topics
-from nanovllm.sinks.messages import DeadLetter, Result
+from nanovllm.terminal import plain
 
 TOPICS = TopicSettings()
 EXPECTED_DEAD_LETTERS = 2

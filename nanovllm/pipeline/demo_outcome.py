@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nanovllm.messages.base import Message
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, DemoJob, DemoSet
 from nanovllm.sinks.jsonl import JsonLinesSink
-from nanovllm.sinks.messages import DeadLetter, Message, Result
 
 MIN_EXACT_SHARE = 0.9
 STAGES = ("admit", "fetch", "prepare", "queue", "encode", "prefill", "generate")

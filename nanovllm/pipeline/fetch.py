@@ -14,7 +14,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
-from nanovllm.pipeline.job import ImageRef
+from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import S3Settings
 

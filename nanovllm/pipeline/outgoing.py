@@ -12,19 +12,12 @@ from datetime import UTC, datetime
 from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
 from nanovllm.errors import NanoVLLMError
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.fetch import FetchedImage
-from nanovllm.pipeline.job import Job, derive_job_id
-from nanovllm.pipeline.passage import Passage
-from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings
-from nanovllm.sinks.encoding import MessageFormat
-from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_like, dead_letter_record, metrics_record, result_record
-from nanovllm.sinks.messages import (
-    DeadLetter,
-    ImageMetrics,
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.encoding import MessageFormat
+from nanovllm.messages.job import Job, derive_job_id
+from nanovllm.messages.job_metrics import ImageMetrics, JobMetrics
+from nanovllm.messages.result import (
     InputUse,
-    JobMetrics,
     ModelUse,
     Output,
     Result,
@@ -35,6 +28,12 @@ from nanovllm.sinks.messages import (
     TokenUsage,
     result_id_for,
 )
+from nanovllm.pipeline.assignment import Delivery
+from nanovllm.pipeline.fetch import FetchedImage
+from nanovllm.pipeline.passage import Passage
+from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.settings import Settings
+from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_like, dead_letter_record, metrics_record, result_record
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 

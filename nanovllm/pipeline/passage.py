@@ -11,10 +11,12 @@ from typing import Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
+from nanovllm.messages.base import AnswerReuse
+from nanovllm.messages.dead_letter import DeadLetterClass, Stage
+from nanovllm.messages.encoding import MessageFormat
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.retries import Origin
-from nanovllm.sinks.encoding import MessageFormat
-from nanovllm.sinks.messages import AnswerReuse, DeadLetterClass, Result, Stage
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",

@@ -20,14 +20,14 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
-from nanovllm.pipeline.codec import encode_job
-from nanovllm.pipeline.job import ImageRef, Job, Reuse, derive_job_id
+from nanovllm.messages.codec import encode_job
+from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
+from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id
+from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import message_limits
 from nanovllm.pipeline.upload import ImageUploader
-from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.sinks.kafka import OutgoingRecord, publish_error
 
 JobKey = Literal["image", "job_id", "none"]

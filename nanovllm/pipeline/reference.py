@@ -16,10 +16,12 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.job import Job
+from nanovllm.messages.job_metrics import JobMetrics
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.passage import dead_letter_class
 from nanovllm.pipeline.settings import ENV_PREFIX, Settings
-from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 
 _MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaMode], ...] = (
     (Job, "validation"),

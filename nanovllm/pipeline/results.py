@@ -11,11 +11,12 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidJob
-from nanovllm.pipeline.codec import decode_fields
+from nanovllm.messages.codec import decode_fields
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.raw_records import getmany
 from nanovllm.pipeline.settings import Settings
 from nanovllm.sinks.kafka import read_dead_letter
-from nanovllm.sinks.messages import DeadLetter, Result
 
 Outcome = Result | DeadLetter
 

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanovllm.pipeline.console import plain, print_json
+from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.pipeline.results import Outcome
-from nanovllm.sinks.messages import DeadLetter
+from nanovllm.terminal import plain, print_json
 
 _WIDTHS = {"job": 24, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
 

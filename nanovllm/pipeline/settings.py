@@ -24,11 +24,11 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
+from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline.failure_settings import DeadLetterSettings, RetrySettings, retry_topic
 from nanovllm.pipeline.login_tokens import MskIamToken, TokenFile
 from nanovllm.pipeline.section import MAX_TOPIC_CHARS, Bytes, Millis, Seconds, Section, StrList, TopicList, TopicName
 from nanovllm.pipeline.tenant_settings import TenantSettings
-from nanovllm.pipeline.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
 # What a worker needs after its drain and before it joins again: the last commit, which may wait for brokers.

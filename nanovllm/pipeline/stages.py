@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 from nanovllm.engine.backend import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
+from nanovllm.messages.codec import decode_job, message_format
+from nanovllm.messages.job import ImageRef, Job, derive_job_id
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Ticket
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
-from nanovllm.pipeline.codec import decode_job, message_format
 from nanovllm.pipeline.dispatch import Claim, Dispatch
 from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
 from nanovllm.pipeline.key_order import Turn
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage

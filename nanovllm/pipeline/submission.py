@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import InvalidInput, InvalidJob
-from nanovllm.pipeline.codec import decode_job
-from nanovllm.pipeline.job import IMAGE_PLACEHOLDER, Job
+from nanovllm.messages.codec import decode_job
+from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
 from nanovllm.pipeline.producer import JobProducer
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})

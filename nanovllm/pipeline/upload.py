@@ -8,7 +8,7 @@ import re
 from functools import partial
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
-from nanovllm.pipeline.job import ImageRef
+from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.s3_client import S3Client, check_settings, make_client
 from nanovllm.pipeline.settings import S3Settings
 

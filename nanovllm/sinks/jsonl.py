@@ -8,7 +8,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from nanovllm.sinks.encoding import encode
+from nanovllm.messages.encoding import encode
 
 
 class JsonLinesSink:

@@ -27,9 +27,11 @@ from aiokafka.errors import (
 )
 
 from nanovllm.errors import BrokersUnavailable, ErrorClass, MessageTooLarge, NanoVLLMError, TransientError
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat, encode
+from nanovllm.messages.job_metrics import JobMetrics
+from nanovllm.messages.result import Result
 from nanovllm.sinks.batches import send_batches
-from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat, encode
-from nanovllm.sinks.messages import DeadLetter, JobMetrics, Result
 from nanovllm.sinks.producer import RenewingProducer, is_breakdown
 
 Headers = tuple[tuple[str, bytes], ...]

@@ -11,8 +11,8 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable, SystemicError
-from nanovllm.sinks.encoding import CONTENT_TYPES, MessageFormat
-from nanovllm.sinks.messages import StoredResult
+from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
+from nanovllm.messages.result import StoredResult
 
 _TARGET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
 _EXISTS = frozenset({"PreconditionFailed", "412"})

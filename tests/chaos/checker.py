@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.sinks.messages import DeadLetter, Result
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 
 ANSWER = "answer"
 

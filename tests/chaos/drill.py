@@ -37,7 +37,7 @@ from chaos.proxies import S3Fault, S3Proxy, TcpProxy
 from parts import KafkaNode, S3Part, VersityNode, create_topic, kafka_cluster, png
 from world import PARTITIONS, World
 
-from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.messages.job import ImageRef, Job, derive_job_id
 
 OBJECTS = 40
 WORKERS = 3

@@ -11,7 +11,7 @@ from chaos.fleet import Fleet
 from parts import create_topic
 from world import World
 
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.job import Job
 
 pytestmark = pytest.mark.kafka
 

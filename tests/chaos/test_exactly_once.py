@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer
 from parts import eventually
 from world import World
 
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.job import Job
 from nanovllm.pipeline.local_process import LocalProcess
 
 pytestmark = pytest.mark.kafka

@@ -11,8 +11,8 @@ import pytest
 from parts import png
 from world import World
 
+from nanovllm.messages.job import Job
 from nanovllm.pipeline.broker import evict_members
-from nanovllm.pipeline.job import Job
 
 JOBS = 300
 IMAGES = 60

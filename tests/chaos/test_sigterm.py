@@ -9,7 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from world import World
 
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.job import Job
 
 pytestmark = pytest.mark.kafka
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from parts import eventually
 
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.local_process import LocalProcess
-from nanovllm.sinks.messages import DeadLetter, Result
 
 COMMAND = [sys.executable, "-m", "nanovllm.pipeline.cli"]
 FILES = {"report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"}

@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaProducer
 from parts import FaultProxy, png
 from world import World
 
-from nanovllm.pipeline.job import ImageRef
+from nanovllm.messages.job import ImageRef
 
 ECHO = {"NANOVLLM_ENGINE__BACKEND": "echo"}
 READ_S = 120.0

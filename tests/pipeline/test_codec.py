@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from strategies import jobs, json_values
 
 from nanovllm.errors import InvalidJob
-from nanovllm.pipeline.codec import decode_job, encode_job, message_format
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.codec import decode_job, encode_job, message_format
+from nanovllm.messages.job import Job
 
 
 def outcome(value: bytes) -> str:

@@ -21,8 +21,8 @@ from world import World
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, CredentialsRefused, SystemicError
+from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.fetch import ObjectFetcher
-from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.local_process import free_port
 from nanovllm.pipeline.s3_client import S3Client, check_settings
 from nanovllm.pipeline.settings import S3Settings

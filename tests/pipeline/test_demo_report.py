@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from nanovllm.errors import ConfigurationError
+from nanovllm.messages.base import Source
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, TokenUsage
 from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, demo_set
 from nanovllm.pipeline.demo_outcome import Outcome, percentile, stage_times
 from nanovllm.pipeline.report import render_report
-from nanovllm.sinks.messages import DeadLetter, InputUse, ModelUse, Result, Source, StageTimings, TokenUsage
 from nanovllm.vision.images import pixel_digest
 
 

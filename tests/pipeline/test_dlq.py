@@ -14,10 +14,10 @@ from sample_messages import dead_letter
 from nanovllm.engine.backend import Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
+from nanovllm.messages.base import Source
 from nanovllm.pipeline.cli import main
 from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.sinks.kafka import dead_letter_record
-from nanovllm.sinks.messages import Source
 
 Capture = pytest.CaptureFixture[str]
 

@@ -28,8 +28,8 @@ from nanovllm.errors import (
     ObjectUnavailable,
     StoreUnreachable,
 )
+from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.fetch import AllowList, ObjectFetcher
-from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.s3_client import classify
 from nanovllm.pipeline.settings import S3Settings
 

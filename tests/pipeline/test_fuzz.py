@@ -16,12 +16,13 @@ from strategies import examples
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ErrorClass, NanoVLLMError
-from nanovllm.pipeline.codec import decode_job
-from nanovllm.pipeline.job import ChatMessage, ImageRef, Job
+from nanovllm.messages.base import Source
+from nanovllm.messages.codec import decode_job
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.job import ChatMessage, ImageRef, Job
 from nanovllm.pipeline.passage import dead_letter_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka import dead_letter_record, read_dead_letter
-from nanovllm.sinks.messages import DeadLetter, Source
 
 SOURCE = Source(topic="jobs", partition=0, offset=7)
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
-from nanovllm.pipeline.job import ImageRef, Job, derive_job_id
+from nanovllm.messages.job import ImageRef, Job, derive_job_id
 from nanovllm.pipeline.settings import SamplingSettings
 
 DIGEST = "ab" * 32

@@ -15,6 +15,7 @@ from parts import S3Part, VersityNode, create_topic
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
+from nanovllm.messages.result import Result, result_id_for
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.failure_settings import RetrySettings
 from nanovllm.pipeline.ledger import PartitionLedger
@@ -24,7 +25,6 @@ from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.settings import S3Settings, Settings
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.sinks.messages import Result, result_id_for
 from nanovllm.sinks.s3 import S3ResultStore
 
 LARGE = {"job_id": "large", "prompt": "word " * 2_000, "sampling": {"max_tokens": 4096}, "metadata": {"k": "v" * 3_000}}

@@ -14,11 +14,11 @@ from parts import S3Part
 
 from nanovllm import JobProducer, SamplingParams
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge, PlaceholderMismatch
-from nanovllm.pipeline.codec import decode_job, message_format
+from nanovllm.messages.codec import decode_job, message_format
+from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.producer import SyncJobProducer
 from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import create_topics, message_limits
-from nanovllm.sinks.encoding import MessageFormat
 
 PNG = b"\x89PNG not really" * 10
 

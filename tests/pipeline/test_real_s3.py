@@ -29,9 +29,9 @@ from nanovllm.errors import (
     PermanentError,
     SystemicError,
 )
+from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import ObjectFetcher
-from nanovllm.pipeline.job import ImageRef, Job
 from nanovllm.pipeline.producer import _image_ref
 from nanovllm.pipeline.reuse import ImageReuse
 from nanovllm.pipeline.s3_client import make_client

@@ -10,10 +10,10 @@ from hypothesis import given
 from sample_messages import dead_letter, metrics, result
 from strategies import jobs
 
+from nanovllm.messages.codec import encode_job
+from nanovllm.messages.encoding import encode
+from nanovllm.messages.job import Job
 from nanovllm.pipeline import reference
-from nanovllm.pipeline.codec import encode_job
-from nanovllm.pipeline.job import Job
-from nanovllm.sinks.encoding import encode
 
 DOCS = Path(__file__).parents[2] / "docs"
 JOB_SCHEMA = jsonschema.Draft202012Validator(json.loads(reference.schemas()["job.v1.json"]))

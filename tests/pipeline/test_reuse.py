@@ -17,9 +17,9 @@ from parts import eventually
 from nanovllm.engine.backend import Generation
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ForbiddenUri, ObjectChanged, ObjectNotFound
+from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import ObjectFetcher
-from nanovllm.pipeline.job import ImageRef
 from nanovllm.pipeline.reuse import ImageReuse, SharedWork
 from nanovllm.pipeline.s3_client import make_client
 from nanovllm.pipeline.settings import ReuseSettings, S3Settings, TenantSettings

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.errors import BrokersUnavailable
-from nanovllm.pipeline.codec import decode_job
+from nanovllm.messages.codec import decode_job
 from nanovllm.pipeline.local_process import free_port
 from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.settings import KafkaSettings

@@ -8,7 +8,7 @@ import pytest
 from parts import create_topic
 from world import World
 
-from nanovllm.pipeline.job import Job
+from nanovllm.messages.job import Job
 
 pytestmark = pytest.mark.kafka
 

@@ -23,8 +23,10 @@ from sample_messages import SOURCE, dead_letter, metrics, result
 from strategies import job_ids
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
+from nanovllm.messages.base import Source
+from nanovllm.messages.encoding import MessageFormat
+from nanovllm.messages.result import Result, result_id_for
 from nanovllm.sinks.batches import send_batches
-from nanovllm.sinks.encoding import MessageFormat
 from nanovllm.sinks.kafka import (
     KafkaSink,
     OutgoingRecord,
@@ -36,7 +38,6 @@ from nanovllm.sinks.kafka import (
     result_record,
     without_url_queries,
 )
-from nanovllm.sinks.messages import Result, Source, result_id_for
 from nanovllm.sinks.producer import RenewingProducer
 
 

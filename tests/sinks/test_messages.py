@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from sample_messages import result
 from strategies import json_values, messages
 
-from nanovllm.sinks.encoding import check_json_value, encode
+from nanovllm.messages.base import Message
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.encoding import check_json_value, encode
+from nanovllm.messages.job_metrics import JobMetrics
+from nanovllm.messages.result import Result, result_id_for
 from nanovllm.sinks.jsonl import JsonLinesSink
-from nanovllm.sinks.messages import DeadLetter, JobMetrics, Message, Result, result_id_for
 
 
 def test_a_result_id_depends_on_the_job_id_alone_and_never_changes() -> None:

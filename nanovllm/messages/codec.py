@@ -12,9 +12,9 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from nanovllm.errors import InvalidJob, UnsupportedVersion
-from nanovllm.pipeline.job import Job, JobId
-from nanovllm.pipeline.validation import describe_errors
-from nanovllm.sinks.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
+from nanovllm.messages.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
+from nanovllm.messages.job import Job, JobId
+from nanovllm.messages.validation import describe_errors
 
 VERSION = 1
 MAX_VALUES = 100_000

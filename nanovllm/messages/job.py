@@ -29,9 +29,9 @@ from pydantic import (
 )
 
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
-from nanovllm.pipeline.validation import describe_errors
+from nanovllm.messages.encoding import check_json_value
+from nanovllm.messages.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.sinks.encoding import check_json_value
 
 IMAGE_PLACEHOLDER = "<|image|>"
 MAX_METADATA_BYTES = 65_536

@@ -1,18 +1,13 @@
-"""What the worker sends: results, metrics and dead letters, and the parts they are made of."""
+"""The result message: the answer to a job."""
 
 from __future__ import annotations
 
 import uuid
-from datetime import datetime
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-FinishReason = Literal["stop", "length", "loop", "abort"]
-AnswerReuse = Literal["hit", "joined"]
-CacheOutcome = Literal["hit", "joined", "miss", "prefix"]
-DeadLetterClass = Literal["invalid", "permanent", "retries_exhausted", "expired"]
-Stage = Literal["receive", "admit", "fetch", "prepare", "infer", "publish"]
+from nanovllm.messages.base import AnswerReuse, CacheOutcome, FinishReason, Message, Source
 
 _RESULT_NAMESPACE = uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f")
 
@@ -20,21 +15,6 @@ _RESULT_NAMESPACE = uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f")
 def result_id_for(job_id: str) -> str:
     """The identity of a job's result: equal for every delivery and every worker, so that repeats can be dropped."""
     return str(uuid.uuid5(_RESULT_NAMESPACE, job_id))
-
-
-class Message(BaseModel):
-    """A part of an outgoing message. Readers ignore unknown fields: today's must take the messages of tomorrow."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Source(Message):
-    """The record that a job came in."""
-
-    topic: str
-    partition: int = Field(ge=0)
-    offset: int = Field(ge=0)
-    timestamp_ms: int | None = Field(None, description="The record's timestamp, milliseconds since 1970.")
 
 
 class ModelUse(Message):
@@ -149,68 +129,3 @@ class Result(Message):
         """This result without whatever may be large, and with the place where all of it is."""
         large = {"text": "", "token_ids": (), "logprobs": None, "prompt_logprobs": None, "outputs": None}
         return self.model_copy(update={**large, "inputs": (), "metadata": {}, "stored": stored})
-
-
-class ImageMetrics(Message):
-    """What the caches did for one image."""
-
-    sha256: str
-    cache: CacheOutcome
-    tokens: int = Field(0, ge=0)
-
-
-class JobMetrics(Message):
-    """Figures of one answered job, under vLLM's per-request names where it has them. Schema `metrics.v1`."""
-
-    schema_name: ClassVar[str] = "metrics.v1"
-
-    version: Literal[1] = 1
-    job_id: str
-    result_id: str
-    worker: str
-    model: str
-    source: Source
-    finish_reason: FinishReason
-    reused: AnswerReuse | None = Field(None, description="As in the result; the engine's figures are then 0.")
-    num_prompt_tokens: int = Field(ge=0)
-    num_generation_tokens: int = Field(ge=0)
-    num_cached_tokens: int = Field(0, ge=0)
-    num_image_tokens: int = Field(0, ge=0)
-    queue_time_ms: float = Field(0.0, ge=0)
-    time_to_first_token_ms: float = Field(0.0, ge=0)
-    generation_time_ms: float = Field(0.0, ge=0)
-    mean_itl_ms: float = Field(0.0, ge=0, description="Mean time between tokens.")
-    e2e_time_ms: float = Field(0.0, ge=0, description="From receipt to the finished text.")
-    tokens_per_second: float = Field(0.0, ge=0, description="Output tokens over generation time.")
-    fetch_time_ms: float = Field(0.0, ge=0)
-    prepare_time_ms: float = Field(0.0, ge=0)
-    encode_time_ms: float = Field(0.0, ge=0)
-    engine_seconds_spent: float = Field(0.0, ge=0, description="Encoder and model time charged to this job.")
-    engine_seconds_saved: float = Field(0.0, ge=0, description="Estimate of what cached images and prefixes saved.")
-    images: tuple[ImageMetrics, ...] = ()
-
-
-class DeadLetter(Message):
-    """Why a job failed for good: the envelope of a dead letter, whose value is the original message.
-
-    Schema `dead-letter.v1`; in Kafka every field is a header, ``nanovllm_`` and its name.
-    """
-
-    schema_name: ClassVar[str] = "dead-letter.v1"
-
-    version: Literal[1] = 1
-    job_id: str | None = Field(None, description="Unset when it could not be read and not be derived.")
-    code: str = Field(description="Stable name of the error.")
-    error_class: DeadLetterClass
-    stage: Stage = Field(description="Where it failed.")
-    message: str = Field(description="What was wrong, for people; without URL queries.")
-    retryable: bool = Field(False, description="The same message can succeed once the code's remedy was applied.")
-    cause: str | None = Field(
-        None, description="Name of the innermost error, and for the worker's own faults its place."
-    )
-    attempts: int = Field(1, ge=0, description="Attempts at the stage that failed, delayed retries among them.")
-    source: Source
-    worker: str
-    received_at: datetime
-    first_failed_at: datetime | None = Field(None, description="Of the first attempt, where there were several.")
-    failed_at: datetime

@@ -1,0 +1,39 @@
+"""The dead letter: a record that has no answer, and why."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from nanovllm.messages.base import Message, Source
+
+DeadLetterClass = Literal["invalid", "permanent", "retries_exhausted", "expired"]
+Stage = Literal["receive", "admit", "fetch", "prepare", "infer", "publish"]
+
+
+class DeadLetter(Message):
+    """Why a job failed for good: the envelope of a dead letter, whose value is the original message.
+
+    Schema `dead-letter.v1`; in Kafka every field is a header, ``nanovllm_`` and its name.
+    """
+
+    schema_name: ClassVar[str] = "dead-letter.v1"
+
+    version: Literal[1] = 1
+    job_id: str | None = Field(None, description="Unset when it could not be read and not be derived.")
+    code: str = Field(description="Stable name of the error.")
+    error_class: DeadLetterClass
+    stage: Stage = Field(description="Where it failed.")
+    message: str = Field(description="What was wrong, for people; without URL queries.")
+    retryable: bool = Field(False, description="The same message can succeed once the code's remedy was applied.")
+    cause: str | None = Field(
+        None, description="Name of the innermost error, and for the worker's own faults its place."
+    )
+    attempts: int = Field(1, ge=0, description="Attempts at the stage that failed, delayed retries among them.")
+    source: Source
+    worker: str
+    received_at: datetime
+    first_failed_at: datetime | None = Field(None, description="Of the first attempt, where there were several.")
+    failed_at: datetime
