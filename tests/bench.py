@@ -21,9 +21,9 @@ from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.s3_client import S3Client
-from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.worker import Worker
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool

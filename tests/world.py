@@ -16,7 +16,9 @@ from nanovllm.messages.result import Result
 from nanovllm.pipeline.local_process import LocalProcess
 from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.results import ResultReader
-from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.worker import Settings
 
 PARTITIONS = 4
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 
 SCHEMA = Path(__file__).resolve().parent.parent / "helm" / "nanovllm" / "values.schema.json"
 BROKERS = r"^[^\s,]+:[0-9]{1,5}(,[^\s,]+:[0-9]{1,5})*$"
@@ -29,7 +29,7 @@ def settings_schema() -> dict[str, Any]:
     """JSON Schema (draft 7) of the value ``settings``: every section and field of the worker, secrets left out."""
     whole = Settings.model_json_schema()
     schema = _plain(whole, whole.get("$defs", {}))
-    schema["description"] = "The worker's settings, by section and field; generated from nanovllm.pipeline.settings."
+    schema["description"] = "The worker's settings, by section and field; generated from nanovllm.settings.worker."
     for section, fields in STRICTER.items():
         schema["properties"][section]["required"] = sorted(fields)
         for field, limits in fields.items():

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError
-from nanovllm.pipeline.settings import EngineSettings, ImageSettings, Settings
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.pipeline.stop_signals import DONE, FAILED, StopSignals
+from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.images import ImageSettings
+from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
     from nanovllm.engine.backend import EngineBackend
@@ -134,7 +137,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         topics, tiers = settings.topics, RetryTiers.of(settings)
         written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
-        options = settings.kafka.producer_kwargs()
+        options = producer_kwargs(settings.kafka)
         # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
         options["max_batch_size"] = min(options["max_batch_size"], *limits_by_topic.values())
         producer = RenewingProducer(lambda: AIOKafkaProducer(**options))

@@ -23,9 +23,9 @@ from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline import client_commands
 from nanovllm.pipeline.client_commands import ConfigOption
 from nanovllm.pipeline.dlq_commands import dlq_app
-from nanovllm.pipeline.settings import load_settings
 from nanovllm.pipeline.stop_signals import DONE, FAILED
 from nanovllm.pipeline.topic_commands import topics_app
+from nanovllm.settings.loading import load_settings
 from nanovllm.terminal import plain, print_table
 
 MISUSE = 2

@@ -16,8 +16,9 @@ from nanovllm.messages.result import Result
 from nanovllm.pipeline.producer import JobKey, JobProducer
 from nanovllm.pipeline.results import ResultReader
 from nanovllm.pipeline.results_view import ResultRows
-from nanovllm.pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
+from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
+from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json
 
 ConfigOption = Annotated[

@@ -15,9 +15,11 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.kafka.client import client_kwargs, producer_kwargs
+from nanovllm.kafka.raw_records import getmany
 from nanovllm.messages.dead_letter import DeadLetter
-from nanovllm.pipeline.raw_records import getmany
-from nanovllm.pipeline.settings import KafkaSettings, Settings
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, Headers, publish_error, read_dead_letter
 
 POLL_MS = 300
@@ -204,7 +206,7 @@ async def _has_reached(consumer: AIOKafkaConsumer, ends: dict[TopicPartition, in
 async def _consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterator[AIOKafkaConsumer]:
     consumer = AIOKafkaConsumer(
         *topics,
-        **kafka.client_kwargs(),
+        **client_kwargs(kafka),
         enable_auto_commit=False,
         isolation_level="read_committed",
         auto_offset_reset="earliest",
@@ -215,7 +217,7 @@ async def _consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterator[AIOKafk
 
 @asynccontextmanager
 async def _producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
-    producer = AIOKafkaProducer(**kafka.producer_kwargs())
+    producer = AIOKafkaProducer(**producer_kwargs(kafka))
     async with _open(producer.start, producer.stop, kafka):
         yield producer
 

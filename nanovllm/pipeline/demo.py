@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanovllm.errors import SystemicError
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.pipeline.broker import EmbeddedBroker
@@ -34,8 +35,10 @@ from nanovllm.pipeline.object_store import EmbeddedObjectStore
 from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.report import render_report
 from nanovllm.pipeline.results import ResultReader
-from nanovllm.pipeline.settings import ENV_PREFIX, KafkaSettings, Settings, TopicSettings
 from nanovllm.pipeline.topics import create_topics
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.worker import ENV_PREFIX, Settings
 from nanovllm.terminal import plain
 
 TOPICS = TopicSettings()
@@ -184,7 +187,7 @@ async def _produce(demo: DemoSet, kafka: KafkaSettings) -> None:
     async with JobProducer(kafka) as producer:
         for job in (*demo.jobs[:middle], demo.broken, *demo.jobs[middle:]):
             await producer.send(job_id=job.job_id, prompt=job.prompt, images=list(job.uris))
-    async with AIOKafkaProducer(**kafka.producer_kwargs()) as plain:
+    async with AIOKafkaProducer(**producer_kwargs(kafka)) as plain:
         await plain.send_and_wait(TOPICS.jobs, MALFORMED_MESSAGE)
 
 

@@ -16,7 +16,7 @@ from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.pipeline.dead_letters import BuriedJob, LetterFilter, Replay, Replayer, read_dead_letters
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json, print_table
 
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")

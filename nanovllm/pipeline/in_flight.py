@@ -18,12 +18,13 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
 from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead, NanoVLLMError
+from nanovllm.kafka.client import client_kwargs
+from nanovllm.kafka.raw_records import getmany
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.raw_records import getmany
-from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.solitude import Solitude
 from nanovllm.pipeline.suspects import PartitionRecord
+from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.sinks.kafka import publish_error
 from nanovllm.sinks.producer import RenewingProducer
 
@@ -169,7 +170,7 @@ class InFlight:
 
     async def _last_value(self, key: bytes) -> bytes | None:
         """The last record of ``key``, sought from the end backwards: it is among the last unless others write more."""
-        consumer = AIOKafkaConsumer(**self._kafka.client_kwargs(), enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(**client_kwargs(self._kafka), enable_auto_commit=False)
         try:
             await consumer.start()
             return await self._seek_back(consumer, key)

@@ -32,7 +32,7 @@ from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.fetch import FetchedImage
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_like, dead_letter_record, metrics_record, result_record
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")

@@ -20,14 +20,16 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id
 from nanovllm.messages.validation import describe_errors
-from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import message_limits
 from nanovllm.pipeline.upload import ImageUploader
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.s3 import S3Settings
 from nanovllm.sinks.kafka import OutgoingRecord, publish_error
 
 JobKey = Literal["image", "job_id", "none"]
@@ -74,7 +76,7 @@ class JobProducer:
             BrokersUnavailable: the brokers cannot be reached, or refuse the login.
         """
         self._max_bytes = (await message_limits(self._kafka, [self.topic]))[self.topic]
-        producer = AIOKafkaProducer(**self._kafka.producer_kwargs())
+        producer = AIOKafkaProducer(**producer_kwargs(self._kafka))
         try:
             await producer.start()
         except KafkaError as error:

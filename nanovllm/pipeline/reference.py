@@ -21,7 +21,7 @@ from nanovllm.messages.job import Job
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result
 from nanovllm.pipeline.passage import dead_letter_class
-from nanovllm.pipeline.settings import ENV_PREFIX, Settings
+from nanovllm.settings.worker import ENV_PREFIX, Settings
 
 _MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaMode], ...] = (
     (Job, "validation"),

@@ -11,11 +11,12 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable, InvalidJob
+from nanovllm.kafka.client import client_kwargs
+from nanovllm.kafka.raw_records import getmany
 from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.raw_records import getmany
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import read_dead_letter
 
 Outcome = Result | DeadLetter
@@ -38,7 +39,7 @@ class ResultReader:
         # Not in __init__: aiokafka takes the running event loop when it is constructed.
         self._consumer = AIOKafkaConsumer(
             *self._topics,
-            **self._kafka.client_kwargs(),
+            **client_kwargs(self._kafka),
             enable_auto_commit=False,
             isolation_level="read_committed",
             # For partitions that are added later: nothing of theirs has been seen.

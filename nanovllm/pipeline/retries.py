@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from nanovllm.errors import NanoVLLMError
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.failure_settings import retry_topic
-from nanovllm.pipeline.section import MAX_TOPIC_CHARS
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.base import MAX_TOPIC_CHARS
+from nanovllm.settings.failures import retry_topic
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import OWN_PREFIX, Headers
 
 

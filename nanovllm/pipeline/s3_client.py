@@ -30,7 +30,7 @@ from nanovllm.errors import (
     StoreUnreachable,
     SystemicError,
 )
-from nanovllm.pipeline.settings import S3Settings
+from nanovllm.settings.s3 import S3Settings
 
 T = TypeVar("T")
 

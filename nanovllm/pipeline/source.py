@@ -21,16 +21,17 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 
 from nanovllm.errors import BrokersUnavailable, NanoVLLMError
+from nanovllm.kafka.client import consumer_kwargs
+from nanovllm.kafka.raw_records import PARSE_ERRORS, RawRecord, read_raw
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Assignment, Delivery
 from nanovllm.pipeline.delays import DelayedHeads
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
-from nanovllm.pipeline.raw_records import PARSE_ERRORS, RawRecord, read_raw
 from nanovllm.pipeline.rounds import Batches, Rounds
-from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.transactions import PartitionTransactions
+from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class JobSource(ConsumerRebalanceListener):
             BrokersUnavailable: no broker answers, or it refuses the login; or a topic is missing.
         """
         consumer = AIOKafkaConsumer(
-            **self._settings.consumer_kwargs(drain_timeout_s=self._drain_timeout_s),
+            **consumer_kwargs(self._settings, drain_timeout_s=self._drain_timeout_s),
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
         try:

@@ -32,10 +32,10 @@ from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.pipeline.refusals import Refusals, Refused
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.reuse import AnswerReuse, ImageReuse
-from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
 from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool

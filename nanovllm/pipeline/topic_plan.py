@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 
 # What a dead letter or a delayed retry adds to the job that it carries.
 ENVELOPE_BYTES = 16 * 1024

@@ -10,8 +10,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from nanovllm.errors import BrokersUnavailable
-from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.kafka.client import client_kwargs
 from nanovllm.pipeline.topic_plan import TopicState
+from nanovllm.settings.kafka import KafkaSettings
 
 
 async def create_topics(
@@ -97,7 +98,7 @@ async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str
 
 @asynccontextmanager
 async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(**kafka.client_kwargs())
+    admin = AIOKafkaAdminClient(**client_kwargs(kafka))
     try:
         await admin.start()
         if admin._client.cluster.controller is None:

@@ -22,8 +22,9 @@ from aiokafka import AIOKafkaProducer, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import IllegalOperation, InvalidProducerEpoch, KafkaError, ProducerFenced
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
+from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.sinks.kafka import OutgoingRecord, publish_error
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ class PartitionTransactions:
     async def _renew(self) -> None:
         await _stop(self._producer)
         self._producer = None
-        producer = AIOKafkaProducer(**self._kafka.transactional_kwargs(self._tp.topic, self._tp.partition))
+        producer = AIOKafkaProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
         try:
             await producer.start()
         except BaseException:

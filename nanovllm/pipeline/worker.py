@@ -22,11 +22,11 @@ from nanovllm.pipeline.key_order import KeyOrder
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.refusals import Refused
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.spare_time import spare_time
 from nanovllm.pipeline.stages import Received, Stages
 from nanovllm.pipeline.systemic import SystemicFaults
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool

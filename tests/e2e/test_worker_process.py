@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaProducer
 from parts import FaultProxy, png
 from world import World
 
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.job import ImageRef
 
 ECHO = {"NANOVLLM_ENGINE__BACKEND": "echo"}
@@ -46,7 +47,7 @@ async def test_versions_digests_and_permissions_are_kept_on_real_servers(kafka_b
     async with world.producer() as producer:
         for job_id, image in images.items():
             await producer.send("See <|image|>", images=[image], job_id=job_id)
-    async with AIOKafkaProducer(**world.kafka.producer_kwargs()) as plain:
+    async with AIOKafkaProducer(**producer_kwargs(world.kafka)) as plain:
         await plain.send_and_wait(world.topics.jobs, b"\x93not a job", partition=0)
     await world.drain("worker")
     await read_all(world, outcomes=len(images) + 1)

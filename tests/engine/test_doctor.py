@@ -15,8 +15,8 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.app import _load_engine, native_engine
 from nanovllm.pipeline.cli import main
-from nanovllm.pipeline.settings import EngineSettings
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.engine import EngineSettings
 from tests.checkpoints import make_llava
 
 

@@ -19,7 +19,8 @@ from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings, load_settings, unknown_variables
+from nanovllm.settings.loading import load_settings, unknown_variables
+from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEDA_CRDS = REPOSITORY.parent / "shared" / "k8s" / "keda-crds.json.xz"

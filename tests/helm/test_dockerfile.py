@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Stage = list[tuple[str, str]]

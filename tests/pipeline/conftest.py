@@ -11,7 +11,8 @@ from bench import PARTITIONS, Bench
 from parts import S3Part, create_topic
 
 from nanovllm.engine.echo import EchoEngine
-from nanovllm.pipeline.settings import Settings
+from nanovllm.kafka.client import producer_kwargs
+from nanovllm.settings.worker import Settings
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.images import ImageLimits
 
@@ -29,7 +30,7 @@ async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> Asy
             "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
         }
     )
-    producer = AIOKafkaProducer(**settings.kafka.producer_kwargs())
+    producer = AIOKafkaProducer(**producer_kwargs(settings.kafka))
     await producer.start()
     echo = EchoEngine()
     assert echo.image_transform is not None

@@ -25,8 +25,8 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.local_process import free_port
 from nanovllm.pipeline.s3_client import S3Client, check_settings
-from nanovllm.pipeline.settings import S3Settings
 from nanovllm.pipeline.upload import ImageUploader
+from nanovllm.settings.s3 import S3Settings
 from nanovllm.sinks.s3 import S3ResultStore
 
 ROLE = "arn:aws:iam::123456789012:role/secret-role"

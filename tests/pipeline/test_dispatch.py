@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.pipeline.dispatch import Claim, Dispatch
-from nanovllm.pipeline.settings import Settings
-from nanovllm.pipeline.tenant_settings import TenantSettings
 from nanovllm.pipeline.tenants import MAX_REMEMBERED, FairShares, TokenRates
+from nanovllm.settings.tenants import TenantSettings
+from nanovllm.settings.worker import Settings
 
 SOON = datetime(2030, 1, 1, tzinfo=UTC)
 LATER = datetime(2030, 1, 2, tzinfo=UTC)

@@ -31,7 +31,7 @@ from nanovllm.errors import (
 from nanovllm.messages.job import ImageRef
 from nanovllm.pipeline.fetch import AllowList, ObjectFetcher
 from nanovllm.pipeline.s3_client import classify
-from nanovllm.pipeline.settings import S3Settings
+from nanovllm.settings.s3 import S3Settings
 
 
 def fetcher_for(endpoint_url: str, *allow: str, max_bytes: int = 1_000_000, **settings: Any) -> ObjectFetcher:

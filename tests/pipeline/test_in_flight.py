@@ -9,10 +9,11 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from parts import create_topic
 
 from nanovllm.errors import CrashedWorker, EngineDead
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.sinks.producer import RenewingProducer
 
 pytestmark = pytest.mark.kafka
@@ -55,7 +56,7 @@ async def owner(kafka_broker: str, unique: Callable[[str], str]) -> AsyncIterato
     topic = unique("in-flight")
     await create_topic(kafka_broker, topic, partitions=1, settings={"cleanup.policy": "compact"})
     kafka = KafkaSettings(bootstrap_servers=kafka_broker, group_id=unique("group"))
-    producer = RenewingProducer(lambda: AIOKafkaProducer(**kafka.producer_kwargs()))
+    producer = RenewingProducer(lambda: AIOKafkaProducer(**producer_kwargs(kafka)))
     await producer.start()
     yield lambda: Owner(InFlight(topic, kafka, producer, limit=2))
     await producer.stop()

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
 from nanovllm.messages.job import ImageRef, Job, derive_job_id
-from nanovllm.pipeline.settings import SamplingSettings
+from nanovllm.settings.engine import SamplingSettings
 
 DIGEST = "ab" * 32
 

@@ -18,9 +18,9 @@ from nanovllm.errors import FetchFailed
 from nanovllm.pipeline.admission import Admission
 from nanovllm.pipeline.dispatch import Claim, Dispatch
 from nanovllm.pipeline.lanes import OVERTAKEN_AT_MOST, LaneTurns
-from nanovllm.pipeline.settings import Settings
 from nanovllm.pipeline.tenants import FairShares
 from nanovllm.pipeline.topic_plan import implied_acls, topic_needs
+from nanovllm.settings.worker import Settings
 
 URGENT, BULK = -10, 10
 

@@ -17,13 +17,14 @@ from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.failure_settings import RetrySettings
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.pipeline.s3_client import S3Client
-from nanovllm.pipeline.settings import S3Settings, Settings
+from nanovllm.settings.failures import RetrySettings
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.sinks.s3 import S3ResultStore
 

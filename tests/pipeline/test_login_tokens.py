@@ -16,10 +16,11 @@ from aiokafka.errors import SaslAuthenticationFailed
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.errors import BrokersUnavailable, ConfigurationError
-from nanovllm.pipeline import login_tokens
-from nanovllm.pipeline.login_tokens import MskIamToken, TokenFile
-from nanovllm.pipeline.settings import KafkaSettings
+from nanovllm.kafka import oauth_tokens as login_tokens
+from nanovllm.kafka.client import client_kwargs, consumer_kwargs, producer_kwargs
+from nanovllm.kafka.oauth_tokens import MskIamToken, TokenFile
 from nanovllm.pipeline.topics import create_topics
+from nanovllm.settings.kafka import KafkaSettings
 
 TOKEN_S = 6  # renewed every second: a pause of some seconds is no failure
 
@@ -69,9 +70,9 @@ async def test_connections_outlive_their_tokens_on_apache_kafka(tmp_path: Path) 
         producer = consumer = None
         try:
             await create_topics(kafka, ["jobs"], partitions=1)
-            producer = AIOKafkaProducer(**kafka.producer_kwargs())
+            producer = AIOKafkaProducer(**producer_kwargs(kafka))
             await producer.start()
-            consumer = AIOKafkaConsumer("jobs", **kafka.consumer_kwargs() | {"auto_offset_reset": "earliest"})
+            consumer = AIOKafkaConsumer("jobs", **consumer_kwargs(kafka) | {"auto_offset_reset": "earliest"})
             await consumer.start()
             seen: list[bytes] = []
             sent: list[bytes] = []
@@ -104,7 +105,7 @@ async def test_a_token_for_msk_is_signed_with_the_workers_credentials(monkeypatc
     kafka = KafkaSettings(
         security_protocol="SASL_SSL", sasl_mechanism="OAUTHBEARER", sasl_oauth_aws_region="eu-central-1"
     )
-    provider = kafka.client_kwargs()["sasl_oauth_token_provider"]
+    provider = client_kwargs(kafka)["sasl_oauth_token_provider"]
     token = await provider.token()
     signed = urlsplit(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode())
     query = parse_qs(signed.query)

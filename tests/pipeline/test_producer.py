@@ -17,8 +17,9 @@ from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, Messag
 from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.producer import SyncJobProducer
-from nanovllm.pipeline.settings import KafkaSettings, S3Settings
 from nanovllm.pipeline.topics import create_topics, message_limits
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.s3 import S3Settings
 
 PNG = b"\x89PNG not really" * 10
 

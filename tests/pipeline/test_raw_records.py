@@ -15,10 +15,10 @@ from aiokafka.record.util import calc_crc32c
 from bench import Bench, eventually, reached
 
 from nanovllm.engine.echo import EchoEngine
+from nanovllm.kafka.raw_records import records_in
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.pipeline.dead_letters import LetterFilter, read_dead_letters
-from nanovllm.pipeline.raw_records import records_in
 from nanovllm.pipeline.results import ResultReader
 
 NAMES = [b"tr\xe4ce", b"\xff\xfe", b"\xc3", b"a\xed\xa0\x80"]

@@ -35,8 +35,8 @@ from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.producer import _image_ref
 from nanovllm.pipeline.reuse import ImageReuse
 from nanovllm.pipeline.s3_client import make_client
-from nanovllm.pipeline.settings import S3Settings
 from nanovllm.pipeline.submission import plan_submissions
+from nanovllm.settings.s3 import S3Settings
 
 pytestmark = pytest.mark.s3
 

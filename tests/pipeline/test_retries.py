@@ -16,13 +16,14 @@ from parts import create_topic
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.delays import DelayedHeads
-from nanovllm.pipeline.failure_settings import RetrySettings
 from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.settings import Settings
+from nanovllm.settings.failures import RetrySettings
+from nanovllm.settings.worker import Settings
 
 TIERS = (1, 2)
 
@@ -119,7 +120,7 @@ async def test_a_kill_between_retries_loses_nothing_on_apache_kafka(
     await create_topic(kafka_broker, *topics, partitions=1)
     kafka = tiered.settings.kafka.model_copy(update={"bootstrap_servers": kafka_broker})
     settings = tiered.settings.model_copy(update={"kafka": kafka})
-    producer = AIOKafkaProducer(**kafka.producer_kwargs())
+    producer = AIOKafkaProducer(**producer_kwargs(kafka))
     await producer.start()
     try:
         there = Bench(kafka_broker, settings, producer, tiered.decoders)

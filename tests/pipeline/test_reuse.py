@@ -22,8 +22,10 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.reuse import ImageReuse, SharedWork
 from nanovllm.pipeline.s3_client import make_client
-from nanovllm.pipeline.settings import ReuseSettings, S3Settings, TenantSettings
 from nanovllm.pipeline.worker import Worker
+from nanovllm.settings.images import ReuseSettings
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import TenantSettings
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import ImageTransform, PreparedImage
 

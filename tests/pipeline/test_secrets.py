@@ -16,7 +16,8 @@ from nanovllm.engine.backend import Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed
 from nanovllm.pipeline.cli import main
-from nanovllm.pipeline.settings import Settings, load_settings
+from nanovllm.settings.loading import load_settings
+from nanovllm.settings.worker import Settings
 
 # Words of which no text may hold one; each says where it was planted.
 PLANTED = {

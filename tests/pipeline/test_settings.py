@@ -12,7 +12,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanovllm.errors import ConfigurationError, ForbiddenUri
-from nanovllm.pipeline.settings import KafkaSettings, Settings, TopicSettings, load_settings, unknown_variables
+from nanovllm.kafka.client import client_kwargs, consumer_kwargs, producer_kwargs, ssl_context, transactional_kwargs
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.loading import load_settings, unknown_variables
+from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.worker import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +166,7 @@ def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
 
 def test_each_input_partition_has_a_transactional_id_of_its_own() -> None:
     ids = {
-        KafkaSettings(group_id=group).transactional_kwargs(topic, partition)["transactional_id"]
+        transactional_kwargs(KafkaSettings(group_id=group), topic, partition)["transactional_id"]
         for group in ("a", "a.b")
         for topic in ("b.c", "c")
         for partition in range(2)
@@ -171,10 +175,10 @@ def test_each_input_partition_has_a_transactional_id_of_its_own() -> None:
 
 
 def test_the_groups_timeouts_follow_the_drains_budget() -> None:
-    kwargs = KafkaSettings().consumer_kwargs(drain_timeout_s=100)
+    kwargs = consumer_kwargs(KafkaSettings(), drain_timeout_s=100)
     assert kwargs["rebalance_timeout_ms"] > 100_000
     assert kwargs["request_timeout_ms"] > kwargs["rebalance_timeout_ms"], "JoinGroup answers after the longest drain"
-    assert KafkaSettings(rebalance_timeout_ms=70_000).consumer_kwargs()["rebalance_timeout_ms"] == 70_000
+    assert consumer_kwargs(KafkaSettings(rebalance_timeout_ms=70_000))["rebalance_timeout_ms"] == 70_000
 
 
 @pytest.mark.parametrize(
@@ -191,12 +195,12 @@ def test_timeouts_that_would_evict_a_healthy_worker_are_refused(values: dict[str
 
 
 def test_membership_is_static_only_on_request() -> None:
-    assert KafkaSettings().consumer_kwargs()["group_instance_id"] is None
-    assert KafkaSettings(group_instance_id="w-0").consumer_kwargs()["group_instance_id"] == "w-0"
+    assert consumer_kwargs(KafkaSettings())["group_instance_id"] is None
+    assert consumer_kwargs(KafkaSettings(group_instance_id="w-0"))["group_instance_id"] == "w-0"
 
 
 def test_plaintext_carries_no_login_and_no_tls() -> None:
-    kwargs = KafkaSettings().client_kwargs()
+    kwargs = client_kwargs(KafkaSettings())
     assert kwargs["security_protocol"] == "PLAINTEXT"
     assert kwargs["ssl_context"] is None
     assert not [name for name in kwargs if name.startswith("sasl")]
@@ -214,7 +218,7 @@ def test_tls_and_login_reach_aiokafka(tmp_path: Path, mechanism: str) -> None:
             "ssl_cafile": str(ca),
         }
     )
-    for kwargs in (kafka.client_kwargs(), kafka.consumer_kwargs(), kafka.producer_kwargs()):
+    for kwargs in (client_kwargs(kafka), consumer_kwargs(kafka), producer_kwargs(kafka)):
         assert kwargs["security_protocol"] == "SASL_SSL"
         assert kwargs["sasl_mechanism"] == mechanism
         assert kwargs["sasl_plain_username"] == "worker"
@@ -228,16 +232,16 @@ def test_tls_and_login_reach_aiokafka(tmp_path: Path, mechanism: str) -> None:
 def test_a_client_certificate_is_loaded_with_its_encrypted_key(tmp_path: Path) -> None:
     certificate, key = write_certificate(tmp_path, password="hunter2")
     settings = {"security_protocol": "SSL", "ssl_cafile": certificate, "ssl_certfile": certificate, "ssl_keyfile": key}
-    assert KafkaSettings.model_validate(settings | {"ssl_key_password": "hunter2"}).ssl_context() is not None
+    assert ssl_context(KafkaSettings.model_validate(settings | {"ssl_key_password": "hunter2"})) is not None
     for wrong in ({}, {"ssl_key_password": "wrong"}):
         with pytest.raises(ConfigurationError, match="ssl_"):
-            KafkaSettings.model_validate(settings | wrong).ssl_context()
+            ssl_context(KafkaSettings.model_validate(settings | wrong))
 
 
 def test_a_missing_certificate_is_a_configuration_error(tmp_path: Path) -> None:
     kafka = KafkaSettings(security_protocol="SSL", ssl_cafile=tmp_path / "nope.pem")
     with pytest.raises(ConfigurationError, match="ssl_cafile"):
-        kafka.client_kwargs()
+        client_kwargs(kafka)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,7 @@ def test_settings_that_would_quietly_weaken_the_connection_are_refused(values: d
 
 
 def test_the_consumer_never_commits_behind_the_workers_back() -> None:
-    kwargs = KafkaSettings().consumer_kwargs()
+    kwargs = consumer_kwargs(KafkaSettings())
     assert kwargs["enable_auto_commit"] is False
     assert kwargs["auto_offset_reset"] == "none", "a reset behind its back would hide lost jobs"
 

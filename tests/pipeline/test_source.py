@@ -21,9 +21,9 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
-from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.topics import create_topics
+from nanovllm.settings.kafka import KafkaSettings
 
 
 @dataclass

@@ -17,11 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.messages.codec import decode_job
 from nanovllm.pipeline.local_process import free_port
 from nanovllm.pipeline.producer import JobProducer
-from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.topics import create_topics
+from nanovllm.settings.kafka import KafkaSettings
 
 pytestmark = pytest.mark.kafka
 
@@ -107,7 +108,7 @@ async def test_a_login_over_tls_lets_the_right_client_in_and_nobody_else(secure:
         async with JobProducer(secure.settings(sasl_mechanism=mechanism), topic="jobs") as producer:
             await producer.send("What is the total?", job_id=mechanism)
 
-    consumer = AIOKafkaConsumer("jobs", **secure.settings().consumer_kwargs() | {"auto_offset_reset": "earliest"})
+    consumer = AIOKafkaConsumer("jobs", **consumer_kwargs(secure.settings()) | {"auto_offset_reset": "earliest"})
     await consumer.start()
     try:
         seen: list[str | None] = []

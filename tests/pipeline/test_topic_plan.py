@@ -15,10 +15,12 @@ from parts import KafkaNode, kafka_node_program
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.kafka.client import client_kwargs, producer_kwargs
 from nanovllm.pipeline.cli import main
-from nanovllm.pipeline.settings import KafkaSettings, Settings
 from nanovllm.pipeline.topic_plan import DAY_MS, TopicState, findings, implied_acls, topic_needs
 from nanovllm.pipeline.topics import create_topics, message_limits, topic_states
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.worker import Settings
 
 SETTINGS = Settings.model_validate(
     {"retries": {"delays_s": [60, 7 * 24 * 3600]}, "topics": {"reply_to": ["replies"]}, "admission": {"ttl_s": 3600}}
@@ -126,9 +128,9 @@ async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
         assert set(await topic_states(worker, [*names, "others"])) == set(names)
         limits = await message_limits(worker, names)
         assert len(limits) == len(names)
-        producer = AIOKafkaProducer(**admin.producer_kwargs())
+        producer = AIOKafkaProducer(**producer_kwargs(admin))
         await producer.start()
-        own = AIOKafkaProducer(**worker.producer_kwargs())
+        own = AIOKafkaProducer(**producer_kwargs(worker))
         await own.start()
         try:
             there = Bench(node.bootstrap_servers, settings, own, bench.decoders)
@@ -150,7 +152,7 @@ async def grant(kafka: KafkaSettings, principal: str, acls: list[tuple[str, str,
     resources = {"TOPIC": 2, "GROUP": 3, "TRANSACTIONAL_ID": 5}
     operations = {"READ": 3, "WRITE": 4, "DESCRIBE": 8, "DESCRIBE_CONFIGS": 10}
     patterns = {"LITERAL": 3, "PREFIXED": 4}
-    client = AIOKafkaAdminClient(**kafka.client_kwargs())
+    client = AIOKafkaAdminClient(**client_kwargs(kafka))
     await client.start()
     try:
         for resource, name, pattern, operation in acls:
@@ -165,7 +167,7 @@ async def grant(kafka: KafkaSettings, principal: str, acls: list[tuple[str, str,
 async def read_as(kafka: KafkaSettings, topic: str, count: int) -> None:
     from aiokafka import AIOKafkaConsumer
 
-    consumer = AIOKafkaConsumer(topic, **kafka.client_kwargs(), auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer(topic, **client_kwargs(kafka), auto_offset_reset="earliest")
     await consumer.start()
     try:
         for _ in range(count):

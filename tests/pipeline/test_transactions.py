@@ -16,10 +16,11 @@ from parts import create_topic, eventually
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import MessageTooLarge
+from nanovllm.kafka.client import producer_kwargs, transactional_kwargs
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.settings import KafkaSettings
 from nanovllm.pipeline.source import JobSource
+from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.sinks.kafka import OutgoingRecord
 
 pytestmark = pytest.mark.kafka
@@ -155,7 +156,7 @@ async def test_an_owner_that_is_fenced_by_a_latecomer_takes_its_partition_again(
     async with topics.owner() as owner:
         await eventually(lambda: len(owner.taken) == 2)
         first = owner.taken[0, 0]
-        kwargs = topics.kafka.transactional_kwargs(topics.jobs, 0)
+        kwargs = transactional_kwargs(topics.kafka, topics.jobs, 0)
         async with AIOKafkaProducer(**kwargs):
             late = asyncio.create_task(owner.end(first))
             await eventually(lambda: owner.taken[0, 0] is not first)
@@ -211,7 +212,7 @@ async def test_a_partition_that_comes_straight_back_keeps_its_jobs(topics: Topic
 
 
 async def test_the_lag_of_an_idle_partition_behind_transaction_markers_reaches_zero(topics: Topics) -> None:
-    kwargs = topics.kafka.transactional_kwargs("elsewhere", 0)
+    kwargs = transactional_kwargs(topics.kafka, "elsewhere", 0)
     async with AIOKafkaProducer(**kwargs) as producer, topics.owner() as owner:
         async with producer.transaction():
             await producer.send(topics.jobs, b"0", partition=0)
@@ -230,7 +231,7 @@ async def kafka_bench(kafka_broker: str, bench: Bench, unique: Callable[[str], s
     await create_topic(kafka_broker, topics.jobs, topics.results, topics.metrics, topics.dead_letters, partitions=2)
     kafka = KafkaSettings(bootstrap_servers=kafka_broker, group_id=unique("group"), **SETTINGS)
     settings = bench.settings.model_copy(update={"kafka": kafka, "delivery": "exactly_once"})
-    async with AIOKafkaProducer(**kafka.producer_kwargs()) as producer:
+    async with AIOKafkaProducer(**producer_kwargs(kafka)) as producer:
         yield Bench(kafka_broker, settings, producer, bench.decoders)
 
 

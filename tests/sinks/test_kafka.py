@@ -23,6 +23,7 @@ from sample_messages import SOURCE, dead_letter, metrics, result
 from strategies import job_ids
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
@@ -231,15 +232,15 @@ async def test_a_record_above_its_topics_limit_is_refused_before_anything_is_sen
 async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_goes_on(
     kafka_broker: str, unique: Callable[[str], str]
 ) -> None:
-    from nanovllm.pipeline.settings import KafkaSettings
     from nanovllm.pipeline.topics import message_limits
+    from nanovllm.settings.kafka import KafkaSettings
 
     topic = unique("dead")
     await create_topic(kafka_broker, topic, partitions=1, settings={"max.message.bytes": "20000"})
     kafka = KafkaSettings(bootstrap_servers=kafka_broker)
     limits = await message_limits(kafka, [topic])
     assert limits == {topic: 20_000}
-    producer = AIOKafkaProducer(**kafka.producer_kwargs())
+    producer = AIOKafkaProducer(**producer_kwargs(kafka))
     await producer.start()
     try:
         sink = KafkaSink(producer, limits)

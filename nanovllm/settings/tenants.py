@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 
-from nanovllm.pipeline.section import Section
+from nanovllm.settings.base import Section
 
 MAX_NAME_BYTES = 256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from nanovllm.pipeline.section import IntList, Seconds, Section, StrList
+from nanovllm.settings.base import IntList, Seconds, Section, StrList
 
 
 def retry_topic(jobs: str, delay_s: int) -> str:

@@ -1,0 +1,1 @@
+"""How brokers are spoken to: clients, records, transactions, topics."""

@@ -1,0 +1,74 @@
+"""Settings of the model, the engine and the sampling defaults."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.base import Bytes, Seconds, Section
+
+
+class EngineSettings(Section):
+    """The model and the limits of the engine."""
+
+    model: str | None = Field(
+        None, description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model."
+    )
+    backend: Literal["native", "echo"] = Field(
+        "native", description="`echo` answers with the prompt: for tests of the pipeline."
+    )
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict, description="Short names for checkpoint directories (JSON object)."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Most jobs in one step of the engine.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Most tokens in one step of the engine; unset: 512 on a CPU, 2048 on a GPU."
+    )
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; unset: the checkpoint's.")
+    block_size: int | None = Field(
+        None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's."
+    )
+    kv_cache_bytes: Bytes | None = Field(
+        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1 GiB on a CPU."
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
+        "auto", description="`auto`: the model's own type; `bfloat16` halves the cache of a float32 model, on a CPU."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
+    )
+    enforce_eager: bool = Field(False, description="Record no CUDA graphs: a quicker start, slower small steps.")
+    embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
+    embedding_cache_host_bytes: int = Field(
+        0, ge=0, description="Size of its second tier, in the host's memory, for what leaves a GPU's."
+    )
+    min_pixels: int | None = Field(
+        None, ge=1, description="Least area of an image, for models that take images at their own size; unset: theirs."
+    )
+    max_pixels: int | None = Field(None, ge=1, description="Largest area of an image, for such models; unset: theirs.")
+    max_image_tokens: int | None = Field(
+        None, ge=1, description="Most tokens of one image, for such models: lowers max_pixels."
+    )
+    max_images_per_request: int = Field(16, ge=0, description="Most images of one job.")
+    enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal beginnings.")
+    num_speculative_tokens: int = Field(
+        8, ge=0, description="Most tokens that a job guesses ahead from earlier text, verified in one step; 0: none."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="Type of the weights at work.")
+    device: str | None = Field(None, description="`cpu`, `cuda`, `cuda:1`; unset: a GPU where there is one.")
+    quantization: Literal["int8"] | None = Field(
+        None, description="`int8`: weights and products of the text model's linear layers in 8 bits, on a CPU."
+    )
+    deterministic: bool = Field(
+        False, description="The same bits of a text whatever is computed beside it; on a CPU with a C++ compiler."
+    )
+    step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
+
+
+class SamplingSettings(SamplingParams):
+    """What a job gets where its own `sampling` says nothing; the names are those of `sampling`."""
+
+    temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 means greedy: the most probable token.")
+    max_tokens: int = Field(256, ge=1, le=1_000_000, description="Most tokens to generate.")

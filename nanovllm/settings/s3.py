@@ -1,0 +1,40 @@
+"""Settings of the object store."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nanovllm.settings.base import Bytes, Seconds, Section, StrList
+
+
+class S3Settings(Section):
+    """The object store; credentials come from the AWS SDK's own variables, files and roles."""
+
+    endpoint_url: str | None = Field(None, description="Another S3 than AWS's, such as `http://minio:9000`.")
+    region: str | None = Field(None, description="Region; unset: the AWS SDK's own settings.")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="`path` for most other S3 servers."
+    )
+    allow: StrList = Field((), description="`s3://bucket/prefix` list that jobs may read; unset: nothing may be read.")
+    connect_timeout_s: Seconds = Field(5.0, description="Longest wait for a connection.")
+    read_timeout_s: Seconds = Field(20.0, description="Longest silence while an object is read.")
+    max_attempts: int = Field(4, ge=1, le=20, description="Attempts at one object before the job is a dead letter.")
+    max_connections: int = Field(16, ge=1, description="Objects that are read at the same time.")
+    large_results: str | None = Field(
+        None, description="`s3://bucket/prefix` for results too large for a message; unset: those are dead letters."
+    )
+    large_result_bytes: Bytes | None = Field(
+        None, description="Larger results go there; unset: only those that their topic does not take."
+    )
+
+    @model_validator(mode="after")
+    def _check_allow(self) -> S3Settings:
+        if self.large_result_bytes is not None and self.large_results is None:
+            raise ValueError("large_result_bytes is set without large_results, the place where they go")
+        for entry in (*self.allow, *([self.large_results] if self.large_results else [])):
+            if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.\-_]{1,62}(/.*)?", entry, re.DOTALL):
+                raise ValueError("allow and large_results have the form s3://bucket or s3://bucket/prefix")
+        return self

@@ -1,0 +1,141 @@
+"""All settings of a worker, and what must hold between them."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from nanovllm.settings.admission import AdmissionSettings
+from nanovllm.settings.base import MAX_TOPIC_CHARS, Section
+from nanovllm.settings.engine import EngineSettings, SamplingSettings
+from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
+from nanovllm.settings.images import ImageSettings, ReuseSettings
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.tenants import TenantSettings
+from nanovllm.settings.topics import TopicSettings
+
+ENV_PREFIX = "NANOVLLM_"
+
+
+class HttpSettings(Section):
+    """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
+
+    # Probes and scrapes come from outside the pod.
+    host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=False,
+    )
+
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once",
+        description="`at_least_once`: a repeated result has the same `result_id`. `exactly_once`: what a job sends and "
+        "its offset are one transaction; readers with `read_committed` see each once, and in the order of the offsets.",
+    )
+    result_format: Literal["as_job", "json", "msgpack"] = Field(
+        "as_job", description="Format of results and metrics; `as_job`: the one that the job came in."
+    )
+    worker_id: str = Field(
+        default_factory=socket.gethostname,
+        min_length=1,
+        description="Name of this worker in results; unset: the host's name.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    kafka: KafkaSettings = KafkaSettings()
+    topics: TopicSettings = TopicSettings()
+    s3: S3Settings = S3Settings()
+    http: HttpSettings = HttpSettings()
+    engine: EngineSettings = EngineSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    images: ImageSettings = ImageSettings()
+    reuse: ReuseSettings = ReuseSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    tenants: TenantSettings = TenantSettings()
+    retries: RetrySettings = RetrySettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        if self.sampling.max_tokens > self.admission.max_tokens:
+            raise ValueError(
+                "sampling.max_tokens is above admission.max_tokens: jobs without sampling would be refused"
+            )
+        if self.retries.delays_s and self.admission.per_key_order:
+            raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
+        self._check_topics()
+        if self.max_admitted_jobs < len(self.topics.job_topics):
+            raise ValueError("admission.max_jobs must have a place for each of topics.lanes and for topics.jobs")
+        rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
+        if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
+            raise ValueError(
+                "kafka.rebalance_timeout_ms must exceed admission.drain_timeout_s, or a drain ends in eviction"
+            )
+        if self.kafka.max_poll_interval_ms < rebalance_timeout_ms:
+            raise ValueError(
+                f"kafka.max_poll_interval_ms must be at least the rebalance timeout ({rebalance_timeout_ms} ms), "
+                "or a worker that waits for a draining one leaves the group"
+            )
+        return self
+
+    def _check_topics(self) -> None:
+        """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
+        topics = self.topics
+        uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
+        uses += [
+            (retry_topic(jobs, delay_s), "retries.delays_s")
+            for jobs in topics.job_topics
+            for delay_s in self.retries.delays_s
+        ]
+        uses += [
+            (getattr(topics, name), f"topics.{name}") for name in ("results", "metrics", "dead_letters", "in_flight")
+        ]
+        uses += [(name, "topics.reply_to") for name in dict.fromkeys(topics.reply_to) if name != topics.results]
+        first: dict[str, str] = {}
+        for name, use in uses:
+            if len(name) > MAX_TOPIC_CHARS:
+                raise ValueError(f"{use}: the topic {name} has more than {MAX_TOPIC_CHARS} characters")
+            if name in first:
+                raise ValueError(f"{first[name]} and {use} name the same topic {name}; give each its own")
+            first[name] = use
+
+    @property
+    def max_admitted_jobs(self) -> int:
+        """Most jobs between Kafka and result: the horizon of priority, order and dedup."""
+        return self.admission.max_jobs or 2 * self.engine.max_num_seqs
+
+    def masked(self) -> dict[str, Any]:
+        """The effective values as plain data; secrets, and passwords inside URLs, are masked."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        values["s3"]["endpoint_url"] = _mask_userinfo(self.s3.endpoint_url)
+        return values
+
+    def masked_yaml(self) -> str:
+        """The effective values in the form of a configuration file, secrets masked."""
+        return yaml.safe_dump(self.masked(), sort_keys=False, allow_unicode=True)
+
+
+def _mask_userinfo(url: str | None) -> str | None:
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc="**********@" + parts.netloc.rpartition("@")[2]))
