@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.client.producer import JobProducer
     from nanovllm.engine.llm_engine import LLMEngine as LLM  # noqa: N814
     from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
     from nanovllm.messages.dead_letter import DeadLetter
     from nanovllm.messages.job import Job
     from nanovllm.messages.result import Result
-    from nanovllm.pipeline.producer import JobProducer
     from nanovllm.sampling_params import SamplingParams
 
 __all__ = ["LLM", "DeadLetter", "Job", "JobProducer", "MultiModalLLM", "Result", "SamplingParams"]
@@ -23,7 +23,7 @@ _HOMES = {
     "LLM": ("nanovllm.engine.llm_engine", "LLMEngine"),
     "MultiModalLLM": ("nanovllm.engine.multimodal_llm_engine", "MultiModalLLM"),
     "SamplingParams": ("nanovllm.sampling_params", "SamplingParams"),
-    "JobProducer": ("nanovllm.pipeline.producer", "JobProducer"),
+    "JobProducer": ("nanovllm.client.producer", "JobProducer"),
     "Job": ("nanovllm.messages.job", "Job"),
     "Result": ("nanovllm.messages.result", "Result"),
     "DeadLetter": ("nanovllm.messages.result", "DeadLetter"),

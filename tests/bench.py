@@ -16,16 +16,16 @@ from PIL import Image
 from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.metrics import Metrics
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.pipeline.source import JobSource
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool
 
 PARTITIONS = 2

@@ -97,16 +97,16 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         # The probes answer by now: these take seconds.
         from aiokafka import AIOKafkaProducer
 
-        from nanovllm.pipeline.fetch import ObjectFetcher
+        from nanovllm.kafka.admin import message_limits
+        from nanovllm.kafka.recovering_producer import RenewingProducer
+        from nanovllm.objects.fetch import ObjectFetcher
+        from nanovllm.objects.s3_client import S3Client, check_settings
         from nanovllm.pipeline.in_flight import InFlight
         from nanovllm.pipeline.retries import RetryTiers
-        from nanovllm.pipeline.s3_client import S3Client, check_settings
         from nanovllm.pipeline.source import JobSource
-        from nanovllm.pipeline.topics import message_limits
         from nanovllm.pipeline.worker import Worker
+        from nanovllm.sinks.claim_check import S3ResultStore
         from nanovllm.sinks.kafka import KafkaSink
-        from nanovllm.sinks.producer import RenewingProducer
-        from nanovllm.sinks.s3 import S3ResultStore
         from nanovllm.vision.decoder_pool import DecoderPool
 
         if not settings.s3.allow:

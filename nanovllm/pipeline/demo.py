@@ -23,7 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from nanovllm.client.producer import JobProducer
+from nanovllm.client.results import ResultReader
 from nanovllm.errors import SystemicError
+from nanovllm.kafka.admin import create_topics
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
@@ -32,10 +35,7 @@ from nanovllm.pipeline.demo_jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE,
 from nanovllm.pipeline.demo_outcome import Outcome
 from nanovllm.pipeline.local_process import LocalProcess, free_port
 from nanovllm.pipeline.object_store import EmbeddedObjectStore
-from nanovllm.pipeline.producer import JobProducer
 from nanovllm.pipeline.report import render_report
-from nanovllm.pipeline.results import ResultReader
-from nanovllm.pipeline.topics import create_topics
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import ENV_PREFIX, Settings

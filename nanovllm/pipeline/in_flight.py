@@ -19,14 +19,14 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead, NanoVLLMError
 from nanovllm.kafka.client import client_kwargs
+from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.raw_records import getmany
+from nanovllm.kafka.recovering_producer import RenewingProducer
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.solitude import Solitude
 from nanovllm.pipeline.suspects import PartitionRecord
 from nanovllm.settings.kafka import KafkaSettings
-from nanovllm.sinks.kafka import publish_error
-from nanovllm.sinks.producer import RenewingProducer
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
 from nanovllm.errors import NanoVLLMError
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.job import Job, derive_job_id
@@ -28,12 +29,12 @@ from nanovllm.messages.result import (
     TokenUsage,
     result_id_for,
 )
+from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.fetch import FetchedImage
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka import OutgoingRecord, dead_letter_like, dead_letter_record, metrics_record, result_record
+from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError
+from nanovllm.kafka.batch_send import BREATH
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission import Ticket
 from nanovllm.pipeline.assignment import Delivery
@@ -20,8 +22,7 @@ from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage, dead_letter_class
 from nanovllm.pipeline.poison import PoisonLimit
-from nanovllm.sinks.batches import BREATH
-from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
+from nanovllm.sinks.kafka import KafkaSink
 
 logger = logging.getLogger(__name__)
 

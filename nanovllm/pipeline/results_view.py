@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nanovllm.client.results import Outcome
 from nanovllm.messages.dead_letter import DeadLetter
-from nanovllm.pipeline.results import Outcome
 from nanovllm.terminal import plain, print_json
 
 _WIDTHS = {"job": 24, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from nanovllm.errors import NanoVLLMError
+from nanovllm.kafka.records import Headers
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka import OWN_PREFIX, Headers
+from nanovllm.sinks.kafka_records import OWN_PREFIX
 
 
 @dataclass(frozen=True)

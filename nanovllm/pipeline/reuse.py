@@ -19,7 +19,7 @@ from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
 from nanovllm.errors import NanoVLLMError
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
+from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import PreparedImage

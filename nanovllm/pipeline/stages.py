@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 from nanovllm.engine.backend import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.job import ImageRef, Job, derive_job_id
 from nanovllm.metrics import Metrics
+from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.admission import Ticket
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.dispatch import Claim, Dispatch
-from nanovllm.pipeline.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.key_order import Turn
 from nanovllm.pipeline.outgoing import OutgoingRecords
@@ -36,8 +37,8 @@ from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
-from nanovllm.sinks.s3 import S3ResultStore
+from nanovllm.sinks.claim_check import S3ResultStore
+from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.decoder_pool import DecoderPool
 from nanovllm.vision.transform import PreparedImage
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanovllm.client.producer import JobProducer
 from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
-from nanovllm.pipeline.producer import JobProducer
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from nanovllm.kafka.admin import create_topics, topic_states
 from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.pipeline.topic_plan import findings, implied_acls, topic_needs
-from nanovllm.pipeline.topics import create_topics, topic_states
 from nanovllm.terminal import print_table
 
 topics_app = typer.Typer(no_args_is_help=True, help="Create and check the topics that the settings imply.")

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanovllm.kafka.admin import DAY_MS, TopicState
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.settings.worker import Settings
 
 # What a dead letter or a delayed retry adds to the job that it carries.
 ENVELOPE_BYTES = 16 * 1024
-DAY_MS = 24 * 3600 * 1000
 HOUR_MS = 3600 * 1000
-
-DEFAULTS = {"max.message.bytes": 1_048_588, "retention.ms": 7 * DAY_MS, "min.insync.replicas": 1}
 
 
 @dataclass(frozen=True)
@@ -26,25 +24,6 @@ class TopicNeed:
     operations: tuple[str, ...]
     configs: Mapping[str, str] = field(default_factory=dict)
     delay_ms: int = 0
-
-
-@dataclass(frozen=True)
-class TopicState:
-    """One topic as it is."""
-
-    partitions: int
-    replication: int
-    configs: Mapping[str, str]
-
-    def number(self, name: str) -> int:
-        """The value of a setting; Kafka's own default where the broker does not tell."""
-        return int(self.configs.get(name, DEFAULTS[name]))
-
-    @property
-    def retention_ms(self) -> float:
-        """How long records stay; infinity for ever."""
-        retention = self.number("retention.ms")
-        return float("inf") if retention < 0 else retention
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from aiokafka.errors import IllegalOperation, InvalidProducerEpoch, KafkaError, 
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
+from nanovllm.kafka.errors import publish_error
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
-from nanovllm.sinks.kafka import OutgoingRecord, publish_error
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 from nanovllm.engine.backend import EngineBackend
 from nanovllm.errors import EngineDead, SystemicError
 from nanovllm.metrics import Metrics
+from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission import Admission
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.health import Health
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.key_order import KeyOrder
@@ -27,8 +27,8 @@ from nanovllm.pipeline.spare_time import spare_time
 from nanovllm.pipeline.stages import Received, Stages
 from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.sinks.s3 import S3ResultStore
 from nanovllm.vision.decoder_pool import DecoderPool
 
 logger = logging.getLogger(__name__)

@@ -19,15 +19,15 @@ from parts import S3Part
 from prometheus_client import Counter
 from world import World
 
+from nanovllm.client.upload import ImageUploader
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, CredentialsRefused, SystemicError
 from nanovllm.messages.job import ImageRef
-from nanovllm.pipeline.fetch import ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.local_process import free_port
-from nanovllm.pipeline.s3_client import S3Client, check_settings
-from nanovllm.pipeline.upload import ImageUploader
 from nanovllm.settings.s3 import S3Settings
-from nanovllm.sinks.s3 import S3ResultStore
+from nanovllm.sinks.claim_check import S3ResultStore
 
 ROLE = "arn:aws:iam::123456789012:role/secret-role"
 MISSING_SCHEME = "secret-host:9000"

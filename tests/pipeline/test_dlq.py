@@ -17,7 +17,7 @@ from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.cli import main
 from nanovllm.pipeline.poison import PoisonLimit
-from nanovllm.sinks.kafka import dead_letter_record
+from nanovllm.sinks.kafka_records import dead_letter_record
 
 Capture = pytest.CaptureFixture[str]
 

@@ -29,8 +29,8 @@ from nanovllm.errors import (
     StoreUnreachable,
 )
 from nanovllm.messages.job import ImageRef
-from nanovllm.pipeline.fetch import AllowList, ObjectFetcher
-from nanovllm.pipeline.s3_client import classify
+from nanovllm.objects.errors import classify
+from nanovllm.objects.fetch import AllowList, ObjectFetcher
 from nanovllm.settings.s3 import S3Settings
 
 

@@ -10,11 +10,11 @@ from parts import create_topic
 
 from nanovllm.errors import CrashedWorker, EngineDead
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.recovering_producer import RenewingProducer
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.in_flight import InFlight
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
-from nanovllm.sinks.producer import RenewingProducer
 
 pytestmark = pytest.mark.kafka
 

@@ -16,17 +16,17 @@ from parts import S3Part, VersityNode, create_topic
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.outgoing import OutgoingRecords
 from nanovllm.pipeline.passage import Passage
 from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.s3_client import S3Client
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.sinks.s3 import S3ResultStore
 
 LARGE = {"job_id": "large", "prompt": "word " * 2_000, "sampling": {"max_tokens": 4096}, "metadata": {"k": "v" * 3_000}}
 

@@ -17,9 +17,9 @@ from parts import KafkaNode, kafka_node_program
 
 from nanovllm.errors import BrokersUnavailable, ConfigurationError
 from nanovllm.kafka import oauth_tokens as login_tokens
+from nanovllm.kafka.admin import create_topics
 from nanovllm.kafka.client import client_kwargs, consumer_kwargs, producer_kwargs
 from nanovllm.kafka.oauth_tokens import MskIamToken, TokenFile
-from nanovllm.pipeline.topics import create_topics
 from nanovllm.settings.kafka import KafkaSettings
 
 TOKEN_S = 6  # renewed every second: a pause of some seconds is no failure

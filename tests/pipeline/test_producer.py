@@ -13,11 +13,11 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from parts import S3Part
 
 from nanovllm import JobProducer, SamplingParams
+from nanovllm.client.producer import SyncJobProducer
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge, PlaceholderMismatch
+from nanovllm.kafka.admin import create_topics, message_limits
 from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.encoding import MessageFormat
-from nanovllm.pipeline.producer import SyncJobProducer
-from nanovllm.pipeline.topics import create_topics, message_limits
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
 

@@ -14,12 +14,12 @@ from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from aiokafka.record.util import calc_crc32c
 from bench import Bench, eventually, reached
 
+from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
+from nanovllm.client.results import ResultReader
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.kafka.raw_records import records_in
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.dead_letters import LetterFilter, read_dead_letters
-from nanovllm.pipeline.results import ResultReader
 
 NAMES = [b"tr\xe4ce", b"\xff\xfe", b"\xc3", b"a\xed\xa0\x80"]
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}

@@ -20,6 +20,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from parts import S3Part
 
+from nanovllm.client.producer import _image_ref
 from nanovllm.errors import (
     CredentialsRefused,
     InvalidInput,
@@ -31,10 +32,9 @@ from nanovllm.errors import (
 )
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.fetch import ObjectFetcher
-from nanovllm.pipeline.producer import _image_ref
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.s3_client import make_client
 from nanovllm.pipeline.reuse import ImageReuse
-from nanovllm.pipeline.s3_client import make_client
 from nanovllm.pipeline.submission import plan_submissions
 from nanovllm.settings.s3 import S3Settings
 

@@ -17,10 +17,10 @@ from parts import create_topic
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.backoff import Backoff
 from nanovllm.pipeline.breaker import CircuitBreaker
 from nanovllm.pipeline.delays import DelayedHeads
-from nanovllm.pipeline.fetch import ObjectFetcher
 from nanovllm.pipeline.retries import RetryTiers
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.worker import Settings

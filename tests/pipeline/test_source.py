@@ -17,12 +17,12 @@ from aiokafka.structs import TopicPartition
 from parts import create_topic
 
 from nanovllm.errors import BrokersUnavailable
+from nanovllm.kafka.admin import create_topics
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.places import Places
 from nanovllm.pipeline.source import JobSource
-from nanovllm.pipeline.topics import create_topics
 from nanovllm.settings.kafka import KafkaSettings
 
 

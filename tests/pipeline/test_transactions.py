@@ -17,11 +17,11 @@ from parts import create_topic, eventually
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.client import producer_kwargs, transactional_kwargs
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.ledger import PartitionLedger
 from nanovllm.pipeline.source import JobSource
 from nanovllm.settings.kafka import KafkaSettings
-from nanovllm.sinks.kafka import OutgoingRecord
 
 pytestmark = pytest.mark.kafka
 

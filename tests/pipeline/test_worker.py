@@ -14,10 +14,11 @@ from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.assignment import Delivery
 from nanovllm.pipeline.stages import Stages
 from nanovllm.pipeline.worker import ALONE
-from nanovllm.sinks.kafka import KafkaSink, OutgoingRecord
+from nanovllm.sinks.kafka import KafkaSink
 
 
 async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(

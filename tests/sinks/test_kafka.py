@@ -23,23 +23,23 @@ from sample_messages import SOURCE, dead_letter, metrics, result
 from strategies import job_ids
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, TransientError
+from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.errors import publish_error
+from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.kafka.recovering_producer import RenewingProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
-from nanovllm.sinks.batches import send_batches
-from nanovllm.sinks.kafka import (
-    KafkaSink,
-    OutgoingRecord,
+from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.sinks.kafka_records import (
     dead_letter_like,
     dead_letter_record,
     metrics_record,
-    publish_error,
     read_dead_letter,
     result_record,
     without_url_queries,
 )
-from nanovllm.sinks.producer import RenewingProducer
 
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
@@ -232,7 +232,7 @@ async def test_a_record_above_its_topics_limit_is_refused_before_anything_is_sen
 async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_goes_on(
     kafka_broker: str, unique: Callable[[str], str]
 ) -> None:
-    from nanovllm.pipeline.topics import message_limits
+    from nanovllm.kafka.admin import message_limits
     from nanovllm.settings.kafka import KafkaSettings
 
     topic = unique("dead")

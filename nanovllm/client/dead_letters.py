@@ -16,11 +16,13 @@ from pydantic import ValidationError
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
+from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.raw_records import getmany
+from nanovllm.kafka.records import Headers
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, Headers, publish_error, read_dead_letter
+from nanovllm.sinks.kafka_records import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, read_dead_letter
 
 POLL_MS = 300
 # Behind the last record that anybody may read there may be offsets of markers and of open transactions.

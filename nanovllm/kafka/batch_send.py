@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 if TYPE_CHECKING:
-    from nanovllm.sinks.kafka import OutgoingRecord
+    from nanovllm.kafka.records import OutgoingRecord
 
 BREATH = 16
 """Records that are put into a batch before others have a turn of the event loop."""

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
-from nanovllm.pipeline.s3_client import S3Client
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
 
 CHUNK_BYTES = 256 * 1024

@@ -9,7 +9,7 @@ from functools import partial
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.messages.job import ImageRef
-from nanovllm.pipeline.s3_client import S3Client, check_settings, make_client
+from nanovllm.objects.s3_client import S3Client, check_settings, make_client
 from nanovllm.settings.s3 import S3Settings
 
 _TARGET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)

@@ -19,18 +19,19 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
+from nanovllm.client.upload import ImageUploader
 from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
+from nanovllm.kafka.admin import message_limits
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.errors import publish_error
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id
 from nanovllm.messages.validation import describe_errors
-from nanovllm.pipeline.topics import message_limits
-from nanovllm.pipeline.upload import ImageUploader
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
-from nanovllm.sinks.kafka import OutgoingRecord, publish_error
 
 JobKey = Literal["image", "job_id", "none"]
 JobImage = str | Path | bytes | ImageRef

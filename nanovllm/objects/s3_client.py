@@ -1,4 +1,4 @@
-"""The S3 client of a process: how it is made, and what each of its failures means.
+"""The S3 client of a process, and how it is made.
 
 Only the answer to an operation on an object can be a job's fault. Everything before that (profile, region, endpoint,
 the credential chain with STS, SSO and the metadata services) is systemic, whatever its error looks like: a role ARN or
@@ -19,66 +19,13 @@ from botocore.config import Config
 from nanovllm.errors import (
     ConfigurationError,
     CredentialsRefused,
-    FetchFailed,
-    InvalidInput,
     NanoVLLMError,
-    ObjectArchived,
-    ObjectChanged,
-    ObjectForbidden,
-    ObjectNotFound,
-    ObjectUnavailable,
-    StoreUnreachable,
     SystemicError,
 )
+from nanovllm.objects.errors import BAD_ENDPOINT, classify, reason_of
 from nanovllm.settings.s3 import S3Settings
 
 T = TypeVar("T")
-
-# CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
-_OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession"})
-
-# Codes of AWS S3, MinIO, Ceph and Versity. What is in no set is told by its status; an unknown code is transient, so
-# that the circuit breaker holds the queue when every object gets it.
-_CREDENTIALS = frozenset(
-    {
-        "AccountProblem",
-        "AuthorizationHeaderMalformed",  # the SDK has tried the region that it names
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "IncompleteSignature",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "InvalidRegion",
-        "InvalidSecurity",
-        "InvalidToken",
-        "InvalidTokenId",
-        "MissingAuthenticationToken",
-        "MissingSecurityHeader",
-        "NotSignedUp",
-        "RequestExpired",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-        "UnauthorizedAccess",
-        "UnrecognizedClientException",
-        "UnsupportedSignature",
-        "UserSuspended",
-    }
-)
-# MethodNotAllowed is the answer for a version that is a delete marker.
-_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "MethodNotAllowed"})
-_INPUT = frozenset(
-    {
-        "InvalidArgument",
-        "InvalidBucketName",
-        "InvalidObjectName",
-        "InvalidURI",
-        "KeyTooLongError",
-        "XMinioInvalidObjectName",
-    }
-)
-# InvalidRequest: the object is encrypted with a customer-provided key (SSE-C), which GetObject has to name.
-_UNAVAILABLE = frozenset({"InvalidRequest", "PermanentRedirect", "Redirect", "TemporaryRedirect"})
 
 
 class S3Client:
@@ -126,7 +73,7 @@ class S3Client:
                     self._client = self._make(self._settings)
                 except Exception as error:
                     raise CredentialsRefused(
-                        f"the AWS SDK makes no client for the object store: {_reason(error)}"
+                        f"the AWS SDK makes no client for the object store: {reason_of(error)}"
                     ) from error
             return self._client
 
@@ -156,7 +103,7 @@ def make_client(settings: S3Settings, *, max_attempts: int = 1) -> Any:
                 raise sdk.NoCredentialsError
             frozen = credentials.get_frozen_credentials()
         except Exception as error:
-            raise CredentialsRefused(f"no usable credentials for the object store: {_reason(error)}") from error
+            raise CredentialsRefused(f"no usable credentials for the object store: {reason_of(error)}") from error
         # A secret that was stored with its line break. As a header it would look like a failure of the request.
         if not ((frozen.access_key or "").isprintable() and (frozen.token or "").isprintable()):
             raise CredentialsRefused("the access key or session token has a line break or another control character")
@@ -183,15 +130,9 @@ def check_settings(settings: S3Settings) -> None:
     try:
         client = _client_of(session, settings, 1)
     except (sdk.BotoCoreError, ValueError, OSError) as error:
-        raise ConfigurationError(f"the AWS SDK makes no client for the object store: {_reason(error)}") from error
+        raise ConfigurationError(f"the AWS SDK makes no client for the object store: {reason_of(error)}") from error
     if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
-        raise ConfigurationError(_BAD_ENDPOINT)
-
-
-_BAD_ENDPOINT = (
-    "the endpoint of the object store (NANOVLLM_S3__ENDPOINT_URL, or the AWS SDK's own setting) is no URL such as "
-    "http://minio:9000"
-)
+        raise ConfigurationError(BAD_ENDPOINT)
 
 
 def _client_of(session: Any, settings: S3Settings, max_attempts: int) -> Any:
@@ -210,70 +151,3 @@ def _client_of(session: Any, settings: S3Settings, max_attempts: int) -> Any:
         )
     )
     return session.create_client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region)
-
-
-def classify(error: Exception) -> NanoVLLMError:
-    """What a failure of an S3 operation means for the job. The message never repeats URLs, paths or credentials."""
-    if isinstance(error, sdk.ClientError):
-        if error.operation_name in _OBJECT_OPERATIONS:
-            return _classify_answer(error)
-        return CredentialsRefused(f"no usable credentials for the object store: {_reason(error)}")
-    if isinstance(error, sdk.ParamValidationError):
-        return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
-    if isinstance(error, (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.ChecksumError, sdk.FlexibleChecksumError)):
-        return FetchFailed(f"the object store broke off: {type(error).__name__}")
-    if isinstance(error, sdk.ConnectionError):
-        # A job cannot cause this, so it must not pay for it: an outage would make a dead letter of every job.
-        return StoreUnreachable(f"the object store cannot be reached: {type(error).__name__}")
-    if isinstance(error, sdk.BotoCoreError):
-        # Signing, endpoint rules, a missing dependency: the SDK does not get as far as to ask.
-        return CredentialsRefused(f"the AWS SDK cannot ask the object store: {_reason(error)}")
-    # urllib3 and http.client raise their own errors while the body is read.
-    return FetchFailed(f"reading the object broke off: {type(error).__name__}")
-
-
-def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
-    code, status, said = _code(error), _status(error), f"the object store {_answer(error)}"
-    if code in _CREDENTIALS:
-        return CredentialsRefused(said)
-    if code == "InvalidObjectState":
-        return ObjectArchived(said)
-    if code in _UNAVAILABLE or code.startswith("KMS."):
-        return ObjectUnavailable(said)
-    if code in _INPUT:
-        return InvalidInput(said)
-    if code in _NOT_FOUND or status == 404:
-        return ObjectNotFound(said)
-    if status == 412:
-        return ObjectChanged(f"{said}: the object has another entity tag than the job names")
-    if status in (401, 403):
-        return ObjectForbidden(said)
-    if 300 <= status < 400:
-        # S3 says in a code why it redirects; a proxy does not.
-        return StoreUnreachable(f"{said}: no S3 server, or not by this scheme")
-    return FetchFailed(said)
-
-
-def _reason(error: Exception) -> str:
-    """An error of the SDK by its name: its text may hold a URL, a path or what a service said about the caller."""
-    if isinstance(error, sdk.ClientError):
-        return f"{error.operation_name} {_answer(error)}"
-    if isinstance(error, sdk.ProfileNotFound):
-        return f"there is no AWS profile {error.kwargs['profile']!r}"
-    if isinstance(error, sdk.InvalidRegionError):
-        return f"{error.kwargs['region_name']!r} is no region"
-    if type(error) is ValueError and str(error).startswith("Invalid endpoint"):
-        return _BAD_ENDPOINT
-    return type(error).__name__
-
-
-def _answer(error: sdk.ClientError) -> str:
-    return f"answered {_status(error)} {_code(error)}".rstrip()
-
-
-def _code(error: sdk.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: sdk.ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -11,8 +12,29 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.client import client_kwargs
-from nanovllm.pipeline.topic_plan import TopicState
 from nanovllm.settings.kafka import KafkaSettings
+
+DAY_MS = 24 * 3600 * 1000
+DEFAULTS = {"max.message.bytes": 1_048_588, "retention.ms": 7 * DAY_MS, "min.insync.replicas": 1}
+
+
+@dataclass(frozen=True)
+class TopicState:
+    """One topic as it is."""
+
+    partitions: int
+    replication: int
+    configs: Mapping[str, str]
+
+    def number(self, name: str) -> int:
+        """The value of a setting; Kafka's own default where the broker does not tell."""
+        return int(self.configs.get(name, DEFAULTS[name]))
+
+    @property
+    def retention_ms(self) -> float:
+        """How long records stay; infinity for ever."""
+        retention = self.number("retention.ms")
+        return float("inf") if retention < 0 else retention
 
 
 async def create_topics(

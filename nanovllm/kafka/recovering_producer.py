@@ -9,42 +9,20 @@ from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
-    InvalidProducerEpoch,
-    InvalidProducerIdMapping,
     KafkaError,
-    OutOfOrderSequenceNumber,
     ProducerClosed,
-    ProducerFenced,
-    UnknownProducerId,
 )
 
 from nanovllm.errors import BrokersUnavailable
-from nanovllm.sinks.batches import send_batches
+from nanovllm.kafka.batch_send import send_batches
+from nanovllm.kafka.errors import is_breakdown
 
 if TYPE_CHECKING:
-    from nanovllm.sinks.kafka import OutgoingRecord
+    from nanovllm.kafka.records import OutgoingRecord
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
-
-_BREAKDOWNS = (
-    InvalidProducerEpoch,
-    InvalidProducerIdMapping,
-    OutOfOrderSequenceNumber,
-    ProducerClosed,
-    ProducerFenced,
-    UnknownProducerId,
-)
-
-
-def is_breakdown(error: KafkaError) -> bool:
-    """Whether the producer that raised ``error`` can never send again: its numbers and the broker's have parted.
-
-    aiokafka numbers a record before the broker has taken it; once one was refused, every later one is out of order. A
-    plain KafkaError says that its sending task has died.
-    """
-    return isinstance(error, _BREAKDOWNS) or type(error) is KafkaError
 
 
 class RenewingProducer:
@@ -106,7 +84,7 @@ class RenewingProducer:
         return self._acknowledged(sent, producer)
 
     async def send_batches(self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int) -> None:
-        """As ``nanovllm.sinks.batches.send_batches``. Raises KafkaError as ``send_and_wait`` does."""
+        """As ``nanovllm.kafka.batch_send.send_batches``. Raises KafkaError as ``send_and_wait`` does."""
         producer = self._producer
         if producer is None:
             raise ProducerClosed()

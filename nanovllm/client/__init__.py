@@ -1,0 +1,1 @@
+"""For services that produce jobs and read results. No torch."""

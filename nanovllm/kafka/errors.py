@@ -1,0 +1,57 @@
+"""What aiokafka's errors mean: transient, fatal for a producer, or the brokers' refusal."""
+
+from __future__ import annotations
+
+from aiokafka.errors import (
+    BrokerNotAvailableError,
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    KafkaError,
+    KafkaTimeoutError,
+    KafkaUnavailableError,
+    MessageSizeTooLargeError,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
+    ReplicaNotAvailableError,
+    UnknownProducerId,
+    UnknownTopicOrPartitionError,
+)
+
+from nanovllm.errors import BrokersUnavailable, MessageTooLarge, NanoVLLMError, TransientError
+
+_BREAKDOWNS = (
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
+    UnknownProducerId,
+)
+
+
+def is_breakdown(error: KafkaError) -> bool:
+    """Whether the producer that raised ``error`` can never send again: its numbers and the broker's have parted.
+
+    aiokafka numbers a record before the broker has taken it; once one was refused, every later one is out of order. A
+    plain KafkaError says that its sending task has died.
+    """
+    return isinstance(error, _BREAKDOWNS) or type(error) is KafkaError
+
+
+# Retriable by their meaning, though aiokafka does not mark them so.
+_TRANSIENT = (KafkaTimeoutError, KafkaUnavailableError, BrokerNotAvailableError, ReplicaNotAvailableError)
+
+
+def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
+    """What aiokafka's ``error`` at a send means for us."""
+    name = type(error).__name__
+    if isinstance(error, MessageSizeTooLargeError):
+        return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
+    if isinstance(error, UnknownTopicOrPartitionError):
+        return BrokersUnavailable(f"topic {topic} does not exist and is not created by itself ({name})")
+    if is_breakdown(error):
+        return TransientError(f"the Kafka producer broke down at topic {topic} and is replaced ({name})")
+    if error.retriable or isinstance(error, _TRANSIENT):
+        return TransientError(f"topic {topic} could not be written ({name})")
+    return BrokersUnavailable(f"the brokers refuse what is sent to topic {topic} ({name})")

@@ -1,0 +1,28 @@
+"""A record that is to be published, and how large it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+Headers = tuple[tuple[str, bytes], ...]
+DEFAULT_MAX_RECORD_BYTES = 1_000_000
+
+_BATCH_OVERHEAD_BYTES = 128
+_HEADER_OVERHEAD_BYTES = 10
+
+
+@dataclass(frozen=True)
+class OutgoingRecord:
+    """One Kafka record that is to be published."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """At least what the record takes in a batch of its own."""
+        headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
+        return _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value) + headers

@@ -1,0 +1,138 @@
+"""What botocore's errors mean: whose fault, and whether it may pass.
+
+Only what an operation on an object answered can be a job's fault; everything else concerns every job."""
+
+from __future__ import annotations
+
+import botocore.exceptions as sdk
+
+from nanovllm.errors import (
+    CredentialsRefused,
+    FetchFailed,
+    InvalidInput,
+    NanoVLLMError,
+    ObjectArchived,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
+    ObjectUnavailable,
+    StoreUnreachable,
+)
+
+# CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
+_OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession"})
+
+# Codes of AWS S3, MinIO, Ceph and Versity. What is in no set is told by its status; an unknown code is transient, so
+# that the circuit breaker holds the queue when every object gets it.
+_CREDENTIALS = frozenset(
+    {
+        "AccountProblem",
+        "AuthorizationHeaderMalformed",  # the SDK has tried the region that it names
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "IncompleteSignature",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidRegion",
+        "InvalidSecurity",
+        "InvalidToken",
+        "InvalidTokenId",
+        "MissingAuthenticationToken",
+        "MissingSecurityHeader",
+        "NotSignedUp",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnauthorizedAccess",
+        "UnrecognizedClientException",
+        "UnsupportedSignature",
+        "UserSuspended",
+    }
+)
+# MethodNotAllowed is the answer for a version that is a delete marker.
+_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "MethodNotAllowed"})
+_INPUT = frozenset(
+    {
+        "InvalidArgument",
+        "InvalidBucketName",
+        "InvalidObjectName",
+        "InvalidURI",
+        "KeyTooLongError",
+        "XMinioInvalidObjectName",
+    }
+)
+# InvalidRequest: the object is encrypted with a customer-provided key (SSE-C), which GetObject has to name.
+_UNAVAILABLE = frozenset({"InvalidRequest", "PermanentRedirect", "Redirect", "TemporaryRedirect"})
+
+BAD_ENDPOINT = (
+    "the endpoint of the object store (NANOVLLM_S3__ENDPOINT_URL, or the AWS SDK's own setting) is no URL such as "
+    "http://minio:9000"
+)
+
+
+def classify(error: Exception) -> NanoVLLMError:
+    """What a failure of an S3 operation means for the job. The message never repeats URLs, paths or credentials."""
+    if isinstance(error, sdk.ClientError):
+        if error.operation_name in _OBJECT_OPERATIONS:
+            return _classify_answer(error)
+        return CredentialsRefused(f"no usable credentials for the object store: {reason_of(error)}")
+    if isinstance(error, sdk.ParamValidationError):
+        return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
+    if isinstance(error, (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.ChecksumError, sdk.FlexibleChecksumError)):
+        return FetchFailed(f"the object store broke off: {type(error).__name__}")
+    if isinstance(error, sdk.ConnectionError):
+        # A job cannot cause this, so it must not pay for it: an outage would make a dead letter of every job.
+        return StoreUnreachable(f"the object store cannot be reached: {type(error).__name__}")
+    if isinstance(error, sdk.BotoCoreError):
+        # Signing, endpoint rules, a missing dependency: the SDK does not get as far as to ask.
+        return CredentialsRefused(f"the AWS SDK cannot ask the object store: {reason_of(error)}")
+    # urllib3 and http.client raise their own errors while the body is read.
+    return FetchFailed(f"reading the object broke off: {type(error).__name__}")
+
+
+def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
+    code, status, said = _code(error), _status(error), f"the object store {_answer(error)}"
+    if code in _CREDENTIALS:
+        return CredentialsRefused(said)
+    if code == "InvalidObjectState":
+        return ObjectArchived(said)
+    if code in _UNAVAILABLE or code.startswith("KMS."):
+        return ObjectUnavailable(said)
+    if code in _INPUT:
+        return InvalidInput(said)
+    if code in _NOT_FOUND or status == 404:
+        return ObjectNotFound(said)
+    if status == 412:
+        return ObjectChanged(f"{said}: the object has another entity tag than the job names")
+    if status in (401, 403):
+        return ObjectForbidden(said)
+    if 300 <= status < 400:
+        # S3 says in a code why it redirects; a proxy does not.
+        return StoreUnreachable(f"{said}: no S3 server, or not by this scheme")
+    return FetchFailed(said)
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the SDK by its name: its text may hold a URL, a path or what a service said about the caller."""
+    if isinstance(error, sdk.ClientError):
+        return f"{error.operation_name} {_answer(error)}"
+    if isinstance(error, sdk.ProfileNotFound):
+        return f"there is no AWS profile {error.kwargs['profile']!r}"
+    if isinstance(error, sdk.InvalidRegionError):
+        return f"{error.kwargs['region_name']!r} is no region"
+    if type(error) is ValueError and str(error).startswith("Invalid endpoint"):
+        return BAD_ENDPOINT
+    return type(error).__name__
+
+
+def _answer(error: sdk.ClientError) -> str:
+    return f"answered {_status(error)} {_code(error)}".rstrip()
+
+
+def _code(error: sdk.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: sdk.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,192 @@
+"""Results, metrics and dead letters as Kafka records.
+
+Results and metrics are CloudEvents in Kafka binary mode: the event's attributes are ``ce_*`` headers, the value is the
+message itself. A dead letter's value is the original message, untouched, and its envelope is in the headers, so that
+the repaired value can be sent again as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, Headers, OutgoingRecord
+from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat, encode
+from nanovllm.messages.job_metrics import JobMetrics
+from nanovllm.messages.result import Result
+
+# What may travel on from a job's own headers; everything else stays behind (tokens and internal names hide in headers)
+# unless the settings name it.
+TRACE_HEADERS = ("traceparent", "tracestate")
+DEAD_LETTER_HEADERS = (*TRACE_HEADERS, "content-type")
+OWN_PREFIX = "nanovllm_"
+TRUNCATED_HEADER = f"{OWN_PREFIX}value_truncated"
+SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
+LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
+MESSAGE_HEADER = f"{OWN_PREFIX}message"
+MAX_HEADER_BYTES = 1_024
+MAX_HEADERS = 32
+MAX_HEADERS_BYTES = 8_192
+MAX_MESSAGE_CHARS = 1_000
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@\"']*@)?(?P<rest>[^\s?#\"'<>]*)[?#]?[^\s\"'<>]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+def result_record(result: Result, topic: str, fmt: MessageFormat, original_headers: Headers = ()) -> OutgoingRecord:
+    """``result`` as a CloudEvent, keyed by its job."""
+    headers = _event_headers("nanovllm.result.v1", result.result_id, result, fmt, original_headers)
+    return OutgoingRecord(topic, result.job_id.encode(), encode(result, fmt), headers)
+
+
+def metrics_record(
+    metrics: JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
+) -> OutgoingRecord:
+    """``metrics`` as a CloudEvent, keyed by its job."""
+    headers = _event_headers("nanovllm.metrics.v1", metrics.result_id, metrics, fmt, original_headers)
+    return OutgoingRecord(topic, metrics.job_id.encode(), encode(metrics, fmt), headers)
+
+
+def dead_letter_record(
+    letter: DeadLetter,
+    topic: str,
+    *,
+    key: bytes | None,
+    value: bytes | None,
+    original_headers: Headers = (),
+    keep_headers: Sequence[str] = (),
+    max_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> OutgoingRecord:
+    """The original message with ``letter`` in its headers, beside the original ones that ``keep_headers`` names.
+
+    What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
+    partition for good. The value is cut first, and keeps its beginning; its digest, its size and where it still lies
+    are headers. Then the original headers, the key and the end of the error's message go, in this order.
+    """
+    original = value or b""
+    kept = tuple(_kept(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
+    envelope = list(_envelope_headers(letter))
+    left_out = len(original_headers) - len(kept)
+    record = OutgoingRecord(topic, key, original, (*kept, *envelope, *_left_out(left_out)))
+    if record.size_bytes <= max_bytes:
+        return record
+    envelope += [
+        (TRUNCATED_HEADER, b"true"),
+        (SHA256_HEADER, hashlib.sha256(original).hexdigest().encode()),
+        (f"{OWN_PREFIX}value_size", str(len(original)).encode()),
+    ]
+    without_headers = (*envelope, *_left_out(len(original_headers)))
+    for kept_key, headers in (
+        (key, (*kept, *envelope, *_left_out(left_out))),
+        (key, without_headers),
+        (None, without_headers),
+    ):
+        without_value = OutgoingRecord(topic, kept_key, b"", headers)
+        if (room := max_bytes - without_value.size_bytes) >= 0:
+            return OutgoingRecord(topic, kept_key, original[:room], headers)
+    shortest = tuple((name, field[:room] if name == MESSAGE_HEADER else field) for name, field in without_headers)
+    return OutgoingRecord(topic, None, b"", shortest)
+
+
+def dead_letter_like(
+    like: OutgoingRecord, differing: Mapping[str, str | int | None], *, key: bytes | None, value: bytes
+) -> OutgoingRecord | None:
+    """A dead letter whose envelope differs from that of ``like`` in these fields alone.
+
+    None where ``like`` was cut, or one of the fields is unset in either.
+    """
+    encoded = {OWN_PREFIX + name: str(field).encode() for name, field in differing.items() if field is not None}
+    headers = tuple([(name, encoded.pop(name, own)) for name, own in like.headers])
+    if encoded or None in differing.values() or any(name == TRUNCATED_HEADER for name, _ in like.headers):
+        return None
+    return OutgoingRecord(like.topic, key, value, headers)
+
+
+def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
+    """The envelope of a dead letter from its record's headers.
+
+    Raises:
+        ValueError: the record is no dead letter of ours.
+    """
+    fields = {
+        name.removeprefix(OWN_PREFIX): value.decode(errors="replace")
+        for name, value in headers
+        if name.startswith(OWN_PREFIX)
+    }
+    source = {name: fields.get(f"source_{name}") for name in ("topic", "partition", "offset", "timestamp_ms")}
+    fields["error_class"] = fields.pop("class", "")
+    fields.pop("version", None)
+    return DeadLetter.model_validate(fields | {"source": source})
+
+
+def without_url_queries(text: str) -> str:
+    """``text`` with the queries, fragments and user names of its URLs removed: signatures and passwords stand there."""
+    # Most texts name none, and the expression looks at every word of them.
+    return _URL.sub(lambda url: url["scheme"] + url["rest"], text) if "://" in text else text
+
+
+def _event_headers(
+    event_type: str, event_id: str, message: Result | JobMetrics, fmt: MessageFormat, original_headers: Headers
+) -> Headers:
+    source = message.source
+    attributes = {
+        "ce_specversion": "1.0",
+        "ce_id": event_id,
+        "ce_type": event_type,
+        "ce_source": f"/nanovllm/{source.topic}/{source.partition}",
+        "ce_subject": message.job_id,
+        "ce_time": _rfc3339(datetime.now(UTC)),
+        "content-type": CONTENT_TYPES[fmt],
+    }
+    own = tuple((name, value.encode()) for name, value in attributes.items())
+    return (*own, *((name.lower(), value) for name, value in _kept(original_headers, TRACE_HEADERS)))
+
+
+def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
+    message = _CONTROL.sub(" ", without_url_queries(letter.message))
+    source = letter.source
+    fields = {
+        "version": letter.version,
+        "job_id": letter.job_id,
+        "code": letter.code,
+        "class": letter.error_class,
+        "stage": letter.stage,
+        "message": message[:MAX_MESSAGE_CHARS],
+        "retryable": str(letter.retryable).lower(),
+        "cause": letter.cause,
+        "attempts": letter.attempts,
+        "source_topic": source.topic,
+        "source_partition": source.partition,
+        "source_offset": source.offset,
+        "source_timestamp_ms": source.timestamp_ms,
+        "worker": letter.worker,
+        "received_at": _rfc3339(letter.received_at),
+        "first_failed_at": letter.first_failed_at and _rfc3339(letter.first_failed_at),
+        "failed_at": _rfc3339(letter.failed_at),
+    }
+    for name, field in fields.items():
+        if field is not None:
+            yield f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
+
+
+def _kept(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+    """Those of ``names``, in their order, as long as they are at most ``MAX_HEADERS`` in ``MAX_HEADERS_BYTES``."""
+    count, left = 0, MAX_HEADERS_BYTES
+    for name, value in headers:
+        is_own = name.lower().startswith(OWN_PREFIX)
+        if name.lower() not in names or is_own or value is None or len(value) > MAX_HEADER_BYTES:
+            continue
+        count, left = count + 1, left - len(name.encode()) - len(value)
+        if count > MAX_HEADERS or left < 0:
+            return
+        yield name, value
+
+
+def _left_out(count: int) -> Headers:
+    return ((LEFT_OUT_HEADER, str(count).encode()),) if count else ()
+
+
+def _rfc3339(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
