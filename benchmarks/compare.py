@@ -30,7 +30,7 @@ from plot import draw_bars
 from transformers import AutoTokenizer
 from workloads import Maker, Workload, make_decode, make_images, make_schema, make_text
 
-from nanovllm.vision.checkpoints import resolve_checkpoint
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 
 HERE = Path(__file__).resolve().parent
 RUNNERS = {

@@ -32,7 +32,7 @@ from parts import KafkaNode, VersityNode, create_topic
 from plot import draw_curves
 from world import World
 
-from nanovllm.vision.synthetic import PROMPTS, generator, receipt
+from nanovllm.training.synthetic import PROMPTS, generator, receipt
 
 # One question about a picture, or four: an equal prompt about an equal picture is answered from the prefix cache alone.
 KINDS = ("total", "date", "number", "vendor")

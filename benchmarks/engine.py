@@ -28,9 +28,9 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.errors import ModelNotFound
-from nanovllm.vision import synthetic
-from nanovllm.vision.checkpoints import resolve_checkpoint
+from nanovllm.training import synthetic
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 TIE = 1e-3  # two logits nearer than this may change places between two ways to compute them

@@ -35,8 +35,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.doctor import describe
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.vision import synthetic
-from nanovllm.vision.evaluate_tiny import EVALUATION_SEED
+from nanovllm.training import synthetic
+from nanovllm.training.evaluate import EVALUATION_SEED
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TIE = 1e-2  # log probabilities nearer than this are equal in float32: sums in another order, over dozens of layers

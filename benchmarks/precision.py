@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.smollm import smollm
 from nanovllm import LLM, SamplingParams
-from nanovllm.vision import synthetic
-from nanovllm.vision.evaluate_tiny import EVALUATION_SEED
+from nanovllm.training import synthetic
+from nanovllm.training.evaluate import EVALUATION_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "precision.json"

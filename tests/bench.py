@@ -26,7 +26,7 @@ from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.images.pool import DecoderPool
 
 PARTITIONS = 2
 

@@ -32,7 +32,7 @@ def test_the_wheel_holds_every_module_once_and_the_shipped_checkpoint(tmp_path: 
     assert {name.split("/")[0] for name in names} == {"nanovllm", "nanovllm-0.1.0.dist-info"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nanovllm").rglob("*.py")}
     assert modules <= set(names)
-    assert "nanovllm/engine/assets/tiny-receipts/model.safetensors" in names
+    assert "nanovllm/checkpoints/assets/tiny-receipts/model.safetensors" in names
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12 * 2**20
 
 
@@ -42,7 +42,7 @@ def test_the_package_wins_beside_packages_of_the_same_names_as_its_rooms(tmp_pat
         (tmp_path / room / "__init__.py").write_text(f"OWNER = 'the user of {room}'\n")
     script = (
         "import engine, pipeline, vision, sinks\n"
-        "import nanovllm.engine.sequence, nanovllm.vision.images, nanovllm.messages.result, nanovllm.messages.job\n"
+        "import nanovllm.engine.sequence, nanovllm.vision.processor, nanovllm.messages.job\n"
         "assert engine.OWNER == 'the user of engine' and vision.OWNER == 'the user of vision'\n"
         "assert nanovllm.engine.__file__ != engine.__file__\n"
     )

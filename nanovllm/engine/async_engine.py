@@ -21,7 +21,7 @@ from nanovllm.errors import EngineDead, InvalidInput
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.sampling_params import Constraint
-    from nanovllm.vision.transform import ImageTransform, PreparedImage
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from nanovllm.errors import EngineDead, InvalidInput
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.vision.transform import ImageTransform, PreparedImage
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
 @dataclass(frozen=True)

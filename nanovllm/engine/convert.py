@@ -23,10 +23,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nanovllm.engine.loader import Checkpoint
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.resolve import read_config, read_json_object, resolve_checkpoint
 from nanovllm.engine.models import TEXT_FAMILIES, text_architecture
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
-from nanovllm.vision.checkpoints import read_config, read_json_object, resolve_checkpoint
 
 _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"

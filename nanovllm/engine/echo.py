@@ -24,7 +24,7 @@ from nanovllm.engine.outputs import (
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
 
 if TYPE_CHECKING:
-    from nanovllm.vision.transform import ImageTransform, PreparedImage
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 IMAGE_PLACEHOLDER = "<|image|>"
 _WORD = re.compile(r"\s*\S+|\s+$")
@@ -196,6 +196,6 @@ def _text_and_places(request: Request) -> tuple[str, int]:
 
 
 def _clip_transform() -> ImageTransform:
-    from nanovllm.vision.transform import ImageTransform
+    from nanovllm.vision.images.preprocess import ImageTransform
 
     return ImageTransform.for_clip(224)

@@ -16,12 +16,13 @@ from typing import Any, Self
 
 import torch
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.completion import extend, output_of
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.guided import TokenMasks
 from nanovllm.engine.intake import Images, Intake, Prompt, prompt_list
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.model_runner import ModelRunner, StepInputs
 from nanovllm.engine.outputs import (
@@ -39,7 +40,6 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import to_device
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.checkpoints import resolve_checkpoint
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 

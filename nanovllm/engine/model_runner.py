@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine import kernels
 from nanovllm.engine.attention import AttentionBatch, GraphAttention, PagedCpuAttention, choose_backend
 from nanovllm.engine.config import EngineConfig
@@ -20,7 +21,6 @@ from nanovllm.engine.cuda_graphs import DecodeGraphs, Replay, choose_recorder, w
 from nanovllm.engine.determinism import TILE, prove
 from nanovllm.engine.kv_memory import kv_cache_bytes
 from nanovllm.engine.linear import pack_linears, why_no_int8
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.logprobs import top_logprobs
 from nanovllm.engine.models import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
@@ -28,10 +28,11 @@ from nanovllm.engine.scheduler import Plan, ScheduledRow
 from nanovllm.engine.sequence import ImageSpan, Sequence
 from nanovllm.engine.staging import together
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.cache import CacheStats, EmbeddingCache, MemoryTier
-from nanovllm.vision.image_encoder import ImageEncoder
+from nanovllm.vision.cache_tiers import MemoryTier
+from nanovllm.vision.embedding_cache import CacheStats, EmbeddingCache
+from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.images.preprocess import PreparedImage
 from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
-from nanovllm.vision.transform import PreparedImage
 
 _SCORED_AT_ONCE = 256  # positions of a prompt whose logits are in memory together
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

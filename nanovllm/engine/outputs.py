@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from nanovllm.errors import NanoVLLMError
-    from nanovllm.vision.cache import CacheStats
+    from nanovllm.vision.embedding_cache import CacheStats
 
 FinishReason = Literal["stop", "length", "loop", "abort"]
 ImageOutcome = Literal["hit", "joined", "miss", "prefix"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
     from nanovllm.engine.speculation import Drafter
     from nanovllm.sampling_params import SamplingParams
-    from nanovllm.vision.transform import PreparedImage
+    from nanovllm.vision.images.preprocess import PreparedImage
 
 _OVERTAKEN_PER_PRIORITY = 1000
 """How many later arrivals may go before a sequence for each step of priority that they are ahead of it.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.backend import EngineBackend
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.pipeline.health import Health
-    from nanovllm.vision.images import ImageLimits
+    from nanovllm.vision.images.decode import ImageLimits
 
 logger = logging.getLogger("nanovllm.worker")
 
@@ -107,7 +107,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.pipeline.worker import Worker
         from nanovllm.sinks.claim_check import S3ResultStore
         from nanovllm.sinks.kafka import KafkaSink
-        from nanovllm.vision.decoder_pool import DecoderPool
+        from nanovllm.vision.images.pool import DecoderPool
 
         if not settings.s3.allow:
             logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
@@ -228,8 +228,8 @@ async def _load_engine(settings: EngineSettings) -> EngineBackend:
 
 def native_engine(settings: EngineSettings) -> LLMEngine:
     """The engine in this process that the settings ask for. Raises ConfigurationError and UnsupportedModel."""
+    from nanovllm.checkpoints.resolve import register_alias
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.vision.checkpoints import register_alias
 
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))
@@ -238,7 +238,7 @@ def native_engine(settings: EngineSettings) -> LLMEngine:
 
 
 def _image_limits(settings: ImageSettings) -> ImageLimits:
-    from nanovllm.vision.images import ImageLimits
+    from nanovllm.vision.images.decode import ImageLimits
 
     return ImageLimits(
         max_bytes=settings.max_bytes,

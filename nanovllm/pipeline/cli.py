@@ -84,7 +84,7 @@ def demo(
 def align(context: typer.Context) -> None:
     """Train a projector between a vision tower and a language model (`nanovllm align --help`)."""
     _require("worker", "torch", "transformers")
-    from nanovllm.vision import align as tool
+    from nanovllm.training import align as tool
 
     raise typer.Exit(tool.main(context.args))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.synthetic import DEMO_SEED, Split, ask, compare, describe, generator, receipt, shape_pair
+from nanovllm.training.synthetic import DEMO_SEED, Split, ask, compare, describe, generator, receipt, shape_pair
 
 BUCKET = "nanovllm-demo"
 MIN_JOBS = 24

@@ -21,8 +21,8 @@ from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import PreparedImage
 
 Reuse = Literal["hit", "joined", "miss"]
 

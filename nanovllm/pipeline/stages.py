@@ -39,8 +39,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.transform import PreparedImage
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import PreparedImage
 
 logger = logging.getLogger(__name__)
 

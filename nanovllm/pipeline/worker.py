@@ -29,7 +29,7 @@ from nanovllm.pipeline.systemic import SystemicFaults
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.vision.decoder_pool import DecoderPool
+from nanovllm.vision.images.pool import DecoderPool
 
 logger = logging.getLogger(__name__)
 

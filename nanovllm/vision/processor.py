@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch
-from nanovllm.vision.cache import CacheOutcome, EmbeddingCache, embedding_key
-from nanovllm.vision.image_encoder import ImageEncoder
-from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits, ImageSource, read_file
-from nanovllm.vision.transform import PreparedImage, prepare_image
+from nanovllm.vision.embedding_cache import CacheOutcome, EmbeddingCache, embedding_key
+from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, read_file
+from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of text)
 
@@ -150,7 +150,7 @@ class VisionProcessor:
 
         Raises:
             InvalidInput: an image that was prepared for another encoder.
-            InvalidImage: as `nanovllm.vision.images.load_rgb`.
+            InvalidImage: as `nanovllm.vision.images.decode.load_rgb`.
         """
         if isinstance(source, PreparedImage):
             if not self.encoder.accepts(source.size):

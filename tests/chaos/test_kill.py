@@ -18,7 +18,7 @@ JOBS = 300
 IMAGES = 60
 KILL_AFTER = 60
 READ_S = 30.0  # what is in the topic comes at once; this long only when something is missing
-TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "engine" / "assets" / "tiny-receipts"
+TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "checkpoints" / "assets" / "tiny-receipts"
 # A narrow window: the kill falls into the work and not behind it.
 NARROW = {"NANOVLLM_ADMISSION__MAX_JOBS": "8"}
 

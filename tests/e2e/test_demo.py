@@ -22,7 +22,7 @@ from nanovllm.pipeline.local_process import LocalProcess
 
 COMMAND = [sys.executable, "-m", "nanovllm.pipeline.cli"]
 FILES = {"report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"}
-TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "engine" / "assets" / "tiny-receipts"
+TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "checkpoints" / "assets" / "tiny-receipts"
 needs_the_model = pytest.mark.skipif(
     not (TINY_MODEL / "model.safetensors").exists(), reason="the tiny checkpoint is not in this tree"
 )

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.vision import synthetic
-from nanovllm.vision.checkpoints import resolve_checkpoint
-from nanovllm.vision.evaluate_tiny import answers, groups, wilson_lower
+from nanovllm.checkpoints.resolve import resolve_checkpoint
+from nanovllm.training import synthetic
+from nanovllm.training.evaluate import answers, groups, wilson_lower
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "tiny-model.json"
 BOUNDS = {"single fields": 0.97, "receipts: json": 0.88, "shapes": 0.98}

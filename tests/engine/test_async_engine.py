@@ -17,7 +17,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import StepOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.transform import PreparedImage, prepare_image
+from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 OPTIONS = {"kv_cache_bytes": 8 << 20, "max_num_seqs": 8}
 

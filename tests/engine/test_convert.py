@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from nanovllm.engine.convert import convert
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 from nanovllm.pipeline.cli import DONE, MISUSE, main
-from nanovllm.vision.encoder import VisionEncoder
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 
 def as_bin(directory: Path, num_shards: int = 1, *, tied: bool = False, legacy: bool = False) -> Path:

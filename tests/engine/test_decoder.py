@@ -9,8 +9,8 @@ import torch
 from checkpoints import make_qwen3
 from torch import Tensor
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.attention import AttentionBatch, SdpaAttention
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models import load_text_model
 from nanovllm.engine.models.decoder import Decoder
 

@@ -12,7 +12,7 @@ from nanovllm.engine.backend import EngineBackend, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import EngineDead, InvalidImage, PlaceholderMismatch
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.transform import PreparedImage, prepare_image
+from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 
 def ask(request_id: str, prompt: str, max_tokens: int = 64, **others: Any) -> Request:

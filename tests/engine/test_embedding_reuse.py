@@ -20,7 +20,7 @@ from nanovllm.engine.backend import Request
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.vision import processor as processor_module
-from nanovllm.vision.transform import PreparedImage, prepare_image
+from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 PROMPT = "<|image|> and"
 ONE_IMAGE = 4 * 64 * 4  # tokens, width, bytes
@@ -49,7 +49,7 @@ def ask(engine: LLMEngine, *images: bytes | Image.Image | PreparedImage, salt: b
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many images went through a tower together, batch by batch."""
-    from nanovllm.vision.encoder import VisionEncoder
+    from nanovllm.vision.encoders.clip import VisionEncoder
 
     seen: list[int] = []
     original = VisionEncoder._embed

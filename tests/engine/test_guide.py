@@ -18,10 +18,10 @@ import pytest
 from checkpoints import into_hub_cache, make_clip, make_llava, make_qwen3, make_qwen_vl
 from PIL import Image
 
+from nanovllm.checkpoints import resolve as registry
+from nanovllm.checkpoints.resolve import register_alias
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLMEngine
 from nanovllm.layers.vision import VisionProcessor
-from nanovllm.vision import checkpoints as registry
-from nanovllm.vision.checkpoints import register_alias
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OWN_GUIDE = ROOT / "docs" / "guide.md"

@@ -18,7 +18,7 @@ from nanovllm.engine.guided import TokenMasks
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision import synthetic
+from nanovllm.training import synthetic
 
 PROMPT = "Extract the fields as JSON:"
 SCHEMA = {

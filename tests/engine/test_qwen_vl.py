@@ -21,7 +21,7 @@ from nanovllm.engine.models import qwen_vl
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, InvalidInput, UnsupportedModel
-from nanovllm.vision.transform import ImageTransform, prepare_image
+from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 
 SMALL = {"kv_cache_bytes": 4 << 20}
 

@@ -77,7 +77,7 @@ def test_end_tokens_that_the_model_does_not_have_are_ignored_with_a_warning(
             engine.generate("hello", params, use_tqdm=False)
         assert engine.intake._eos_token_ids == kept
 
-    warnings = [record.getMessage() for record in caplog.records if record.name == "nanovllm.engine.loader"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "nanovllm.checkpoints.checkpoint"]
     if named == 2 or named is None:
         assert warnings == []
     else:

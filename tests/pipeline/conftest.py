@@ -13,8 +13,8 @@ from parts import S3Part, create_topic
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.settings.worker import Settings
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.images import ImageLimits
+from nanovllm.vision.images.decode import ImageLimits
+from nanovllm.vision.images.pool import DecoderPool
 
 
 @asynccontextmanager

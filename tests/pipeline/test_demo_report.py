@@ -18,7 +18,7 @@ from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, T
 from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, demo_set
 from nanovllm.pipeline.demo_outcome import Outcome, percentile, stage_times
 from nanovllm.pipeline.report import render_report
-from nanovllm.vision.images import pixel_digest
+from nanovllm.vision.images.decode import pixel_digest
 
 
 def answer(job, *, text=None, cache="miss") -> Result:

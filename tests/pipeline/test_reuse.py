@@ -26,8 +26,8 @@ from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.images import ReuseSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import TenantSettings
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.transform import ImageTransform, PreparedImage
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 KEYS = "abcd"
 OPERATIONS = st.lists(st.tuples(st.sampled_from(KEYS), st.integers(0, 6), st.booleans()), max_size=40)

@@ -20,10 +20,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from nanovllm.errors import InvalidInput
-from nanovllm.vision import align as align_module
-from nanovllm.vision import evaluate_tiny, synthetic, tiny_recipe
-from nanovllm.vision.align import align, main, read_examples
-from nanovllm.vision.training import IGNORED, Question, Schedule, Trainer, pad, pad_by_length, tower_features
+from nanovllm.training import align as align_module
+from nanovllm.training import evaluate as evaluate_tiny
+from nanovllm.training import synthetic
+from nanovllm.training import tiny_model as tiny_recipe
+from nanovllm.training.align import align, main, read_examples
+from nanovllm.training.trainer import IGNORED, Question, Schedule, Trainer, pad, pad_by_length, tower_features
 
 TEXT_SIZES = {
     "hidden_size": 32,

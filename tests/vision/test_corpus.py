@@ -22,9 +22,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from nanovllm.errors import InvalidImage, NanoVLLMError, TooManyFrames, TooManyPixels, UnsupportedImageFormat
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.images import DEFAULT_FORMATS, ImageLimits, load_rgb, pixel_digest
-from nanovllm.vision.transform import ImageTransform
+from nanovllm.vision.images.decode import DEFAULT_FORMATS, ImageLimits, load_rgb, pixel_digest
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import ImageTransform
 
 Pixels = np.ndarray  # uint8 [H, W, 3]
 
@@ -424,7 +424,7 @@ def test_a_bomb_is_refused_within_bounded_memory(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from nanovllm.errors import TooManyPixels
-from nanovllm.vision.images import load_rgb
+from nanovllm.vision.images.decode import load_rgb
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sorted(Path(sys.argv[1]).glob("*.bomb")):
     try:

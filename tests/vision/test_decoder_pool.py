@@ -26,9 +26,9 @@ from nanovllm.errors import (
     TooManyPixels,
     UnsupportedImageFormat,
 )
-from nanovllm.vision.decoder_pool import DecoderPool
-from nanovllm.vision.images import ImageLimits
-from nanovllm.vision.transform import ImageTransform, prepare_image
+from nanovllm.vision.images.decode import ImageLimits
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 
 TRANSFORM = ImageTransform.for_clip(32)
 
@@ -241,8 +241,8 @@ def test_children_end_with_the_process_that_started_them(tmp_path: Path) -> None
     script = tmp_path / "owner.py"
     script.write_text(
         "import asyncio, sys, time\n"
-        "from nanovllm.vision.decoder_pool import DecoderPool\n"
-        "from nanovllm.vision.transform import ImageTransform\n"
+        "from nanovllm.vision.images.pool import DecoderPool\n"
+        "from nanovllm.vision.images.preprocess import ImageTransform\n"
         "async def main():\n"
         "    pool = DecoderPool(ImageTransform())\n"
         "    await pool.start()\n"

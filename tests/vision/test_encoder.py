@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel
 
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
-from nanovllm.vision import encoder as encoder_module
-from nanovllm.vision.encoder import Projector, VisionEncoder
-from nanovllm.vision.transform import ImageTransform
+from nanovllm.vision.encoders import clip as encoder_module
+from nanovllm.vision.encoders.clip import Projector, VisionEncoder
+from nanovllm.vision.images.preprocess import ImageTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore:The projector between")
 

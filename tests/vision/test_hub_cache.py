@@ -17,12 +17,12 @@ import torch
 from checkpoints import into_hub_cache, make_clip, make_llava, make_qwen3
 from safetensors.torch import load_file
 
+from nanovllm.checkpoints.resolve import ALIASES_VARIABLE, resolve_checkpoint
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ModelNotFound
 from nanovllm.pipeline.cli import DONE, main
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.checkpoints import ALIASES_VARIABLE, resolve_checkpoint
-from nanovllm.vision.encoder import VisionEncoder
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN = "Qwen/Qwen3-0.6B"
@@ -143,7 +143,7 @@ def test_the_hubs_own_variables_say_where_the_cache_is(tmp_path: Path, variable:
     snapshot = into_hub_cache(tmp_path / "home" / "hub", QWEN, stub(tmp_path / "made"))
     value = {"HF_HOME": tmp_path / "home", "HF_HUB_CACHE": tmp_path / "home" / "hub"}[variable]
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    script = "from nanovllm.vision.checkpoints import resolve_checkpoint; print(resolve_checkpoint('qwen3-0.6b'))"
+    script = "from nanovllm.checkpoints.resolve import resolve_checkpoint; print(resolve_checkpoint('qwen3-0.6b'))"
     found = subprocess.run(
         [sys.executable, "-c", script],
         env={**environment, variable: str(value), "PYTHONPATH": str(ROOT)},

@@ -17,7 +17,7 @@ from nanovllm.errors import (
     TooManyPixels,
     UnsupportedImageFormat,
 )
-from nanovllm.vision.images import ImageLimits, load_rgb, pixel_digest
+from nanovllm.vision.images.decode import ImageLimits, load_rgb, pixel_digest
 
 
 def noise(height: int = 20, width: int = 30, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
-from nanovllm.vision.native_encoder import NativeEncoder
-from nanovllm.vision.transform import ImageTransform, PreparedImage, prepare_image
+from nanovllm.vision.encoders.qwen import NativeEncoder
+from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage, prepare_image
 
 FAMILIES: tuple[QwenVL, ...] = ("qwen2_5_vl", "qwen3_vl")
 SIZES = [(64, 64), (200, 90), (90, 200), (31, 300), (1, 1), (999, 640), (57, 113)]

@@ -10,8 +10,8 @@ from PIL import Image
 
 from nanovllm.errors import ConfigurationError, PlaceholderMismatch, TooManyPixels
 from nanovllm.layers.vision import VisionEncoder, VisionProcessor
-from nanovllm.vision.cache import EmbeddingCache
-from nanovllm.vision.images import ImageLimits
+from nanovllm.vision.embedding_cache import EmbeddingCache
+from nanovllm.vision.images.decode import ImageLimits
 
 pytestmark = pytest.mark.filterwarnings("ignore:The projector between")
 

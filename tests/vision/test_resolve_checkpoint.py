@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.checkpoints.resolve import ALIASES_VARIABLE, read_config, register_alias, resolve_checkpoint
 from nanovllm.errors import ConfigurationError, ModelNotFound
-from nanovllm.vision.checkpoints import ALIASES_VARIABLE, read_config, register_alias, resolve_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def test_the_local_hub_cache_is_found_without_the_network(tmp_path: Path) -> Non
     snapshot = checkpoint(repository / "snapshots" / "abc123")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc123")
-    script = "from nanovllm.vision.checkpoints import resolve_checkpoint; print(resolve_checkpoint('someone/model'))"
+    script = "from nanovllm.checkpoints.resolve import resolve_checkpoint; print(resolve_checkpoint('someone/model'))"
     found = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)},

@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nanovllm.vision import synthetic
-from nanovllm.vision.synthetic import FIELDS, PROMPTS, Split, generator, is_heldout, receipt, sample, shape
+from nanovllm.training import synthetic
+from nanovllm.training.synthetic import FIELDS, PROMPTS, Split, generator, is_heldout, receipt, sample, shape
 
 
 def pixels(one: synthetic.Sample) -> bytes:

@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from nanovllm.errors import ConfigurationError, ModelNotFound, TooManyPixels, UnsupportedModel
-from nanovllm.vision.transform import ImageTransform, prepare_image
+from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 
 SIZES = [(224, 224), (100, 150), (150, 100), (480, 640), (37, 1000), (1000, 37), (223, 225), (16, 16), (1, 1), (3, 90)]
 

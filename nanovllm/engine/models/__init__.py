@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models import llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
 from nanovllm.engine.models.llama import llama
@@ -20,7 +20,7 @@ from nanovllm.engine.models.qwen3_vl import qwen3_vl
 from nanovllm.engine.models.weights import load_decoder
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel
-from nanovllm.vision.image_encoder import ImageEncoder
+from nanovllm.vision.encoders.base import ImageEncoder
 
 LLAVA = "LlavaForConditionalGeneration"
 QWEN_VL = {"Qwen2_5_VLForConditionalGeneration": qwen2_5_vl, "Qwen3VLForConditionalGeneration": qwen3_vl}

@@ -1,18 +1,18 @@
 """LLaVA: image embeddings stand among the token embeddings of a text model, and attention does the rest.
 
-The text half may be of any family; the tower and projector are :class:`nanovllm.vision.encoder.VisionEncoder`'s.
+The text half may be of any family; the tower and projector are :class:`nanovllm.vision.encoders.clip.VisionEncoder`'s.
 """
 
 from __future__ import annotations
 
 import torch
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.resolve import checkpoint_name, resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.checkpoints import checkpoint_name, resolve_checkpoint
-from nanovllm.vision.encoder import VisionEncoder
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 # transformers before 4.52 and after it: where the text model's tensors stand in a LLaVA checkpoint.
 _TEXT_PREFIXES = (

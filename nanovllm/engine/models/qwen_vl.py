@@ -1,6 +1,6 @@
 """What Qwen2.5-VL and Qwen3-VL share: tokens at three positions, time, height and width (M-RoPE), and tensors' names.
 
-The towers are :class:`nanovllm.vision.native_encoder.NativeEncoder`'s.
+The towers are :class:`nanovllm.vision.encoders.qwen.NativeEncoder`'s.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.loader import Checkpoint
 from nanovllm.engine.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import checkpoint_name
-from nanovllm.vision.native_encoder import NativeEncoder
+from nanovllm.vision.encoders.qwen import NativeEncoder
 
 # As the hub has them, and as transformers 5 saves them: where the text model's tensors stand.
 _TEXT_PREFIXES = (

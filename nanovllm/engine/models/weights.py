@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoints.checkpoint import Checkpoint, load_parameters
 from nanovllm.engine.linear import Linear
-from nanovllm.engine.loader import Checkpoint, load_parameters
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
 
 

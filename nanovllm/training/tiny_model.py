@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nanovllm.vision import synthetic
-from nanovllm.vision.training import Batch, GlyphHead, Question, pad_by_length
+from nanovllm.training import synthetic
+from nanovllm.training.trainer import Batch, GlyphHead, Question, pad_by_length
 
 IMAGE_TOKEN = "<|image|>"  # noqa: S105
 SIDE_PX, PATCH_PX = 224, 32

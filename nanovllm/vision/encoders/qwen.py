@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from nanovllm.checkpoints.resolve import checkpoint_name, read_config
+from nanovllm.checkpoints.tensors import load_into, named_tensors
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import checkpoint_name, read_config
-from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
-from nanovllm.vision.transform import ImageTransform
-from nanovllm.vision.weights import load_into, named_tensors
+from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
+from nanovllm.vision.images.preprocess import ImageTransform
 
 _TOWERS: dict[str, tuple[Any, Any]] = {
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel),

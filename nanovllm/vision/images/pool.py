@@ -24,9 +24,9 @@ from nanovllm.errors import (
     TooManyPixels,
     UnsupportedImageFormat,
 )
-from nanovllm.vision.decoder import LENGTH, frame, settings_frame
-from nanovllm.vision.images import DEFAULT_LIMITS, ImageLimits
-from nanovllm.vision.transform import ImageTransform, PreparedImage
+from nanovllm.vision.images.child import LENGTH, frame, settings_frame
+from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits
+from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 # All that a decoder's environment may hold of ours: what finds shared libraries and names the locale.
 INHERITED_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
@@ -100,7 +100,7 @@ class DecoderPool:
         A cancelled call gives up its answer only: the process finishes the image and is then free.
 
         Raises:
-            ImageTooLarge, UnsupportedImageFormat, InvalidImage: as `nanovllm.vision.images.load_rgb`.
+            ImageTooLarge, UnsupportedImageFormat, InvalidImage: as `nanovllm.vision.images.decode.load_rgb`.
             DecoderFailed: the image exhausts time or memory, or killed two processes.
             SystemicError: no process could be started.
         """
@@ -169,7 +169,7 @@ class _Decoder:
         await self.kill()
         self.starts += 1
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "nanovllm.vision.decoder"),
+            *(sys.executable, "-P", "-m", "nanovllm.vision.images.child"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             # Image libraries print what the image says; none of it belongs into a log.

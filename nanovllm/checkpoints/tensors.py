@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nanovllm.checkpoints.resolve import checkpoint_name, weight_files
 from nanovllm.errors import ConfigurationError, ModelNotFound
-from nanovllm.vision.checkpoints import checkpoint_name, weight_files
 
 _LFS = b"version https://git-lfs"
 

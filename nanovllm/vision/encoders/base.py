@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanovllm.vision.transform import ImageTransform, PreparedImage
+from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
 class ImageEncoder(nn.Module, ABC):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from nanovllm.vision import synthetic
+from nanovllm.training import synthetic
 
 EVALUATION_SEED = 20261125
 _MAX_NEW_TOKENS = 160

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.activations import ACT2FN
 
+from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
+from nanovllm.checkpoints.tensors import load_into, named_tensors
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.checkpoints import checkpoint_name, read_config, resolve_checkpoint
-from nanovllm.vision.image_encoder import ImageEncoder, tower_fields
-from nanovllm.vision.transform import ImageTransform
-from nanovllm.vision.weights import load_into, named_tensors
+from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
+from nanovllm.vision.images.preprocess import ImageTransform
 
 SelectStrategy = Literal["default", "full"]
 

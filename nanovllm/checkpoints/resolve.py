@@ -35,7 +35,7 @@ _FILES_OF_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _aliases: dict[str, Path] = {
-    "tiny-receipts": Path(__file__).resolve().parent.parent / "engine" / "assets" / "tiny-receipts",
+    "tiny-receipts": Path(__file__).resolve().parent / "assets" / "tiny-receipts",
 }
 
 

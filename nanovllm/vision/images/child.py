@@ -1,4 +1,4 @@
-"""The decoder process: ``python -m nanovllm.vision.decoder``, fed by `nanovllm.vision.decoder_pool`.
+"""The decoder process: ``python -m nanovllm.vision.images.child``, fed by `nanovllm.vision.images.pool`.
 
 It holds what attackers aim at (image libraries on bytes from a message) and nothing worth taking: no credentials, no
 model, bounded memory, no files to write. Frames on stdin: a length (4 bytes, big-endian) and that many bytes, first
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from nanovllm.errors import DecoderFailed, NanoVLLMError
-from nanovllm.vision.images import ImageLimits
-from nanovllm.vision.transform import ImageTransform, prepare_image
+from nanovllm.vision.images.decode import ImageLimits
+from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 
 LENGTH = struct.Struct(">I")
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from nanovllm.checkpoints.resolve import checkpoint_name, read_config, weight_files
+from nanovllm.checkpoints.tensors import open_tensors
 from nanovllm.errors import ModelNotFound, UnsupportedModel
-from nanovllm.vision.checkpoints import checkpoint_name, read_config, weight_files
-from nanovllm.vision.weights import open_tensors
 
 logger = logging.getLogger(__name__)
 

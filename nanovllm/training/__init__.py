@@ -1,0 +1,1 @@
+"""Training of the projector and of the shipped checkpoint, and its synthetic data."""

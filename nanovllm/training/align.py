@@ -1,0 +1,454 @@
+"""Makes LLaVA checkpoints: a projector between any CLIP or SigLIP tower and a text model, or the whole tiny model.
+
+    python -m nanovllm.training.align --text-model DIR --vision-model DIR --data pairs.jsonl --images 50000 --output DIR
+    python -m nanovllm.training.align --recipe tiny --seed 1 --minutes 100 --processes 2 --output DIR
+    python -m nanovllm.training.align --evaluate DIR --samples 2000 --json result.json
+
+What is written loads in `transformers` (AutoProcessor, LlavaForConditionalGeneration) and in the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionModel,
+)
+
+from nanovllm.checkpoints.resolve import resolve_checkpoint
+from nanovllm.errors import InvalidInput
+from nanovllm.training import evaluate as evaluate_tiny
+from nanovllm.training import synthetic
+from nanovllm.training import tiny_model as tiny_recipe
+from nanovllm.training.tiny_model import IMAGE_TOKEN
+from nanovllm.training.trainer import Batch, Question, Schedule, Trainer, export, pad
+from nanovllm.vision.images.decode import load_rgb
+
+SYNTHETIC = "synthetic"
+TEXT_MODELS = ("qwen3", "qwen2", "llama")
+TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+PRETRAINED_RATE = 0.1
+"""What already knows something (tower, text model) learns at a tenth of the new projector's rate."""
+
+_RANK = "NANOVLLM_ALIGN_RANK"
+_MEETING_PLACE = "NANOVLLM_ALIGN_MEETING_PLACE"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with one ``<|image|>`` per image, its images (or their paths), and the answer to be learnt."""
+
+    prompt: str
+    images: tuple[Image.Image | Path, ...]
+    answer: str
+
+
+def align(
+    text_model: str | Path,
+    vision_model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    freeze_vision_weights: bool = True,
+    train_text: bool = False,
+    minutes: float | None = None,
+    images: int | None = None,
+    batch_size: int = 16,
+    rate: float = 1e-3,
+    seed: int = 0,
+    raw_prompt: bool = False,
+    device: str | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Trains a projector from a vision tower's output to a text model's embeddings; returns the directory written.
+
+    Args:
+        text_model: directory (or cached name) of a Qwen3, Qwen2 or Llama checkpoint.
+        vision_model: directory (or cached name) of a CLIP or SigLIP checkpoint.
+        data: JSON lines of ``{"prompt", "images": [paths], "answer"}``, paths relative to the file, or ``"synthetic"``.
+        output: the LLaVA directory to write. An interrupted run goes on from what it kept beside it.
+        freeze_vision_weights: whether the tower stays as it is, bit for bit; otherwise it trains too.
+        train_text: whether the text model trains too.
+        minutes, images: how long to train; exactly one is given.
+        batch_size: examples a step.
+        rate: peak learning rate of the projector; pretrained parts take a tenth of it.
+        seed: of the projector's initial values and the order of the data.
+        raw_prompt: leave the text model's chat template out (a template is used where there is one).
+        device: where to train; unset, CUDA where there is one.
+        report: takes lines of progress.
+
+    Raises:
+        InvalidInput: contradictory options, models that cannot be combined, or data that is not as described.
+        ModelNotFound: a name that leads nowhere.
+    """
+    schedule = _schedule(minutes, images, rate=rate, warmup_steps=30)
+    examples = _examples(data, seed)
+    torch.manual_seed(seed)
+    model, processor, dtype = compose(resolve_checkpoint(text_model), resolve_checkpoint(vision_model))
+    model.model.vision_tower.requires_grad_(not freeze_vision_weights)
+    model.model.language_model.requires_grad_(train_text)
+    model.lm_head.requires_grad_(train_text)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scales = {
+        "model.vision_tower": PRETRAINED_RATE,
+        "model.language_model": PRETRAINED_RATE,
+        "lm_head": PRETRAINED_RATE,
+    }
+    output = Path(output)
+    state = output.with_name(output.name + ".training")
+    trainer = Trainer(model, schedule, state, scales=scales, report=report)
+    batches = _Batches(examples, processor, batch_size, raw_prompt)
+    progress = trainer.run(batches, lambda averaged: export(averaged, processor, output, dtype))
+    report(f"aligned on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
+    shutil.rmtree(state)
+    return output
+
+
+def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, torch.dtype]:
+    """Joins a text model and a tower by a projector drawn at random.
+
+    Returns the model in fp32, its processor, and the dtype to store it in: the wider of the two checkpoints', so that
+    frozen weights are stored as they came.
+
+    Raises InvalidInput for models of other kinds than ``TEXT_MODELS`` and ``TOWERS``.
+    """
+    text_config, tower_config = (AutoConfig.from_pretrained(path) for path in (text_model, vision_model))
+    if text_config.model_type not in TEXT_MODELS:
+        raise InvalidInput(f"a text model must be one of {', '.join(TEXT_MODELS)}, not {text_config.model_type!r}")
+    family = tower_config.model_type.removesuffix("_vision_model")
+    if family not in TOWERS:
+        raise InvalidInput(f"a vision model must be one of {', '.join(TOWERS)}, not {tower_config.model_type!r}")
+    # Read first: loading in fp32 overwrites it.
+    dtype = torch.promote_types(*(config.dtype or torch.float32 for config in (text_config, tower_config)))
+    tower = TOWERS[family].from_pretrained(vision_model, dtype=torch.float32)
+    text = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if len(tokenizer) > text.config.vocab_size:
+        text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # CLIP puts a class token before its patches, which the projector leaves out; SigLIP has none.
+    has_class_token = family == "clip"
+    selection = "default" if has_class_token else "full"
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=selection,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.generation_config = text.generation_config
+    processor = LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(vision_model, backend="pil"),
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=selection,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=int(has_class_token),
+        chat_template=tokenizer.chat_template,
+    )
+    return model, processor, dtype
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads JSON lines of ``{"prompt", "images", "answer"}``; image paths are relative to the file.
+
+    Raises InvalidInput, with the number of the line, for what is not such an object or names no existing image, and for
+    a prompt with more or fewer placeholders than images.
+    """
+    if not path.is_file():
+        raise InvalidInput(f"there is no data file {path}")
+    with path.open(encoding="utf-8") as lines:
+        examples = [_example(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise InvalidInput(f"{path.name} holds no examples")
+    return examples
+
+
+def _example(line: str, number: int, path: Path) -> Example:
+    where = f"line {number} of {path.name}"
+    try:
+        fields = json.loads(line)
+        prompt, answer, names = fields["prompt"], fields["answer"], fields["images"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f'{where} is not {{"prompt": ..., "images": [...], "answer": ...}}') from error
+    is_text = isinstance(prompt, str) and isinstance(answer, str)
+    if not is_text or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput(f"{where}: prompt and answer must be strings, images a list of paths")
+    if prompt.count(IMAGE_TOKEN) != len(names):
+        raise InvalidInput(f"{where} has {prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} for {len(names)} images")
+    images = tuple(path.parent / name for name in names)
+    missing = [image.name for image in images if not image.is_file()]
+    if missing:
+        raise InvalidInput(f"{where}: there is no image {missing[0]}")
+    return Example(prompt, images, answer)
+
+
+def _examples(data: str | Path, seed: int) -> Callable[[int], Example]:
+    """Example number i of an endless series, shuffled anew each time through a file."""
+    if str(data) == SYNTHETIC:
+        return lambda index: _from_sample(synthetic.sample(index, seed=seed, split="train"))
+    examples = read_examples(Path(data))
+
+    def shuffled(index: int) -> Example:
+        epoch, place = divmod(index, len(examples))
+        order = list(range(len(examples)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        return examples[order[place]]
+
+    return shuffled
+
+
+def _from_sample(sample: synthetic.Sample) -> Example:
+    return Example(sample.prompt, sample.images, sample.answer)
+
+
+class _Batches:
+    """Batches of examples as the model takes them; a batch is a function of its step."""
+
+    def __init__(
+        self, examples: Callable[[int], Example], processor: LlavaProcessor, size: int, raw_prompt: bool
+    ) -> None:
+        self.examples, self.processor, self.size = examples, processor, size
+        self.tokenizer = processor.tokenizer
+        self.has_template = bool(self.tokenizer.chat_template) and not raw_prompt
+
+    def __call__(self, step: int, tower_only: bool) -> Iterator[Batch]:
+        while True:
+            yield self.batch([self.examples(index) for index in range(step * self.size, (step + 1) * self.size)])
+            step += 1
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Pixels [m, 3, h, w] of all images, and one group of rows."""
+        images = [load_rgb(image) for example in examples for image in example.images]
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        patch = self.processor.patch_size
+        per_image = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        questions, first = [], 0
+        for example in examples:
+            places = list(range(first, first + len(example.images)))
+            questions.append(
+                Question(self.prompt_ids(example.prompt, per_image), self.answer_ids(example.answer), places)
+            )
+            first += len(places)
+        return Batch(pixels, [pad(questions, self.tokenizer.pad_token_id or 0)])
+
+    def prompt_ids(self, prompt: str, tokens_per_image: int) -> list[int]:
+        if self.has_template:
+            turn = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        expanded = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens_per_image)
+        # A chat template writes its own beginning of the sequence.
+        return list(self.tokenizer.encode(expanded, add_special_tokens=not self.has_template))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+
+def train_tiny(
+    output: str | Path,
+    *,
+    seed: int,
+    minutes: float | None = None,
+    images: int | None = None,
+    tower_share: float = 0.1,
+    rate: float = 1e-3,
+    start: str | Path | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Trains the tiny model and writes it in fp16; see `tiny_recipe`.
+
+    It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone.
+    In a process group (`--processes`) every process calls this, and the first one writes.
+
+    Raises InvalidInput unless exactly one of ``minutes`` and ``images`` is given.
+    """
+    schedule = _schedule(minutes, images, tower_share=tower_share, rate=rate)
+    torch.manual_seed(seed)
+    processor = tiny_recipe.processor()
+    model = tiny_recipe.model(processor.tokenizer)
+    if start is not None:
+        earlier = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
+    head = tiny_recipe.glyph_head(model)
+    tiny_recipe.speed_up(model)
+    output = Path(output)
+    state = output.with_name(output.name + ".training")
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = tiny_recipe.Batches(processor.tokenizer, seed, rank=rank, processes=processes)
+
+    def snapshot(averaged: LlavaForConditionalGeneration) -> str:
+        export(averaged, processor, output, torch.float16)
+        result = evaluate_tiny.evaluate(output, samples=100, seed=seed, report=lambda _: None)
+        return ", ".join(
+            f"{name} {kind['exact']}/{kind['n']}" for name, kind in result["groups"].items() if "kind" in name
+        )
+
+    progress = Trainer(model, schedule, state, head=head, bf16=True, report=report).run(batches, snapshot)
+    if rank == 0:
+        report(f"trained on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
+    return output
+
+
+def _schedule(minutes: float | None, images: int | None, **options: Any) -> Schedule:
+    if (minutes is None) == (images is None):
+        raise InvalidInput("say how long to train: either minutes or images")
+    if (minutes or images or 0) <= 0:
+        raise InvalidInput("minutes or images must be more than 0")
+    return Schedule(minutes=minutes, images=images, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.evaluate:
+            _evaluate(arguments)
+        elif arguments.recipe:
+            _train_tiny(arguments, sys.argv[1:] if argv is None else list(argv))
+        else:
+            _align(arguments)
+    except InvalidInput as error:
+        parser.error(str(error))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanovllm align", description="Train or evaluate a LLaVA checkpoint.")
+    what = parser.add_argument_group("what to align")
+    what.add_argument("--text-model", help="Qwen3, Qwen2 or Llama checkpoint")
+    what.add_argument("--vision-model", help="CLIP or SigLIP checkpoint")
+    what.add_argument("--data", help=f'JSON lines of {{"prompt", "images", "answer"}}, or "{SYNTHETIC}"')
+    what.add_argument("--train-vision", action="store_true", help="let the tower train too")
+    what.add_argument("--train-text", action="store_true", help="let the text model train too")
+    what.add_argument("--raw-prompt", action="store_true", help="leave the text model's chat template out")
+    what.add_argument("--batch-size", type=int, default=16)
+    what.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    what.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    recipe = parser.add_argument_group("the tiny model")
+    recipe.add_argument("--recipe", choices=["tiny"], help="train the shipped tiny model from nothing")
+    recipe.add_argument("--processes", type=int, default=1, help="processes that share each step (default: 1)")
+    recipe.add_argument("--tower-share", type=float, default=0.1, help="share of the run for the tower alone")
+    recipe.add_argument("--start", type=Path, help="begin with the weights of this directory, not with random ones")
+    length = parser.add_argument_group("how long, and where to")
+    length.add_argument("--minutes", type=float)
+    length.add_argument("--images", type=int)
+    length.add_argument("--seed", type=int)
+    length.add_argument("--output", help="the directory to write")
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--evaluate", metavar="DIR", help="measure a checkpoint on held-out synthetic samples")
+    evaluation.add_argument("--samples", type=int, default=2000)
+    evaluation.add_argument("--json", type=Path, help="write the figures here as well")
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    seed = evaluate_tiny.EVALUATION_SEED if arguments.seed is None else arguments.seed
+    directory = resolve_checkpoint(arguments.evaluate)
+    result = evaluate_tiny.evaluate(directory, samples=arguments.samples, seed=seed, report=_say)
+    _say(evaluate_tiny.table(result))
+    if arguments.json:
+        evaluate_tiny.write(result, arguments.json)
+
+
+def _align(arguments: argparse.Namespace) -> None:
+    missing = [name for name in ("text_model", "vision_model", "data", "output") if getattr(arguments, name) is None]
+    if missing:
+        raise InvalidInput(f"--{missing[0].replace('_', '-')} is missing")
+    align(
+        arguments.text_model,
+        arguments.vision_model,
+        arguments.data,
+        arguments.output,
+        freeze_vision_weights=not arguments.train_vision,
+        train_text=arguments.train_text,
+        minutes=arguments.minutes,
+        images=arguments.images,
+        batch_size=arguments.batch_size,
+        rate=arguments.rate,
+        seed=arguments.seed or 0,
+        raw_prompt=arguments.raw_prompt,
+        device=arguments.device,
+        report=_say,
+    )
+
+
+def _train_tiny(arguments: argparse.Namespace, argv: list[str]) -> None:
+    if arguments.output is None or arguments.seed is None:
+        raise InvalidInput("--recipe needs --output and --seed")
+    if arguments.processes > 1 and _RANK not in os.environ:
+        _schedule(arguments.minutes, arguments.images)
+        _run_together(arguments.processes, argv)
+        return
+    if arguments.processes > 1:
+        # One thread each: threads of one process that wait for one another lose far more on a busy machine.
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{os.environ[_MEETING_PLACE]}",
+            rank=int(os.environ[_RANK]),
+            world_size=arguments.processes,
+        )
+    train_tiny(
+        arguments.output,
+        seed=arguments.seed,
+        minutes=arguments.minutes,
+        images=arguments.images,
+        tower_share=arguments.tower_share,
+        rate=arguments.rate,
+        start=arguments.start,
+        report=_say,
+    )
+
+
+def _run_together(processes: int, argv: list[str]) -> None:
+    command = [sys.executable, "-m", "nanovllm.training.align", *argv]
+    with tempfile.TemporaryDirectory() as directory:
+        shared = {**os.environ, _MEETING_PLACE: f"{directory}/meeting"}
+        # Compilers that share a cache can leave an empty library behind, on which every later start fails.
+        caches = [{_RANK: str(rank), "TORCHINDUCTOR_CACHE_DIR": f"{directory}/{rank}"} for rank in range(processes)]
+        running = [subprocess.Popen(command, env={**shared, **own}) for own in caches]
+        try:
+            codes = [process.wait() for process in running]
+        finally:
+            for process in running:
+                process.terminate()
+    if any(codes):
+        raise SystemExit(1)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

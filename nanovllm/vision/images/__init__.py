@@ -1,0 +1,1 @@
+"""Encoded images to pixels, within limits, in processes that may die."""

@@ -1,0 +1,348 @@
+"""A checkpoint's own preprocessing, pinned to Pillow: RGB image to the uint8 pixels that its tower was trained on.
+
+Equal bit for bit to the Pillow variants of transformers' CLIP, SigLIP, LLaVA and Qwen-VL image processors, up to and
+including the normalised floats. The uint8 half runs wherever the image is decoded; the rest is a table of 256 values
+a channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from math import ceil, floor, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from PIL import Image
+
+from nanovllm.checkpoints.resolve import read_json_object
+from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
+from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb, pixel_digest
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+# Bumped when the same fields would give other pixels.
+TRANSFORM_VERSION = 1
+
+# A strip one pixel wide and 50 million long would be blown up to gigabytes by "shortest edge to 224".
+MAX_RESIZED_PIXELS = 16 * 2**20
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Channels = tuple[float, float, float]
+ResizeRule = Literal["shortest_edge", "shortest_and_longest_edge", "exact", "fit_within", "pixel_budget"]
+
+MOST_ELONGATED = 200  # times longer than wide, under a pixel budget: beyond it no rounding keeps the proportions
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resize, crop, rescale and normalise, as a checkpoint's preprocessor configuration says.
+
+    ``resize`` names what ``size`` means: ``(edge,)``, ``(shortest, longest)``, ``(height, width)``,
+    ``(max_height, max_width)``, or ``(min_pixels, max_pixels, multiple)`` for sides that are multiples of a number and
+    keep the image's own resolution between two areas; None leaves the size. ``resample`` is Pillow's number of the
+    filter. ``crop`` is ``(height, width)``, padded with black where the image is smaller. ``pad_to_square`` pads to a
+    square first, with the mean as colour.
+    """
+
+    resize: ResizeRule | None = "shortest_edge"
+    size: tuple[int, ...] = (224,)
+    resample: int = Image.Resampling.BICUBIC.value
+    crop: tuple[int, int] | None = (224, 224)
+    pad_to_square: bool = False
+    rescale_factor: float | None = 1 / 255
+    mean: Channels | None = CLIP_MEAN
+    std: Channels | None = CLIP_STD
+
+    @classmethod
+    def from_preprocessor_config(cls, config: dict[str, Any] | str | Path, size_override: int | None = None) -> Self:
+        """Read a ``preprocessor_config.json`` or ``processor_config.json``, or the directory that holds one.
+
+        ``size_override`` asks for square images of that many pixels a side instead of the configured size.
+
+        Raises:
+            ModelNotFound: there is no such file, or it is no JSON object.
+            UnsupportedModel: another processor than CLIP's, SigLIP's or LLaVA's, or an option none of them has.
+        """
+        fields = config if isinstance(config, dict) else _read(Path(config))
+        transform = cls._from_fields(fields.get("image_processor", fields))
+        return transform if size_override is None else transform.resized(size_override)
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        kind = _kind(fields)
+        if kind == "Qwen2VL":
+            return cls._from_qwen_fields(fields)
+        siglip = kind == "Siglip"
+        fields = {key: value for key, value in fields.items() if value is not None}
+        if fields.get("do_pad") and kind != "Llava":
+            raise UnsupportedModel("do_pad is supported for LlavaImageProcessor only")
+        resize, size = _resize_rule(fields.get("size", {"height": 224, "width": 224} if siglip else 224))
+        crop = fields.get("crop_size", 224)
+        return cls(
+            resize=resize if fields.get("do_resize", True) else None,
+            size=size if fields.get("do_resize", True) else (),
+            resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
+            crop=_pair(crop) if fields.get("do_center_crop", not siglip) else None,
+            pad_to_square=bool(fields.get("do_pad", False)),
+            rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
+            mean=_channels(fields.get("image_mean", HALF if siglip else CLIP_MEAN), fields),
+            std=_channels(fields.get("image_std", HALF if siglip else CLIP_STD), fields),
+        )
+
+    @classmethod
+    def _from_qwen_fields(cls, fields: dict[str, Any]) -> Self:
+        fields = {key: value for key, value in fields.items() if value is not None}
+        size = fields.get("size", {})
+        smallest = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
+        largest = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
+        multiple = fields.get("patch_size", 14) * fields.get("merge_size", 2)
+        if not fields.get("do_resize", True):
+            raise UnsupportedModel("do_resize false is not supported for Qwen2VLImageProcessor: patches must fit")
+        return cls(
+            resize="pixel_budget",
+            size=(int(smallest), int(largest), int(multiple)),
+            resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
+            crop=None,
+            rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
+            mean=_channels(fields.get("image_mean", CLIP_MEAN), fields),
+            std=_channels(fields.get("image_std", CLIP_STD), fields),
+        )
+
+    @classmethod
+    def for_siglip(cls, size: int) -> Self:
+        """SigLIP's default preprocessing at ``size`` pixels a side."""
+        return cls(resize="exact", size=(size, size), crop=None, mean=HALF, std=HALF)
+
+    @classmethod
+    def for_clip(cls, size: int) -> Self:
+        """CLIP's default preprocessing at ``size`` pixels a side."""
+        return cls(size=(size,), crop=(size, size))
+
+    def resized(self, side: int) -> Self:
+        """The same preprocessing for square images of ``side`` pixels."""
+        if side < 1:
+            raise ConfigurationError(f"an image size of {side} pixels is not positive")
+        if self.resize == "shortest_edge" and self.crop is not None:
+            return replace(self, size=(side,), crop=(side, side))
+        crop = (side, side) if self.crop is not None else None
+        return replace(self, resize="exact", size=(side, side), crop=crop)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        for name in ("size", "crop", "mean", "std"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """A canonical text: equal transforms give equal texts."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that determines the pixels; part of the embedding's key."""
+        return hashlib.sha256(f"{TRANSFORM_VERSION}:{self.to_json()}".encode()).hexdigest()
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """``(height, width)`` of every output, or None where it depends on the image."""
+        if self.crop is not None:
+            return self.crop
+        if self.resize == "exact":
+            return self.size[0], self.size[1]
+        return None
+
+    def apply(self, rgb: Image.Image) -> np.ndarray:
+        """Resize and crop: uint8 ``[H, W, 3]``, before rescaling and normalisation.
+
+        Raises:
+            TooManyPixels: the image is so narrow that resizing its shortest edge would blow it up beyond memory.
+        """
+        if self.pad_to_square:
+            rgb = self._padded_to_square(rgb)
+        if self.resize is not None:
+            height, width = self._target(rgb.height, rgb.width)
+            if height * width > MAX_RESIZED_PIXELS and height * width > rgb.height * rgb.width:
+                raise TooManyPixels(
+                    f"the image of {rgb.width}x{rgb.height} pixels is too narrow: it would become {width}x{height}"
+                )
+            # A side shorter than half a pixel rounds to zero there, which no filter can produce.
+            rgb = rgb.resize((max(width, 1), max(height, 1)), resample=Image.Resampling(self.resample))
+        pixels = np.array(rgb)
+        return pixels if self.crop is None else _center_crop(pixels, *self.crop)
+
+    def lookup_table(self) -> np.ndarray:
+        """Normalised float32 value of each byte in each channel, ``[3, 256]``."""
+        values = np.arange(256, dtype=np.uint8)
+        levels = values.astype(np.float32)
+        if self.rescale_factor is not None:
+            # In float64 first, as transformers does: the last bit depends on it.
+            levels = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        table = np.repeat(levels[None], 3, axis=0)
+        if self.mean is not None and self.std is not None:
+            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
+        return table
+
+    def _padded_to_square(self, rgb: Image.Image) -> Image.Image:
+        if rgb.width == rgb.height:
+            return rgb
+        side = max(rgb.size)
+        colour = tuple(int(value * 255) for value in self.mean) if self.mean else (0, 0, 0)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+        return square
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if self.resize == "exact":
+            return self.size[0], self.size[1]
+        if self.resize == "shortest_edge":
+            long_side = int(self.size[0] * max(height, width) / min(height, width))
+            return (long_side, self.size[0]) if width <= height else (self.size[0], long_side)
+        if self.resize == "pixel_budget":
+            return _within_budget(height, width, *self.size)
+        if self.resize == "fit_within":
+            scale = min(self.size[0] / height, self.size[1] / width)
+            return int(height * scale), int(width * scale)
+        return _with_longest_edge(height, width, self.size[0], self.size[1])
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image ready for the tower, or past it. Compared by identity; equal pictures have equal digests.
+
+    Attributes:
+        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is there already.
+        digest: SHA-256 (32 bytes) of the original RGB pixels and size, before the transform.
+        width, height: of the original, in pixels, its EXIF orientation applied.
+        size: (height, width) after the transform.
+        file_digest: SHA-256 (32 bytes) of the file that the image came in, where it came in one.
+        embedding: what the encoder makes of it, found by ``file_digest``. Held as long as this object is.
+    """
+
+    pixels: np.ndarray | None
+    digest: bytes
+    width: int
+    height: int
+    size: tuple[int, int]
+    file_digest: bytes | None = None
+    embedding: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the image takes: of its pixels, or of its embedding."""
+        return sum(part.nbytes for part in (self.pixels, self.embedding) if part is not None)
+
+
+def prepare_image(
+    source: ImageSource,
+    transform: ImageTransform,
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> PreparedImage:
+    """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
+    rgb = load_rgb(source, limits)
+    pixels = transform.apply(rgb)
+    return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        names = ("processor_config.json", "preprocessor_config.json")
+        found = next((path / name for name in names if _has_image_processor(path / name)), None)
+        if found is None:
+            raise ModelNotFound(f"{path} holds neither of {', '.join(names)} with an image processor")
+        path = found
+    return read_json_object(path, missing=f"{path} does not exist")
+
+
+def _has_image_processor(path: Path) -> bool:
+    """Older checkpoints keep a processor_config.json without the image processor's settings in it."""
+    return path.is_file() and (path.name == "preprocessor_config.json" or "image_processor" in _read(path))
+
+
+def _kind(fields: dict[str, Any]) -> str:
+    name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIPImageProcessor")
+    for kind in ("CLIP", "Siglip", "Llava", "Qwen2VL"):
+        if name in {f"{kind}ImageProcessor", f"{kind}ImageProcessorFast", f"{kind}ImageProcessorPil",
+                    f"{kind}FeatureExtractor"}:  # fmt: skip
+            return kind
+    raise UnsupportedModel(f"the image processor {name} is not supported; CLIP's, SigLIP's, LLaVA's and Qwen2VL's are")
+
+
+def _resize_rule(size: int | dict[str, int]) -> tuple[ResizeRule, tuple[int, ...]]:
+    if isinstance(size, int):
+        return "shortest_edge", (size,)
+    size = {key: value for key, value in size.items() if value}
+    if "shortest_edge" in size and "longest_edge" in size:
+        return "shortest_and_longest_edge", (size["shortest_edge"], size["longest_edge"])
+    if "shortest_edge" in size:
+        return "shortest_edge", (size["shortest_edge"],)
+    if "max_height" in size and "max_width" in size:
+        return "fit_within", (size["max_height"], size["max_width"])
+    if "height" in size and "width" in size:
+        return "exact", (size["height"], size["width"])
+    raise UnsupportedModel(f"the image size {size} of the preprocessor configuration is not understood")
+
+
+def _pair(size: int | dict[str, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+
+
+def _channels(values: Any, fields: dict[str, Any]) -> Channels | None:
+    if not fields.get("do_normalize", True):
+        return None
+    red, green, blue = values if isinstance(values, (list, tuple)) else (values,) * 3
+    return float(red), float(green), float(blue)
+
+
+def _within_budget(height: int, width: int, smallest: int, largest: int, multiple: int) -> tuple[int, int]:
+    """The nearest multiples, both shrunk or grown in proportion where their area is beyond a bound.
+
+    Rounding never passes the upper bound, where transformers' does for narrow images under a low one.
+    """
+    if max(height, width) > MOST_ELONGATED * min(height, width):
+        raise InvalidImage(f"the image of {width}x{height} pixels is too narrow: {MOST_ELONGATED}:1 is the limit")
+    rows, columns = round(height / multiple), round(width / multiple)
+    if rows * columns * multiple**2 > largest:
+        shrink = sqrt(height * width / largest)
+        rows, columns = (max(1, floor(side / shrink / multiple)) for side in (height, width))
+    elif rows * columns * multiple**2 < smallest:
+        grow = sqrt(smallest / (height * width))
+        rows, columns = (ceil(side * grow / multiple) for side in (height, width))
+    rows = min(rows, largest // multiple**2)
+    return rows * multiple, min(columns, largest // multiple**2 // rows) * multiple
+
+
+def _with_longest_edge(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    exact: float | None = None
+    if max(height, width) / min(height, width) * shortest > longest:
+        exact = longest * min(height, width) / max(height, width)
+        shortest = round(exact)
+    if min(height, width) == shortest:
+        return height, width
+    scaled = shortest if exact is None else exact
+    if width < height:
+        return int(scaled * height / width), shortest
+    return shortest, int(scaled * width / height)
+
+
+def _center_crop(pixels: np.ndarray, crop_height: int, crop_width: int) -> np.ndarray:
+    """The centre of ``[H, W, 3]``, padded with zeros where it is smaller than the crop."""
+    height, width = pixels.shape[:2]
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    if top >= 0 and left >= 0:
+        return np.ascontiguousarray(pixels[top : top + crop_height, left : left + crop_width])
+    canvas_height, canvas_width = max(crop_height, height), max(crop_width, width)
+    canvas = np.zeros((canvas_height, canvas_width, 3), pixels.dtype)
+    pad_top, pad_left = ceil((canvas_height - height) / 2), ceil((canvas_width - width) / 2)
+    canvas[pad_top : pad_top + height, pad_left : pad_left + width] = pixels
+    top, left = top + pad_top, left + pad_left
+    return np.ascontiguousarray(
+        canvas[max(0, top) : min(canvas_height, top + crop_height), max(0, left) : min(canvas_width, left + crop_width)]
+    )
