@@ -19,7 +19,7 @@ help: ## Say what can be made
 	@touch $@ .venv/.demo
 
 demo: .venv/.demo ## Images into Kafka, text out: the whole way on this machine
-	@$(PY) -m nanovllm.pipeline.cli demo
+	@$(PY) -m nanovllm.cli.main demo
 
 test: .venv/.dev ## The tests for every day (15 minutes on 2 quiet cores, twice that on busy ones)
 	$(PY) -m pytest -m "not slow and not proof"

@@ -31,7 +31,7 @@ import msgpack
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
-from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.demo.child_process import LocalProcess
 
 PARTITIONS = 4
 TICKS = os.sysconf("SC_CLK_TCK")

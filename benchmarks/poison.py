@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
-from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.demo.child_process import LocalProcess
 
 RESULTS = Path(__file__).parent / "results" / "poison.json"
 PARTITIONS = 4

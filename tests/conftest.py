@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
 
-from nanovllm.pipeline.broker import EmbeddedBroker
+from nanovllm.demo.broker import EmbeddedBroker
 
 # The tests see neither the shell's settings and credentials, nor those of ~/.aws, nor a proxy before loopback; and what
 # they print is plain, though Rich and Typer are asked for colours (GitHub's runners do).

@@ -23,8 +23,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from botocore.config import Config
 from PIL import Image
 
-from nanovllm.pipeline.broker import answers_metadata
-from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.demo.broker import answers_metadata
+from nanovllm.demo.child_process import LocalProcess, free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -353,7 +353,7 @@ def worker_process(
     *options: str,
     settings: Mapping[str, str],
     name: str = "worker",
-    program: Sequence[str] = ("-m", "nanovllm.pipeline.cli"),
+    program: Sequence[str] = ("-m", "nanovllm.cli.main"),
 ) -> LocalProcess:
     """``nanovllm worker`` as its own process, not started yet.
 

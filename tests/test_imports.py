@@ -41,7 +41,7 @@ def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) ->
     run(
         REFUSE_HEAVY
         + "from nanovllm import JobProducer, Job, Result, DeadLetter, SamplingParams\n"
-        + "import nanovllm.messages.job, nanovllm.messages.codec, nanovllm.settings.worker, nanovllm.pipeline.cli\n"
+        + "import nanovllm.messages.job, nanovllm.messages.codec, nanovllm.settings.worker, nanovllm.cli.main\n"
         + "import nanovllm.messages.result, nanovllm.sinks.kafka, nanovllm.sinks.jsonl, nanovllm.metrics\n"
         + "import nanovllm.engine.backend, nanovllm.engine.outputs, nanovllm.engine.prompts, nanovllm.engine.echo\n",
         tmp_path,

@@ -5,7 +5,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from botocore.exceptions import ClientError
 from parts import S3Part, create_topic
 
-from nanovllm.pipeline.object_store import EmbeddedObjectStore
+from nanovllm.demo.object_store import EmbeddedObjectStore
 
 
 async def carries_a_record(bootstrap_servers: str, topic: str) -> None:

@@ -14,9 +14,9 @@ import click
 import typer
 
 from nanovllm import errors
+from nanovllm.cli.main import DONE, FAILED, MISUSE, app
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline import reference
-from nanovllm.pipeline.cli import DONE, FAILED, MISUSE, app
 
 LIST = Path(__file__).with_name("promised_surfaces.json")
 

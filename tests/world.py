@@ -13,9 +13,9 @@ from parts import S3Part, create_topic, eventually, unique_name, worker_process
 
 from nanovllm.client.producer import JobProducer
 from nanovllm.client.results import ResultReader
+from nanovllm.demo.child_process import LocalProcess
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.local_process import LocalProcess
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings

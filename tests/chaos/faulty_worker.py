@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nanovllm.cli import main as cli
 from nanovllm.engine.backend import Generation, Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import EngineDead
-from nanovllm.pipeline import app, cli
+from nanovllm.pipeline import app
 
 POISON = "segmentation fault, please"
 HUNGER = "all the memory, please"

@@ -10,7 +10,7 @@ from random import Random
 
 from world import World
 
-from nanovllm.pipeline.local_process import LocalProcess
+from nanovllm.demo.child_process import LocalProcess
 
 PROGRAM = Path(__file__).with_name("faulty_worker.py")
 SUPERVISION_S = 0.2

@@ -16,8 +16,8 @@ from aiokafka import AIOKafkaConsumer
 from parts import eventually
 from world import World
 
+from nanovllm.demo.child_process import LocalProcess
 from nanovllm.messages.job import Job
-from nanovllm.pipeline.local_process import LocalProcess
 
 pytestmark = pytest.mark.kafka
 

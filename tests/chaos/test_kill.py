@@ -11,8 +11,8 @@ import pytest
 from parts import png
 from world import World
 
+from nanovllm.demo.broker import evict_members
 from nanovllm.messages.job import Job
-from nanovllm.pipeline.broker import evict_members
 
 JOBS = 300
 IMAGES = 60

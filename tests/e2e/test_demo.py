@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from parts import eventually
 
+from nanovllm.demo.child_process import LocalProcess
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.local_process import LocalProcess
 
-COMMAND = [sys.executable, "-m", "nanovllm.pipeline.cli"]
+COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
 FILES = {"report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"}
 TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "checkpoints" / "assets" / "tiny-receipts"
 needs_the_model = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from parts import KafkaNode, create_topic, eventually, kafka_node_program, unique_name, worker_process
 
-from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.demo.child_process import LocalProcess, free_port
 
 # Two seconds are promised. What is tested is that nothing is waited for that takes longer than this.
 STOP_S = 15.0
@@ -102,7 +102,7 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 sys.argv = ["nanovllm", "worker"]
-import nanovllm.pipeline.cli
+import nanovllm.cli.main
 """
 
 

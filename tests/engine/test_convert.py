@@ -17,9 +17,9 @@ from checkpoints import make_clip, make_llava, make_text, make_tokenizer
 from engine_parts import Reference, assert_all_same, drain, draw_cases, greedy, recording_engine
 from safetensors.torch import load_file
 
+from nanovllm.cli.main import DONE, MISUSE, main
 from nanovllm.engine.convert import convert
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
-from nanovllm.pipeline.cli import DONE, MISUSE, main
 from nanovllm.vision.encoders.clip import VisionEncoder
 
 

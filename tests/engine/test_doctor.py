@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovllm.cli.main import main
 from nanovllm.engine import kernels
 from nanovllm.engine.doctor import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.app import _load_engine, native_engine
-from nanovllm.pipeline.cli import main
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import EngineSettings
 from tests.checkpoints import make_llava

@@ -21,7 +21,7 @@ from helm_python import Config
 from kubernetes import client, config
 from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
 
-from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.demo.child_process import LocalProcess, free_port
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
 

@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from parts import S3Part, create_topic
 from PIL import Image
 
-from nanovllm.pipeline.local_process import free_port
+from nanovllm.demo.child_process import free_port
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Setup:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "nanovllm.pipeline.cli",
+            "nanovllm.cli.main",
             "worker",
             *arguments,
             env={**os.environ, **self.environment, **environment},

@@ -10,8 +10,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from parts import create_topic, eventually
 
+from nanovllm.demo.broker import EmbeddedBroker, answers_metadata, evict_members
 from nanovllm.errors import SystemicError
-from nanovllm.pipeline.broker import EmbeddedBroker, answers_metadata, evict_members
 
 
 async def test_records_survive_a_clean_stop_on_the_same_directory(tmp_path):

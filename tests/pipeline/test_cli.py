@@ -10,11 +10,11 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from sample_messages import dead_letter, result
 
+from nanovllm.cli.main import main
+from nanovllm.cli.sources import plan_submissions
+from nanovllm.demo import jobs as demo_jobs
 from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.pipeline import demo_jobs
-from nanovllm.pipeline.cli import main
-from nanovllm.pipeline.submission import plan_submissions
 from nanovllm.sinks.kafka_records import dead_letter_record, result_record
 from nanovllm.terminal import plain
 

@@ -20,12 +20,12 @@ from prometheus_client import Counter
 from world import World
 
 from nanovllm.client.upload import ImageUploader
+from nanovllm.demo.child_process import free_port
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, CredentialsRefused, SystemicError
 from nanovllm.messages.job import ImageRef
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client, check_settings
-from nanovllm.pipeline.local_process import free_port
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 

@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from nanovllm.demo.jobs import BROKEN_JOB_ID, demo_set
+from nanovllm.demo.outcome import Outcome, percentile, stage_times
+from nanovllm.demo.report import render_report
 from nanovllm.errors import ConfigurationError
 from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, TokenUsage
-from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, demo_set
-from nanovllm.pipeline.demo_outcome import Outcome, percentile, stage_times
-from nanovllm.pipeline.report import render_report
 from nanovllm.vision.images.decode import pixel_digest
 
 

@@ -11,11 +11,11 @@ import pytest
 from bench import Bench, FaultyFetcher, eventually, png, reached
 from sample_messages import dead_letter
 
+from nanovllm.cli.main import main
 from nanovllm.engine.backend import Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
-from nanovllm.pipeline.cli import main
 from nanovllm.pipeline.poison import PoisonLimit
 from nanovllm.sinks.kafka_records import dead_letter_record
 

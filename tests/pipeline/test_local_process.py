@@ -8,7 +8,7 @@ import sys
 import pytest
 from parts import eventually
 
-from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.demo.child_process import LocalProcess, free_port
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [
@@ -58,7 +58,7 @@ def test_a_process_that_never_started_has_nothing_to_stop(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
-from nanovllm.pipeline.local_process import LocalProcess, free_port
+from nanovllm.demo.child_process import LocalProcess, free_port
 child = LocalProcess("child", [sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1]))
 child.start()
 print(child.pid, flush=True)

@@ -155,7 +155,7 @@ async def test_absent_brokers_are_an_error_of_their_own() -> None:
 
 def test_producing_jobs_imports_no_torch() -> None:
     program = (
-        "import sys; from nanovllm import JobProducer, Job, Result, DeadLetter; import nanovllm.pipeline.cli;"
+        "import sys; from nanovllm import JobProducer, Job, Result, DeadLetter; import nanovllm.cli.main;"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL', 'moto'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

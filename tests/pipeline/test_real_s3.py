@@ -20,6 +20,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from parts import S3Part
 
+from nanovllm.cli.sources import plan_submissions
 from nanovllm.client.producer import _image_ref
 from nanovllm.errors import (
     CredentialsRefused,
@@ -35,7 +36,6 @@ from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
 from nanovllm.pipeline.reuse import ImageReuse
-from nanovllm.pipeline.submission import plan_submissions
 from nanovllm.settings.s3 import S3Settings
 
 pytestmark = pytest.mark.s3

@@ -12,10 +12,10 @@ from bench import Bench, FaultyFetcher, eventually, reached
 from parts import worker_process
 from pydantic import BaseModel, SecretStr
 
+from nanovllm.cli.main import main
 from nanovllm.engine.backend import Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed
-from nanovllm.pipeline.cli import main
 from nanovllm.settings.loading import load_settings
 from nanovllm.settings.worker import Settings
 

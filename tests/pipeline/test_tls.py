@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.client.producer import JobProducer
+from nanovllm.demo.child_process import free_port
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.messages.codec import decode_job
-from nanovllm.pipeline.local_process import free_port
 from nanovllm.settings.kafka import KafkaSettings
 
 pytestmark = pytest.mark.kafka

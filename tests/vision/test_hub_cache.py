@@ -18,9 +18,9 @@ from checkpoints import into_hub_cache, make_clip, make_llava, make_qwen3
 from safetensors.torch import load_file
 
 from nanovllm.checkpoints.resolve import ALIASES_VARIABLE, resolve_checkpoint
+from nanovllm.cli.main import DONE, main
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ModelNotFound
-from nanovllm.pipeline.cli import DONE, main
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.encoders.clip import VisionEncoder
 

@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from nanovllm.cli.sources import Submission, plan_submissions, send_all
+from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
 from nanovllm.client.results import ResultReader
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.results_view import ResultRows
-from nanovllm.pipeline.submission import Submission, plan_submissions, send_all
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.kafka.admin import create_topics, topic_states
-from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.pipeline.topic_plan import findings, implied_acls, topic_needs
 from nanovllm.terminal import print_table
 

@@ -12,8 +12,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
+from nanovllm.demo.child_process import LocalProcess, free_port
 from nanovllm.errors import ConfigurationError, SystemicError
-from nanovllm.pipeline.local_process import LocalProcess, free_port
 
 HOST = "127.0.0.1"
 CREDENTIALS = {

@@ -19,12 +19,12 @@ from typing import Annotated
 
 import typer
 
+from nanovllm.cli import jobs as client_commands
+from nanovllm.cli.dlq import dlq_app
+from nanovllm.cli.jobs import ConfigOption
+from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
-from nanovllm.pipeline import client_commands
-from nanovllm.pipeline.client_commands import ConfigOption
-from nanovllm.pipeline.dlq_commands import dlq_app
 from nanovllm.pipeline.stop_signals import DONE, FAILED
-from nanovllm.pipeline.topic_commands import topics_app
 from nanovllm.settings.loading import load_settings
 from nanovllm.terminal import plain, print_table
 
@@ -72,7 +72,7 @@ def demo(
 ) -> None:
     """Show the whole way on this machine: generated images in, text out, with a report."""
     _require("demo", "torch", "transformers", "moto", "noida_db")
-    from nanovllm.pipeline.demo import DEFAULT_JOBS, run_demo
+    from nanovllm.demo.run import DEFAULT_JOBS, run_demo
 
     raise typer.Exit(run_demo(keep=keep, output=output, jobs=DEFAULT_JOBS if jobs is None else jobs))
 

@@ -25,17 +25,17 @@ from rich.text import Text
 
 from nanovllm.client.producer import JobProducer
 from nanovllm.client.results import ResultReader
+from nanovllm.demo.broker import EmbeddedBroker
+from nanovllm.demo.child_process import LocalProcess, free_port
+from nanovllm.demo.jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
+from nanovllm.demo.object_store import EmbeddedObjectStore
+from nanovllm.demo.outcome import Outcome
+from nanovllm.demo.report import render_report
 from nanovllm.errors import SystemicError
 from nanovllm.kafka.admin import create_topics
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.broker import EmbeddedBroker
-from nanovllm.pipeline.demo_jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
-from nanovllm.pipeline.demo_outcome import Outcome
-from nanovllm.pipeline.local_process import LocalProcess, free_port
-from nanovllm.pipeline.object_store import EmbeddedObjectStore
-from nanovllm.pipeline.report import render_report
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import ENV_PREFIX, Settings
@@ -48,7 +48,7 @@ STALL_S = 180.0
 
 # Of the caller's own settings only these reach the worker: the demo must never touch anybody's brokers or buckets.
 _KEPT_SETTINGS = ("NANOVLLM_ENGINE__", "NANOVLLM_IMAGES__", "NANOVLLM_LOG_LEVEL")
-_COMMAND = [sys.executable, "-m", "nanovllm.pipeline.cli"]
+_COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
 
 
 def run_demo(*, keep: bool = False, output: Path = Path("build/demo"), jobs: int = DEFAULT_JOBS) -> int:

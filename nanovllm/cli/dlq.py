@@ -12,10 +12,10 @@ from typing import Annotated, get_args
 
 import typer
 
+from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.client.dead_letters import BuriedJob, LetterFilter, Replay, Replayer, read_dead_letters
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
-from nanovllm.pipeline.client_commands import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json, print_table
 

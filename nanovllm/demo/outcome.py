@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nanovllm.demo.jobs import BROKEN_JOB_ID, DemoJob, DemoSet
 from nanovllm.messages.base import Message
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.demo_jobs import BROKEN_JOB_ID, DemoJob, DemoSet
 from nanovllm.sinks.jsonl import JsonLinesSink
 
 MIN_EXACT_SHARE = 0.9

@@ -11,10 +11,10 @@ from os import cpu_count
 
 from PIL import Image
 
+from nanovllm.demo.jobs import DemoJob
+from nanovllm.demo.outcome import Outcome, stage_times
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.demo_jobs import DemoJob
-from nanovllm.pipeline.demo_outcome import Outcome, stage_times
 
 THUMBNAIL_PX = 128
 _COLOURS = {

@@ -25,8 +25,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, for_code
 from aiokafka.protocol.group import LeaveGroupRequest
 
+from nanovllm.demo.child_process import LocalProcess, free_port
 from nanovllm.errors import ConfigurationError, SystemicError
-from nanovllm.pipeline.local_process import LocalProcess, free_port
 
 logger = logging.getLogger(__name__)
 

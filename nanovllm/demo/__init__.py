@@ -1,0 +1,1 @@
+"""The demo: a broker, an object store, a worker and jobs on one machine, and a report."""
