@@ -18,10 +18,10 @@ from nanovllm.engine.echo import EchoEngine
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client
-from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.health import Health
-from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.source import JobSource
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore

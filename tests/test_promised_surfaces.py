@@ -16,7 +16,7 @@ import typer
 from nanovllm import errors
 from nanovllm.cli.main import DONE, FAILED, MISUSE, app
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline import reference
+from tools import reference
 
 LIST = Path(__file__).with_name("promised_surfaces.json")
 

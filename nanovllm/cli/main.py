@@ -24,7 +24,7 @@ from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.jobs import ConfigOption
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
-from nanovllm.pipeline.stop_signals import DONE, FAILED
+from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
 from nanovllm.terminal import plain, print_table
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError
 from nanovllm.kafka.client import producer_kwargs
-from nanovllm.pipeline.stop_signals import DONE, FAILED, StopSignals
+from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
@@ -21,7 +21,7 @@ from nanovllm.settings.worker import Settings
 if TYPE_CHECKING:
     from nanovllm.engine.backend import EngineBackend
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.pipeline.health import Health
+    from nanovllm.pipeline.operations.health import Health
     from nanovllm.vision.images.decode import ImageLimits
 
 logger = logging.getLogger("nanovllm.worker")
@@ -78,7 +78,7 @@ def _log_to_stderr(level: str) -> None:
 
 async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool) -> None:
     from nanovllm.metrics import Metrics
-    from nanovllm.pipeline.health import Health, HealthServer
+    from nanovllm.pipeline.operations.health import Health, HealthServer
 
     asyncio.get_running_loop().set_exception_handler(_report)
     metrics, health = Metrics(), Health()
@@ -101,9 +101,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.recovering_producer import RenewingProducer
         from nanovllm.objects.fetch import ObjectFetcher
         from nanovllm.objects.s3_client import S3Client, check_settings
-        from nanovllm.pipeline.in_flight import InFlight
-        from nanovllm.pipeline.retries import RetryTiers
-        from nanovllm.pipeline.source import JobSource
+        from nanovllm.pipeline.consuming.crash_guard import InFlight
+        from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+        from nanovllm.pipeline.consuming.source import JobSource
         from nanovllm.pipeline.worker import Worker
         from nanovllm.sinks.claim_check import S3ResultStore
         from nanovllm.sinks.kafka import KafkaSink

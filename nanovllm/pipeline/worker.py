@@ -13,19 +13,19 @@ from nanovllm.engine.backend import EngineBackend
 from nanovllm.errors import EngineDead, SystemicError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.admission import Admission
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.health import Health
-from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.key_order import KeyOrder
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.refusals import Refused
-from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.source import JobSource
-from nanovllm.pipeline.spare_time import spare_time
-from nanovllm.pipeline.stages import Received, Stages
-from nanovllm.pipeline.systemic import SystemicFaults
+from nanovllm.pipeline.admission.admission import Admission
+from nanovllm.pipeline.admission.key_order import KeyOrder
+from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.faults import SystemicFaults
+from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.stages.invalid_records import Refused
+from nanovllm.pipeline.stages.process import Received, Stages
+from nanovllm.pipeline.stages.spare_time import spare_time
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink

@@ -18,7 +18,7 @@ import yaml
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
-from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
 from nanovllm.settings.loading import load_settings, unknown_variables
 from nanovllm.settings.worker import Settings
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nanovllm.pipeline.admission import Admission
+from nanovllm.pipeline.admission.admission import Admission
 
 
 def admission(*, max_jobs: int = 4, max_bytes: int = 100) -> Admission:

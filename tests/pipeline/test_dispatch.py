@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.echo import EchoEngine
-from nanovllm.pipeline.dispatch import Claim, Dispatch
-from nanovllm.pipeline.tenants import MAX_REMEMBERED, FairShares, TokenRates
+from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
+from nanovllm.pipeline.admission.tenants import MAX_REMEMBERED, FairShares, TokenRates
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.worker import Settings
 

@@ -16,7 +16,7 @@ from nanovllm.engine.backend import Request
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
-from nanovllm.pipeline.poison import PoisonLimit
+from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit
 from nanovllm.sinks.kafka_records import dead_letter_record
 
 Capture = pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from nanovllm.messages.base import Source
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import ChatMessage, ImageRef, Job
-from nanovllm.pipeline.passage import dead_letter_class
+from nanovllm.pipeline.stages.context import dead_letter_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sinks.kafka_records import dead_letter_record, read_dead_letter
 

@@ -12,7 +12,7 @@ import pytest
 
 from nanovllm.engine.outputs import EngineStats
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.health import Health, HealthServer
+from nanovllm.pipeline.operations.health import Health, HealthServer
 
 
 @dataclass

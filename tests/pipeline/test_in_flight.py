@@ -11,9 +11,9 @@ from parts import create_topic
 from nanovllm.errors import CrashedWorker, EngineDead
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.recovering_producer import RenewingProducer
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
 from nanovllm.settings.kafka import KafkaSettings
 
 pytestmark = pytest.mark.kafka

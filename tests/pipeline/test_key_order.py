@@ -9,7 +9,7 @@ import pytest
 from bench import Bench, GatedEngine
 from parts import eventually
 
-from nanovllm.pipeline.key_order import KeyOrder, Turn
+from nanovllm.pipeline.admission.key_order import KeyOrder, Turn
 
 
 async def has_come(turn: Turn) -> bool:

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed
-from nanovllm.pipeline.admission import Admission
-from nanovllm.pipeline.dispatch import Claim, Dispatch
-from nanovllm.pipeline.lanes import OVERTAKEN_AT_MOST, LaneTurns
-from nanovllm.pipeline.tenants import FairShares
-from nanovllm.pipeline.topic_plan import implied_acls, topic_needs
+from nanovllm.pipeline.admission.admission import Admission
+from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
+from nanovllm.pipeline.admission.lanes import OVERTAKEN_AT_MOST, LaneTurns
+from nanovllm.pipeline.admission.tenants import FairShares
+from nanovllm.pipeline.operations.topic_checks import implied_acls, topic_needs
 from nanovllm.settings.worker import Settings
 
 URGENT, BULK = -10, 10

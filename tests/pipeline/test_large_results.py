@@ -17,11 +17,11 @@ from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.objects.s3_client import S3Client
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.outgoing import OutgoingRecords
-from nanovllm.pipeline.passage import Passage
-from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.stages.context import Passage
+from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 from strategies import examples
 
-from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
 
 
 def ledger(position: int = 0, *, max_out_of_order: int = 1_000) -> PartitionLedger:

@@ -35,7 +35,7 @@ from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
-from nanovllm.pipeline.reuse import ImageReuse
+from nanovllm.pipeline.stages.caches import ImageReuse
 from nanovllm.settings.s3 import S3Settings
 
 pytestmark = pytest.mark.s3

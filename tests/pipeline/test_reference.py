@@ -13,7 +13,7 @@ from strategies import jobs
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import encode
 from nanovllm.messages.job import Job
-from nanovllm.pipeline import reference
+from tools import reference
 
 DOCS = Path(__file__).parents[2] / "docs"
 JOB_SCHEMA = jsonschema.Draft202012Validator(json.loads(reference.schemas()["job.v1.json"]))
@@ -21,17 +21,17 @@ JOB_SCHEMA = jsonschema.Draft202012Validator(json.loads(reference.schemas()["job
 
 def test_the_published_schemas_are_those_of_the_models() -> None:
     published = {file.name: file.read_text() for file in (DOCS / "schemas").glob("*.json")}
-    assert published == reference.schemas(), "run: python -m nanovllm.pipeline.reference"
+    assert published == reference.schemas(), "run: python tools/reference.py"
 
 
 def test_the_settings_page_is_that_of_the_settings() -> None:
     page = (DOCS / "settings.md").read_text()
-    assert page == reference.settings_page(), "run: python -m nanovllm.pipeline.reference"
+    assert page == reference.settings_page(), "run: python tools/reference.py"
 
 
 def test_the_page_of_dead_letter_codes_is_that_of_the_errors() -> None:
     page = (DOCS / "dead-letters.md").read_text()
-    assert page == reference.codes_page(), "run: python -m nanovllm.pipeline.reference"
+    assert page == reference.codes_page(), "run: python tools/reference.py"
 
 
 @pytest.mark.parametrize("name", list(reference.schemas()))

@@ -18,10 +18,10 @@ from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.breaker import CircuitBreaker
-from nanovllm.pipeline.delays import DelayedHeads
-from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.consuming.delayed_partitions import DelayedHeads
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.worker import Settings
 

@@ -21,7 +21,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
-from nanovllm.pipeline.reuse import ImageReuse, SharedWork
+from nanovllm.pipeline.stages.caches import ImageReuse, SharedWork
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.images import ReuseSettings
 from nanovllm.settings.s3 import S3Settings

@@ -19,10 +19,10 @@ from parts import create_topic
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.places import Places
-from nanovllm.pipeline.source import JobSource
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.consuming.start_offset import Places
 from nanovllm.settings.kafka import KafkaSettings
 
 
@@ -356,7 +356,7 @@ async def test_jobs_in_partitions_that_are_added_are_read_from_the_first_one_on(
     group = kafka_group
     settings = group.settings.model_copy(update={"auto_offset_reset": policy})
     await group.send(0, 2)
-    with caplog.at_level(logging.INFO, "nanovllm.pipeline.places"):
+    with caplog.at_level(logging.INFO, "nanovllm.pipeline.consuming.start_offset"):
         async with group.member(settings=settings, exactly_once=exactly_once) as member:
             await eventually(lambda: member.partitions == {0, 1})
             await group.add_partitions(4)

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from nanovllm.pipeline.spare_time import BUSY_TURN_S, spare_time
+from nanovllm.pipeline.stages.spare_time import BUSY_TURN_S, spare_time
 
 
 async def test_work_that_can_wait_goes_on_beside_a_loop_that_is_never_idle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "nanovllm.pipeline.spare_time.PATIENCE_S", 0.5
+        "nanovllm.pipeline.stages.spare_time.PATIENCE_S", 0.5
     )  # this process may stand still for longer than 3 ms
     turns = 0
 
@@ -38,7 +38,7 @@ async def test_work_that_can_wait_goes_on_beside_a_loop_that_is_never_idle(
 
 
 async def test_a_chain_of_steps_ends_before_work_that_can_wait_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm.pipeline.spare_time.PATIENCE_S", 60.0)
+    monkeypatch.setattr("nanovllm.pipeline.stages.spare_time.PATIENCE_S", 60.0)
     steps: list[int] = []
 
     async def chain() -> None:

@@ -8,8 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
-from nanovllm.pipeline.solitude import Solitude
-from nanovllm.pipeline.suspects import PartitionRecord
+from nanovllm.pipeline.consuming.shared_exclusive_lock import Solitude
+from nanovllm.pipeline.consuming.suspect_state import PartitionRecord
 
 
 def test_all_that_were_in_the_engine_are_suspects_and_none_is_charged() -> None:

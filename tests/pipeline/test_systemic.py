@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nanovllm.errors import CredentialsRefused
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.health import Health
-from nanovllm.pipeline.systemic import SystemicFaults
+from nanovllm.pipeline.failure.faults import SystemicFaults
+from nanovllm.pipeline.operations.health import Health
 
 
 class Clock:

@@ -18,9 +18,9 @@ from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.client import producer_kwargs, transactional_kwargs
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.source import JobSource
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.settings.kafka import KafkaSettings
 
 pytestmark = pytest.mark.kafka

@@ -15,8 +15,8 @@ from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 from nanovllm.engine.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.stages import Stages
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.worker import ALONE
 from nanovllm.sinks.kafka import KafkaSink
 

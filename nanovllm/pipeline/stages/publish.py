@@ -30,9 +30,9 @@ from nanovllm.messages.result import (
     result_id_for,
 )
 from nanovllm.objects.fetch import FetchedImage
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.passage import Passage
-from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.stages.context import Passage
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
 

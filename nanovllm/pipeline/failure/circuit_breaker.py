@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from nanovllm.errors import ObjectUnavailable, SystemicError, TransientError
-from nanovllm.pipeline.backoff import Backoff
+from nanovllm.pipeline.failure.backoff import Backoff
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.records import Headers
 from nanovllm.messages.base import Source
-from nanovllm.pipeline.assignment import Delivery
+from nanovllm.pipeline.consuming.partition import Delivery
 from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-from nanovllm.pipeline.lanes import LaneTurns
+from nanovllm.pipeline.admission.lanes import LaneTurns
 
 Batches = dict[TopicPartition, list[ConsumerRecord]]
 

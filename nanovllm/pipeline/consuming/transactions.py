@@ -25,7 +25,7 @@ from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.pipeline.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)

@@ -24,13 +24,13 @@ from nanovllm.errors import BrokersUnavailable, NanoVLLMError
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.raw_records import PARSE_ERRORS, RawRecord, read_raw
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.assignment import Assignment, Delivery
-from nanovllm.pipeline.delays import DelayedHeads
-from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.places import Places
-from nanovllm.pipeline.rounds import Batches, Rounds
-from nanovllm.pipeline.transactions import PartitionTransactions
+from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.pipeline.consuming.delayed_partitions import DelayedHeads
+from nanovllm.pipeline.consuming.fair_poll import Batches, Rounds
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Assignment, Delivery
+from nanovllm.pipeline.consuming.start_offset import Places
+from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)

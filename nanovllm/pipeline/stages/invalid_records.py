@@ -16,12 +16,12 @@ from nanovllm.errors import MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import BREATH
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.admission import Ticket
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.outgoing import OutgoingRecords
-from nanovllm.pipeline.passage import Passage, dead_letter_class
-from nanovllm.pipeline.poison import PoisonLimit
+from nanovllm.pipeline.admission.admission import Ticket
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit
+from nanovllm.pipeline.stages.context import Passage, dead_letter_class
+from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.sinks.kafka import KafkaSink
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.transactions import PartitionTransactions
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
 
 @dataclass(frozen=True)

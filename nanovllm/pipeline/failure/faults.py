@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nanovllm.errors import NanoVLLMError
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.health import Health
+from nanovllm.pipeline.operations.health import Health
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from nanovllm.kafka.client import client_kwargs
 from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.kafka.recovering_producer import RenewingProducer
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.ledger import PartitionLedger
-from nanovllm.pipeline.solitude import Solitude
-from nanovllm.pipeline.suspects import PartitionRecord
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.shared_exclusive_lock import Solitude
+from nanovllm.pipeline.consuming.suspect_state import PartitionRecord
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)

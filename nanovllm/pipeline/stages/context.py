@@ -15,8 +15,8 @@ from nanovllm.messages.base import AnswerReuse
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.retries import Origin
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.retry_topics import Origin
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",

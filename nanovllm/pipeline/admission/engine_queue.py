@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 
-from nanovllm.pipeline.lanes import LaneTurns
-from nanovllm.pipeline.tenants import FairShares
+from nanovllm.pipeline.admission.lanes import LaneTurns
+from nanovllm.pipeline.admission.tenants import FairShares
 
 
 @dataclass(frozen=True)

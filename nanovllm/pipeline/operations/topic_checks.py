@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanovllm.kafka.admin import DAY_MS, TopicState
-from nanovllm.pipeline.retries import RetryTiers
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
 from nanovllm.settings.worker import Settings
 
 # What a dead letter or a delayed retry adds to the job that it carries.

@@ -1,6 +1,6 @@
 """The generated references: JSON Schemas of the messages, and the pages of all settings and dead-letter codes.
 
-``python -m nanovllm.pipeline.reference`` writes them into ``docs/``; a test fails while they differ from the models.
+``python tools/reference.py`` writes them into ``docs/``; a test fails while they differ from the models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import Job
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.passage import dead_letter_class
+from nanovllm.pipeline.stages.context import dead_letter_class
 from nanovllm.settings.worker import ENV_PREFIX, Settings
 
 _MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaMode], ...] = (
@@ -47,7 +47,7 @@ The environment wins over the file. In a variable, lists and objects are JSON; l
 An unknown name is an error. `nanovllm worker --print-config` shows the effective values with secrets masked.
 Credentials for S3 are the AWS SDK's own (`AWS_ACCESS_KEY_ID`, profiles, roles).
 
-This page is generated from the settings themselves (`python -m nanovllm.pipeline.reference`).
+This page is generated from the settings themselves (`python tools/reference.py`).
 """
 
 
@@ -58,7 +58,7 @@ A dead letter is the original message; why it failed stands in its headers
 means that the same message can succeed once the remedy was applied;
 `nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …` sends it again.
 
-This page is generated from the errors themselves (`python -m nanovllm.pipeline.reference`).
+This page is generated from the errors themselves (`python tools/reference.py`).
 
 | code | class | retryable | what it means | remedy |
 |---|---|---|---|---|

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
-from nanovllm.pipeline.lanes import LaneTurns
+from nanovllm.pipeline.admission.lanes import LaneTurns
 
 
 class Admission:

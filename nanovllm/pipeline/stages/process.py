@@ -20,21 +20,21 @@ from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.job import ImageRef, Job, derive_job_id
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
-from nanovllm.pipeline.admission import Ticket
-from nanovllm.pipeline.assignment import Delivery
-from nanovllm.pipeline.backoff import Backoff
-from nanovllm.pipeline.breaker import CircuitBreaker
-from nanovllm.pipeline.dispatch import Claim, Dispatch
-from nanovllm.pipeline.in_flight import InFlight
-from nanovllm.pipeline.key_order import Turn
-from nanovllm.pipeline.outgoing import OutgoingRecords
-from nanovllm.pipeline.passage import Passage
-from nanovllm.pipeline.poison import PoisonLimit
-from nanovllm.pipeline.refusals import Refusals, Refused
-from nanovllm.pipeline.retries import RetryTiers
-from nanovllm.pipeline.reuse import AnswerReuse, ImageReuse
-from nanovllm.pipeline.systemic import SystemicFaults
-from nanovllm.pipeline.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
+from nanovllm.pipeline.admission.admission import Ticket
+from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
+from nanovllm.pipeline.admission.key_order import Turn
+from nanovllm.pipeline.admission.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
+from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
+from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit
+from nanovllm.pipeline.failure.faults import SystemicFaults
+from nanovllm.pipeline.stages.caches import AnswerReuse, ImageReuse
+from nanovllm.pipeline.stages.context import Passage
+from nanovllm.pipeline.stages.invalid_records import Refusals, Refused
+from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore

@@ -1,0 +1,1 @@
+"""How much a worker holds at once, and who is served next."""

@@ -1,0 +1,1 @@
+"""Records from Kafka and offsets back: partitions, watermarks, retries, transactions."""

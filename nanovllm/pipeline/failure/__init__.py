@@ -1,0 +1,1 @@
+"""Faults that concern more than one job: circuit breaker, backoff, limits."""

@@ -1,0 +1,1 @@
+"""Probes, signals and the checks of topics."""

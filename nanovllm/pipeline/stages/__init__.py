@@ -1,0 +1,1 @@
+"""What happens to a job, one stage a file."""
