@@ -33,7 +33,7 @@ from machine import describe_machine
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.doctor import describe
+from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.training import synthetic
 from nanovllm.training.evaluate import EVALUATION_SEED

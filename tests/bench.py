@@ -13,8 +13,8 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from PIL import Image
 
-from nanovllm.engine.backend import Generation, Request
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client

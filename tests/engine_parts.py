@@ -21,8 +21,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.engine.sampler import Sampler
-from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.scheduling.sequence import Sequence as EngineSequence
 from nanovllm.sampling_params import SamplingParams
 
 MARGIN = 1e-3

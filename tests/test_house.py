@@ -42,7 +42,7 @@ def test_the_package_wins_beside_packages_of_the_same_names_as_its_rooms(tmp_pat
         (tmp_path / room / "__init__.py").write_text(f"OWNER = 'the user of {room}'\n")
     script = (
         "import engine, pipeline, vision, sinks\n"
-        "import nanovllm.engine.sequence, nanovllm.vision.processor, nanovllm.messages.job\n"
+        "import nanovllm.engine.scheduling.sequence, nanovllm.vision.processor, nanovllm.messages.job\n"
         "assert engine.OWNER == 'the user of engine' and vision.OWNER == 'the user of vision'\n"
         "assert nanovllm.engine.__file__ != engine.__file__\n"
     )

@@ -43,7 +43,8 @@ def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) ->
         + "from nanovllm import JobProducer, Job, Result, DeadLetter, SamplingParams\n"
         + "import nanovllm.messages.job, nanovllm.messages.codec, nanovllm.settings.worker, nanovllm.cli.main\n"
         + "import nanovllm.messages.result, nanovllm.sinks.kafka, nanovllm.sinks.jsonl, nanovllm.metrics\n"
-        + "import nanovllm.engine.backend, nanovllm.engine.outputs, nanovllm.engine.prompts, nanovllm.engine.echo\n",
+        + "import nanovllm.engine.backends.base, nanovllm.engine.outputs\n"
+        + "import nanovllm.engine.text.prompt_encoder, nanovllm.engine.backends.echo\n",
         tmp_path,
     )
 

@@ -11,7 +11,7 @@ import torch
 from protocol import Answers, serve
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.linear import Linear
+from nanovllm.engine.layers.linear import Linear
 
 OPTIONS = {
     "fp32": {"dtype": "float32"},

@@ -101,7 +101,7 @@ def doctor(
     from nanovllm.pipeline.app import native_engine, prepare_threads
 
     prepare_threads()
-    from nanovllm.engine.doctor import describe, measure
+    from nanovllm.engine.diagnostics import describe, measure
 
     with native_engine(settings.engine) as engine:
         findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]

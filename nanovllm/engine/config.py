@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nanovllm.engine.speculation import MOST_TOKENS_A_STEP
+from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP
 from nanovllm.errors import ConfigurationError
 
 GIB = 1 << 30

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import read_config, read_json_object, resolve_checkpoint
-from nanovllm.engine.models import TEXT_FAMILIES, text_architecture
+from nanovllm.engine.models.registry import TEXT_FAMILIES, text_architecture
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 
 _BIN = "pytorch_model.bin"

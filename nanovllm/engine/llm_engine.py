@@ -18,13 +18,9 @@ import torch
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.completion import extend, output_of
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.guided import TokenMasks
-from nanovllm.engine.intake import Images, Intake, Prompt, prompt_list
-from nanovllm.engine.logprobs import top_logprobs
-from nanovllm.engine.model_runner import ModelRunner, StepInputs
+from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs
+from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -34,10 +30,15 @@ from nanovllm.engine.outputs import (
     TokenChunk,
     TokenLogprobs,
 )
-from nanovllm.engine.sampler import Sampler
-from nanovllm.engine.scheduler import ScheduledRow, Scheduler
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.staging import to_device
+from nanovllm.engine.sampling.logprobs import top_logprobs
+from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.sampling.structured_output import TokenMasks
+from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.block_manager import BlockManager
+from nanovllm.engine.scheduling.scheduler import Scheduler
+from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.text.input_processor import Images, Intake, Prompt, prompt_list
+from nanovllm.engine.text.output_processor import extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import PromptImages, VisionProcessor

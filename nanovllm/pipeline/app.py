@@ -19,7 +19,7 @@ from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
-    from nanovllm.engine.backend import EngineBackend
+    from nanovllm.engine.backends.base import EngineBackend
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.pipeline.operations.health import Health
     from nanovllm.vision.images.decode import ImageLimits
@@ -213,11 +213,11 @@ async def _tick(health: Health) -> None:
 
 async def _load_engine(settings: EngineSettings) -> EngineBackend:
     if settings.backend == "echo":
-        from nanovllm.engine.echo import EchoEngine
+        from nanovllm.engine.backends.echo import EchoEngine
 
         return EchoEngine(max_num_seqs=settings.max_num_seqs)
-    from nanovllm.engine.async_engine import AsyncEngine
-    from nanovllm.engine.doctor import describe
+    from nanovllm.engine.backends.native import AsyncEngine
+    from nanovllm.engine.diagnostics import describe
 
     # In a thread: the probes answer while weights are read, and a signal ends the process.
     engine = await asyncio.to_thread(native_engine, settings)

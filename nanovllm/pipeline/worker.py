@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from nanovllm.engine.backend import EngineBackend
+from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import EngineDead, SystemicError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.cli import main as cli
-from nanovllm.engine.backend import Generation, Request
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead
 from nanovllm.pipeline import app
 
@@ -78,7 +78,7 @@ def exhaust_memory() -> None:
 
 def faulty_native(orders: Orders, settings: Any) -> Any:
     """The engine with the model, which fails likewise."""
-    from nanovllm.engine.async_engine import AsyncEngine
+    from nanovllm.engine.backends.native import AsyncEngine
 
     class FaultyNative(AsyncEngine):
         def submit(self, request: Request) -> Generation:

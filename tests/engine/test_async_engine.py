@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from checkpoints import make_llava, make_qwen3
 
-from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.engine.backend import Generation, Request
+from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import StepOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch, PromptTooLong

@@ -17,15 +17,11 @@ from strategies import examples
 from torch import Tensor
 
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import (
-    AttentionBackend,
-    AttentionBatch,
-    PagedCpuAttention,
-    SdpaAttention,
-    choose_backend,
-    slots_of,
-)
-from nanovllm.engine.attention_cuda import PagedVarlenAttention
+from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, slots_of
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.attention.selection import choose_backend
+from nanovllm.engine.attention.varlen import PagedVarlenAttention
 
 HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 16, 4, 64
 CPU = torch.device("cpu")

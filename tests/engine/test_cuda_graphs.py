@@ -27,14 +27,18 @@ from engine_parts import (
 )
 from torch import Tensor
 
-from nanovllm.engine import kernels, kv_memory, model_runner, sampler
-from nanovllm.engine.attention import AttentionBackend, GraphAttention, SdpaAttention
-from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
+from nanovllm.engine import kernels
+from nanovllm.engine.attention.base import AttentionBackend, GraphAttention
+from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.config import GIB, EngineConfig
-from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
-from nanovllm.engine.doctor import describe
+from nanovllm.engine.diagnostics import describe
+from nanovllm.engine.execution import kv_cache_size as kv_memory
+from nanovllm.engine.execution import model_runner
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sampling import sampler
+from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.sampling_params import SamplingParams
 

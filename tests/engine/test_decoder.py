@@ -10,9 +10,10 @@ from checkpoints import make_qwen3
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
-from nanovllm.engine.attention import AttentionBatch, SdpaAttention
-from nanovllm.engine.models import load_text_model
+from nanovllm.engine.attention.base import AttentionBatch
+from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.registry import load_text_model
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 5, 9)  # of the rows of a step; their last tokens are wanted

@@ -12,8 +12,9 @@ import torch
 from engine_parts import RecordingSampler, drain, greedy, noise_image, random_prompt, recording_engine, step
 from torch import Tensor
 
-from nanovllm.engine import kernels, linear
-from nanovllm.engine.linear import Linear
+from nanovllm.engine import kernels
+from nanovllm.engine.layers import linear
+from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from tests.checkpoints import make_llava, make_qwen3, make_qwen_vl

@@ -10,7 +10,7 @@ from strategies import examples
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from nanovllm.engine.detokenizer import REPLACEMENT, Detokenizer
+from nanovllm.engine.text.detokenizer import REPLACEMENT, Detokenizer
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:

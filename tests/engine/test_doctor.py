@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.cli.main import main
 from nanovllm.engine import kernels
-from nanovllm.engine.doctor import describe, measure
+from nanovllm.engine.diagnostics import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.app import _load_engine, native_engine

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm.engine.backend import EngineBackend, Request
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import EngineBackend, Request
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead, InvalidImage, PlaceholderMismatch
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
@@ -72,8 +72,8 @@ def test_it_needs_no_torch() -> None:
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
         "import asyncio\n"
-        "from nanovllm.engine.backend import Request\n"
-        "from nanovllm.engine.echo import EchoEngine\n"
+        "from nanovllm.engine.backends.base import Request\n"
+        "from nanovllm.engine.backends.echo import EchoEngine\n"
         "async def main(): return await EchoEngine().submit(Request('a', prompt='hello'))\n"
         "assert asyncio.run(main()).text == 'hello'\n"
     )

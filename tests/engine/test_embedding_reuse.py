@@ -15,8 +15,8 @@ from checkpoints import make_llava
 from engine_parts import drain, greedy, noise_image
 from PIL import Image
 
-from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.engine.backend import Request
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.vision import processor as processor_module

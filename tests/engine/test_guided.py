@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.engine.backend import Request
-from nanovllm.engine.guided import TokenMasks
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sampling.structured_output import TokenMasks
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.training import synthetic

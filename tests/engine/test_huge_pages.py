@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.engine import huge_pages
-from nanovllm.engine.attention import PagedCpuAttention
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.layers import huge_pages
 
 MIB = 1 << 20
 

@@ -12,8 +12,8 @@ from checkpoints import make_llava, make_qwen3
 from engine_parts import drain
 from PIL import Image
 
-from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.engine.backend import Request
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLM, MultiModalLLMEngine
 from nanovllm.errors import InvalidImage, InvalidInput, PlaceholderMismatch

@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from nanovllm.engine.json_schema import enforceable
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sampling.json_schema import enforceable
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams
 

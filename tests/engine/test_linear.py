@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
-from nanovllm.engine import kernels, linear
-from nanovllm.engine.linear import Linear, has_panels, int8_multiply, pack_linears, panels_multiply
+from nanovllm.engine import kernels
+from nanovllm.engine.layers import linear
+from nanovllm.engine.layers.linear import Linear, has_panels, int8_multiply, pack_linears, panels_multiply
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:

@@ -27,11 +27,14 @@ from engine_parts import (
 )
 from safetensors.torch import load_file, save_file
 
-from nanovllm.engine import kernels, linear, model_runner
-from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
-from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels
+from nanovllm.engine import kernels
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_kernels
+from nanovllm.engine.execution import model_runner
+from nanovllm.engine.execution.model_runner import StepInputs
+from nanovllm.engine.layers import linear
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import StepInputs
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import UnsupportedModel
 

@@ -10,7 +10,7 @@ from strategies import examples
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanovllm.engine.prompts import CHARS_PER_TOKEN, PromptEncoder
+from nanovllm.engine.text.prompt_encoder import CHARS_PER_TOKEN, PromptEncoder
 from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong
 
 STRINGS_ONLY = (

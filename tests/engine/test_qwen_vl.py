@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models import qwen_vl
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
-from nanovllm.engine.sequence import ImageSpan
+from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, InvalidInput, UnsupportedModel
 from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 

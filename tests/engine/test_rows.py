@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.engine import kernels, rows
+from nanovllm.engine import kernels
+from nanovllm.engine.layers import token_ops as rows
 
 WIDTH, HEADS, DIM = 96, 5, 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

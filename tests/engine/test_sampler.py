@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.engine.sampler import Sampler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB = 12

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.loops import is_loop
+from nanovllm.engine.text.repetition import is_loop
 from nanovllm.errors import InvalidInput
 from nanovllm.sampling_params import SamplingParams
 

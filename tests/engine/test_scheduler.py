@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Plan, Scheduler
-from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.engine.scheduling.batch import Plan
+from nanovllm.engine.scheduling.block_manager import BlockManager
+from nanovllm.engine.scheduling.scheduler import Scheduler
+from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import EngineFault
 from nanovllm.sampling_params import SamplingParams
 

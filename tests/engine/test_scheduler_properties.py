@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from strategies import examples
 
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.completion import extend
-from nanovllm.engine.scheduler import Plan, ScheduledRow, Scheduler
-from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.block_manager import BlockManager
+from nanovllm.engine.scheduling.scheduler import Scheduler
+from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
+from nanovllm.engine.text.output_processor import extend
 from nanovllm.sampling_params import SamplingParams
 
 SIZE = 4

@@ -16,9 +16,9 @@ from engine_parts import drain, greedy, noise_image, step
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.engine.scheduler import ScheduledRow
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.speculation import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
 PROMPTS = ("The quick brown fox the quick brown fox jumps over", "the the the the the the the the the the")

@@ -13,8 +13,8 @@ from checkpoints import make_qwen3
 from engine_parts import greedy
 from transformers import AutoTokenizer
 
-from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.engine.backend import Request
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
@@ -142,7 +142,7 @@ def test_a_prompt_of_millions_is_refused_before_it_is_encoded(
     checkpoint: Path, prompt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with make_engine(checkpoint) as engine:
-        monkeypatch.setattr("nanovllm.engine.prompts._encode", lambda *_: pytest.fail("it was encoded"))
+        monkeypatch.setattr("nanovllm.engine.text.prompt_encoder._encode", lambda *_: pytest.fail("it was encoded"))
         for ask in (engine.add_request, lambda prompt: engine.generate([prompt], use_tqdm=False)):
             with pytest.raises(PromptTooLong, match=r"8[34]00000 (characters; at most 262144|tokens)"):
                 ask(prompt)

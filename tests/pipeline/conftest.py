@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaProducer
 from bench import PARTITIONS, Bench
 from parts import S3Part, create_topic
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.decode import ImageLimits

@@ -21,7 +21,7 @@ from world import World
 
 from nanovllm.client.upload import ImageUploader
 from nanovllm.demo.child_process import free_port
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, CredentialsRefused, SystemicError
 from nanovllm.messages.job import ImageRef
 from nanovllm.objects.fetch import ObjectFetcher

@@ -12,7 +12,7 @@ from bench import Bench, GatedEngine, eventually, job_id_of, reached
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
 from nanovllm.pipeline.admission.tenants import MAX_REMEMBERED, FairShares, TokenRates
 from nanovllm.settings.tenants import TenantSettings

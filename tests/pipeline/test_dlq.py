@@ -12,8 +12,8 @@ from bench import Bench, FaultyFetcher, eventually, png, reached
 from sample_messages import dead_letter
 
 from nanovllm.cli.main import main
-from nanovllm.engine.backend import Request
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit

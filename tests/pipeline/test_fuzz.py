@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ErrorClass, NanoVLLMError
 from nanovllm.messages.base import Source
 from nanovllm.messages.codec import decode_job

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from parts import create_topic
 from pydantic import ValidationError
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch

@@ -13,7 +13,7 @@ import pytest
 from bench import Bench, FaultyFetcher, eventually, png, reached
 from parts import S3Part, VersityNode, create_topic
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.objects.s3_client import S3Client

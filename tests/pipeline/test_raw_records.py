@@ -16,7 +16,7 @@ from bench import Bench, eventually, reached
 
 from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
 from nanovllm.client.results import ResultReader
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.kafka.raw_records import records_in
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result

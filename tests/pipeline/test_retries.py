@@ -14,7 +14,7 @@ from aiokafka import ConsumerRecord, TopicPartition
 from bench import Bench, FaultyFetcher, eventually, png, reached
 from parts import create_topic
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.objects.fetch import ObjectFetcher

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts import eventually
 
-from nanovllm.engine.backend import Generation
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import Generation
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ForbiddenUri, ObjectChanged, ObjectNotFound
 from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics

@@ -13,8 +13,8 @@ from parts import worker_process
 from pydantic import BaseModel, SecretStr
 
 from nanovllm.cli.main import main
-from nanovllm.engine.backend import Request
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed
 from nanovllm.settings.loading import load_settings
 from nanovllm.settings.worker import Settings

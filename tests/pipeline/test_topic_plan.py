@@ -14,7 +14,7 @@ from bench import Bench
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.cli.main import main
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics, message_limits, topic_states
 from nanovllm.kafka.client import client_kwargs, producer_kwargs

@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from bench import Bench, GatedEngine
 from parts import create_topic, eventually
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.client import producer_kwargs, transactional_kwargs
 from nanovllm.kafka.records import OutgoingRecord

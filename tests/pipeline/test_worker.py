@@ -12,7 +12,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 
-from nanovllm.engine.echo import EchoEngine
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.partition import Delivery

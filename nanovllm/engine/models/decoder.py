@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.engine import huge_pages
-from nanovllm.engine.attention import AttentionBackend
-from nanovllm.engine.linear import Linear, Quantization
-from nanovllm.engine.models.rope import check_rope, rotary_table
-from nanovllm.engine.rows import Rotary, gated_silu, rms_norm, rotate_heads
+from nanovllm.engine.attention.base import AttentionBackend
+from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers.linear import Linear, Quantization
+from nanovllm.engine.layers.rotary import check_rope, rotary_table
+from nanovllm.engine.layers.token_ops import Rotary, gated_silu, rms_norm, rotate_heads
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 

@@ -13,7 +13,7 @@ import torch
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.sequence import ImageSpan
+from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.qwen import NativeEncoder
 

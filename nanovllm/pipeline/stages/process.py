@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from nanovllm.engine.backend import EngineBackend, Request
+from nanovllm.engine.backends.base import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge, NanoVLLMError, SystemicError, TransientError
 from nanovllm.kafka.records import OutgoingRecord

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBackend, AttentionBatch, GraphAttention
+from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.layers.device_copy import move, to_device
 from nanovllm.engine.models.decoder import Decoder
-from nanovllm.engine.staging import move, to_device
 
 Compute = Callable[[], Any]
 Replay = Callable[[], Tensor]

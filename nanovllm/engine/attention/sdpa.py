@@ -1,107 +1,25 @@
-"""Attention over paged keys and values: one small interface, and who implements it where.
-
-A backend prepares once a step what every layer needs (``plan``), and then, layer by layer, writes the new keys and
-values to their slots and lets the queries attend (``attend``). All state comes in as arguments. A row is a sequence's
-share of the step; rows of a single token come first, so that decoding is one batched call.
-"""
+"""Attention by torch's scaled_dot_product_attention on gathered copies of the pages."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine import huge_pages, kernels
-from nanovllm.engine.staging import to_device, together
+from nanovllm.engine.attention.base import (
+    AttentionBatch,
+    _zeros,
+    last_slots,
+    slots_of,
+)
+from nanovllm.engine.layers.device_copy import to_device, together
 
 logger = logging.getLogger(__name__)
 
 _GRAPH_CONTEXTS = (512, 2048)  # tokens
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """The rows of one step, single-token rows first and those by context length.
-
-    ``block_tables`` may name more blocks than ``context_lens`` (which include the row's own tokens) need.
-    """
-
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
-    block_tables: Sequence[Sequence[int]]
-
-
-class AttentionBackend(Protocol):
-    """What a model layer needs of attention; ``cache`` is one layer's keys and values, as ``allocate`` shaped them."""
-
-    block_size: int
-
-    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """Zeroed keys and values of one layer."""
-        ...
-
-    def plan(self, batch: AttentionBatch) -> Any:
-        """What all layers of this step share; handed back to ``attend`` as it is."""
-        ...
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
-        """Write ``key`` and ``value`` [T, kv_heads, d] to their slots and attend with ``query`` [T, heads, d].
-
-        Every token sees the tokens of its own sequence up to itself. Returns [T, heads, d].
-        """
-        ...
-
-
-@runtime_checkable
-class GraphAttention(AttentionBackend, Protocol):
-    """A backend that also plans steps of single tokens on the device alone, so that a CUDA graph can hold the plan."""
-
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
-        ...
-
-    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> Any:
-        """The plan of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.
-
-        No value may reach the host. A row's unused blocks may be any of the cache's.
-        """
-        ...
-
-
-def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
-    """The cache slot of every new token, in row order: block number times block size plus offset."""
-    slots: list[int] = []
-    for length, context, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
-        start = context - length
-        if length == 1:
-            slots.append(table[start // block_size] * block_size + start % block_size)
-            continue
-        for block in range(start // block_size, (context - 1) // block_size + 1):
-            low, high = max(start, block * block_size), min(context, (block + 1) * block_size)
-            first = (table[block] - block) * block_size
-            slots.extend(range(first + low, first + high))
-    return slots
-
-
-def last_slots(context_lens: Tensor, block_tables: Tensor, block_size: int) -> Tensor:
-    """The slots [n] of the last tokens of contexts [n], from tables [n, width], computed where those are."""
-    last = (context_lens - 1).unsqueeze(1)
-    return (block_tables.gather(1, last // block_size) * block_size + last % block_size).squeeze(1)
-
-
-def padded_tables(batch: AttentionBatch, block_size: int) -> list[list[int]]:
-    """The block tables, all as wide as the longest context needs."""
-    width = -(-max(batch.context_lens) // block_size)
-    return [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
 
 
 @dataclass(frozen=True)
@@ -256,75 +174,3 @@ class SdpaAttention:
         if self._workspace.numel() < size:
             self._workspace = torch.empty(size + size // 2, dtype=cache.dtype, device=cache.device)
         return torch.index_select(cache, 0, pages, out=self._workspace[:size].view(shape))
-
-
-@dataclass(frozen=True)
-class _CpuPlan:
-    slots: Tensor
-    starts: Tensor
-    contexts: Tensor
-    block_tables: Tensor
-
-
-class PagedCpuAttention:
-    """Our kernel for CPUs, which reads pages itself; a page is [2, kv_heads, positions, d], both multiples of 16.
-
-    A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
-    """
-
-    def __init__(self, block_size: int | None = None) -> None:
-        """The kernels are loaded: `kernels.missing` was asked."""
-        self.block_size = block_size or 16
-
-    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """[num_blocks, 2, kv_heads, positions, d]: whole tiles of positions, whole vectors; padding stays zero."""
-        positions, padded = (size + -size % 16 for size in (self.block_size, head_dim))
-        return _zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
-
-    def plan(self, batch: AttentionBatch) -> _CpuPlan:
-        """Slots, first tokens, contexts and the padded block table."""
-        return _CpuPlan(
-            slots=torch.tensor(slots_of(batch, self.block_size)),
-            starts=torch.tensor([0, *accumulate(batch.query_lens)]),
-            contexts=torch.tensor(batch.context_lens),
-            block_tables=torch.tensor(padded_tables(batch, self.block_size), dtype=torch.int32),
-        )
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _CpuPlan) -> Tensor:
-        """See AttentionBackend."""
-        output: Tensor = torch.ops.nanovllm.paged_attention(
-            query, key, value, cache, self.block_size, plan.slots, plan.starts, plan.contexts, plan.block_tables,
-            query.shape[-1] ** -0.5,
-        )  # fmt: skip
-        return output
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = huge_pages.zeroed(math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
-
-
-def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
-    """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
-    if device.type == "cuda":
-        # From torch 2.11 on, scaled_dot_product_attention prefers cuDNN on sm_90, which builds a plan for every shape
-        # that it has not seen, and here nearly every step has a new one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels, torch_varlen_kernel
-
-        if importlib.util.find_spec("flash_attn") is not None:
-            return PagedVarlenAttention(device, flash_attn_kernels(), block_size)
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            from torch.nn.attention.varlen import varlen_attn
-
-            if "block_table" in inspect.signature(varlen_attn).parameters:
-                return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
-    if device.type == "cpu":
-        reason = kernels.missing()
-        if reason is None:
-            return PagedCpuAttention(block_size)
-        logger.warning("attention copies its pages, because our kernels for CPUs cannot be used: %s", reason)
-    return SdpaAttention(device, dtype, block_size)

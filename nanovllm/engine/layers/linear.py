@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.engine import huge_pages, kernels
-from nanovllm.engine.rows import scale_rows
+from nanovllm.engine import kernels
+from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers.token_ops import scale_rows
 
 Quantization = Literal["int8"]
 Form = Literal["plain", "packed", "panels", "int8"]  # packed: by oneDNN; panels: by us

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.engine.scheduler import ScheduledRow
-    from nanovllm.engine.sequence import Sequence
+    from nanovllm.engine.scheduling.batch import ScheduledRow
+    from nanovllm.engine.scheduling.sequence import Sequence
 
 MATCH = 3
 """How many last tokens must have occurred before."""

@@ -10,11 +10,11 @@ from numbers import Integral
 from operator import index
 from typing import Any
 
-from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.guided import GrammarCompiler
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.prompts import PromptEncoder
-from nanovllm.engine.sequence import ImageSpan, Sequence
+from nanovllm.engine.execution.model_runner import ModelRunner
+from nanovllm.engine.sampling.structured_output import GrammarCompiler
+from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
+from nanovllm.engine.text.detokenizer import Detokenizer
+from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import (

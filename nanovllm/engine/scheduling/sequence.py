@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from nanovllm.engine.detokenizer import Detokenizer
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
-    from nanovllm.engine.speculation import Drafter
+    from nanovllm.engine.scheduling.prompt_lookup import Drafter
+    from nanovllm.engine.text.detokenizer import Detokenizer
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.images.preprocess import PreparedImage
 

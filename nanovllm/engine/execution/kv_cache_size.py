@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBackend, AttentionBatch, GraphAttention
+from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
 from nanovllm.engine.config import GIB, EngineConfig
-from nanovllm.engine.cuda_graphs import compute_rows, graph_sizes
+from nanovllm.engine.execution.cuda_graphs import compute_rows, graph_sizes
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Rows
 
-from nanovllm.engine.loops import is_loop
 from nanovllm.engine.outputs import (
     Completion,
     FinishReason,
@@ -15,8 +14,9 @@ from nanovllm.engine.outputs import (
     TokenLogprobs,
     Usage,
 )
-from nanovllm.engine.scheduler import ScheduledRow
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.text.repetition import is_loop
 from nanovllm.errors import UnsupportedConstraint
 
 _LOOK_FOR_LOOPS_EVERY = 8  # tokens

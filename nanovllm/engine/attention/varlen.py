@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine.attention import AttentionBatch, last_slots, padded_tables, slots_of
-from nanovllm.engine.staging import together
+from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of
+from nanovllm.engine.layers.device_copy import together
 
 
 @dataclass(frozen=True)

@@ -10,61 +10,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.speculation import MOST_TOKENS_A_STEP, Speculation
-
-
-@dataclass(frozen=True)
-class ScheduledRow:
-    """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step.
-
-    The last of them are ``drafts``, which the sequence does not have yet.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """The position after the last token: the context length of the row."""
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
-        return self.end - len(self.drafts) == len(self.sequence)
-
-    @property
-    def num_samples(self) -> int:
-        """The places whose next token is sampled: after the last token, and after each draft."""
-        return 1 + len(self.drafts) if self.samples else 0
-
-    @property
-    def num_accepted(self) -> int:
-        """How many drafts the sequence has taken over; of meaning once its new tokens are appended."""
-        known = self.end - len(self.drafts)
-        new = self.sequence.token_ids[known : self.end]
-        return next(
-            (place for place, (one, other) in enumerate(zip(new, self.drafts, strict=False)) if one != other), len(new)
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step's rows; the block tables of their sequences already cover them."""
-
-    rows: tuple[ScheduledRow, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that the step computes."""
-        return sum(row.num_tokens for row in self.rows)
+from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.block_manager import BlockManager
+from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 
 class Scheduler:

@@ -14,10 +14,10 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from nanovllm.engine.guided import forbid_masked
-from nanovllm.engine.rows import argmax
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.staging import move, read_back, to_device
+from nanovllm.engine.layers.device_copy import move, read_back, to_device
+from nanovllm.engine.layers.token_ops import argmax
+from nanovllm.engine.sampling.structured_output import forbid_masked
+from nanovllm.engine.scheduling.sequence import Sequence
 
 _NEVER = float("-inf")
 _COLDEST = 1e-5  # a temperature below which only the best token is left, and float32 would overflow

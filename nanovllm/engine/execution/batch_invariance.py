@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import AttentionBackend, AttentionBatch, PagedCpuAttention
+from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
 

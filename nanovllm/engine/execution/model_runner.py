@@ -15,18 +15,20 @@ from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import AttentionBatch, GraphAttention, PagedCpuAttention, choose_backend
+from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.attention.selection import choose_backend
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
-from nanovllm.engine.determinism import TILE, prove
-from nanovllm.engine.kv_memory import kv_cache_bytes
-from nanovllm.engine.linear import pack_linears, why_no_int8
-from nanovllm.engine.logprobs import top_logprobs
-from nanovllm.engine.models import around_image, load_encoder, load_text_model, positions_of
+from nanovllm.engine.execution.batch_invariance import TILE, prove
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
+from nanovllm.engine.layers.device_copy import together
+from nanovllm.engine.layers.linear import pack_linears, why_no_int8
+from nanovllm.engine.models.registry import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.scheduler import Plan, ScheduledRow
-from nanovllm.engine.sequence import ImageSpan, Sequence
-from nanovllm.engine.staging import together
+from nanovllm.engine.sampling.logprobs import top_logprobs
+from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.cache_tiers import MemoryTier
 from nanovllm.vision.embedding_cache import CacheStats, EmbeddingCache

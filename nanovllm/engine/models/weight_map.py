@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint, load_parameters
-from nanovllm.engine.linear import Linear
+from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
 
 

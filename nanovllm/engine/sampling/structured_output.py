@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.json_schema import enforceable
+from nanovllm.engine.sampling.json_schema import enforceable
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
 from nanovllm.sampling_params import Constraint
 

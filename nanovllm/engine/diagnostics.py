@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import PagedCpuAttention, SdpaAttention
-from nanovllm.engine.linear import Linear
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.backend import Generation, Request
+from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.outputs import (
     Completion,
     EngineStats,

@@ -1,0 +1,168 @@
+"""What the pipeline asks of an engine: requests in, awaitable generations out. No torch.
+
+``AsyncEngine`` is the backend that computes; ``EchoEngine`` answers at once and is for tests of the pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nanovllm.engine.outputs import EngineStats, ModelInfo, RequestOutput, TokenChunk
+from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+
+
+@dataclass(frozen=True)
+class Request:
+    """One untrusted request: its text can never become special tokens.
+
+    Exactly one of ``prompt`` (``<|image|>`` marks the place of each image) and ``messages`` (OpenAI chat form, images
+    as parts) is set. ``images`` are in the order of their places. A lower ``priority`` runs earlier. Requests with
+    different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
+    out. Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
+    """
+
+    request_id: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    images: tuple[PreparedImage, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    cache_salt: bytes = b""
+    raw_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse neither or both kinds of text, and images that an engine's thread cannot take."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidInput("a request has either a prompt or messages")
+        # Not by type: this module imports no numpy.
+        if not isinstance(self.images, (tuple, list)) or not all(hasattr(image, "digest") for image in self.images):
+            raise InvalidInput(
+                "the images of a request are a tuple of what prepare_image returns: "
+                "images=(prepare_image(source, engine.image_transform),)"
+            )
+
+
+class Generation:
+    """A running request: await it for the whole output, or iterate over its chunks as they come.
+
+    Both may be done, in any order and more than once; every iteration starts at the first chunk. Both raise what the
+    request failed with. An aborted request is no failure: it ends with ``finish_reason == "abort"`` and the text so
+    far. Belongs to one event loop; cancelling whoever waits does not abort the request.
+    """
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        """``abort`` is the backend's method that ends the request."""
+        self.request_id = request_id
+        self._abort = abort
+        self._chunks: list[TokenChunk] = []
+        self._output: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the output, or the failure, is there."""
+        return self._output is not None or self._error is not None
+
+    @property
+    def chunks(self) -> tuple[TokenChunk, ...]:
+        """The chunks so far."""
+        return tuple(self._chunks)
+
+    def abort(self) -> None:
+        """End the request early; without effect on one that is finished."""
+        if not self.is_finished:
+            self._abort(self.request_id)
+
+    def deliver(self, chunk: TokenChunk, output: RequestOutput | None = None) -> None:
+        """For backends, in the event loop: add a chunk and, with the last one, the whole output."""
+        if self.is_finished:
+            return
+        if chunk.token_ids or chunk.text or chunk.finish_reason:
+            self._chunks.append(chunk)
+        self._output = output
+        self._announce()
+
+    def fail(self, error: BaseException) -> None:
+        """For backends, in the event loop: end the request with ``error``."""
+        if not self.is_finished:
+            self._error = error
+            self._announce()
+
+    def __await__(self) -> Generator[Any, None, RequestOutput]:
+        """Wait for the output."""
+        return self._wait().__await__()
+
+    async def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        """The chunks from the first to the last; the last one has a ``finish_reason``."""
+        position = 0
+        while True:
+            while position < len(self._chunks):
+                yield self._chunks[position]
+                position += 1
+            if self._error is not None:
+                raise self._error
+            if self._output is not None:
+                return
+            await self._changed.wait()
+
+    async def _wait(self) -> RequestOutput:
+        while self._output is None:
+            if self._error is not None:
+                raise self._error
+            await self._changed.wait()
+        return self._output
+
+    def _announce(self) -> None:
+        """Wake everyone who waits now; who waits later gets a fresh event."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class EngineBackend(Protocol):
+    """An engine as the worker sees it. All methods are called in one event loop."""
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """Which model answers."""
+
+    @property
+    def image_transform(self) -> ImageTransform | None:
+        """How images must be prepared for it; None when it takes no images."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """How many requests run at once; about twice as many are worth submitting."""
+
+    @property
+    def dead(self) -> asyncio.Event:
+        """Set once the engine can answer nothing any more; watch it and exit."""
+
+    @property
+    def death(self) -> EngineDead | None:
+        """Why it is dead."""
+
+    async def start(self) -> None:
+        """Make ready for ``submit``."""
+
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+
+    def submit(self, request: Request) -> Generation:
+        """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; unknown and finished ones are ignored."""
+
+    def stats(self) -> EngineStats:
+        """A recent snapshot."""
+
+    async def close(self) -> None:
+        """Stop; unfinished generations end with EngineDead."""

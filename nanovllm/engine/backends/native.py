@@ -1,0 +1,247 @@
+"""The engine beside an event loop: one thread steps, the loop awaits.
+
+The thread owns the ``LLMEngine`` from ``start`` to ``close``; the loop owns the generations. They exchange commands
+through one queue and outputs through ``call_soon_threadsafe``, one call a step, and share nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.outputs import EngineStats, ModelInfo, StepOutput
+from nanovllm.errors import EngineDead, InvalidInput
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.sampling_params import Constraint
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class _Close:
+    """The last command."""
+
+
+class AsyncEngine:
+    """Many requests at once on one ``LLMEngine``, which this takes over: nobody else may call it until ``close``.
+
+    An error of one request ends its generation only. An exception in a step, or a step that lasts longer than
+    ``step_timeout_s`` (None: no bound), kills the engine: every generation, running or later, raises EngineDead, and
+    ``dead`` is set. A dead engine never recovers: its process should end.
+    """
+
+    def __init__(self, engine: LLMEngine, *, step_timeout_s: float | None = 300.0) -> None:
+        self._engine = engine
+        self._step_timeout_s = step_timeout_s
+        self.model_info: ModelInfo = engine.model_info
+        self.max_num_seqs: int = engine.config.max_num_seqs
+        self.dead = asyncio.Event()
+        self.death: EngineDead | None = None
+        self._commands: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
+        self._generations: dict[str, Generation] = {}
+        self._compiling: dict[str, bool] = {}  # whose constraints are being compiled -> aborted meanwhile
+        self._stats = engine.stats()
+        self._step_started: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+
+    @property
+    def image_transform(self) -> ImageTransform | None:
+        """How images must be prepared; None for a text model."""
+        processor = self._engine.processor
+        return processor.encoder.transform if processor is not None else None
+
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+        processor = self._engine.processor
+        return processor.find(file_digest, cache_salt) if processor is not None else None
+
+    async def __aenter__(self) -> AsyncEngine:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    async def start(self) -> None:
+        """Start the engine thread. Once only."""
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before")
+        self._loop = asyncio.get_running_loop()
+        # A daemon: a step that never ends must not keep a process alive that wants to exit.
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="nanovllm-engine", daemon=True)
+        self._thread.start()
+        if self._step_timeout_s is not None:
+            self._watchdog = self._loop.create_task(self._watch(self._step_timeout_s), name="nanovllm-watchdog")
+
+    def submit(self, request: Request) -> Generation:
+        """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""
+        if self._thread is None:
+            raise RuntimeError("start() the engine before the first submit()")
+        generation = Generation(request.request_id, self.abort)
+        if self.death is not None:
+            generation.fail(self.death)
+        elif request.request_id in self._generations:
+            generation.fail(InvalidInput(f"request {request.request_id} is already running"))
+        else:
+            self._generations[request.request_id] = generation
+            constraint = request.sampling.constraint
+            if constraint is None:
+                self._commands.put(request)
+            else:
+                self._compile(request, constraint)
+        return generation
+
+    def _compile(self, request: Request, constraint: Constraint) -> None:
+        """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
+        assert self._loop is not None
+        self._compiling[request.request_id] = False
+        compiling = self._loop.run_in_executor(None, self._engine.intake.grammars.matcher, constraint)
+
+        def queue_request(done: asyncio.Future[object]) -> None:
+            aborted = self._compiling.pop(request.request_id)
+            error = done.exception()
+            if error is not None:
+                self._refuse(request.request_id, error)
+                return
+            self._commands.put(request)
+            if aborted:
+                self._commands.put(_Abort(request.request_id))
+
+        compiling.add_done_callback(queue_request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request early, at the next step; its generation ends with ``finish_reason == "abort"``."""
+        if request_id in self._compiling:
+            self._compiling[request_id] = True
+        elif request_id in self._generations:
+            self._commands.put(_Abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """The engine's figures after its last step; requests that it has not seen yet count as waiting."""
+        stats = self._stats
+        unseen = max(0, len(self._generations) - stats.num_requests_running - stats.num_requests_waiting)
+        return replace(stats, num_requests_waiting=stats.num_requests_waiting + unseen)
+
+    async def close(self) -> None:
+        """End the thread after its current step and close the engine; unfinished generations end with EngineDead."""
+        self._die(EngineDead("the engine was closed"))
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._thread is not None:
+            self._commands.put(_Close())
+            await asyncio.to_thread(self._thread.join, self._step_timeout_s)
+
+    async def _watch(self, step_timeout_s: float) -> None:
+        while self.death is None:
+            await asyncio.sleep(min(1.0, step_timeout_s / 4))
+            started = self._step_started
+            if started is not None and time.monotonic() - started > step_timeout_s:
+                logger.critical("a step has not ended after %.1f s", step_timeout_s)
+                self._die(EngineDead(f"a step has not ended after {step_timeout_s:g} s"))
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """In the loop: hand the outputs of one step to their generations."""
+        for output in outputs:
+            generation = self._generations.get(output.request_id)
+            if generation is None:
+                continue
+            if output.finished is not None or output.failure is not None:
+                del self._generations[output.request_id]
+            if output.failure is not None:
+                generation.fail(output.failure)
+            else:
+                generation.deliver(output.chunk, output.finished)
+
+    def _refuse(self, request_id: str, error: BaseException) -> None:
+        """In the loop: a request could not be added."""
+        generation = self._generations.pop(request_id, None)
+        if generation is not None:
+            generation.fail(error)
+
+    def _die(self, death: EngineDead) -> None:
+        """In the loop: fail everything that is unfinished, once."""
+        if self.death is not None:
+            return
+        self.death = death
+        for generation in self._generations.values():
+            generation.fail(death)
+        self._generations.clear()
+        self.dead.set()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The engine thread: commands, step, outputs, until closed or dead."""
+        try:
+            while self._obey_commands(loop):
+                if not self._engine.has_unfinished():
+                    continue
+                self._step_started = time.monotonic()
+                outputs = self._engine.step()
+                self._step_started = None
+                self._stats = self._engine.stats()
+                loop.call_soon_threadsafe(self._deliver, outputs)
+        except BaseException as error:
+            logger.critical("the engine died", exc_info=error)
+            death = EngineDead(f"the engine stopped on {type(error).__name__}")
+            death.__cause__ = error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._die, death)
+        finally:
+            self._step_started = None
+            self._engine.close()
+
+    def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Obey all queued commands, waiting for one when there is nothing to compute; False after the last one.
+
+        An engine that was idle and gets a request with images waits a moment for more: they go through the tower
+        together.
+        """
+        was_idle, linger_until = not self._engine.has_unfinished(), 0.0
+        while True:
+            patience = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
+            try:
+                command = self._commands.get(timeout=patience)
+            except queue.Empty:
+                return True
+            if isinstance(command, _Close):
+                return False
+            if isinstance(command, _Abort):
+                self._engine.abort(command.request_id)
+            else:
+                try:
+                    self._add(command)
+                except Exception as error:
+                    loop.call_soon_threadsafe(self._refuse, command.request_id, error)
+                if was_idle and not linger_until and any(image.embedding is None for image in command.images):
+                    linger_until = time.monotonic() + self._engine.config.encoder_linger_s
+            self._stats = self._engine.stats()
+
+    def _add(self, request: Request) -> None:
+        if request.prompt is not None:
+            tokens = self._engine.intake.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+        else:
+            tokens = self._engine.intake.prompts.messages(request.messages or ())
+        self._engine.add_request(
+            tokens,
+            request.sampling,
+            images=request.images,
+            request_id=request.request_id,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )

@@ -1,0 +1,1 @@
+"""A scheduled batch through the model: weights, KV memory, graphs."""

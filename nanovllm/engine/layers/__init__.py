@@ -1,0 +1,1 @@
+"""Parts of a decoder layer, and how tensors reach the device."""

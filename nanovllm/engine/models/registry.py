@@ -1,0 +1,95 @@
+"""Model families, one file each, found by the ``architectures`` entry of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.models import llava, qwen_vl
+from nanovllm.engine.models.decoder import Decoder, DecoderConfig
+from nanovllm.engine.models.llama import llama
+from nanovllm.engine.models.qwen2 import qwen2
+from nanovllm.engine.models.qwen2_5_vl import qwen2_5_vl
+from nanovllm.engine.models.qwen3 import qwen3
+from nanovllm.engine.models.qwen3_vl import qwen3_vl
+from nanovllm.engine.models.weight_map import load_decoder
+from nanovllm.engine.scheduling.sequence import ImageSpan
+from nanovllm.errors import UnsupportedModel
+from nanovllm.vision.encoders.base import ImageEncoder
+
+LLAVA = "LlavaForConditionalGeneration"
+QWEN_VL = {"Qwen2_5_VLForConditionalGeneration": qwen2_5_vl, "Qwen3VLForConditionalGeneration": qwen3_vl}
+
+TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+}
+
+
+def text_architecture(config: Any) -> str:
+    """The ``…ForCausalLM`` that transformers has for a text configuration; its ``model_type`` where it has none."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+
+
+def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The text model of any supported checkpoint, alone or behind a tower; raises UnsupportedModel for others."""
+    text: Any = checkpoint.config.get_text_config()
+    family, rename = _text_family(checkpoint.architecture, text)
+    return load_decoder(
+        checkpoint,
+        family(text),
+        tied=bool(checkpoint.config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)),
+        rename=rename,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _text_family(architecture: str, text: Any) -> tuple[Callable[[Any], DecoderConfig], Callable[[str], str | None]]:
+    """The family of a checkpoint's text, and how its tensors are called in a ``…ForCausalLM``."""
+    if architecture in QWEN_VL:
+        return QWEN_VL[architecture], qwen_vl.text_name
+    if architecture == LLAVA:
+        if text_architecture(text) not in TEXT_FAMILIES:
+            raise UnsupportedModel(
+                f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
+                f"its text may be {', '.join(TEXT_FAMILIES)}"
+            )
+        return TEXT_FAMILIES[text_architecture(text)], llava.text_name
+    if architecture not in TEXT_FAMILIES:
+        raise UnsupportedModel(
+            f"architecture {architecture!r} is not supported; supported are "
+            f"{', '.join((*TEXT_FAMILIES, LLAVA, *QWEN_VL))}"
+        )
+    return TEXT_FAMILIES[architecture], str
+
+
+def load_encoder(
+    checkpoint: Checkpoint, config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device
+) -> ImageEncoder | None:
+    """The vision encoder: a vision-language checkpoint's own, the separate one that was asked for, or None."""
+    own = {LLAVA: llava.own_encoder, **dict.fromkeys(QWEN_VL, qwen_vl.own_encoder)}.get(checkpoint.architecture)
+    if config.wants_vision is False or (config.wants_vision is None and own is None):
+        return None
+    if own is not None:
+        return own(checkpoint, config, dtype, device)
+    return llava.composed_encoder(config, text, dtype, device)
+
+
+def around_image(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The tokens before and behind an image, where the family has such."""
+    if checkpoint.architecture not in QWEN_VL:
+        return None
+    config: Any = checkpoint.config
+    return config.vision_start_token_id, config.vision_end_token_id
+
+
+def positions_of(config: DecoderConfig, images: Sequence[ImageSpan], start: int, end: int) -> Sequence[Any]:
+    """The positions of a sequence's tokens [start, end): plain numbers, or triples where the family has axes."""
+    return range(start, end) if config.position_axes is None else qwen_vl.positions(images, start, end)

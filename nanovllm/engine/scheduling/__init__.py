@@ -1,0 +1,1 @@
+"""Which sequences a step computes, and which blocks they have. No torch."""
