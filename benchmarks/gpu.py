@@ -92,7 +92,7 @@ def main() -> int:
     torch.backends.cuda.enable_cudnn_sdp(False)  # for transformers as well, each of whose steps has a new shape
     started = time.perf_counter()
     report: dict[str, Any] = {
-        "machine": {**describe_machine("benchmarks/gpu.py " + " ".join(sys.argv[1:])), **describe_gpu(device)},
+        "machine": {**describe_machine("benchmarks/gpu.py" + " --smoke" * args.smoke), **describe_gpu(device)},
         "shape": shape,
         "checks": [],
         "figures": {},

@@ -26,7 +26,7 @@ _HOMES = {
     "JobProducer": ("nanovllm.client.producer", "JobProducer"),
     "Job": ("nanovllm.messages.job", "Job"),
     "Result": ("nanovllm.messages.result", "Result"),
-    "DeadLetter": ("nanovllm.messages.result", "DeadLetter"),
+    "DeadLetter": ("nanovllm.messages.dead_letter", "DeadLetter"),
 }
 
 

@@ -18,7 +18,7 @@ from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
@@ -61,7 +61,7 @@ class Bench:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
         effective = self.settings.model_copy(update=settings)
-        tiers = RetryTiers.of(effective)
+        tiers = RetryTopics.of(effective)
         worker = Worker(
             effective,
             engine=engine,

@@ -13,7 +13,7 @@ from typing import Annotated, get_args
 import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
-from nanovllm.client.dead_letters import BuriedJob, LetterFilter, Replay, Replayer, read_dead_letters
+from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, Replay, Replayer, read_dead_letters
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
@@ -114,12 +114,12 @@ def dlq_replay(
     print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
 
 
-async def _collect(settings: Settings, wanted: LetterFilter) -> list[BuriedJob]:
+async def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:
     letters = [buried async for buried in read_dead_letters(settings, wanted)]
     return sorted(letters, key=lambda buried: buried.letter.failed_at)
 
 
-async def _replay(replayer: Replayer, letters: AsyncIterator[BuriedJob]) -> list[Replay]:
+async def _replay(replayer: Replayer, letters: AsyncIterator[DeadLetterRecord]) -> list[Replay]:
     return [one async for one in replayer.replay(letters)]
 
 
@@ -161,7 +161,7 @@ def _time(option: str, text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _row(buried: BuriedJob) -> tuple[str, ...]:
+def _row(buried: DeadLetterRecord) -> tuple[str, ...]:
     letter = buried.letter
     failed_at = letter.failed_at.isoformat(timespec="seconds")
     retryable = "yes" if letter.retryable else "no"
@@ -169,7 +169,7 @@ def _row(buried: BuriedJob) -> tuple[str, ...]:
     return (buried.place, failed_at, *kind, retryable, str(letter.attempts), letter.job_id or "", letter.message)
 
 
-def _details(buried: BuriedJob) -> dict[str, object]:
+def _details(buried: DeadLetterRecord) -> dict[str, object]:
     envelope = buried.letter.model_dump(mode="json", exclude_none=True)
     return envelope | {
         "place": buried.place,

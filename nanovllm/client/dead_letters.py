@@ -30,7 +30,7 @@ IDLE_POLLS = 10
 
 
 @dataclass(frozen=True)
-class BuriedJob:
+class DeadLetterRecord:
     """A dead letter with what it holds: the original key, value and headers as far as they were kept."""
 
     partition: int
@@ -48,7 +48,7 @@ class BuriedJob:
         return f"{self.partition}:{self.offset}"
 
     @classmethod
-    def from_record(cls, record: ConsumerRecord) -> BuriedJob:
+    def from_record(cls, record: ConsumerRecord) -> DeadLetterRecord:
         """Raises ValueError for a record that is no dead letter of ours."""
         own = {name: value for name, value in record.headers if name.startswith(OWN_PREFIX)}
         return cls(
@@ -66,7 +66,7 @@ class BuriedJob:
 class LetterFilter:
     """Which dead letters are meant; what is empty or None excludes nothing.
 
-    ``since`` and ``until`` bound ``failed_at``; ``places`` are those of ``BuriedJob.place``.
+    ``since`` and ``until`` bound ``failed_at``; ``places`` are those of ``DeadLetterRecord.place``.
     """
 
     codes: frozenset[str] = frozenset()
@@ -83,7 +83,7 @@ class LetterFilter:
         """Whether every dead letter matches."""
         return self == LetterFilter()
 
-    def matches(self, buried: BuriedJob) -> bool:
+    def matches(self, buried: DeadLetterRecord) -> bool:
         """Whether ``buried`` is meant."""
         letter = buried.letter
         return (
@@ -98,7 +98,7 @@ class LetterFilter:
         )
 
 
-async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[BuriedJob]:
+async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[DeadLetterRecord]:
     """The dead letters that are there now and match, each partition in its order; records of others are skipped.
 
     Raises:
@@ -118,7 +118,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
                 for record in records:
                     if record.offset < ends[tp]:
                         with suppress(ValidationError, ValueError):
-                            if wanted.matches(buried := BuriedJob.from_record(record)):
+                            if wanted.matches(buried := DeadLetterRecord.from_record(record)):
                                 yield buried
 
 
@@ -126,7 +126,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
 class Replay:
     """What became of one dead letter."""
 
-    buried: BuriedJob
+    buried: DeadLetterRecord
     state: Literal["replayed", "would be replayed", "skipped"]
     reason: str = ""
 
@@ -149,7 +149,7 @@ class Replayer:
         self._interval_s = 1.0 / per_second
         self._send = send
 
-    async def replay(self, letters: AsyncIterator[BuriedJob]) -> AsyncIterator[Replay]:
+    async def replay(self, letters: AsyncIterator[DeadLetterRecord]) -> AsyncIterator[Replay]:
         """Send ``letters`` one after the other, and say of each what became of it.
 
         Raises:
@@ -177,14 +177,14 @@ class Replayer:
                     await asyncio.sleep(self._interval_s)
 
 
-async def _send(producer: AIOKafkaProducer, topic: str, buried: BuriedJob, value: bytes) -> None:
+async def _send(producer: AIOKafkaProducer, topic: str, buried: DeadLetterRecord, value: bytes) -> None:
     try:
         await producer.send_and_wait(topic, value, key=buried.key, headers=list(buried.headers))
     except KafkaError as error:
         raise publish_error(error, topic) from error
 
 
-async def _whole_value(consumer: AIOKafkaConsumer, buried: BuriedJob) -> bytes | None:
+async def _whole_value(consumer: AIOKafkaConsumer, buried: DeadLetterRecord) -> bytes | None:
     source = buried.letter.source
     tp = TopicPartition(source.topic, source.partition)
     consumer.assign([tp])

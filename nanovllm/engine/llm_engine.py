@@ -1,6 +1,6 @@
 """The engine: requests in, text out, one step at a time.
 
-A step is ``plan → inputs → forward → sample → commit``. Every mistake of a caller is an exception of ``add_request``;
+A step is ``schedule → prepare → forward → sample → commit``. A caller's mistake is an exception of ``add_request``;
 ``step`` raises only when the engine itself is broken.
 """
 
@@ -37,7 +37,7 @@ from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
-from nanovllm.engine.text.input_processor import Images, Intake, Prompt, prompt_list
+from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
 from nanovllm.engine.text.output_processor import extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
@@ -70,7 +70,7 @@ class LLMEngine:
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
-        self.intake = Intake(
+        self.intake = InputProcessor(
             self.tokenizer,
             self.model_runner,
             max_model_len=self.max_model_len,
@@ -156,15 +156,15 @@ class LLMEngine:
         outputs, self._ended = self._ended, []
         if not self.scheduler.has_unfinished():
             return outputs
-        plan = self.scheduler.plan()
-        if not plan.rows:
+        scheduled = self.scheduler.schedule()
+        if not scheduled.rows:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
         now = time.perf_counter()
-        for row in plan.rows:
+        for row in scheduled.rows:
             if not row.sequence.times.first_scheduled:
                 row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(plan.rows, self.scheduler.upcoming())
-        inputs = self.model_runner.prepare(plan)
+        self.model_runner.embed_images(scheduled.rows, self.scheduler.upcoming())
+        inputs = self.model_runner.prepare(scheduled)
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
         logits = self.model_runner.forward(inputs)
         scored = [place for place, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]

@@ -20,7 +20,7 @@ from aiokafka.errors import (
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, NanoVLLMError, TransientError
 
-_BREAKDOWNS = (
+_FATAL = (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
     OutOfOrderSequenceNumber,
@@ -30,13 +30,13 @@ _BREAKDOWNS = (
 )
 
 
-def is_breakdown(error: KafkaError) -> bool:
+def is_fatal(error: KafkaError) -> bool:
     """Whether the producer that raised ``error`` can never send again: its numbers and the broker's have parted.
 
     aiokafka numbers a record before the broker has taken it; once one was refused, every later one is out of order. A
     plain KafkaError says that its sending task has died.
     """
-    return isinstance(error, _BREAKDOWNS) or type(error) is KafkaError
+    return isinstance(error, _FATAL) or type(error) is KafkaError
 
 
 # Retriable by their meaning, though aiokafka does not mark them so.
@@ -50,7 +50,7 @@ def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
         return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
     if isinstance(error, UnknownTopicOrPartitionError):
         return BrokersUnavailable(f"topic {topic} does not exist and is not created by itself ({name})")
-    if is_breakdown(error):
+    if is_fatal(error):
         return TransientError(f"the Kafka producer broke down at topic {topic} and is replaced ({name})")
     if error.retriable or isinstance(error, _TRANSIENT):
         return TransientError(f"topic {topic} could not be written ({name})")

@@ -15,7 +15,7 @@ from aiokafka.errors import (
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.batch_send import send_batches
-from nanovllm.kafka.errors import is_breakdown
+from nanovllm.kafka.errors import is_fatal
 
 if TYPE_CHECKING:
     from nanovllm.kafka.records import OutgoingRecord
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 5.0
 
 
-class RenewingProducer:
+class RecoveringProducer:
     """Sends through one AIOKafkaProducer, and replaces it when it breaks down.
 
     What was being sent when it broke fails with the error; sent again, it goes through the new producer.
@@ -102,7 +102,7 @@ class RenewingProducer:
             raise
 
     async def _renew_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
-        if is_breakdown(error):
+        if is_fatal(error):
             await self._renew(producer)
 
     async def _renew(self, broken: AIOKafkaProducer) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "loop", "abort"]
-AnswerReuse = Literal["hit", "joined"]
+Reused = Literal["hit", "joined"]
 CacheOutcome = Literal["hit", "joined", "miss", "prefix"]
 
 

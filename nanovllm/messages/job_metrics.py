@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nanovllm.messages.base import AnswerReuse, CacheOutcome, FinishReason, Message, Source
+from nanovllm.messages.base import CacheOutcome, FinishReason, Message, Reused, Source
 
 
 class ImageMetrics(Message):
@@ -29,7 +29,7 @@ class JobMetrics(Message):
     model: str
     source: Source
     finish_reason: FinishReason
-    reused: AnswerReuse | None = Field(None, description="As in the result; the engine's figures are then 0.")
+    reused: Reused | None = Field(None, description="As in the result; the engine's figures are then 0.")
     num_prompt_tokens: int = Field(ge=0)
     num_generation_tokens: int = Field(ge=0)
     num_cached_tokens: int = Field(0, ge=0)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanovllm.messages.base import AnswerReuse, CacheOutcome, FinishReason, Message, Source
+from nanovllm.messages.base import CacheOutcome, FinishReason, Message, Reused, Source
 
 _RESULT_NAMESPACE = uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f")
 
@@ -109,7 +109,7 @@ class Result(Message):
     outputs: tuple[Output, ...] | None = Field(
         None, description="With `n` above 1 all outputs; the fields beside repeat the first."
     )
-    reused: AnswerReuse | None = Field(
+    reused: Reused | None = Field(
         None, description="Not computed for this job: for an equal one before (`hit`), or at the same time (`joined`)."
     )
     usage: TokenUsage

@@ -98,11 +98,11 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from aiokafka import AIOKafkaProducer
 
         from nanovllm.kafka.admin import message_limits
-        from nanovllm.kafka.recovering_producer import RenewingProducer
+        from nanovllm.kafka.recovering_producer import RecoveringProducer
         from nanovllm.objects.fetch import ObjectFetcher
         from nanovllm.objects.s3_client import S3Client, check_settings
-        from nanovllm.pipeline.consuming.crash_guard import InFlight
-        from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+        from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+        from nanovllm.pipeline.consuming.retry_topics import RetryTopics
         from nanovllm.pipeline.consuming.source import JobSource
         from nanovllm.pipeline.worker import Worker
         from nanovllm.sinks.claim_check import S3ResultStore
@@ -134,19 +134,19 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
 
         health.wait_for("the brokers")
-        topics, tiers = settings.topics, RetryTiers.of(settings)
-        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *tiers.topics]
+        topics, retry_topics = settings.topics, RetryTopics.of(settings)
+        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *retry_topics.topics]
         limits_by_topic = await message_limits(settings.kafka, written)
         options = producer_kwargs(settings.kafka)
         # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
         options["max_batch_size"] = min(options["max_batch_size"], *limits_by_topic.values())
-        producer = RenewingProducer(lambda: AIOKafkaProducer(**options))
+        producer = RecoveringProducer(lambda: AIOKafkaProducer(**options))
         stack.push_async_callback(producer.stop)
         await producer.start()
 
         in_flight = None
         if crash_limit := settings.dead_letters.crash_limit:
-            in_flight = InFlight(topics.in_flight, settings.kafka, producer, limit=crash_limit)
+            in_flight = CrashGuard(topics.in_flight, settings.kafka, producer, limit=crash_limit)
         worker = Worker(
             settings,
             engine=engine,
@@ -163,13 +163,13 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         metrics.watch_engine(lambda: worker.engine_stats)
         source = JobSource(
             settings.kafka,
-            tiers.lanes,
+            retry_topics.lanes,
             max_out_of_order=settings.admission.max_out_of_order,
             drain=worker.drain,
             lost=worker.drop,
             drain_timeout_s=settings.admission.drain_timeout_s,
             metrics=metrics,
-            delays_s=tiers.delays_s,
+            delays_s=retry_topics.delays_s,
             exactly_once=settings.delivery == "exactly_once",
             in_flight=in_flight,
         )
@@ -189,7 +189,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             raise
         health.wait_for(None)
         logger.info(
-            "consuming %s as %s in group %s", ", ".join(tiers.lanes), settings.worker_id, settings.kafka.group_id
+            "consuming %s as %s in group %s", ", ".join(retry_topics.lanes), settings.worker_id, settings.kafka.group_id
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
 

@@ -15,15 +15,15 @@ from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.key_order import KeyOrder
-from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.failure.backoff import Backoff
-from nanovllm.pipeline.failure.faults import SystemicFaults
+from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
-from nanovllm.pipeline.stages.invalid_records import Refused
+from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.pipeline.stages.process import Received, Stages
 from nanovllm.pipeline.stages.spare_time import spare_time
 from nanovllm.settings.worker import Settings
@@ -64,7 +64,7 @@ class Worker:
         metrics: Metrics,
         health: Health,
         result_store: S3ResultStore | None = None,
-        in_flight: InFlight | None = None,
+        in_flight: CrashGuard | None = None,
         backoff: Backoff | None = None,
     ) -> None:
         self._settings = settings
@@ -72,13 +72,13 @@ class Worker:
         self._metrics = metrics
         self._health = health
         self._backoff = backoff or Backoff()
-        self._lanes = RetryTiers.of(settings).lanes
+        self._lanes = RetryTopics.of(settings).lanes
         self._admission = Admission(
             max_jobs=settings.max_admitted_jobs,
             max_bytes=settings.admission.max_bytes,
             lanes=set(self._lanes.values()),
         )
-        self._faults = SystemicFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
+        self._faults = ActiveFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
         self._stages = Stages(
             settings,
             engine=engine,
@@ -92,7 +92,7 @@ class Worker:
             in_flight=in_flight,
         )
         self._order = KeyOrder()
-        self._at_work: dict[asyncio.Task[None], Delivery] = {}
+        self._at_work: dict[asyncio.Task[None], ConsumedRecord] = {}
         self._stop = asyncio.Event()
         self._is_draining = False
         self._is_spare_turn = False
@@ -175,7 +175,7 @@ class Worker:
             if takes_work:
                 await self._admission.wait_for_room(POLL_MS / 1000)
 
-    async def _poll(self, source: JobSource, rooms: dict[int, int], takes_work: bool) -> list[Delivery]:
+    async def _poll(self, source: JobSource, rooms: dict[int, int], takes_work: bool) -> list[ConsumedRecord]:
         has_room = any(rooms.values())
         if not (has_room and source.has_put_off):
             # With its hands full it waits afterwards, for room; otherwise here, for records.
@@ -190,13 +190,13 @@ class Worker:
         at_most = BESIDE_JOBS if self._admission.jobs else ALONE
         return await source.poll({lane: min(room, at_most) for lane, room in rooms.items()}, 0, put_off=True)
 
-    async def _begin(self, deliveries: list[Delivery], source: JobSource) -> None:
+    async def _begin(self, deliveries: list[ConsumedRecord], source: JobSource) -> None:
         """Start the work on each; those that are no jobs are refused, and their partition waits for spare time."""
         self.has_taken |= bool(deliveries)
         for topic, count in Counter(delivery.topic for delivery in deliveries).items():
             self._metrics.consumed.labels(topic).inc(count)
-        refused: dict[PartitionLedger, list[Refused]] = defaultdict(list)
-        last: dict[PartitionLedger, Received | Refused] = {}
+        refused: dict[PartitionLedger, list[InvalidRecord]] = defaultdict(list)
+        last: dict[PartitionLedger, Received | InvalidRecord] = {}
         turn_ends = time.monotonic() + TURN_S
         for delivery in deliveries:
             if time.monotonic() >= turn_ends:
@@ -207,44 +207,44 @@ class Worker:
             if not delivery.is_current:
                 continue
             received = last[delivery.ledger] = self._stages.receive(delivery)
-            if isinstance(received, Refused):
+            if isinstance(received, InvalidRecord):
                 refused[delivery.ledger].append(received)
             else:
                 self._begin_job(received)
         for received in last.values():
-            if isinstance(received, Refused):
+            if isinstance(received, InvalidRecord):
                 source.put_off(received.delivery)
             else:
-                source.take_up(received.passage.delivery)
+                source.take_up(received.context.delivery)
         for ledger, some in refused.items():
             self._refuse(ledger, some)
 
     def _begin_job(self, received: Received) -> None:
-        passage = received.passage
-        delivery = passage.delivery
-        ticket = self._admission.admit(len(delivery.value), self._lanes.get(delivery.topic, 0))
+        context = received.context
+        delivery = context.delivery
+        reservation = self._admission.admit(len(delivery.value), self._lanes.get(delivery.topic, 0))
         turn = None
         if self._settings.admission.per_key_order and delivery.key is not None:
             turn = self._order.join((delivery.topic, delivery.partition, delivery.key))
 
         def close(_: bool) -> int:
-            ticket.release()
+            reservation.release()
             if turn is not None:
                 turn.end()
             return 1
 
-        self._start(self._stages.work(passage, received.job, ticket, turn), delivery, close)
+        self._start(self._stages.work(context, received.job, reservation, turn), delivery, close)
 
-    def _refuse(self, ledger: PartitionLedger, refused: list[Refused]) -> None:
+    def _refuse(self, ledger: PartitionLedger, refused: list[InvalidRecord]) -> None:
         held = sum(len(one.delivery.value) for one in refused)
-        ticket = self._admission.admit(held, self._lanes.get(refused[0].delivery.topic, 0))
-        ticket.leave_with(held)  # nobody works on them: the window is for jobs
+        reservation = self._admission.admit(held, self._lanes.get(refused[0].delivery.topic, 0))
+        reservation.release_slot(held)  # nobody works on them: the window is for jobs
         refusals = self._stages.refusals
-        if refusals.add(ledger, refused, ticket):
+        if refusals.add(ledger, refused, reservation):
             work, delivery = refusals.work_off(ledger), refused[0].delivery
             self._start(work, delivery, lambda is_cut_short: refusals.drop(ledger) if is_cut_short else 0)
 
-    def _start(self, work: Coroutine[Any, Any, None], delivery: Delivery, close: Callable[[bool], int]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], delivery: ConsumedRecord, close: Callable[[bool], int]) -> None:
         """``close`` is told whether the work was cut short, and returns how many deliveries it had."""
         task = asyncio.create_task(work)
         self._at_work[task] = delivery

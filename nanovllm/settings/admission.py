@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from nanovllm.settings.base import Bytes, Seconds, Section
+from nanovllm.settings.base import Bytes, Seconds, SettingsModel
 
 
-class AdmissionSettings(Section):
+class AdmissionSettings(SettingsModel):
     """How much work the worker takes at once, and how long it goes on when told to stop."""
 
     max_jobs: int | None = Field(

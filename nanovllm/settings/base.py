@@ -37,7 +37,7 @@ Millis = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Section(BaseModel):
+class SettingsModel(BaseModel):
     """One level of the settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

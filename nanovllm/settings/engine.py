@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings.base import Bytes, Seconds, Section
+from nanovllm.settings.base import Bytes, Seconds, SettingsModel
 
 
-class EngineSettings(Section):
+class EngineSettings(SettingsModel):
     """The model and the limits of the engine."""
 
     model: str | None = Field(

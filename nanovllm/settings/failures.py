@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from nanovllm.settings.base import IntList, Seconds, Section, StrList
+from nanovllm.settings.base import IntList, Seconds, SettingsModel, StrList
 
 
 def retry_topic(jobs: str, delay_s: int) -> str:
@@ -12,7 +12,7 @@ def retry_topic(jobs: str, delay_s: int) -> str:
     return f"{jobs}.retry-{delay_s}s"
 
 
-class RetrySettings(Section):
+class RetrySettings(SettingsModel):
     """What is tried again later, and when everything has to wait. Attempts in place are `s3.max_attempts`."""
 
     delays_s: IntList = Field(
@@ -37,7 +37,7 @@ class RetrySettings(Section):
         return delays_s
 
 
-class DeadLetterSettings(Section):
+class DeadLetterSettings(SettingsModel):
     """What dead letters keep, and how many in a row are too many."""
 
     keep_headers: StrList = Field(

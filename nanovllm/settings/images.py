@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from nanovllm.settings.base import Bytes, Seconds, Section, StrList
+from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
 
-class ImageSettings(Section):
+class ImageSettings(SettingsModel):
     """Limits that hold before an image is decoded, and the processes that decode."""
 
     max_bytes: Bytes = Field(32 * 2**20, description="Largest encoded image.")
@@ -25,7 +25,7 @@ class ImageSettings(Section):
     decoder_memory_bytes: Bytes = Field(2**30, description="Address space of one decoder process.")
 
 
-class ReuseSettings(Section):
+class ReuseSettings(SettingsModel):
     """What one job has made and the next one can use. A job's own `reuse` wins over `level`, inside these bounds."""
 
     level: Literal["none", "images", "answers"] = Field(

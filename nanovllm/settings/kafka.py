@@ -8,13 +8,13 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from nanovllm.settings.base import Bytes, Millis, Section
+from nanovllm.settings.base import Bytes, Millis, SettingsModel
 
 # What a worker needs after its drain and before it joins again: the last commit, which may wait for brokers.
 AFTER_DRAIN_MS = 15_000
 
 
-class KafkaSettings(Section):
+class KafkaSettings(SettingsModel):
     """Where the brokers are and how to speak to them."""
 
     bootstrap_servers: str = Field("localhost:9092", min_length=1, description="Brokers, `host:port,host:port`.")

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nanovllm.settings.base import Bytes, Seconds, Section, StrList
+from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
 
-class S3Settings(Section):
+class S3Settings(SettingsModel):
     """The object store; credentials come from the AWS SDK's own variables, files and roles."""
 
     endpoint_url: str | None = Field(None, description="Another S3 than AWS's, such as `http://minio:9000`.")

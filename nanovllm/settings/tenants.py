@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 
-from nanovllm.settings.base import Section
+from nanovllm.settings.base import SettingsModel
 
 MAX_NAME_BYTES = 256
 
 
-class TenantSettings(Section):
+class TenantSettings(SettingsModel):
     """Whose job it is, and what each tenant gets. Unset, all jobs belong to one."""
 
     header: str | None = Field(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from nanovllm.errors import ForbiddenUri
-from nanovllm.settings.base import Section, TopicList, TopicName
+from nanovllm.settings.base import SettingsModel, TopicList, TopicName
 
 
-class TopicSettings(Section):
+class TopicSettings(SettingsModel):
     """Names of the topics."""
 
     jobs: TopicName = Field("nanovllm.jobs", description="Jobs come from here.")

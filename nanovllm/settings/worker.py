@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nanovllm.settings.admission import AdmissionSettings
-from nanovllm.settings.base import MAX_TOPIC_CHARS, Section
+from nanovllm.settings.base import MAX_TOPIC_CHARS, SettingsModel
 from nanovllm.settings.engine import EngineSettings, SamplingSettings
 from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
 from nanovllm.settings.images import ImageSettings, ReuseSettings
@@ -23,7 +23,7 @@ from nanovllm.settings.topics import TopicSettings
 ENV_PREFIX = "NANOVLLM_"
 
 
-class HttpSettings(Section):
+class HttpSettings(SettingsModel):
     """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
 
     # Probes and scrapes come from outside the pod.

@@ -15,7 +15,7 @@ from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, OutgoingRecord
-from nanovllm.kafka.recovering_producer import RenewingProducer
+from nanovllm.kafka.recovering_producer import RecoveringProducer
 
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
@@ -29,7 +29,7 @@ class KafkaSink:
     """
 
     def __init__(
-        self, producer: AIOKafkaProducer | RenewingProducer, max_record_bytes: Mapping[str, int] | None = None
+        self, producer: AIOKafkaProducer | RecoveringProducer, max_record_bytes: Mapping[str, int] | None = None
     ) -> None:
         self._producer = producer
         self._max_record_bytes = dict(max_record_bytes or {})
@@ -81,7 +81,7 @@ class KafkaSink:
 
     async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
         producer, topic = self._producer, records[0].topic
-        send = producer.send_batches if isinstance(producer, RenewingProducer) else partial(send_batches, producer)
+        send = producer.send_batches if isinstance(producer, RecoveringProducer) else partial(send_batches, producer)
         try:
             await send(topic, records, self.max_record_bytes(topic))
         except KafkaError as error:

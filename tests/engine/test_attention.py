@@ -62,14 +62,14 @@ def test_rows_of_any_lengths_equal_unpaged_attention(
 
     for (_, before), table, key, value in zip(rows, block_tables, keys, values, strict=True):
         if before:
-            plan = backend.plan(AttentionBatch([before], [before], [table]))
-            backend.attend(torch.zeros(before, HEADS, dim), key[:before], value[:before], cache, plan)
+            metadata = backend.metadata(AttentionBatch([before], [before], [table]))
+            backend.attend(torch.zeros(before, HEADS, dim), key[:before], value[:before], cache, metadata)
     new_keys, new_values = (
         torch.cat([whole[before:] for (_, before), whole in zip(rows, wholes, strict=True)])
         for wholes in (keys, values)
     )
-    plan = backend.plan(AttentionBatch([length for length, _ in rows], contexts, block_tables))
-    output = backend.attend(torch.cat(queries), new_keys, new_values, cache, plan)
+    metadata = backend.metadata(AttentionBatch([length for length, _ in rows], contexts, block_tables))
+    output = backend.attend(torch.cat(queries), new_keys, new_values, cache, metadata)
 
     expected = []
     for (length, before), query, key, value in zip(rows, queries, keys, values, strict=True):
@@ -114,7 +114,7 @@ def test_the_kernel_gives_the_same_bits_in_any_chunk_and_any_batch(dtype: torch.
             )
             query, key, value = torch.cat([parts[which][:, start:end] for which, start, end in step], 1)
             output = backend.attend(
-                query, key[:, :KV_HEADS].clone(), value[:, :KV_HEADS].clone(), cache, backend.plan(batch)
+                query, key[:, :KV_HEADS].clone(), value[:, :KV_HEADS].clone(), cache, backend.metadata(batch)
             )
             for (which, *_), part in zip(step, output.split(batch.query_lens), strict=True):  # type: ignore[arg-type]
                 found[which].append(part)
@@ -155,23 +155,23 @@ def test_a_machine_without_a_compiler_is_told_so_and_does_without(
 def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None:
     calls = []
 
-    def kernel(query: Tensor, keys: Tensor, values: Tensor, plan: object) -> Tensor:
-        calls.append((keys, values, plan))
+    def kernel(query: Tensor, keys: Tensor, values: Tensor, metadata: object) -> Tensor:
+        calls.append((keys, values, metadata))
         return query
 
     backend = PagedVarlenAttention(torch.device("cpu"), kernel, SIZE)
     cache = backend.allocate(4, KV_HEADS, DIM, torch.float32)
-    plan = backend.plan(AttentionBatch([1, 3], [6, 3], [[2, 1], [3]]))
+    metadata = backend.metadata(AttentionBatch([1, 3], [6, 3], [[2, 1], [3]]))
     key, value = torch.randn(2, 4, KV_HEADS, DIM)
-    backend.attend(torch.zeros(4, HEADS, DIM), key, value, cache, plan)
+    backend.attend(torch.zeros(4, HEADS, DIM), key, value, cache, metadata)
     ((keys, values, seen),) = calls
-    assert seen is plan
-    assert plan.query_starts.tolist() == [0, 1, 4]
-    assert plan.context_starts.tolist() == [0, 6, 9]
-    assert plan.context_lens.tolist() == [6, 3]
-    assert plan.block_tables.tolist() == [[2, 1], [3, 0]]
-    assert {plan.query_starts.dtype, plan.context_lens.dtype, plan.block_tables.dtype} == {torch.int32}
-    assert (plan.max_query, plan.max_context) == (3, 6)
+    assert seen is metadata
+    assert metadata.query_starts.tolist() == [0, 1, 4]
+    assert metadata.context_starts.tolist() == [0, 6, 9]
+    assert metadata.context_lens.tolist() == [6, 3]
+    assert metadata.block_tables.tolist() == [[2, 1], [3, 0]]
+    assert {metadata.query_starts.dtype, metadata.context_lens.dtype, metadata.block_tables.dtype} == {torch.int32}
+    assert (metadata.max_query, metadata.max_context) == (3, 6)
     torch.testing.assert_close(keys[1, 1], key[0])
     torch.testing.assert_close(values[3, :3], value[1:])
 

@@ -283,8 +283,8 @@ def test_plans_made_on_the_device_are_those_of_the_host(backend: str) -> None:
     size = attention.block_size
     tables = torch.tensor([[4, 0, 9], [2, 7, 1], [3, 5, 9]])
     contexts = torch.tensor([1, 3 * size, size + 1])
-    plan = attention.decode_plan(contexts, tables)
-    assert plan.slots.tolist() == [4 * size, 2 * size - 1, 5 * size]
+    metadata = attention.decode_metadata(contexts, tables)
+    assert metadata.slots.tolist() == [4 * size, 2 * size - 1, 5 * size]
 
 
 def test_a_step_waits_for_the_device_only_to_read_its_tokens(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

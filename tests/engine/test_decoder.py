@@ -32,14 +32,14 @@ def compute(model: Decoder, **options: Any) -> tuple[Tensor, list[Tensor], list[
         attention.allocate(len(LENGTHS), config.num_key_value_heads, config.head_dim, torch.float32)
         for _ in model.layers
     ]
-    plan = attention.plan(AttentionBatch(LENGTHS, LENGTHS, [[block] for block in range(len(LENGTHS))]))
+    metadata = attention.metadata(AttentionBatch(LENGTHS, LENGTHS, [[block] for block in range(len(LENGTHS))]))
     seen: list[int] = []
     watches = [layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))) for layer in model.layers]
     try:
         positions = torch.cat([torch.arange(length) for length in LENGTHS])
         ids = torch.arange(sum(LENGTHS)) % config.vocab_size
         with torch.inference_mode():
-            return model(model.embed(ids), positions, caches, attention, plan, **options), caches, seen
+            return model(model.embed(ids), positions, caches, attention, metadata, **options), caches, seen
     finally:
         for watch in watches:
             watch.remove()

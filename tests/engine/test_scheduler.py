@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine.scheduling.batch import Plan
+from nanovllm.engine.scheduling.batch import ScheduledBatch
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
@@ -27,12 +27,12 @@ def make_sequence(tokens: list[int], *, max_tokens: int = 4, name: str = "", **o
     return Sequence(name, list(tokens), len(tokens), sampling, max_tokens, None, **options)  # type: ignore[arg-type]
 
 
-def run(scheduler: Scheduler, token: int = 7) -> Plan:
+def run(scheduler: Scheduler, token: int = 7) -> ScheduledBatch:
     """One step with a model that always answers ``token``."""
-    plan = scheduler.plan()
-    assert plan.num_tokens <= scheduler.max_num_batched_tokens
-    assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows)
-    for row in plan.rows:
+    scheduled = scheduler.schedule()
+    assert scheduled.num_tokens <= scheduler.max_num_batched_tokens
+    assert len({id(row.sequence) for row in scheduled.rows}) == len(scheduled.rows)
+    for row in scheduled.rows:
         assert row.num_tokens > 0
         assert len(row.sequence.block_table) * SIZE >= row.end
         samples = row.samples
@@ -42,7 +42,7 @@ def run(scheduler: Scheduler, token: int = 7) -> Plan:
             if row.sequence.num_output_tokens == row.sequence.max_tokens:
                 scheduler.finish(row.sequence)
     scheduler.audit()
-    return plan
+    return scheduled
 
 
 def finish_all(scheduler: Scheduler) -> None:
@@ -64,8 +64,8 @@ def test_a_fully_cached_prompt_still_computes_its_last_block() -> None:
     scheduler = make_scheduler()
     for _ in range(2):
         scheduler.add(make_sequence(list(range(8)), max_tokens=1))
-        plan = run(scheduler)
-    assert [(row.start, row.num_tokens) for row in plan.rows] == [(4, 4)]
+        scheduled = run(scheduler)
+    assert [(row.start, row.num_tokens) for row in scheduled.rows] == [(4, 4)]
 
 
 @pytest.mark.parametrize("length", [7, 8, 9])
@@ -98,8 +98,8 @@ def test_followers_do_not_wait_for_a_leader_that_was_aborted() -> None:
     scheduler.add(follower)
     assert [row.sequence for row in run(scheduler).rows] == [leader]
     scheduler.finish(leader)
-    plan = run(scheduler)
-    assert [(row.sequence, row.start) for row in plan.rows] == [(follower, 4)]
+    scheduled = run(scheduler)
+    assert [(row.sequence, row.start) for row in scheduled.rows] == [(follower, 4)]
 
 
 def test_equal_prompts_without_a_prefix_cache_share_nothing() -> None:
@@ -120,8 +120,8 @@ def test_a_preempted_sequence_meets_its_own_blocks_again() -> None:
     assert second in scheduler.waiting
     length = len(second)
     while second in scheduler.waiting:
-        plan = run(scheduler)
-    row = next(row for row in plan.rows if row.sequence is second)
+        scheduled = run(scheduler)
+    row = next(row for row in scheduled.rows if row.sequence is second)
     assert row.start > 0
     assert row.end == length
     finish_all(scheduler)
@@ -184,20 +184,20 @@ def test_the_longest_unused_prefix_is_evicted_first_and_from_its_end() -> None:
     blocks = BlockManager(4, SIZE)
     old, new = make_sequence(list(range(8))), make_sequence(list(range(50, 58)))
     for sequence in (old, new):
-        table = blocks.take(2)
+        table = blocks.allocate(2)
         for block, key in zip(table, sequence.block_hashes(SIZE), strict=True):
-            blocks.remember(block, key)
-        blocks.release(table)
-    blocks.take(1)
-    assert len(blocks.match(old.block_hashes(SIZE))) == 1
-    assert len(blocks.match(new.block_hashes(SIZE))) == 2
+            blocks.cache_block(block, key)
+        blocks.free(table)
+    blocks.allocate(1)
+    assert len(blocks.match_prefix(old.block_hashes(SIZE))) == 1
+    assert len(blocks.match_prefix(new.block_hashes(SIZE))) == 2
 
 
 def test_taking_more_blocks_than_are_free_changes_nothing() -> None:
     blocks = BlockManager(4, SIZE)
-    table = blocks.take(3)
+    table = blocks.allocate(3)
     with pytest.raises(EngineFault, match="2 blocks wanted, 1 of 4"):
-        blocks.take(2)
+        blocks.allocate(2)
     blocks.audit([table])
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from strategies import examples
 
-from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
@@ -88,28 +88,28 @@ class World:
         """Repetitive enough for drafts to be right now and then, never in step with them."""
         return hash((sequence.index, tuple(tokens[-2:]), len(tokens) // 7)) % 3
 
-    def step(self) -> Plan:
+    def step(self) -> ScheduledBatch:
         """One step, with every rule of what a step may do."""
         # A newcomer that goes before them waits for a seat or for blocks, but never loses what it has once it runs.
         first = min(self.scheduler.running or self.scheduler.waiting)
-        plan = self.scheduler.plan()
-        assert plan.rows, "nothing was scheduled while work waits"
-        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows)
-        planned = {id(row.sequence) for row in plan.rows}
-        assert id(first) in planned or self.follows(first, plan), "the first in order got nothing"
-        for row in plan.rows:
+        scheduled = self.scheduler.schedule()
+        assert scheduled.rows, "nothing was scheduled while work waits"
+        assert scheduled.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert len({id(row.sequence) for row in scheduled.rows}) == len(scheduled.rows)
+        chosen = {id(row.sequence) for row in scheduled.rows}
+        assert id(first) in chosen or self.follows(first, scheduled), "the first in order got nothing"
+        for row in scheduled.rows:
             self.write(row)
-        for row in plan.rows:
+        for row in scheduled.rows:
             self.read(row)
             self.commit(row)
         self.audit()
-        return plan
+        return scheduled
 
-    def follows(self, sequence: Sequence, plan: Plan) -> bool:
+    def follows(self, sequence: Sequence, scheduled: ScheduledBatch) -> bool:
         """Whether another row computes what the sequence waits for."""
         mine = set(sequence.block_hashes(SIZE))
-        return any(mine & set(row.sequence.block_hashes(SIZE)[row.start // SIZE :]) for row in plan.rows)
+        return any(mine & set(row.sequence.block_hashes(SIZE)[row.start // SIZE :]) for row in scheduled.rows)
 
     @staticmethod
     def slot(sequence: Sequence, position: int) -> int:

@@ -18,7 +18,7 @@ import yaml
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.settings.loading import load_settings, unknown_variables
 from nanovllm.settings.worker import Settings
 
@@ -354,7 +354,7 @@ def test_keda_watches_every_lane_and_every_retry_topic(render: Render) -> None:
     values = {"settings": {"topics": {"jobs": "scans", "lanes": {"urgent": -10}}, "retries": {"delays_s": [60, 600]}}}
     triggers = render(values)["ScaledObject"]["spec"]["triggers"]
     watched = {trigger["metadata"]["topic"] for trigger in triggers}
-    assert watched == set(RetryTiers.of(Settings.model_validate(values["settings"])).lanes)
+    assert watched == set(RetryTopics.of(Settings.model_validate(values["settings"])).lanes)
     assert len({trigger["name"] for trigger in triggers}) == len(triggers) == 6
 
 

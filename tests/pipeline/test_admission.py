@@ -34,19 +34,19 @@ def test_room_is_what_is_left_of_the_jobs() -> None:
 
 def test_there_is_no_room_while_records_hold_all_the_bytes() -> None:
     of = admission(max_bytes=100)
-    ticket = of.admit(100)
+    reservation = of.admit(100)
     assert of.room == 0
-    ticket.release()
+    reservation.release()
     assert of.room == 4
 
 
 async def test_a_reservation_waits_until_its_bytes_are_free() -> None:
     of = admission()
     first, second = of.admit(0), of.admit(0)
-    await first.reserve(70)
-    (waiting,) = await started(second.reserve(40))
+    await first.acquire_bytes(70)
+    (waiting,) = await started(second.acquire_bytes(40))
     assert not waiting.done()
-    first.hold(60)
+    first.resize(60)
     await waiting
     assert of.bytes == 100
 
@@ -54,8 +54,8 @@ async def test_a_reservation_waits_until_its_bytes_are_free() -> None:
 async def test_reservations_are_granted_first_come_first_served() -> None:
     of = admission()
     holder, large, small = of.admit(0), of.admit(0), of.admit(0)
-    await holder.reserve(50)
-    waiting_large, waiting_small = await started(large.reserve(60), small.reserve(10))
+    await holder.acquire_bytes(50)
+    waiting_large, waiting_small = await started(large.acquire_bytes(60), small.acquire_bytes(10))
     assert not waiting_small.done(), "the small one fits, and would starve the large one for ever"
     holder.release()
     await waiting_large
@@ -65,27 +65,27 @@ async def test_reservations_are_granted_first_come_first_served() -> None:
 async def test_more_than_the_whole_bound_is_granted_alone() -> None:
     of = admission(max_bytes=100)
     small, huge, later = of.admit(0), of.admit(0), of.admit(0)
-    await small.reserve(10)
-    waiting_huge, waiting_later = await started(huge.reserve(500), later.reserve(10))
+    await small.acquire_bytes(10)
+    waiting_huge, waiting_later = await started(huge.acquire_bytes(500), later.acquire_bytes(10))
     assert not waiting_huge.done()
     small.release()
     await waiting_huge
     await started()
     assert not waiting_later.done()
-    huge.hold(20)
+    huge.resize(20)
     await waiting_later
 
 
 async def test_a_cancelled_wait_holds_nothing_and_lets_the_next_one_pass() -> None:
     of = admission()
     holder, cancelled, follower = of.admit(0), of.admit(0), of.admit(0)
-    await holder.reserve(90)
-    waiting, behind = await started(cancelled.reserve(80), follower.reserve(10))
+    await holder.acquire_bytes(90)
+    waiting, behind = await started(cancelled.acquire_bytes(80), follower.acquire_bytes(10))
     waiting.cancel()
     await behind
     assert of.bytes == 100
-    for ticket in (holder, cancelled, follower):
-        ticket.release()
+    for reservation in (holder, cancelled, follower):
+        reservation.release()
     of.audit()
     assert of.bytes == 0
 
@@ -93,8 +93,8 @@ async def test_a_cancelled_wait_holds_nothing_and_lets_the_next_one_pass() -> No
 async def test_cancelled_in_the_step_in_which_it_was_granted_holds_nothing() -> None:
     of = admission()
     holder, unlucky = of.admit(0), of.admit(0)
-    await holder.reserve(90)
-    (waiting,) = await started(unlucky.reserve(80))
+    await holder.acquire_bytes(90)
+    (waiting,) = await started(unlucky.acquire_bytes(80))
     holder.release()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -105,42 +105,42 @@ async def test_cancelled_in_the_step_in_which_it_was_granted_holds_nothing() -> 
 
 
 async def test_a_job_reserves_once() -> None:
-    ticket = admission().admit(0)
-    await ticket.reserve(1)
+    reservation = admission().admit(0)
+    await reservation.acquire_bytes(1)
     with pytest.raises(RuntimeError, match="reserves once"):
-        await ticket.reserve(1)
+        await reservation.acquire_bytes(1)
 
 
 async def test_waiting_for_room_ends_when_a_job_ends_or_time_is_up() -> None:
     of = admission(max_jobs=1)
-    ticket = of.admit(0)
+    reservation = of.admit(0)
     assert not await of.wait_for_room(0.01)
     (waiting,) = await started(of.wait_for_room(30))
-    ticket.release()
+    reservation.release()
     assert await waiting
 
 
 async def test_what_a_job_turns_out_to_hold_is_charged_even_above_its_reservation() -> None:
     of = admission(max_bytes=100)
-    ticket = of.admit(10)
-    await ticket.reserve(20)
-    ticket.hold(120)
+    reservation = of.admit(10)
+    await reservation.acquire_bytes(20)
+    reservation.resize(120)
     assert (of.bytes, of.room) == (130, 0)
-    ticket.release()
+    reservation.release()
     assert of.bytes == 0
     of.audit()
 
 
 async def test_an_output_that_waits_holds_its_bytes_and_not_the_jobs_place() -> None:
     of = admission(max_jobs=1, max_bytes=100)
-    ticket, behind = of.admit(10), of.admit(0)
-    await ticket.reserve(80)
-    (waiting,) = await started(behind.reserve(60))
-    ticket.leave_with(30)
+    reservation, behind = of.admit(10), of.admit(0)
+    await reservation.acquire_bytes(80)
+    (waiting,) = await started(behind.acquire_bytes(60))
+    reservation.release_slot(30)
     await waiting
     assert (of.jobs, of.bytes) == (1, 90)
-    ticket.leave_with(5)
-    ticket.release()
+    reservation.release_slot(5)
+    reservation.release()
     assert (of.jobs, of.bytes) == (1, 60)
     behind.release()
     of.audit()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
+from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
 from nanovllm.pipeline.admission.tenants import MAX_REMEMBERED, FairShares, TokenRates
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.worker import Settings
@@ -22,28 +22,28 @@ SOON = datetime(2030, 1, 1, tzinfo=UTC)
 LATER = datetime(2030, 1, 2, tzinfo=UTC)
 
 
-async def order_of(claims: dict[str, Claim], *, weights: dict[str, float] | None = None) -> list[str]:
-    """In which order ``claims`` get the one place, all of them waiting for it."""
-    dispatch = Dispatch(1, FairShares(weights))
+async def order_of(queued_jobs: dict[str, QueuedJob], *, weights: dict[str, float] | None = None) -> list[str]:
+    """In which order ``queued_jobs`` get the one place, all of them waiting for it."""
+    engine_queue = EngineQueue(1, FairShares(weights))
     began: list[str] = []
 
-    async def run(name: str, claim: Claim) -> None:
-        async with dispatch.place(claim):
+    async def run(name: str, queued: QueuedJob) -> None:
+        async with engine_queue.slot(queued):
             began.append(name)
             await asyncio.sleep(0)
 
-    async with dispatch.place(Claim(0, tenant="first")):
-        tasks = [asyncio.create_task(run(name, claim)) for name, claim in claims.items()]
+    async with engine_queue.slot(QueuedJob(0, tenant="first")):
+        tasks = [asyncio.create_task(run(name, queued)) for name, queued in queued_jobs.items()]
         await asyncio.sleep(0)
     await asyncio.gather(*tasks)
     return began
 
 
 async def test_when_all_are_cancelled_at_once_no_place_is_handed_to_one_of_them() -> None:
-    dispatch = Dispatch(1, FairShares())
+    engine_queue = EngineQueue(1, FairShares())
 
     async def run(seconds: float) -> None:
-        async with dispatch.place(Claim(1)):
+        async with engine_queue.slot(QueuedJob(1)):
             await asyncio.sleep(seconds)
 
     tasks = [asyncio.create_task(run(60)) for _ in range(3)]
@@ -52,51 +52,55 @@ async def test_when_all_are_cancelled_at_once_no_place_is_handed_to_one_of_them(
         task.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(error) for error in ended] == [asyncio.CancelledError] * 3
-    assert dispatch.waiting == 0
+    assert engine_queue.waiting == 0
     async with asyncio.timeout(60):
         await run(0)
 
 
 async def test_lower_priority_first_then_the_earliest_deadline_then_who_came_first() -> None:
-    claims = {
-        "idle": Claim(1, priority=9, deadline=SOON),
-        "no-deadline-1": Claim(1),
-        "later": Claim(1, deadline=LATER),
-        "no-deadline-2": Claim(1),
-        "soon": Claim(1, deadline=SOON),
-        "urgent": Claim(1, priority=-1),
+    queued_jobs = {
+        "idle": QueuedJob(1, priority=9, deadline=SOON),
+        "no-deadline-1": QueuedJob(1),
+        "later": QueuedJob(1, deadline=LATER),
+        "no-deadline-2": QueuedJob(1),
+        "soon": QueuedJob(1, deadline=SOON),
+        "urgent": QueuedJob(1, priority=-1),
     }
-    assert await order_of(claims) == ["urgent", "soon", "later", "no-deadline-1", "no-deadline-2", "idle"]
+    assert await order_of(queued_jobs) == ["urgent", "soon", "later", "no-deadline-1", "no-deadline-2", "idle"]
 
 
 async def test_a_tenant_that_floods_waits_behind_one_that_asks_little() -> None:
-    claims = {f"a{n}": Claim(100, tenant="a") for n in range(4)} | {f"b{n}": Claim(100, tenant="b") for n in range(2)}
-    assert await order_of(claims) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    queued_jobs = {f"a{n}": QueuedJob(100, tenant="a") for n in range(4)} | {
+        f"b{n}": QueuedJob(100, tenant="b") for n in range(2)
+    }
+    assert await order_of(queued_jobs) == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
 async def test_tokens_count_and_not_jobs_and_weights_count_too() -> None:
-    claims = {f"a{n}": Claim(300, tenant="a") for n in range(3)} | {f"b{n}": Claim(100, tenant="b") for n in range(6)}
-    assert await order_of(claims) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4", "b5", "a2"]
-    heavy = await order_of(claims, weights={"a": 3.0})
+    queued_jobs = {f"a{n}": QueuedJob(300, tenant="a") for n in range(3)} | {
+        f"b{n}": QueuedJob(100, tenant="b") for n in range(6)
+    }
+    assert await order_of(queued_jobs) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4", "b5", "a2"]
+    heavy = await order_of(queued_jobs, weights={"a": 3.0})
     assert heavy == ["a0", "b0", "a1", "b1", "a2", "b2", "b3", "b4", "b5"]
 
 
 async def test_who_is_cancelled_while_waiting_or_in_the_very_step_of_his_turn_takes_no_place() -> None:
-    dispatch = Dispatch(1, FairShares())
+    engine_queue = EngineQueue(1, FairShares())
 
     async def take() -> None:
-        async with dispatch.place(Claim(1)):
+        async with engine_queue.slot(QueuedJob(1)):
             pass
 
-    async with dispatch.place(Claim(1)):
+    async with engine_queue.slot(QueuedJob(1)):
         waiting, chosen = asyncio.create_task(take()), asyncio.create_task(take())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.sleep(0)
     chosen.cancel()
     await asyncio.gather(waiting, chosen, return_exceptions=True)
-    async with asyncio.timeout(60), dispatch.place(Claim(1)):
-        assert dispatch.waiting == 0
+    async with asyncio.timeout(60), engine_queue.slot(QueuedJob(1)):
+        assert engine_queue.waiting == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 500)), min_size=1, max_size=60), st.integers(1, 4))
@@ -105,18 +109,18 @@ def test_no_tenant_with_work_is_ever_further_behind_than_one_job_a_place(
 ) -> None:
     async def run() -> None:
         shares = FairShares()
-        dispatch = Dispatch(places, shares)
+        engine_queue = EngineQueue(places, shares)
         waiting = {tenant: sum(1 for name, _ in jobs if name == tenant) for tenant in "abc"}
 
         async def work(tenant: str, tokens: int) -> None:
-            async with dispatch.place(Claim(tokens, tenant=tenant)):
+            async with engine_queue.slot(QueuedJob(tokens, tenant=tenant)):
                 waiting[tenant] -= 1
                 served = [shares.served(name) for name in "abc" if waiting[name]]
                 assert not served or max(served) - min(served) <= 500 * (places + 1)
                 await asyncio.sleep(0)
 
         await asyncio.gather(*(work(*job) for job in jobs))
-        assert dispatch.waiting == 0
+        assert engine_queue.waiting == 0
 
     asyncio.run(run())
 

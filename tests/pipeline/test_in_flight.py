@@ -10,10 +10,10 @@ from parts import create_topic
 
 from nanovllm.errors import CrashedWorker, EngineDead
 from nanovllm.kafka.client import producer_kwargs
-from nanovllm.kafka.recovering_producer import RenewingProducer
-from nanovllm.pipeline.consuming.crash_guard import InFlight
+from nanovllm.kafka.recovering_producer import RecoveringProducer
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.settings.kafka import KafkaSettings
 
 pytestmark = pytest.mark.kafka
@@ -24,7 +24,7 @@ JOBS = [TopicPartition("jobs", number) for number in range(2)]
 class Owner:
     """One worker's side of the topic, with an open job at offset 0 and 1 of each partition."""
 
-    def __init__(self, in_flight: InFlight) -> None:
+    def __init__(self, in_flight: CrashGuard) -> None:
         self.in_flight = in_flight
         self.ledgers = [PartitionLedger(0, max_out_of_order=10) for _ in JOBS]
 
@@ -33,8 +33,8 @@ class Owner:
             await self.in_flight.take_in(tp, ledger)
         return self
 
-    def delivery(self, partition: int, offset: int) -> Delivery:
-        return Delivery("jobs", partition, offset, None, None, b"", ledger=self.ledgers[partition])
+    def delivery(self, partition: int, offset: int) -> ConsumedRecord:
+        return ConsumedRecord("jobs", partition, offset, None, None, b"", ledger=self.ledgers[partition])
 
     async def die_with(self, *places: tuple[int, int]) -> None:
         """The engine dies while these are in it."""
@@ -56,9 +56,9 @@ async def owner(kafka_broker: str, unique: Callable[[str], str]) -> AsyncIterato
     topic = unique("in-flight")
     await create_topic(kafka_broker, topic, partitions=1, settings={"cleanup.policy": "compact"})
     kafka = KafkaSettings(bootstrap_servers=kafka_broker, group_id=unique("group"))
-    producer = RenewingProducer(lambda: AIOKafkaProducer(**producer_kwargs(kafka)))
+    producer = RecoveringProducer(lambda: AIOKafkaProducer(**producer_kwargs(kafka)))
     await producer.start()
-    yield lambda: Owner(InFlight(topic, kafka, producer, limit=2))
+    yield lambda: Owner(CrashGuard(topic, kafka, producer, limit=2))
     await producer.stop()
 
 

@@ -9,10 +9,10 @@ import pytest
 from bench import Bench, GatedEngine
 from parts import eventually
 
-from nanovllm.pipeline.admission.key_order import KeyOrder, Turn
+from nanovllm.pipeline.admission.key_order import KeyOrder, KeyTurn
 
 
-async def has_come(turn: Turn) -> bool:
+async def has_come(turn: KeyTurn) -> bool:
     try:
         async with asyncio.timeout(0.01):
             await turn.wait()

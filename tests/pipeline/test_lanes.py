@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed
 from nanovllm.pipeline.admission.admission import Admission
-from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
+from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
 from nanovllm.pipeline.admission.lanes import OVERTAKEN_AT_MOST, LaneTurns
 from nanovllm.pipeline.admission.tenants import FairShares
 from nanovllm.pipeline.operations.topic_checks import implied_acls, topic_needs
@@ -86,14 +86,14 @@ async def test_an_urgent_job_that_is_tried_again_later_stays_in_its_lane(
 
 
 async def test_the_engine_gets_urgent_jobs_first_and_now_and_then_another() -> None:
-    dispatch = Dispatch(1, FairShares())
+    engine_queue = EngineQueue(1, FairShares())
     began: list[str] = []
 
     async def run(name: str, lane: int) -> None:
-        async with dispatch.place(Claim(1, priority=0 if lane == URGENT else -1000, lane=lane)):
+        async with engine_queue.slot(QueuedJob(1, priority=0 if lane == URGENT else -1000, lane=lane)):
             began.append(name)
 
-    async with dispatch.place(Claim(0)):
+    async with engine_queue.slot(QueuedJob(0)):
         names = [(f"ordinary-{n}", 0) for n in range(3)] + [(f"urgent-{n}", URGENT) for n in range(20)]
         tasks = [asyncio.create_task(run(*name)) for name in names]
         await asyncio.sleep(0)
@@ -120,12 +120,12 @@ def test_no_lane_that_waits_is_overtaken_for_ever(rounds: list[set[int]]) -> Non
 async def test_bytes_are_kept_for_each_lane_too() -> None:
     of = Admission(max_jobs=16, max_bytes=800, lanes=(URGENT, 0))
     ordinary = of.admit(0, 0)
-    await ordinary.reserve(650)
-    waiting = asyncio.ensure_future(of.admit(0, 0).reserve(100))
+    await ordinary.acquire_bytes(650)
+    waiting = asyncio.ensure_future(of.admit(0, 0).acquire_bytes(100))
     await asyncio.sleep(0)
     assert not waiting.done()
     assert of.rooms[URGENT] > 0
-    await asyncio.wait_for(of.admit(0, URGENT).reserve(100), 60)
+    await asyncio.wait_for(of.admit(0, URGENT).acquire_bytes(100), 60)
     of.audit()
     ordinary.release()
     await asyncio.wait_for(waiting, 60)
@@ -135,18 +135,18 @@ async def test_bytes_are_kept_for_each_lane_too() -> None:
 async def test_a_reservation_that_is_granted_alone_is_not_overtaken_for_ever() -> None:
     of = Admission(max_jobs=64, max_bytes=800, lanes=(URGENT, 0))
     held = of.admit(0, URGENT)
-    await held.reserve(10)
-    huge = asyncio.ensure_future(of.admit(0, 0).reserve(900))
+    await held.acquire_bytes(10)
+    huge = asyncio.ensure_future(of.admit(0, 0).acquire_bytes(900))
     await asyncio.sleep(0)
     for _ in range(30):
         # Each comes before the one before has gone, so that some reservation is always held.
-        ticket = of.admit(0, URGENT)
-        asking = asyncio.ensure_future(ticket.reserve(10))
+        reservation = of.admit(0, URGENT)
+        asking = asyncio.ensure_future(reservation.acquire_bytes(10))
         await asyncio.sleep(0)
         if not asking.done():
             break
         held.release()
-        held = ticket
+        held = reservation
     held.release()
     await asyncio.wait_for(huge, 60)
     asking.cancel()

@@ -18,9 +18,9 @@ from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
-from nanovllm.pipeline.stages.context import Passage
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.s3 import S3Settings
@@ -84,7 +84,7 @@ async def test_a_job_that_was_delayed_has_the_object_of_its_first_record(
     bucket, uri = s3.make_bucket(), images("large.png", png())
     retries = RetrySettings(delays_s=(1,))
     bench.settings = bench.settings.model_copy(update={"retries": retries})
-    (topic,) = RetryTiers.of(bench.settings).topics
+    (topic,) = RetryTopics.of(bench.settings).topics
     await create_topic(bench.bootstrap_servers, topic, partitions=1)
     settings = with_store(bench, s3, bucket, large_result_bytes=1, max_attempts=1)
     fetcher = FaultyFetcher(bench.settings, FetchFailed("the object store answered 503 SlowDown"), failures=1)
@@ -113,13 +113,13 @@ def stored_name(tenant: str = "", *, group_id: str = "group", via: str = "jobs",
     settings = Settings.model_validate({"kafka": {"group_id": group_id}, "retries": {"delays_s": [60]}})
     fields = {"topic": "jobs", "partition": 1, "offset": 2, "timestamp_ms": 3, "key": None, "value": b"v", **record}
     ledger = PartitionLedger(0, max_out_of_order=1)
-    tiers = RetryTiers({"jobs": 0}, (60,))
-    delivery = Delivery(**fields, ledger=ledger)
+    tiers = RetryTopics({"jobs": 0}, (60,))
+    delivery = ConsumedRecord(**fields, ledger=ledger)
     if via != "jobs":
         headers = tiers.origin_of(delivery).retry_headers(4, datetime.now(UTC), FetchFailed("503"))
         later = {"topic": via, "partition": 0, "offset": 77, "timestamp_ms": 88, "headers": headers}
-        delivery = Delivery(**{**fields, **later}, ledger=ledger)
-    passage = Passage(delivery, tiers.origin_of(delivery))
+        delivery = ConsumedRecord(**{**fields, **later}, ledger=ledger)
+    passage = JobContext(delivery, tiers.origin_of(delivery))
     passage.tenant = tenant
     return OutgoingRecords(settings, EchoEngine().model_info, lambda _: 1_000).stored_name(passage)
 

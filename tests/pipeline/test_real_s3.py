@@ -35,7 +35,7 @@ from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
-from nanovllm.pipeline.stages.caches import ImageReuse
+from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.settings.s3 import S3Settings
 
 pytestmark = pytest.mark.s3
@@ -55,7 +55,7 @@ class Store:
         )
         self.metrics = Metrics()
         self.fetcher = ObjectFetcher(self.settings, max_bytes=32 * MIB)
-        self.images = ImageReuse(self.fetcher, None, lambda *_: None, self.metrics, max_bytes=64 * MIB)
+        self.images = ImageCache(self.fetcher, None, lambda *_: None, self.metrics, max_bytes=64 * MIB)
 
     def put(self, body: bytes, key: str = "k") -> dict[str, Any]:
         answer: dict[str, Any] = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body)

@@ -18,8 +18,8 @@ from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.consuming.delayed_partitions import DelayedHeads
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.settings.failures import RetrySettings
@@ -33,7 +33,7 @@ async def tiered(bench: Bench) -> Bench:
     """A bench whose jobs wait one second, then two, before they are given up."""
     retries = RetrySettings(delays_s=TIERS)
     bench.settings = bench.settings.model_copy(update={"retries": retries})
-    await create_topic(bench.bootstrap_servers, *RetryTiers.of(bench.settings).topics, partitions=1)
+    await create_topic(bench.bootstrap_servers, *RetryTopics.of(bench.settings).topics, partitions=1)
     return bench
 
 
@@ -64,7 +64,7 @@ async def test_a_job_that_fails_for_long_waits_aside_and_holds_up_nobody(
     await tiered.send(image_job("good", good))
     async with tiered.working(EchoEngine(), fetcher):
         await eventually(lambda: reached(tiered, 2))
-        (waiting,) = await tiered.read(RetryTiers.of(tiered.settings).topics[0], 1)
+        (waiting,) = await tiered.read(RetryTopics.of(tiered.settings).topics[0], 1)
         assert (waiting.key, waiting.value) == (b"k", image_job(None, bad))
         results = await tiered.results(2)
     derived = f"{tiered.settings.topics.jobs}:0:0"
@@ -101,7 +101,7 @@ async def test_a_job_that_would_be_due_after_its_deadline_does_not_wait(
 ) -> None:
     bad = images("bad.png", png())
     tiered.settings = tiered.settings.model_copy(update={"retries": RetrySettings(delays_s=(3_600,))})
-    await create_topic(tiered.bootstrap_servers, *RetryTiers.of(tiered.settings).topics, partitions=1)
+    await create_topic(tiered.bootstrap_servers, *RetryTopics.of(tiered.settings).topics, partitions=1)
     deadline = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
     await tiered.send(image_job("j", bad, deadline=deadline))
     async with tiered.working(EchoEngine(), SpoiltObject(tiered.settings, bad)):
@@ -116,7 +116,7 @@ async def test_a_kill_between_retries_loses_nothing_on_apache_kafka(
     from aiokafka import AIOKafkaProducer
 
     names = tiered.settings.topics
-    topics = [names.jobs, names.results, names.metrics, names.dead_letters, *RetryTiers.of(tiered.settings).topics]
+    topics = [names.jobs, names.results, names.metrics, names.dead_letters, *RetryTopics.of(tiered.settings).topics]
     await create_topic(kafka_broker, *topics, partitions=1)
     kafka = tiered.settings.kafka.model_copy(update={"bootstrap_servers": kafka_broker})
     settings = tiered.settings.model_copy(update={"kafka": kafka})
@@ -128,7 +128,7 @@ async def test_a_kill_between_retries_loses_nothing_on_apache_kafka(
         fetcher = SpoiltObject(settings, bad, failures=settings.s3.max_attempts)
         await there.send(image_job("j", bad))
         async with there.working(EchoEngine(), fetcher) as (_, running):
-            await there.read(RetryTiers.of(settings).topics[0], 1)
+            await there.read(RetryTopics.of(settings).topics[0], 1)
             running.cancel()
             await asyncio.wait([running])
         async with there.working(EchoEngine(), fetcher):
@@ -249,7 +249,7 @@ def record(offset: int, timestamp_ms: float) -> ConsumerRecord:
 
 def test_a_delayed_head_holds_its_partition_until_it_is_due_and_never_for_ever() -> None:
     now = 1_000.0
-    heads = DelayedHeads({"t": 60}, clock=lambda: now)
+    heads = DelayedPartitions({"t": 60}, clock=lambda: now)
     tp = TopicPartition("t", 0)
     due, fresh, future = record(3, 900_000), record(7, 990_000), record(9, 9_000_000_000)
     assert heads.split(tp, [due, fresh, future]) == ([due], 7)
@@ -265,12 +265,12 @@ def test_a_delayed_head_holds_its_partition_until_it_is_due_and_never_for_ever()
 
 
 def test_tiers_are_gone_through_in_their_order_and_delays_must_grow() -> None:
-    tiers = RetryTiers({"jobs": 0}, (60, 600))
+    tiers = RetryTopics({"jobs": 0}, (60, 600))
     assert tiers.topics == ("jobs.retry-60s", "jobs.retry-600s")
     assert tiers.topic_after("jobs", before=None) == "jobs.retry-60s"
     assert tiers.topic_after("jobs.retry-60s", before=None) == "jobs.retry-600s"
     assert tiers.topic_after("jobs.retry-600s", before=None) is None
-    assert RetryTiers({"jobs": 0}, ()).topic_after("jobs", before=None) is None
+    assert RetryTopics({"jobs": 0}, ()).topic_after("jobs", before=None) is None
     for wrong in ((0,), (60, 60), (600, 60)):
         with pytest.raises(ValueError, match="longer than the one before"):
             RetrySettings(delays_s=wrong)
@@ -301,7 +301,7 @@ async def test_forged_headers_in_a_retry_topic_make_a_job_like_any_other(tiered:
         "first_failed_at": "2026-01-01T00:00:00+00:00",
         **forged,
     }
-    (first, *_) = RetryTiers.of(tiered.settings).topics
+    (first, *_) = RetryTopics.of(tiered.settings).topics
     own = [(f"nanovllm_{name}", value.encode()) for name, value in headers.items()]
     await tiered.producer.send_and_wait(first, b"{not json", partition=0, headers=own)
     async with tiered.working(EchoEngine()):

@@ -21,7 +21,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
-from nanovllm.pipeline.stages.caches import ImageReuse, SharedWork
+from nanovllm.pipeline.stages.caches import ImageCache, SingleFlightCache
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.images import ReuseSettings
 from nanovllm.settings.s3 import S3Settings
@@ -38,7 +38,7 @@ def test_shared_work_does_what_a_plain_model_does(operations: list[tuple[str, in
     """``operations``: key, size, whether making it fails; one after the other against a list in order of use."""
 
     async def check() -> None:
-        work, model = SharedWork(bound), list[tuple[str, int, int]]()  # key, value, size; the last was used last
+        work, model = SingleFlightCache(bound), list[tuple[str, int, int]]()  # key, value, size; the last was used last
         for number, (key, size, fails) in enumerate(operations):
 
             async def make(number: int = number, size: int = size, fails: bool = fails) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def test_nothing_is_made_twice_at_the_same_time(calls: list[tuple[str, int, int]
     """``calls``: key, when it is asked for, how long making it takes, in turns of the event loop; nothing is kept."""
 
     async def check() -> None:
-        work, under_way, started = SharedWork(0), set[str](), list[str]()
+        work, under_way, started = SingleFlightCache(0), set[str](), list[str]()
 
         async def ask(key: str, begin: int, turns: int) -> tuple[str, str]:
             async def make() -> tuple[str, int]:
@@ -99,7 +99,7 @@ def test_nothing_is_made_twice_at_the_same_time(calls: list[tuple[str, int, int]
 
 
 async def test_a_failure_goes_to_all_who_wait_and_the_next_one_tries_again() -> None:
-    work, gate, tries = SharedWork(10), asyncio.Event(), []
+    work, gate, tries = SingleFlightCache(10), asyncio.Event(), []
 
     async def make() -> tuple[str, int]:
         tries.append(len(tries))
@@ -117,7 +117,7 @@ async def test_a_failure_goes_to_all_who_wait_and_the_next_one_tries_again() -> 
 
 
 async def test_who_goes_away_leaves_the_work_to_those_who_wait() -> None:
-    work, gate = SharedWork(10), asyncio.Event()
+    work, gate = SingleFlightCache(10), asyncio.Event()
 
     async def make() -> tuple[str, int]:
         await gate.wait()
@@ -132,7 +132,7 @@ async def test_who_goes_away_leaves_the_work_to_those_who_wait() -> None:
 
 
 async def test_work_that_nobody_waits_for_ends_and_is_begun_anew_by_the_next_one() -> None:
-    work, gate, ended = SharedWork(10), asyncio.Event(), []
+    work, gate, ended = SingleFlightCache(10), asyncio.Event(), []
 
     async def make() -> tuple[str, int]:
         try:
@@ -165,7 +165,7 @@ class Store:
         self.has_read: Callable[[], None] = lambda: None
         settings = S3Settings(endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path")
         self.fetcher = ObjectFetcher(settings, max_bytes=10_000, client_factory=self._client)
-        self.images = ImageReuse(self.fetcher, None, nothing_known, self.metrics, max_bytes=max_bytes)
+        self.images = ImageCache(self.fetcher, None, nothing_known, self.metrics, max_bytes=max_bytes)
 
     def put(self, body: bytes, key: str = "k") -> str | None:
         version: str | None = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body).get("VersionId")
@@ -312,7 +312,7 @@ async def test_equal_bytes_are_decoded_once(s3: Any) -> None:
         decoders = DecoderPool(ImageTransform(size=(8, 8)), workers=1)
         await decoders.start()
         try:
-            images = ImageReuse(store.fetcher, decoders, nothing_known, store.metrics, max_bytes=1_000_000)
+            images = ImageCache(store.fetcher, decoders, nothing_known, store.metrics, max_bytes=1_000_000)
             fetched = [await images.fetch(ImageRef(data=data), b"") for _ in range(2)]
             first, second = [await images.prepare(image, b"") for image in fetched]
             assert first is second
@@ -332,7 +332,7 @@ async def test_what_the_engine_has_embedded_is_not_decoded(s3: Any) -> None:
         return known
 
     store.put(b"a picture")
-    images = ImageReuse(store.fetcher, cast("DecoderPool", object()), find, store.metrics, max_bytes=1_000)
+    images = ImageCache(store.fetcher, cast("DecoderPool", object()), find, store.metrics, max_bytes=1_000)
     fetched = await images.fetch(store.ref("k"), b"tenant")
     assert await images.prepare(fetched, b"tenant") is known
     assert asked == [(hashlib.sha256(b"a picture").digest(), b"tenant")]

@@ -20,9 +20,9 @@ from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.source import JobSource
-from nanovllm.pipeline.consuming.start_offset import Places
+from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.settings.kafka import KafkaSettings
 
 
@@ -32,7 +32,7 @@ class Member:
 
     source: JobSource
     metrics: Metrics
-    taken: dict[tuple[int, int], Delivery] = field(default_factory=dict)
+    taken: dict[tuple[int, int], ConsumedRecord] = field(default_factory=dict)
     lost: list[PartitionLedger] = field(default_factory=list)
     repeated: int = 0
     room: int = 100
@@ -421,7 +421,7 @@ async def test_of_several_new_members_none_takes_the_others_offsets_for_those_of
     await latest.send(0, 2)
     await latest.send(1, 2)
     mine, others = (TopicPartition(latest.topic, partition) for partition in (0, 1))
-    places = Places("latest", Metrics())
+    places = StartOffsets("latest", Metrics())
     options = {"bootstrap_servers": latest.bootstrap_servers, "group_id": latest.settings.group_id}
     async with AIOKafkaConsumer(**options, enable_auto_commit=False) as consumer:
         consumer.assign([mine, others])
@@ -430,7 +430,7 @@ async def test_of_several_new_members_none_takes_the_others_offsets_for_those_of
         await consumer.commit({others: OffsetAndMetadata(2, "")})
         assert await places.committed(consumer, [mine]) == {mine: 2}
         # Whoever comes later finds a group that has been here.
-        later = Places("latest", Metrics())
+        later = StartOffsets("latest", Metrics())
         await later.look(consumer, [latest.topic])
         assert later._begin(TopicPartition(latest.topic, 7))[0] == "beginning"
 

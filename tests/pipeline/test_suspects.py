@@ -8,47 +8,47 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
-from nanovllm.pipeline.consuming.shared_exclusive_lock import Solitude
-from nanovllm.pipeline.consuming.suspect_state import PartitionRecord
+from nanovllm.pipeline.consuming.shared_exclusive_lock import SharedExclusiveLock
+from nanovllm.pipeline.consuming.suspect_state import SuspectState
 
 
 def test_all_that_were_in_the_engine_are_suspects_and_none_is_charged() -> None:
-    record = PartitionRecord()
+    record = SuspectState()
     for offset in (3, 4, 5):
         assert not record.start(offset).is_alone
     record.leave(4, is_cleared=True)
-    after = PartitionRecord.after(record.encode(), 0)
+    after = SuspectState.after(record.encode(), 0)
     assert [after.deaths_of(offset) for offset in (3, 4, 5)] == [0, None, 0]
 
 
 def test_only_deaths_while_alone_count_and_the_other_suspects_stay_suspects() -> None:
-    record = PartitionRecord({3: 0, 5: 1})
+    record = SuspectState({3: 0, 5: 1})
     assert record.start(3).is_alone
     for _ in range(3):
         # The next owner dies of something else before it writes anything: it is still the same one death.
-        after = PartitionRecord.after(record.encode(), 0)
+        after = SuspectState.after(record.encode(), 0)
         assert (after.deaths_of(3), after.deaths_of(5)) == (1, 1)
 
 
 def test_who_comes_out_of_the_engine_is_cleared_and_who_is_taken_out_is_not() -> None:
-    record = PartitionRecord({3: 1, 5: 0})
+    record = SuspectState({3: 1, 5: 0})
     for offset in (3, 5):
         record.start(offset)
     record.leave(3, is_cleared=True)
     record.leave(5, is_cleared=False)
-    after = PartitionRecord.after(record.encode(), 0)
+    after = SuspectState.after(record.encode(), 0)
     assert (after.deaths_of(3), after.deaths_of(5)) == (None, 0)
 
 
 def test_jobs_that_are_committed_are_no_suspects() -> None:
-    record = PartitionRecord()
+    record = SuspectState()
     record.start(3)
-    assert PartitionRecord.after(record.encode(), 4).deaths_of(3) is None
+    assert SuspectState.after(record.encode(), 4).deaths_of(3) is None
 
 
 @pytest.mark.parametrize("value", [None, b"", b"[1]", b'{"a": 1}', b'{"1": 2}', b"\xff", b"null"])
 def test_a_record_that_is_none_of_ours_accuses_nobody(value: bytes | None) -> None:
-    assert PartitionRecord.after(value, 0).encode() == b"{}"
+    assert SuspectState.after(value, 0).encode() == b"{}"
 
 
 async def settled() -> None:
@@ -58,15 +58,15 @@ async def settled() -> None:
 
 
 async def test_one_alone_waits_for_the_others_and_they_for_it() -> None:
-    solitude, log = Solitude(), list[str]()
+    lock, log = SharedExclusiveLock(), list[str]()
 
     @asynccontextmanager
     async def alone() -> AsyncIterator[None]:
-        await solitude.isolate()
+        await lock.acquire_exclusive()
         try:
             yield
         finally:
-            solitude.rejoin()
+            lock.release_exclusive()
 
     async def visit(name: str, place: AbstractAsyncContextManager[None], leave: asyncio.Event) -> None:
         async with place:
@@ -77,12 +77,12 @@ async def test_one_alone_waits_for_the_others_and_they_for_it() -> None:
     doors = {name: asyncio.Event() for name in ("a", "b", "alone", "late")}
     async with asyncio.TaskGroup() as group:
         for name in ("a", "b"):
-            group.create_task(visit(name, solitude.among_others(), doors[name]))
+            group.create_task(visit(name, lock.shared(), doors[name]))
         await asyncio.sleep(0)
         group.create_task(visit("alone", alone(), doors["alone"]))
         cancelled = group.create_task(visit("cancelled", alone(), doors["alone"]))
         await settled()
-        group.create_task(visit("late", solitude.among_others(), doors["late"]))
+        group.create_task(visit("late", lock.shared(), doors["late"]))
         await settled()
         assert log == ["a", "b"]
         cancelled.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanovllm.errors import CredentialsRefused
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.failure.faults import SystemicFaults
+from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
 
 
@@ -17,7 +17,7 @@ class Clock:
 
 def test_a_fault_is_told_to_health_and_ends_when_its_part_works() -> None:
     health = Health()
-    faults = SystemicFaults(health, Metrics(), lapse_s=10)
+    faults = ActiveFaults(health, Metrics(), lapse_s=10)
     faults.report("store", CredentialsRefused("refused"))
     faults.report("broker", CredentialsRefused("refused too"))
     assert faults.are_present
@@ -31,7 +31,7 @@ def test_a_fault_is_told_to_health_and_ends_when_its_part_works() -> None:
 
 def test_a_fault_that_nobody_reports_any_more_lapses() -> None:
     clock, health = Clock(), Health()
-    faults = SystemicFaults(health, Metrics(), lapse_s=10, clock=clock)
+    faults = ActiveFaults(health, Metrics(), lapse_s=10, clock=clock)
     faults.report("store", CredentialsRefused("refused"))
     clock.now = 9
     assert faults.are_present

@@ -19,7 +19,7 @@ from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.client import producer_kwargs, transactional_kwargs
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -36,7 +36,7 @@ class Owner:
 
     source: JobSource
     output: str
-    taken: dict[tuple[int, int], Delivery] = field(default_factory=dict)
+    taken: dict[tuple[int, int], ConsumedRecord] = field(default_factory=dict)
     lost: list[PartitionLedger] = field(default_factory=list)
 
     async def poll(self) -> None:
@@ -44,7 +44,7 @@ class Owner:
             for delivery in await self.source.poll(100, 50):
                 self.taken[delivery.partition, delivery.offset] = delivery
 
-    async def end(self, delivery: Delivery, value: bytes | None = None) -> None:
+    async def end(self, delivery: ConsumedRecord, value: bytes | None = None) -> None:
         assert delivery.transactions is not None
         record = OutgoingRecord(self.output, b"k", value or delivery.value)
         await delivery.transactions.release(delivery.offset, [record])

@@ -15,7 +15,7 @@ from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.worker import ALONE
 from nanovllm.sinks.kafka import KafkaSink
@@ -423,7 +423,7 @@ async def test_the_event_loop_turns_between_records_that_take_long_to_read(
     received_in: list[int] = []
     receive = Stages.receive
 
-    def noting(stages: Stages, delivery: Delivery) -> object:
+    def noting(stages: Stages, delivery: ConsumedRecord) -> object:
         received_in.append(turns)
         return receive(stages, delivery)
 

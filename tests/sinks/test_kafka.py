@@ -27,7 +27,7 @@ from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.kafka.recovering_producer import RenewingProducer
+from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
@@ -265,7 +265,7 @@ async def test_a_producer_whose_numbers_the_broker_no_longer_takes_is_replaced(
         made.append(AIOKafkaProducer(bootstrap_servers=kafka_broker, enable_idempotence=True, acks="all"))
         return made[-1]
 
-    producer = RenewingProducer(connect)
+    producer = RecoveringProducer(connect)
     await producer.start()
     try:
         sink = KafkaSink(producer)

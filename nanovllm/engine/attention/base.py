@@ -39,11 +39,11 @@ class AttentionBackend(Protocol):
         """Zeroed keys and values of one layer."""
         ...
 
-    def plan(self, batch: AttentionBatch) -> Any:
+    def metadata(self, batch: AttentionBatch) -> Any:
         """What all layers of this step share; handed back to ``attend`` as it is."""
         ...
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any) -> Tensor:
         """Write ``key`` and ``value`` [T, kv_heads, d] to their slots and attend with ``query`` [T, heads, d].
 
         Every token sees the tokens of its own sequence up to itself. Returns [T, heads, d].
@@ -53,14 +53,14 @@ class AttentionBackend(Protocol):
 
 @runtime_checkable
 class GraphAttention(AttentionBackend, Protocol):
-    """A backend that also plans steps of single tokens on the device alone, so that a CUDA graph can hold the plan."""
+    """A backend whose metadata of single-token rows is made on the device alone, so that a CUDA graph can hold it."""
 
     def decode_contexts(self, limit: int) -> tuple[int, ...]:
         """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
         ...
 
-    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> Any:
-        """The plan of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.
+    def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> Any:
+        """The metadata of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.
 
         No value may reach the host. A row's unused blocks may be any of the cache's.
         """

@@ -12,7 +12,7 @@ from nanovllm.engine.attention.base import AttentionBatch, _zeros, padded_tables
 
 
 @dataclass(frozen=True)
-class _CpuPlan:
+class _CpuMetadata:
     slots: Tensor
     starts: Tensor
     contexts: Tensor
@@ -34,19 +34,19 @@ class PagedCpuAttention:
         positions, padded = (size + -size % 16 for size in (self.block_size, head_dim))
         return _zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
 
-    def plan(self, batch: AttentionBatch) -> _CpuPlan:
+    def metadata(self, batch: AttentionBatch) -> _CpuMetadata:
         """Slots, first tokens, contexts and the padded block table."""
-        return _CpuPlan(
+        return _CpuMetadata(
             slots=torch.tensor(slots_of(batch, self.block_size)),
             starts=torch.tensor([0, *accumulate(batch.query_lens)]),
             contexts=torch.tensor(batch.context_lens),
             block_tables=torch.tensor(padded_tables(batch, self.block_size), dtype=torch.int32),
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _CpuPlan) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: _CpuMetadata) -> Tensor:
         """See AttentionBackend."""
         output: Tensor = torch.ops.nanovllm.paged_attention(
-            query, key, value, cache, self.block_size, plan.slots, plan.starts, plan.contexts, plan.block_tables,
-            query.shape[-1] ** -0.5,
+            query, key, value, cache, self.block_size,
+            metadata.slots, metadata.starts, metadata.contexts, metadata.block_tables, query.shape[-1] ** -0.5,
         )  # fmt: skip
         return output

@@ -44,7 +44,7 @@ class _PrefillRow:
 
 
 @dataclass(frozen=True)
-class _SdpaPlan:
+class _SdpaMetadata:
     slots: Tensor
     decodes: tuple[_DecodeGroup, ...]
     prefills: tuple[_PrefillRow, ...]
@@ -69,7 +69,7 @@ class SdpaAttention:
         """[num_blocks, block_size, 2, kv_heads, d]; zeros, since a masked NaN would still be NaN times zero."""
         return _zeros((num_blocks, self.block_size, 2, num_kv_heads, head_dim), dtype, self._device)
 
-    def plan(self, batch: AttentionBatch) -> _SdpaPlan:
+    def metadata(self, batch: AttentionBatch) -> _SdpaMetadata:
         """Slots, pages and masks of the step, each in one tensor."""
         num_decodes = sum(length == 1 for length in batch.query_lens)
         decodes: list[_DecodeGroup] = []
@@ -87,18 +87,18 @@ class SdpaAttention:
             prefills.append(self._prefill_row(batch, index, start))
             start += batch.query_lens[index]
         slots = to_device(slots_of(batch, self.block_size), self._device)
-        return _SdpaPlan(slots, tuple(decodes), tuple(prefills))
+        return _SdpaMetadata(slots, tuple(decodes), tuple(prefills))
 
     def decode_contexts(self, limit: int) -> tuple[int, ...]:
         """Rows are copied as wide as the table: short ones have a narrow table, and the longest no graph."""
         return tuple(sorted({min(limit, context) for context in _GRAPH_CONTEXTS}))
 
-    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> _SdpaPlan:
+    def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> _SdpaMetadata:
         """See GraphAttention."""
         group = _DecodeGroup(
             0, len(context_lens), block_tables.flatten(), self._mask(context_lens, block_tables.shape[1])
         )
-        return _SdpaPlan(last_slots(context_lens, block_tables, self.block_size), (group,), ())
+        return _SdpaMetadata(last_slots(context_lens, block_tables, self.block_size), (group,), ())
 
     def _num_pages(self, context: int) -> int:
         return -(-context // self.block_size)
@@ -126,15 +126,15 @@ class SdpaAttention:
         mask = torch.full((length, context), float("-inf"), dtype=self._dtype, device=self._device)
         return _PrefillRow(start, start + length, context, pages, mask.triu_(context - length + 1))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _SdpaPlan) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: _SdpaMetadata) -> Tensor:
         """See AttentionBackend."""
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.slots, torch.stack((key, value), 1))
-        if len(plan.decodes) == 1 and not plan.prefills:
-            return self._decode(query, cache, plan.decodes[0])
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, metadata.slots, torch.stack((key, value), 1))
+        if len(metadata.decodes) == 1 and not metadata.prefills:
+            return self._decode(query, cache, metadata.decodes[0])
         output = torch.empty_like(query)
-        for group in plan.decodes:
+        for group in metadata.decodes:
             output[group.start : group.end] = self._decode(query[group.start : group.end], cache, group)
-        for row in plan.prefills:
+        for row in metadata.prefills:
             part = slice(row.start, row.end)
             if row.pages is None:
                 keys, values = key[part], value[part]

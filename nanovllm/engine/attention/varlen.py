@@ -15,7 +15,7 @@ from nanovllm.engine.layers.device_copy import together
 
 
 @dataclass(frozen=True)
-class VarlenPlan:
+class VarlenMetadata:
     """What the kernels want to know of a step; lengths and tables are int32 on the device."""
 
     slots: Tensor
@@ -30,7 +30,7 @@ class VarlenPlan:
 class Kernel(Protocol):
     """Queries [T, heads, d] over pages [num_blocks, block_size, kv_heads, d], each row seeing its context."""
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
         """[T, heads, d]."""
         ...
 
@@ -48,7 +48,7 @@ class PagedVarlenAttention:
         """[2, num_blocks, block_size, kv_heads, d]."""
         return torch.zeros(2, num_blocks, self.block_size, num_kv_heads, head_dim, dtype=dtype, device=self._device)
 
-    def plan(self, batch: AttentionBatch) -> VarlenPlan:
+    def metadata(self, batch: AttentionBatch) -> VarlenMetadata:
         """Slots, cumulative lengths and the padded block table, in one copy to the device."""
         tables = padded_tables(batch, self.block_size)
         slots, *lengths, pages = together(
@@ -62,7 +62,7 @@ class PagedVarlenAttention:
             self._device,
         )
         query_starts, context_starts, context_lens = (part.int() for part in lengths)
-        return VarlenPlan(
+        return VarlenMetadata(
             slots=slots,
             query_starts=query_starts,
             context_starts=context_starts,
@@ -76,10 +76,10 @@ class PagedVarlenAttention:
         """One width of table will do: what a row does not use of it costs nothing."""
         return (limit,)
 
-    def decode_plan(self, context_lens: Tensor, block_tables: Tensor) -> VarlenPlan:
+    def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> VarlenMetadata:
         """See GraphAttention."""
         lengths = context_lens.int()
-        return VarlenPlan(
+        return VarlenMetadata(
             slots=last_slots(context_lens, block_tables, self.block_size),
             query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device),
             context_starts=F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
@@ -89,29 +89,29 @@ class PagedVarlenAttention:
             max_context=block_tables.shape[1] * self.block_size,
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: VarlenPlan) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: VarlenMetadata) -> Tensor:
         """See AttentionBackend."""
         keys, values = cache.unbind(0)
-        keys.view(-1, *key.shape[1:]).index_copy_(0, plan.slots, key)
-        values.view(-1, *value.shape[1:]).index_copy_(0, plan.slots, value)
-        return self._kernel(query, keys, values, plan)
+        keys.view(-1, *key.shape[1:]).index_copy_(0, metadata.slots, key)
+        values.view(-1, *value.shape[1:]).index_copy_(0, metadata.slots, value)
+        return self._kernel(query, keys, values, metadata)
 
 
 def flash_attn_kernels() -> Kernel:
     """flash-attn 2 over a block table: its call for decoding where every row is one token, else the general one."""
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+    def attend(query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
         output: Tensor
-        if plan.max_query == 1:
+        if metadata.max_query == 1:
             output = flash_attn_with_kvcache(
                 query.unsqueeze(1), keys, values,
-                cache_seqlens=plan.context_lens, block_table=plan.block_tables, causal=True,
+                cache_seqlens=metadata.context_lens, block_table=metadata.block_tables, causal=True,
             ).squeeze(1)  # fmt: skip
         else:
             output = flash_attn_varlen_func(
-                query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
-                causal=True, block_table=plan.block_tables,
+                query, keys, values, metadata.query_starts, metadata.context_starts,
+                metadata.max_query, metadata.max_context, causal=True, block_table=metadata.block_tables,
             )  # fmt: skip
         return output
 
@@ -122,10 +122,11 @@ def torch_varlen_kernel() -> Kernel:
     """torch's own flash attention over a block table (torch 2.13 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan) -> Tensor:
+    def attend(query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
         output = varlen_attn(
-            query, keys, values, plan.query_starts, plan.context_starts, plan.max_query, plan.max_context,
-            window_size=(-1, 0), enable_gqa=True, seqused_k=plan.context_lens, block_table=plan.block_tables,
+            query, keys, values, metadata.query_starts, metadata.context_starts,
+            metadata.max_query, metadata.max_context,
+            window_size=(-1, 0), enable_gqa=True, seqused_k=metadata.context_lens, block_table=metadata.block_tables,
         )  # fmt: skip
         assert isinstance(output, Tensor)  # a pair only when return_aux is asked for
         return output

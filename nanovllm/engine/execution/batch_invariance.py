@@ -67,6 +67,6 @@ def _logits(model: Decoder, attention: AttentionBackend, chunks: list[int], neig
         batch = AttentionBatch(lengths, ends, [tables[one] for one in which])
         ids = torch.cat([tokens[end - n : end] if one == 0 else tokens[:n].flip(0) for n, end, one in rows])
         positions = torch.cat([torch.arange(end - n, end) for n, end, _ in rows])
-        hidden = model(model.embed(ids), positions, caches, attention, attention.plan(batch))
+        hidden = model(model.embed(ids), positions, caches, attention, attention.metadata(batch))
         found.append(model.logits(hidden.split(lengths)[which.index(0)]))
     return torch.cat(found)

@@ -165,8 +165,8 @@ class DecodeGraphs:
 def compute_rows(model: Decoder, attention: GraphAttention, caches: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """The logits [n, vocab] of rows of one token each: int64 ``inputs`` [n, token, position, context, block table]."""
     token_ids, positions, context_lens = inputs[:, :_COLUMNS].unbind(1)
-    plan = attention.decode_plan(context_lens, inputs[:, _COLUMNS:])
-    return model.logits(model(model.embed(token_ids), positions, caches, attention, plan))
+    metadata = attention.decode_metadata(context_lens, inputs[:, _COLUMNS:])
+    return model.logits(model(model.embed(token_ids), positions, caches, attention, metadata))
 
 
 def _first_from(values: Sequence[int], least: int) -> int | None:

@@ -66,12 +66,12 @@ def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBacke
     device = model.embed_tokens.device
     length = min(config.step_tokens(device.type), limit)
     caches = _one_block_for_all(model, attention)
-    plan = attention.plan(AttentionBatch([length], [limit], [[0] * -(-limit // attention.block_size)]))
+    metadata = attention.metadata(AttentionBatch([length], [limit], [[0] * -(-limit // attention.block_size)]))
     ids = torch.zeros(length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device)
     if model.config.position_axes is not None:
         positions = positions.unsqueeze(1).expand(-1, 3)
-    hidden = model(model.embed(ids), positions, caches, attention, plan)
+    hidden = model(model.embed(ids), positions, caches, attention, metadata)
     logits = model.logits(hidden[: config.max_num_seqs])
     # Sampling with top_p keeps this many copies.
     return logits.float().softmax(-1).sort(-1, descending=True).values.cumsum(-1)

@@ -1,4 +1,4 @@
-"""Runs the model: plan in, logits out. Owns the weights, the KV memory and the vision processor."""
+"""The model runner: a scheduled batch in, logits out. It owns the weights, the KV memory and the vision processor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nanovllm.engine.layers.linear import pack_linears, why_no_int8
 from nanovllm.engine.models.registry import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
-from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.cache_tiers import MemoryTier
@@ -72,7 +72,7 @@ def _device(name: str | None) -> torch.device:
 
 
 class ModelRunner:
-    """Weights, KV caches and the steps between a plan and its logits, each callable on its own."""
+    """Weights, KV caches and the steps between a scheduled batch and its logits, each callable on its own."""
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
         """Load everything. Raises ConfigurationError and its kin for what the checkpoint or machine cannot do."""
@@ -235,12 +235,12 @@ class ModelRunner:
                     if pixels >= 0:
                         yield sequence, span
 
-    def prepare(self, plan: Plan) -> StepInputs:
-        """Turn a plan's rows into tensors, single-token rows first, or load them into a graph.
+    def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
 
         The images that they touch are encoded: `embed_images` ran before.
         """
-        rows = tuple(sorted(plan.rows, key=lambda row: (row.num_tokens != 1, row.end)))
+        rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
         images: list[tuple[int, Tensor]] = []
@@ -293,7 +293,7 @@ class ModelRunner:
             token_ids=ids,
             positions=places if axes is None else places.view(len(ids), -1),
             images=tuple(images),
-            attention=self.attention.plan(batch),
+            attention=self.attention.metadata(batch),
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
         )

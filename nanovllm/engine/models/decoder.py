@@ -143,12 +143,14 @@ class Attention(nn.Module):
         self.qk_norm = _weight(self.num_rotary, self.head_dim) if config.qk_norm else None
         self._eps = config.rms_norm_eps
 
-    def forward(self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, plan: Any) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, cache: Tensor, attention: AttentionBackend, metadata: Any
+    ) -> Tensor:
         """[T, hidden] → [T, heads * d], which ``o_proj`` brings back to [T, hidden]."""
         qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
         qk = rotate_heads(qkv[:, : self.num_rotary], self.qk_norm, self._eps, rotary)
         query, key = qk.split((self.num_heads, self.num_kv_heads), 1)
-        return attention.attend(query, key, qkv[:, self.num_rotary :], cache, plan).reshape(len(hidden), -1)
+        return attention.attend(query, key, qkv[:, self.num_rotary :], cache, metadata).reshape(len(hidden), -1)
 
 
 class MLP(nn.Module):
@@ -182,11 +184,11 @@ class DecoderLayer(nn.Module):
         rotary: Rotary,
         cache: Tensor,
         attention: AttentionBackend,
-        plan: Any,
+        metadata: Any,
         wanted: Tensor | None = None,
     ) -> Tensor:
         """[T, hidden] → [T, hidden], or the ``wanted`` rows of it: all leave their keys and values in the cache."""
-        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, plan)
+        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, metadata)
         hidden = _rows(hidden, wanted) + self.self_attn.o_proj(_rows(attended, wanted))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -215,7 +217,7 @@ class Decoder(nn.Module):
         positions: Tensor,
         caches: Sequence[Tensor],
         attention: AttentionBackend,
-        plan: Any,
+        metadata: Any,
         images: Sequence[tuple[int, Tensor]] = (),
         wanted: Tensor | None = None,
     ) -> Tensor:
@@ -234,7 +236,9 @@ class Decoder(nn.Module):
         kept_by_last = wanted if levels < len(self.layers) else None  # else something is still added behind it
         rotary = self._rotary_rows(positions, hidden)
         for depth, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
-            hidden = layer(hidden, rotary, cache, attention, plan, kept_by_last if depth == len(self.layers) else None)
+            hidden = layer(
+                hidden, rotary, cache, attention, metadata, kept_by_last if depth == len(self.layers) else None
+            )
             for first, embedding in images:
                 if embedding.shape[1] > depth * size:
                     hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]

@@ -45,7 +45,7 @@ class ScheduledRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScheduledBatch:
     """One step's rows; the block tables of their sequences already cover them."""
 
     rows: tuple[ScheduledRow, ...]

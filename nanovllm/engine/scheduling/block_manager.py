@@ -40,7 +40,7 @@ class BlockManager:
         """How many blocks ``num_tokens`` tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
+    def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of ``hashes``. Nothing is taken yet."""
         blocks: list[int] = []
         if self.enable_prefix_caching:
@@ -51,20 +51,20 @@ class BlockManager:
                 blocks.append(block)
         return blocks
 
-    def can_take(self, num_new: int, cached: Sequence[int] = ()) -> bool:
+    def can_allocate(self, num_new: int, cached: Sequence[int] = ()) -> bool:
         """Whether ``num_new`` blank blocks are there besides the ``cached`` ones, which may be free themselves."""
         return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= self.num_free
 
-    def take(self, num_new: int, cached: Sequence[int] = ()) -> list[int]:
+    def allocate(self, num_new: int, cached: Sequence[int] = ()) -> list[int]:
         """Hold ``cached`` and ``num_new`` other blocks, in this order; raises EngineFault when it cannot."""
-        if not self.can_take(num_new, cached):
+        if not self.can_allocate(num_new, cached):
             raise EngineFault(f"{num_new} blocks wanted, {self.num_free} of {self.num_blocks} are free")
         for block in cached:
             self._ref_counts[block] += 1
             self._free.pop(block, None)
-        return [*cached, *(self._take_blank() for _ in range(num_new))]
+        return [*cached, *(self._allocate_blank() for _ in range(num_new))]
 
-    def _take_blank(self) -> int:
+    def _allocate_blank(self) -> int:
         block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._ref_counts[block] = 1
@@ -76,7 +76,7 @@ class BlockManager:
             del self._block_of[key]
             self._hash_of[block] = None
 
-    def remember(self, block: int, key: bytes) -> None:
+    def cache_block(self, block: int, key: bytes) -> None:
         """Make a held block, now full and computed, findable by its hash.
 
         The first block with a hash keeps it. An equal one, computed beside it in the same step, stays anonymous and is
@@ -86,7 +86,7 @@ class BlockManager:
             self._hash_of[block] = key
             self._block_of[key] = block
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: Sequence[int]) -> None:
         """Let go of one sequence's blocks; of those that become free, the end of the prefix is given away first."""
         for block in reversed(blocks):
             self._ref_counts[block] -= 1

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from nanovllm.engine.scheduling.batch import Plan, ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
@@ -53,7 +53,7 @@ class Scheduler:
         """Queue a sequence that is known to fit the cache when it runs alone."""
         insort(self.waiting, sequence)
 
-    def plan(self) -> Plan:
+    def schedule(self) -> ScheduledBatch:
         """Choose the rows of the next step and take the blocks that they write to."""
         rows: list[ScheduledRow] = []
         preempted = False
@@ -63,19 +63,19 @@ class Scheduler:
                 continue  # preempted below by one that goes before it
             row = ScheduledRow(sequence, sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget))
             missing = self._missing_blocks(row)
-            while not self.blocks.can_take(missing):
+            while not self.blocks.can_allocate(missing):
                 preempted = True
                 if self._preempt_last() is sequence:
                     break
             else:
-                sequence.block_table += self.blocks.take(missing)
+                sequence.block_table += self.blocks.allocate(missing)
                 rows.append(row)
                 budget -= row.num_tokens
         # A step that had to take blocks away has none to give to newcomers.
         if not preempted:
             rows += self._admit(budget)
             rows = list(self._with_drafts(rows))
-        return Plan(tuple(rows))
+        return ScheduledBatch(tuple(rows))
 
     def _missing_blocks(self, row: ScheduledRow) -> int:
         return max(0, self.blocks.blocks_for(row.end) - len(row.sequence.block_table))
@@ -97,16 +97,16 @@ class Scheduler:
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 return
             reusable = self._reusable_hashes(sequence)
-            cached = self.blocks.match(reusable)
+            cached = self.blocks.match_prefix(reusable)
             # Another sequence computes the very next block right now: wait for it instead of computing it twice.
             if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
                 continue
             num_cached = len(cached) * self.blocks.block_size
-            if not self.blocks.can_take(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
+            if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
                 return  # nobody behind it may take the blocks that it waits for
             num_tokens = min(len(sequence) - num_cached, budget)
             num_new = self.blocks.blocks_for(num_cached + num_tokens) - len(cached)
-            sequence.block_table = self.blocks.take(num_new, cached)
+            sequence.block_table = self.blocks.allocate(num_new, cached)
             sequence.num_computed_tokens = num_cached
             sequence.status = SequenceStatus.RUNNING
             self.waiting.remove(sequence)
@@ -136,7 +136,7 @@ class Scheduler:
         for sequence in self.running:
             yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:
-            yield sequence, len(self.blocks.match(self._reusable_hashes(sequence))) * self.blocks.block_size
+            yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
 
     def _with_drafts(self, rows: list[ScheduledRow]) -> Iterator[ScheduledRow]:
         """Add drafts to the rows that sample, as long as the step stays small and blank blocks are there."""
@@ -145,10 +145,10 @@ class Scheduler:
             drafts = self.speculation.propose(row.sequence, room) if row.samples and room > 0 else ()
             longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
             missing = self._missing_blocks(longer)
-            if not drafts or not self.blocks.can_take(missing):
+            if not drafts or not self.blocks.can_allocate(missing):
                 yield row
                 continue
-            row.sequence.block_table += self.blocks.take(missing)
+            row.sequence.block_table += self.blocks.allocate(missing)
             room -= len(drafts)
             yield longer
 
@@ -176,13 +176,13 @@ class Scheduler:
             computed -= len(row.drafts) - row.num_accepted
             self.speculation.learn(row)
             kept = self.blocks.blocks_for(computed)
-            self.blocks.release(sequence.block_table[kept:])
+            self.blocks.free(sequence.block_table[kept:])
             del sequence.block_table[kept:]
         first, last = row.start // size, computed // size
         if first != last:
             hashes = sequence.block_hashes(size)
             for block in range(first, last):
-                self.blocks.remember(sequence.block_table[block], hashes[block])
+                self.blocks.cache_block(sequence.block_table[block], hashes[block])
         sequence.num_computed_tokens = computed
 
     def finish(self, sequence: Sequence) -> None:
@@ -195,7 +195,7 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def _let_go(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.block_table)
+        self.blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.drop_embeddings()
 

@@ -42,7 +42,7 @@ def prompt_list(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
     return [listed] if is_alone else listed
 
 
-class Intake:
+class InputProcessor:
     """Encodes prompts, gives images their positions, and checks everything that a model cannot take."""
 
     def __init__(

@@ -15,7 +15,7 @@ class Admission:
     """Bounds jobs and bytes; whoever polls asks for ``room`` first, so that Kafka keeps what does not fit.
 
     A record is in memory when it is admitted, so ``admit`` never waits. What it makes the worker download does:
-    ``Ticket.reserve`` waits its turn, first come first served. A job reserves all it may need at once and never again:
+    ``Reservation.acquire_bytes`` waits, first come first served. A job reserves all it needs at once and never again:
     jobs that held a part each and waited for the rest would wait for ever. A reservation above the whole bound is
     granted alone, when no other one is held.
 
@@ -34,7 +34,7 @@ class Admission:
         self._kept_jobs = max(1, max_jobs // shares) if is_shared else 0
         self._kept_bytes = max_bytes // shares if is_shared else 0
         self._jobs = 0
-        self._tickets = 0
+        self._jobs_admitted = 0
         self._bytes = 0
         self._reservations = 0
         self._turns = LaneTurns()
@@ -60,12 +60,12 @@ class Admission:
         """How many more records of each lane may be taken from Kafka now."""
         return {lane: self._room_of(lane) for lane in self._lanes}
 
-    def admit(self, record_bytes: int, lane: int = 0) -> Ticket:
-        """Take in one job whose record holds ``record_bytes``; leave its ticket when it ends."""
+    def admit(self, record_bytes: int, lane: int = 0) -> Reservation:
+        """Take in one job whose record holds ``record_bytes``; leave its reservation when it ends."""
         use = self._lanes[lane]
-        self._tickets += 1
+        self._jobs_admitted += 1
         self._take(use, record_bytes, jobs=1)
-        return Ticket(self, use, record_bytes)
+        return Reservation(self, use, record_bytes)
 
     async def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until there is room, at most ``timeout_s``; returns whether there is."""
@@ -85,7 +85,7 @@ class Admission:
         assert self._jobs >= 0, "more jobs left than came"
         assert self._bytes >= 0, "more bytes were given back than taken"
         assert self._jobs > 0 or self._reservations == 0, "a reservation is held by no job"
-        assert self._tickets > 0 or self._bytes == 0, "bytes are held by no job"
+        assert self._jobs_admitted > 0 or self._bytes == 0, "bytes are held by no job"
 
     def _room_of(self, lane: int) -> int:
         use = self._lanes[lane]
@@ -165,7 +165,7 @@ class _LaneUse:
         return self.waiting[0] if self.waiting else None
 
 
-class Ticket:
+class Reservation:
     """One job's share of the admission; a context manager that gives everything back."""
 
     def __init__(self, admission: Admission, use: _LaneUse, record_bytes: int) -> None:
@@ -177,7 +177,7 @@ class Ticket:
         self._is_released = False
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def without_slot(self) -> Iterator[None]:
         """Others may have the job's place inside, while it waits for what no other job waits for. Its record stays.
 
         Coming back takes the place again at once, so there may be more jobs than places for a while.
@@ -188,7 +188,7 @@ class Ticket:
         finally:
             self._admission._take(self._use, 0, jobs=1)
 
-    async def reserve(self, nbytes: int) -> None:
+    async def acquire_bytes(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more may be held. Once for each job.
 
         Raises:
@@ -199,14 +199,14 @@ class Ticket:
         await self._admission._reserve(self._use, nbytes)
         self._reserved_bytes = nbytes
 
-    def hold(self, nbytes: int) -> None:
+    def resize(self, nbytes: int) -> None:
         """What the job holds in place of its reservation: less gives room back, more is in memory and cannot wait."""
         if self._reserved_bytes is None or self._is_released:
             return
         given_back, self._reserved_bytes = self._reserved_bytes - nbytes, nbytes
         self._admission._give_back(self._use, given_back)
 
-    def leave_with(self, nbytes: int) -> None:
+    def release_slot(self, nbytes: int) -> None:
         """The work is done and ``nbytes`` of output wait to be released: others may have the job's place."""
         if self._is_released or self._has_left:
             return
@@ -221,7 +221,7 @@ class Ticket:
         if self._is_released:
             return
         self._is_released = True
-        self._admission._tickets -= 1
+        self._admission._jobs_admitted -= 1
         reserved = self._reserved_bytes
         self._admission._give_back(
             self._use,
@@ -230,7 +230,7 @@ class Ticket:
             reservations=0 if reserved is None else 1,
         )
 
-    def __enter__(self) -> Ticket:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ from nanovllm.pipeline.admission.tenants import FairShares
 
 
 @dataclass(frozen=True)
-class Claim:
+class QueuedJob:
     """One job that wants a place in the engine.
 
     ``tokens`` is a guess of what it will use; a lower ``lane`` goes first, and in a lane a lower ``priority``.
@@ -29,12 +29,12 @@ class Claim:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    claim: Claim
+    queued: QueuedJob
     arrival: int
     turn: asyncio.Future[None]
 
 
-class Dispatch:
+class EngineQueue:
     """Hands out the engine's ``places``.
 
     The lane first whose turn it is; inside a lane lower priority first; inside a priority the tenant that has had
@@ -54,25 +54,25 @@ class Dispatch:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def place(self, claim: Claim) -> AsyncIterator[None]:
+    async def slot(self, queued: QueuedJob) -> AsyncIterator[None]:
         """Wait for a place, and have it inside."""
-        self._shares.join(claim.tenant)
+        self._shares.join(queued.tenant)
         try:
-            await self._take(claim)
+            await self._take(queued)
             try:
                 yield
             finally:
                 self._free += 1
                 self._hand_out()
         finally:
-            self._shares.leave(claim.tenant)
+            self._shares.leave(queued.tenant)
 
-    def settle(self, claim: Claim, tokens: int) -> None:
+    def settle(self, queued: QueuedJob, tokens: int) -> None:
         """What the job really used: the guess was charged when it got its place."""
-        self._shares.charge(claim.tenant, tokens - claim.tokens)
+        self._shares.charge(queued.tenant, tokens - queued.tokens)
 
-    async def _take(self, claim: Claim) -> None:
-        waiting = _Waiting(claim, next(self._arrivals), asyncio.get_running_loop().create_future())
+    async def _take(self, queued: QueuedJob) -> None:
+        waiting = _Waiting(queued, next(self._arrivals), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._hand_out()
         try:
@@ -83,7 +83,7 @@ class Dispatch:
             elif not waiting.turn.cancelled():
                 # It got its place in the very step in which it was cancelled.
                 self._free += 1
-                self._shares.charge(claim.tenant, -claim.tokens)
+                self._shares.charge(queued.tenant, -queued.tokens)
                 self._hand_out()
             raise
 
@@ -92,16 +92,16 @@ class Dispatch:
         self._waiting = [waiting for waiting in self._waiting if not waiting.turn.cancelled()]
         while self._free and self._waiting:
             # A scan, not a heap: shares change with every job, and the window holds a few hundred.
-            lanes = {waiting.claim.lane for waiting in self._waiting}
+            lanes = {waiting.queued.lane for waiting in self._waiting}
             lane = self._lanes.next(lanes)
-            chosen = min((one for one in self._waiting if one.claim.lane == lane), key=self._order)
+            chosen = min((one for one in self._waiting if one.queued.lane == lane), key=self._order)
             self._waiting.remove(chosen)
             self._lanes.serve(lane, lanes)
             self._free -= 1
-            self._shares.charge(chosen.claim.tenant, chosen.claim.tokens)
+            self._shares.charge(chosen.queued.tenant, chosen.queued.tokens)
             chosen.turn.set_result(None)
 
     def _order(self, waiting: _Waiting) -> tuple[int, float, bool, float, int]:
-        claim = waiting.claim
-        deadline = claim.deadline.timestamp() if claim.deadline else 0.0
-        return claim.priority, self._shares.served(claim.tenant), claim.deadline is None, deadline, waiting.arrival
+        queued = waiting.queued
+        deadline = queued.deadline.timestamp() if queued.deadline else 0.0
+        return queued.priority, self._shares.served(queued.tenant), queued.deadline is None, deadline, waiting.arrival

@@ -13,26 +13,26 @@ class KeyOrder:
     """
 
     def __init__(self) -> None:
-        self._last: dict[Hashable, Turn] = {}
+        self._last: dict[Hashable, KeyTurn] = {}
 
     def __len__(self) -> int:
         """How many keys have a job that has not ended."""
         return len(self._last)
 
-    def join(self, key: Hashable) -> Turn:
+    def join(self, key: Hashable) -> KeyTurn:
         """The turn behind the last one of ``key``; end it whatever becomes of the job."""
-        turn = self._last[key] = Turn(self, key, self._last.get(key))
+        turn = self._last[key] = KeyTurn(self, key, self._last.get(key))
         return turn
 
-    def _leave(self, turn: Turn) -> None:
+    def _leave(self, turn: KeyTurn) -> None:
         if self._last.get(turn.key) is turn:
             del self._last[turn.key]
 
 
-class Turn:
+class KeyTurn:
     """One job's place in the order of its key."""
 
-    def __init__(self, order: KeyOrder, key: Hashable, before: Turn | None) -> None:
+    def __init__(self, order: KeyOrder, key: Hashable, before: KeyTurn | None) -> None:
         self.key = key
         self._order = order
         self._before = before

@@ -21,11 +21,11 @@ from nanovllm.errors import BrokersUnavailable, CrashedWorker, EngineDead, NanoV
 from nanovllm.kafka.client import client_kwargs
 from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.raw_records import getmany
-from nanovllm.kafka.recovering_producer import RenewingProducer
+from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.consuming.shared_exclusive_lock import Solitude
-from nanovllm.pipeline.consuming.suspect_state import PartitionRecord
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.shared_exclusive_lock import SharedExclusiveLock
+from nanovllm.pipeline.consuming.suspect_state import SuspectState
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -34,19 +34,19 @@ READ_BACK = 64
 RETRY_S = 0.5
 
 
-class InFlight:
+class CrashGuard:
     """The records of the partitions that one worker has.
 
     Args:
         limit: deaths while alone that make a job a dead letter.
     """
 
-    def __init__(self, topic: str, kafka: KafkaSettings, producer: RenewingProducer, *, limit: int) -> None:
+    def __init__(self, topic: str, kafka: KafkaSettings, producer: RecoveringProducer, *, limit: int) -> None:
         self._topic = topic
         self._kafka = kafka
         self._producer = producer
         self._limit = limit
-        self._solitude = Solitude()
+        self._exclusive = SharedExclusiveLock()
         self._records: dict[PartitionLedger, _WrittenRecord] = {}
         self._releasing: set[asyncio.Task[None]] = set()
         self._is_engine_dead = False
@@ -60,7 +60,7 @@ class InFlight:
         written = self._records.get(ledger)
         if written is None:
             key = f"{self._kafka.group_id}/{tp.topic}/{tp.partition}".encode()
-            record = PartitionRecord.after(await self._last_value(key), ledger.position)
+            record = SuspectState.after(await self._last_value(key), ledger.position)
             self._records[ledger] = _WrittenRecord(key, record)
         else:
             await self._write(written)
@@ -79,7 +79,7 @@ class InFlight:
             written.is_lost = True
 
     @asynccontextmanager
-    async def place(self, delivery: Delivery) -> AsyncIterator[None]:
+    async def place(self, delivery: ConsumedRecord) -> AsyncIterator[None]:
         """Have the engine with others, or alone if suspected. ``recorded`` comes before the job may start in it.
 
         Raises:
@@ -91,7 +91,7 @@ class InFlight:
             return
         deaths = written.record.deaths_of(delivery.offset)
         if deaths is None:
-            async with self._solitude.among_others(), self._noted(written, delivery):
+            async with self._exclusive.shared(), self._noted(written, delivery):
                 yield
             return
         if deaths >= self._limit:
@@ -100,7 +100,7 @@ class InFlight:
             "%s-%d: offset %d runs alone: a worker died with it",
             *(delivery.topic, delivery.partition, delivery.offset),
         )
-        await self._solitude.isolate()
+        await self._exclusive.acquire_exclusive()
         try:
             async with self._noted(written, delivery):
                 yield
@@ -111,7 +111,7 @@ class InFlight:
             releasing.add_done_callback(self._releasing.discard)
 
     @asynccontextmanager
-    async def _noted(self, written: _WrittenRecord, delivery: Delivery) -> AsyncIterator[None]:
+    async def _noted(self, written: _WrittenRecord, delivery: ConsumedRecord) -> AsyncIterator[None]:
         written.record.start(delivery.offset)
         is_cleared = False
         try:
@@ -138,9 +138,9 @@ class InFlight:
                     logger.warning("a suspect came out and it could not be recorded: %s", error)
                     await asyncio.sleep(RETRY_S)
         finally:
-            self._solitude.rejoin()
+            self._exclusive.release_exclusive()
 
-    async def recorded(self, delivery: Delivery) -> None:
+    async def recorded(self, delivery: ConsumedRecord) -> None:
         """Return when the topic has what ``place`` noted. One write carries all that wait for one.
 
         Raises:
@@ -199,7 +199,7 @@ class InFlight:
 class _WrittenRecord:
     """A partition's record, and how far the topic has it."""
 
-    def __init__(self, key: bytes, record: PartitionRecord) -> None:
+    def __init__(self, key: bytes, record: SuspectState) -> None:
         self.key = key
         self.record = record
         self.turn = asyncio.Lock()

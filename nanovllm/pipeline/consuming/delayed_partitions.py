@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from aiokafka import ConsumerRecord, TopicPartition
 
 
-class DelayedHeads:
+class DelayedPartitions:
     """The oldest record of each delayed partition that must still wait.
 
     A record waits for its topic's delay since its timestamp, by this machine's clock, and never longer than the delay

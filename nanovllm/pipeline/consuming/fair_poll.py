@@ -12,7 +12,7 @@ from nanovllm.pipeline.admission.lanes import LaneTurns
 Batches = dict[TopicPartition, list[ConsumerRecord]]
 
 
-class Rounds:
+class FairPoll:
     """Takes records from a consumer, so that no partition keeps others waiting.
 
     Args:

@@ -9,7 +9,7 @@ from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
 
 @dataclass(frozen=True)
-class Delivery:
+class ConsumedRecord:
     """One record, handed over once during one assignment of its partition."""
 
     topic: str
@@ -35,7 +35,7 @@ class Delivery:
 
 
 @dataclass(eq=False)
-class Assignment:
+class AssignedPartition:
     """A partition's ledger, and what is known about its committed offset."""
 
     ledger: PartitionLedger

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.records import Headers
 from nanovllm.messages.base import Source
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
@@ -48,7 +48,7 @@ class Origin:
         return (*self.headers, *ours)
 
 
-class RetryTiers:
+class RetryTopics:
     """The retry topics of each topic of jobs, in the order in which a job goes through them; none without delays.
 
     Args:
@@ -62,13 +62,13 @@ class RetryTiers:
         """The priority of every topic that jobs are read from: a lane is a topic of jobs with its retry topics."""
         self._next: dict[str, str] = {}
         for jobs, priority in job_topics.items():
-            tiers = {retry_topic(jobs, delay_s): delay_s for delay_s in delays_s}
-            self.delays_s |= tiers
-            self.lanes |= dict.fromkeys([jobs, *tiers], priority)
-            self._next |= dict(zip([jobs, *tiers], tiers, strict=False))
+            retry_topics = {retry_topic(jobs, delay_s): delay_s for delay_s in delays_s}
+            self.delays_s |= retry_topics
+            self.lanes |= dict.fromkeys([jobs, *retry_topics], priority)
+            self._next |= dict(zip([jobs, *retry_topics], retry_topics, strict=False))
 
     @classmethod
-    def of(cls, settings: Settings) -> RetryTiers:
+    def of(cls, settings: Settings) -> RetryTopics:
         """Those that ``settings`` ask for."""
         return cls(settings.topics.job_topics, settings.retries.delays_s)
 
@@ -85,7 +85,7 @@ class RetryTiers:
         left_s = (before - datetime.now(UTC)).total_seconds()
         return following if left_s > self.delays_s[following] else None
 
-    def origin_of(self, delivery: Delivery) -> Origin:
+    def origin_of(self, delivery: ConsumedRecord) -> Origin:
         """Where the job of ``delivery`` came from. Only records of retry topics are believed what their headers say."""
         others = tuple(header for header in delivery.headers if not header[0].startswith(OWN_PREFIX))
         here = Source(

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 
-class Solitude:
+class SharedExclusiveLock:
     """Lets many in together, or one alone. Whoever wants to be alone goes before those who come later."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Solitude:
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def among_others(self) -> AsyncIterator[None]:
+    async def shared(self) -> AsyncIterator[None]:
         """Wait until nobody is or wants to be alone."""
         await self._until(lambda: not self._is_alone and not self._want_alone)
         self._inside += 1
@@ -27,8 +27,8 @@ class Solitude:
             self._inside -= 1
             self._changed.set()
 
-    async def isolate(self) -> None:
-        """Wait until nobody is inside, and be alone until ``rejoin``."""
+    async def acquire_exclusive(self) -> None:
+        """Wait until nobody is inside, and be alone until ``release_exclusive``."""
         self._want_alone += 1
         try:
             await self._until(lambda: not self._is_alone and not self._inside)
@@ -37,7 +37,7 @@ class Solitude:
             self._want_alone -= 1
             self._changed.set()
 
-    def rejoin(self) -> None:
+    def release_exclusive(self) -> None:
         """Others may come in again."""
         self._is_alone = False
         self._changed.set()

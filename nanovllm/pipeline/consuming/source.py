@@ -24,12 +24,12 @@ from nanovllm.errors import BrokersUnavailable, NanoVLLMError
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.raw_records import PARSE_ERRORS, RawRecord, read_raw
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.consuming.crash_guard import InFlight
-from nanovllm.pipeline.consuming.delayed_partitions import DelayedHeads
-from nanovllm.pipeline.consuming.fair_poll import Batches, Rounds
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
+from nanovllm.pipeline.consuming.fair_poll import Batches, FairPoll
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Assignment, Delivery
-from nanovllm.pipeline.consuming.start_offset import Places
+from nanovllm.pipeline.consuming.partition import AssignedPartition, ConsumedRecord
+from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -80,20 +80,20 @@ class JobSource(ConsumerRebalanceListener):
         metrics: Metrics | None = None,
         delays_s: Mapping[str, int] | None = None,
         exactly_once: bool = False,
-        in_flight: InFlight | None = None,
+        in_flight: CrashGuard | None = None,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
-        self._rounds = Rounds(topics)
+        self._rounds = FairPoll(topics)
         self._max_out_of_order = max_out_of_order
         self._drain = drain
         self._lost = lost
         self._drain_timeout_s = drain_timeout_s
-        self._places = Places(settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
-        self._waits = DelayedHeads(delays_s or {})
+        self._places = StartOffsets(settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
+        self._waits = DelayedPartitions(delays_s or {})
         self._consumer: AIOKafkaConsumer | None = None
-        self._active: dict[TopicPartition, Assignment] = {}
-        self._parted: dict[TopicPartition, Assignment] = {}
+        self._active: dict[TopicPartition, AssignedPartition] = {}
+        self._parted: dict[TopicPartition, AssignedPartition] = {}
         self._arriving: set[TopicPartition] = set()
         # The committed offsets of what arrives; None: not asked for yet.
         self._committed: dict[TopicPartition, int] | None = None
@@ -116,12 +116,12 @@ class JobSource(ConsumerRebalanceListener):
         """Whether one of them has room for records."""
         return bool(self._asked(1, put_off=True))
 
-    def put_off(self, last: Delivery) -> None:
+    def put_off(self, last: ConsumedRecord) -> None:
         """What the partition of ``last`` holds can wait: it is read by polls of its own."""
         if last.is_current:
             self._rounds.put_off(TopicPartition(last.topic, last.partition))
 
-    def take_up(self, last: Delivery) -> None:
+    def take_up(self, last: ConsumedRecord) -> None:
         """The partition of ``last`` is read as others are."""
         self._rounds.take_up([TopicPartition(last.topic, last.partition)])
 
@@ -218,7 +218,7 @@ class JobSource(ConsumerRebalanceListener):
 
     async def poll(
         self, max_records: int | Mapping[int, int], timeout_ms: int, *, put_off: bool = False
-    ) -> list[Delivery]:
+    ) -> list[ConsumedRecord]:
         """At most ``max_records`` new records, waiting at most ``timeout_ms`` for the first (longer in a rebalance).
 
         They are those of the lane whose turn it is, if any has some at hand; a mapping bounds each lane. 0 takes none
@@ -252,7 +252,7 @@ class JobSource(ConsumerRebalanceListener):
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         if put_off:
             self._rounds.take_up(asked.keys() - batches.keys())
-        deliveries: list[Delivery] = []
+        deliveries: list[ConsumedRecord] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
             if tp not in self._active:
@@ -354,12 +354,12 @@ class JobSource(ConsumerRebalanceListener):
         free = {tp: held.ledger.room for tp, held in self._active.items() if self._waits.is_over(tp)}
         return self._rounds.rooms(free, max_records, put_off=put_off)
 
-    def _let_go(self, assignment: Assignment) -> None:
+    def _let_go(self, assignment: AssignedPartition) -> None:
         assignment.ledger.fence()
         self._lost(assignment.ledger)
         self._close(assignment)
 
-    async def _part(self, leaving: Iterable[Assignment]) -> None:
+    async def _part(self, leaving: Iterable[AssignedPartition]) -> None:
         if self._in_flight is not None:
             try:
                 async with asyncio.timeout(COMMIT_TIMEOUT_S):
@@ -367,7 +367,7 @@ class JobSource(ConsumerRebalanceListener):
             except (NanoVLLMError, TimeoutError) as error:
                 logger.warning("what was at work may be suspected by its next owner: %s", type(error).__name__)
 
-    def _close(self, assignment: Assignment) -> None:
+    def _close(self, assignment: AssignedPartition) -> None:
         if self._in_flight is not None:
             self._in_flight.forget(assignment.ledger)
         if assignment.transactions is not None:
@@ -433,7 +433,7 @@ class JobSource(ConsumerRebalanceListener):
         else:
             self._let_go(assignment)
 
-    async def _adopt_or_fence(self, consumer: AIOKafkaConsumer, tp: TopicPartition) -> Assignment:
+    async def _adopt_or_fence(self, consumer: AIOKafkaConsumer, tp: TopicPartition) -> AssignedPartition:
         """With exactly_once: the producer first, then the committed offset, then records. Any other order repeats."""
         before = self._parted.get(tp)
         if before is not None and before.transactions is not None:
@@ -453,9 +453,11 @@ class JobSource(ConsumerRebalanceListener):
             raise
         ledger = PartitionLedger(position, max_out_of_order=self._max_out_of_order)
         transactions.follow(ledger)
-        return Assignment(ledger, transactions.committed, transactions=transactions)
+        return AssignedPartition(ledger, transactions.committed, transactions=transactions)
 
-    async def _adopt_or_open(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> Assignment:
+    async def _adopt_or_open(
+        self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None
+    ) -> AssignedPartition:
         """Always seeks: what was prefetched or handed over since the assignment began was not delivered."""
         before = self._parted.get(tp)
         if before is not None:
@@ -466,7 +468,7 @@ class JobSource(ConsumerRebalanceListener):
             self._let_go(self._parted.pop(tp))
         position = await self._places.near(consumer, tp, committed)
         consumer.seek(tp, position)
-        return Assignment(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
+        return AssignedPartition(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
 
     async def _find_places(self, tps: Iterable[TopicPartition]) -> None:
         """The log has nothing where ``tps`` stand: retention passed them, or the log was cut or made anew."""
@@ -481,7 +483,7 @@ class JobSource(ConsumerRebalanceListener):
             if self._active.get(tp) is assignment:
                 consumer.seek(tp, place)
 
-    def _deliver(self, tp: TopicPartition, record: object) -> Delivery:
+    def _deliver(self, tp: TopicPartition, record: object) -> ConsumedRecord:
         assignment = self._active[tp]
         offset: int = record.offset  # type: ignore[attr-defined]
         if offset < assignment.ledger.position:
@@ -490,13 +492,13 @@ class JobSource(ConsumerRebalanceListener):
             ledger = PartitionLedger(offset, max_out_of_order=self._max_out_of_order)
             assignment.ledger.fence()
             self._lost(assignment.ledger)
-            assignment = Assignment(ledger, None, transactions=assignment.transactions)
+            assignment = AssignedPartition(ledger, None, transactions=assignment.transactions)
             if assignment.transactions is not None:
                 assignment.transactions.follow(ledger)
             self._active[tp] = assignment
         assignment.ledger.deliver(offset)
         timestamp: int = record.timestamp  # type: ignore[attr-defined]
-        return Delivery(
+        return ConsumedRecord(
             tp.topic,
             tp.partition,
             offset,
@@ -521,7 +523,7 @@ class JobSource(ConsumerRebalanceListener):
                     if self._active.get(tp) is assignment:
                         assignment.ledger.advance(position)
 
-    async def _commit(self, assignments: dict[TopicPartition, Assignment]) -> None:
+    async def _commit(self, assignments: dict[TopicPartition, AssignedPartition]) -> None:
         consumer = self._started()
         async with self._commit_lock:
             if self._exactly_once:
@@ -550,7 +552,7 @@ class JobSource(ConsumerRebalanceListener):
                 assignment.committed = watermark
 
 
-async def _commit_position(assignment: Assignment, at_once: asyncio.Semaphore) -> None:
+async def _commit_position(assignment: AssignedPartition, at_once: asyncio.Semaphore) -> None:
     async with at_once:
         await assignment.commit_position()
 

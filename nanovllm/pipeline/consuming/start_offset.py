@@ -15,7 +15,7 @@ from nanovllm.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-class Places:
+class StartOffsets:
     """Resolves start offsets. The consumer's own reset would skip records without telling.
 
     ``policy`` is where a group begins that is new to a topic. A partition that is added later has only jobs that came

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Charge:
+class InFlightRecord:
     """What is known of a job that was in the engine when its worker was last heard of.
 
     ``deaths`` counts the workers that died while it was alone in their engine; ``is_alone`` says that it is now.
@@ -17,7 +17,7 @@ class Charge:
     is_alone: bool = False
 
 
-class PartitionRecord:
+class SuspectState:
     """The jobs of one partition that are in the engine, and those that are suspected and have not run yet.
 
     Args:
@@ -26,10 +26,10 @@ class PartitionRecord:
 
     def __init__(self, suspects: dict[int, int] | None = None) -> None:
         self._suspects = dict(suspects or {})
-        self._running: dict[int, Charge] = {}
+        self._running: dict[int, InFlightRecord] = {}
 
     @classmethod
-    def after(cls, value: bytes | None, position: int) -> PartitionRecord:
+    def after(cls, value: bytes | None, position: int) -> SuspectState:
         """What the next owner starts with, who reads from ``position`` on: everybody is a suspect, and who was alone
         when the record ended has one death more. A value that is no record of ours accuses nobody."""
         try:
@@ -43,10 +43,10 @@ class PartitionRecord:
         """How many workers the job has killed for certain; None: it is no suspect."""
         return self._suspects.get(offset)
 
-    def start(self, offset: int) -> Charge:
+    def start(self, offset: int) -> InFlightRecord:
         """The job is about to start; a suspect is alone."""
         deaths = self._suspects.get(offset)
-        charge = self._running[offset] = Charge(deaths or 0, is_alone=deaths is not None)
+        charge = self._running[offset] = InFlightRecord(deaths or 0, is_alone=deaths is not None)
         return charge
 
     def leave(self, offset: int, *, is_cleared: bool) -> None:
@@ -57,6 +57,6 @@ class PartitionRecord:
 
     def encode(self) -> bytes:
         """``{offset: [deaths, is_alone]}``."""
-        charges = {offset: Charge(deaths) for offset, deaths in self._suspects.items()} | self._running
+        charges = {offset: InFlightRecord(deaths) for offset, deaths in self._suspects.items()} | self._running
         fields = {str(offset): [charge.deaths, charge.is_alone] for offset, charge in charges.items()}
         return json.dumps(fields).encode()

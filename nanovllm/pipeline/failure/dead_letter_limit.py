@@ -5,7 +5,7 @@ from __future__ import annotations
 from nanovllm.errors import PoisonLimitReached
 
 
-class PoisonLimit:
+class DeadLetterLimit:
     """Lets ``limit`` dead letters pass without an answer between them, and no further one; None lets all pass."""
 
     def __init__(self, limit: int | None) -> None:

@@ -13,7 +13,7 @@ from nanovllm.pipeline.operations.health import Health
 logger = logging.getLogger(__name__)
 
 
-class SystemicFaults:
+class ActiveFaults:
     """The parts that are known not to work now.
 
     A fault ends when its part works again, and lapses some time after the last report (``lapse_s`` unless the report

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanovllm.kafka.admin import DAY_MS, TopicState
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.settings.worker import Settings
 
 # What a dead letter or a delayed retry adds to the job that it carries.
@@ -37,7 +37,7 @@ class Finding:
 
 def topic_needs(settings: Settings) -> list[TopicNeed]:
     """Every topic that a worker with ``settings`` reads or writes."""
-    topics, tiers = settings.topics, RetryTiers.of(settings)
+    topics, retry_topics = settings.topics, RetryTopics.of(settings)
     # A job that its topic takes fits, with what is added to it, what a worker may send.
     largest = settings.kafka.max_request_bytes
     carries_jobs = {"max.message.bytes": str(largest)}
@@ -56,7 +56,7 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
             carries_jobs | {"retention.ms": str(28 * DAY_MS)},
         ),
     ]
-    for name, delay_s in tiers.delays_s.items():
+    for name, delay_s in retry_topics.delays_s.items():
         retention = {"retention.ms": str(2 * delay_s * 1000 + 7 * DAY_MS)}
         rights = ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")
         needs.append(TopicNeed(name, "retry", rights, carries_jobs | retention, delay_s * 1000))

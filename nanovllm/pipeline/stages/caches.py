@@ -39,7 +39,7 @@ class _UnderWay:
     waiting: int = 0
 
 
-class SharedWork:
+class SingleFlightCache:
     """What was made by key, least recently used out first, at most ``max_bytes``; equal work under way is joined.
 
     For one event loop. ``max_bytes`` 0 keeps nothing and still joins. What is larger than the bound is made and not
@@ -108,7 +108,7 @@ class SharedWork:
                 del self._under_way[key]
 
 
-class ImageReuse:
+class ImageCache:
     """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
 
     ``salt`` keeps tenants apart: what one has read answers nobody else, and takes no time that would tell of it.
@@ -128,7 +128,7 @@ class ImageReuse:
         self._fetcher = fetcher
         self._decoders = decoders
         self._metrics = metrics
-        self._work = SharedWork(max_bytes)
+        self._work = SingleFlightCache(max_bytes)
 
     async def fetch(self, ref: ImageRef, salt: bytes, *, may_reuse: bool = True) -> FetchedImage:
         """The bytes of an image, as ``ObjectFetcher.fetch`` and with its errors."""
@@ -192,7 +192,7 @@ class ImageReuse:
         return image
 
 
-class AnswerReuse:
+class ResponseCache:
     """Answers of one model to equal greedy requests: computed once, as long as they are kept or under way.
 
     ``max_bytes`` 0 switches it off. Marked as such in results, for it is no inference.
@@ -201,7 +201,7 @@ class AnswerReuse:
     def __init__(self, model: ModelInfo, metrics: Metrics, *, max_bytes: int) -> None:
         self._model = (model.id, model.revision, model.parameter_digest)
         self._metrics = metrics
-        self._work = SharedWork(max_bytes) if max_bytes else None
+        self._work = SingleFlightCache(max_bytes) if max_bytes else None
 
     def key(self, job: Job, images: Sequence[PreparedImage], sampling: SamplingParams, salt: bytes) -> Hashable | None:
         """What the answer depends on; None where it depends on chance, or nothing is reused."""

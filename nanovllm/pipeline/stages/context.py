@@ -11,11 +11,11 @@ from typing import Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
-from nanovllm.messages.base import AnswerReuse
+from nanovllm.messages.base import Reused
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result
-from nanovllm.pipeline.consuming.partition import Delivery
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
@@ -31,7 +31,7 @@ def dead_letter_class(error: NanoVLLMError | type[NanoVLLMError]) -> DeadLetterC
     return _CLASSES[error.error_class]
 
 
-class Passage:
+class JobContext:
     """What is known of a delivery while it is at work. Mutable, and owned by its one task.
 
     ``job_id`` and ``format`` are unset until the record could be read so far; ``seconds`` are by stage.
@@ -39,7 +39,7 @@ class Passage:
     monotonic time of its receipt; None: now.
     """
 
-    def __init__(self, delivery: Delivery, origin: Origin, began: float | None = None) -> None:
+    def __init__(self, delivery: ConsumedRecord, origin: Origin, began: float | None = None) -> None:
         self.delivery = delivery
         self.origin = origin
         self.received_at = datetime.now(UTC)
@@ -48,7 +48,7 @@ class Passage:
         self.format: MessageFormat = "json"
         self.result_topic: str | None = None
         self.output: RequestOutput | None = None
-        self.reused: AnswerReuse | None = None
+        self.reused: Reused | None = None
         self.result: Result | None = None
         self.failure: NanoVLLMError | None = None
         self.tenant = ""

@@ -16,11 +16,11 @@ from nanovllm.errors import MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import BREATH
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.admission.admission import Ticket
+from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit
-from nanovllm.pipeline.stages.context import Passage, dead_letter_class
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.stages.context import JobContext, dead_letter_class
 from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.sinks.kafka import KafkaSink
 
@@ -29,21 +29,21 @@ logger = logging.getLogger(__name__)
 MAX_TOGETHER = 128
 TOLD_PER_S = 3
 
-Persist = Callable[[Callable[[], Awaitable[None]], str, Passage], Awaitable[None]]
+Persist = Callable[[Callable[[], Awaitable[None]], str, JobContext], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A record that is no job, and why; its ``passage`` is unset where it could not be read at all."""
+class InvalidRecord:
+    """A record that is no job, and why; its ``context`` is unset where it could not be read at all."""
 
-    delivery: Delivery
+    delivery: ConsumedRecord
     error: NanoVLLMError
-    passage: Passage | None = None
+    context: JobContext | None = None
 
-    def is_like(self, other: Refused) -> bool:
+    def is_like(self, other: InvalidRecord) -> bool:
         """Whether the dead letters of two records of one partition differ in their source alone."""
         return (
-            self.passage is other.passage is None
+            self.context is other.context is None
             and type(self.error) is type(other.error)
             and self.error.args == other.error.args
             and self.error.__cause__ is other.error.__cause__ is None
@@ -55,15 +55,15 @@ class Refused:
 class _Group:
     """Records of one partition that were refused at the same time."""
 
-    refused: Sequence[Refused]
-    ticket: Ticket
+    refused: Sequence[InvalidRecord]
+    reservation: Reservation
 
 
-class Refusals:
+class InvalidRecords:
     """The refused records of each partition, until their dead letters are acknowledged.
 
     Args:
-        passage_of: begins a record's way where it has none.
+        context_of: begins a record's way where it has none.
         persist: repeats what may succeed later; see ``Stages``.
     """
 
@@ -72,32 +72,32 @@ class Refusals:
         outgoing: OutgoingRecords,
         sink: KafkaSink,
         metrics: Metrics,
-        poison: PoisonLimit,
+        dead_letter_limit: DeadLetterLimit,
         *,
-        passage_of: Callable[[Delivery], Passage],
+        context_of: Callable[[ConsumedRecord], JobContext],
         persist: Persist,
     ) -> None:
         self._outgoing = outgoing
         self._sink = sink
         self._metrics = metrics
-        self._poison = poison
-        self._passage_of = passage_of
+        self._dead_letter_limit = dead_letter_limit
+        self._context_of = context_of
         self._persist = persist
         self._pending: dict[PartitionLedger, deque[_Group]] = {}
         self._told_since = 0.0
         self._told = 0
 
-    def add(self, ledger: PartitionLedger, refused: Sequence[Refused], ticket: Ticket) -> bool:
+    def add(self, ledger: PartitionLedger, refused: Sequence[InvalidRecord], reservation: Reservation) -> bool:
         """Some more of a partition; True when it had none, so that somebody must ``work_off`` them."""
         is_first = ledger not in self._pending
-        self._pending.setdefault(ledger, deque()).append(_Group(refused, ticket))
+        self._pending.setdefault(ledger, deque()).append(_Group(refused, reservation))
         return is_first
 
     def drop(self, ledger: PartitionLedger) -> int:
         """Forget what is left of a partition, and return how many there were: they go back to Kafka."""
         left = self._pending.pop(ledger, ())
         for group in left:
-            group.ticket.release()
+            group.reservation.release()
         return sum(len(group.refused) for group in left)
 
     async def work_off(self, ledger: PartitionLedger) -> None:
@@ -110,22 +110,22 @@ class Refusals:
         while pending:
             groups = _first_groups(pending, MAX_TOGETHER)
             refused = [one for group in groups for one in group.refused]
-            allowed = refused[: self._poison.bury_up_to(len(refused))]
+            allowed = refused[: self._dead_letter_limit.bury_up_to(len(refused))]
             if allowed:
                 await self._bury(allowed)
                 untold += self._tell(allowed)
             if len(allowed) < len(refused):
                 pending[0].refused = refused[len(allowed) :]
-                raise self._poison.reached()
+                raise self._dead_letter_limit.reached()
             for group in groups:
                 pending.popleft()
-                group.ticket.release()
+                group.reservation.release()
         del self._pending[ledger]
         if untold:
             logger.warning("%d more records in a row are dead letters", untold)
 
-    async def _bury(self, refused: Sequence[Refused]) -> None:
-        first = refused[0].passage or self._passage_of(refused[0].delivery)
+    async def _bury(self, refused: Sequence[InvalidRecord]) -> None:
+        first = refused[0].context or self._context_of(refused[0].delivery)
         letters = await self._letters(refused, first)
         transactions = first.delivery.transactions
         with first.stage("publish"):
@@ -138,7 +138,7 @@ class Refusals:
             one.delivery.settle()
         self._observe(refused, first, letters[0].topic)
 
-    async def _publish(self, letters: Sequence[OutgoingRecord], first: Passage) -> None:
+    async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         try:
             await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
         except MessageTooLarge:
@@ -148,22 +148,22 @@ class Refusals:
             for letter in letters:
                 await self._publish([letter], first)
 
-    async def _letters(self, refused: Sequence[Refused], first: Passage) -> list[OutgoingRecord]:
+    async def _letters(self, refused: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:
         letters: list[OutgoingRecord] = []
         for place, one in enumerate(refused):
             letter = None
             if place and one.is_like(refused[place - 1]):
                 letter = self._outgoing.another_dead_letter(one.delivery, letters[-1])
             if letter is None:
-                passage = first if place == 0 else one.passage or self._passage_of(one.delivery)
-                passage.fail(one.error)
-                letter = self._outgoing.dead_letter(passage, one.error)
+                context = first if place == 0 else one.context or self._context_of(one.delivery)
+                context.fail(one.error)
+                letter = self._outgoing.dead_letter(context, one.error)
             letters.append(letter)
             if place % BREATH == BREATH - 1:
                 await asyncio.sleep(0)
         return letters
 
-    def _observe(self, refused: Sequence[Refused], first: Passage, topic: str) -> None:
+    def _observe(self, refused: Sequence[InvalidRecord], first: JobContext, topic: str) -> None:
         metrics = self._metrics
         metrics.sent.labels(topic).inc(len(refused))
         metrics.jobs.labels("dead_letter").inc(len(refused))
@@ -176,7 +176,7 @@ class Refusals:
         if first.waited_in_kafka_s is not None:
             metrics.stage_seconds.labels("kafka").observe(first.waited_in_kafka_s)
 
-    def _tell(self, refused: Sequence[Refused]) -> int:
+    def _tell(self, refused: Sequence[InvalidRecord]) -> int:
         """Name a few each second; returns how many were not named."""
         if (now := time.monotonic()) - self._told_since >= 1.0:
             self._told_since, self._told = now, 0

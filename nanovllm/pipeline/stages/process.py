@@ -20,20 +20,20 @@ from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.job import ImageRef, Job, derive_job_id
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
-from nanovllm.pipeline.admission.admission import Ticket
-from nanovllm.pipeline.admission.engine_queue import Claim, Dispatch
-from nanovllm.pipeline.admission.key_order import Turn
+from nanovllm.pipeline.admission.admission import Reservation
+from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
+from nanovllm.pipeline.admission.key_order import KeyTurn
 from nanovllm.pipeline.admission.tenants import CHARS_PER_TOKEN, FairShares, TokenRates
-from nanovllm.pipeline.consuming.crash_guard import InFlight
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
-from nanovllm.pipeline.failure.dead_letter_limit import PoisonLimit
-from nanovllm.pipeline.failure.faults import SystemicFaults
-from nanovllm.pipeline.stages.caches import AnswerReuse, ImageReuse
-from nanovllm.pipeline.stages.context import Passage
-from nanovllm.pipeline.stages.invalid_records import Refusals, Refused
+from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.failure.faults import ActiveFaults
+from nanovllm.pipeline.stages.caches import ImageCache, ResponseCache
+from nanovllm.pipeline.stages.context import JobContext
+from nanovllm.pipeline.stages.invalid_records import InvalidRecord, InvalidRecords
 from nanovllm.pipeline.stages.publish import OutgoingRecords
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
@@ -53,7 +53,7 @@ OBJECT_STORE = "object store"
 class Received:
     """A job, and its way through the stages, which has begun."""
 
-    passage: Passage
+    context: JobContext
     job: Job
 
 
@@ -76,17 +76,17 @@ class Stages:
         fetcher: ObjectFetcher,
         sink: KafkaSink,
         metrics: Metrics,
-        faults: SystemicFaults,
+        faults: ActiveFaults,
         backoff: Backoff,
         result_store: S3ResultStore | None = None,
-        in_flight: InFlight | None = None,
+        in_flight: CrashGuard | None = None,
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._sees = decoders is not None
         self._fetcher = fetcher
-        self._images = ImageReuse(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
-        self._answers = AnswerReuse(engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
+        self._images = ImageCache(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
+        self._answers = ResponseCache(engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
         self._sink = sink
         self._result_store = result_store
         self._in_flight = in_flight
@@ -94,7 +94,7 @@ class Stages:
         self._faults = faults
         self._backoff = backoff
         self._outgoing = OutgoingRecords(settings, engine.model_info, sink.max_record_bytes)
-        self._tiers = RetryTiers.of(settings)
+        self._retry_topics = RetryTopics.of(settings)
         self._breaker = CircuitBreaker(
             threshold=settings.retries.breaker_objects,
             waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
@@ -103,89 +103,89 @@ class Stages:
         tenants = settings.tenants
         # A few more than run at once: a place that becomes free is taken in the engine's very next step.
         places = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
-        self._dispatch = Dispatch(places, FairShares(tenants.weights))
+        self._engine_queue = EngineQueue(places, FairShares(tenants.weights))
         self._rates = TokenRates(tenants.tokens_per_minute, tenants.limits)
-        self._poison = PoisonLimit(settings.dead_letters.poison_limit)
+        self._dead_letter_limit = DeadLetterLimit(settings.dead_letters.poison_limit)
         self._submitted = 0
-        self.refusals = Refusals(
-            self._outgoing, sink, metrics, self._poison, passage_of=self._passage_of, persist=self._persist
+        self.refusals = InvalidRecords(
+            self._outgoing, sink, metrics, self._dead_letter_limit, context_of=self._context_of, persist=self._persist
         )
         """Of the records that ``receive`` refused."""
 
-    async def work(self, passage: Passage, job: Job, ticket: Ticket, turn: Turn | None) -> None:
+    async def work(self, context: JobContext, job: Job, reservation: Reservation, turn: KeyTurn | None) -> None:
         """One job from its receipt to its end, whatever that is; in its ``turn`` where keys are in order."""
         try:
             try:
-                async with passage.deadline(passage.expires_at):
-                    with passage.stage("admit"):
+                async with context.deadline(context.expires_at):
+                    with context.stage("admit"):
                         if turn is not None:
                             await turn.wait()
-                        claim = self._claim(job, passage)
-                        if self._rates.wait_s(claim.tenant):
-                            with ticket.aside():
-                                await self._rates.pass_through(claim.tenant, claim.tokens)
+                        queued = self._queued_job(job, context)
+                        if self._rates.wait_s(queued.tenant):
+                            with reservation.without_slot():
+                                await self._rates.pass_through(queued.tenant, queued.tokens)
                         else:
-                            self._rates.charge(claim.tenant, claim.tokens)
-                        refs = await self._admit(job, ticket)
-                    with passage.stage("fetch"):
+                            self._rates.charge(queued.tenant, queued.tokens)
+                        refs = await self._admit(job, reservation)
+                    with context.stage("fetch"):
                         reuse = job.reuse or self._settings.reuse.level
-                        fetched = await self._fetch(refs, reuse != "none", ticket, passage)
-                    with passage.stage("prepare"):
-                        images = await self._prepare(fetched, reuse != "none", ticket, passage)
-                    with passage.stage("infer"):
-                        output = await self._answer(job, images, claim, reuse == "answers", passage)
-                records = self._outgoing.answer(passage, job, fetched, output, self._engine.stats())
-                self._poison.answered()
-                with passage.stage("publish"):
-                    records = await self._store_if_large(records, passage)
+                        fetched = await self._fetch(refs, reuse != "none", reservation, context)
+                    with context.stage("prepare"):
+                        images = await self._prepare(fetched, reuse != "none", reservation, context)
+                    with context.stage("infer"):
+                        output = await self._answer(job, images, queued, reuse == "answers", context)
+                records = self._outgoing.answer(context, job, fetched, output, self._engine.stats())
+                self._dead_letter_limit.answered()
+                with context.stage("publish"):
+                    records = await self._store_if_large(records, context)
             except Exception as error:
-                records = self._retry_later(passage, error) or self._bury(passage, error)
-            await self._finish(records, passage, ticket)
+                records = self._retry_later(context, error) or self._bury(context, error)
+            await self._finish(records, context, reservation)
         finally:
-            ticket.release()
+            reservation.release()
 
-    async def _finish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
-        with passage.stage("publish"):
-            await self._publish(records, passage, ticket)
-        passage.delivery.settle()
-        self._observe(passage)
+    async def _finish(self, records: list[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
+        with context.stage("publish"):
+            await self._publish(records, context, reservation)
+        context.delivery.settle()
+        self._observe(context)
 
-    def receive(self, delivery: Delivery) -> Received | Refused:
+    def receive(self, delivery: ConsumedRecord) -> Received | InvalidRecord:
         """Read the record. Raises SystemicError where that is no reason to bury a job."""
-        began, passage = time.monotonic(), None
+        began, context = time.monotonic(), None
         try:
             if delivery.unreadable is not None:
                 raise InvalidJob(f"the record cannot be read: {delivery.unreadable}")
             job = decode_job(delivery.value, max_bytes=self._settings.admission.max_job_bytes)
-            passage = self._passage_of(delivery, began)
-            passage.format = message_format(delivery.value)
-            passage.job_id = job.job_id or passage.job_id
-            passage.expires_at = self._expiry(job, passage)
-            passage.tenant = self._settings.tenants.tenant_of(passage.origin.source.topic, passage.origin.headers)
-            passage.result_topic = self._settings.topics.result_topic(job.reply_to)
+            context = self._context_of(delivery, began)
+            context.format = message_format(delivery.value)
+            context.job_id = job.job_id or context.job_id
+            context.expires_at = self._expiry(job, context)
+            context.tenant = self._settings.tenants.tenant_of(context.origin.source.topic, context.origin.headers)
+            context.result_topic = self._settings.topics.result_topic(job.reply_to)
         except Exception as error:
-            verdict = self._verdict(passage, error)
+            verdict = self._verdict(context, error)
             if verdict is error:
                 # Told by its name and text: the frames that it was raised in need not stay until it is acknowledged.
                 verdict.__traceback__ = verdict.__context__ = None
-            if passage is None and isinstance(verdict, InvalidJob) and verdict.job_id is not None:
-                passage = self._passage_of(delivery, began)
-                passage.job_id = verdict.job_id
-            return Refused(delivery, verdict, passage)
+            if context is None and isinstance(verdict, InvalidJob) and verdict.job_id is not None:
+                context = self._context_of(delivery, began)
+                context.job_id = verdict.job_id
+            return InvalidRecord(delivery, verdict, context)
         if job.job_id is None:
-            job = job.model_copy(update={"job_id": passage.job_id})
-        passage.seconds["receive"] = passage.elapsed_s
-        return Received(passage, job)
+            job = job.model_copy(update={"job_id": context.job_id})
+        context.seconds["receive"] = context.elapsed_s
+        return Received(context, job)
 
-    def _passage_of(self, delivery: Delivery, began: float | None = None) -> Passage:
-        passage = Passage(delivery, self._tiers.origin_of(delivery), began)
-        source = passage.origin.source
-        passage.job_id = derive_job_id(source.topic, source.partition, source.offset)
-        return passage
+    def _context_of(self, delivery: ConsumedRecord, began: float | None = None) -> JobContext:
+        context = JobContext(delivery, self._retry_topics.origin_of(delivery), began)
+        source = context.origin.source
+        context.job_id = derive_job_id(source.topic, source.partition, source.offset)
+        return context
 
-    def _expiry(self, job: Job, passage: Passage) -> datetime | None:
+    def _expiry(self, job: Job, context: JobContext) -> datetime | None:
         """The job's deadline, or the end of what the settings let a record live, if that is earlier."""
-        ttl_s, written_ms = self._settings.admission.ttl_s, passage.origin.source.timestamp_ms
+        ttl_s, written_ms = self._settings.admission.ttl_s, context.origin.source.timestamp_ms
         if ttl_s is None or written_ms is None:
             return job.deadline
         try:
@@ -194,19 +194,19 @@ class Stages:
             return job.deadline  # beyond the calendar: a producer that writes microseconds
         return end if job.deadline is None else min(end, job.deadline)
 
-    def _claim(self, job: Job, passage: Passage) -> Claim:
+    def _queued_job(self, job: Job, context: JobContext) -> QueuedJob:
         tokens = job.text_chars // CHARS_PER_TOKEN + self._sampling(job).max_tokens
-        lane = self._tiers.lanes.get(passage.delivery.topic, 0)
-        return Claim(tokens, job.priority, passage.tenant, passage.expires_at, lane)
+        lane = self._retry_topics.lanes.get(context.delivery.topic, 0)
+        return QueuedJob(tokens, job.priority, context.tenant, context.expires_at, lane)
 
-    def _settle_tokens(self, claim: Claim, output: RequestOutput, passage: Passage) -> None:
+    def _settle_tokens(self, queued: QueuedJob, output: RequestOutput, context: JobContext) -> None:
         used = 0
-        if passage.reused is None:
+        if context.reused is None:
             used = output.usage.input_tokens + output.usage.output_tokens
-            self._dispatch.settle(claim, used)
-        self._rates.charge(claim.tenant, used - claim.tokens)
+            self._engine_queue.settle(queued, used)
+        self._rates.charge(queued.tenant, used - queued.tokens)
 
-    async def _admit(self, job: Job, ticket: Ticket) -> tuple[ImageRef, ...]:
+    async def _admit(self, job: Job, reservation: Reservation) -> tuple[ImageRef, ...]:
         """Refuse what can be refused before a byte is read, and wait for room for the rest."""
         refs = job.image_refs()
         if refs and not self._sees:
@@ -221,7 +221,7 @@ class Stages:
         if refs:
             # The sizes of objects are not known yet; what is too much is given back as soon as they are.
             encoded = sum(self._settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
-            await ticket.reserve(encoded + self._decoded_bytes(len(refs)))
+            await reservation.acquire_bytes(encoded + self._decoded_bytes(len(refs)))
         return refs
 
     def _decoded_bytes(self, images: int) -> int:
@@ -233,9 +233,9 @@ class Stages:
         return images * height * width * 3
 
     async def _fetch(
-        self, refs: tuple[ImageRef, ...], may_reuse: bool, ticket: Ticket, passage: Passage
+        self, refs: tuple[ImageRef, ...], may_reuse: bool, reservation: Reservation, context: JobContext
     ) -> list[FetchedImage]:
-        salt = self._settings.tenants.salt_of(passage.tenant)
+        salt = self._settings.tenants.salt_of(context.tenant)
 
         def attempt(ref: ImageRef) -> Awaitable[FetchedImage]:
             fetch = partial(self._images.fetch, ref, salt, may_reuse=may_reuse)
@@ -243,41 +243,41 @@ class Stages:
 
         max_attempts = self._settings.s3.max_attempts
         fetched = await _all(
-            self._persist(partial(attempt, ref), OBJECT_STORE, passage, max_attempts=max_attempts) for ref in refs
+            self._persist(partial(attempt, ref), OBJECT_STORE, context, max_attempts=max_attempts) for ref in refs
         )
-        ticket.hold(sum(len(image.data) for image in fetched) + self._decoded_bytes(len(refs)))
+        reservation.resize(sum(len(image.data) for image in fetched) + self._decoded_bytes(len(refs)))
         return fetched
 
     async def _prepare(
-        self, fetched: list[FetchedImage], may_reuse: bool, ticket: Ticket, passage: Passage
+        self, fetched: list[FetchedImage], may_reuse: bool, reservation: Reservation, context: JobContext
     ) -> tuple[PreparedImage, ...]:
         if not self._sees:
             return ()
-        salt = self._settings.tenants.salt_of(passage.tenant)
+        salt = self._settings.tenants.salt_of(context.tenant)
         prepare = partial(self._images.prepare, salt=salt, may_reuse=may_reuse)
-        images = await _all(self._persist(partial(prepare, image), "image decoders", passage) for image in fetched)
-        ticket.hold(sum(image.nbytes for image in images))
+        images = await _all(self._persist(partial(prepare, image), "image decoders", context) for image in fetched)
+        reservation.resize(sum(image.nbytes for image in images))
         return tuple(images)
 
     async def _answer(
-        self, job: Job, images: tuple[PreparedImage, ...], claim: Claim, may_reuse: bool, passage: Passage
+        self, job: Job, images: tuple[PreparedImage, ...], queued: QueuedJob, may_reuse: bool, context: JobContext
     ) -> RequestOutput:
         async def infer() -> RequestOutput:
-            async with self._dispatch.place(claim), self._alone_if_suspected(passage):
-                return await self._infer(job, images, claim, passage)
+            async with self._engine_queue.slot(queued), self._alone_if_suspected(context):
+                return await self._infer(job, images, queued, context)
 
-        salt = self._settings.tenants.salt_of(passage.tenant)
+        salt = self._settings.tenants.salt_of(context.tenant)
         key = self._answers.key(job, images, self._sampling(job), salt) if may_reuse else None
         if key is None:
             output = await infer()
         else:
             output, reuse = await self._answers.get(key, infer)
-            passage.reused = None if reuse == "miss" else reuse
-        self._settle_tokens(claim, output, passage)
+            context.reused = None if reuse == "miss" else reuse
+        self._settle_tokens(queued, output, context)
         return output
 
     async def _infer(
-        self, job: Job, images: tuple[PreparedImage, ...], claim: Claim, passage: Passage
+        self, job: Job, images: tuple[PreparedImage, ...], queued: QueuedJob, context: JobContext
     ) -> RequestOutput:
         self._submitted += 1
         generation = self._engine.submit(
@@ -288,8 +288,8 @@ class Stages:
                 messages=job.message_dicts(),
                 images=images,
                 sampling=self._sampling(job),
-                priority=claim.lane + job.priority,
-                cache_salt=self._settings.tenants.salt_of(passage.tenant),
+                priority=queued.lane + job.priority,
+                cache_salt=self._settings.tenants.salt_of(context.tenant),
             )
         )
         try:
@@ -298,50 +298,50 @@ class Stages:
             generation.abort()
 
     @asynccontextmanager
-    async def _alone_if_suspected(self, passage: Passage) -> AsyncIterator[None]:
+    async def _alone_if_suspected(self, context: JobContext) -> AsyncIterator[None]:
         """Before the engine starts the job, it is on record; after a crash that tells whom to suspect."""
-        in_flight, delivery = self._in_flight, passage.delivery
+        in_flight, delivery = self._in_flight, context.delivery
         if in_flight is None:
             yield
             return
         async with in_flight.place(delivery):
-            await self._persist(lambda: in_flight.recorded(delivery), "kafka producer", passage)
+            await self._persist(lambda: in_flight.recorded(delivery), "kafka producer", context)
             yield
 
-    async def _store_if_large(self, records: list[OutgoingRecord], passage: Passage) -> list[OutgoingRecord]:
+    async def _store_if_large(self, records: list[OutgoingRecord], context: JobContext) -> list[OutgoingRecord]:
         """The records of an answer, the result by reference where it is too large and there is a store for it."""
         result, *others = records
         store = self._result_store
         if store is None or not self._outgoing.is_too_large(result):
             return records
-        name, fmt = self._outgoing.stored_name(passage), self._outgoing.format_of(passage)
-        stored = await self._persist(lambda: store.put(name, result.value, fmt), "result store", passage)
-        return [self._outgoing.reference(passage, stored), *others]
+        name, fmt = self._outgoing.stored_name(context), self._outgoing.format_of(context)
+        stored = await self._persist(lambda: store.put(name, result.value, fmt), "result store", context)
+        return [self._outgoing.reference(context, stored), *others]
 
-    async def _publish(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
+    async def _publish(self, records: list[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
         """Returns when all are acknowledged: only then may the ledger move."""
         try:
-            await self._send(records, passage, ticket)
+            await self._send(records, context, reservation)
         except MessageTooLarge as error:
-            passage.failed_stage = "publish"
-            records = self._bury(passage, error)
-            await self._send(records, passage, ticket)
+            context.failed_stage = "publish"
+            records = self._bury(context, error)
+            await self._send(records, context, reservation)
         for record in records:
             self._metrics.sent.labels(record.topic).inc()
 
-    async def _send(self, records: list[OutgoingRecord], passage: Passage, ticket: Ticket) -> None:
-        delivery = passage.delivery
+    async def _send(self, records: list[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
+        delivery = context.delivery
         transactions = delivery.transactions
         if transactions is None:
-            await self._persist(lambda: self._sink.publish(records), "kafka producer", passage)
+            await self._persist(lambda: self._sink.publish(records), "kafka producer", context)
             return
         self._sink.check(records)
         # It may have to wait for the jobs below it; its place is free for others meanwhile.
-        ticket.leave_with(sum(record.size_bytes for record in records))
-        await self._persist(lambda: transactions.release(delivery.offset, records), "kafka producer", passage)
+        reservation.release_slot(sum(record.size_bytes for record in records))
+        await self._persist(lambda: transactions.release(delivery.offset, records), "kafka producer", context)
 
     async def _persist(
-        self, attempt: Callable[[], Awaitable[T]], part: str, passage: Passage, *, max_attempts: int | None = None
+        self, attempt: Callable[[], Awaitable[T]], part: str, context: JobContext, *, max_attempts: int | None = None
     ) -> T:
         """Repeat what may succeed later.
 
@@ -354,54 +354,54 @@ class Stages:
                 outcome = await attempt()
             except (TransientError, SystemicError) as error:
                 failures += 1
-                passage.attempts = failures
-                passage.first_failed_at = passage.first_failed_at or datetime.now(UTC)
+                context.attempts = failures
+                context.first_failed_at = context.first_failed_at or datetime.now(UTC)
                 if isinstance(error, SystemicError) or max_attempts is None:
                     self._faults.report(part, error)
                 elif failures >= max_attempts:
                     raise
-                self._metrics.retries.labels(passage.current_stage).inc()
+                self._metrics.retries.labels(context.current_stage).inc()
                 await asyncio.sleep(self._backoff.wait_s(failures))
             else:
                 self._faults.clear(part)
                 return outcome
 
-    def _retry_later(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
+    def _retry_later(self, context: JobContext, error: Exception) -> list[OutgoingRecord]:
         """The job for a retry topic, when waiting may help it and its settings and deadline allow that."""
         reason = _first_cause(error)
-        record = self._outgoing.delayed_retry(passage, reason) if isinstance(reason, TransientError) else None
+        record = self._outgoing.delayed_retry(context, reason) if isinstance(reason, TransientError) else None
         if record is None or not isinstance(reason, TransientError):
             return []
-        passage.fail(reason, waits_in=record.topic)
-        logger.info("job %r waits in %s: %s", passage.job_id, record.topic, reason.code)
+        context.fail(reason, waits_in=record.topic)
+        logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
         return [record]
 
-    def _bury(self, passage: Passage, error: Exception) -> list[OutgoingRecord]:
+    def _bury(self, context: JobContext, error: Exception) -> list[OutgoingRecord]:
         """The dead letter for what can never succeed.
 
         Raises:
             SystemicError: it can, once the worker is well or another one takes it: back to Kafka. Or this would be one
                 dead letter too many.
         """
-        reason = self._verdict(passage, error)
-        self._poison.bury()
-        passage.fail(reason)
+        reason = self._verdict(context, error)
+        self._dead_letter_limit.bury()
+        context.fail(reason)
         logger.warning(
             "job %r is a dead letter: %s in stage %s: %r",
-            passage.job_id,
+            context.job_id,
             reason.code,
-            passage.failed_stage,
+            context.failed_stage,
             str(reason),
         )
-        return [self._outgoing.dead_letter(passage, reason)]
+        return [self._outgoing.dead_letter(context, reason)]
 
-    def _verdict(self, passage: Passage | None, error: Exception) -> NanoVLLMError:
+    def _verdict(self, context: JobContext | None, error: Exception) -> NanoVLLMError:
         """What the dead letter says was wrong. Raises SystemicError: that is no reason to bury a job."""
         reason = _first_cause(error)
         if isinstance(reason, SystemicError):
             raise reason
         if not isinstance(reason, NanoVLLMError):
-            job_id, stage = (passage.job_id, passage.failed_stage) if passage else (None, "receive")
+            job_id, stage = (context.job_id, context.failed_stage) if context else (None, "receive")
             logger.error("job %r failed in stage %s", job_id, stage, exc_info=reason)
             internal = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
             internal.__cause__ = reason
@@ -411,18 +411,18 @@ class Stages:
     def _sampling(self, job: Job) -> SamplingParams:
         return job.sampling_params(self._settings.sampling, self._settings.admission.max_tokens)
 
-    def _observe(self, passage: Passage) -> None:
+    def _observe(self, context: JobContext) -> None:
         metrics = self._metrics
-        metrics.jobs.labels(passage.outcome).inc()
-        metrics.process_seconds.observe(passage.elapsed_s)
-        for stage, seconds in passage.seconds.items():
+        metrics.jobs.labels(context.outcome).inc()
+        metrics.process_seconds.observe(context.elapsed_s)
+        for stage, seconds in context.seconds.items():
             metrics.stage_seconds.labels(stage).observe(seconds)
-        if passage.waited_in_kafka_s is not None:
-            metrics.stage_seconds.labels("kafka").observe(passage.waited_in_kafka_s)
-        if passage.failure is not None and passage.outcome == "dead_letter":
-            metrics.dead_letters.labels(passage.failure_class, passage.failure.code, passage.failed_stage).inc()
-        output = passage.output
-        if output is None or passage.reused is not None:
+        if context.waited_in_kafka_s is not None:
+            metrics.stage_seconds.labels("kafka").observe(context.waited_in_kafka_s)
+        if context.failure is not None and context.outcome == "dead_letter":
+            metrics.dead_letters.labels(context.failure_class, context.failure.code, context.failed_stage).inc()
+        output = context.output
+        if output is None or context.reused is not None:
             return
         timings = output.timings
         metrics.request_success.labels(output.finish_reason).inc()

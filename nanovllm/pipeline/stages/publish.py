@@ -30,9 +30,9 @@ from nanovllm.messages.result import (
     result_id_for,
 )
 from nanovllm.objects.fetch import FetchedImage
-from nanovllm.pipeline.consuming.partition import Delivery
-from nanovllm.pipeline.consuming.retry_topics import RetryTiers
-from nanovllm.pipeline.stages.context import Passage
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
 
@@ -45,16 +45,16 @@ class OutgoingRecords:
     def __init__(self, settings: Settings, model: ModelInfo, max_record_bytes: Callable[[str], int]) -> None:
         self._settings = settings
         self._model = model
-        self._tiers = RetryTiers.of(settings)
+        self._retry_topics = RetryTopics.of(settings)
         self._max_record_bytes = max_record_bytes
 
     def answer(
-        self, passage: Passage, job: Job, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats
+        self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats
     ) -> list[OutgoingRecord]:
         """The result and the metrics of an answered job."""
-        passage.output = output
-        fmt = self.format_of(passage)
-        headers = passage.origin.headers
+        context.output = output
+        fmt = self.format_of(context)
+        headers = context.origin.headers
         job_id = job.job_id or ""
         result = Result(
             job_id=job_id,
@@ -66,7 +66,7 @@ class OutgoingRecords:
             logprobs=_logprobs(output.logprobs),
             prompt_logprobs=_logprobs(output.prompt_logprobs),
             outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
-            reused=passage.reused,
+            reused=context.reused,
             usage=TokenUsage(
                 input_tokens=output.usage.input_tokens,
                 output_tokens=output.usage.output_tokens,
@@ -87,15 +87,15 @@ class OutgoingRecords:
                 )
                 for image, use in zip(fetched, output.images, strict=True)
             ),
-            timings_ms=self._timings(passage, output),
-            source=passage.origin.source,
+            timings_ms=self._timings(context, output),
+            source=context.origin.source,
             worker=self._settings.worker_id,
             metadata=job.metadata,
         )
-        passage.result = result
-        metrics = self._metrics(passage, result, fetched, output, stats)
+        context.result = result
+        metrics = self._metrics(context, result, fetched, output, stats)
         return [
-            self._result_record(result, passage),
+            self._result_record(result, context),
             metrics_record(metrics, self._settings.topics.metrics, fmt, headers),
         ]
 
@@ -104,44 +104,44 @@ class OutgoingRecords:
         limit = self._max_record_bytes(record.topic)
         return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
 
-    def stored_name(self, passage: Passage) -> str:
+    def stored_name(self, context: JobContext) -> str:
         """The name of the job's result in S3: the same for each delivery of a record, also from a retry topic.
 
         No two records share one. The digest tells apart what has the same tenant, topic, partition and offset: other
         groups, other clusters, a topic that was created again.
         """
-        source, tenant = passage.origin.source, passage.tenant
-        value = hashlib.sha256(passage.delivery.value).hexdigest()
+        source, tenant = context.origin.source, context.tenant
+        value = hashlib.sha256(context.delivery.value).hexdigest()
         identity = [self._settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
         digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
         return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
-    def reference(self, passage: Passage, stored: StoredResult) -> OutgoingRecord:
-        """The result of ``passage`` by the place where it is stored."""
-        if passage.result is None:
+    def reference(self, context: JobContext, stored: StoredResult) -> OutgoingRecord:
+        """The result of ``context`` by the place where it is stored."""
+        if context.result is None:
             raise ValueError("only an answered job has a result to refer to")
-        return self._result_record(passage.result.referring_to(stored), passage)
+        return self._result_record(context.result.referring_to(stored), context)
 
-    def _result_record(self, result: Result, passage: Passage) -> OutgoingRecord:
-        topic = passage.result_topic or self._settings.topics.results
-        return result_record(result, topic, self.format_of(passage), passage.origin.headers)
+    def _result_record(self, result: Result, context: JobContext) -> OutgoingRecord:
+        topic = context.result_topic or self._settings.topics.results
+        return result_record(result, topic, self.format_of(context), context.origin.headers)
 
-    def dead_letter(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord:
+    def dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
         """The original record with the reason why it failed."""
-        delivery = passage.delivery
+        delivery = context.delivery
         letter = DeadLetter(
-            job_id=passage.job_id,
+            job_id=context.job_id,
             code=error.code,
-            error_class=passage.failure_class,
-            stage=passage.failed_stage,
+            error_class=context.failure_class,
+            stage=context.failed_stage,
             message=str(error),
             retryable=error.retryable,
             cause=root_cause(error),
-            attempts=passage.total_attempts,
-            source=passage.origin.source,
+            attempts=context.total_attempts,
+            source=context.origin.source,
             worker=self._settings.worker_id,
-            received_at=passage.received_at,
-            first_failed_at=passage.first_failed_at,
+            received_at=context.received_at,
+            first_failed_at=context.first_failed_at,
             failed_at=datetime.now(UTC),
         )
         topic = self._settings.topics.dead_letters
@@ -150,17 +150,17 @@ class OutgoingRecords:
             topic,
             key=delivery.key,
             value=delivery.value,
-            original_headers=passage.origin.headers,
+            original_headers=context.origin.headers,
             keep_headers=self._settings.dead_letters.keep_headers,
             max_bytes=self._max_record_bytes(topic),
         )
 
-    def another_dead_letter(self, delivery: Delivery, like: OutgoingRecord) -> OutgoingRecord | None:
+    def another_dead_letter(self, delivery: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
         """A dead letter that differs from ``like``, of the same partition, in its source alone.
 
         None where it must be made by itself: the record is from a retry topic, or too large as it is.
         """
-        if delivery.topic in self._tiers.delays_s:
+        if delivery.topic in self._retry_topics.delays_s:
             return None
         job_id = derive_job_id(delivery.topic, delivery.partition, delivery.offset)
         source: dict[str, str | int | None] = {
@@ -171,23 +171,23 @@ class OutgoingRecords:
         record = dead_letter_like(like, source, key=delivery.key, value=delivery.value)
         return record if record and record.size_bytes <= self._max_record_bytes(record.topic) else None
 
-    def delayed_retry(self, passage: Passage, error: NanoVLLMError) -> OutgoingRecord | None:
+    def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""
-        topic = self._tiers.topic_after(passage.delivery.topic, before=passage.expires_at)
+        topic = self._retry_topics.topic_after(context.delivery.topic, before=context.expires_at)
         if topic is None:
             return None
-        failed_at = passage.first_failed_at or datetime.now(UTC)
-        headers = passage.origin.retry_headers(passage.total_attempts, failed_at, error)
-        record = OutgoingRecord(topic, passage.delivery.key, passage.delivery.value, headers)
+        failed_at = context.first_failed_at or datetime.now(UTC)
+        headers = context.origin.retry_headers(context.total_attempts, failed_at, error)
+        record = OutgoingRecord(topic, context.delivery.key, context.delivery.value, headers)
         return record if record.size_bytes <= self._max_record_bytes(topic) else None
 
-    def format_of(self, passage: Passage) -> MessageFormat:
-        """The format of what is sent for ``passage``."""
+    def format_of(self, context: JobContext) -> MessageFormat:
+        """The format of what is sent for ``context``."""
         wanted = self._settings.result_format
-        return passage.format if wanted == "as_job" else wanted
+        return context.format if wanted == "as_job" else wanted
 
-    def _timings(self, passage: Passage, output: RequestOutput) -> StageTimings:
-        seconds = passage.seconds
+    def _timings(self, context: JobContext, output: RequestOutput) -> StageTimings:
+        seconds = context.seconds
         return StageTimings(
             admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
             fetch=_ms(seconds.get("fetch", 0.0)),
@@ -196,12 +196,12 @@ class OutgoingRecords:
             encode=round(output.timings.encode_ms, 3),
             time_to_first_token=round(output.timings.time_to_first_token_ms, 3),
             generation=round(output.timings.generation_ms, 3),
-            total=_ms(passage.elapsed_s),
+            total=_ms(context.elapsed_s),
         )
 
     def _metrics(
         self,
-        passage: Passage,
+        context: JobContext,
         result: Result,
         fetched: Sequence[FetchedImage],
         output: RequestOutput,
@@ -220,7 +220,7 @@ class OutgoingRecords:
             model=result.model.id,
             source=result.source,
             finish_reason=output.finish_reason,
-            reused=passage.reused,
+            reused=context.reused,
             num_prompt_tokens=usage.input_tokens,
             num_generation_tokens=usage.output_tokens,
             num_cached_tokens=usage.cached_tokens,

@@ -241,7 +241,7 @@ class _Decoder:
 def _environment() -> dict[str, str]:
     """A decoder's whole environment: where our package lies, one thread, the locale; no credentials, no settings."""
     environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     # Installed, it is found anyway; named here, its neighbours could shadow the standard library.
     if root != sysconfig.get_path("purelib"):
         environment["PYTHONPATH"] = root
