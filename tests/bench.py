@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +15,14 @@ from PIL import Image
 
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.objects.s3_client import S3Client
-from nanovllm.pipeline.consuming.retry_topics import RetryTopics
-from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.build import build_worker
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.images.pool import DecoderPool
 
@@ -61,28 +59,15 @@ class Bench:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
         effective = self.settings.model_copy(update=settings)
-        tiers = RetryTopics.of(effective)
-        worker = Worker(
+        worker, source = build_worker(
             effective,
             engine=engine,
             decoders=self.decoders,
-            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
+            fetcher=fetcher,
             sink=sink or KafkaSink(self.producer),
-            result_store=S3ResultStore(effective.s3.large_results, S3Client(effective.s3).call)
-            if effective.s3.large_results
-            else None,
             metrics=self.metrics,
             health=self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),
-        )
-        source = JobSource(
-            effective.kafka,
-            tiers.lanes,
-            max_out_of_order=effective.admission.max_out_of_order,
-            drain=worker.drain,
-            lost=worker.drop,
-            delays_s=tiers.delays_s,
-            exactly_once=effective.delivery == "exactly_once",
         )
         await source.start()
         running = asyncio.create_task(worker.run(source))
@@ -156,6 +141,20 @@ async def eventually(holds: Callable[[], Awaitable[bool]] | Callable[[], bool], 
 
 async def reached(bench: Bench, offset: int, partition: int = 0) -> bool:
     return await bench.committed(partition) == offset
+
+
+class FaultySink(KafkaSink):
+    """Runs ``before`` with the records of each publication, which may note them, wait or raise."""
+
+    def __init__(
+        self, producer: AIOKafkaProducer, before: Callable[[Sequence[OutgoingRecord]], Awaitable[None]]
+    ) -> None:
+        super().__init__(producer)
+        self._before = before
+
+    async def publish(self, records: Sequence[OutgoingRecord]) -> None:
+        await self._before(records)
+        await super().publish(records)
 
 
 class FaultyFetcher(ObjectFetcher):

@@ -98,12 +98,13 @@ def doctor(
     """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it."""
     settings = load_settings(config)
     _require("worker", "torch", "transformers")
-    from nanovllm.pipeline.app import native_engine, prepare_threads
+    from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()
     from nanovllm.engine.diagnostics import describe, measure
+    from nanovllm.pipeline.build import build_engine
 
-    with native_engine(settings.engine) as engine:
+    with build_engine(settings.engine) as engine:
         findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
     rows = [(finding.subject, finding.value, finding.note) for finding in findings]
     print_table(("what", "is", "why"), rows, as_json=as_json)

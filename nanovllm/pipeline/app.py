@@ -1,4 +1,4 @@
-"""The worker process: the one place that builds the object graph, in the order in which its parts need one another."""
+"""The worker process: what it starts, in the order in which the parts need one another, and its exit code."""
 
 from __future__ import annotations
 
@@ -8,27 +8,21 @@ import logging
 import os
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError
-from nanovllm.kafka.client import producer_kwargs
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.settings.engine import EngineSettings
-from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
     from nanovllm.engine.backends.base import EngineBackend
-    from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.pipeline.operations.health import Health
-    from nanovllm.vision.images.decode import ImageLimits
 
 logger = logging.getLogger("nanovllm.worker")
 
 MISUSE = 2
 
-DEFAULT_MODEL = "tiny-receipts"
 TICK_S = 1.0
 
 
@@ -94,20 +88,11 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         ticking = asyncio.create_task(_tick(health), name="tick")
         stack.callback(ticking.cancel)
 
-        # The probes answer by now: these take seconds.
-        from aiokafka import AIOKafkaProducer
-
+        # The probes answer by now: these imports take seconds.
         from nanovllm.kafka.admin import message_limits
-        from nanovllm.kafka.recovering_producer import RecoveringProducer
-        from nanovllm.objects.fetch import ObjectFetcher
-        from nanovllm.objects.s3_client import S3Client, check_settings
-        from nanovllm.pipeline.consuming.crash_guard import CrashGuard
-        from nanovllm.pipeline.consuming.retry_topics import RetryTopics
-        from nanovllm.pipeline.consuming.source import JobSource
-        from nanovllm.pipeline.worker import Worker
-        from nanovllm.sinks.claim_check import S3ResultStore
+        from nanovllm.objects.s3_client import check_settings
+        from nanovllm.pipeline import build
         from nanovllm.sinks.kafka import KafkaSink
-        from nanovllm.vision.images.pool import DecoderPool
 
         if not settings.s3.allow:
             logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
@@ -117,63 +102,32 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         engine = await _load_engine(settings.engine)
         stack.push_async_callback(engine.close)
         await engine.start()
-        decoders = None
-        if engine.image_transform is not None:
-            decoders = DecoderPool(
-                engine.image_transform,
-                _image_limits(settings.images),
-                workers=settings.images.decoders,
-                timeout_s=settings.images.decode_timeout_s,
-                memory_bytes=settings.images.decoder_memory_bytes,
-            )
+        decoders = build.build_decoders(settings, engine)
+        if decoders is not None:
             stack.push_async_callback(decoders.close)
             await decoders.start()
-        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        fetcher = build.ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
         stack.callback(fetcher.close)
         health.is_model_loaded = True
         logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
 
         health.wait_for("the brokers")
-        topics, retry_topics = settings.topics, RetryTopics.of(settings)
-        written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *retry_topics.topics]
-        limits_by_topic = await message_limits(settings.kafka, written)
-        options = producer_kwargs(settings.kafka)
-        # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
-        options["max_batch_size"] = min(options["max_batch_size"], *limits_by_topic.values())
-        producer = RecoveringProducer(lambda: AIOKafkaProducer(**options))
+        limits_by_topic = await message_limits(settings.kafka, build.written_topics(settings))
+        producer = build.build_producer(settings, limits_by_topic)
         stack.push_async_callback(producer.stop)
         await producer.start()
-
-        in_flight = None
-        if crash_limit := settings.dead_letters.crash_limit:
-            in_flight = CrashGuard(topics.in_flight, settings.kafka, producer, limit=crash_limit)
-        worker = Worker(
+        worker, source = build.build_worker(
             settings,
             engine=engine,
             decoders=decoders,
             fetcher=fetcher,
             sink=KafkaSink(producer, limits_by_topic),
-            result_store=S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
-            if settings.s3.large_results
-            else None,
-            in_flight=in_flight,
+            crash_guard=build.build_crash_guard(settings, producer),
             metrics=metrics,
             health=health,
         )
         metrics.watch_engine(lambda: worker.engine_stats)
-        source = JobSource(
-            settings.kafka,
-            retry_topics.lanes,
-            max_out_of_order=settings.admission.max_out_of_order,
-            drain=worker.drain,
-            lost=worker.drop,
-            drain_timeout_s=settings.admission.drain_timeout_s,
-            metrics=metrics,
-            delays_s=retry_topics.delays_s,
-            exactly_once=settings.delivery == "exactly_once",
-            in_flight=in_flight,
-        )
-        # What is here now stays: the collector need not look through all of it again and again while jobs pass.
+        # These objects stay: the collector need not look through them again and again while jobs pass.
         gc.collect()
         gc.freeze()
         # From here on the worker leaves the group before anything above is closed.
@@ -189,7 +143,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             raise
         health.wait_for(None)
         logger.info(
-            "consuming %s as %s in group %s", ", ".join(retry_topics.lanes), settings.worker_id, settings.kafka.group_id
+            "consuming %s as %s in group %s", ", ".join(source.topics), settings.worker_id, settings.kafka.group_id
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
 
@@ -218,32 +172,10 @@ async def _load_engine(settings: EngineSettings) -> EngineBackend:
         return EchoEngine(max_num_seqs=settings.max_num_seqs)
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
+    from nanovllm.pipeline.build import build_engine
 
     # In a thread: the probes answer while weights are read, and a signal ends the process.
-    engine = await asyncio.to_thread(native_engine, settings)
+    engine = await asyncio.to_thread(build_engine, settings)
     for finding in describe(engine):
         logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
     return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)
-
-
-def native_engine(settings: EngineSettings) -> LLMEngine:
-    """The engine in this process that the settings ask for. Raises ConfigurationError and UnsupportedModel."""
-    from nanovllm.checkpoints.resolve import register_alias
-    from nanovllm.engine.llm_engine import LLMEngine
-
-    for name, directory in settings.model_aliases.items():
-        register_alias(name, Path(directory))
-    options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
-    return LLMEngine(settings.model or DEFAULT_MODEL, **options)
-
-
-def _image_limits(settings: ImageSettings) -> ImageLimits:
-    from nanovllm.vision.images.decode import ImageLimits
-
-    return ImageLimits(
-        max_bytes=settings.max_bytes,
-        max_pixels=settings.max_pixels,
-        min_side=settings.min_side,
-        max_frames=settings.max_frames,
-        formats=settings.formats,
-    )

@@ -1,4 +1,4 @@
-"""The worker: takes records, starts the work on each, commits what has ended, and leaves in order."""
+"""The worker: polls records, starts a task for each job, commits what is complete, and leaves the group in order."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import EngineDead, SystemicError
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.key_order import KeyOrder
-from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.idle_loop import idle_loop
+from nanovllm.pipeline.stages.admit import AfterKeyTurn
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
-from nanovllm.pipeline.stages.process import Received, Stages
-from nanovllm.pipeline.stages.spare_time import spare_time
+from nanovllm.pipeline.stages.process import Stages, process_job
+from nanovllm.pipeline.stages.receive import Received
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.claim_check import S3ResultStore
-from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.vision.images.pool import DecoderPool
 
 logger = logging.getLogger(__name__)
 
@@ -38,64 +35,51 @@ SHORT_POLL_MS = 20
 COMMIT_INTERVAL_S = 1.0
 TICK_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
-TURN_S = 0.005
-"""Time for which records are read in a row: a large message takes some 100 ms, and the heartbeats share the loop."""
+MAX_DECODE_S = 0.005
+"""Longest decoding without yielding to the event loop: a large message takes some 100 ms, and heartbeats share it."""
 
-# Records that are read at once from a partition whose last ones were no jobs: reading and refusing that many holds the
-# event loop for about 0.2 ms beside jobs, and for about 0.4 ms alone.
-BESIDE_JOBS = 8
-ALONE = 16
+# Records of one poll of a partition whose last record was invalid: decoding and refusing them holds the event loop for
+# about 0.2 ms beside jobs, and for about 0.4 ms without.
+INVALID_POLL_RECORDS = 8
+INVALID_POLL_RECORDS_IDLE = 16
 
 
 class Worker:
-    """Takes jobs from a source and sees to it that each delivery ends in exactly one way.
+    """Polls a source and takes each record to exactly one outcome.
 
-    A delivery ends as a result, as a dead letter, or back in Kafka: its offset is not committed, and it comes again.
+    A record ends as a result, a dead letter or a delayed retry, or goes back to Kafka: its offset is not committed, and
+    it is delivered again.
     """
 
     def __init__(
         self,
         settings: Settings,
         *,
+        stages: Stages,
+        admission: Admission,
         engine: EngineBackend,
-        decoders: DecoderPool | None,
-        fetcher: ObjectFetcher,
-        sink: KafkaSink,
+        faults: ActiveFaults,
+        backoff: Backoff,
         metrics: Metrics,
         health: Health,
-        result_store: S3ResultStore | None = None,
-        in_flight: CrashGuard | None = None,
-        backoff: Backoff | None = None,
+        lanes: Mapping[str, int],
+        key_order: KeyOrder | None,
     ) -> None:
+        """`nanovllm.pipeline.build.build_worker` makes one. ``lanes``: the priority of each topic."""
         self._settings = settings
+        self._stages = stages
+        self._admission = admission
         self._engine = engine
+        self._faults = faults
+        self._backoff = backoff
         self._metrics = metrics
         self._health = health
-        self._backoff = backoff or Backoff()
-        self._lanes = RetryTopics.of(settings).lanes
-        self._admission = Admission(
-            max_jobs=settings.max_admitted_jobs,
-            max_bytes=settings.admission.max_bytes,
-            lanes=set(self._lanes.values()),
-        )
-        self._faults = ActiveFaults(health, metrics, lapse_s=2 * self._backoff.cap_s + 5.0)
-        self._stages = Stages(
-            settings,
-            engine=engine,
-            decoders=decoders,
-            fetcher=fetcher,
-            sink=sink,
-            metrics=metrics,
-            faults=self._faults,
-            backoff=self._backoff,
-            result_store=result_store,
-            in_flight=in_flight,
-        )
-        self._order = KeyOrder()
+        self._lanes = lanes
+        self._key_order = key_order
         self._at_work: dict[asyncio.Task[None], ConsumedRecord] = {}
         self._stop = asyncio.Event()
         self._is_draining = False
-        self._is_spare_turn = False
+        self._reads_invalid_next = False
         self.has_taken = False
         self._broken = asyncio.Event()
         self._breach: BaseException | None = None
@@ -110,11 +94,11 @@ class Worker:
 
         Raises:
             EngineDead: the engine can answer nothing any more; what was at work goes back to Kafka.
-            Exception: a delivery could not be ended in any of the three ways; the same.
+            Exception: a record could not be taken to an outcome; the same.
         """
         is_polling = asyncio.Event()
         is_polling.set()
-        polling = asyncio.create_task(self._take(source, is_polling), name="poll")
+        polling = asyncio.create_task(self._consume(source, is_polling), name="poll")
         others = [
             asyncio.create_task(self._commit_and_observe(source), name="commit"),
             asyncio.create_task(self._stop.wait(), name="stop"),
@@ -152,18 +136,18 @@ class Worker:
             await asyncio.wait(list(self._at_work), timeout=self._settings.admission.drain_timeout_s)
 
     def drop(self, ledger: PartitionLedger) -> None:
-        """A partition has left: end its jobs, for somebody else gets them now."""
-        for task, delivery in list(self._at_work.items()):
-            if delivery.ledger is ledger:
+        """A partition has left: cancel its jobs, which its next owner gets."""
+        for task, record in list(self._at_work.items()):
+            if record.ledger is ledger:
                 task.cancel()
 
-    async def _take(self, source: JobSource, is_polling: asyncio.Event) -> None:
+    async def _consume(self, source: JobSource, is_polling: asyncio.Event) -> None:
         failures = 0
         while is_polling.is_set():
             takes_work = not (self._faults.are_present or self._is_draining)
             rooms = self._admission.rooms if takes_work else {}
             try:
-                deliveries = await self._poll(source, rooms, takes_work)
+                records = await self._poll(source, rooms, takes_work)
             except SystemicError as error:
                 failures += 1
                 self._faults.report("kafka consumer", error)
@@ -171,61 +155,62 @@ class Worker:
                 continue
             failures = 0
             self._faults.clear("kafka consumer")
-            await self._begin(deliveries, source)
+            await self._begin(records, source)
             if takes_work:
                 await self._admission.wait_for_room(POLL_MS / 1000)
 
     async def _poll(self, source: JobSource, rooms: dict[int, int], takes_work: bool) -> list[ConsumedRecord]:
         has_room = any(rooms.values())
         if not (has_room and source.has_put_off):
-            # With its hands full it waits afterwards, for room; otherwise here, for records.
+            # Without a free slot it polls without waiting, then waits for a slot.
             timeout_ms = POLL_MS if has_room or not takes_work else 0
             return await source.poll(rooms, timeout_ms if all(rooms.values()) else min(timeout_ms, SHORT_POLL_MS))
         if not source.can_read_put_off:
             return await source.poll(rooms, SHORT_POLL_MS)
-        self._is_spare_turn = not self._is_spare_turn
-        if not self._is_spare_turn:
+        self._reads_invalid_next = not self._reads_invalid_next
+        if not self._reads_invalid_next:
             return await source.poll(rooms, 0)
-        await spare_time()
-        at_most = BESIDE_JOBS if self._admission.jobs else ALONE
+        await idle_loop()
+        at_most = INVALID_POLL_RECORDS if self._admission.jobs else INVALID_POLL_RECORDS_IDLE
         return await source.poll({lane: min(room, at_most) for lane, room in rooms.items()}, 0, put_off=True)
 
-    async def _begin(self, deliveries: list[ConsumedRecord], source: JobSource) -> None:
-        """Start the work on each; those that are no jobs are refused, and their partition waits for spare time."""
-        self.has_taken |= bool(deliveries)
-        for topic, count in Counter(delivery.topic for delivery in deliveries).items():
+    async def _begin(self, records: list[ConsumedRecord], source: JobSource) -> None:
+        """Start a task for each job; partitions whose last record was invalid are read when the event loop is idle."""
+        self.has_taken |= bool(records)
+        for topic, count in Counter(record.topic for record in records).items():
             self._metrics.consumed.labels(topic).inc(count)
-        refused: dict[PartitionLedger, list[InvalidRecord]] = defaultdict(list)
+        invalid: dict[PartitionLedger, list[InvalidRecord]] = defaultdict(list)
         last: dict[PartitionLedger, Received | InvalidRecord] = {}
-        turn_ends = time.monotonic() + TURN_S
-        for delivery in deliveries:
-            if time.monotonic() >= turn_ends:
+        yield_at = time.monotonic() + MAX_DECODE_S
+        for record in records:
+            if time.monotonic() >= yield_at:
                 await asyncio.sleep(0)
-                turn_ends = time.monotonic() + TURN_S
+                yield_at = time.monotonic() + MAX_DECODE_S
             if self._is_draining:
-                break  # what is not begun is not settled, and so not committed
-            if not delivery.is_current:
+                break  # a record without a task is not complete, and so not committed
+            if not record.is_current:
                 continue
-            received = last[delivery.ledger] = self._stages.receive(delivery)
+            received = last[record.ledger] = self._stages.receive(record)
             if isinstance(received, InvalidRecord):
-                refused[delivery.ledger].append(received)
+                invalid[record.ledger].append(received)
             else:
                 self._begin_job(received)
         for received in last.values():
             if isinstance(received, InvalidRecord):
-                source.put_off(received.delivery)
+                source.put_off(received.record)
             else:
-                source.take_up(received.context.delivery)
-        for ledger, some in refused.items():
-            self._refuse(ledger, some)
+                source.take_up(received.context.record)
+        for ledger, some in invalid.items():
+            self._begin_invalid(ledger, some)
 
     def _begin_job(self, received: Received) -> None:
-        context = received.context
-        delivery = context.delivery
-        reservation = self._admission.admit(len(delivery.value), self._lanes.get(delivery.topic, 0))
+        context, stages = received.context, self._stages
+        record = context.record
+        reservation = self._admission.admit(len(record.value), self._lanes.get(record.topic, 0))
         turn = None
-        if self._settings.admission.per_key_order and delivery.key is not None:
-            turn = self._order.join((delivery.topic, delivery.partition, delivery.key))
+        if self._key_order is not None and record.key is not None:
+            turn = self._key_order.join((record.topic, record.partition, record.key))
+            stages = replace(stages, admit=AfterKeyTurn(turn, stages.admit))
 
         def close(_: bool) -> int:
             reservation.release()
@@ -233,21 +218,24 @@ class Worker:
                 turn.end()
             return 1
 
-        self._start(self._stages.work(context, received.job, reservation, turn), delivery, close)
+        self._start(process_job(received.job, context, reservation, stages), record, close)
 
-    def _refuse(self, ledger: PartitionLedger, refused: list[InvalidRecord]) -> None:
-        held = sum(len(one.delivery.value) for one in refused)
-        reservation = self._admission.admit(held, self._lanes.get(refused[0].delivery.topic, 0))
-        reservation.release_slot(held)  # nobody works on them: the window is for jobs
-        refusals = self._stages.refusals
-        if refusals.add(ledger, refused, reservation):
-            work, delivery = refusals.work_off(ledger), refused[0].delivery
-            self._start(work, delivery, lambda is_cut_short: refusals.drop(ledger) if is_cut_short else 0)
+    def _begin_invalid(self, ledger: PartitionLedger, invalid: list[InvalidRecord]) -> None:
+        held = sum(len(one.record.value) for one in invalid)
+        reservation = self._admission.admit(held, self._lanes.get(invalid[0].record.topic, 0))
+        reservation.release_slot(held)  # the window of jobs is for jobs
+        pending = self._stages.invalid_records
+        if pending.add(ledger, invalid, reservation):
+            self._start(
+                pending.work_off(ledger),
+                invalid[0].record,
+                lambda is_cut_short: pending.drop(ledger) if is_cut_short else 0,
+            )
 
-    def _start(self, work: Coroutine[Any, Any, None], delivery: ConsumedRecord, close: Callable[[bool], int]) -> None:
-        """``close`` is told whether the work was cut short, and returns how many deliveries it had."""
+    def _start(self, work: Coroutine[Any, Any, None], record: ConsumedRecord, close: Callable[[bool], int]) -> None:
+        """``close`` is told whether the work was cut short, and returns how many records it had."""
         task = asyncio.create_task(work)
-        self._at_work[task] = delivery
+        self._at_work[task] = record
         # Not inside the coroutine: a task that is cancelled before its first step never runs a line of it.
         task.add_done_callback(lambda ended: self._end(ended, close))
 
@@ -255,11 +243,11 @@ class Worker:
         del self._at_work[task]
         error = None if task.cancelled() else task.exception()
         is_cut_short = task.cancelled() or error is not None
-        deliveries = close(is_cut_short)
+        records = close(is_cut_short)
         if is_cut_short:
-            self._metrics.jobs.labels("returned").inc(deliveries)
+            self._metrics.jobs.labels("returned").inc(records)
         if error is not None:
-            # A delivery that has not ended would hold its partition's watermark for ever: the worker ends instead.
+            # A record without an outcome would hold its partition's watermark for ever: the worker ends instead.
             self._breach = error
             self._broken.set()
 

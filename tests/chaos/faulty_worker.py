@@ -21,6 +21,7 @@ from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead
 from nanovllm.pipeline import app
+from nanovllm.pipeline.build import build_engine
 
 POISON = "segmentation fault, please"
 HUNGER = "all the memory, please"
@@ -91,7 +92,7 @@ def faulty_native(orders: Orders, settings: Any) -> Any:
                 self._die(EngineDead("told to run out of memory"))
             return super().submit(request)
 
-    return FaultyNative(app.native_engine(settings), step_timeout_s=settings.step_timeout_s)
+    return FaultyNative(build_engine(settings), step_timeout_s=settings.step_timeout_s)
 
 
 def main() -> None:

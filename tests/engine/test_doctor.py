@@ -14,7 +14,8 @@ from nanovllm.engine import kernels
 from nanovllm.engine.diagnostics import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
-from nanovllm.pipeline.app import _load_engine, native_engine
+from nanovllm.pipeline.app import _load_engine
+from nanovllm.pipeline.build import build_engine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import EngineSettings
 from tests.checkpoints import make_llava
@@ -101,7 +102,7 @@ async def test_the_first_lines_of_a_worker_s_log_say_the_same(
     settings = EngineSettings(model=str(text), kv_cache_bytes=1 << 20)
     engine = await _load_engine(settings)
     lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.worker"]
-    with native_engine(settings) as same:
+    with build_engine(settings) as same:
         findings = told(same)
     await engine.close()
     assert [line.split(":")[0] for line in lines] == list(findings)

@@ -26,11 +26,11 @@ def test_finishing_out_of_order_moves_the_watermark_only_over_what_is_contiguous
     of = ledger(10)
     for offset in (10, 11, 12):
         of.deliver(offset)
-    assert of.settle(12)
+    assert of.complete(12)
     assert of.watermark == 10
-    assert of.settle(10)
+    assert of.complete(10)
     assert of.watermark == 11
-    assert of.settle(11)
+    assert of.complete(11)
     assert of.watermark == 13
     of.audit()
 
@@ -39,10 +39,10 @@ def test_gaps_between_delivered_offsets_are_passed() -> None:
     of = ledger()
     for offset in (3, 90, 1_000_000):
         of.deliver(offset)
-    of.settle(3)
+    of.complete(3)
     assert of.watermark == 90
-    of.settle(90)
-    of.settle(1_000_000)
+    of.complete(90)
+    of.complete(1_000_000)
     assert of.watermark == 1_000_001
 
 
@@ -51,7 +51,7 @@ def test_an_idle_partition_commits_the_position_behind_records_that_nobody_is_gi
     of.deliver(0)
     of.advance(5)
     assert of.watermark == 0
-    of.settle(0)
+    of.complete(0)
     assert of.watermark == 5
     of.advance(4)
     assert of.watermark == 5
@@ -61,7 +61,7 @@ def test_a_fenced_ledger_moves_no_more() -> None:
     of = ledger()
     of.deliver(0)
     of.fence()
-    assert not of.settle(0)
+    assert not of.complete(0)
     assert of.watermark == 0
     assert of.is_fenced
 
@@ -70,10 +70,10 @@ def test_settling_twice_counts_once() -> None:
     of = ledger()
     of.deliver(0)
     of.deliver(1)
-    assert of.settle(1)
-    assert not of.settle(1)
-    assert of.settle(0)
-    assert not of.settle(0)
+    assert of.complete(1)
+    assert not of.complete(1)
+    assert of.complete(0)
+    assert not of.complete(0)
     assert of.watermark == 2
 
 
@@ -81,7 +81,7 @@ def test_what_was_never_delivered_cannot_be_settled_and_nothing_is_delivered_twi
     of = ledger()
     of.deliver(0)
     with pytest.raises(ValueError, match="offset 1 was never delivered"):
-        of.settle(1)
+        of.complete(1)
     with pytest.raises(ValueError, match="delivered before"):
         of.deliver(0)
 
@@ -91,10 +91,10 @@ def test_room_shrinks_with_the_span_above_the_oldest_unfinished_offset() -> None
     for offset in range(3):
         of.deliver(offset)
     assert of.room == 0
-    of.settle(2)
-    of.settle(1)
+    of.complete(2)
+    of.complete(1)
     assert of.room == 0
-    of.settle(0)
+    of.complete(0)
     assert of.room == 3
 
 
@@ -110,7 +110,7 @@ def test_what_leads_is_the_ready_run_from_the_watermark_and_the_offset_behind_it
     assert of.leading({3, 5, 8}, 2) == ([3, 5], 8)
     assert of.leading({3, 5, 8}, 10) == ([3, 5, 8], 12)
     for offset in (3, 5, 8):
-        of.settle(offset)
+        of.complete(offset)
     assert of.watermark == 12
 
 
@@ -125,7 +125,7 @@ def test_in_whatever_order_jobs_finish_the_watermark_ends_behind_the_last(gaps: 
     random.shuffle(order)  # type: ignore[attr-defined]
     finished: set[int] = set()
     for offset in order:
-        of.settle(offset)
+        of.complete(offset)
         finished.add(offset)
         unfinished = [o for o in offsets if o not in finished]
         assert of.watermark == (unfinished[0] if unfinished else offsets[-1] + 1)
@@ -155,7 +155,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(self.delivered))
-        moved = self.of.settle(offset)
+        moved = self.of.complete(offset)
         assert moved == (not self.is_fenced and offset not in self.finished)
         if moved:
             self.finished.add(offset)
@@ -200,11 +200,11 @@ def test_two_thousand_interleavings_of_two_owners_lose_and_skip_nothing(seed: in
                     owner.deliver(owner.position)
                 elif step < 0.8 and owner.position > committed:
                     offset = random.randrange(committed, owner.position)
-                    owner.settle(offset)
+                    owner.complete(offset)
                     finished.add(offset)
                 else:
                     committed = owner.watermark
             owner.fence()
             late = range(committed, owner.position)
-            assert not any(owner.settle(offset) for offset in late)
+            assert not any(owner.complete(offset) for offset in late)
         assert finished >= set(range(end))

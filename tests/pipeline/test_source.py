@@ -203,11 +203,11 @@ async def test_commits_only_what_is_finished_without_a_gap(group: Group) -> None
     async with group.member() as member:
         await eventually(lambda: len(member.taken) == 4)
         for offset in (0, 1, 3):
-            assert member.taken[0, offset].settle()
+            assert member.taken[0, offset].complete()
         await member.source.commit()
         assert await group.committed(0) == 2
         assert not await member.source.is_drained()
-        member.taken[0, 2].settle()
+        member.taken[0, 2].complete()
         await member.source.commit()
         assert await group.committed(0) == 4
         assert await member.source.is_drained()
@@ -217,8 +217,8 @@ async def test_what_was_not_finished_comes_again(group: Group) -> None:
     await group.send(0, 3)
     async with group.member() as first:
         await eventually(lambda: len(first.taken) == 3)
-        first.taken[0, 2].settle()
-        first.taken[0, 0].settle()
+        first.taken[0, 2].complete()
+        first.taken[0, 0].complete()
     async with group.member() as second:
         await eventually(lambda: set(second.taken) == {(0, 1), (0, 2)})
 
@@ -238,10 +238,10 @@ async def test_a_partition_that_left_is_fenced_and_one_that_stayed_keeps_its_job
             await eventually(lambda: set(second.taken) == {(gone, 0), (gone, 1), (gone, 2)})
             assert len(first.lost) == 1
             assert not first.taken[gone, 0].is_current
-            assert not first.taken[gone, 0].settle()
+            assert not first.taken[gone, 0].complete()
             # What stayed goes on where it was: nothing is delivered twice, and its completions count.
             assert first.taken[kept, 0].is_current
-            assert first.taken[kept, 0].settle()
+            assert first.taken[kept, 0].complete()
             assert first.repeated == 0
             await group.send(kept, 1)
             await eventually(lambda: (kept, 3) in first.taken)
@@ -255,10 +255,10 @@ async def test_takes_no_more_than_the_room_and_the_span_allow(group: Group) -> N
     await group.send(0, 10)
     async with group.member(max_out_of_order=3) as member:
         await eventually(lambda: len(member.taken) == 4)
-        member.taken[0, 3].settle()
+        member.taken[0, 3].complete()
         await asyncio.sleep(0.5)
         assert len(member.taken) == 4
-        member.taken[0, 0].settle()
+        member.taken[0, 0].complete()
         await eventually(lambda: len(member.taken) == 5)
 
 

@@ -10,14 +10,14 @@ from datetime import UTC, datetime, timedelta
 import msgpack
 import pytest
 from aiokafka import AIOKafkaProducer
-from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
+from bench import Bench, FaultyFetcher, FaultySink, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.stages.process import Stages
-from nanovllm.pipeline.worker import ALONE
+from nanovllm.pipeline.stages.receive import Receive
+from nanovllm.pipeline.worker import INVALID_POLL_RECORDS_IDLE
 from nanovllm.sinks.kafka import KafkaSink
 
 
@@ -78,18 +78,15 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
 
 
 async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     published: list[int] = []
-    publish = KafkaSink.publish
 
-    async def counted(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+    async def count(records: Sequence[OutgoingRecord]) -> None:
         published.append(len(records))
-        await publish(self, records)
 
-    monkeypatch.setattr(KafkaSink, "publish", counted)
     await bench.send({"job_id": "before", "prompt": "p"}, *[b"{no job"] * 200, {"job_id": "behind", "prompt": "p"})
-    async with bench.working(EchoEngine()):
+    async with bench.working(EchoEngine(), sink=FaultySink(bench.producer, count)):
         assert set(await bench.results(2)) == {"before", "behind"}
         letters = await bench.dead_letters(200)
         await eventually(lambda: reached(bench, 202))
@@ -116,79 +113,70 @@ async def test_bad_records_in_a_row_end_in_order_and_once_with_exactly_once(benc
     assert sorted(int(headers["nanovllm_source_offset"]) for headers, _ in letters) == list(range(1, 301))
 
 
-async def test_jobs_of_other_partitions_pass_while_bad_records_wait_for_their_dead_letters(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish = KafkaSink.publish
+async def test_jobs_of_other_partitions_pass_while_bad_records_wait_for_their_dead_letters(bench: Bench) -> None:
     is_open = asyncio.Event()
 
-    async def held(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+    async def hold(records: Sequence[OutgoingRecord]) -> None:
         if any(record.topic == bench.settings.topics.dead_letters for record in records):
             await is_open.wait()
-        await publish(self, records)
 
-    monkeypatch.setattr(KafkaSink, "publish", held)
-    # More than the window holds: refused records must take no job's place.
+    # More than the window holds: invalid records must take no job's slot.
     await bench.send(*[b"{no job"] * 50)
     await bench.send(*({"job_id": f"j{i}", "prompt": "p"} for i in range(20)), partition=1)
-    async with bench.working(EchoEngine()):
+    async with bench.working(EchoEngine(), sink=FaultySink(bench.producer, hold)):
         assert set(await bench.results(20)) == {f"j{i}" for i in range(20)}
         is_open.set()
         assert len(await bench.dead_letters(50)) == 50
 
 
-async def test_bad_records_that_their_topic_takes_only_one_by_one_are_sent_so(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish = KafkaSink.publish
-
-    async def small_batches(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+async def test_bad_records_that_their_topic_takes_only_one_by_one_are_sent_so(bench: Bench) -> None:
+    async def refuse_batches(records: Sequence[OutgoingRecord]) -> None:
         if len(records) > 1 and records[0].topic == bench.settings.topics.dead_letters:
             raise MessageTooLarge("together they are too large")
-        await publish(self, records)
 
-    monkeypatch.setattr(KafkaSink, "publish", small_batches)
     await bench.send(*[b"{no job"] * 20)
-    async with bench.working(EchoEngine()):
+    async with bench.working(EchoEngine(), sink=FaultySink(bench.producer, refuse_batches)):
         assert len(await bench.dead_letters(20)) == 20
         await eventually(lambda: reached(bench, 20))
 
 
-async def test_bad_records_in_a_row_are_read_in_spare_time_and_the_jobs_behind_them_are_not(
+async def test_bad_records_in_a_row_are_read_while_the_loop_is_idle_and_the_jobs_behind_them_are_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused_so_far: list[int] = []
 
-    async def spare_time() -> None:
+    async def idle_loop() -> None:
         sample = bench.metrics.registry.get_sample_value
         refused_so_far.append(int(sample("nanovllm_jobs_total", {"outcome": "dead_letter"}) or 0))
         await asyncio.sleep(0)
 
-    monkeypatch.setattr("nanovllm.pipeline.worker.spare_time", spare_time)
+    monkeypatch.setattr("nanovllm.pipeline.worker.idle_loop", idle_loop)
     await bench.send(*[b"{no job"] * 200, *({"job_id": f"j{n}", "prompt": "p"} for n in range(100)))
     async with bench.working(EchoEngine()):
         assert len(await bench.results(100)) == 100
         await eventually(lambda: reached(bench, 300))
     # A few at a time; and none of the turns is spent on the jobs, of which there are as many.
-    assert len(refused_so_far) >= 200 / ALONE - 2
+    assert len(refused_so_far) >= 200 / INVALID_POLL_RECORDS_IDLE - 2
     assert len(refused_so_far) <= 60
 
 
-async def test_bad_records_that_cannot_be_sent_yet_keep_their_offsets(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish = KafkaSink.publish
-    is_down = True
+async def test_bad_records_that_cannot_be_sent_yet_keep_their_offsets(bench: Bench) -> None:
+    is_down, refused = True, 0
 
-    async def refused(self: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
-        if is_down:
+    async def refuse(records: Sequence[OutgoingRecord]) -> None:
+        nonlocal refused
+        if is_down and records[0].topic == bench.settings.topics.dead_letters:
+            refused += 1
             raise TransientError("not now")
-        await publish(self, records)
 
-    monkeypatch.setattr(KafkaSink, "publish", refused)
-    await bench.send(*[b"{no job"] * 20)
-    async with bench.working(EchoEngine()):
-        await asyncio.sleep(1.0)
+    engine = GatedEngine()
+    await bench.send({"job_id": "other", "prompt": "p"}, partition=1)
+    async with bench.working(engine, sink=FaultySink(bench.producer, refuse)):
+        await engine.submitted("other")
+        await bench.send(*[b"{no job"] * 20)
+        await eventually(lambda: refused > 0)
+        engine.open("other")
+        await eventually(lambda: reached(bench, 1, partition=1))  # so offsets were committed meanwhile
         assert not await bench.committed()
         is_down = False
         assert len(await bench.dead_letters(20)) == 20
@@ -421,11 +409,11 @@ async def test_the_event_loop_turns_between_records_that_take_long_to_read(
     await bench.send(*[json.dumps({"messages": [{"role": "user", "content": []}] * 4_000}).encode()] * 40)
     turns = 0
     received_in: list[int] = []
-    receive = Stages.receive
+    receive = Receive.__call__
 
-    def noting(stages: Stages, delivery: ConsumedRecord) -> object:
+    def noting(stage: Receive, record: ConsumedRecord) -> object:
         received_in.append(turns)
-        return receive(stages, delivery)
+        return receive(stage, record)
 
     async def count_turns() -> None:
         nonlocal turns
@@ -433,7 +421,7 @@ async def test_the_event_loop_turns_between_records_that_take_long_to_read(
             await asyncio.sleep(0)
             turns += 1
 
-    monkeypatch.setattr(Stages, "receive", noting)
+    monkeypatch.setattr(Receive, "__call__", noting)
     counting = asyncio.create_task(count_turns())
     async with bench.working(EchoEngine()):
         await bench.dead_letters(40)

@@ -79,30 +79,30 @@ class CrashGuard:
             written.is_lost = True
 
     @asynccontextmanager
-    async def place(self, delivery: ConsumedRecord) -> AsyncIterator[None]:
+    async def enter(self, consumed: ConsumedRecord) -> AsyncIterator[None]:
         """Have the engine with others, or alone if suspected. ``recorded`` comes before the job may start in it.
 
         Raises:
             CrashedWorker: the job has killed as many workers as are allowed.
         """
-        written = self._records.get(delivery.ledger)
+        written = self._records.get(consumed.ledger)
         if written is None:
             yield
             return
-        deaths = written.record.deaths_of(delivery.offset)
+        deaths = written.record.deaths_of(consumed.offset)
         if deaths is None:
-            async with self._exclusive.shared(), self._noted(written, delivery):
+            async with self._exclusive.shared(), self._noted(written, consumed):
                 yield
             return
         if deaths >= self._limit:
             raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
         logger.warning(
             "%s-%d: offset %d runs alone: a worker died with it",
-            *(delivery.topic, delivery.partition, delivery.offset),
+            *(consumed.topic, consumed.partition, consumed.offset),
         )
         await self._exclusive.acquire_exclusive()
         try:
-            async with self._noted(written, delivery):
+            async with self._noted(written, consumed):
                 yield
         finally:
             # The topic must know that it came out before another one may be alone: the next death is not its own.
@@ -111,8 +111,8 @@ class CrashGuard:
             releasing.add_done_callback(self._releasing.discard)
 
     @asynccontextmanager
-    async def _noted(self, written: _WrittenRecord, delivery: ConsumedRecord) -> AsyncIterator[None]:
-        written.record.start(delivery.offset)
+    async def _noted(self, written: _WrittenRecord, consumed: ConsumedRecord) -> AsyncIterator[None]:
+        written.record.start(consumed.offset)
         is_cleared = False
         try:
             yield
@@ -126,7 +126,7 @@ class CrashGuard:
             raise
         finally:
             if not self._is_engine_dead:
-                written.record.leave(delivery.offset, is_cleared=is_cleared)
+                written.record.leave(consumed.offset, is_cleared=is_cleared)
 
     async def _release(self, written: _WrittenRecord) -> None:
         try:
@@ -140,14 +140,14 @@ class CrashGuard:
         finally:
             self._exclusive.release_exclusive()
 
-    async def recorded(self, delivery: ConsumedRecord) -> None:
-        """Return when the topic has what ``place`` noted. One write carries all that wait for one.
+    async def recorded(self, consumed: ConsumedRecord) -> None:
+        """Return when the topic has what ``enter`` noted. One write carries all that wait for one.
 
         Raises:
             TransientError: it could not be written now.
             BrokersUnavailable: it is refused.
         """
-        written = self._records.get(delivery.ledger)
+        written = self._records.get(consumed.ledger)
         if written is not None:
             await self._write(written)
 

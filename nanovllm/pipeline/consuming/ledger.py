@@ -70,7 +70,7 @@ class PartitionLedger:
         """Note that the consumer stands at ``position``: no record will ever come from below it."""
         self._position = max(self._position, position)
 
-    def settle(self, offset: int) -> bool:
+    def complete(self, offset: int) -> bool:
         """Note that the record at ``offset`` ended; False when the ledger is fenced or the offset ended before.
 
         Raises:

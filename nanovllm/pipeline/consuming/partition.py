@@ -1,4 +1,4 @@
-"""A partition while it is ours, and the records handed over meanwhile."""
+"""An assigned partition, and the records consumed from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
 @dataclass(frozen=True)
 class ConsumedRecord:
-    """One record, handed over once during one assignment of its partition."""
+    """One record, delivered once during one assignment of its partition."""
 
     topic: str
     partition: int
@@ -26,12 +26,12 @@ class ConsumedRecord:
 
     @property
     def is_current(self) -> bool:
-        """Whether its partition is still ours; if not, somebody else gets the record again."""
+        """Whether its partition is still assigned; if not, the next owner gets the record again."""
         return not self.ledger.is_fenced
 
-    def settle(self) -> bool:
-        """Note that it ended; False when its partition has left meanwhile."""
-        return self.ledger.settle(self.offset)
+    def complete(self) -> bool:
+        """Mark its offset complete in the ledger; False where its partition has left meanwhile."""
+        return self.ledger.complete(self.offset)
 
 
 @dataclass(eq=False)

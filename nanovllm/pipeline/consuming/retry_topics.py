@@ -22,7 +22,7 @@ from nanovllm.sinks.kafka_records import OWN_PREFIX
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a job came from first, and what has been tried before this delivery.
+    """Where a job came from first, and what has been tried before this record.
 
     ``headers`` are the job's own, without what retries added.
     """
@@ -85,18 +85,18 @@ class RetryTopics:
         left_s = (before - datetime.now(UTC)).total_seconds()
         return following if left_s > self.delays_s[following] else None
 
-    def origin_of(self, delivery: ConsumedRecord) -> Origin:
-        """Where the job of ``delivery`` came from. Only records of retry topics are believed what their headers say."""
-        others = tuple(header for header in delivery.headers if not header[0].startswith(OWN_PREFIX))
+    def origin_of(self, record: ConsumedRecord) -> Origin:
+        """Where the job of ``record`` came from. Only records of retry topics are believed what their headers say."""
+        others = tuple(header for header in record.headers if not header[0].startswith(OWN_PREFIX))
         here = Source(
-            topic=delivery.topic,
-            partition=delivery.partition,
-            offset=delivery.offset,
-            timestamp_ms=delivery.timestamp_ms,
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            timestamp_ms=record.timestamp_ms,
         )
-        if delivery.topic not in self.delays_s:
+        if record.topic not in self.delays_s:
             return Origin(here, others)
-        own = (header for header in delivery.headers if header[0].startswith(OWN_PREFIX))
+        own = (header for header in record.headers if header[0].startswith(OWN_PREFIX))
         carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own}
         if any(len(value) > MAX_TOPIC_CHARS for value in carried.values()):
             return Origin(here, others)

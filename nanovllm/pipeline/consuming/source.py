@@ -64,7 +64,7 @@ class JobSource(ConsumerRebalanceListener):
         lost: called with the ledger of each partition that left for good.
         metrics: where records that retention removed before anybody read them are counted.
         delays_s: topics whose records are handed over so many seconds after they were written.
-        in_flight: told which partitions come and leave.
+        crash_guard: told which partitions come and leave.
         exactly_once: fence each partition with a transactional producer of its own, which ends its jobs.
     """
 
@@ -80,7 +80,7 @@ class JobSource(ConsumerRebalanceListener):
         metrics: Metrics | None = None,
         delays_s: Mapping[str, int] | None = None,
         exactly_once: bool = False,
-        in_flight: CrashGuard | None = None,
+        crash_guard: CrashGuard | None = None,
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
@@ -98,13 +98,18 @@ class JobSource(ConsumerRebalanceListener):
         # The committed offsets of what arrives; None: not asked for yet.
         self._committed: dict[TopicPartition, int] | None = None
         self._exactly_once = exactly_once
-        self._in_flight = in_flight
+        self._crash_guard = crash_guard
         self._not_before: dict[TopicPartition, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._commit_lock = asyncio.Lock()
         self._has_joined = False
         self._takes_work = True
         self._positions_noted = 0.0
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics that it reads."""
+        return tuple(self._topics)
 
     @property
     def has_put_off(self) -> bool:
@@ -360,16 +365,16 @@ class JobSource(ConsumerRebalanceListener):
         self._close(assignment)
 
     async def _part(self, leaving: Iterable[AssignedPartition]) -> None:
-        if self._in_flight is not None:
+        if self._crash_guard is not None:
             try:
                 async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                    await self._in_flight.part([assignment.ledger for assignment in leaving])
+                    await self._crash_guard.part([assignment.ledger for assignment in leaving])
             except (NanoVLLMError, TimeoutError) as error:
                 logger.warning("what was at work may be suspected by its next owner: %s", type(error).__name__)
 
     def _close(self, assignment: AssignedPartition) -> None:
-        if self._in_flight is not None:
-            self._in_flight.forget(assignment.ledger)
+        if self._crash_guard is not None:
+            self._crash_guard.forget(assignment.ledger)
         if assignment.transactions is not None:
             closing = asyncio.create_task(assignment.transactions.close())
             self._closing.add(closing)
@@ -421,9 +426,9 @@ class JobSource(ConsumerRebalanceListener):
                 assignment = await self._adopt_or_open(consumer, tp, committed)
         except IllegalStateError:
             return  # revoked meanwhile
-        if self._in_flight is not None:
+        if self._crash_guard is not None:
             try:
-                await self._in_flight.take_in(tp, assignment.ledger)
+                await self._crash_guard.take_in(tp, assignment.ledger)
             except NanoVLLMError as error:
                 self._let_go(assignment)
                 raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ ReadCommitted = Callable[[TopicPartition], Awaitable[int | None]]
 
 @dataclass(frozen=True)
 class _Output:
-    records: list[OutgoingRecord]
+    records: Sequence[OutgoingRecord]
     released: asyncio.Future[None]
 
 
@@ -86,7 +86,7 @@ class PartitionTransactions:
         if self._releasing is None:
             self._releasing = asyncio.create_task(self._release_runs(), name=f"transactions of {self._tp}")
 
-    async def release(self, offset: int, records: list[OutgoingRecord]) -> None:
+    async def release(self, offset: int, records: Sequence[OutgoingRecord]) -> None:
         """Return when the transaction with ``records`` is committed and ``offset`` is settled.
 
         Never returns once the partition is fenced: the job is somebody else's, and its task is to be cancelled.
@@ -96,7 +96,7 @@ class PartitionTransactions:
         """
         await self.release_all({offset: records})
 
-    async def release_all(self, outputs: Mapping[int, list[OutgoingRecord]]) -> None:
+    async def release_all(self, outputs: Mapping[int, Sequence[OutgoingRecord]]) -> None:
         """As ``release``, for several offsets: return when all are settled. Those that are already are left alone."""
         loop, ledger = asyncio.get_running_loop(), self._ledger
         waiting = {
@@ -163,7 +163,7 @@ class PartitionTransactions:
             return
         self._max_jobs = min(MAX_JOBS, 2 * self._max_jobs)
         for offset, output in zip(offsets, outputs, strict=True):
-            ledger.settle(offset)
+            ledger.complete(offset)
             _end(output.released, None)
 
     async def _transact(self, records: list[OutgoingRecord], behind: int) -> None:

@@ -1,4 +1,4 @@
-"""Counting dead letters in a row, so that a worker that buries everything stops doing so."""
+"""The limit of dead letters in a row (``dead_letters.poison_limit``): a worker that answers nothing ends."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ class DeadLetterLimit:
         self._limit = limit
         self._in_a_row = 0
 
-    def answered(self) -> None:
-        """A job was answered: not everything is poison."""
+    def reset(self) -> None:
+        """A job was answered: the row begins anew."""
         self._in_a_row = 0
 
-    def bury(self) -> None:
-        """One more dead letter is about to be published.
+    def count(self) -> None:
+        """Count a dead letter before it is published.
 
         Raises:
             PoisonLimitReached: it would be one too many.
         """
-        if not self.bury_up_to(1):
+        if not self.count_up_to(1):
             raise self.reached()
 
-    def bury_up_to(self, count: int) -> int:
-        """How many of ``count`` more dead letters may be published, which are counted as if they were."""
+    def count_up_to(self, count: int) -> int:
+        """How many of ``count`` more dead letters may be published; they are counted."""
         allowed = count if self._limit is None else min(count, self._limit - self._in_a_row)
         self._in_a_row += allowed
         return allowed
 
     def reached(self) -> PoisonLimitReached:
-        """What to raise instead of one more."""
+        """The error in place of one more."""
         return PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")

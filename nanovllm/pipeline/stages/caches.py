@@ -128,7 +128,7 @@ class ImageCache:
         self._fetcher = fetcher
         self._decoders = decoders
         self._metrics = metrics
-        self._work = SingleFlightCache(max_bytes)
+        self._cache = SingleFlightCache(max_bytes)
 
     async def fetch(self, ref: ImageRef, salt: bytes, *, may_reuse: bool = True) -> FetchedImage:
         """The bytes of an image, as ``ObjectFetcher.fetch`` and with its errors."""
@@ -144,9 +144,9 @@ class ImageCache:
             return image, len(image.data)
 
         is_named = ref.version_id is not None or ref.etag is not None
-        may_have_changed = not is_named and self._work.knows(key)
+        may_have_changed = not is_named and self._cache.knows(key)
         try:
-            image, reuse = await self._work.get(key, read)
+            image, reuse = await self._cache.get(key, read)
         except NanoVLLMError:
             if not may_have_changed:
                 raise
@@ -158,7 +158,7 @@ class ImageCache:
             if current.data is not image.data:
                 current, reuse = self._downloaded(current), "miss"
             if current is not image:
-                self._work.keep(key, current, len(current.data))
+                self._cache.keep(key, current, len(current.data))
                 image = current
         self._metrics.reuse.labels("fetch", reuse).inc()
         return self._fetcher.checked(ref, image)
@@ -181,7 +181,7 @@ class ImageCache:
         if found is not None:
             self._metrics.reuse.labels("prepare", "hit").inc()
             return found
-        prepared, reuse = await self._work.get(("pixels", salt, digest), decode)
+        prepared, reuse = await self._cache.get(("pixels", salt, digest), decode)
         self._metrics.reuse.labels("prepare", reuse).inc()
         return prepared
 
@@ -195,31 +195,30 @@ class ImageCache:
 class ResponseCache:
     """Answers of one model to equal greedy requests: computed once, as long as they are kept or under way.
 
-    ``max_bytes`` 0 switches it off. Marked as such in results, for it is no inference.
+    Results say that they were reused.
     """
 
     def __init__(self, model: ModelInfo, metrics: Metrics, *, max_bytes: int) -> None:
         self._model = (model.id, model.revision, model.parameter_digest)
         self._metrics = metrics
-        self._work = SingleFlightCache(max_bytes) if max_bytes else None
+        self._cache = SingleFlightCache(max_bytes)
 
     def key(self, job: Job, images: Sequence[PreparedImage], sampling: SamplingParams, salt: bytes) -> Hashable | None:
         """What the answer depends on; None where it depends on chance, or nothing is reused."""
-        if self._work is None or not sampling.is_greedy:
+        if not sampling.is_greedy:
             return None
         asked = json.dumps([job.prompt, job.message_dicts(), sampling.model_dump(mode="json", exclude={"seed"})])
         return (self._model, salt, asked, tuple(image.digest for image in images))
 
     async def get(self, key: Hashable, infer: Callable[[], Awaitable[RequestOutput]]) -> tuple[RequestOutput, Reuse]:
         """The answer to ``key``; one that was computed for another job has no timings of its own."""
-        assert self._work is not None  # there was a key
 
         async def make() -> tuple[RequestOutput, int]:
             output = await infer()
             tokens = sum(len(one.token_ids) for one in output.outputs)
             return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
-        output, reuse = await self._work.get(key, make)
+        output, reuse = await self._cache.get(key, make)
         self._metrics.reuse.labels("answer", reuse).inc()
         if reuse == "miss":
             return output, reuse

@@ -1,4 +1,4 @@
-"""One delivery's way through the worker: where it is, how long each stage took, and why it failed."""
+"""A job's context: its record, where it came from and how far it has come; and the outcome that ends it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import ClassVar
 
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError
+from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError, TransientError
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.base import Reused
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.messages.encoding import MessageFormat
-from nanovllm.messages.result import Result
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
 
@@ -31,31 +32,17 @@ def dead_letter_class(error: NanoVLLMError | type[NanoVLLMError]) -> DeadLetterC
     return _CLASSES[error.error_class]
 
 
-class JobContext:
-    """What is known of a delivery while it is at work. Mutable, and owned by its one task.
+class Progress:
+    """How far a job has come: the seconds of each stage, attempts, the stage that failed. Mutable, owned by one task.
 
-    ``job_id`` and ``format`` are unset until the record could be read so far; ``seconds`` are by stage.
-    ``attempts`` are those of this delivery; ``waits_in`` is the retry topic in which it ended. ``began`` is the
-    monotonic time of its receipt; None: now.
+    ``attempts`` are those of this delivery. ``began`` is the monotonic time of the record's receipt; None: now.
     """
 
-    def __init__(self, delivery: ConsumedRecord, origin: Origin, began: float | None = None) -> None:
-        self.delivery = delivery
-        self.origin = origin
+    def __init__(self, began: float | None = None, first_failed_at: datetime | None = None) -> None:
         self.received_at = datetime.now(UTC)
         self._received = time.monotonic() if began is None else began
-        self.job_id: str | None = None
-        self.format: MessageFormat = "json"
-        self.result_topic: str | None = None
-        self.output: RequestOutput | None = None
-        self.reused: Reused | None = None
-        self.result: Result | None = None
-        self.failure: NanoVLLMError | None = None
-        self.tenant = ""
-        self.expires_at: datetime | None = None
+        self.first_failed_at = first_failed_at
         self.attempts = 1
-        self.first_failed_at: datetime | None = origin.first_failed_at
-        self.waits_in: str | None = None
         self.current_stage: Stage = "receive"
         self.failed_stage: Stage = "receive"
         self.seconds: dict[Stage, float] = {}
@@ -65,26 +52,9 @@ class JobContext:
         """Seconds since the record was received."""
         return time.monotonic() - self._received
 
-    @property
-    def total_attempts(self) -> int:
-        """Attempts of this delivery and of those before its delayed retries."""
-        return self.origin.attempts + self.attempts
-
-    @property
-    def waited_in_kafka_s(self) -> float | None:
-        """Seconds between the record's timestamp and its receipt; never negative, since two clocks are compared."""
-        if self.delivery.timestamp_ms is None:
-            return None
-        return max(0.0, self.received_at.timestamp() - self.delivery.timestamp_ms / 1000)
-
-    @property
-    def failure_class(self) -> DeadLetterClass:
-        """The class of the failure as dead letters name it."""
-        return dead_letter_class(self.failure) if self.failure else "permanent"
-
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Whatever happens inside belongs to the stage ``name``."""
+        """Count the seconds inside for the stage ``name``, and a failure inside as its failure."""
         self.current_stage = name
         started = time.monotonic()
         try:
@@ -95,19 +65,46 @@ class JobContext:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+
+@dataclass(frozen=True)
+class JobContext:
+    """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart."""
+
+    record: ConsumedRecord
+    origin: Origin
+    job_id: str
+    progress: Progress
+    format: MessageFormat = "json"
+    tenant: str = ""
+    salt: bytes = b""
+    expires_at: datetime | None = None
+    result_topic: str | None = None
+
+    @property
+    def total_attempts(self) -> int:
+        """Attempts of this delivery and of those before its delayed retries."""
+        return self.origin.attempts + self.progress.attempts
+
+    @property
+    def waited_in_kafka_s(self) -> float | None:
+        """Seconds between the record's timestamp and its receipt; never negative, since two clocks are compared."""
+        if self.record.timestamp_ms is None:
+            return None
+        return max(0.0, self.progress.received_at.timestamp() - self.record.timestamp_ms / 1000)
+
     @asynccontextmanager
-    async def deadline(self, deadline: datetime | None) -> AsyncIterator[None]:
-        """Cancel what happens inside when the job's deadline passes.
+    async def deadline(self) -> AsyncIterator[None]:
+        """Cancel what happens inside when the job expires.
 
         Raises:
-            DeadlineExceeded: it has passed, before or while.
+            DeadlineExceeded: it has expired, before or inside.
         """
-        if deadline is None:
+        if self.expires_at is None:
             yield
             return
-        left_s = (deadline - datetime.now(UTC)).total_seconds()
+        left_s = (self.expires_at - datetime.now(UTC)).total_seconds()
         if left_s <= 0:
-            self.failed_stage = "admit"
+            self.progress.failed_stage = "admit"
             raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the job was received")
         try:
             async with asyncio.timeout(left_s) as limit:
@@ -115,17 +112,47 @@ class JobContext:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(f"the deadline passed while the job was in stage {self.failed_stage}") from None
+            stage = self.progress.failed_stage
+            raise DeadlineExceeded(f"the deadline passed while the job was in stage {stage}") from None
 
-    @property
-    def outcome(self) -> Literal["result", "dead_letter", "retry"]:
-        """How the delivery ends."""
-        if self.failure is None:
-            return "result"
-        return "dead_letter" if self.waits_in is None else "retry"
 
-    def fail(self, error: NanoVLLMError, *, waits_in: str | None = None) -> None:
-        """The delivery ends without an answer because of ``error``; the job may go on waiting in a retry topic."""
-        self.failure = error
-        self.waits_in = waits_in
-        self.output = None
+@dataclass(frozen=True)
+class Answered:
+    """A job with an answer: the records of its result and its metrics; ``reused`` where another job was inferred."""
+
+    label: ClassVar = "result"
+
+    records: tuple[OutgoingRecord, ...]
+    output: RequestOutput
+    reused: Reused | None = None
+
+
+@dataclass(frozen=True)
+class Retried:
+    """A job that goes to a retry topic, as its one record."""
+
+    label: ClassVar = "retry"
+
+    records: tuple[OutgoingRecord, ...]
+    error: TransientError
+
+
+@dataclass(frozen=True)
+class DeadLettered:
+    """A job that can never succeed: its one record is the dead letter."""
+
+    label: ClassVar = "dead_letter"
+
+    records: tuple[OutgoingRecord, ...]
+    error: NanoVLLMError
+
+
+Outcome = Answered | Retried | DeadLettered
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The engine's output for a job, or another job's equal one."""
+
+    output: RequestOutput
+    reused: Reused | None = field(default=None)

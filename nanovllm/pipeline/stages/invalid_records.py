@@ -1,6 +1,6 @@
-"""Records that are no jobs: their dead letters go out together, and their offsets are settled together.
+"""Invalid records: those of a partition are dead-lettered in batches, and their offsets complete together.
 
-A producer that has gone wrong sends thousands of them, and good jobs lie behind and beside them.
+A faulty producer sends thousands of them, with good jobs between and behind them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError
@@ -21,22 +21,22 @@ from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.stages.context import JobContext, dead_letter_class
-from nanovllm.pipeline.stages.publish import OutgoingRecords
+from nanovllm.pipeline.stages.observe import observe_stages
+from nanovllm.pipeline.stages.record_builder import RecordBuilder
+from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.sinks.kafka import KafkaSink
 
 logger = logging.getLogger(__name__)
 
-MAX_TOGETHER = 128
-TOLD_PER_S = 3
-
-Persist = Callable[[Callable[[], Awaitable[None]], str, JobContext], Awaitable[None]]
+MAX_BATCH_RECORDS = 128
+LOG_LINES_PER_S = 3
 
 
 @dataclass(frozen=True)
 class InvalidRecord:
-    """A record that is no job, and why; its ``context`` is unset where it could not be read at all."""
+    """A record that is no job, and why; its ``context`` is unset where nothing of it could be decoded."""
 
-    delivery: ConsumedRecord
+    record: ConsumedRecord
     error: NanoVLLMError
     context: JobContext | None = None
 
@@ -47,48 +47,46 @@ class InvalidRecord:
             and type(self.error) is type(other.error)
             and self.error.args == other.error.args
             and self.error.__cause__ is other.error.__cause__ is None
-            and self.delivery.headers == other.delivery.headers
+            and self.record.headers == other.record.headers
         )
 
 
 @dataclass
 class _Group:
-    """Records of one partition that were refused at the same time."""
+    """Invalid records of one partition that were received together."""
 
-    refused: Sequence[InvalidRecord]
+    records: Sequence[InvalidRecord]
     reservation: Reservation
 
 
 class InvalidRecords:
-    """The refused records of each partition, until their dead letters are acknowledged.
+    """The invalid records of each partition, until their dead letters are acknowledged.
 
     Args:
-        context_of: begins a record's way where it has none.
-        persist: repeats what may succeed later; see ``Stages``.
+        context_of: the context of a record that has none.
     """
 
     def __init__(
         self,
-        outgoing: OutgoingRecords,
+        builder: RecordBuilder,
         sink: KafkaSink,
         metrics: Metrics,
-        dead_letter_limit: DeadLetterLimit,
-        *,
+        limit: DeadLetterLimit,
+        retry: Retry,
         context_of: Callable[[ConsumedRecord], JobContext],
-        persist: Persist,
     ) -> None:
-        self._outgoing = outgoing
+        self._builder = builder
         self._sink = sink
         self._metrics = metrics
-        self._dead_letter_limit = dead_letter_limit
+        self._limit = limit
+        self._retry = retry
         self._context_of = context_of
-        self._persist = persist
         self._pending: dict[PartitionLedger, deque[_Group]] = {}
-        self._told_since = 0.0
-        self._told = 0
+        self._logged_since = 0.0
+        self._logged = 0
 
     def add(self, ledger: PartitionLedger, refused: Sequence[InvalidRecord], reservation: Reservation) -> bool:
-        """Some more of a partition; True when it had none, so that somebody must ``work_off`` them."""
+        """Add records of a partition; True when it had none, so that ``work_off`` must be started."""
         is_first = ledger not in self._pending
         self._pending.setdefault(ledger, deque()).append(_Group(refused, reservation))
         return is_first
@@ -98,68 +96,67 @@ class InvalidRecords:
         left = self._pending.pop(ledger, ())
         for group in left:
             group.reservation.release()
-        return sum(len(group.refused) for group in left)
+        return sum(len(group.records) for group in left)
 
     async def work_off(self, ledger: PartitionLedger) -> None:
-        """Return when the partition has none left. What is cut short stays, to be dropped.
+        """Dead-letter the partition's records until none is left. Those of a call that is cancelled stay, for ``drop``.
 
         Raises:
-            PoisonLimitReached: the next one would be one too many; those before it are settled.
+            PoisonLimitReached: the next one would be one too many; those before it are complete.
         """
-        pending, untold = self._pending[ledger], 0
+        pending, unlogged = self._pending[ledger], 0
         while pending:
-            groups = _first_groups(pending, MAX_TOGETHER)
-            refused = [one for group in groups for one in group.refused]
-            allowed = refused[: self._dead_letter_limit.bury_up_to(len(refused))]
+            groups = _first_groups(pending, MAX_BATCH_RECORDS)
+            refused = [one for group in groups for one in group.records]
+            allowed = refused[: self._limit.count_up_to(len(refused))]
             if allowed:
-                await self._bury(allowed)
-                untold += self._tell(allowed)
+                await self._dead_letter(allowed)
+                unlogged += self._log(allowed)
             if len(allowed) < len(refused):
-                pending[0].refused = refused[len(allowed) :]
-                raise self._dead_letter_limit.reached()
+                pending[0].records = refused[len(allowed) :]
+                raise self._limit.reached()
             for group in groups:
                 pending.popleft()
                 group.reservation.release()
         del self._pending[ledger]
-        if untold:
-            logger.warning("%d more records in a row are dead letters", untold)
+        if unlogged:
+            logger.warning("%d more records in a row are dead letters", unlogged)
 
-    async def _bury(self, refused: Sequence[InvalidRecord]) -> None:
-        first = refused[0].context or self._context_of(refused[0].delivery)
+    async def _dead_letter(self, refused: Sequence[InvalidRecord]) -> None:
+        first = refused[0].context or self._context_of(refused[0].record)
         letters = await self._letters(refused, first)
-        transactions = first.delivery.transactions
-        with first.stage("publish"):
+        transactions = first.record.transactions
+        with first.progress.stage("publish"):
             if transactions is None:
                 await self._publish(letters, first)
             else:
-                outputs = {one.delivery.offset: [letter] for one, letter in zip(refused, letters, strict=True)}
-                await self._persist(lambda: transactions.release_all(outputs), "kafka producer", first)
+                outputs = {one.record.offset: [letter] for one, letter in zip(refused, letters, strict=True)}
+                await self._retry(lambda: transactions.release_all(outputs), "kafka producer", first.progress)
         for one in refused:
-            one.delivery.settle()
+            one.record.complete()
         self._observe(refused, first, letters[0].topic)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         try:
-            await self._persist(lambda: self._sink.publish(letters), "kafka producer", first)
+            await self._retry(lambda: self._sink.publish(letters), "kafka producer", first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise
-            # A topic whose limit nobody told us may take each of them alone.
+            # A topic whose limit the brokers do not tell may take each of them alone.
             for letter in letters:
                 await self._publish([letter], first)
 
     async def _letters(self, refused: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:
         letters: list[OutgoingRecord] = []
-        for place, one in enumerate(refused):
+        for index, one in enumerate(refused):
             letter = None
-            if place and one.is_like(refused[place - 1]):
-                letter = self._outgoing.another_dead_letter(one.delivery, letters[-1])
+            if index and one.is_like(refused[index - 1]):
+                letter = self._builder.another_dead_letter(one.record, letters[-1])
             if letter is None:
-                context = first if place == 0 else one.context or self._context_of(one.delivery)
-                context.fail(one.error)
-                letter = self._outgoing.dead_letter(context, one.error)
+                context = first if index == 0 else one.context or self._context_of(one.record)
+                letter = self._builder.dead_letter(context, one.error)
             letters.append(letter)
-            if place % BREATH == BREATH - 1:
+            if index % BREATH == BREATH - 1:
                 await asyncio.sleep(0)
         return letters
 
@@ -169,31 +166,27 @@ class InvalidRecords:
         metrics.jobs.labels("dead_letter").inc(len(refused))
         for kind, count in Counter(type(one.error) for one in refused).items():
             metrics.dead_letters.labels(dead_letter_class(kind), kind.code, "receive").inc(count)
-        # One for all: they went the same way at the same time.
-        metrics.process_seconds.observe(first.elapsed_s)
-        for stage, seconds in first.seconds.items():
-            metrics.stage_seconds.labels(stage).observe(seconds)
-        if first.waited_in_kafka_s is not None:
-            metrics.stage_seconds.labels("kafka").observe(first.waited_in_kafka_s)
+        # One observation for the batch: its records have the same times.
+        observe_stages(metrics, first)
 
-    def _tell(self, refused: Sequence[InvalidRecord]) -> int:
-        """Name a few each second; returns how many were not named."""
-        if (now := time.monotonic()) - self._told_since >= 1.0:
-            self._told_since, self._told = now, 0
-        named = refused[: max(0, TOLD_PER_S - self._told)]
-        self._told += len(named)
+    def _log(self, refused: Sequence[InvalidRecord]) -> int:
+        """Log a few each second; returns how many were not logged."""
+        if (now := time.monotonic()) - self._logged_since >= 1.0:
+            self._logged_since, self._logged = now, 0
+        named = refused[: max(0, LOG_LINES_PER_S - self._logged)]
+        self._logged += len(named)
         for one in named:
-            delivery, error = one.delivery, one.error
-            place = (delivery.topic, delivery.partition, delivery.offset)
-            logger.warning("%s:%d:%d is a dead letter: %s in stage receive: %r", *place, error.code, str(error))
+            record, error = one.record, one.error
+            position = (record.topic, record.partition, record.offset)
+            logger.warning("%s:%d:%d is a dead letter: %s in stage receive: %r", *position, error.code, str(error))
         return len(refused) - len(named)
 
 
 def _first_groups(pending: deque[_Group], at_most: int) -> list[_Group]:
-    """The first ones, with ``at_most`` records together unless the very first has more."""
-    groups, records = [pending[0]], len(pending[0].refused)
+    """The first groups, with ``at_most`` records together unless the first one alone has more."""
+    groups, records = [pending[0]], len(pending[0].records)
     for group in list(pending)[1:]:
-        records += len(group.refused)
+        records += len(group.records)
         if records > at_most:
             break
         groups.append(group)

@@ -1,294 +1,100 @@
-"""What a delivery sends when it ends: a result with its figures, or a dead letter."""
+"""The last stages: the records of an answer, and their publication."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import traceback
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 
-from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
-from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
-from nanovllm.errors import NanoVLLMError
+from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.messages.dead_letter import DeadLetter
-from nanovllm.messages.encoding import MessageFormat
-from nanovllm.messages.job import Job, derive_job_id
-from nanovllm.messages.job_metrics import ImageMetrics, JobMetrics
-from nanovllm.messages.result import (
-    InputUse,
-    ModelUse,
-    Output,
-    Result,
-    StageTimings,
-    StoredResult,
-    TokenLogprob,
-    TokenLogprobs,
-    TokenUsage,
-    result_id_for,
-)
+from nanovllm.messages.job import Job
+from nanovllm.messages.result import Result
+from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage
-from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.consuming.retry_topics import RetryTopics
-from nanovllm.pipeline.stages.context import JobContext
-from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
+from nanovllm.pipeline.admission.admission import Reservation
+from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.stages.context import Answered, Inference, JobContext, Outcome
+from nanovllm.pipeline.stages.failure import Failure
+from nanovllm.pipeline.stages.record_builder import RecordBuilder
+from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.sinks.claim_check import S3ResultStore
+from nanovllm.sinks.kafka import KafkaSink
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
+
+class Answer:
+    """Builds the result and the metrics of an answered job."""
+
+    def __init__(self, builder: RecordBuilder, engine: EngineBackend, limit: DeadLetterLimit) -> None:
+        self._builder = builder
+        self._engine = engine
+        self._limit = limit
+
+    async def __call__(
+        self, job: Job, context: JobContext, fetched: Sequence[FetchedImage], inference: Inference
+    ) -> Answered:
+        """The answered outcome."""
+        result, metrics = self._builder.answer(context, job, fetched, inference, self._engine.stats())
+        self._limit.reset()
+        record = await self._result_record(result, context)
+        return Answered((record, metrics), inference.output, inference.reused)
+
+    async def _result_record(self, result: Result, context: JobContext) -> OutgoingRecord:
+        return self._builder.result(context, result)
 
 
-class OutgoingRecords:
-    """Builds the records of one worker. ``max_record_bytes`` tells the largest record that a topic takes."""
+class AnswerByClaimCheck(Answer):
+    """As ``Answer``; a result above its topic's limit, or ``s3.large_result_bytes``, goes to S3 and is referred to."""
 
-    def __init__(self, settings: Settings, model: ModelInfo, max_record_bytes: Callable[[str], int]) -> None:
-        self._settings = settings
-        self._model = model
-        self._retry_topics = RetryTopics.of(settings)
-        self._max_record_bytes = max_record_bytes
+    def __init__(
+        self, builder: RecordBuilder, engine: EngineBackend, limit: DeadLetterLimit, store: S3ResultStore, retry: Retry
+    ) -> None:
+        super().__init__(builder, engine, limit)
+        self._store = store
+        self._retry = retry
 
-    def answer(
-        self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats
-    ) -> list[OutgoingRecord]:
-        """The result and the metrics of an answered job."""
-        context.output = output
-        fmt = self.format_of(context)
-        headers = context.origin.headers
-        job_id = job.job_id or ""
-        result = Result(
-            job_id=job_id,
-            result_id=result_id_for(job_id),
-            status="ok" if all(one.finish_reason == "stop" for one in output.outputs) else "incomplete",
-            text=output.text,
-            token_ids=output.token_ids,
-            finish_reason=output.finish_reason,
-            logprobs=_logprobs(output.logprobs),
-            prompt_logprobs=_logprobs(output.prompt_logprobs),
-            outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
-            reused=context.reused,
-            usage=TokenUsage(
-                input_tokens=output.usage.input_tokens,
-                output_tokens=output.usage.output_tokens,
-                image_tokens=output.usage.image_tokens,
-                cached_tokens=output.usage.cached_tokens,
-            ),
-            model=ModelUse(
-                id=self._model.id, revision=self._model.revision, parameter_digest=self._model.parameter_digest
-            ),
-            inputs=tuple(
-                InputUse(
-                    uri=image.uri,
-                    version_id=image.version_id,
-                    sha256=image.sha256,
-                    width=use.width,
-                    height=use.height,
-                    cache=use.outcome,
-                )
-                for image, use in zip(fetched, output.images, strict=True)
-            ),
-            timings_ms=self._timings(context, output),
-            source=context.origin.source,
-            worker=self._settings.worker_id,
-            metadata=job.metadata,
-        )
-        context.result = result
-        metrics = self._metrics(context, result, fetched, output, stats)
-        return [
-            self._result_record(result, context),
-            metrics_record(metrics, self._settings.topics.metrics, fmt, headers),
-        ]
+    async def _result_record(self, result: Result, context: JobContext) -> OutgoingRecord:
+        builder, store = self._builder, self._store
+        record = builder.result(context, result)
+        if not builder.is_too_large(record):
+            return record
+        name, fmt = builder.stored_name(context), builder.format_of(context)
+        with context.progress.stage("publish"):
+            stored = await self._retry(lambda: store.put(name, record.value, fmt), "result store", context.progress)
+        return builder.result(context, result.referring_to(stored))
 
-    def is_too_large(self, record: OutgoingRecord) -> bool:
-        """Whether a result must lie in S3, by the settings or by what its topic takes."""
-        limit = self._max_record_bytes(record.topic)
-        return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
 
-    def stored_name(self, context: JobContext) -> str:
-        """The name of the job's result in S3: the same for each delivery of a record, also from a retry topic.
+class Publish:
+    """Publishes outcomes; an offset may be committed after that, and not before."""
 
-        No two records share one. The digest tells apart what has the same tenant, topic, partition and offset: other
-        groups, other clusters, a topic that was created again.
+    def __init__(self, sink: KafkaSink, retry: Retry, failure: Failure, metrics: Metrics) -> None:
+        self._sink = sink
+        self._retry = retry
+        self._failure = failure
+        self._metrics = metrics
+
+    async def __call__(self, outcome: Outcome, context: JobContext, reservation: Reservation) -> Outcome:
+        """Return the outcome that the brokers acknowledged: ``outcome``, or a dead letter where it was too large.
+
+        Raises:
+            SystemicError: one dead letter too many.
         """
-        source, tenant = context.origin.source, context.tenant
-        value = hashlib.sha256(context.delivery.value).hexdigest()
-        identity = [self._settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
-        digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
-        return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
+        with context.progress.stage("publish"):
+            try:
+                await self._send(outcome.records, context, reservation)
+            except MessageTooLarge as error:
+                context.progress.failed_stage = "publish"
+                outcome = self._failure.dead_letter(context, error)
+                await self._send(outcome.records, context, reservation)
+        for record in outcome.records:
+            self._metrics.sent.labels(record.topic).inc()
+        return outcome
 
-    def reference(self, context: JobContext, stored: StoredResult) -> OutgoingRecord:
-        """The result of ``context`` by the place where it is stored."""
-        if context.result is None:
-            raise ValueError("only an answered job has a result to refer to")
-        return self._result_record(context.result.referring_to(stored), context)
-
-    def _result_record(self, result: Result, context: JobContext) -> OutgoingRecord:
-        topic = context.result_topic or self._settings.topics.results
-        return result_record(result, topic, self.format_of(context), context.origin.headers)
-
-    def dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
-        """The original record with the reason why it failed."""
-        delivery = context.delivery
-        letter = DeadLetter(
-            job_id=context.job_id,
-            code=error.code,
-            error_class=context.failure_class,
-            stage=context.failed_stage,
-            message=str(error),
-            retryable=error.retryable,
-            cause=root_cause(error),
-            attempts=context.total_attempts,
-            source=context.origin.source,
-            worker=self._settings.worker_id,
-            received_at=context.received_at,
-            first_failed_at=context.first_failed_at,
-            failed_at=datetime.now(UTC),
-        )
-        topic = self._settings.topics.dead_letters
-        return dead_letter_record(
-            letter,
-            topic,
-            key=delivery.key,
-            value=delivery.value,
-            original_headers=context.origin.headers,
-            keep_headers=self._settings.dead_letters.keep_headers,
-            max_bytes=self._max_record_bytes(topic),
-        )
-
-    def another_dead_letter(self, delivery: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
-        """A dead letter that differs from ``like``, of the same partition, in its source alone.
-
-        None where it must be made by itself: the record is from a retry topic, or too large as it is.
-        """
-        if delivery.topic in self._retry_topics.delays_s:
-            return None
-        job_id = derive_job_id(delivery.topic, delivery.partition, delivery.offset)
-        source: dict[str, str | int | None] = {
-            "job_id": job_id,
-            "source_offset": delivery.offset,
-            "source_timestamp_ms": delivery.timestamp_ms,
-        }
-        record = dead_letter_like(like, source, key=delivery.key, value=delivery.value)
-        return record if record and record.size_bytes <= self._max_record_bytes(record.topic) else None
-
-    def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
-        """The original record for the retry topic that comes next, if there is one that takes it in time."""
-        topic = self._retry_topics.topic_after(context.delivery.topic, before=context.expires_at)
-        if topic is None:
-            return None
-        failed_at = context.first_failed_at or datetime.now(UTC)
-        headers = context.origin.retry_headers(context.total_attempts, failed_at, error)
-        record = OutgoingRecord(topic, context.delivery.key, context.delivery.value, headers)
-        return record if record.size_bytes <= self._max_record_bytes(topic) else None
-
-    def format_of(self, context: JobContext) -> MessageFormat:
-        """The format of what is sent for ``context``."""
-        wanted = self._settings.result_format
-        return context.format if wanted == "as_job" else wanted
-
-    def _timings(self, context: JobContext, output: RequestOutput) -> StageTimings:
-        seconds = context.seconds
-        return StageTimings(
-            admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
-            fetch=_ms(seconds.get("fetch", 0.0)),
-            prepare=_ms(seconds.get("prepare", 0.0)),
-            queue=round(output.timings.queue_ms, 3),
-            encode=round(output.timings.encode_ms, 3),
-            time_to_first_token=round(output.timings.time_to_first_token_ms, 3),
-            generation=round(output.timings.generation_ms, 3),
-            total=_ms(context.elapsed_s),
-        )
-
-    def _metrics(
-        self,
-        context: JobContext,
-        result: Result,
-        fetched: Sequence[FetchedImage],
-        output: RequestOutput,
-        stats: EngineStats,
-    ) -> JobMetrics:
-        timings, usage = output.timings, output.usage
-        generation_s = timings.generation_ms / 1000
-        # The first token belongs to the prefill; what generation_ms covers are the ones after it.
-        after_first = max(0, usage.output_tokens - 1)
-        encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
-        spared = sum(image.outcome != "miss" for image in output.images)
-        return JobMetrics(
-            job_id=result.job_id,
-            result_id=result.result_id,
-            worker=result.worker,
-            model=result.model.id,
-            source=result.source,
-            finish_reason=output.finish_reason,
-            reused=context.reused,
-            num_prompt_tokens=usage.input_tokens,
-            num_generation_tokens=usage.output_tokens,
-            num_cached_tokens=usage.cached_tokens,
-            num_image_tokens=usage.image_tokens,
-            queue_time_ms=result.timings_ms.queue,
-            time_to_first_token_ms=result.timings_ms.time_to_first_token,
-            generation_time_ms=result.timings_ms.generation,
-            mean_itl_ms=round(timings.mean_itl_ms, 3),
-            e2e_time_ms=result.timings_ms.total,
-            tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
-            fetch_time_ms=result.timings_ms.fetch,
-            prepare_time_ms=result.timings_ms.prepare,
-            encode_time_ms=result.timings_ms.encode,
-            engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
-            engine_seconds_saved=round(spared * encode_s, 6),
-            images=tuple(
-                ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
-                for image, use in zip(fetched, output.images, strict=True)
-            ),
-        )
-
-
-def root_cause(failure: NanoVLLMError) -> str:
-    """The innermost error's name; for a fault of the worker itself, also where in this package it was raised.
-
-    Never its text: it may hold what the job said, an address or a path.
-    """
-    error: BaseException = failure
-    while error.__cause__ is not None:
-        error = error.__cause__
-    name = type(error).__name__
-    if failure.code != NanoVLLMError.code:
-        return name
-    places = [
-        f"{module}:{line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if (module := frame.f_globals.get("__name__", "")).startswith("nanovllm.")
-    ]
-    return f"{name} in {places[-1]}" if places else name
-
-
-def _folder(name: str) -> str:
-    """A segment of a key for each name, and for no other: the name where it is plain, or its digest."""
-    if not name or _PLAIN_NAME.fullmatch(name):
-        return name or "-"
-    return "~" + hashlib.sha256(name.encode()).hexdigest()
-
-
-def _one_of_several(completion: Completion) -> Output:
-    return Output(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        logprobs=_logprobs(completion.logprobs),
-    )
-
-
-def _logprobs(places: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
-    if places is None:
-        return None
-    return tuple(
-        tuple(
-            TokenLogprob(token_id=token, logprob=score.logprob, rank=score.rank, text=score.text)
-            for token, score in place.items()
-        )
-        for place in places
-    )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
+    async def _send(self, records: Sequence[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
+        record, transactions = context.record, context.record.transactions
+        if transactions is None:
+            await self._retry(lambda: self._sink.publish(records), "kafka producer", context.progress)
+            return
+        self._sink.check(records)
+        # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
+        reservation.release_slot(sum(one.size_bytes for one in records))
+        await self._retry(lambda: transactions.release(record.offset, records), "kafka producer", context.progress)

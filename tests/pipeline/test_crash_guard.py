@@ -24,13 +24,13 @@ JOBS = [TopicPartition("jobs", number) for number in range(2)]
 class Owner:
     """One worker's side of the topic, with an open job at offset 0 and 1 of each partition."""
 
-    def __init__(self, in_flight: CrashGuard) -> None:
-        self.in_flight = in_flight
+    def __init__(self, crash_guard: CrashGuard) -> None:
+        self.crash_guard = crash_guard
         self.ledgers = [PartitionLedger(0, max_out_of_order=10) for _ in JOBS]
 
     async def take_in(self) -> Owner:
         for tp, ledger in zip(JOBS, self.ledgers, strict=True):
-            await self.in_flight.take_in(tp, ledger)
+            await self.crash_guard.take_in(tp, ledger)
         return self
 
     def delivery(self, partition: int, offset: int) -> ConsumedRecord:
@@ -41,14 +41,14 @@ class Owner:
         if not places:
             raise EngineDead("killed")
         delivery = self.delivery(*places[0])
-        async with self.in_flight.place(delivery):
-            await self.in_flight.recorded(delivery)
+        async with self.crash_guard.enter(delivery):
+            await self.crash_guard.recorded(delivery)
             await self.die_with(*places[1:])
 
     async def run(self, partition: int, offset: int) -> None:
         delivery = self.delivery(partition, offset)
-        async with self.in_flight.place(delivery):
-            await self.in_flight.recorded(delivery)
+        async with self.crash_guard.enter(delivery):
+            await self.crash_guard.recorded(delivery)
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ async def test_only_who_was_alone_is_charged_and_the_limit_buries_it(owner: Call
 async def test_a_worker_that_lives_leaves_no_suspects_and_finds_its_jobs_again(owner: Callable[[], Owner]) -> None:
     first = await owner().take_in()
     delivery = first.delivery(0, 0)
-    async with first.in_flight.place(delivery):
-        await first.in_flight.recorded(delivery)
-        await first.in_flight.part(first.ledgers)
+    async with first.crash_guard.enter(delivery):
+        await first.crash_guard.recorded(delivery)
+        await first.crash_guard.part(first.ledgers)
         between = await owner().take_in()
-        async with between.in_flight.place(between.delivery(0, 1)), between.in_flight.place(between.delivery(0, 0)):
+        async with between.crash_guard.enter(between.delivery(0, 1)), between.crash_guard.enter(between.delivery(0, 0)):
             pass  # alone, each would wait for the other
         # The partition comes straight back: what is at work is on record again.
         await first.take_in()
@@ -98,8 +98,8 @@ async def test_the_record_is_found_behind_those_of_other_partitions(owner: Calla
     first = await owner().take_in()
 
     async def die_after_much_other_work() -> None:
-        async with first.in_flight.place(first.delivery(0, 0)):
-            await first.in_flight.recorded(first.delivery(0, 0))
+        async with first.crash_guard.enter(first.delivery(0, 0)):
+            await first.crash_guard.recorded(first.delivery(0, 0))
             for _ in range(150):
                 await first.run(1, 0)
             raise EngineDead("killed")

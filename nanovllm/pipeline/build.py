@@ -1,0 +1,246 @@
+"""The composition root: every object of a worker, from the settings and the parts that have connections or processes.
+
+The process, the tests and the benchmarks build their workers here. What is optional is absent when it is off: crash
+guard, response cache, claim check, key order, retry topics.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiokafka import AIOKafkaProducer
+
+from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.recovering_producer import RecoveringProducer
+from nanovllm.metrics import Metrics
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.s3_client import S3Client
+from nanovllm.pipeline.admission.admission import Admission
+from nanovllm.pipeline.admission.engine_queue import EngineQueue
+from nanovllm.pipeline.admission.key_order import KeyOrder
+from nanovllm.pipeline.admission.tenants import FairShares, TokenRates
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
+from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.failure.faults import ActiveFaults
+from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.stages.admit import Admit
+from nanovllm.pipeline.stages.caches import ImageCache, ResponseCache
+from nanovllm.pipeline.stages.failure import Failure
+from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
+from nanovllm.pipeline.stages.infer import CallEngine, GuardCrashes, Infer, MeterTokens, ReuseResponses, WaitForSlot
+from nanovllm.pipeline.stages.invalid_records import InvalidRecords
+from nanovllm.pipeline.stages.observe import Observe
+from nanovllm.pipeline.stages.prepare import Prepare
+from nanovllm.pipeline.stages.process import Stages
+from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
+from nanovllm.pipeline.stages.receive import Receive
+from nanovllm.pipeline.stages.record_builder import RecordBuilder
+from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.pipeline.worker import Worker
+from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.images import ImageSettings
+from nanovllm.settings.worker import Settings
+from nanovllm.sinks.claim_check import S3ResultStore
+from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.vision.images.decode import ImageLimits
+from nanovllm.vision.images.pool import DecoderPool
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+DEFAULT_MODEL = "tiny-receipts"
+
+
+def build_worker(
+    settings: Settings,
+    *,
+    engine: EngineBackend,
+    decoders: DecoderPool | None,
+    sink: KafkaSink,
+    metrics: Metrics,
+    health: Health,
+    fetcher: ObjectFetcher | None = None,
+    crash_guard: CrashGuard | None = None,
+    backoff: Backoff | None = None,
+) -> tuple[Worker, JobSource]:
+    """A worker and its source, neither of them started; engine, decoders and the sink's producer are.
+
+    Args:
+        decoders: None for an engine that takes no images.
+        fetcher: None makes one from the settings.
+        backoff: between attempts in place; None takes the default.
+    """
+    backoff = backoff or Backoff()
+    retry_topics = RetryTopics.of(settings)
+    faults = ActiveFaults(health, metrics, lapse_s=2 * backoff.cap_s + 5.0)
+    stages = build_stages(
+        settings,
+        engine=engine,
+        decoders=decoders,
+        sink=sink,
+        metrics=metrics,
+        fetcher=fetcher or ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes),
+        crash_guard=crash_guard,
+        retry_topics=retry_topics,
+        faults=faults,
+        retry=Retry(faults, backoff, metrics),
+    )
+    admission = Admission(
+        max_jobs=settings.max_admitted_jobs,
+        max_bytes=settings.admission.max_bytes,
+        lanes=set(retry_topics.lanes.values()),
+    )
+    worker = Worker(
+        settings,
+        stages=stages,
+        admission=admission,
+        engine=engine,
+        faults=faults,
+        backoff=backoff,
+        metrics=metrics,
+        health=health,
+        lanes=retry_topics.lanes,
+        key_order=KeyOrder() if settings.admission.per_key_order else None,
+    )
+    source = JobSource(
+        settings.kafka,
+        retry_topics.lanes,
+        max_out_of_order=settings.admission.max_out_of_order,
+        drain=worker.drain,
+        lost=worker.drop,
+        drain_timeout_s=settings.admission.drain_timeout_s,
+        metrics=metrics,
+        delays_s=retry_topics.delays_s,
+        exactly_once=settings.delivery == "exactly_once",
+        crash_guard=crash_guard,
+    )
+    return worker, source
+
+
+def build_stages(
+    settings: Settings,
+    *,
+    engine: EngineBackend,
+    decoders: DecoderPool | None,
+    sink: KafkaSink,
+    metrics: Metrics,
+    fetcher: ObjectFetcher,
+    crash_guard: CrashGuard | None,
+    retry_topics: RetryTopics,
+    faults: ActiveFaults,
+    retry: Retry,
+) -> Stages:
+    """The stages of a worker."""
+    model = engine.model_info
+    builder = RecordBuilder(settings, model, sink.max_record_bytes, retry_topics)
+    limit = DeadLetterLimit(settings.dead_letters.poison_limit)
+    failure = Failure(builder, limit)
+    receive = Receive(settings, retry_topics)
+    images = ImageCache(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
+    breaker = CircuitBreaker(
+        threshold=settings.retries.breaker_objects,
+        waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
+        opened=lambda error, wait_s: faults.report(OBJECT_STORE, error, lapse_s=wait_s),
+    )
+    rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
+    # A quarter more slots than run at once: a finished job's successor is in the engine's very next step.
+    slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
+    queue = EngineQueue(slots, FairShares(settings.tenants.weights))
+
+    infer: Infer = CallEngine(engine)
+    if crash_guard is not None:
+        infer = GuardCrashes(infer, crash_guard, retry)
+    infer = WaitForSlot(infer, queue)
+    if settings.reuse.answer_bytes:
+        infer = ReuseResponses(infer, ResponseCache(model, metrics, max_bytes=settings.reuse.answer_bytes))
+    answer = Answer(builder, engine, limit)
+    if settings.s3.large_results:
+        store = S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
+        answer = AnswerByClaimCheck(builder, engine, limit, store, retry)
+    return Stages(
+        receive=receive,
+        admit=Admit(
+            settings,
+            engine=engine,
+            fetcher=fetcher,
+            rates=rates,
+            lanes=retry_topics.lanes,
+            takes_images=decoders is not None,
+        ),
+        fetch=Fetch(images, breaker, retry, engine, max_attempts=settings.s3.max_attempts),
+        prepare=Prepare(images, retry),
+        infer=MeterTokens(infer, queue, rates),
+        answer=answer,
+        failure=failure,
+        publish=Publish(sink, retry, failure, metrics),
+        observe=Observe(metrics),
+        invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
+    )
+
+
+def written_topics(settings: Settings) -> list[str]:
+    """The topics that a worker writes results, metrics, dead letters and delayed retries to."""
+    topics = settings.topics
+    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).topics]
+
+
+def build_producer(settings: Settings, max_record_bytes: dict[str, int]) -> RecoveringProducer:
+    """The producer of a worker, not started; ``max_record_bytes``: the limit of each topic that it writes."""
+    options = producer_kwargs(settings.kafka)
+    # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
+    options["max_batch_size"] = min(options["max_batch_size"], *max_record_bytes.values())
+    return RecoveringProducer(lambda: AIOKafkaProducer(**options))
+
+
+def build_crash_guard(settings: Settings, producer: RecoveringProducer) -> CrashGuard | None:
+    """The crash guard, where ``dead_letters.crash_limit`` asks for one."""
+    limit = settings.dead_letters.crash_limit
+    if limit is None:
+        return None
+    return CrashGuard(settings.topics.in_flight, settings.kafka, producer, limit=limit)
+
+
+def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | None:
+    """The decoder processes, not started; None for an engine that takes no images."""
+    images = settings.images
+    if engine.image_transform is None:
+        return None
+    return DecoderPool(
+        engine.image_transform,
+        image_limits(images),
+        workers=images.decoders,
+        timeout_s=images.decode_timeout_s,
+        memory_bytes=images.decoder_memory_bytes,
+    )
+
+
+def image_limits(settings: ImageSettings) -> ImageLimits:
+    """The limits that hold before an image is decoded."""
+    return ImageLimits(
+        max_bytes=settings.max_bytes,
+        max_pixels=settings.max_pixels,
+        min_side=settings.min_side,
+        max_frames=settings.max_frames,
+        formats=settings.formats,
+    )
+
+
+def build_engine(settings: EngineSettings) -> LLMEngine:
+    """The engine in this process that the settings ask for; it imports torch and reads weights, for seconds to minutes.
+
+    Raises:
+        ConfigurationError, UnsupportedModel, ModelNotFound: it cannot be made.
+    """
+    from nanovllm.checkpoints.resolve import register_alias
+    from nanovllm.engine.llm_engine import LLMEngine
+
+    for name, directory in settings.model_aliases.items():
+        register_alias(name, Path(directory))
+    options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    return LLMEngine(settings.model or DEFAULT_MODEL, **options)

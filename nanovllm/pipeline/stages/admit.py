@@ -1,0 +1,109 @@
+"""The admit stage: what can be refused is refused before a byte is read; the rest waits for its turn and for bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.errors import InvalidInput
+from nanovllm.messages.job import ImageRef, Job
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.pipeline.admission.admission import Reservation
+from nanovllm.pipeline.admission.engine_queue import QueuedJob
+from nanovllm.pipeline.admission.key_order import KeyTurn
+from nanovllm.pipeline.admission.tenants import CHARS_PER_TOKEN, TokenRates
+from nanovllm.pipeline.stages.context import JobContext
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.worker import Settings
+from nanovllm.vision.images.preprocess import ImageTransform
+
+
+@dataclass(frozen=True)
+class Grant:
+    """An admitted job: what it may hold and reuse, and how it stands in the engine queue."""
+
+    context: JobContext
+    reservation: Reservation
+    queued: QueuedJob
+    sampling: SamplingParams
+    refs: tuple[ImageRef, ...]
+    reuses_images: bool
+    reuses_responses: bool
+
+
+class Admit:
+    """Admits jobs. ``lanes``: the priority of each topic. ``takes_images``: whether the engine has a vision tower."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        engine: EngineBackend,
+        fetcher: ObjectFetcher,
+        rates: TokenRates,
+        lanes: dict[str, int],
+        takes_images: bool,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._fetcher = fetcher
+        self._rates = rates
+        self._lanes = lanes
+        self._takes_images = takes_images
+
+    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
+        """Wait for the tenant's token rate and for the bytes of the job's images.
+
+        Raises:
+            NanoVLLMError: the job asks for what the model or the settings do not allow.
+        """
+        with context.progress.stage("admit"):
+            sampling = job.sampling_params(self._settings.sampling, self._settings.admission.max_tokens)
+            tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
+            lane = self._lanes.get(context.record.topic, 0)
+            queued = QueuedJob(tokens, job.priority, context.tenant, context.expires_at, lane)
+            if self._rates.wait_s(queued.tenant):
+                with reservation.without_slot():
+                    await self._rates.pass_through(queued.tenant, queued.tokens)
+            else:
+                self._rates.charge(queued.tenant, queued.tokens)
+            refs = job.image_refs()
+            self._check(refs)
+            if refs:
+                # The sizes of objects are unknown until they are fetched: ``fetch`` gives the rest back.
+                encoded = sum(self._settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
+                await reservation.acquire_bytes(encoded + decoded_bytes(self._engine.image_transform, len(refs)))
+        reuse = job.reuse or self._settings.reuse.level
+        return Grant(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
+
+    def _check(self, refs: tuple[ImageRef, ...]) -> None:
+        if refs and not self._takes_images:
+            raise InvalidInput(f"the model {self._engine.model_info.id} takes no images")
+        limit = self._settings.engine.max_images_per_request
+        if len(refs) > limit:
+            raise InvalidInput(f"the job has {len(refs)} images, above the limit of {limit}")
+        for ref in refs:
+            self._fetcher.check(ref)
+
+
+class AfterKeyTurn:
+    """The admit stage behind every earlier job of the same record key (``admission.per_key_order``)."""
+
+    def __init__(self, turn: KeyTurn, admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]) -> None:
+        self._turn = turn
+        self._admit = admit
+
+    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
+        """Wait until the earlier jobs of the key have ended, then admit."""
+        with context.progress.stage("admit"):
+            await self._turn.wait()
+        return await self._admit(job, context, reservation)
+
+
+def decoded_bytes(transform: ImageTransform | None, images: int) -> int:
+    """Bytes of ``images`` once prepared, as 8-bit RGB; 0 for models without a fixed size, which are counted later."""
+    if transform is None or transform.output_size is None:
+        return 0
+    height, width = transform.output_size
+    return images * height * width * 3

@@ -1,0 +1,73 @@
+"""The outcome of a job that failed: a delayed retry, a dead letter, or neither: back to Kafka."""
+
+from __future__ import annotations
+
+import logging
+
+from nanovllm.errors import NanoVLLMError, SystemicError, TransientError
+from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.stages.context import DeadLettered, JobContext, Retried
+from nanovllm.pipeline.stages.record_builder import RecordBuilder
+
+logger = logging.getLogger(__name__)
+
+
+class Failure:
+    """Decides how a failed job ends."""
+
+    def __init__(self, builder: RecordBuilder, limit: DeadLetterLimit) -> None:
+        self._builder = builder
+        self._limit = limit
+
+    def __call__(self, context: JobContext, error: Exception) -> Retried | DeadLettered:
+        """A delayed retry where waiting may help and settings and deadline allow it, else a dead letter.
+
+        Raises:
+            SystemicError: the job can succeed once the worker is well, or on another worker; or the limit of dead
+                letters in a row is reached. Its offset is not committed.
+        """
+        return self._delayed_retry(context, error) or self.dead_letter(context, error)
+
+    def dead_letter(self, context: JobContext, error: Exception) -> DeadLettered:
+        """The dead letter of what can never succeed. Raises SystemicError as the call does."""
+        reason = dead_letter_reason(error, context)
+        self._limit.count()
+        stage = context.progress.failed_stage
+        logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
+        return DeadLettered((self._builder.dead_letter(context, reason),), reason)
+
+    def _delayed_retry(self, context: JobContext, error: Exception) -> Retried | None:
+        reason = _first_cause(error)
+        if not isinstance(reason, TransientError):
+            return None
+        record = self._builder.delayed_retry(context, reason)
+        if record is None:
+            return None
+        logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
+        return Retried((record,), reason)
+
+
+def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLMError:
+    """The error that a dead letter names; ``context`` is unset where the record could not be decoded.
+
+    Raises:
+        SystemicError: ``error`` is no fault of the job.
+    """
+    reason = _first_cause(error)
+    if isinstance(reason, SystemicError):
+        raise reason
+    if not isinstance(reason, NanoVLLMError):
+        job_id, stage = (context.job_id, context.progress.failed_stage) if context else (None, "receive")
+        logger.error("job %r failed in stage %s", job_id, stage, exc_info=reason)
+        internal = NanoVLLMError(f"internal error of the worker: {type(reason).__name__}")
+        internal.__cause__ = reason
+        reason = internal
+    return reason
+
+
+def _first_cause(error: Exception) -> Exception:
+    """The first failure in the groups that a TaskGroup raises; a systemic one before others."""
+    if not isinstance(error, ExceptionGroup):
+        return error
+    causes = [_first_cause(cause) for cause in error.exceptions]
+    return next((cause for cause in causes if isinstance(cause, SystemicError)), causes[0])

@@ -1,0 +1,122 @@
+"""The infer stage: the engine's output for a job. What is optional wraps it: response cache, crash guard.
+
+The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``, ``CallEngine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from itertools import count
+
+from nanovllm.engine.backends.base import EngineBackend, Request
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.messages.job import Job
+from nanovllm.pipeline.admission.engine_queue import EngineQueue
+from nanovllm.pipeline.admission.tenants import TokenRates
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+from nanovllm.pipeline.stages.admit import Grant
+from nanovllm.pipeline.stages.caches import ResponseCache
+from nanovllm.pipeline.stages.context import Inference
+from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.vision.images.preprocess import PreparedImage
+
+Images = tuple[PreparedImage, ...]
+Infer = Callable[[Job, Images, Grant], Awaitable[Inference]]
+
+
+class CallEngine:
+    """Submits a job to the engine as a request of its own; a call that is cancelled aborts the request."""
+
+    def __init__(self, engine: EngineBackend) -> None:
+        self._engine = engine
+        self._numbers = count(1)
+
+    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+        """The engine's output."""
+        generation = self._engine.submit(
+            Request(
+                # One job may be at work twice, delivered again or sent again: the number keeps the two apart.
+                request_id=f"{job.job_id}#{next(self._numbers)}",
+                prompt=job.prompt,
+                messages=job.message_dicts(),
+                images=images,
+                sampling=grant.sampling,
+                priority=grant.queued.lane + job.priority,
+                cache_salt=grant.context.salt,
+            )
+        )
+        try:
+            return Inference(await generation)
+        finally:
+            generation.abort()
+
+
+class GuardCrashes:
+    """Records each job in ``topics.in_flight`` before the engine starts it; suspects of a crash run alone."""
+
+    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry) -> None:
+        self._infer = infer
+        self._guard = guard
+        self._retry = retry
+
+    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+        """As ``infer``. Raises CrashedWorker where the job has ended as many workers as are allowed."""
+        record = grant.context.record
+        async with self._guard.enter(record):
+            await self._retry(lambda: self._guard.recorded(record), "kafka producer", grant.context.progress)
+            return await self._infer(job, images, grant)
+
+
+class WaitForSlot:
+    """Holds one of the engine queue's slots while the engine has the job."""
+
+    def __init__(self, infer: Infer, queue: EngineQueue) -> None:
+        self._infer = infer
+        self._queue = queue
+
+    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+        """As ``infer``, in the queue's order."""
+        async with self._queue.slot(grant.queued):
+            return await self._infer(job, images, grant)
+
+
+class ReuseResponses:
+    """Answers equal greedy jobs from the response cache, where the job or ``reuse.level`` allows it."""
+
+    def __init__(self, infer: Infer, responses: ResponseCache) -> None:
+        self._infer = infer
+        self._responses = responses
+
+    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+        """As ``infer``, or an equal job's output."""
+        key = None
+        if grant.reuses_responses:
+            key = self._responses.key(job, images, grant.sampling, grant.context.salt)
+        if key is None:
+            return await self._infer(job, images, grant)
+
+        async def compute() -> RequestOutput:
+            return (await self._infer(job, images, grant)).output
+
+        output, reuse = await self._responses.get(key, compute)
+        return Inference(output, None if reuse == "miss" else reuse)
+
+
+class MeterTokens:
+    """Charges the tenant for the tokens that were computed, in place of the estimate at admission."""
+
+    def __init__(self, infer: Infer, queue: EngineQueue, rates: TokenRates) -> None:
+        self._infer = infer
+        self._queue = queue
+        self._rates = rates
+
+    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+        """As ``infer``, timed as the stage."""
+        with grant.context.progress.stage("infer"):
+            inference = await self._infer(job, images, grant)
+            queued, used = grant.queued, 0
+            if inference.reused is None:
+                used = inference.output.usage.input_tokens + inference.output.usage.output_tokens
+                self._queue.settle(queued, used)
+            self._rates.charge(queued.tenant, used - queued.tokens)
+            return inference

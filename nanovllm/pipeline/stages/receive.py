@@ -1,0 +1,82 @@
+"""The receive stage: a consumed record becomes a job with its context, or an invalid record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from nanovllm.errors import InvalidJob
+from nanovllm.messages.codec import decode_job, message_format
+from nanovllm.messages.job import Job, derive_job_id
+from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.stages.context import JobContext, Progress
+from nanovllm.pipeline.stages.failure import dead_letter_reason
+from nanovllm.pipeline.stages.invalid_records import InvalidRecord
+from nanovllm.settings.worker import Settings
+
+
+@dataclass(frozen=True)
+class Received:
+    """A job, and its context."""
+
+    context: JobContext
+    job: Job
+
+
+class Receive:
+    """Decodes records, and resolves what the settings say about each: tenant, expiry, result topic."""
+
+    def __init__(self, settings: Settings, retry_topics: RetryTopics) -> None:
+        self._settings = settings
+        self._retry_topics = retry_topics
+
+    def __call__(self, record: ConsumedRecord) -> Received | InvalidRecord:
+        """Decode ``record``. Raises SystemicError where that is no fault of the record."""
+        settings = self._settings
+        began, context = time.monotonic(), None
+        try:
+            if record.unreadable is not None:
+                raise InvalidJob(f"the record cannot be read: {record.unreadable}")
+            job = decode_job(record.value, max_bytes=settings.admission.max_job_bytes)
+            context = self.context_of(record, began)
+            context = replace(
+                context,
+                format=message_format(record.value),
+                job_id=job.job_id or context.job_id,
+                expires_at=self._expiry(job, context),
+            )
+            tenant = settings.tenants.tenant_of(context.origin.source.topic, context.origin.headers)
+            context = replace(context, tenant=tenant, salt=settings.tenants.salt_of(tenant))
+            context = replace(context, result_topic=settings.topics.result_topic(job.reply_to))
+        except Exception as error:
+            reason = dead_letter_reason(error, context)
+            if reason is error:
+                # Its name and text are published: the frames that it was raised in need not stay until then.
+                reason.__traceback__ = reason.__context__ = None
+            if context is None and isinstance(reason, InvalidJob) and reason.job_id is not None:
+                context = replace(self.context_of(record, began), job_id=reason.job_id)
+            return InvalidRecord(record, reason, context)
+        if job.job_id is None:
+            job = job.model_copy(update={"job_id": context.job_id})
+        context.progress.seconds["receive"] = context.progress.elapsed_s
+        return Received(context, job)
+
+    def context_of(self, record: ConsumedRecord, began: float | None = None) -> JobContext:
+        """The context of a record that is not decoded yet; ``began`` is the monotonic time of its receipt."""
+        origin = self._retry_topics.origin_of(record)
+        source = origin.source
+        job_id = derive_job_id(source.topic, source.partition, source.offset)
+        return JobContext(record, origin, job_id, Progress(began, origin.first_failed_at))
+
+    def _expiry(self, job: Job, context: JobContext) -> datetime | None:
+        """The job's deadline, or the end of ``admission.ttl_s``, if that is earlier."""
+        ttl_s, written_ms = self._settings.admission.ttl_s, context.origin.source.timestamp_ms
+        if ttl_s is None or written_ms is None:
+            return job.deadline
+        try:
+            end = datetime.fromtimestamp(written_ms / 1000 + ttl_s, UTC)
+        except (OverflowError, ValueError, OSError):
+            return job.deadline  # beyond the calendar: a producer that writes microseconds
+        return end if job.deadline is None else min(end, job.deadline)
