@@ -7,9 +7,6 @@ share of the step; rows of a single token come first, so that decoding is one ba
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine import huge_pages, kernels
+from nanovllm.engine import huge_pages
 from nanovllm.engine.staging import to_device, together
-
-logger = logging.getLogger(__name__)
 
 _GRAPH_CONTEXTS = (512, 2048)  # tokens
 
@@ -43,6 +38,8 @@ class AttentionBatch:
 class AttentionBackend(Protocol):
     """What a model layer needs of attention; ``cache`` is one layer's keys and values, as ``allocate`` shaped them."""
 
+    name: str
+    """For people: what computes, and on what."""
     block_size: int
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -138,9 +135,14 @@ class SdpaAttention:
     A page is [block_size, 2, kv_heads, d], keys and values together: one gather fetches both, in contiguous copies.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> None:
-        """``dtype`` is the model's."""
+    name = "torch SDPA on copies of the pages"
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, block_size: int | None = None, *, reason: str = ""
+    ) -> None:
+        """``dtype`` is the model's; ``reason``: why nothing faster was chosen."""
         self.block_size = block_size or 16
+        self.reason = reason
         self._device = device
         self._dtype = dtype
         # On a CPU, gathering into memory of its own is ten times faster than into a fresh allocation, which faults page
@@ -272,6 +274,8 @@ class PagedCpuAttention:
     A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
     """
 
+    name = "our kernel on the pages"
+
     def __init__(self, block_size: int | None = None) -> None:
         """The kernels are loaded: `kernels.missing` was asked."""
         self.block_size = block_size or 16
@@ -304,27 +308,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = huge_pages.zeroed(math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
-
-
-def choose_backend(device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> AttentionBackend:
-    """The best backend that is there, told by what can be imported, compiled and called, not by version strings."""
-    if device.type == "cuda":
-        # From torch 2.11 on, scaled_dot_product_attention prefers cuDNN on sm_90, which builds a plan for every shape
-        # that it has not seen, and here nearly every step has a new one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        from nanovllm.engine.attention_cuda import PagedVarlenAttention, flash_attn_kernels, torch_varlen_kernel
-
-        if importlib.util.find_spec("flash_attn") is not None:
-            return PagedVarlenAttention(device, flash_attn_kernels(), block_size)
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            from torch.nn.attention.varlen import varlen_attn
-
-            if "block_table" in inspect.signature(varlen_attn).parameters:
-                return PagedVarlenAttention(device, torch_varlen_kernel(), block_size)
-    if device.type == "cpu":
-        reason = kernels.missing()
-        if reason is None:
-            return PagedCpuAttention(block_size)
-        logger.warning("attention copies its pages, because our kernels for CPUs cannot be used: %s", reason)
-    return SdpaAttention(device, dtype, block_size)

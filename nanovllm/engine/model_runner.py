@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine import kernels
-from nanovllm.engine.attention import AttentionBatch, GraphAttention, PagedCpuAttention, choose_backend
+from nanovllm.engine.attention import AttentionBatch, GraphAttention, PagedCpuAttention
+from nanovllm.engine.attention_choice import Heads, choose_backend
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.determinism import TILE, prove
@@ -95,7 +96,8 @@ class ModelRunner:
                 cache=self._make_cache(),
             )
         text = self.model.config
-        self.attention = choose_backend(self.device, self.dtype, config.block_size)
+        heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
         if config.deterministic:
