@@ -4,7 +4,8 @@
 on random weights in a named shape and on the shipped checkpoint, prints both and writes ``results/gpu.json``. It exits
 with 1 when a check fails. ``--smoke`` runs all of it on a CPU, in little.
 
-Checks: the engine answers greedily, and ``transformers`` in float32 scores the answers. In float32 every token must be
+First the kernels of attention are held against plain torch. Then the figures, and the checks of the whole: the engine
+answers greedily, and ``transformers`` in float32 scores the answers. In float32 every token must be
 the best one there, up to a tie, and its log probability the same. In half precision log probabilities may be off by
 about as much as those of ``transformers`` in that precision are. That is asked of steps in CUDA graphs and without, of
 prompts in chunks and of a warm prefix cache.
@@ -33,6 +34,8 @@ from machine import describe_machine
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.attention.base import AttentionBackend
+from nanovllm.engine.attention.selection import TOLERANCES, Heads, choose_backend, trial
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.training import synthetic
@@ -56,6 +59,7 @@ class Scale:
 
     shape: str
     dtypes: tuple[str, ...]
+    kernels: tuple[tuple[Heads, int], ...]  # and tokens of a page
     prompts: int  # of a check
     prompt_tokens: int  # of each, at least
     answer_tokens: int
@@ -69,11 +73,15 @@ class Scale:
 
 
 FULL = Scale(
-    "0.6b", ("float32", "bfloat16", "float16"), 12, 300, 48, (1, 8, 32, 64, 128, 256), 64, 64, 512, 256, 64, {}
-)
+    "0.6b",
+    ("float32", "bfloat16", "float16"),
+    ((Heads(16, 8, 128), 16), (Heads(14, 2, 64), 16), (Heads(6, 2, 24), 49), (Heads(8, 1, 256), 256)),
+    12, 300, 48, (1, 8, 32, 64, 128, 256), 64, 64, 512, 256, 64, {},
+)  # fmt: skip
 SMOKE = Scale(
-    "tiny", ("float32", "bfloat16"), 4, 40, 8, (1, 4), 4, 6, 24, 12, 4, {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8}
-)
+    "tiny", ("float32", "bfloat16"), ((Heads(4, 2, 16), 16),),
+    4, 40, 8, (1, 4), 4, 6, 24, 12, 4, {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8},
+)  # fmt: skip
 
 
 def main() -> int:
@@ -103,16 +111,20 @@ def main() -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
-    with tempfile.TemporaryDirectory(prefix="nanovllm-gpu-") as directory:
-        bench = Bench(scale, shape, device, Path(directory))
-        # A limit of time may end the run anywhere: what is known by then is in the file.
-        for figures in bench.measure():
-            report["figures"] |= figures
-            save()
-        for check in bench.check():
+    def note(checks: Iterator[dict[str, Any]]) -> None:
+        for check in checks:
             report["checks"].append(check)
             print_check(check)
             save()
+
+    # A limit of time may end the run anywhere: what is known by then is in the file.
+    note(check_kernels(scale, torch.device(device)))
+    with tempfile.TemporaryDirectory(prefix="nanovllm-gpu-") as directory:
+        bench = Bench(scale, shape, device, Path(directory))
+        for figures in bench.measure():
+            report["figures"] |= figures
+            save()
+        note(bench.check())
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     verdict = f"FAILED: {', '.join(failed)}" if failed else "all right"
     print(f"\n{report['seconds']:.0f} s, written to {args.output}; {verdict}")
@@ -139,6 +151,35 @@ def describe_gpu(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "copied_gb_per_second": round(2 * block.nbytes / min(seconds) / 1e9, 1),  # read and written
     }
+
+
+def check_kernels(scale: Scale, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Attention alone against plain torch: our Triton kernel on CUDA, what an engine would choose on a CPU."""
+    for dtype in scale.dtypes:
+        for heads, page in scale.kernels:
+            name = f"kernels, {dtype}, {heads.num} on {heads.num_kv} heads of {heads.dim}, pages of {page}"
+            try:
+                backend = kernels_of(device, getattr(torch, dtype), page)
+                if backend is None:
+                    print("kernels: Triton is not installed")
+                    return
+                error = trial(backend, device, getattr(torch, dtype), heads)
+            except Exception as raised:
+                yield failure(name, raised)
+                continue
+            passed = error <= TOLERANCES[getattr(torch, dtype)]
+            yield {"name": name, "passed": passed, "attention": backend.name, "worst_error": error}
+
+
+def kernels_of(device: torch.device, dtype: torch.dtype, page: int) -> AttentionBackend | None:
+    """What is to be checked on ``device``; None where it is not there."""
+    if device.type == "cpu":
+        return choose_backend(device, dtype, page)
+    try:
+        from nanovllm.engine.attention.triton_paged import TritonAttention
+    except ModuleNotFoundError:
+        return None
+    return TritonAttention(device, page)
 
 
 class Bench:
@@ -228,6 +269,8 @@ class Bench:
                 num_speculative_tokens=0,
                 **{"max_num_seqs": self.scale.batches[-1], **MODES[mode]},
             ) as engine:
+                if mode == "graphs":
+                    print(f"attention: {path_of(engine, [])['attention']}")
                 decode[mode] = rates = {str(batch): self.decode(engine, batch) for batch in self.scale.batches}
                 print(f"decode, {mode}: " + ", ".join(f"{rate:,.0f}/s at {batch}" for batch, rate in rates.items()))
                 yield {"dtype": dtype, "decode_tokens_per_second": decode}
@@ -402,6 +445,10 @@ def print_check(check: dict[str, Any]) -> None:
     """A line for people."""
     if "error" in check:
         print(f"FAILED {check['name']:28} {check['error']}")
+        return
+    if "worst_error" in check:
+        told = f"off by {check['worst_error']:.2g} at worst"
+        print(f"{'ok' if check['passed'] else 'FAILED':6} {check['name']:28} {told}; {check['attention']}")
         return
     told = f"{check['read_exactly']:.1%} read exactly" if "read_exactly" in check else (
         f"log probabilities off by {check['mean_logprob_error']:.2g} (transformers' "

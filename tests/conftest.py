@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -22,6 +23,9 @@ for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_
 os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
 os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+# Without a GPU, Triton's kernels run in its interpreter. It asks when it is imported, and torch imports it early.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # `repeatable`, the default and what CI runs: the examples follow from the source of the test and of the package, and no
 # example database is read, so that a commit passes or fails in the same way on every run. `thorough`, in `make proof`:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.engine import kernels
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.linear import Linear
@@ -106,16 +105,10 @@ def _weights(engine: LLMEngine) -> Finding:
 
 def _attention(engine: LLMEngine) -> Finding:
     backend = engine.model_runner.attention
-    if isinstance(backend, PagedCpuAttention):
-        return Finding("attention", "our kernel on the pages", "compiled for this CPU")
     if isinstance(backend, SdpaAttention):
-        reason = kernels.missing()
-        if engine.model_runner.device.type == "cuda":
-            is_full = engine.model_runner.dtype == torch.float32
-            reason = "float32" if is_full else "neither flash-attn nor a torch whose varlen_attn takes block tables"
-        return Finding("attention", "torch SDPA on copies of the pages: slow", f"the faster one is missing: {reason}")
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    return Finding("attention", "flash-attn" if has_flash else "torch varlen_attn", "on the pages")
+        return Finding("attention", f"{backend.name}: slow", f"what is faster is missing: {backend.reason}")
+    note = "compiled for this CPU" if isinstance(backend, PagedCpuAttention) else "held against plain torch at start"
+    return Finding("attention", backend.name, note)
 
 
 def _graphs(engine: LLMEngine) -> Finding:

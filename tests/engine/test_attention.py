@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import flash_attn_reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,9 @@ from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, slots_of
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
-from nanovllm.engine.attention.selection import choose_backend
-from nanovllm.engine.attention.varlen import PagedVarlenAttention
+from nanovllm.engine.attention.selection import CANDIDATES, TOLERANCES, Heads, choose_backend, first_right, trial
+from nanovllm.engine.attention.varlen import PagedVarlenAttention, torch_varlen_kernel
+from nanovllm.errors import ConfigurationError
 
 HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 16, 4, 64
 CPU = torch.device("cpu")
@@ -174,6 +178,109 @@ def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None
     assert (metadata.max_query, metadata.max_context) == (3, 6)
     torch.testing.assert_close(keys[1, 1], key[0])
     torch.testing.assert_close(values[3, :3], value[1:])
+
+
+class LastRowIsGarbage(SdpaAttention):
+    """Wrong as kernels have been: one row of several, and without an error."""
+
+    garbage = 0.0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: object) -> Tensor:
+        output = super().attend(query, key, value, cache, metadata)  # type: ignore[arg-type]
+        output[-1] = self.garbage
+        return output
+
+
+class LastRowIsNoNumber(LastRowIsGarbage):
+    garbage = float("nan")
+
+
+class NotForThisGpu(SdpaAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: object) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (LastRowIsGarbage, "its numbers are off by"),
+        (LastRowIsNoNumber, "its numbers are off by nan"),
+        (NotForThisGpu, "RuntimeError: no kernel image is available"),
+    ],
+)
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_a_backend_that_is_wrong_or_raises_is_passed_over(
+    kind: type[SdpaAttention], expected: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    candidates = {"bad": kind, "right": SdpaAttention, "next": SdpaAttention}
+    with caplog.at_level(logging.WARNING):
+        backend, reasons = first_right(candidates, CPU, dtype, 16, Heads(2, 1, 16))
+    assert type(backend) is SdpaAttention
+    (warning,) = [record.getMessage() for record in caplog.records]
+    (reason,) = reasons
+    assert warning.startswith(f"attention does without bad: {expected}")
+    assert reason in warning
+
+
+def test_the_trial_finds_every_backend_for_cpus_right() -> None:
+    for dtype, tolerance in TOLERANCES.items():
+        for heads in (Heads(6, 2, 24), Heads(1, 1, 64)):
+            assert trial(SdpaAttention(CPU, dtype), CPU, dtype, heads) <= tolerance / 3
+            if kernels.missing() is None:
+                assert trial(PagedCpuAttention(), CPU, dtype, heads) <= tolerance / 3
+
+
+def flash_attn(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", module)  # type: ignore[arg-type]
+
+
+def test_flash_attn_is_taken_where_it_is_there_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = {"flash-attn": CANDIDATES["flash-attn"]}
+    backend, reasons = first_right(only, CPU, torch.bfloat16, None, Heads(2, 1, 16))
+    assert backend is None
+    assert reasons == ["flash-attn: not installed"]
+    flash_attn(monkeypatch, flash_attn_reference)
+    backend, reasons = first_right(only, CPU, torch.bfloat16, None, Heads(2, 1, 16))
+    assert backend is not None
+    assert (backend.name, backend.block_size, reasons) == ("flash-attn on the pages", 256, [])
+    backend, reasons = first_right(only, CPU, torch.float32, None, Heads(2, 1, 16))
+    assert backend is None
+    assert reasons == ["flash-attn: not for torch.float32"]
+
+
+def test_a_package_that_is_only_called_flash_attn_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flash_attn(monkeypatch, ModuleType("flash_attn"))
+    only = {"flash-attn": CANDIDATES["flash-attn"]}
+    assert first_right(only, CPU, torch.bfloat16, None, Heads(2, 1, 16))[0] is None
+    assert "attention does without flash-attn: ImportError: cannot import name" in caplog.text
+
+
+def test_flash_attn_refuses_pages_that_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attn(monkeypatch, flash_attn_reference)
+    with pytest.raises(ConfigurationError, match=r"block_size=16: flash-attn.*multiple of 256.*leave block_size out"):
+        first_right(CANDIDATES, CPU, torch.bfloat16, 16, Heads(2, 1, 16))
+
+
+def test_torch_s_varlen_attn_sees_no_window_where_every_row_is_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = set()
+
+    def varlen_attn(
+        query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, ends: Tensor, most: int, longest: int,
+        *, window_size: tuple[int, int], enable_gqa: bool, seqused_k: Tensor, block_table: Tensor,
+    ) -> Tensor:  # fmt: skip
+        assert enable_gqa
+        assert torch.equal(seqused_k, ends.diff())
+        windows.add((most == 1, window_size))
+        return flash_attn_reference.flash_attn_varlen_func(
+            query, keys, values, starts, ends, most, longest, causal=True, block_table=block_table
+        )
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))  # type: ignore[arg-type]
+    backend = PagedVarlenAttention(CPU, torch_varlen_kernel())
+    assert trial(backend, CPU, torch.float32, Heads(2, 1, 16)) <= 1e-5
+    assert windows == {(True, (-1, -1)), (False, (-1, 0))}
 
 
 @pytest.mark.slow

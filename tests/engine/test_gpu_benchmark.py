@@ -29,10 +29,12 @@ def test_all_of_it_runs_in_little(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gpu.json").read_text())
     checks = {check["name"]: check for check in report["checks"]}
     assert all(check["passed"] for check in checks.values())
+    assert checks["kernels, bfloat16, 4 on 2 heads of 16, pages of 16"]["worst_error"] < 0.01
     assert {"float32, graphs", "bfloat16, chunks of 48", "bfloat16, images"} <= set(checks)
     assert checks["float32, warm prefix cache"]["cached_tokens"] > 0
     assert set(report["figures"]["graphs_against_none"]) == {"1", "4"}
     assert "all right" in done.stdout
+    assert "attention: " in done.stdout
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class AttentionBatch:
 class AttentionBackend(Protocol):
     """What a model layer needs of attention; ``cache`` is one layer's keys and values, as ``allocate`` shaped them."""
 
+    name: str
+    """What computes, and on what, for diagnostics."""
     block_size: int
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,8 @@ class PagedCpuAttention:
     A token's output is the same to the bit whatever stands beside it and however its prompt was cut into chunks.
     """
 
+    name = "our kernel on the pages"
+
     def __init__(self, block_size: int | None = None) -> None:
         """The kernels are loaded: `kernels.missing` was asked."""
         self.block_size = block_size or 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from nanovllm.engine.attention.base import (
     slots_of,
 )
 from nanovllm.engine.layers.device_copy import to_device, together
-
-logger = logging.getLogger(__name__)
 
 _GRAPH_CONTEXTS = (512, 2048)  # tokens
 
@@ -56,9 +53,14 @@ class SdpaAttention:
     A page is [block_size, 2, kv_heads, d], keys and values together: one gather fetches both, in contiguous copies.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> None:
-        """``dtype`` is the model's."""
+    name = "torch SDPA on copies of the pages"
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, block_size: int | None = None, *, reason: str = ""
+    ) -> None:
+        """``dtype`` is the model's; ``reason``: why nothing faster was chosen."""
         self.block_size = block_size or 16
+        self.reason = reason
         self._device = device
         self._dtype = dtype
         # On a CPU, gathering into memory of its own is ten times faster than into a fresh allocation, which faults page

@@ -1,4 +1,4 @@
-"""Attention on CUDA by kernels that read pages themselves: flash-attn, or torch's own varlen_attn without it."""
+"""Attention on CUDA by others' kernels that read pages themselves: flash-attn, and torch's own varlen_attn."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ class Kernel(Protocol):
 class PagedVarlenAttention:
     """A cache is [2, num_blocks, block_size, kv_heads, d]; the kernels want pages of a multiple of 256 tokens."""
 
-    def __init__(self, device: torch.device, kernel: Kernel, block_size: int | None = None) -> None:
+    def __init__(
+        self, device: torch.device, kernel: Kernel, block_size: int | None = None, *, name: str = "paged varlen kernel"
+    ) -> None:
         """``kernel`` is one of :func:`flash_attn_kernels` and :func:`torch_varlen_kernel`."""
         self.block_size = block_size or 256
+        self.name = name
         self._device = device
         self._kernel = kernel
 
@@ -119,14 +122,17 @@ def flash_attn_kernels() -> Kernel:
 
 
 def torch_varlen_kernel() -> Kernel:
-    """torch's own flash attention over a block table (torch 2.13 and later)."""
+    """torch's own flash attention over a block table (torch 2.12 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
+        # A single token sees its whole context, causal or not. Said so, torch does not take the path that writes every
+        # row over the first (pytorch#194167).
+        window = (-1, -1) if metadata.max_query == 1 else (-1, 0)
         output = varlen_attn(
             query, keys, values, metadata.query_starts, metadata.context_starts,
             metadata.max_query, metadata.max_context,
-            window_size=(-1, 0), enable_gqa=True, seqused_k=metadata.context_lens, block_table=metadata.block_tables,
+            window_size=window, enable_gqa=True, seqused_k=metadata.context_lens, block_table=metadata.block_tables,
         )  # fmt: skip
         assert isinstance(output, Tensor)  # a pair only when return_aux is asked for
         return output

@@ -17,7 +17,7 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
-from nanovllm.engine.attention.selection import choose_backend
+from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE, prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
@@ -98,7 +98,8 @@ class ModelRunner:
                 cache=self._make_cache(),
             )
         text = self.model.config
-        self.attention = choose_backend(self.device, self.dtype, config.block_size)
+        heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
         if config.deterministic:

@@ -1,0 +1,96 @@
+"""Attention on CUDA by our Triton kernel, which reads pages of any size in float32, bfloat16 and float16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of
+from nanovllm.engine.kernels.paged_triton import choose_splits, choose_tile, paged_attention
+from nanovllm.engine.layers.device_copy import together
+
+_NARROW = 4096  # tokens
+
+
+@dataclass(frozen=True)
+class TritonMetadata:
+    """What the kernel wants to know of a step, int32 on the device; and for the host the longest row and context."""
+
+    slots: Tensor  # [T] int64, as torch wants it
+    starts: Tensor  # [rows + 1]
+    contexts: Tensor  # [rows]
+    tables: Tensor  # [rows, width]
+    max_query: int
+    max_context: int
+
+
+class TritonAttention:
+    """A page is [block_size, 2, kv_heads, d], as SdpaAttention's: a token's keys and values are written in one call."""
+
+    name = "Triton kernel on the pages"
+
+    def __init__(self, device: torch.device, block_size: int | None = None) -> None:
+        """On a CPU the kernel runs in Triton's interpreter, and its launches are those of an H200."""
+        self.block_size = block_size or 16
+        self._device = device
+        self._capability, self._cores = (9, 0), 132
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self._capability = (properties.major, properties.minor)
+            self._cores = properties.multi_processor_count
+
+    def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """[num_blocks, block_size, 2, kv_heads, d]."""
+        return torch.zeros(num_blocks, self.block_size, 2, num_kv_heads, head_dim, dtype=dtype, device=self._device)
+
+    def metadata(self, batch: AttentionBatch) -> TritonMetadata:
+        """Slots, first tokens, contexts and the padded block table, in one copy to the device."""
+        tables = padded_tables(batch, self.block_size)
+        rows = len(tables)
+        slots, numbers = together(
+            [
+                slots_of(batch, self.block_size),
+                [0, *accumulate(batch.query_lens), *batch.context_lens, *chain.from_iterable(tables)],
+            ],
+            self._device,
+        )
+        starts, contexts, pages = numbers.int().tensor_split((rows + 1, 2 * rows + 1))
+        return TritonMetadata(
+            slots, starts, contexts, pages.view(rows, -1), max(batch.query_lens), max(batch.context_lens)
+        )
+
+    def decode_contexts(self, limit: int) -> tuple[int, ...]:
+        """Unused width costs the kernel nothing, but the host copies it every time; most steps have no long context."""
+        return tuple(sorted({min(limit, _NARROW), limit}))
+
+    def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> TritonMetadata:
+        """See GraphAttention."""
+        return TritonMetadata(
+            slots=last_slots(context_lens, block_tables, self.block_size),
+            starts=torch.arange(len(context_lens) + 1, dtype=torch.int32, device=context_lens.device),
+            contexts=context_lens.int(),
+            tables=block_tables.int().contiguous(),
+            max_query=1,
+            max_context=block_tables.shape[1] * self.block_size,
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: TritonMetadata) -> Tensor:
+        """See AttentionBackend. All that decides about the launch are numbers of the metadata, which a graph keeps."""
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, metadata.slots, torch.stack((key, value), 1))
+        tokens, heads, dim = query.shape
+        kv_heads = key.shape[1]
+        group = heads // kv_heads
+        tile = choose_tile(metadata.max_query, group, dim, query.element_size(), self._capability)
+        splits = choose_splits(
+            len(metadata.contexts),
+            tokens,
+            metadata.max_context,
+            kv_heads=kv_heads,
+            tile=tile,
+            group=group,
+            cores=self._cores,
+        )
+        return paged_attention(query, cache, metadata.starts, metadata.contexts, metadata.tables, tile, splits)

@@ -1,0 +1,46 @@
+"""Triton's kernels in the tests: on a GPU if there is one, else in Triton's interpreter, as conftest.py told it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if _IS_INTERPRETED else "cuda")
+
+
+def missing() -> str | None:
+    """What keeps kernels from running here; None if nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not _IS_INTERPRETED:
+        return None if torch.cuda.is_available() else "torch sees no GPU here, and TRITON_INTERPRET is not 1"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        return f"the interpreter of Triton {triton.__version__} is older than numpy 2.4"
+    _teach_bfloat16()
+    return None
+
+
+def _teach_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as integers, and its ``tl.dot`` multiplies those: widen them first."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any, **options: Any) -> Any:
+        return multiply(self, wide(left), wide(right), *rest, **options)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
