@@ -9,7 +9,7 @@ import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.kafka.admin import create_topics, topic_states
-from nanovllm.pipeline.operations.topic_checks import findings, implied_acls, topic_needs
+from nanovllm.pipeline.topic_checks import findings, implied_acls, topic_needs
 from nanovllm.terminal import print_table
 
 topics_app = typer.Typer(no_args_is_help=True, help="Create and check the topics that the settings imply.")

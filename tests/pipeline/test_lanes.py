@@ -19,7 +19,7 @@ from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
 from nanovllm.pipeline.admission.lanes import OVERTAKEN_AT_MOST, LaneTurns
 from nanovllm.pipeline.admission.tenants import FairShares
-from nanovllm.pipeline.operations.topic_checks import implied_acls, topic_needs
+from nanovllm.pipeline.topic_checks import implied_acls, topic_needs
 from nanovllm.settings.worker import Settings
 
 URGENT, BULK = -10, 10

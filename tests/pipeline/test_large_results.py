@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,8 +21,8 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
-from nanovllm.pipeline.stages.context import JobContext
-from nanovllm.pipeline.stages.publish import OutgoingRecords
+from nanovllm.pipeline.stages.receive import Receive
+from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
@@ -113,15 +114,14 @@ def stored_name(tenant: str = "", *, group_id: str = "group", via: str = "jobs",
     settings = Settings.model_validate({"kafka": {"group_id": group_id}, "retries": {"delays_s": [60]}})
     fields = {"topic": "jobs", "partition": 1, "offset": 2, "timestamp_ms": 3, "key": None, "value": b"v", **record}
     ledger = PartitionLedger(0, max_out_of_order=1)
-    tiers = RetryTopics({"jobs": 0}, (60,))
-    delivery = ConsumedRecord(**fields, ledger=ledger)
+    retry_topics = RetryTopics({"jobs": 0}, (60,))
+    consumed = ConsumedRecord(**fields, ledger=ledger)
     if via != "jobs":
-        headers = tiers.origin_of(delivery).retry_headers(4, datetime.now(UTC), FetchFailed("503"))
+        headers = retry_topics.origin_of(consumed).retry_headers(4, datetime.now(UTC), FetchFailed("503"))
         later = {"topic": via, "partition": 0, "offset": 77, "timestamp_ms": 88, "headers": headers}
-        delivery = ConsumedRecord(**{**fields, **later}, ledger=ledger)
-    passage = JobContext(delivery, tiers.origin_of(delivery))
-    passage.tenant = tenant
-    return OutgoingRecords(settings, EchoEngine().model_info, lambda _: 1_000).stored_name(passage)
+        consumed = ConsumedRecord(**{**fields, **later}, ledger=ledger)
+    context = replace(Receive(settings, retry_topics).context_of(consumed), tenant=tenant)
+    return RecordBuilder(settings, EchoEngine().model_info, lambda _: 1_000, retry_topics).stored_name(context)
 
 
 def test_deliveries_of_one_record_have_one_name_and_no_others_have_it() -> None:

@@ -18,7 +18,7 @@ from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics, message_limits, topic_states
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
-from nanovllm.pipeline.operations.topic_checks import DAY_MS, TopicState, findings, implied_acls, topic_needs
+from nanovllm.pipeline.topic_checks import DAY_MS, TopicState, findings, implied_acls, topic_needs
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 
