@@ -79,3 +79,103 @@ def test_the_engine_is_read_in_an_evening() -> None:
         f"{name}.py" for name in ("scheduler", "block_manager", "sequence", "model_runner", "sampler", "llm_engine")
     }
     assert sum(len(text) for name, text in lines.items() if Path(name).name in core) < 1500
+
+
+# Names of an earlier private language, as modules, classes and qualified methods. Each has a term of the field now.
+FORMER_MODULES = [
+    "places",
+    "rounds",
+    "delays",
+    "passage",
+    "refusals",
+    "spare_time",
+    "in_flight",
+    "suspects",
+    "solitude",
+    "poison",
+    "systemic",
+    "section",
+    "dispatch",
+    "reuse",
+    "outgoing",
+    "reference",
+    "submission",
+    "intake",
+    "completion",
+    "loops",
+    "rows",
+    "staging",
+    "determinism",
+    "guided",
+    "speculation",
+    "login_tokens",
+    "native_encoder",
+    "image_encoder",
+    "decoder_pool",
+    "tiny_recipe",
+    "evaluate_tiny",
+    "kv_memory",
+    "attention_cuda",
+    "doctor",
+    "topic_plan",
+    "assignment",
+    "breaker",
+    "console",
+    "local_process",
+    "client_commands",
+    "dlq_commands",
+    "topic_commands",
+    "results_view",
+]
+FORMER_NAMES = [
+    "Passage",
+    "Delivery",
+    "Assignment",
+    "Places",
+    "Rounds",
+    "DelayedHeads",
+    "InFlight",
+    "Charge",
+    "PartitionRecord",
+    "Solitude",
+    "PoisonLimit",
+    "SystemicFaults",
+    "Section",
+    "Dispatch",
+    "Claim",
+    "Ticket",
+    "SharedWork",
+    "ImageReuse",
+    "AnswerReuse",
+    "RenewingProducer",
+    "is_breakdown",
+    "BuriedJob",
+    "Refusals",
+    "Refused",
+    "OutgoingRecords",
+    "RetryTiers",
+    "Intake",
+    "Plan",
+    "VarlenPlan",
+    "decode_plan",
+    "leave_with",
+    "among_others",
+    "rejoin",
+    "isolate",
+    "can_take",
+    "bury_up_to",
+]
+FORMER_METHODS = ("scheduler.plan(", "blocks.take(", "blocks.match(", "blocks.remember(", "dispatch.place(")
+
+
+def test_the_former_private_names_are_gone() -> None:
+    modules = {path.stem for path in (ROOT / "nanovllm").rglob("*.py")}
+    assert modules & set(FORMER_MODULES) == set()
+    word = re.compile(rf"(?<![\w.])({'|'.join(FORMER_NAMES)})(?=[(.:\[,\]]| =)")
+    found = []
+    for path in (ROOT / "nanovllm").rglob("*.py"):
+        text = path.read_text()
+        names = {match[1] for match in word.finditer(text)} | {name for name in FORMER_METHODS if name in text}
+        names |= set(re.findall(r"import Sequence as Rows", text))
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names)]
+    assert found == []

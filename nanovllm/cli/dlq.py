@@ -73,14 +73,14 @@ def dlq_show(
     """Show all that is known of one job's dead letters, as JSON; of the message its size, until --value asks for it."""
     settings = client_settings(config, bootstrap_servers)
     letters = asyncio.run(_collect(settings, LetterFilter(job_ids=frozenset({which}))))
-    letters = letters or asyncio.run(_collect(settings, LetterFilter(places=frozenset({which}))))
+    letters = letters or asyncio.run(_collect(settings, LetterFilter(positions=frozenset({which}))))
     if not letters:
         raise InvalidInput(f"no dead letter has the job id or the place {plain(which).plain}")
     if value:
         sys.stdout.buffer.write(letters[-1].value)
         return
-    for buried in letters:
-        print_json(_details(buried))
+    for record in letters:
+        print_json(_details(record))
 
 
 @dlq_app.command("replay")
@@ -110,13 +110,13 @@ def dlq_replay(
     settings = client_settings(config, bootstrap_servers)
     replayer = Replayer(settings.kafka, topic or settings.topics.job_topics, per_second=rate, send=not dry_run)
     replays = asyncio.run(_replay(replayer, read_dead_letters(settings, wanted)))
-    rows = [(one.buried.place, one.buried.letter.job_id or "", one.state, one.reason) for one in replays]
+    rows = [(one.entry.position, one.entry.letter.job_id or "", one.state, one.reason) for one in replays]
     print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
 
 
 async def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:
-    letters = [buried async for buried in read_dead_letters(settings, wanted)]
-    return sorted(letters, key=lambda buried: buried.letter.failed_at)
+    letters = [record async for record in read_dead_letters(settings, wanted)]
+    return sorted(letters, key=lambda record: record.letter.failed_at)
 
 
 async def _replay(replayer: Replayer, letters: AsyncIterator[DeadLetterRecord]) -> list[Replay]:
@@ -161,21 +161,21 @@ def _time(option: str, text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _row(buried: DeadLetterRecord) -> tuple[str, ...]:
-    letter = buried.letter
+def _row(record: DeadLetterRecord) -> tuple[str, ...]:
+    letter = record.letter
     failed_at = letter.failed_at.isoformat(timespec="seconds")
     retryable = "yes" if letter.retryable else "no"
     kind = (letter.error_class, letter.code, letter.stage)
-    return (buried.place, failed_at, *kind, retryable, str(letter.attempts), letter.job_id or "", letter.message)
+    return (record.position, failed_at, *kind, retryable, str(letter.attempts), letter.job_id or "", letter.message)
 
 
-def _details(buried: DeadLetterRecord) -> dict[str, object]:
-    envelope = buried.letter.model_dump(mode="json", exclude_none=True)
+def _details(record: DeadLetterRecord) -> dict[str, object]:
+    envelope = record.letter.model_dump(mode="json", exclude_none=True)
     return envelope | {
-        "place": buried.place,
-        "key": None if buried.key is None else buried.key.decode(errors="backslashreplace"),
+        "place": record.position,
+        "key": None if record.key is None else record.key.decode(errors="backslashreplace"),
         # Their values may be secrets that an operator has chosen to keep.
-        "headers": [name for name, _ in buried.headers],
-        "value_bytes": len(buried.value),
-        "value_is_cut": buried.cut_sha256 is not None,
+        "headers": [name for name, _ in record.headers],
+        "value_bytes": len(record.value),
+        "value_is_cut": record.cut_sha256 is not None,
     }

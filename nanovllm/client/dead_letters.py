@@ -43,7 +43,7 @@ class DeadLetterRecord:
     """Digest of the whole value where ``value`` is only its beginning."""
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         """Where it lies in the dead-letter topic: ``partition:offset``."""
         return f"{self.partition}:{self.offset}"
 
@@ -66,14 +66,14 @@ class DeadLetterRecord:
 class LetterFilter:
     """Which dead letters are meant; what is empty or None excludes nothing.
 
-    ``since`` and ``until`` bound ``failed_at``; ``places`` are those of ``DeadLetterRecord.place``.
+    ``since`` and ``until`` bound ``failed_at``; ``positions`` are those of ``DeadLetterRecord.position``.
     """
 
     codes: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()
     stages: frozenset[str] = frozenset()
     job_ids: frozenset[str] = frozenset()
-    places: frozenset[str] = frozenset()
+    positions: frozenset[str] = frozenset()
     since: datetime | None = None
     until: datetime | None = None
     only_retryable: bool = False
@@ -83,15 +83,15 @@ class LetterFilter:
         """Whether every dead letter matches."""
         return self == LetterFilter()
 
-    def matches(self, buried: DeadLetterRecord) -> bool:
-        """Whether ``buried`` is meant."""
-        letter = buried.letter
+    def matches(self, entry: DeadLetterRecord) -> bool:
+        """Whether ``entry`` is meant."""
+        letter = entry.letter
         return (
             (not self.codes or letter.code in self.codes)
             and (not self.classes or letter.error_class in self.classes)
             and (not self.stages or letter.stage in self.stages)
             and (not self.job_ids or letter.job_id in self.job_ids)
-            and (not self.places or buried.place in self.places)
+            and (not self.positions or entry.position in self.positions)
             and (self.since is None or letter.failed_at >= self.since)
             and (self.until is None or letter.failed_at < self.until)
             and (letter.retryable or not self.only_retryable)
@@ -118,15 +118,15 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
                 for record in records:
                     if record.offset < ends[tp]:
                         with suppress(ValidationError, ValueError):
-                            if wanted.matches(buried := DeadLetterRecord.from_record(record)):
-                                yield buried
+                            if wanted.matches(entry := DeadLetterRecord.from_record(record)):
+                                yield entry
 
 
 @dataclass(frozen=True)
 class Replay:
     """What became of one dead letter."""
 
-    buried: DeadLetterRecord
+    entry: DeadLetterRecord
     state: Literal["replayed", "would be replayed", "skipped"]
     reason: str = ""
 
@@ -157,42 +157,42 @@ class Replayer:
         """
         seen: set[tuple[str, int, int]] = set()
         async with _producer(self._kafka) as producer, _consumer(self._kafka) as consumer:
-            async for buried in letters:
-                source = buried.letter.source
+            async for entry in letters:
+                source = entry.letter.source
                 if source.topic not in self._topics:
-                    yield Replay(buried, "skipped", f"it came from topic {source.topic}: allow it with --topic")
+                    yield Replay(entry, "skipped", f"it came from topic {source.topic}: allow it with --topic")
                     continue
                 if (source.topic, source.partition, source.offset) in seen:
-                    yield Replay(buried, "skipped", "the same record as a dead letter before")
+                    yield Replay(entry, "skipped", "the same record as a dead letter before")
                     continue
                 seen.add((source.topic, source.partition, source.offset))
-                value = buried.value if buried.cut_sha256 is None else await _whole_value(consumer, buried)
+                value = entry.value if entry.cut_sha256 is None else await _whole_value(consumer, entry)
                 if value is None:
-                    yield Replay(buried, "skipped", "only its beginning is here, and its source holds it no longer")
+                    yield Replay(entry, "skipped", "only its beginning is here, and its source holds it no longer")
                 elif not self._send:
-                    yield Replay(buried, "would be replayed")
+                    yield Replay(entry, "would be replayed")
                 else:
-                    await _send(producer, source.topic, buried, value)
-                    yield Replay(buried, "replayed")
+                    await _send(producer, source.topic, entry, value)
+                    yield Replay(entry, "replayed")
                     await asyncio.sleep(self._interval_s)
 
 
-async def _send(producer: AIOKafkaProducer, topic: str, buried: DeadLetterRecord, value: bytes) -> None:
+async def _send(producer: AIOKafkaProducer, topic: str, entry: DeadLetterRecord, value: bytes) -> None:
     try:
-        await producer.send_and_wait(topic, value, key=buried.key, headers=list(buried.headers))
+        await producer.send_and_wait(topic, value, key=entry.key, headers=list(entry.headers))
     except KafkaError as error:
         raise publish_error(error, topic) from error
 
 
-async def _whole_value(consumer: AIOKafkaConsumer, buried: DeadLetterRecord) -> bytes | None:
-    source = buried.letter.source
+async def _whole_value(consumer: AIOKafkaConsumer, entry: DeadLetterRecord) -> bytes | None:
+    source = entry.letter.source
     tp = TopicPartition(source.topic, source.partition)
     consumer.assign([tp])
     consumer.seek(tp, source.offset)
     for _ in range(IDLE_POLLS):
         for record in (await getmany(consumer, tp, timeout_ms=POLL_MS)).get(tp, ()):
             value: bytes = record.value or b""
-            is_it = record.offset == source.offset and hashlib.sha256(value).hexdigest() == buried.cut_sha256
+            is_it = record.offset == source.offset and hashlib.sha256(value).hexdigest() == entry.cut_sha256
             return value if is_it else None
     return None
 

@@ -25,7 +25,7 @@ Outcome = Result | DeadLetter
 class ResultReader:
     """Follows the result topic, and the dead letters where asked, without a consumer group. An async context manager.
 
-    From entry on nothing is missed: the place in each partition is fixed before ``__aenter__`` returns.
+    From entry on nothing is missed: the offset in each partition is fixed before ``__aenter__`` returns.
     """
 
     def __init__(self, settings: Settings, *, from_beginning: bool = False, dead_letters: bool = False) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from functools import partial
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.messages.job import ImageRef
+from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.s3_client import S3Client, check_settings, make_client
 from nanovllm.settings.s3 import S3Settings
-
-_TARGET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
 
 
 class ImageUploader:
@@ -23,10 +21,10 @@ class ImageUploader:
     """
 
     def __init__(self, target: str, s3: S3Settings) -> None:
-        match = _TARGET.fullmatch(target)
-        if match is None:
-            raise ConfigurationError("the place for uploads must have the form s3://bucket or s3://bucket/prefix")
-        self._bucket, self._prefix = match[1], (match[2] or "").strip("/")
+        parts = split_s3_uri(target)
+        if parts is None:
+            raise ConfigurationError("the target of uploads must have the form s3://bucket or s3://bucket/prefix")
+        self._bucket, self._prefix = parts[0], parts[1].strip("/")
         check_settings(s3)
         self._client = S3Client(s3, partial(make_client, max_attempts=s3.max_attempts))
 

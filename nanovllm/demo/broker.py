@@ -4,7 +4,7 @@ It is the binary inside the package ``noida-db`` (extras ``demo`` and ``dev``): 
 fencing and read_committed work with aiokafka. It is no place for anybody's data, and its limits matter:
 
 - it writes its snapshots behind the traffic, so a crash of the broker loses the last second;
-- it never enforces session timeouts: a killed member keeps its partitions, and nobody else gets them, until somebody
+- it never enforces session timeouts: a killed member keeps its partitions, and no other one gets them, until a member
   leaves the group in its name (``evict_members``) or the broker restarts; it ignores ``transaction_timeout_ms``;
 - offset commits during a rebalance fail;
 - it knows no TLS and no SCRAM.
@@ -96,7 +96,7 @@ class EmbeddedBroker:
                     self.stop()
                     raise SystemicError(f"the embedded broker did not answer within {timeout_s:g} s")
                 await asyncio.sleep(0.05)
-            # Between free_port() and the broker's own bind, somebody else may have taken the port.
+            # Between free_port() and the broker's own bind, another process may have taken the port.
             if self._wanted_port or not attempts_left:
                 break
         tail = self._process.tail() if self._process else ""

@@ -19,7 +19,7 @@ _steps = itertools.count(secrets.randbelow(17_000))  # onwards, so that a proces
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now; another process may bind it before the caller does.
+    """A TCP port without a listener; another process may bind it before the caller does.
 
     It is below Linux's ephemeral ports (from 32768): a client's connection, even one that is tried again while the
     server is down, is never given it as its own.

@@ -1,4 +1,4 @@
-"""Many records at once: whole batches, in place of a task and a future for each record."""
+"""Batch send: many records of one topic in whole batches, without a task and a future for each record."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 if TYPE_CHECKING:
     from nanovllm.kafka.records import OutgoingRecord
 
-BREATH = 16
-"""Records that are put into a batch before others have a turn of the event loop."""
+YIELD_EVERY_RECORDS = 16
+"""Records that are appended before the event loop is yielded to."""
 
 
 async def send_batches(
@@ -30,12 +30,14 @@ async def send_batches(
         KafkaError: some of them are not there.
     """
     await producer.partitions_for(topic)
-    places: dict[bytes | None, int] = {}
+    partitions: dict[bytes | None, int] = {}
     by_partition: defaultdict[int, list[OutgoingRecord]] = defaultdict(list)
     for record in records:
-        if record.key not in places:
-            places[record.key] = producer._partition(topic, None, record.key, record.value, record.key, record.value)
-        by_partition[places[record.key]].append(record)
+        if record.key not in partitions:
+            partitions[record.key] = producer._partition(
+                topic, None, record.key, record.value, record.key, record.value
+            )
+        by_partition[partitions[record.key]].append(record)
     sent: list[asyncio.Future[object]] = []
     try:
         for partition, members in by_partition.items():
@@ -53,20 +55,20 @@ async def _send_to(
     topic: str,
     records: Sequence[OutgoingRecord],
     max_bytes: int,
-    note: Callable[[asyncio.Future[object]], None],
+    on_sent: Callable[[asyncio.Future[object]], None],
 ) -> None:
     batch = producer.create_batch()
     for number, record in enumerate(records):
         is_full = batch.record_count() > 0 and batch.size() + record.size_bytes > max_bytes
         if is_full or not _append(batch, record):
             batch.close()
-            note(await producer.send_batch(batch, topic, partition=partition))
+            on_sent(await producer.send_batch(batch, topic, partition=partition))
             batch = producer.create_batch()
             _append(batch, record)
-        if number % BREATH == BREATH - 1:
+        if number % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
             await asyncio.sleep(0)
     batch.close()
-    note(await producer.send_batch(batch, topic, partition=partition))
+    on_sent(await producer.send_batch(batch, topic, partition=partition))
 
 
 def _append(batch: BatchBuilder, record: OutgoingRecord) -> bool:

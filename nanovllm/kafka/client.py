@@ -69,7 +69,7 @@ def consumer_kwargs(kafka: KafkaSettings, *, drain_timeout_s: float = 0.0) -> di
         "group_instance_id": kafka.group_instance_id,
         # The answer to JoinGroup comes when the slowest member has drained.
         "request_timeout_ms": max(kafka.request_timeout_ms, rebalance_timeout_ms + JOIN_MARGIN_MS),
-        # The source finds lost places itself, and counts what retention took.
+        # `none`: the client would skip lost records without telling. The source resolves and counts them itself.
         "auto_offset_reset": "none",
         "enable_auto_commit": False,
         "isolation_level": "read_committed",

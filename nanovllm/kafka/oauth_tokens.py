@@ -17,7 +17,7 @@ REFRESH_S = 60.0
 
 
 class TokenFile(AbstractTokenProvider):
-    """The token that stands in a file, read anew for every connection: whoever mounted the file renews it."""
+    """The token that stands in a file, read anew for every connection; the platform renews the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -29,16 +29,16 @@ from pydantic import (
 )
 
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
+from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 
-IMAGE_PLACEHOLDER = "<|image|>"
 MAX_METADATA_BYTES = 65_536
 MAX_ITEMS = 4_096
 """Most images, messages, or parts of a message; every item costs validation in Python."""
 
-_S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})/([^\x00]+)")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _BARE_TAG = re.compile(r"[!#-~]+")
@@ -60,7 +60,7 @@ def _bytes_to_base64(value: bytes) -> str:
 
 def _check_s3_uri(value: Any) -> Any:
     # It runs before pydantic has looked at the type, which refuses what is no text.
-    if isinstance(value, str) and not _S3_URI.fullmatch(value):
+    if isinstance(value, str) and split_object_uri(value) is None:
         raise ValueError("is not an s3://bucket/key URI")
     return value
 
@@ -132,10 +132,10 @@ class ImageRef(_Strict):
         Raises:
             ValueError: the image is given by its bytes.
         """
-        match = _S3_URI.fullmatch(self.uri or "")
-        if match is None:
+        parts = split_object_uri(self.uri or "")
+        if parts is None:
             raise ValueError("this image has no uri")
-        return match[1], match[2]
+        return parts
 
     @property
     def identity(self) -> str:

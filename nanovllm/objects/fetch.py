@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,11 @@ from botocore.exceptions import ClientError
 
 from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
+from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
 
 CHUNK_BYTES = 256 * 1024
-
-_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ class AllowList:
         """
         entries = []
         for uri in uris:
-            match = _URI.fullmatch(uri)
-            if match is None:
+            parts = split_s3_uri(uri)
+            if parts is None:
                 raise ForbiddenUri("an entry of the allow-list is not s3://bucket or s3://bucket/prefix")
-            entries.append((match[1], (match[2] or "").rstrip("/")))
+            entries.append((parts[0], parts[1].rstrip("/")))
         return cls(tuple(entries))
 
     def check(self, bucket: str, key: str) -> None:
@@ -85,7 +83,7 @@ class ObjectFetcher:
         self._allow = AllowList.parse(settings.allow)
         self._max_bytes = max_bytes
         self._client = S3Client(settings, client_factory)
-        self._places = asyncio.Semaphore(settings.max_connections)
+        self._connections = asyncio.Semaphore(settings.max_connections)
 
     def check(self, ref: ImageRef) -> None:
         """Refuse before anything is read what a job may not read.
@@ -106,13 +104,13 @@ class ObjectFetcher:
             ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
                 for good.
             FetchFailed, ObjectUnavailable: worth another attempt.
-            CredentialsRefused, StoreUnreachable: nothing can be read until somebody acts.
+            CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is mended.
         """
         self.check(ref)
         if ref.data is not None:
             return self.checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
-        await self._places.acquire()
-        return await _in_daemon_thread(lambda: self._read(ref, held), self._places.release)
+        await self._connections.acquire()
+        return await _in_daemon_thread(lambda: self._read(ref, held), self._connections.release)
 
     def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
         """``image``, if it is what the job has promised.
@@ -202,7 +200,7 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
             image = read()
         except BaseException as failure:
             error = failure
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and no task waits any more
             loop.call_soon_threadsafe(settle, image, error)
 
     threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()

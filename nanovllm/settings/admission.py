@@ -30,5 +30,6 @@ class AdmissionSettings(SettingsModel):
         25.0, description="After SIGTERM, or when partitions leave, jobs at work get this long."
     )
     idle_exit_s: Seconds = Field(
-        5.0, description="With --exit-when-drained: leave when every partition is read and this long was idle."
+        5.0,
+        description="With --exit-when-drained: leave when every partition is read and this long was idle. Deprecated.",
     )

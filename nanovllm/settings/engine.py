@@ -28,7 +28,7 @@ class EngineSettings(SettingsModel):
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; unset: the checkpoint's.")
     block_size: int | None = Field(
-        None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's."
+        None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's. Deprecated."
     )
     kv_cache_bytes: Bytes | None = Field(
         None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1 GiB on a CPU."

@@ -24,10 +24,12 @@ class RetrySettings(SettingsModel):
         10,
         ge=1,
         description="So many different objects that could not be read, and none that could, stop the intake: the store "
-        "is asked by one job at a time until it answers.",
+        "is asked by one job at a time until it answers. Deprecated.",
     )
-    breaker_wait_s: Seconds = Field(2.0, description="First wait of a stopped intake; it doubles from there.")
-    breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait of a stopped intake.")
+    breaker_wait_s: Seconds = Field(
+        2.0, description="First wait of a stopped intake; it doubles from there. Deprecated."
+    )
+    breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait of a stopped intake. Deprecated.")
 
     @field_validator("delays_s")
     @classmethod

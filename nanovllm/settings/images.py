@@ -14,7 +14,7 @@ class ImageSettings(SettingsModel):
 
     max_bytes: Bytes = Field(32 * 2**20, description="Largest encoded image.")
     max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image.")
-    min_side: int = Field(1, ge=1, description="Shortest side in pixels.")
+    min_side: int = Field(1, ge=1, description="Shortest side in pixels. Deprecated.")
     max_frames: int = Field(1, ge=1, description="Most frames or pages; above 1 the first one is used.")
     formats: StrList = Field(
         ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"),

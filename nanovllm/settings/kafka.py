@@ -56,9 +56,12 @@ class KafkaSettings(SettingsModel):
     )
     request_timeout_ms: Millis = Field(40_000, description="Longest wait for one answer of a broker.")
     session_timeout_ms: Millis = Field(10_000, description="A worker silent for this long loses its partitions.")
-    heartbeat_interval_ms: Millis = Field(3_000, description="Time between heartbeats; a third of the session timeout.")
+    heartbeat_interval_ms: Millis = Field(
+        3_000, description="Time between heartbeats; a third of the session timeout. Deprecated."
+    )
     rebalance_timeout_ms: Millis | None = Field(
-        None, description="Longest time a rebalance waits for a draining worker; unset: the drain's budget and 15 s."
+        None,
+        description="Longest time a rebalance waits for a draining worker; unset: the drain's budget and 15 s. Deprecated.",
     )
     max_poll_interval_ms: Millis = Field(
         300_000, description="A worker that polls no more for this long leaves the group."
@@ -67,8 +70,10 @@ class KafkaSettings(SettingsModel):
         30_000,
         description="With `exactly_once`: a transaction of a worker that died holds readers up at most this long.",
     )
-    fetch_max_bytes: Bytes = Field(50 * 2**20, description="Most bytes of one fetch from a broker.")
-    max_partition_fetch_bytes: Bytes = Field(2**20, description="Most bytes of one fetch from one partition.")
+    fetch_max_bytes: Bytes = Field(50 * 2**20, description="Most bytes of one fetch from a broker. Deprecated.")
+    max_partition_fetch_bytes: Bytes = Field(
+        2**20, description="Most bytes of one fetch from one partition. Deprecated."
+    )
     max_request_bytes: Bytes = Field(2**20, description="Largest message that is sent; at most the topics' own limit.")
     compression_type: Literal["gzip", "lz4", "snappy", "zstd"] | None = Field(
         None, description="Compression of what is sent; every kind is read."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
 
@@ -35,6 +35,6 @@ class S3Settings(SettingsModel):
         if self.large_result_bytes is not None and self.large_results is None:
             raise ValueError("large_result_bytes is set without large_results, the place where they go")
         for entry in (*self.allow, *([self.large_results] if self.large_results else [])):
-            if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.\-_]{1,62}(/.*)?", entry, re.DOTALL):
+            if split_s3_uri(entry) is None:
                 raise ValueError("allow and large_results have the form s3://bucket or s3://bucket/prefix")
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,8 @@ from botocore.exceptions import ClientError
 from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable, SystemicError
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.result import StoredResult
+from nanovllm.messages.s3_uri import split_s3_uri
 
-_TARGET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
 _EXISTS = frozenset({"PreconditionFailed", "412"})
 
 
@@ -28,10 +27,10 @@ class S3ResultStore:
     """
 
     def __init__(self, target: str, call: Callable[[Callable[[Any], StoredResult]], StoredResult]) -> None:
-        match = _TARGET.fullmatch(target)
-        if match is None:
+        parts = split_s3_uri(target)
+        if parts is None:
             raise ConfigurationError("s3.large_results must have the form s3://bucket or s3://bucket/prefix")
-        self._bucket, self._prefix = match[1], (match[2] or "").strip("/")
+        self._bucket, self._prefix = parts[0], parts[1].strip("/")
         self._call = call
 
     async def put(self, name: str, body: bytes, fmt: MessageFormat) -> StoredResult:

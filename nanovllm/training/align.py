@@ -39,10 +39,10 @@ from transformers import (
 
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.errors import InvalidInput
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import evaluate as evaluate_tiny
 from nanovllm.training import synthetic
 from nanovllm.training import tiny_model as tiny_recipe
-from nanovllm.training.tiny_model import IMAGE_TOKEN
 from nanovllm.training.trainer import Batch, Question, Schedule, Trainer, export, pad
 from nanovllm.vision.images.decode import load_rgb
 
@@ -145,8 +145,8 @@ def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGe
     tower = TOWERS[family].from_pretrained(vision_model, dtype=torch.float32)
     text = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(text_model)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
     if len(tokenizer) > text.config.vocab_size:
         text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # CLIP puts a class token before its patches, which the projector leaves out; SigLIP has none.
@@ -155,7 +155,7 @@ def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGe
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
         vision_feature_layer=-2,
         vision_feature_select_strategy=selection,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
@@ -171,7 +171,7 @@ def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGe
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=selection,
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_PLACEHOLDER,
         num_additional_image_tokens=int(has_class_token),
         chat_template=tokenizer.chat_template,
     )
@@ -203,8 +203,8 @@ def _example(line: str, number: int, path: Path) -> Example:
     is_text = isinstance(prompt, str) and isinstance(answer, str)
     if not is_text or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidInput(f"{where}: prompt and answer must be strings, images a list of paths")
-    if prompt.count(IMAGE_TOKEN) != len(names):
-        raise InvalidInput(f"{where} has {prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} for {len(names)} images")
+    if prompt.count(IMAGE_PLACEHOLDER) != len(names):
+        raise InvalidInput(f"{where} has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} for {len(names)} images")
     images = tuple(path.parent / name for name in names)
     missing = [image.name for image in images if not image.is_file()]
     if missing:
@@ -265,7 +265,7 @@ class _Batches:
         if self.has_template:
             turn = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        expanded = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens_per_image)
+        expanded = prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * tokens_per_image)
         # A chat template writes its own beginning of the sequence.
         return list(self.tokenizer.encode(expanded, add_special_tokens=not self.has_template))
 

@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import synthetic
 from nanovllm.training.trainer import Batch, GlyphHead, Question, pad_by_length
 
-IMAGE_TOKEN = "<|image|>"  # noqa: S105
 SIDE_PX, PATCH_PX = 224, 32
 PATCHES_A_SIDE = SIDE_PX // PATCH_PX
 TOKENS_PER_IMAGE = PATCHES_A_SIDE**2
@@ -38,7 +38,7 @@ GLYPHS_PER_PATCH = 3
 SCAFFOLDING = ('{"vendor": "', '", "number": "', '", "date": "', '", "total": "', '"}')
 """Fixed parts of the JSON answers: one token each, which halves the time to learn and to write them."""
 
-_PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_TOKEN
+_PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_PLACEHOLDER
 _SPECIAL = (_PAD, _EOS, _UNK, _IMAGE)
 _PAGES, _PAIRS = 22, 6
 _FORM_LETTERS = dict(zip(synthetic.SHAPES, "cstdx", strict=True))
@@ -57,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token=_PAD,
         eos_token=_EOS,
         unk_token=_UNK,
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        extra_special_tokens={"image_token": IMAGE_PLACEHOLDER},
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
@@ -78,7 +78,7 @@ def processor() -> LlavaProcessor:
         tokenizer=tokenizer(),
         patch_size=PATCH_PX,
         vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_PLACEHOLDER,
         num_additional_image_tokens=1,
     )
 
@@ -115,7 +115,7 @@ def model(words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=words.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=words.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=TOKENS_PER_IMAGE,
@@ -229,6 +229,6 @@ class Batches:
 
 def question(words: Any, sample: synthetic.Sample, images: list[int]) -> Question:
     """Token ids of a sample about the batch's ``images``."""
-    prompt = sample.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * TOKENS_PER_IMAGE)
+    prompt = sample.prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * TOKENS_PER_IMAGE)
     answer = [*words.encode(sample.answer, add_special_tokens=False), words.eos_token_id]
     return Question(words.encode(prompt), answer, images)

@@ -87,7 +87,7 @@ class EmbeddingCache(Generic[Note]):
     def get_or_compute(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Tensor]]
     ) -> list[tuple[Tensor, CacheOutcome]]:
-        """Return an embedding for every key, computing those that nobody has and nobody is computing.
+        """Return an embedding for every key, computing those that are neither held nor being computed.
 
         ``compute`` gets the indices into ``keys`` to compute and returns as many tensors, in order; it runs outside
         the lock, once. Views into a batch are fine: each is copied. A key that repeats within ``keys``, or is being

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import CacheOutcome, EmbeddingCache, embedding_key
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, read_file
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
-
-IMAGE_TOKEN = "<|image|>"  # noqa: S105 (a token of text)
 
 OneImage = ImageSource | PreparedImage
 PromptImages = OneImage | Iterable[OneImage] | None
@@ -86,7 +85,7 @@ class VisionProcessor:
         encoder: ImageEncoder,
         *,
         tokenizer: Any = None,
-        image_token: str = IMAGE_TOKEN,
+        image_token: str = IMAGE_PLACEHOLDER,
         image_token_id: int | None = None,
         cache: EmbeddingCache[PreparedImage] | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,

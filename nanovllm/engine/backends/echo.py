@@ -22,11 +22,11 @@ from nanovllm.engine.outputs import (
     Usage,
 )
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
-IMAGE_PLACEHOLDER = "<|image|>"
 _WORD = re.compile(r"\s*\S+|\s+$")
 
 

@@ -30,11 +30,12 @@ from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.cache_tiers import MemoryTier
 from nanovllm.vision.embedding_cache import CacheStats, EmbeddingCache
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.images.preprocess import PreparedImage
-from nanovllm.vision.processor import IMAGE_TOKEN, VisionProcessor
+from nanovllm.vision.processor import VisionProcessor
 
 _SCORED_AT_ONCE = 256  # positions of a prompt whose logits are in memory together
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,7 +167,7 @@ class ModelRunner:
         if own is None:
             own = getattr(checkpoint.config, "image_token_id", None)
         if own is None:
-            own = tokenizer.get_vocab().get(IMAGE_TOKEN)
+            own = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
         return int(own) if own is not None else max(self.model.config.vocab_size, len(tokenizer))
 
     def _make_cache(self) -> EmbeddingCache[PreparedImage]:

@@ -22,12 +22,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-IMAGE_PLACEHOLDER = "<|image|>"
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 CHARS_PER_TOKEN = 128

@@ -12,7 +12,7 @@ from nanovllm.pipeline.admission.lanes import LaneTurns
 
 
 class Admission:
-    """Bounds jobs and bytes; whoever polls asks for ``room`` first, so that Kafka keeps what does not fit.
+    """Bounds jobs and bytes; a poll asks for ``rooms`` first, so that Kafka keeps what does not fit.
 
     A record is in memory when it is admitted, so ``admit`` never waits. What it makes the worker download does:
     ``Reservation.acquire_bytes`` waits, first come first served. A job reserves all it needs at once and never again:
@@ -104,7 +104,7 @@ class Admission:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                # Granted in the very step in which the job was cancelled: nobody will use it.
+                # Granted in the iteration in which the job was cancelled: given back.
                 self._give_back(use, nbytes, reservations=1)
             else:
                 with contextlib.suppress(ValueError):
@@ -166,7 +166,7 @@ class _LaneUse:
 
 
 class Reservation:
-    """One job's share of the admission; a context manager that gives everything back."""
+    """One job's reservation of a slot and of bytes; a context manager that releases it."""
 
     def __init__(self, admission: Admission, use: _LaneUse, record_bytes: int) -> None:
         self._admission = admission
@@ -178,9 +178,9 @@ class Reservation:
 
     @contextlib.contextmanager
     def without_slot(self) -> Iterator[None]:
-        """Others may have the job's place inside, while it waits for what no other job waits for. Its record stays.
+        """Give the job's slot up inside, while it waits for what no other job waits for. Its record stays.
 
-        Coming back takes the place again at once, so there may be more jobs than places for a while.
+        The slot is taken again at once behind it, so there may be more jobs than slots for a while.
         """
         self._admission._give_back(self._use, 0, jobs=1)
         try:
@@ -200,14 +200,14 @@ class Reservation:
         self._reserved_bytes = nbytes
 
     def resize(self, nbytes: int) -> None:
-        """What the job holds in place of its reservation: less gives room back, more is in memory and cannot wait."""
+        """Change the reserved bytes to ``nbytes``: less gives bytes back, more is in memory already and cannot wait."""
         if self._reserved_bytes is None or self._is_released:
             return
         given_back, self._reserved_bytes = self._reserved_bytes - nbytes, nbytes
         self._admission._give_back(self._use, given_back)
 
     def release_slot(self, nbytes: int) -> None:
-        """The work is done and ``nbytes`` of output wait to be released: others may have the job's place."""
+        """Release the job's slot; ``nbytes`` of output that waits for its transaction stay reserved."""
         if self._is_released or self._has_left:
             return
         self._has_left = True

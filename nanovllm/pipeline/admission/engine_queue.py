@@ -1,4 +1,4 @@
-"""Which of the admitted jobs the engine gets next."""
+"""The queue of admitted jobs before the engine: which one gets the next slot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nanovllm.pipeline.admission.tenants import FairShares
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """One job that wants a place in the engine.
+    """One job that waits for a slot, or has one.
 
-    ``tokens`` is a guess of what it will use; a lower ``lane`` goes first, and in a lane a lower ``priority``.
+    ``tokens`` estimates what it will use; a lower ``lane`` goes first, and in a lane a lower ``priority``.
     """
 
     tokens: int
@@ -31,18 +31,18 @@ class QueuedJob:
 class _Waiting:
     queued: QueuedJob
     arrival: int
-    turn: asyncio.Future[None]
+    granted: asyncio.Future[None]
 
 
 class EngineQueue:
-    """Hands out the engine's ``places``.
+    """Grants ``slots`` of the engine.
 
-    The lane first whose turn it is; inside a lane lower priority first; inside a priority the tenant that has had
-    least for its weight; inside a tenant the earliest deadline, jobs without one last; then first come, first served.
+    By lane, in turns; in a lane by priority, lower first; in a priority by the tenant with the fewest tokens for its
+    weight; in a tenant by deadline, jobs without one last; then by arrival.
     """
 
-    def __init__(self, places: int, shares: FairShares) -> None:
-        self._free = places
+    def __init__(self, slots: int, shares: FairShares) -> None:
+        self._free = slots
         self._shares = shares
         self._waiting: list[_Waiting] = []
         self._arrivals = count()
@@ -50,12 +50,12 @@ class EngineQueue:
 
     @property
     def waiting(self) -> int:
-        """Jobs that want a place and have none."""
+        """Jobs that wait for a slot."""
         return len(self._waiting)
 
     @asynccontextmanager
     async def slot(self, queued: QueuedJob) -> AsyncIterator[None]:
-        """Wait for a place, and have it inside."""
+        """Hold a slot inside; waits for one."""
         self._shares.join(queued.tenant)
         try:
             await self._take(queued)
@@ -68,7 +68,7 @@ class EngineQueue:
             self._shares.leave(queued.tenant)
 
     def settle(self, queued: QueuedJob, tokens: int) -> None:
-        """What the job really used: the guess was charged when it got its place."""
+        """Charge the tokens that the job used, in place of the estimate that was charged with its slot."""
         self._shares.charge(queued.tenant, tokens - queued.tokens)
 
     async def _take(self, queued: QueuedJob) -> None:
@@ -76,12 +76,12 @@ class EngineQueue:
         self._waiting.append(waiting)
         self._hand_out()
         try:
-            await waiting.turn
+            await waiting.granted
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            elif not waiting.turn.cancelled():
-                # It got its place in the very step in which it was cancelled.
+            elif not waiting.granted.cancelled():
+                # Granted in the iteration in which it was cancelled.
                 self._free += 1
                 self._shares.charge(queued.tenant, -queued.tokens)
                 self._hand_out()
@@ -89,7 +89,7 @@ class EngineQueue:
 
     def _hand_out(self) -> None:
         # Many are cancelled at once when a partition leaves; each future knows it before its task does.
-        self._waiting = [waiting for waiting in self._waiting if not waiting.turn.cancelled()]
+        self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while self._free and self._waiting:
             # A scan, not a heap: shares change with every job, and the window holds a few hundred.
             lanes = {waiting.queued.lane for waiting in self._waiting}
@@ -99,7 +99,7 @@ class EngineQueue:
             self._lanes.serve(lane, lanes)
             self._free -= 1
             self._shares.charge(chosen.queued.tenant, chosen.queued.tokens)
-            chosen.turn.set_result(None)
+            chosen.granted.set_result(None)
 
     def _order(self, waiting: _Waiting) -> tuple[int, float, bool, float, int]:
         queued = waiting.queued

@@ -1,4 +1,4 @@
-"""Jobs of one key, one after another."""
+"""Order by record key: jobs of a partition with equal keys run one after another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class KeyOrder:
 
 
 class KeyTurn:
-    """One job's place in the order of its key."""
+    """One job's position in the order of its key."""
 
     def __init__(self, order: KeyOrder, key: Hashable, before: KeyTurn | None) -> None:
         self.key = key

@@ -12,7 +12,7 @@ CHARS_PER_TOKEN = 4
 
 
 class FairShares:
-    """Tokens that each tenant has had, over its weight: whoever has had least is next.
+    """Tokens that each tenant has had, over its weight: the one with the least is next.
 
     A tenant that comes back from idleness starts level with the least served of those at work: it has saved up
     nothing. Tenants that were idle longest are forgotten beyond ``MAX_REMEMBERED``.

@@ -1,9 +1,9 @@
-"""The job that kills its worker: found by what the worker wrote down before, and buried instead of passed on.
+"""The crash guard: a job that ends its worker's process again and again becomes a dead letter.
 
 Before the engine starts a job, its offset stands in a compacted topic, one record for each input partition (not on
-local disk: the next owner is on another machine). A worker that dies leaves the record behind; the partition's next
-owner suspects all that it names, and runs them alone. Only who was alone at a death is charged with it, so that the
-innocent, who merely were there, are answered; whoever reaches the limit is a dead letter.
+local disk: the next owner is on another machine). The record outlives its worker. The partition's next owner suspects
+all jobs in it, and runs them alone. A crash counts against a job only where it was alone in the engine; a job that
+reaches the limit is a dead letter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RETRY_S = 0.5
 
 
 class CrashGuard:
-    """The records of the partitions that one worker has.
+    """The in-flight records of a worker's partitions.
 
     Args:
         limit: deaths while alone that make a job a dead letter.
@@ -52,7 +52,7 @@ class CrashGuard:
         self._is_engine_dead = False
 
     async def take_in(self, tp: TopicPartition, ledger: PartitionLedger) -> None:
-        """The partition is ours: learn what its last owner left behind. One that came straight back is written anew.
+        """Read what the partition's last owner left. The record of one that came straight back is written anew.
 
         Raises:
             BrokersUnavailable: the topic cannot be read.
@@ -66,7 +66,7 @@ class CrashGuard:
             await self._write(written)
 
     async def part(self, ledgers: Iterable[PartitionLedger]) -> None:
-        """The partitions leave a worker that lives: nobody in them is to be suspected by the next owner."""
+        """Clear the records of partitions that leave a live worker: their next owner suspects no job."""
         for ledger in ledgers:
             written = self._records.get(ledger)
             if written is not None and written.is_dirty and not self._is_engine_dead:
@@ -74,16 +74,16 @@ class CrashGuard:
                     await self._send(written.key, b"{}")
 
     def forget(self, ledger: PartitionLedger) -> None:
-        """The partition has left for good: its record is another worker's."""
+        """Drop the record of a partition that has left: it belongs to another worker."""
         if written := self._records.pop(ledger, None):
             written.is_lost = True
 
     @asynccontextmanager
     async def enter(self, consumed: ConsumedRecord) -> AsyncIterator[None]:
-        """Have the engine with others, or alone if suspected. ``recorded`` comes before the job may start in it.
+        """Hold the engine, exclusively for a suspect. ``recorded`` comes before the job may start.
 
         Raises:
-            CrashedWorker: the job has killed as many workers as are allowed.
+            CrashedWorker: the job has ended as many workers as are allowed.
         """
         written = self._records.get(consumed.ledger)
         if written is None:
@@ -105,7 +105,7 @@ class CrashGuard:
             async with self._noted(written, consumed):
                 yield
         finally:
-            # The topic must know that it came out before another one may be alone: the next death is not its own.
+            # The topic must have its end before another suspect starts: the next crash is not its own.
             releasing = asyncio.create_task(self._release(written))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
@@ -135,7 +135,7 @@ class CrashGuard:
                     await self._write(written)
                     return
                 except NanoVLLMError as error:
-                    logger.warning("a suspect came out and it could not be recorded: %s", error)
+                    logger.warning("the end of a suspect could not be recorded: %s", error)
                     await asyncio.sleep(RETRY_S)
         finally:
             self._exclusive.release_exclusive()
@@ -197,7 +197,7 @@ class CrashGuard:
 
 
 class _WrittenRecord:
-    """A partition's record, and how far the topic has it."""
+    """A partition's record, and how much of it the topic has."""
 
     def __init__(self, key: bytes, record: SuspectState) -> None:
         self.key = key

@@ -113,5 +113,5 @@ class RetryTopics:
                 datetime.fromisoformat(carried["first_failed_at"]).astimezone(UTC),
             )
         except (KeyError, ValueError, OverflowError):
-            # Somebody else's record: a job like any other.
+            # Not a record of a worker: a job like any other.
             return Origin(here, others)

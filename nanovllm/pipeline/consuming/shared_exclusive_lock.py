@@ -1,4 +1,4 @@
-"""Among others or alone: a lock that many share or one has."""
+"""A readers–writer lock for one event loop."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from contextlib import asynccontextmanager
 
 
 class SharedExclusiveLock:
-    """Lets many in together, or one alone. Whoever wants to be alone goes before those who come later."""
+    """Held by many as shared, or by one as exclusive. A waiting exclusive holder goes before later shared ones."""
 
     def __init__(self) -> None:
-        self._inside = 0
-        self._is_alone = False
-        self._want_alone = 0
+        self._shared = 0
+        self._is_exclusive = False
+        self._exclusive_waiting = 0
         self._changed = asyncio.Event()
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """Wait until nobody is or wants to be alone."""
-        await self._until(lambda: not self._is_alone and not self._want_alone)
-        self._inside += 1
+        """Hold the lock as shared; waits for exclusive holders, those that wait among them."""
+        await self._until(lambda: not self._is_exclusive and not self._exclusive_waiting)
+        self._shared += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._shared -= 1
             self._changed.set()
 
     async def acquire_exclusive(self) -> None:
-        """Wait until nobody is inside, and be alone until ``release_exclusive``."""
-        self._want_alone += 1
+        """Hold the lock as exclusive until ``release_exclusive``; waits for every holder."""
+        self._exclusive_waiting += 1
         try:
-            await self._until(lambda: not self._is_alone and not self._inside)
-            self._is_alone = True
+            await self._until(lambda: not self._is_exclusive and not self._shared)
+            self._is_exclusive = True
         finally:
-            self._want_alone -= 1
+            self._exclusive_waiting -= 1
             self._changed.set()
 
     def release_exclusive(self) -> None:
-        """Others may come in again."""
-        self._is_alone = False
+        """Release the exclusive lock."""
+        self._is_exclusive = False
         self._changed.set()
 
     async def _until(self, holds: Callable[[], bool]) -> None:

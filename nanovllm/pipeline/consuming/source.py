@@ -1,4 +1,4 @@
-"""Records from Kafka, and offsets back to it. All that the worker must know about consumer groups is in this file."""
+"""The source: records from one member of a consumer group, and offsets back to Kafka."""
 
 from __future__ import annotations
 
@@ -84,12 +84,14 @@ class JobSource(ConsumerRebalanceListener):
     ) -> None:
         self._settings = settings
         self._topics = list(topics)
-        self._rounds = FairPoll(topics)
+        self._fair_poll = FairPoll(topics)
         self._max_out_of_order = max_out_of_order
         self._drain = drain
         self._lost = lost
         self._drain_timeout_s = drain_timeout_s
-        self._places = StartOffsets(settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
+        self._start_offsets = StartOffsets(
+            settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {}
+        )
         self._waits = DelayedPartitions(delays_s or {})
         self._consumer: AIOKafkaConsumer | None = None
         self._active: dict[TopicPartition, AssignedPartition] = {}
@@ -114,7 +116,7 @@ class JobSource(ConsumerRebalanceListener):
     @property
     def has_put_off(self) -> bool:
         """Whether there are partitions that only ``poll(put_off=True)`` reads."""
-        return self._rounds.has_put_off
+        return self._fair_poll.has_put_off
 
     @property
     def can_read_put_off(self) -> bool:
@@ -124,11 +126,11 @@ class JobSource(ConsumerRebalanceListener):
     def put_off(self, last: ConsumedRecord) -> None:
         """What the partition of ``last`` holds can wait: it is read by polls of its own."""
         if last.is_current:
-            self._rounds.put_off(TopicPartition(last.topic, last.partition))
+            self._fair_poll.put_off(TopicPartition(last.topic, last.partition))
 
     def take_up(self, last: ConsumedRecord) -> None:
         """The partition of ``last`` is read as others are."""
-        self._rounds.take_up([TopicPartition(last.topic, last.partition)])
+        self._fair_poll.take_up([TopicPartition(last.topic, last.partition)])
 
     @property
     def has_joined(self) -> bool:
@@ -187,7 +189,7 @@ class JobSource(ConsumerRebalanceListener):
                     f"topic {topic} is missing; create it, or let `nanovllm topics create` make all of them"
                 ) from error
         on_wait(f"the coordinator of group {self._settings.group_id}")
-        await self._places.look(consumer, self._topics)
+        await self._start_offsets.look(consumer, self._topics)
         on_wait(f"partitions from group {self._settings.group_id}")
         consumer.subscribe(self._topics, listener=self)
         await consumer._subscription.wait_for_assignment()
@@ -241,22 +243,22 @@ class JobSource(ConsumerRebalanceListener):
             asked = self._asked(max_records, put_off=put_off) if self._takes_work else {}
             try:
                 batches = (
-                    await self._rounds.take(consumer, asked, timeout_ms)
+                    await self._fair_poll.take(consumer, asked, timeout_ms)
                     if asked
                     else await _keep_alive(consumer, timeout_ms)
                 )
             except OffsetOutOfRangeError as error:
-                await self._find_places(error.args[0])
+                await self._reset_positions(error.args[0])
                 return []
             except NoOffsetForPartitionError:
-                return []  # found before we sought: the place is known by now
+                return []  # raised before the seek: the offset is known by now
             except PARSE_ERRORS:
                 positions = {tp: self._active[tp].ledger.position for tp in asked if tp in self._active}
                 batches = await read_raw(consumer, positions, min(asked.values()))
         except KafkaError as error:
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         if put_off:
-            self._rounds.take_up(asked.keys() - batches.keys())
+            self._fair_poll.take_up(asked.keys() - batches.keys())
         deliveries: list[ConsumedRecord] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -320,7 +322,7 @@ class JobSource(ConsumerRebalanceListener):
         revoked = set(revoked)
         self._has_joined = False
         self._forget_arrivals()
-        self._rounds.take_up(revoked)
+        self._fair_poll.take_up(revoked)
         leaving = {tp: self._active.pop(tp) for tp in revoked if tp in self._active}
         self._parted |= leaving
         if not leaving:
@@ -340,7 +342,7 @@ class JobSource(ConsumerRebalanceListener):
         self._forget_arrivals()
         self._arriving = set(assigned)
         if self._consumer is not None:
-            self._places.recount(self._consumer)
+            self._start_offsets.recount(self._consumer)
         for tp in list(self._parted):
             if tp not in self._arriving:
                 self._let_go(self._parted.pop(tp))
@@ -357,7 +359,7 @@ class JobSource(ConsumerRebalanceListener):
 
     def _asked(self, max_records: int | Mapping[int, int], *, put_off: bool) -> dict[TopicPartition, int]:
         free = {tp: held.ledger.room for tp, held in self._active.items() if self._waits.is_over(tp)}
-        return self._rounds.rooms(free, max_records, put_off=put_off)
+        return self._fair_poll.rooms(free, max_records, put_off=put_off)
 
     def _let_go(self, assignment: AssignedPartition) -> None:
         assignment.ledger.fence()
@@ -381,9 +383,9 @@ class JobSource(ConsumerRebalanceListener):
             closing.add_done_callback(self._closing.discard)
 
     def _give_up_fenced(self) -> None:
-        """Somebody else started the producer of a partition that we hold: one of us is late to learn of a rebalance.
+        """Give up partitions whose producer another worker has started: one of the two learns late of a rebalance.
 
-        If it is us, the next heartbeat says so. If not, the partition is taken in anew once that must have come.
+        If it is this one, the next heartbeat says so. If not, the partition is taken in anew after that time.
         """
         for tp, assignment in list(self._active.items()):
             if assignment.transactions is not None and assignment.transactions.is_fenced:
@@ -398,14 +400,14 @@ class JobSource(ConsumerRebalanceListener):
         now = time.monotonic()
         due = [tp for tp in sorted(self._arriving) if self._not_before.get(tp, 0.0) <= now]
         if not self._takes_work:
-            # What is new is somebody else's soon; what came back has jobs at work, which end and are committed.
+            # New partitions go to another worker soon; those that came back have jobs at work, which are committed.
             due = [tp for tp in due if tp in self._parted]
         if not due:
             return False
         if self._committed is None:
             arriving = self._arriving
             try:
-                committed = await self._places.committed(consumer, arriving)
+                committed = await self._start_offsets.committed(consumer, arriving)
             except (CommitFailedError, IllegalStateError):
                 return False  # a rebalance has begun meanwhile
             if self._arriving is not arriving:
@@ -451,7 +453,7 @@ class JobSource(ConsumerRebalanceListener):
         transactions = PartitionTransactions(tp, self._settings, consumer.committed)
         try:
             await transactions.open()
-            position = await self._places.near(consumer, tp, transactions.committed)
+            position = await self._start_offsets.near(consumer, tp, transactions.committed)
             consumer.seek(tp, position)
         except BaseException:
             await transactions.close()
@@ -471,22 +473,22 @@ class JobSource(ConsumerRebalanceListener):
                 before.committed = committed
                 return self._parted.pop(tp)
             self._let_go(self._parted.pop(tp))
-        position = await self._places.near(consumer, tp, committed)
+        position = await self._start_offsets.near(consumer, tp, committed)
         consumer.seek(tp, position)
         return AssignedPartition(PartitionLedger(position, max_out_of_order=self._max_out_of_order), committed)
 
-    async def _find_places(self, tps: Iterable[TopicPartition]) -> None:
+    async def _reset_positions(self, tps: Iterable[TopicPartition]) -> None:
         """The log has nothing where ``tps`` stand: retention passed them, or the log was cut or made anew."""
         consumer = self._started()
         for tp in tps:
             if (assignment := self._active.get(tp)) is None:
                 continue
             wanted = assignment.ledger.position
-            place = await self._places.near(consumer, tp, wanted)
-            if place == wanted:
-                place = await self._places.anew(consumer, tp, wanted)
+            offset = await self._start_offsets.near(consumer, tp, wanted)
+            if offset == wanted:
+                offset = await self._start_offsets.anew(consumer, tp, wanted)
             if self._active.get(tp) is assignment:
-                consumer.seek(tp, place)
+                consumer.seek(tp, offset)
 
     def _deliver(self, tp: TopicPartition, record: object) -> ConsumedRecord:
         assignment = self._active[tp]
@@ -517,7 +519,7 @@ class JobSource(ConsumerRebalanceListener):
         )
 
     async def _note_positions(self) -> None:
-        """The consumer's position passes offsets that nobody is ever given: an idle partition commits it."""
+        """The consumer's position passes offsets without a record; an idle partition commits it."""
         consumer = self._started()
         self._positions_noted = time.monotonic()
         with suppress(KafkaError, TimeoutError):

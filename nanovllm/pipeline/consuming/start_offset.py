@@ -54,7 +54,7 @@ class StartOffsets:
 
         Where a partition begins at its end, that offset is committed first: a worker that ends before it has read
         anything must not skip the jobs that came meanwhile. With a transactional producer this is safe before it is
-        started, for nobody has taken a record of a partition without a committed offset.
+        started, for no record was consumed from a partition without a committed offset.
         """
         offsets = await committed_offsets(consumer, tps)
         begins: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)

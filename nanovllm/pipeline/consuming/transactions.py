@@ -2,7 +2,7 @@
 
 aiokafka's offset commit inside a transaction carries no member or generation, so that a member which has lost its
 partition could still commit for it. What shuts it out is the producer: each input partition has a transactional id of
-its own, and whoever takes the partition over starts a producer with that id, which fences the one before. Only then is
+its own, and the next owner starts a producer with that id, which fences the one before. Only then is
 the committed offset read, and only then are records taken.
 
 Outputs are released in offset order. A transaction carries the outputs of a contiguous run of jobs and the offset
@@ -67,9 +67,9 @@ class PartitionTransactions:
         self.is_fenced = False
 
     async def open(self) -> bool:
-        """Fence whoever had the partition before, and then read the committed offset.
+        """Fence the partition's previous owner, then read the committed offset.
 
-        Returns whether that is what it was when this object last knew: nobody else has worked here since.
+        Returns whether that is what it was when this object last knew: no other owner has committed since.
 
         Raises:
             KafkaError: the brokers refuse.
@@ -89,7 +89,7 @@ class PartitionTransactions:
     async def release(self, offset: int, records: Sequence[OutgoingRecord]) -> None:
         """Return when the transaction with ``records`` is committed and ``offset`` is settled.
 
-        Never returns once the partition is fenced: the job is somebody else's, and its task is to be cancelled.
+        Never returns once the partition is fenced: the job is the next owner's, and its task is to be cancelled.
 
         Raises:
             NanoVLLMError: the transaction was given up, and nothing of it is visible.
@@ -117,7 +117,7 @@ class PartitionTransactions:
                 raise outcome
 
     async def commit_position(self, ledger: PartitionLedger) -> None:
-        """Commit the watermark of an idle partition: offsets that nobody is given must not stay as lag.
+        """Commit the watermark of an idle partition: offsets without a record must not stay as lag.
 
         Raises:
             KafkaError: it was not committed.
@@ -215,7 +215,7 @@ class PartitionTransactions:
             if self.committed == behind:
                 return
             if self.committed != before:
-                self._fence()  # somebody else was here
+                self._fence()  # another owner
         raise failure from error
 
     def _fence(self) -> None:

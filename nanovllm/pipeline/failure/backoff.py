@@ -1,4 +1,4 @@
-"""Waiting between attempts."""
+"""Exponential backoff with full jitter."""
 
 from __future__ import annotations
 

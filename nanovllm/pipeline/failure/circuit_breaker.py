@@ -1,4 +1,4 @@
-"""A circuit breaker: what fails for everybody is asked again by one at a time, and not by every job at once."""
+"""A circuit breaker: while a store fails for all jobs, one job at a time asks it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 class CircuitBreaker:
     """Closed, every call passes. After ``threshold`` different things failed with no success between, it opens.
 
-    Open, calls wait and nobody is charged an attempt. When the wait is over one call goes through: its success lets all
+    Open, calls wait and count no attempt. When the wait is over one call goes through: its success lets all
     others pass, its failure opens the circuit for twice as long. A call that fails for good is a success: what it
     asked answered. So is one whose object alone is unavailable: one tenant's key or bucket must not stop the others.
 
@@ -51,7 +51,7 @@ class CircuitBreaker:
 
     async def call(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """What ``attempt`` returns or raises; ``what`` tells failures of the same thing apart from others."""
-        is_probe = await self._wait_for_turn()
+        is_probe = await self._wait_until_closed()
         try:
             outcome = await attempt()
         except ObjectUnavailable:
@@ -61,7 +61,7 @@ class CircuitBreaker:
             self._fail(what, error, is_probe=is_probe)
             raise
         except SystemicError:
-            raise  # told elsewhere, and no answer
+            raise  # reported by the caller; no answer of the store
         except Exception:
             self._close()
             raise
@@ -71,14 +71,14 @@ class CircuitBreaker:
         self._close()
         return outcome
 
-    async def _wait_for_turn(self) -> bool:
+    async def _wait_until_closed(self) -> bool:
         while not self.is_closed:
             left_s = self._open_until - self._clock()
             if left_s <= 0 and not self._is_probing:
                 self._is_probing = True
                 return True
             with contextlib.suppress(TimeoutError):
-                # Whoever waits for a probe looks again soon: the probe may be cancelled.
+                # Calls that wait for a probe look again soon: the probe may be cancelled.
                 async with asyncio.timeout(left_s if left_s > 0 else self._waits.base_s):
                     await self._closed.wait()
         return False

@@ -34,13 +34,13 @@ _BYTES_AN_ANSWER = 2_048
 
 
 @dataclass
-class _UnderWay:
+class _Flight:
     task: asyncio.Task[Any]
     waiting: int = 0
 
 
 class SingleFlightCache:
-    """What was made by key, least recently used out first, at most ``max_bytes``; equal work under way is joined.
+    """A single-flight LRU cache of at most ``max_bytes``: equal work under way is joined.
 
     For one event loop. ``max_bytes`` 0 keeps nothing and still joins. What is larger than the bound is made and not
     kept. A failure goes to all who wait for it and is not kept.
@@ -49,7 +49,7 @@ class SingleFlightCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._under_way: dict[Hashable, _UnderWay] = {}
+        self._flights: dict[Hashable, _Flight] = {}
         self.bytes = 0
 
     def peek(self, key: Hashable) -> Any | None:
@@ -61,29 +61,29 @@ class SingleFlightCache:
 
     def knows(self, key: Hashable) -> bool:
         """Whether the value of ``key`` is kept or under way."""
-        return key in self._kept or key in self._under_way
+        return key in self._kept or key in self._flights
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[tuple[T, int]]]) -> tuple[T, Reuse]:
-        """The value of ``key``; ``make`` returns it and its bytes, where nobody has it or is making it.
+        """The value of ``key``; ``make`` returns it and its bytes, where it is neither kept nor under way.
 
         Who cancels the call gives up the answer only, as long as others are waiting for it.
         """
         kept = self.peek(key)
         if kept is not None:
             return kept, "hit"
-        reuse: Reuse = "joined" if key in self._under_way else "miss"
+        reuse: Reuse = "joined" if key in self._flights else "miss"
         if reuse == "miss":
-            self._under_way[key] = _UnderWay(asyncio.create_task(self._make(key, make)))
-        under_way = self._under_way[key]
-        under_way.waiting += 1
+            self._flights[key] = _Flight(asyncio.create_task(self._make(key, make)))
+        flight = self._flights[key]
+        flight.waiting += 1
         try:
-            return await asyncio.shield(under_way.task), reuse
+            return await asyncio.shield(flight.task), reuse
         finally:
-            under_way.waiting -= 1
-            if not under_way.waiting and not under_way.task.done():
-                # Gone from the table at once: whoever comes next must not wait for what is being cancelled.
-                del self._under_way[key]
-                under_way.task.cancel()
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                # Removed at once: a later call must not wait for what is being cancelled.
+                del self._flights[key]
+                flight.task.cancel()
 
     def keep(self, key: Hashable, value: Any, size: int) -> None:
         """Keep ``value`` of ``size`` bytes in place of whatever was kept under ``key``."""
@@ -103,15 +103,15 @@ class SingleFlightCache:
             self.keep(key, value, size)
             return value
         finally:
-            under_way = self._under_way.get(key)
-            if under_way is not None and under_way.task is asyncio.current_task():
-                del self._under_way[key]
+            flight = self._flights.get(key)
+            if flight is not None and flight.task is asyncio.current_task():
+                del self._flights[key]
 
 
 class ImageCache:
     """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
 
-    ``salt`` keeps tenants apart: what one has read answers nobody else, and takes no time that would tell of it.
+    ``salt`` keeps tenants apart: an entry answers its own tenant alone, and no time tells others of it.
     """
 
     def __init__(

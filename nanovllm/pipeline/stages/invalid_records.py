@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError
-from nanovllm.kafka.batch_send import BREATH
+from nanovllm.kafka.batch_send import YIELD_EVERY_RECORDS
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.admission import Reservation
@@ -156,7 +156,7 @@ class InvalidRecords:
                 context = first if index == 0 else one.context or self._context_of(one.record)
                 letter = self._builder.dead_letter(context, one.error)
             letters.append(letter)
-            if index % BREATH == BREATH - 1:
+            if index % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
                 await asyncio.sleep(0)
         return letters
 

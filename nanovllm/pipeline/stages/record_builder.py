@@ -248,12 +248,12 @@ def root_cause(failure: NanoVLLMError) -> str:
     name = type(error).__name__
     if failure.code != NanoVLLMError.code:
         return name
-    places = [
+    frames = [
         f"{module}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
         if (module := frame.f_globals.get("__name__", "")).startswith("nanovllm.")
     ]
-    return f"{name} in {places[-1]}" if places else name
+    return f"{name} in {frames[-1]}" if frames else name
 
 
 def _folder(name: str) -> str:
@@ -272,15 +272,15 @@ def _one_of_several(completion: Completion) -> Output:
     )
 
 
-def _logprobs(places: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
-    if places is None:
+def _logprobs(positions: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
+    if positions is None:
         return None
     return tuple(
         tuple(
             TokenLogprob(token_id=token, logprob=score.logprob, rank=score.rank, text=score.text)
-            for token, score in place.items()
+            for token, score in position.items()
         )
-        for place in places
+        for position in positions
     )
 
 

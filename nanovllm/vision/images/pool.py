@@ -125,7 +125,7 @@ class DecoderPool:
             decoder = await self._idle.get()
             if self._is_open:
                 return decoder
-            # Closed while waiting: pass the decoder on, so that whoever else waits learns it too.
+            # Closed while waiting: pass the decoder on, so that other waiting calls learn it too.
             self._idle.put_nowait(decoder)
         raise RuntimeError("the decoder pool is not started, or closed")
 
@@ -141,7 +141,7 @@ class DecoderPool:
                     raise DecoderFailed(f"decoding the image took longer than {self._timeout_s:g} s") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
                     # Once may be the kernel's doing (memory, a node that drains); twice it is the image's.
-                    cause = await decoder.bury()
+                    cause = await decoder.reap()
                     if is_last_try:
                         raise DecoderFailed(f"the image ended two decoder processes ({cause})") from None
         finally:
@@ -184,7 +184,7 @@ class _Decoder:
                 await self._send(self._settings)
                 await self._receive()
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
-            cause = await (self.kill() if isinstance(error, TimeoutError) else self.bury())
+            cause = await (self.kill() if isinstance(error, TimeoutError) else self.reap())
             raise SystemicError(f"a decoder process does not come up ({cause})") from None
         except BaseException:
             await self.kill()
@@ -201,7 +201,7 @@ class _Decoder:
         size = (pixels.shape[0], pixels.shape[1])
         return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"], size)
 
-    async def bury(self) -> str:
+    async def reap(self) -> str:
         """Take leave of a process whose pipes broke, and say how it ended.
 
         It is dead or dying: killing it now could reap it behind asyncio's back, and its status would be lost.
