@@ -47,6 +47,8 @@ The environment wins over the file. In a variable, lists and objects are JSON; l
 An unknown name is an error. `nanovllm worker --print-config` shows the effective values with secrets masked.
 Credentials for S3 are the AWS SDK's own (`AWS_ACCESS_KEY_ID`, profiles, roles).
 
+A deprecated setting goes with the next major version: its default is right, or follows from others.
+
 This page is generated from the settings themselves (`python tools/reference.py`).
 """
 
