@@ -83,91 +83,27 @@ def test_the_engine_is_read_in_an_evening() -> None:
 
 # Names of an earlier private language, as modules, classes and qualified methods. Each has a term of the field now.
 FORMER_MODULES = set(
-    [
-        "places",
-        "rounds",
-        "delays",
-        "passage",
-        "refusals",
-        "spare_time",
-        "in_flight",
-        "suspects",
-        "solitude",
-        "poison",
-        "systemic",
-        "section",
-        "dispatch",
-        "reuse",
-        "outgoing",
-        "reference",
-        "submission",
-        "intake",
-        "completion",
-        "loops",
-        "rows",
-        "staging",
-        "determinism",
-        "guided",
-        "speculation",
-        "login_tokens",
-        "native_encoder",
-        "image_encoder",
-        "decoder_pool",
-        "tiny_recipe",
-        "evaluate_tiny",
-        "kv_memory",
-        "attention_cuda",
-        "doctor",
-        "topic_plan",
-        "assignment",
-        "breaker",
-        "console",
-        "local_process",
-        "client_commands",
-        "dlq_commands",
-        "topic_commands",
-        "results_view",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        places rounds delays passage refusals spare_time in_flight suspects solitude poison systemic section
+        dispatch reuse outgoing reference submission intake completion loops rows staging determinism guided
+        speculation login_tokens native_encoder image_encoder decoder_pool tiny_recipe evaluate_tiny kv_memory
+        attention_cuda doctor topic_plan assignment breaker console local_process client_commands dlq_commands
+        topic_commands results_view
+        """,
+    )
 )
 FORMER_NAMES = set(
-    [
-        "Passage",
-        "Delivery",
-        "Assignment",
-        "Places",
-        "Rounds",
-        "DelayedHeads",
-        "InFlight",
-        "Charge",
-        "PartitionRecord",
-        "Solitude",
-        "PoisonLimit",
-        "SystemicFaults",
-        "Section",
-        "Dispatch",
-        "Claim",
-        "Ticket",
-        "SharedWork",
-        "ImageReuse",
-        "AnswerReuse",
-        "RenewingProducer",
-        "is_breakdown",
-        "BuriedJob",
-        "Refusals",
-        "Refused",
-        "OutgoingRecords",
-        "RetryTiers",
-        "Intake",
-        "Plan",
-        "VarlenPlan",
-        "decode_plan",
-        "leave_with",
-        "among_others",
-        "rejoin",
-        "isolate",
-        "can_take",
-        "bury_up_to",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        Passage Delivery Assignment Places Rounds DelayedHeads InFlight Charge PartitionRecord Solitude
+        PoisonLimit SystemicFaults Section Dispatch Claim Ticket SharedWork ImageReuse AnswerReuse
+        RenewingProducer is_breakdown BuriedJob Refusals Refused OutgoingRecords RetryTiers Intake Plan
+        VarlenPlan decode_plan leave_with among_others rejoin isolate can_take bury_up_to
+        """,
+    )
 )
 FORMER_METHODS = ("scheduler.plan(", "blocks.take(", "blocks.match(", "blocks.remember(", "dispatch.place(")
 
