@@ -4,6 +4,21 @@ A class says its ``code`` (stable, machine-readable), its ``error_class`` (what 
 (what a person does about it) and whether it is ``retryable``: the same message can succeed when it is sent again, once
 the remedy was applied. The message of an instance names the thing and the value; it never carries
 secrets, local paths of the worker or object representations, because it travels into dead letters.
+
+    NanoVLLMError
+      InvalidInput                INVALID: a dead letter at once
+        InvalidJob                  UnsupportedVersion
+        InvalidImage                UnsupportedImageFormat, ImageTooLarge (TooManyPixels, TooManyFrames)
+        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
+      PermanentError              PERMANENT: a dead letter at once
+        ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, DecoderFailed, CrashedWorker, MessageTooLarge
+      TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
+        FetchFailed, ObjectUnavailable
+      DeadlineExceeded            EXPIRED: a dead letter
+      SystemicError               SYSTEMIC: back to Kafka, no work is taken
+        BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached, EngineDead, EngineFault
+      ConfigurationError          the process ends with exit code 2
+        ModelNotFound, UnsupportedModel
 """
 
 from __future__ import annotations

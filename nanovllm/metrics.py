@@ -2,85 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from nanovllm.statistics import EngineStats
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
-
-
-class TierSnapshot(Protocol):
-    """What one tier of it tells."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def hits(self) -> int: ...  # noqa: D102
-    @property
-    def bytes(self) -> int: ...  # noqa: D102
-
-
-class CacheSnapshot(Protocol):
-    """What the embedding cache tells of itself."""
-
-    @property
-    def hits(self) -> int: ...  # noqa: D102
-    @property
-    def misses(self) -> int: ...  # noqa: D102
-    @property
-    def joined(self) -> int: ...  # noqa: D102
-    @property
-    def evictions(self) -> int: ...  # noqa: D102
-    @property
-    def entries(self) -> int: ...  # noqa: D102
-    @property
-    def bytes(self) -> int: ...  # noqa: D102
-    @property
-    def max_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def hits_by_file(self) -> int: ...  # noqa: D102
-    @property
-    def seconds_saved(self) -> float: ...  # noqa: D102
-    @property
-    def tiers(self) -> Sequence[TierSnapshot]: ...  # noqa: D102
-
-
-class EngineSnapshot(Protocol):
-    """What an engine tells of itself; ``nanovllm.engine.outputs.EngineStats`` is one."""
-
-    @property
-    def num_requests_running(self) -> int: ...  # noqa: D102
-    @property
-    def num_requests_waiting(self) -> int: ...  # noqa: D102
-    @property
-    def kv_cache_usage(self) -> float: ...  # noqa: D102
-    @property
-    def num_preemptions(self) -> int: ...  # noqa: D102
-    @property
-    def steps(self) -> int: ...  # noqa: D102
-    @property
-    def prompt_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def generation_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def prefix_cache_queries(self) -> int: ...  # noqa: D102
-    @property
-    def prefix_cache_hits(self) -> int: ...  # noqa: D102
-    @property
-    def spec_decode_draft_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def spec_decode_accepted_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def encoder_images(self) -> int: ...  # noqa: D102
-    @property
-    def encoder_seconds(self) -> float: ...  # noqa: D102
-    @property
-    def embedding_cache(self) -> CacheSnapshot | None: ...  # noqa: D102
 
 
 class Metrics:
@@ -146,7 +78,7 @@ class Metrics:
         )
         self.images = self._counter("images", "Images by where their embedding came from.", ("outcome",))
 
-    def watch_engine(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+    def watch_engine(self, snapshot: Callable[[], EngineStats]) -> None:
         """Add the engine's own figures, read anew at every scrape; ``snapshot`` is called in the scraping thread."""
         self.registry.register(_EngineCollector(snapshot))
 
@@ -165,7 +97,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+    def __init__(self, snapshot: Callable[[], EngineStats]) -> None:
         self._snapshot = snapshot
 
     def describe(self) -> Iterable[Metric]:

@@ -22,7 +22,6 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import (
-    EngineStats,
     FinishReason,
     ModelInfo,
     RequestOutput,
@@ -41,6 +40,7 @@ from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt,
 from nanovllm.engine.text.output_processor import extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from nanovllm.errors import NanoVLLMError
-    from nanovllm.vision.embedding_cache import CacheStats
 
 FinishReason = Literal["stop", "length", "loop", "abort"]
 ImageOutcome = Literal["hit", "joined", "miss", "prefix"]
@@ -145,26 +144,3 @@ class ModelInfo:
     id: str
     revision: str
     parameter_digest: str
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens.
-
-    ``spec_decode_draft_tokens`` were guessed ahead, and ``spec_decode_accepted_tokens`` of them were right.
-    """
-
-    num_requests_running: int = 0
-    num_requests_waiting: int = 0
-    kv_cache_usage: float = 0.0
-    num_preemptions: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    spec_decode_draft_tokens: int = 0
-    spec_decode_accepted_tokens: int = 0
-    encoder_images: int = 0
-    encoder_seconds: float = 0.0
-    embedding_cache: CacheStats | None = None

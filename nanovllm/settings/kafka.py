@@ -61,7 +61,7 @@ class KafkaSettings(SettingsModel):
     )
     rebalance_timeout_ms: Millis | None = Field(
         None,
-        description="Longest wait of a rebalance for a draining worker; unset: the drain's budget and 15 s. Deprecated.",
+        description="Longest wait of a rebalance for a draining worker; unset: the drain's time and 15 s. Deprecated.",
     )
     max_poll_interval_ms: Millis = Field(
         300_000, description="A worker that polls no more for this long leaves the group."

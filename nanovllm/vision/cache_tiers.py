@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class TierStats:
-    """One tier: what it holds now, and the hits that it answered since the start."""
-
-    name: str
-    hits: int
-    entries: int
-    bytes: int
-    max_bytes: int
-
-
 @dataclass(eq=False)
 class Entry:
     """An embedding, the seconds that computing it took, and the names of the files that it is known by."""

@@ -13,37 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from nanovllm.statistics import CacheStats, TierStats
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-from nanovllm.vision.cache_tiers import Entry, MemoryTier, Tier, TierStats
+from nanovllm.vision.cache_tiers import Entry, MemoryTier, Tier
 
 CacheOutcome = Literal["hit", "joined", "miss"]
 
 MOST_FILES_AN_ENTRY = 8  # files of equal pixels that one entry is found by; of more, the latest
 
 Note = TypeVar("Note")
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """Counts since the start, and what is held now in all tiers together.
-
-    ``joined`` waited for another's computation, or repeated it; ``hits_by_file`` of the ``hits`` were found by the
-    file's bytes, before anything was decoded; ``evictions`` left the last tier; ``seconds_saved`` is what computing
-    the hits and the joined anew would have taken, going by what each took once.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    joined: int = 0
-    evictions: int = 0
-    entries: int = 0
-    bytes: int = 0
-    max_bytes: int = 0
-    hits_by_file: int = 0
-    seconds_saved: float = 0.0
-    tiers: tuple[TierStats, ...] = ()
 
 
 def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, kind: str = "pixels") -> bytes:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from nanovllm.engine.outputs import EngineStats
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.operations.health import Health, HealthServer
+from nanovllm.statistics import EngineStats
 
 
 @dataclass

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nanovllm.engine.outputs import EngineStats, ModelInfo, RequestOutput, TokenChunk
+from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.outputs import (
     Completion,
-    EngineStats,
     FinishReason,
     ImageOutcome,
     ImageUse,
@@ -23,6 +22,7 @@ from nanovllm.engine.outputs import (
 )
 from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.backends.base import Generation, Request
-from nanovllm.engine.outputs import EngineStats, ModelInfo, StepOutput
+from nanovllm.engine.outputs import ModelInfo, StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine

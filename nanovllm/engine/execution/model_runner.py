@@ -31,8 +31,9 @@ from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.statistics import CacheStats
 from nanovllm.vision.cache_tiers import MemoryTier
-from nanovllm.vision.embedding_cache import CacheStats, EmbeddingCache
+from nanovllm.vision.embedding_cache import EmbeddingCache
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.images.preprocess import PreparedImage
 from nanovllm.vision.processor import VisionProcessor

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from nanovllm.engine.outputs import Completion, EngineStats, ModelInfo, RequestOutput
+from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.records import OutgoingRecord
@@ -34,6 +34,7 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import Inference, JobContext, dead_letter_class
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
+from nanovllm.statistics import EngineStats
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
