@@ -45,6 +45,7 @@ class Bench:
     decoders: DecoderPool
     metrics: Metrics = field(default_factory=Metrics)
     health: Health = field(default_factory=Health)
+    polls: int = 0
 
     async def send(self, *jobs: Mapping[str, Any] | bytes, partition: int = 0, **record: Any) -> None:
         """``record``: key, headers and whatever else the producer takes."""
@@ -69,6 +70,13 @@ class Bench:
             health=self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),
         )
+        poll = source.poll
+
+        async def counted(*arguments: Any, **options: Any) -> Any:
+            self.polls += 1
+            return await poll(*arguments, **options)
+
+        source.poll = counted  # type: ignore[method-assign]
         await source.start()
         running = asyncio.create_task(worker.run(source))
         try:
@@ -79,6 +87,11 @@ class Bench:
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    async def polled(self, times: int = 5) -> None:
+        """Return when the worker has polled so often again: what it was to take until then, it has taken."""
+        begun = self.polls
+        await eventually(lambda: self.polls >= begun + times)
 
     async def read(self, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
         """The first ``count`` records of a topic; fails when fewer come in time."""

@@ -61,7 +61,7 @@ async def test_jobs_with_equal_keys_run_one_after_another_where_that_is_set(
     admission = bench.settings.admission.model_copy(update={"per_key_order": per_key_order})
     async with bench.working(engine, admission=admission):
         await eventually(lambda: len(engine.requests) == together)
-        await asyncio.sleep(0.3)
+        await bench.polled()
         assert len(engine.requests) == together
         engine.open("a1", "b1")
         await engine.submitted("a2")

@@ -28,7 +28,7 @@ from nanovllm.settings.kafka import KafkaSettings
 
 @dataclass
 class Member:
-    """One source that is polled all the time; what it is given stays unsettled until the test settles it."""
+    """One source that is polled all the time; what it is given stays open until the test completes it."""
 
     source: JobSource
     metrics: Metrics
@@ -36,13 +36,20 @@ class Member:
     lost: list[PartitionLedger] = field(default_factory=list)
     repeated: int = 0
     room: int = 100
+    polls: int = 0
 
     async def poll(self) -> None:
         while True:
-            for delivery in await self.source.poll(self.room, 50):
-                place = (delivery.partition, delivery.offset)
-                self.repeated += place in self.taken
-                self.taken[place] = delivery
+            for record in await self.source.poll(self.room, 50):
+                position = (record.partition, record.offset)
+                self.repeated += position in self.taken
+                self.taken[position] = record
+            self.polls += 1
+
+    async def polled(self, times: int = 5) -> None:
+        """Return when the source was polled so often again: what it was to give until then, it has given."""
+        begun = self.polls
+        await eventually(lambda: self.polls >= begun + times)
 
     @property
     def overtaken(self) -> int:
@@ -256,7 +263,7 @@ async def test_takes_no_more_than_the_room_and_the_span_allow(group: Group) -> N
     async with group.member(max_out_of_order=3) as member:
         await eventually(lambda: len(member.taken) == 4)
         member.taken[0, 3].complete()
-        await asyncio.sleep(0.5)
+        await member.polled()
         assert len(member.taken) == 4
         member.taken[0, 0].complete()
         await eventually(lambda: len(member.taken) == 5)
@@ -266,7 +273,7 @@ async def test_no_room_takes_nothing_and_keeps_the_membership(group: Group) -> N
     await group.send(0, 3)
     async with group.member(room=0) as member:
         await eventually(lambda: member.source.has_joined and len(member.partitions) == 2)
-        await asyncio.sleep(0.5)
+        await member.polled()
         assert member.taken == {}
         member.room = 2
         await eventually(lambda: len(member.taken) == 3)
@@ -277,7 +284,7 @@ async def test_after_stop_taking_nothing_is_taken_and_nothing_is_skipped(group: 
         await eventually(lambda: len(member.partitions) == 2)
         member.source.stop_taking()
         await group.send(0, 2)
-        await asyncio.sleep(0.5)
+        await member.polled()
         assert member.taken == {}
         await member.source.commit()
         assert await group.committed(0) == 0

@@ -213,7 +213,7 @@ async def test_stopping_finishes_what_is_at_work_and_commits_it(bench: Bench) ->
         await engine.submitted("j0")
         worker.stop()
         await bench.send({"job_id": "j1", "prompt": "later"})
-        await asyncio.sleep(0.5)
+        await bench.polled()
         assert not running.done()
         engine.open("j0", "j1")
         await running
@@ -362,7 +362,7 @@ async def test_the_window_is_bounded_and_the_rest_stays_in_kafka(bench: Bench) -
     await bench.send(*({"job_id": f"j{i}", "prompt": "p"} for i in range(40)))
     async with bench.working(engine):
         await eventually(lambda: len(engine.requests) == 16)
-        await asyncio.sleep(1)
+        await bench.polled()
         assert len(engine.requests) == 16
         engine.open(*(f"j{i}" for i in range(40)))
         await bench.results(40)
@@ -376,7 +376,7 @@ async def test_a_partition_out_of_order_by_the_bound_is_read_no_further(bench: B
     async with bench.working(engine, admission=admission):
         engine.open(*(f"j{i}" for i in range(1, 12)), "other")
         assert set(await bench.results(5)) == {"j1", "j2", "j3", "j4", "other"}
-        await asyncio.sleep(1)
+        await bench.polled()
         assert len(engine.requests) == 6
         engine.open("j0")
         await bench.results(13)
