@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -15,11 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs
+from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import (
     EngineStats,
@@ -33,7 +36,7 @@ from nanovllm.engine.outputs import (
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
-from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -42,6 +45,14 @@ from nanovllm.engine.text.output_processor import extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import PromptImages, VisionProcessor
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens that a step sampled, one for each row of logits, and their log probabilities where asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
 
 
 class LLMEngine:
@@ -159,41 +170,46 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
-        now = time.perf_counter()
-        for row in scheduled.rows:
-            if not row.sequence.times.first_scheduled:
-                row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(scheduled.rows, self.scheduler.upcoming())
+        _stamp_first_scheduled(scheduled, time.perf_counter())
+        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.upcoming())
         inputs = self.model_runner.prepare(scheduled)
+        # The masks are computed by another thread while the forward pass runs.
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
-        logits = self.model_runner.forward(inputs)
-        scored = [place for place, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
+        result = self.model_runner.forward(inputs)
+        sampled = self.sample(inputs, result.logits, masks)
+        return outputs + self.commit(inputs, result, sampled)
+
+    def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
+        """Sample the next token of each row of ``logits``, which are overwritten."""
+        scored = [index for index, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
         unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
         tokens = self.sampler.sample(logits, inputs.sampling, masks.result() if masks is not None else None)
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
-            counts = [inputs.sampling[place].sampling.logprobs or 0 for place in scored]
-            taken = [tokens[place] for place in scored]
+            counts = [inputs.sampling[index].sampling.logprobs or 0 for index in scored]
+            taken = [tokens[index] for index in scored]
             scores = top_logprobs(unchanged, taken, counts, self.model_runner.text_of)
-            for place, score in zip(scored, scores, strict=True):
-                logprobs[place] = score
-        return outputs + self.commit(inputs, tokens, logprobs)
+            for index, score in zip(scored, scores, strict=True):
+                logprobs[index] = score
+        return SampledTokens(tokens, logprobs)
 
-    def commit(self, inputs: StepInputs, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None]) -> list[StepOutput]:
-        """Book a computed step: computed tokens, new tokens, and the requests that end with them."""
+    def commit(self, inputs: StepInputs, result: StepResult, sampled: SampledTokens) -> list[StepOutput]:
+        """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
         now = time.perf_counter()
         self._steps += 1
+        for sequence, scores in result.prompt_logprobs:
+            sequence.prompt_logprobs += scores
         outputs = []
-        place = 0
+        first = 0
         for row in inputs.rows:
-            sampled = slice(place, place + row.num_samples)
-            place = sampled.stop
+            mine = slice(first, first + row.num_samples)
+            first = mine.stop
             if row.sequence.is_finished:  # a failure of the same request has just ended it
                 continue
             if row.start < row.sequence.num_prompt_tokens:
                 self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.samples:
-                outputs.append(self._append(row, tokens[sampled], logprobs[sampled], now))
+                outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
                 self._book(row)
         return outputs
@@ -327,6 +343,11 @@ class LLMEngine:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _stamp_first_scheduled(scheduled: ScheduledBatch, now: float) -> None:
+    for row in scheduled.rows:
+        row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
 
 
 def _progress(total: int, visible: bool) -> Any:

@@ -61,6 +61,14 @@ class StepInputs:
     tokens: StepTokens | Replay  # or the graph that has them already
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a forward pass computed. Nothing of it is in a sequence before the step is committed."""
+
+    logits: Tensor  # [sampling rows, vocab]
+    prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
+
+
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -173,12 +181,13 @@ class ModelRunner:
         host = [MemoryTier("host", beyond, "cpu")] if beyond else []
         return EmbeddingCache(self.config.embedding_cache_bytes, *host, device=self.device)
 
-    def embed_images(self, rows: Rows[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()) -> None:
+    def attach_image_embeddings(self, rows: Rows[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
-        The embeddings stay with the sequence until it has computed past them, so that no eviction can take them away
-        between two chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's
-        batch up and go to the cache.
+        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
+        stay with the sequence until it has computed past them, so that no eviction can take them away between two
+        chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's batch up and go
+        to the cache.
         """
         needed = [
             (row.sequence, span)
@@ -238,7 +247,7 @@ class ModelRunner:
     def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
         """The scheduled rows as tensors, single-token rows first, or load them into a graph.
 
-        The images that they touch are encoded: `embed_images` ran before.
+        The images that they touch have their embeddings: `attach_image_embeddings` ran before.
         """
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
@@ -251,7 +260,7 @@ class ModelRunner:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
                 if span.touches(start, end):
-                    assert span.embedding is not None  # embed_images ran before
+                    assert span.embedding is not None  # attach_image_embeddings ran before
                     first, last = max(start, span.start), min(end, span.end)
                     part = span.embedding[first - span.start : last - span.start]
                     images.append((len(token_ids) + first - start, part))
@@ -298,45 +307,52 @@ class ModelRunner:
             scored=tuple(scored),
         )
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """Compute the step and return the logits [sampling rows, vocab]."""
+    def forward(self, inputs: StepInputs) -> StepResult:
+        """Compute the logits of the step and the log probabilities of prompt tokens.
+
+        Writes to the KV caches and to no sequence.
+        """
         tokens = inputs.tokens
         if not isinstance(tokens, StepTokens):
-            return tokens()
+            return StepResult(tokens(), ())
         hidden = self.model.embed(tokens.token_ids)
         wanted = None if tokens.scored else tokens.sampling_indices
         hidden = self.model(
             hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted
         )
-        for row, first in tokens.scored:
-            self._score_prompt(row, hidden[first : first + row.num_tokens])
+        scores = tuple(
+            (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
+            for row, first in tokens.scored
+        )
         if not inputs.sampling:
-            return hidden.new_empty(0, self.model.config.vocab_size)
+            return StepResult(hidden.new_empty(0, self.model.config.vocab_size), scores)
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
-        return self.model.logits(hidden)
+        return StepResult(self.model.logits(hidden), scores)
 
-    def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> None:
-        """Add the log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
+    def _prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> list[TokenLogprobs]:
+        """The log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
         sequence = row.sequence
         count = sequence.sampling.prompt_logprobs or 0
-        sequence.prompt_logprobs = sequence.prompt_logprobs or [{}]  # nothing comes before the first token
+        # The first token has none, because no logits come before it.
+        found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {place for span in sequence.images for place in range(span.start, span.end)}
+        images = {position for span in sequence.images for position in range(span.start, span.end)}
         for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORED_AT_ONCE):
             end = min(start + _SCORED_AT_ONCE, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]
-            texts = [place for place in range(len(tokens)) if start + 1 + place not in images]
+            texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
             logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
             scores: list[TokenLogprobs] = [{} for _ in tokens]
             if texts:
-                taken = [tokens[place] for place in texts]
-                for place, score in zip(
+                taken = [tokens[index] for index in texts]
+                for index, score in zip(
                     texts, top_logprobs(logits, taken, [count] * len(taken), self.text_of), strict=True
                 ):
-                    scores[place] = score
-            sequence.prompt_logprobs += scores
+                    scores[index] = score
+            found += scores
+        return found
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; without vision all are 0."""
