@@ -209,8 +209,8 @@ def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
 
     Without drafts: a token that was guessed right costs no step, and nothing could be said of the bound.
     """
-    speculation = engine.scheduler.speculation
-    max_drafts, speculation.max_drafts = speculation.max_drafts, 0
+    prompt_lookup = engine.scheduler.prompt_lookup
+    max_drafts, prompt_lookup.max_drafts = prompt_lookup.max_drafts, 0
     names = _requests(engine, rows, length, engine.max_model_len - length - 1, rows)
     while any(sequence.num_output_tokens < 2 for sequence in engine.scheduler.running) or engine.scheduler.waiting:
         engine.step()
@@ -225,5 +225,5 @@ def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
         engine.abort(name)
     while engine.has_unfinished():
         engine.step()
-    speculation.max_drafts = max_drafts
+    prompt_lookup.max_drafts = max_drafts
     return 1.0 / fastest

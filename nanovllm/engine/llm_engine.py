@@ -7,7 +7,7 @@ A step is ``schedule → prepare → forward → sample → commit``. A caller's
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Rows
+from collections import abc
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +40,9 @@ from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
-from nanovllm.engine.text.output_processor import extend, output_of
+from nanovllm.engine.text.output_processor import RequestState, extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import PromptImages, VisionProcessor
@@ -81,15 +82,19 @@ class LLMEngine:
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
-        self.intake = InputProcessor(
+        vocab_size = self.model_runner.model.config.vocab_size
+        self.input_processor = InputProcessor(
             self.tokenizer,
-            self.model_runner,
+            self.processor,
+            vocab_size=vocab_size,
             max_model_len=self.max_model_len,
             max_images=self.config.max_images_per_request,
-            eos_token_ids=self.checkpoint.eos_token_ids(self.model_runner.model.config.vocab_size),
+            image_token_id=self.model_runner.image_token_id,
+            around_image=self.model_runner.around_image,
+            eos_token_ids=self.checkpoint.eos_token_ids(vocab_size),
         )
-        self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
-        self._requests: dict[str, list[Sequence]] = {}
+        self._masks = TokenMasks(vocab_size)
+        self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
         self._is_closed = False
         self._names = count()
@@ -141,8 +146,10 @@ class LLMEngine:
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
-        sequences = self.intake.sequences(request_id, prompt, sampling, images, priority=priority, salt=cache_salt)
-        self._requests[request_id] = sequences
+        sequences = self.input_processor.sequences(
+            request_id, prompt, sampling, images, priority=priority, salt=cache_salt
+        )
+        self._requests[request_id] = RequestState.of(sequences, self.tokenizer)
         for sequence in sequences:
             self.scheduler.add(sequence)
         return request_id
@@ -152,10 +159,10 @@ class LLMEngine:
 
         An id that is unknown or finished already is no error: an abort may always come too late.
         """
-        running = [sequence for sequence in self._requests.get(request_id, ()) if not sequence.is_finished]
-        for sequence in running:
-            text = sequence.detokenizer.finish()
-            self._ended.append(self._finish(sequence, "abort", text, ()))
+        request = self._requests.get(request_id)
+        for sequence in request.sequences if request is not None else ():
+            if not sequence.is_finished:
+                self._ended.append(self._finish(sequence, "abort", "", ()))
 
     def has_unfinished(self) -> bool:
         """Whether a further step has something to do or to report."""
@@ -220,14 +227,14 @@ class LLMEngine:
             row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
 
     def _append(
-        self, row: ScheduledRow, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None], now: float
+        self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
-            text, reason = extend(row, tokens, logprobs, force=self.config.forced_tokens)
+            text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
         except UnsupportedConstraint as error:
             return self._fail(sequence.request_id, error)
         finally:
@@ -236,29 +243,33 @@ class LLMEngine:
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
-        return self._finish(sequence, reason, text + sequence.detokenizer.finish(), new)
+        return self._finish(sequence, reason, text, new)
+
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
+        return self._requests[sequence.request_id].detokenizers[sequence.index]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str, new: tuple[int, ...]) -> StepOutput:
-        """End one output; the last one of a request ends the request."""
+        """End one output, whose last step has brought ``text``; the last one of a request ends the request."""
         self.scheduler.finish(sequence)
         sequence.finish_reason = reason
         request = self._requests[sequence.request_id]
+        text += self._detokenizer(sequence).finish()
         finished = None
-        if all(one.is_finished for one in request):
+        if all(one.is_finished for one in request.sequences):
             del self._requests[sequence.request_id]
             finished = output_of(request)
         return StepOutput(sequence.request_id, TokenChunk(text, new, reason, sequence.index), finished)
 
     def _fail(self, request_id: str, error: UnsupportedConstraint) -> StepOutput:
-        for sequence in self._requests.pop(request_id):
+        for sequence in self._requests.pop(request_id).sequences:
             if not sequence.is_finished:
                 self.scheduler.finish(sequence)
         return StepOutput(request_id, TokenChunk("", ()), failure=error)
 
     def generate(
         self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: SamplingParams | Rows[SamplingParams] | None = None,
+        prompts: Prompt | abc.Sequence[Prompt],
+        sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         images: Images = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -269,7 +280,7 @@ class LLMEngine:
         then none of the prompts runs on.
         """
         batch = prompt_list(prompts)
-        images_of_prompts = self.intake.images_of(batch, images)
+        images_of_prompts = self.input_processor.images_of(batch, images)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if len(sampling_params) != len(batch):
@@ -310,8 +321,8 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
-            spec_decode_draft_tokens=scheduler.speculation.num_drafted,
-            spec_decode_accepted_tokens=scheduler.speculation.num_accepted,
+            spec_decode_draft_tokens=scheduler.prompt_lookup.num_drafted,
+            spec_decode_accepted_tokens=scheduler.prompt_lookup.num_accepted,
             encoder_images=encoder.images_encoded if encoder else 0,
             encoder_seconds=encoder.encode_seconds if encoder else 0.0,
             embedding_cache=self.processor.cache.stats() if self.processor else None,

@@ -18,7 +18,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-SCHEDULED = {"block_table", "status", "num_computed_tokens", "num_cached_tokens", "_block_hashes", "images", "drafter"}
+SCHEDULED = {"block_table", "status", "num_computed_tokens", "num_cached_tokens", "_block_hashes", "images"}
 """The fields of a sequence that ``Scheduler.schedule`` documents; of ``images`` a preemption drops the embeddings."""
 
 PLAIN = (int, float, str, bytes, type(None), Enum)

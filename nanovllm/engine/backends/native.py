@@ -112,7 +112,7 @@ class AsyncEngine:
         """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
         assert self._loop is not None
         self._compiling[request.request_id] = False
-        compiling = self._loop.run_in_executor(None, self._engine.intake.grammars.matcher, constraint)
+        compiling = self._loop.run_in_executor(None, self._engine.input_processor.grammars.matcher, constraint)
 
         def queue_request(done: asyncio.Future[object]) -> None:
             aborted = self._compiling.pop(request.request_id)
@@ -234,9 +234,9 @@ class AsyncEngine:
 
     def _add(self, request: Request) -> None:
         if request.prompt is not None:
-            tokens = self._engine.intake.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+            tokens = self._engine.input_processor.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
         else:
-            tokens = self._engine.intake.prompts.messages(request.messages or ())
+            tokens = self._engine.input_processor.prompts.messages(request.messages or ())
         self._engine.add_request(
             tokens,
             request.sampling,

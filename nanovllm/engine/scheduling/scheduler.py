@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
-from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 
@@ -48,7 +49,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
-        self.speculation = Speculation(num_speculative_tokens)
+        self.prompt_lookup = PromptLookup(num_speculative_tokens)
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -123,10 +124,12 @@ class Scheduler:
     def _add_drafts(self, rows: list[ScheduledRow], budget: StepBudget) -> list[ScheduledRow]:
         """The same rows, those that sample with drafts, as long as the step stays small and blocks are free."""
         num_tokens = self.max_num_batched_tokens - budget.tokens
-        budget.tokens = min(budget.tokens, MOST_TOKENS_A_STEP - num_tokens)
+        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
         drafted = []
         for row in rows:
-            drafts = self.speculation.propose(row.sequence, budget.tokens) if row.samples and budget.tokens > 0 else ()
+            drafts = (
+                self.prompt_lookup.propose(row.sequence, budget.tokens) if row.samples and budget.tokens > 0 else ()
+            )
             longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
             if drafts and self._extend_block_table(longer):
                 budget.tokens -= len(drafts)
@@ -203,7 +206,7 @@ class Scheduler:
         computed = row.end
         if row.drafts:
             computed -= len(row.drafts) - row.num_accepted
-            self.speculation.learn(row)
+            self.prompt_lookup.learn(row)
             kept = self.blocks.blocks_for(computed)
             self.blocks.free(sequence.block_table[kept:])
             del sequence.block_table[kept:]
@@ -219,8 +222,7 @@ class Scheduler:
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._release(sequence)
-        if self.speculation.max_drafts:
-            self.speculation.remember(sequence)
+        self.prompt_lookup.finish(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
@@ -231,6 +233,7 @@ class Scheduler:
     def audit(self) -> None:
         """Check the invariants of queues and blocks between two steps; raises AssertionError."""
         self.blocks.audit(sequence.block_table for sequence in self.running)
+        self.prompt_lookup.audit([*self.running, *self.waiting])
         assert len(self.running) <= self.max_num_seqs, "more sequences run than there are seats"
         for queue, status in ((self.running, SequenceStatus.RUNNING), (self.waiting, SequenceStatus.WAITING)):
             assert all(earlier < later for earlier, later in pairwise(queue)), "out of order"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
-    from nanovllm.engine.scheduling.prompt_lookup import Drafter
-    from nanovllm.engine.text.detokenizer import Detokenizer
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.images.preprocess import PreparedImage
 
@@ -85,7 +83,6 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     max_tokens: int  # of output; already cut to what the context and the KV cache hold
-    detokenizer: Detokenizer
     index: int = 0  # among the outputs of its request
     images: tuple[ImageSpan, ...] = ()
     priority: int = 0  # lower goes first
@@ -98,7 +95,6 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
-    drafter: Drafter | None = None  # of speculation, from its first draft on
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     times: Timestamps = field(default_factory=Timestamps)
