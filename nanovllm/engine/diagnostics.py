@@ -94,13 +94,13 @@ def _model(engine: LLMEngine) -> Finding:
 
 
 def _weights(engine: LLMEngine) -> Finding:
-    forms = Counter(module.form for module in engine.model_runner.model.modules() if isinstance(module, Linear))
-    told = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+    layouts = Counter(module.layout for module in engine.model_runner.model.modules() if isinstance(module, Linear))
+    counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
-    if forms["plain"]:
+    if layouts["plain"]:
         note = "plain ones are too small to gain by packing, or of a type that this CPU does not compute in"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
-    value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {told}"
+    value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
 
 

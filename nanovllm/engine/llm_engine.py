@@ -106,7 +106,7 @@ class LLMEngine:
     def model_info(self) -> ModelInfo:
         """Which model this is; reads the weight files once more for their digest.
 
-        A directory is named by its last part: the id travels in results, and a worker's paths are its own affair.
+        A directory is named by its last part: the id is part of results, which must not contain a worker's paths.
         """
         name = Path(self.config.model)
         return ModelInfo(
@@ -133,7 +133,7 @@ class LLMEngine:
 
         Raises:
             PlaceholderMismatch: more or fewer placeholders than images.
-            PromptTooLong: a prompt that leaves no room for a single token.
+            PromptTooLong: a prompt after which not a single token fits.
             UnsupportedConstraint: a schema, expression, grammar or choice that cannot be enforced.
             InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower
                 or in another shape than a flat sequence or one image.
@@ -155,9 +155,9 @@ class LLMEngine:
         return request_id
 
     def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is; the next step reports it with ``finish_reason`` "abort".
+        """End a waiting or running request; the next step reports it with ``finish_reason`` "abort".
 
-        An id that is unknown or finished already is no error: an abort may always come too late.
+        An unknown or finished id is no error: an abort may arrive after the end.
         """
         request = self._requests.get(request_id)
         for sequence in request.sequences if request is not None else ():
@@ -218,10 +218,10 @@ class LLMEngine:
             if row.samples:
                 outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
-                self._book(row)
+                self._commit_row(row)
         return outputs
 
-    def _book(self, row: ScheduledRow) -> None:
+    def _commit_row(self, row: ScheduledRow) -> None:
         self.scheduler.commit(row)
         if row.sequence.images:
             row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
@@ -239,7 +239,7 @@ class LLMEngine:
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
-        self._book(row)
+        self._commit_row(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
@@ -285,25 +285,25 @@ class LLMEngine:
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if len(sampling_params) != len(batch):
             raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         outputs: list[RequestOutput | None] = [None] * len(batch)
         try:
-            for place, (prompt, params, pictures) in enumerate(
+            for index, (prompt, params, pictures) in enumerate(
                 zip(batch, sampling_params, images_of_prompts, strict=True)
             ):
-                places[self.add_request(prompt, params, images=pictures)] = place
+                indices[self.add_request(prompt, params, images=pictures)] = index
             with _progress(len(batch), use_tqdm) as bar:
                 while any(output is None for output in outputs):
                     for output in self.step():
-                        if output.failure is not None and output.request_id in places:
+                        if output.failure is not None and output.request_id in indices:
                             raise output.failure
-                        if output.finished is not None and output.request_id in places:
-                            outputs[places[output.request_id]] = output.finished
+                        if output.finished is not None and output.request_id in indices:
+                            outputs[indices[output.request_id]] = output.finished
                             bar.update(1)
         except BaseException:
-            for request_id in places:
+            for request_id in indices:
                 self.abort(request_id)
-            self._ended = [output for output in self._ended if output.request_id not in places]
+            self._ended = [output for output in self._ended if output.request_id not in indices]
             raise
         return [output for output in outputs if output is not None]
 
@@ -337,7 +337,7 @@ class LLMEngine:
             self.processor.cache.audit()
 
     def close(self) -> None:
-        """End all requests and let go of the KV memory. Closing twice does nothing."""
+        """End all requests and free the KV memory. Closing twice does nothing."""
         self._is_closed = True
         for request_id in list(self._requests):
             self.abort(request_id)

@@ -29,10 +29,10 @@ class StepBudget:
 
 
 class Scheduler:
-    """The waiting queue, the running batch, and the rules between them.
+    """The waiting queue, the running batch, and the rows of each step.
 
-    Nothing starves: the first sequence in order may preempt every other one, and admission has made sure that it fits
-    the cache alone; so it finishes, and the next one is first.
+    No sequence starves: the first one in order may preempt all others, and the input processor has checked that it
+    fits the cache alone; so it finishes, and the next one is first.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         num_speculative_tokens: int = 0,
     ) -> None:
-        """``blocks`` belongs to the scheduler from here on."""
+        """``blocks`` is used by this scheduler alone."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -167,15 +167,15 @@ class Scheduler:
         return sequence
 
     def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """The hashes of the leading blocks that a waiting sequence may find in the prefix cache."""
+        """The hashes of the leading blocks that a waiting sequence may reuse."""
         if sequence.lacks_prompt_logprobs:
             return []
-        # At least one token is left to compute: without it there would be no logits to sample from.
+        # The last token is always computed: sampling needs its logits.
         size = self.blocks.block_size
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
     def upcoming(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in the order in which they are computed, each with its first token that has yet to be.
+        """All sequences in scheduling order, each with its number of computed tokens.
 
         Of waiting ones, tokens that the prefix cache holds count as computed.
         """
@@ -197,19 +197,19 @@ class Scheduler:
         }
 
     def commit(self, row: ScheduledRow) -> None:
-        """Book a computed row: its tokens count as computed, and its full blocks enter the prefix cache.
+        """Count a computed row's tokens as computed and name its full blocks in the prefix cache.
 
-        The tokens that the row sampled are appended before. Of its drafts only those stay that are among them; the
-        blocks that the others alone needed are given back.
+        The tokens that the row sampled are appended before. The drafts that are not among them are rejected, and the
+        blocks that those alone needed are freed.
         """
         sequence, size = row.sequence, self.blocks.block_size
         computed = row.end
         if row.drafts:
             computed -= len(row.drafts) - row.num_accepted
             self.prompt_lookup.learn(row)
-            kept = self.blocks.blocks_for(computed)
-            self.blocks.free(sequence.block_table[kept:])
-            del sequence.block_table[kept:]
+            num_blocks = self.blocks.blocks_for(computed)
+            self.blocks.free(sequence.block_table[num_blocks:])
+            del sequence.block_table[num_blocks:]
         first, last = row.start // size, computed // size
         if first != last:
             hashes = sequence.block_hashes(size)
@@ -218,7 +218,7 @@ class Scheduler:
         sequence.num_computed_tokens = computed
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, in whatever state it is."""
+        """Remove a waiting or running sequence and free its blocks."""
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._release(sequence)

@@ -1,4 +1,4 @@
-"""From what a caller gave to sequences that the engine can run: every mistake of a caller is found here."""
+"""The input processor: from a caller's request to sequences. All mistakes of a request are found here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Prompt = str | abc.Sequence[int] | abc.Sequence[Mapping[str, Any]]
 Images = PromptImages | Iterable[PromptImages]
 """Of many prompts: one entry for each. Of one prompt: its images, or a list with them."""
 
-_SHOWN_PROMPTS = 4  # whose images a message about their shape writes out
+_MAX_PROMPTS_IN_MESSAGE = 4
 
 
 def prompt_list(prompts: Prompt | abc.Sequence[Prompt]) -> list[Prompt]:
@@ -41,7 +41,7 @@ def prompt_list(prompts: Prompt | abc.Sequence[Prompt]) -> list[Prompt]:
 
 
 class InputProcessor:
-    """Encodes prompts, gives images their positions, and checks everything that a model cannot take."""
+    """Encodes prompts, assigns images their positions, and validates both against the model."""
 
     def __init__(
         self,
@@ -134,8 +134,10 @@ class InputProcessor:
             raise self._wrong_shape(prompts, listed) from None
 
     def _wrong_shape(self, prompts: abc.Sequence[Prompt], given: object) -> InvalidInput:
-        wanted = [written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_SHOWN_PROMPTS]]
-        wanted += ["…"] * (len(prompts) > _SHOWN_PROMPTS)
+        wanted = [
+            written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_MAX_PROMPTS_IN_MESSAGE]
+        ]
+        wanted += ["…"] * (len(prompts) > _MAX_PROMPTS_IN_MESSAGE)
         return InvalidInput(
             f"each prompt has its own list of images: images=[{', '.join(wanted)}], not {shape_of(given)}"
         )

@@ -1,4 +1,4 @@
-"""How an output grows, when it ends, and what a finished request gives back."""
+"""The output processor: appends sampled tokens, decides where an output ends, and builds the request's output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.repetition import is_loop
 from nanovllm.errors import UnsupportedConstraint
 
-_LOOK_FOR_LOOPS_EVERY = 8  # tokens
+_LOOP_CHECK_INTERVAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def extend(
     *,
     force: bool = True,
 ) -> tuple[str, FinishReason | None]:
-    """Add to the row's sequence the token sampled after its last one and, as far as its drafts were right, after those.
+    """Append to the row's sequence the token sampled after its last one and those after each accepted draft.
 
-    ``tokens`` and ``logprobs`` have one entry for the last known token and one for each draft. With ``force`` the
-    tokens that the constraint leaves no choice about are added too; they need no sampled token, and may be drafts.
-    Returns the text that may be shown now, and why the output ends here if it does.
+    ``tokens`` and ``logprobs`` have one entry for the last known token and one for each draft. With ``force`` the only
+    tokens that the constraint allows are appended too; they need no sampled token, and may be drafts.
+    Returns the text that may be shown now, and the finish reason if the output ends here.
 
     Raises:
         UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token after the text.
@@ -89,7 +89,7 @@ def _extend(
     if matcher is None:
         return text, reason
     matcher.consume_token(token)
-    # A forced token has no logits, so that its log probability could not be told.
+    # A forced token has no logits, so there would be no log probability.
     if force and reason is None and sequence.sampling.logprobs is None:
         for forced in matcher.compute_ff_tokens():
             more, reason = _add(sequence, detokenizer, forced)
@@ -104,7 +104,7 @@ def _extend(
         return text, reason
     if detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped() or matcher.is_accepting())):
         return text, "length"  # a stop string or a stop token inside what the constraint demands
-    # An output that is whole with its last token was not cut.
+    # An output that is complete with its last token has not been cut by max_tokens.
     return text, "stop" if matcher.is_stopped() else reason
 
 
@@ -117,7 +117,12 @@ def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str,
     if count >= sequence.max_tokens:
         return text, "length"
     window = sampling.loop_tokens
-    if window and count >= window and count % _LOOK_FOR_LOOPS_EVERY == 0 and is_loop(sequence.token_ids[-window:]):
+    if (
+        window
+        and count >= window
+        and count % _LOOP_CHECK_INTERVAL_TOKENS == 0
+        and is_loop(sequence.token_ids[-window:])
+    ):
         return text, "loop"
     return text, None
 
