@@ -234,7 +234,7 @@ def time_masks(llm: LLM, cases: list[Case]) -> list[float]:
             continue
         constraint = SamplingParams(json_schema=case.schema).constraint
         assert constraint is not None
-        matcher = llm.intake.grammars.matcher(constraint)
+        matcher = llm.input_processor.grammars.matcher(constraint)
         for token in case.output.token_ids:
             if matcher.is_stopped():
                 break

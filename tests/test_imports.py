@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,70 @@ def test_the_public_names_are_listed_and_others_are_not_there() -> None:
     assert set(nanovllm.__all__) <= set(dir(nanovllm))
     with pytest.raises(AttributeError, match="Nothing"):
         nanovllm.Nothing  # noqa: B018 (looking is the test)
+
+
+Edges = dict[str, set[str]]
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    files = (ROOT / "nanovllm").rglob("*.py")
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def imports_of(tree: ast.AST, *, is_inside_function: bool = False) -> Iterator[tuple[str, bool]]:
+    """The names that a module imports, for type checkers alone too, and whether a function does it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, is_inside_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the package imports by absolute names"
+            yield from ((f"{node.module}.{alias.name}", is_inside_function) for alias in node.names)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports_of(node, is_inside_function=is_inside_function or is_function)
+
+
+def import_graph() -> tuple[Edges, Edges]:
+    """Which modules each module imports: at its own level, and inside functions."""
+    files = module_files()
+    eager: Edges = {name: set() for name in files}
+    lazy: Edges = {name: set() for name in files}
+    for name, path in files.items():
+        for imported, is_inside_function in imports_of(ast.parse(path.read_text())):
+            target = imported if imported in files else imported.rpartition(".")[0]
+            if target in files and target != name:
+                (lazy if is_inside_function else eager)[name].add(target)
+    return eager, lazy
+
+
+def find_circle(edges: Edges) -> list[str]:
+    """One circle of imports, first module first and last; nothing where there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_the_walker_finds_circles_of_type_checking_and_tells_functions_apart() -> None:
+    source = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import a.b
+def late():
+    from a import c
+"""
+    assert list(imports_of(ast.parse(source)))[1:] == [("a.b", False), ("a.c", True)]
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] in "abc"
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_package_has_no_import_circle() -> None:
+    eager, _ = import_graph()
+    assert find_circle(eager) == []
+
+
+def test_the_engine_has_no_import_circle_even_through_functions() -> None:
+    eager, lazy = import_graph()
+    assert find_circle({name: eager[name] | lazy[name] for name in eager if name.startswith("nanovllm.engine")}) == []

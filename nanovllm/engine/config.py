@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP
 from nanovllm.errors import ConfigurationError
 
 GIB = 1 << 30
 MIB = 1 << 20
+
+MAX_DRAFT_STEP_TOKENS = 16
+"""A step of more tokens has no drafts: up to about here reading the weights is its cost, and a token adds little."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class EngineConfig:
     @property
     def max_decode_tokens(self) -> int:
         """The most tokens of a step without a prompt's: a seat has one, and drafts fill a small step up."""
-        drafted = MOST_TOKENS_A_STEP if self.num_speculative_tokens else 0
+        drafted = MAX_DRAFT_STEP_TOKENS if self.num_speculative_tokens else 0
         return min(self.step_tokens("cuda"), max(self.max_num_seqs, drafted))
 
     def step_tokens(self, device_type: str) -> int:

@@ -93,13 +93,13 @@ def _model(engine: LLMEngine) -> Finding:
 
 
 def _weights(engine: LLMEngine) -> Finding:
-    forms = Counter(module.form for module in engine.model_runner.model.modules() if isinstance(module, Linear))
-    told = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+    layouts = Counter(module.layout for module in engine.model_runner.model.modules() if isinstance(module, Linear))
+    counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
-    if forms["plain"]:
+    if layouts["plain"]:
         note = "plain ones are too small to gain by packing, or of a type that this CPU does not compute in"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
-    value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {told}"
+    value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
 
 
@@ -202,8 +202,8 @@ def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
 
     Without drafts: a token that was guessed right costs no step, and nothing could be said of the bound.
     """
-    speculation = engine.scheduler.speculation
-    max_drafts, speculation.max_drafts = speculation.max_drafts, 0
+    prompt_lookup = engine.scheduler.prompt_lookup
+    max_drafts, prompt_lookup.max_drafts = prompt_lookup.max_drafts, 0
     names = _requests(engine, rows, length, engine.max_model_len - length - 1, rows)
     while any(sequence.num_output_tokens < 2 for sequence in engine.scheduler.running) or engine.scheduler.waiting:
         engine.step()
@@ -218,5 +218,5 @@ def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
         engine.abort(name)
     while engine.has_unfinished():
         engine.step()
-    speculation.max_drafts = max_drafts
+    prompt_lookup.max_drafts = max_drafts
     return 1.0 / fastest

@@ -7,7 +7,9 @@ A step is ``schedule → prepare → forward → sample → commit``. A caller's
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Rows
+from collections import abc
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -15,11 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs
+from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import (
     FinishReason,
@@ -32,16 +35,25 @@ from nanovllm.engine.outputs import (
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
-from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
-from nanovllm.engine.text.output_processor import extend, output_of
+from nanovllm.engine.text.output_processor import RequestState, extend, output_of
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens that a step sampled, one for each row of logits, and their log probabilities where asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
 
 
 class LLMEngine:
@@ -70,15 +82,19 @@ class LLMEngine:
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
-        self.intake = InputProcessor(
+        vocab_size = self.model_runner.model.config.vocab_size
+        self.input_processor = InputProcessor(
             self.tokenizer,
-            self.model_runner,
+            self.processor,
+            vocab_size=vocab_size,
             max_model_len=self.max_model_len,
             max_images=self.config.max_images_per_request,
-            eos_token_ids=self.checkpoint.eos_token_ids(self.model_runner.model.config.vocab_size),
+            image_token_id=self.model_runner.image_token_id,
+            around_image=self.model_runner.around_image,
+            eos_token_ids=self.checkpoint.eos_token_ids(vocab_size),
         )
-        self._masks = TokenMasks(self.model_runner.model.config.vocab_size)
-        self._requests: dict[str, list[Sequence]] = {}
+        self._masks = TokenMasks(vocab_size)
+        self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
         self._is_closed = False
         self._names = count()
@@ -90,7 +106,7 @@ class LLMEngine:
     def model_info(self) -> ModelInfo:
         """Which model this is; reads the weight files once more for their digest.
 
-        A directory is named by its last part: the id travels in results, and a worker's paths are its own affair.
+        A directory is named by its last part: the id is part of results, which must not contain a worker's paths.
         """
         name = Path(self.config.model)
         return ModelInfo(
@@ -117,7 +133,7 @@ class LLMEngine:
 
         Raises:
             PlaceholderMismatch: more or fewer placeholders than images.
-            PromptTooLong: a prompt that leaves no room for a single token.
+            PromptTooLong: a prompt after which not a single token fits.
             UnsupportedConstraint: a schema, expression, grammar or choice that cannot be enforced.
             InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower
                 or in another shape than a flat sequence or one image.
@@ -130,21 +146,23 @@ class LLMEngine:
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
-        sequences = self.intake.sequences(request_id, prompt, sampling, images, priority=priority, salt=cache_salt)
-        self._requests[request_id] = sequences
+        sequences = self.input_processor.sequences(
+            request_id, prompt, sampling, images, priority=priority, salt=cache_salt
+        )
+        self._requests[request_id] = RequestState.of(sequences, self.tokenizer)
         for sequence in sequences:
             self.scheduler.add(sequence)
         return request_id
 
     def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is; the next step reports it with ``finish_reason`` "abort".
+        """End a waiting or running request; the next step reports it with ``finish_reason`` "abort".
 
-        An id that is unknown or finished already is no error: an abort may always come too late.
+        An unknown or finished id is no error: an abort may arrive after the end.
         """
-        running = [sequence for sequence in self._requests.get(request_id, ()) if not sequence.is_finished]
-        for sequence in running:
-            text = sequence.detokenizer.finish()
-            self._ended.append(self._finish(sequence, "abort", text, ()))
+        request = self._requests.get(request_id)
+        for sequence in request.sequences if request is not None else ():
+            if not sequence.is_finished:
+                self._ended.append(self._finish(sequence, "abort", "", ()))
 
     def has_unfinished(self) -> bool:
         """Whether a further step has something to do or to report."""
@@ -159,90 +177,99 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
-        now = time.perf_counter()
-        for row in scheduled.rows:
-            if not row.sequence.times.first_scheduled:
-                row.sequence.times.first_scheduled = now
-        self.model_runner.embed_images(scheduled.rows, self.scheduler.upcoming())
+        _stamp_first_scheduled(scheduled, time.perf_counter())
+        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.upcoming())
         inputs = self.model_runner.prepare(scheduled)
+        # The masks are computed by another thread while the forward pass runs.
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
-        logits = self.model_runner.forward(inputs)
-        scored = [place for place, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
+        result = self.model_runner.forward(inputs)
+        sampled = self.sample(inputs, result.logits, masks)
+        return outputs + self.commit(inputs, result, sampled)
+
+    def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
+        """Sample the next token of each row of ``logits``, which are overwritten."""
+        scored = [index for index, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
         unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
         tokens = self.sampler.sample(logits, inputs.sampling, masks.result() if masks is not None else None)
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
-            counts = [inputs.sampling[place].sampling.logprobs or 0 for place in scored]
-            taken = [tokens[place] for place in scored]
+            counts = [inputs.sampling[index].sampling.logprobs or 0 for index in scored]
+            taken = [tokens[index] for index in scored]
             scores = top_logprobs(unchanged, taken, counts, self.model_runner.text_of)
-            for place, score in zip(scored, scores, strict=True):
-                logprobs[place] = score
-        return outputs + self.commit(inputs, tokens, logprobs)
+            for index, score in zip(scored, scores, strict=True):
+                logprobs[index] = score
+        return SampledTokens(tokens, logprobs)
 
-    def commit(self, inputs: StepInputs, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None]) -> list[StepOutput]:
-        """Book a computed step: computed tokens, new tokens, and the requests that end with them."""
+    def commit(self, inputs: StepInputs, result: StepResult, sampled: SampledTokens) -> list[StepOutput]:
+        """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
         now = time.perf_counter()
         self._steps += 1
+        for sequence, scores in result.prompt_logprobs:
+            sequence.prompt_logprobs += scores
         outputs = []
-        place = 0
+        first = 0
         for row in inputs.rows:
-            sampled = slice(place, place + row.num_samples)
-            place = sampled.stop
+            mine = slice(first, first + row.num_samples)
+            first = mine.stop
             if row.sequence.is_finished:  # a failure of the same request has just ended it
                 continue
             if row.start < row.sequence.num_prompt_tokens:
                 self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.samples:
-                outputs.append(self._append(row, tokens[sampled], logprobs[sampled], now))
+                outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
-                self._book(row)
+                self._commit_row(row)
         return outputs
 
-    def _book(self, row: ScheduledRow) -> None:
+    def _commit_row(self, row: ScheduledRow) -> None:
         self.scheduler.commit(row)
         if row.sequence.images:
             row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
 
     def _append(
-        self, row: ScheduledRow, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None], now: float
+        self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
-            text, reason = extend(row, tokens, logprobs, force=self.config.forced_tokens)
+            text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
         except UnsupportedConstraint as error:
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
-        self._book(row)
+        self._commit_row(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
-        return self._finish(sequence, reason, text + sequence.detokenizer.finish(), new)
+        return self._finish(sequence, reason, text, new)
+
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
+        return self._requests[sequence.request_id].detokenizers[sequence.index]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str, new: tuple[int, ...]) -> StepOutput:
-        """End one output; the last one of a request ends the request."""
+        """End one output, whose last step has brought ``text``; the last one of a request ends the request."""
         self.scheduler.finish(sequence)
         sequence.finish_reason = reason
         request = self._requests[sequence.request_id]
+        text += self._detokenizer(sequence).finish()
         finished = None
-        if all(one.is_finished for one in request):
+        if all(one.is_finished for one in request.sequences):
             del self._requests[sequence.request_id]
             finished = output_of(request)
         return StepOutput(sequence.request_id, TokenChunk(text, new, reason, sequence.index), finished)
 
     def _fail(self, request_id: str, error: UnsupportedConstraint) -> StepOutput:
-        for sequence in self._requests.pop(request_id):
+        for sequence in self._requests.pop(request_id).sequences:
             if not sequence.is_finished:
                 self.scheduler.finish(sequence)
         return StepOutput(request_id, TokenChunk("", ()), failure=error)
 
     def generate(
         self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: SamplingParams | Rows[SamplingParams] | None = None,
+        prompts: Prompt | abc.Sequence[Prompt],
+        sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         images: Images = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -253,30 +280,30 @@ class LLMEngine:
         then none of the prompts runs on.
         """
         batch = prompt_list(prompts)
-        images_of_prompts = self.intake.images_of(batch, images)
+        images_of_prompts = self.input_processor.images_of(batch, images)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if len(sampling_params) != len(batch):
             raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         outputs: list[RequestOutput | None] = [None] * len(batch)
         try:
-            for place, (prompt, params, pictures) in enumerate(
+            for index, (prompt, params, pictures) in enumerate(
                 zip(batch, sampling_params, images_of_prompts, strict=True)
             ):
-                places[self.add_request(prompt, params, images=pictures)] = place
+                indices[self.add_request(prompt, params, images=pictures)] = index
             with _progress(len(batch), use_tqdm) as bar:
                 while any(output is None for output in outputs):
                     for output in self.step():
-                        if output.failure is not None and output.request_id in places:
+                        if output.failure is not None and output.request_id in indices:
                             raise output.failure
-                        if output.finished is not None and output.request_id in places:
-                            outputs[places[output.request_id]] = output.finished
+                        if output.finished is not None and output.request_id in indices:
+                            outputs[indices[output.request_id]] = output.finished
                             bar.update(1)
         except BaseException:
-            for request_id in places:
+            for request_id in indices:
                 self.abort(request_id)
-            self._ended = [output for output in self._ended if output.request_id not in places]
+            self._ended = [output for output in self._ended if output.request_id not in indices]
             raise
         return [output for output in outputs if output is not None]
 
@@ -294,8 +321,8 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
-            spec_decode_draft_tokens=scheduler.speculation.num_drafted,
-            spec_decode_accepted_tokens=scheduler.speculation.num_accepted,
+            spec_decode_draft_tokens=scheduler.prompt_lookup.num_drafted,
+            spec_decode_accepted_tokens=scheduler.prompt_lookup.num_accepted,
             encoder_images=encoder.images_encoded if encoder else 0,
             encoder_seconds=encoder.encode_seconds if encoder else 0.0,
             embedding_cache=self.processor.cache.stats() if self.processor else None,
@@ -310,7 +337,7 @@ class LLMEngine:
             self.processor.cache.audit()
 
     def close(self) -> None:
-        """End all requests and let go of the KV memory. Closing twice does nothing."""
+        """End all requests and free the KV memory. Closing twice does nothing."""
         self._is_closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
@@ -327,6 +354,11 @@ class LLMEngine:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _stamp_first_scheduled(scheduled: ScheduledBatch, now: float) -> None:
+    for row in scheduled.rows:
+        row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
 
 
 def _progress(total: int, visible: bool) -> Any:

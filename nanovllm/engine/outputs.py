@@ -1,4 +1,4 @@
-"""What leaves the engine: the text of a request, its chunks on the way, and the engine's own figures. No torch."""
+"""The engine's outputs: finished requests, chunks of running ones, and statistics. No torch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ImageUse(Record):
 
 @dataclass(frozen=True)
 class Logprob(Record):
-    """Of one token at one place: its natural log probability, its rank (1 is the most probable), and its text."""
+    """A token's natural log probability at one position, its rank (1 is the most probable), and its text."""
 
     logprob: float
     rank: int
@@ -80,7 +80,7 @@ class Logprob(Record):
 
 
 TokenLogprobs = dict[int, Logprob]
-"""By token id, at one place: the token that stands there, then the most probable ones. Empty where none is known."""
+"""By token id, at one position: the token itself, then the most probable ones. Empty where none is known."""
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ def test_a_step_waits_for_the_device_only_to_read_its_tokens(text: Path, monkeyp
 
 def test_greedy_rows_are_an_argmax_and_nothing_else() -> None:
     calls = tape.Tape()
-    rows = [Sequence("", [0], 1, SamplingParams(temperature=0.0), 16, None) for _ in range(3)]  # type: ignore[arg-type]
+    rows = [Sequence("", [0], 1, SamplingParams(temperature=0.0), 16) for _ in range(3)]
     logits = torch.eye(3, 5)
     with calls:
         tokens = sampler.Sampler(CPU).sample(logits, rows)

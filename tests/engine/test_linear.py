@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.engine import kernels
 from nanovllm.engine.layers import linear
-from nanovllm.engine.layers.linear import Linear, has_panels, int8_multiply, pack_linears, panels_multiply
+from nanovllm.engine.layers.linear import Linear, choose_torch_layouts, has_panels, int8_multiply, panels_multiply
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -27,7 +27,7 @@ def test_packed_weights_multiply_as_plain_ones(bias: bool, num_rows: int) -> Non
     with torch.inference_mode():
         x = torch.randn(num_rows, 512)
         expected = layer(x)
-        layer.pack()
+        layer.choose_layout()
         assert layer.weight.numel() == 0
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
 
@@ -36,7 +36,7 @@ def test_a_packed_bfloat16_weight_multiplies_as_a_plain_one() -> None:
     layer = make_layer(512, 768).to(torch.bfloat16)
     x = torch.randn(9, 512, dtype=torch.bfloat16)
     expected = layer(x)
-    layer.pack()
+    layer.choose_layout()
     torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=0.3)
 
 
@@ -46,7 +46,7 @@ def test_int8_keeps_two_digits_of_every_row_however_rows_differ_in_size(bias: bo
     layer = make_layer(512, 384, bias=bias).to(dtype)
     x = torch.randn(5, 512, dtype=dtype) * torch.tensor([1e-3, 1.0, 30.0, 1e4, 0.0], dtype=dtype).view(-1, 1)
     expected = layer(x).float()
-    layer.pack("int8")
+    layer.choose_layout("int8")
     assert layer.weight.numel() == 0
     output = layer(x)
     assert output.dtype == dtype
@@ -57,7 +57,7 @@ def test_int8_keeps_two_digits_of_every_row_however_rows_differ_in_size(bias: bo
 
 def test_an_int8_row_is_the_same_to_the_bit_in_any_batch() -> None:
     layer = make_layer(256, 320)
-    layer.pack("int8")
+    layer.choose_layout("int8")
     x = torch.randn(70, 256) * torch.rand(70, 1).exp()
     together = layer(x)
     for size in (1, 2, 3, 17, 64):
@@ -72,7 +72,7 @@ def test_layers_of_somebody_else_s_module_are_packed_where_that_pays(dtype: torc
     x = torch.randn(2, 7, 512, dtype=dtype)
     with torch.inference_mode():
         expected = module(x)
-        pack_linears(module)
+        choose_torch_layouts(module)
         assert [layer.weight.numel() for layer in module] == [0, 8 * 512]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
@@ -136,8 +136,8 @@ def test_libraries_multiply_where_our_kernel_is_missing(
     x = torch.randn(9, 512)
     expected = layer(x)
     monkeypatch.setattr(linear, "has_panels", lambda *_: False)
-    layer.pack(quantization)
-    assert layer.form == (quantization or "packed")
+    layer.choose_layout(quantization)
+    assert layer.layout == (quantization or "packed")
     tolerance = 1e-3 if quantization is None else 3.0  # of outputs whose spread is 23
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=tolerance)
 
@@ -145,5 +145,5 @@ def test_libraries_multiply_where_our_kernel_is_missing(
 def test_a_packed_layer_does_not_keep_its_plain_weight() -> None:
     layer = make_layer(512, 768)
     address = weakref.ref(layer.weight)
-    layer.pack()
+    layer.choose_layout()
     assert address() is None

@@ -151,7 +151,7 @@ def test_a_placeholder_inside_user_text_stays_text(engine: LLMEngine) -> None:
 
 
 def test_token_ids_hold_one_image_token_for_each_image(engine: LLMEngine) -> None:
-    token_ids = engine.intake.prompts.trusted(QUESTION)
+    token_ids = engine.input_processor.prompts.trusted(QUESTION)
     assert token_ids.count(engine.model_runner.image_token_id) == 1
     name = engine.add_request(token_ids, greedy(8), images=[noise_image(1)])
     assert drain(engine)[name].token_ids == ask(engine, QUESTION, noise_image(1)).token_ids

@@ -32,7 +32,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.execution import model_runner
-from nanovllm.engine.execution.model_runner import StepInputs
+from nanovllm.engine.execution.model_runner import StepInputs, StepResult
 from nanovllm.engine.layers import linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
@@ -138,7 +138,7 @@ def test_prompts_computed_in_chunks_equal_transformers(
         add(engine, name, case)
     chunks, forward = [], engine.model_runner.forward
 
-    def count_chunks(inputs: StepInputs) -> torch.Tensor:
+    def count_chunks(inputs: StepInputs) -> StepResult:
         chunks.extend(row.num_tokens for row in inputs.rows if not row.samples)
         return forward(inputs)
 

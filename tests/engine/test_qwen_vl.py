@@ -63,7 +63,7 @@ def test_positions_equal_transformers_and_do_not_depend_on_the_cut(
 
 def test_a_job_s_image_stands_between_the_tokens_that_the_family_wants(checkpoint: Path) -> None:
     with LLMEngine(str(checkpoint), **SMALL) as engine:
-        prompts, tokenizer = engine.intake.prompts, engine.tokenizer
+        prompts, tokenizer = engine.input_processor.prompts, engine.tokenizer
         wanted = f"{IM_START}user\nLook: <|vision_start|><|image_pad|><|vision_end|> now{IM_END}\n{IM_START}assistant\n"
         expected = tokenizer.encode(wanted, add_special_tokens=False)
         assert prompts.untrusted("Look: <|image|> now") == expected
@@ -81,8 +81,8 @@ def test_a_chat_template_in_the_processors_own_file_is_used(tmp_path: Path) -> N
     (directory / "chat_template.jinja").unlink()
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     with LLMEngine(str(directory), **SMALL) as engine:
-        assert engine.intake.prompts.has_chat_template
-        assert engine.intake.prompts.untrusted("hi")[0] == engine.tokenizer.convert_tokens_to_ids(IM_START)
+        assert engine.input_processor.prompts.has_chat_template
+        assert engine.input_processor.prompts.untrusted("hi")[0] == engine.tokenizer.convert_tokens_to_ids(IM_START)
 
 
 def test_the_checkpoints_of_the_hub_with_the_text_beside_the_tower_load(tmp_path: Path) -> None:

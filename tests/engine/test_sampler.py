@@ -17,7 +17,7 @@ VOCAB = 12
 
 
 def make_sequence(*, stop_token_ids: frozenset[int] = frozenset(), **options: Any) -> Sequence:
-    return Sequence("", [0], 1, SamplingParams(**options), 16, None, stop_token_ids=stop_token_ids)  # type: ignore[arg-type]
+    return Sequence("", [0], 1, SamplingParams(**options), 16, stop_token_ids=stop_token_ids)
 
 
 def make_sampler(seed: int = 0) -> Sampler:

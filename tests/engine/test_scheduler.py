@@ -24,7 +24,7 @@ def make_scheduler(num_blocks: int = 16, *, max_num_seqs: int = 8, budget: int =
 
 def make_sequence(tokens: list[int], *, max_tokens: int = 4, name: str = "", **options: Any) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return Sequence(name, list(tokens), len(tokens), sampling, max_tokens, None, **options)  # type: ignore[arg-type]
+    return Sequence(name, list(tokens), len(tokens), sampling, max_tokens, **options)
 
 
 def run(scheduler: Scheduler, token: int = 7) -> ScheduledBatch:

@@ -58,7 +58,7 @@ class _Counting:
 
 def make_sequence(prompt: list[int], max_tokens: int, **options: Any) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=1.0)
-    return Sequence("", list(prompt), len(prompt), sampling, max_tokens, _Text(), **options)  # type: ignore[arg-type]
+    return Sequence("", list(prompt), len(prompt), sampling, max_tokens, **options)
 
 
 def content(sequence: Sequence, tokens: list[int], position: int) -> Written:
@@ -132,7 +132,7 @@ class World:
             sequence = row.sequence
             ahead = [sequence.ahead(row.drafts[:place]).token_ids for place in range(row.num_samples)]
             tokens = [self.answer(sequence, tokens) for tokens in ahead]
-            _, reason = extend(row, tokens, [None] * len(tokens))
+            _, reason = extend(row, _Text(), tokens, [None] * len(tokens))  # type: ignore[arg-type]
         self.scheduler.commit(row)
         row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
         if reason is not None:
@@ -270,7 +270,7 @@ def test_thousands_of_operations_go_every_way() -> None:
         world.audit()
     world.finish_all()
     happened = (arrivals, aborts, scheduler.num_preemptions, scheduler.prefix_cache_hits // SIZE)
-    assert min(*happened, scheduler.speculation.num_accepted) > 50
+    assert min(*happened, scheduler.prompt_lookup.num_accepted) > 50
     assert all(sequence.is_finished for sequence in world.sequences)
 
 
@@ -281,5 +281,5 @@ def test_drafts_are_made_accepted_and_taken_back(seed: int) -> None:
     for _ in range(8):
         world.add(make_sequence([draw.randrange(2) for _ in range(20)], 60))
     world.finish_all()
-    speculation = world.scheduler.speculation
-    assert 0 < speculation.num_accepted < speculation.num_drafted
+    lookup = world.scheduler.prompt_lookup
+    assert 0 < lookup.num_accepted < lookup.num_drafted

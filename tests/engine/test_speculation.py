@@ -14,10 +14,11 @@ import torch
 from checkpoints import make_clip, make_qwen3
 from engine_parts import drain, greedy, noise_image, step
 
+from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduling.batch import ScheduledRow
-from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
@@ -94,35 +95,35 @@ def test_drafts_leave_the_distribution_as_it_is(text: Path) -> None:
 
 def make_sequence(prompt: list[int], **options: Any) -> Sequence:
     sampling = SamplingParams(max_tokens=99)
-    return Sequence("", list(prompt), len(prompt), sampling, 99, None, **options)  # type: ignore[arg-type]
+    return Sequence("", list(prompt), len(prompt), sampling, 99, **options)
 
 
 def test_one_sequence_learns_from_an_earlier_one_of_its_template_and_tenant_only() -> None:
     template = list(range(100, 120))
-    speculation = Speculation(4)
+    lookup = PromptLookup(4)
     done = make_sequence([*template, 1, 2, 3], cache_salt=b"tenant")
     done.token_ids += [4, 5, 6, 7]
-    speculation.remember(done)
-    assert speculation.propose(make_sequence([*template, 9, 2, 3, 4], cache_salt=b"tenant"), 8) == (5, 6, 7, 5)
-    assert speculation.propose(make_sequence([*template, 1, 2, 3], cache_salt=b"tenant"), 8)[:1] == (4,)
-    assert speculation.propose(make_sequence([*template, 9, 2, 3, 4], cache_salt=b"other"), 8) == ()
-    assert speculation.propose(make_sequence([0, *template, 9, 2, 3, 4], cache_salt=b"tenant"), 8) == ()
+    lookup.finish(done)
+    assert lookup.propose(make_sequence([*template, 9, 2, 3, 4], cache_salt=b"tenant"), 8) == (5, 6, 7, 5)
+    assert lookup.propose(make_sequence([*template, 1, 2, 3], cache_salt=b"tenant"), 8)[:1] == (4,)
+    assert lookup.propose(make_sequence([*template, 9, 2, 3, 4], cache_salt=b"other"), 8) == ()
+    assert lookup.propose(make_sequence([0, *template, 9, 2, 3, 4], cache_salt=b"tenant"), 8) == ()
 
 
 def test_a_draft_that_was_all_wrong_ends_them_for_a_while_and_right_ones_grow() -> None:
-    speculation = Speculation(8)
+    lookup = PromptLookup(8)
     sequence = make_sequence([1, 2, 3] * 5)
 
     def commit(accepted: int) -> int:
         """Draft, take over that many and then another token; returns the length of the draft."""
         known = len(sequence)
-        drafts = speculation.propose(sequence, 99)
+        drafts = lookup.propose(sequence, 99)
         row = ScheduledRow(sequence, known - 1, 1 + len(drafts), drafts)
         sequence.token_ids += drafts[:accepted]
         if accepted < len(drafts):
             sequence.token_ids += [9]
         if drafts:
-            speculation.learn(row)
+            lookup.learn(row)
         return len(drafts)
 
     assert [commit(99), commit(99), commit(99)] == [4, 8, 8]
@@ -139,7 +140,7 @@ def test_a_draft_that_was_all_wrong_ends_them_for_a_while_and_right_ones_grow() 
 def test_a_large_batch_has_no_drafts(text: Path) -> None:
     with LLMEngine(str(text), kv_cache_bytes=8 << 20) as engine:
         params = greedy(60, logit_bias={7: 100.0})  # a text that is guessed at once
-        for number in range(MOST_TOKENS_A_STEP):
+        for number in range(MAX_DRAFT_STEP_TOKENS):
             engine.add_request([number + 1] * 3, params)
         for _ in range(40):
             step(engine, {})
@@ -166,7 +167,7 @@ def test_a_placeholder_beyond_the_vocabulary_is_never_drafted(tmp_path: Path) ->
     prompt = [*engine.tokenizer.encode(template), *answer[-3:]]
     name = engine.add_request(prompt, greedy(12))
     assert len(drain(engine)[name].token_ids) == 12
-    assert torch.tensor(engine.intake.prompts.trusted(template)).max() < engine.model_runner.image_token_id
+    assert torch.tensor(engine.input_processor.prompts.trusted(template)).max() < engine.model_runner.image_token_id
 
 
 def without_image_token(value: Any) -> Any:

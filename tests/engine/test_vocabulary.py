@@ -75,7 +75,7 @@ def test_end_tokens_that_the_model_does_not_have_are_ignored_with_a_warning(
         for options in ({"min_tokens": 4}, {"min_tokens": 4, "stop_token_ids": [3]}, {"temperature": 1.0, "seed": 1}):
             params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **options})
             engine.generate("hello", params, use_tqdm=False)
-        assert engine.intake._eos_token_ids == kept
+        assert engine.input_processor._eos_token_ids == kept
 
     warnings = [record.getMessage() for record in caplog.records if record.name == "nanovllm.checkpoints.checkpoint"]
     if named == 2 or named is None:
@@ -105,7 +105,7 @@ def test_a_request_that_names_a_token_beyond_the_vocabulary_is_refused(
     checkpoint: Path, prompt: Any, options: dict[str, Any]
 ) -> None:
     with make_engine(checkpoint) as engine:
-        engine.intake.prompts._tokenizer.chat_template = TEMPLATE
+        engine.input_processor.prompts._tokenizer.chat_template = TEMPLATE
         with pytest.raises(InvalidInput, match="vocab"):
             engine.add_request(prompt, SamplingParams(**options))
         assert not engine.has_unfinished()
@@ -114,7 +114,7 @@ def test_a_request_that_names_a_token_beyond_the_vocabulary_is_refused(
 
 async def test_refused_requests_leave_the_engine_to_the_others(checkpoint: Path) -> None:
     llm = make_engine(checkpoint)
-    llm.intake.prompts._tokenizer.chat_template = TEMPLATE
+    llm.input_processor.prompts._tokenizer.chat_template = TEMPLATE
     bad: list[dict[str, Any]] = [
         {"prompt": "hello"},
         {"prompt": "hello", "raw_prompt": True, "sampling": SamplingParams(bad_words=(BEYOND,))},

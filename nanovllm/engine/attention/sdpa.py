@@ -112,8 +112,8 @@ class SdpaAttention:
         for table in batch.block_tables[start:end]:
             pages += table[:width]
             pages += [table[0]] * (width - len(table))  # masked: any page will do
-        lengths, places = together([contexts, pages], self._device)
-        return _DecodeGroup(start, end, places, self._mask(lengths, width))
+        lengths, flat_pages = together([contexts, pages], self._device)
+        return _DecodeGroup(start, end, flat_pages, self._mask(lengths, width))
 
     def _mask(self, context_lens: Tensor, width: int) -> Tensor:
         """Minus infinity beyond each row's context: [rows, 1, 1, tokens of ``width`` pages]."""

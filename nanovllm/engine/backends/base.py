@@ -1,4 +1,4 @@
-"""What the pipeline asks of an engine: requests in, awaitable generations out. No torch.
+"""The interface of engine backends: requests in, awaitable generations out. No torch.
 
 ``AsyncEngine`` is the backend that computes; ``EchoEngine`` answers at once and is for tests of the pipeline.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Request:
     """One untrusted request: its text can never become special tokens.
 
-    Exactly one of ``prompt`` (``<|image|>`` marks the place of each image) and ``messages`` (OpenAI chat form, images
-    as parts) is set. ``images`` are in the order of their places. A lower ``priority`` runs earlier. Requests with
+    Exactly one of ``prompt`` (``<|image|>`` marks each image's position) and ``messages`` (OpenAI chat form, images as
+    parts) is set. ``images`` are in the order of their positions. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
     out. Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
@@ -55,7 +55,7 @@ class Generation:
 
     Both may be done, in any order and more than once; every iteration starts at the first chunk. Both raise what the
     request failed with. An aborted request is no failure: it ends with ``finish_reason == "abort"`` and the text so
-    far. Belongs to one event loop; cancelling whoever waits does not abort the request.
+    far. Belongs to one event loop; cancelling a task that waits does not abort the request.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
@@ -122,7 +122,7 @@ class Generation:
         return self._output
 
     def _announce(self) -> None:
-        """Wake everyone who waits now; who waits later gets a fresh event."""
+        """Wake the tasks that wait now; later ones wait for a new event."""
         self._changed.set()
         self._changed = asyncio.Event()
 

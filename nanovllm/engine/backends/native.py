@@ -37,7 +37,7 @@ class _Close:
 
 
 class AsyncEngine:
-    """Many requests at once on one ``LLMEngine``, which this takes over: nobody else may call it until ``close``.
+    """Many requests at once on one ``LLMEngine``, which no other code may call until ``close``.
 
     An error of one request ends its generation only. An exception in a step, or a step that lasts longer than
     ``step_timeout_s`` (None: no bound), kills the engine: every generation, running or later, raises EngineDead, and
@@ -113,7 +113,7 @@ class AsyncEngine:
         """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
         assert self._loop is not None
         self._compiling[request.request_id] = False
-        compiling = self._loop.run_in_executor(None, self._engine.intake.grammars.matcher, constraint)
+        compiling = self._loop.run_in_executor(None, self._engine.input_processor.grammars.matcher, constraint)
 
         def queue_request(done: asyncio.Future[object]) -> None:
             aborted = self._compiling.pop(request.request_id)
@@ -189,7 +189,7 @@ class AsyncEngine:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """The engine thread: commands, step, outputs, until closed or dead."""
         try:
-            while self._obey_commands(loop):
+            while self._run_commands(loop):
                 if not self._engine.has_unfinished():
                     continue
                 self._step_started = time.monotonic()
@@ -207,17 +207,16 @@ class AsyncEngine:
             self._step_started = None
             self._engine.close()
 
-    def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Obey all queued commands, waiting for one when there is nothing to compute; False after the last one.
+    def _run_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Run all queued commands, waiting for one when there is nothing to compute; False after ``close``.
 
-        An engine that was idle and gets a request with images waits a moment for more: they go through the tower
-        together.
+        An idle engine that gets a request with images waits ``encoder_linger_s`` for more, to encode them in one batch.
         """
         was_idle, linger_until = not self._engine.has_unfinished(), 0.0
         while True:
-            patience = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
+            timeout_s = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
             try:
-                command = self._commands.get(timeout=patience)
+                command = self._commands.get(timeout=timeout_s)
             except queue.Empty:
                 return True
             if isinstance(command, _Close):
@@ -235,9 +234,9 @@ class AsyncEngine:
 
     def _add(self, request: Request) -> None:
         if request.prompt is not None:
-            tokens = self._engine.intake.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+            tokens = self._engine.input_processor.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
         else:
-            tokens = self._engine.intake.prompts.messages(request.messages or ())
+            tokens = self._engine.input_processor.prompts.messages(request.messages or ())
         self._engine.add_request(
             tokens,
             request.sampling,

@@ -1,9 +1,9 @@
 """``deterministic=True``: the bits of a request's logits do not depend on what is computed beside it, or when.
 
 A product's last bits depend on how many rows are multiplied at once, because libraries choose their blocking by it. So
-linear layers that a library multiplies take tiles of one constant height (`linear.Linear.pack`), images are encoded one
-by one, and what else a layer does, attention included, is done by kernels that treat each token by itself. Nobody
-promises this of a machine: the loaded model is tried out, and the mode refused where the bits differ.
+products of a library are computed in tiles of one constant height (`linear.Linear.choose_layout`), images are encoded
+one by one, and the rest of a layer, attention included, runs in kernels that compute each token by itself. No library
+guarantees this: the loaded model is tested at start, and the mode refused where the bits differ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNKS = ([1] * 5 + [TILE] * 2, [7, 11, TILE + 3], [_LENGTH])
 
 @torch.inference_mode()
 def prove(model: Decoder, attention: AttentionBackend) -> None:
-    """Compute one sequence in several chunkings and places of a batch; the logits must not differ in a bit.
+    """Compute one sequence in several chunkings and positions of a batch; the logits must not differ in a bit.
 
     Raises:
         ConfigurationError: they do, or the kernels that the mode rests on are missing.

@@ -1,8 +1,9 @@
-"""CUDA graphs: the kernels of a small step, recorded once and then started by a single call.
+"""CUDA graphs: the kernels of a small step, captured once and then launched by a single call.
 
-A decode step of a small model is over sooner than Python can start its kernels one by one. A graph replays them on the
-same memory, so its inputs are one tensor that every step writes to, and it comes in a few sizes: a step runs in the
-smallest that holds its tokens, and the rows left over compute a token that nobody reads, into a block that nobody owns.
+Launching the kernels of a small model one by one from Python takes longer than computing them. A graph replays them on
+the same memory, so its inputs are one tensor that every step writes to, and there are graphs of a few sizes: a step
+runs in the smallest that holds its tokens, and the rows left over are padding: their logits are not read, and their
+keys and values go to a spare block.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from nanovllm.engine.models.decoder import Decoder
 Compute = Callable[[], Any]
 Replay = Callable[[], Tensor]
 Recorder = Callable[[Compute], Compute]
-"""Takes what computes, from and into tensors that stay where they are; returns what does the same again."""
+"""Captures a computation on tensors of fixed addresses; returns its replay."""
 
-_LARGEST = 512  # tokens of a step; with more of them the GPU is the slower of the two
-_LONGEST_ROW = 16  # tokens of one sequence, drafts or forced ones: each of them reads the whole context for itself
-_COLUMNS = 3  # of a graph's inputs before the block table: token, position, context length
+_MAX_STEP_TOKENS = 512  # beyond them computing takes longer than launching
+_MAX_ROW_TOKENS = 16  # drafts or forced ones: each of them reads the whole context for itself
+_NUM_COLUMNS = 3  # of a graph's inputs before the block table: token, position, context length
 
 
 class CudaRecorder:
@@ -54,12 +55,12 @@ class CudaRecorder:
 
 
 def choose_recorder(device: torch.device) -> Recorder | None:
-    """What records on this device; None where steps cannot be recorded."""
+    """The recorder for this device; None where there are no graphs."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
 def why_no_graphs(config: EngineConfig, attention: AttentionBackend, recorder: Recorder | None) -> str | None:
-    """What keeps decode steps from running as graphs; None if nothing does."""
+    """Why decode steps do not run as graphs; None if they do."""
     if config.enforce_eager:
         return "enforce_eager=True"
     if recorder is None:
@@ -71,21 +72,21 @@ def why_no_graphs(config: EngineConfig, attention: AttentionBackend, recorder: R
 
 def graph_sizes(max_tokens: int) -> list[int]:
     """The sizes for steps of up to ``max_tokens``, ascending: fine where a token more costs much, then by sixteens."""
-    largest = min(max_tokens, _LARGEST)
+    largest = min(max_tokens, _MAX_STEP_TOKENS)
     return [size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest] + [largest]
 
 
 @dataclass(frozen=True)
 class _Graph:
-    inputs: Tensor  # [size, _COLUMNS + blocks] int64 on the device
+    inputs: Tensor  # [size, _NUM_COLUMNS + blocks] int64 on the device
     replay: Compute
 
 
 class DecodeGraphs:
     """The graphs of a model: by size, and by the context that their block tables hold.
 
-    All are recorded at once when the engine starts, the largest first, whose memory the others then share. Recorded on
-    demand they would keep somebody waiting, and take memory that the KV cache has.
+    All are captured when the engine starts, the largest first, whose memory the others then share. Captured on demand
+    they would delay requests, and need memory that the KV cache has.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class DecodeGraphs:
         max_tokens: int,
         max_context: int,
     ) -> None:
-        """``spare_block`` of the ``caches`` belongs to nobody. ``max_context``: tokens of the longest sequence."""
+        """``spare_block`` of the ``caches`` is no sequence's. ``max_context``: tokens of the longest sequence."""
         self._model, self._attention, self._caches = model, attention, caches
         self._spare_block = spare_block
         self.sizes = graph_sizes(max_tokens)
@@ -121,12 +122,12 @@ class DecodeGraphs:
         return _Graph(inputs, recorder(lambda: logits.copy_(compute_rows(model, attention, caches, inputs))))
 
     def _idle_rows(self, size: int, context: int) -> Tensor:
-        """[size, _COLUMNS + blocks] in the host's memory: first tokens of sequences in the block that nobody owns."""
+        """[size, _NUM_COLUMNS + blocks] in the host's memory: padding, each a first token in the spare block."""
         blocks = -(-context // self._attention.block_size)
         rows = torch.full(
-            (size, _COLUMNS + blocks), self._spare_block, dtype=torch.int64, pin_memory=self._logits.is_cuda
+            (size, _NUM_COLUMNS + blocks), self._spare_block, dtype=torch.int64, pin_memory=self._logits.is_cuda
         )
-        rows[:, :_COLUMNS] = torch.tensor([0, 0, 1])
+        rows[:, :_NUM_COLUMNS] = torch.tensor([0, 0, 1])
         return rows
 
     def load(
@@ -134,27 +135,27 @@ class DecodeGraphs:
     ) -> Replay | None:
         """Send the step's T tokens to the smallest graph that holds them; None where none does.
 
-        The graph takes every token for a row of its own, of a context that ends there: what the tokens of a step see of
-        one another is in the cache before any of them looks. What is returned computes the logits of the ``wanted``
-        tokens [len(wanted), vocab].
+        In the graph every token is a row of its own, whose context ends with it: each layer writes the keys and values
+        of all tokens before any of them attends. The result computes the logits of the ``wanted`` tokens
+        [len(wanted), vocab].
         """
         size = _first_from(self.sizes, len(token_ids))
         context = _first_from(self.contexts, max(batch.context_lens))
-        if size is None or context is None or max(batch.query_lens) > _LONGEST_ROW:
+        if size is None or context is None or max(batch.query_lens) > _MAX_ROW_TOKENS:
             return None
         graph = self._graphs[size, context]
         host = self._idle_rows(size, context)
-        rows, place = host.numpy(), 0
+        rows, first = host.numpy(), 0
         rows[: len(token_ids), 0] = token_ids
         rows[: len(token_ids), 1] = positions
         for length, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
             known = table[: -(-end // self._attention.block_size)]
-            rows[place : place + length, 2] = range(end - length + 1, end + 1)
-            rows[place : place + length, _COLUMNS : _COLUMNS + len(known)] = known
-            place += length
+            rows[first : first + length, 2] = range(end - length + 1, end + 1)
+            rows[first : first + length, _NUM_COLUMNS : _NUM_COLUMNS + len(known)] = known
+            first += length
         graph.inputs.copy_(host, non_blocking=True)
-        chosen = None if len(wanted) == place else to_device(wanted, self._logits.device, torch.int64)
-        return partial(self._replay, graph, place, chosen)
+        chosen = None if len(wanted) == first else to_device(wanted, self._logits.device, torch.int64)
+        return partial(self._replay, graph, first, chosen)
 
     def _replay(self, graph: _Graph, count: int, wanted: Tensor | None) -> Tensor:
         graph.replay()
@@ -164,12 +165,12 @@ class DecodeGraphs:
 
 def compute_rows(model: Decoder, attention: GraphAttention, caches: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """The logits [n, vocab] of rows of one token each: int64 ``inputs`` [n, token, position, context, block table]."""
-    token_ids, positions, context_lens = inputs[:, :_COLUMNS].unbind(1)
-    metadata = attention.decode_metadata(context_lens, inputs[:, _COLUMNS:])
+    token_ids, positions, context_lens = inputs[:, :_NUM_COLUMNS].unbind(1)
+    metadata = attention.decode_metadata(context_lens, inputs[:, _NUM_COLUMNS:])
     return model.logits(model(model.embed(token_ids), positions, caches, attention, metadata))
 
 
 def _first_from(values: Sequence[int], least: int) -> int | None:
     """The first of ascending ``values`` that is not below ``least``."""
-    place = bisect_left(values, least)
-    return values[place] if place < len(values) else None
+    index = bisect_left(values, least)
+    return values[index] if index < len(values) else None

@@ -1,4 +1,4 @@
-"""How much memory the KV cache may take: on a GPU, what the share that was asked for leaves beside everything else."""
+"""The size of the KV cache: on a GPU, ``gpu_memory_utilization`` less weights, activations and other reserves."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def kv_cache_bytes(
     graph_tokens: int | None,
     reserved: int,
 ) -> int:
-    """What was asked for; or 1 GiB on a CPU; or what a GPU has to spare.
+    """The configured bytes; else 1 GiB on a CPU; else the free memory of the GPU within ``gpu_memory_utilization``.
 
     Weights are loaded already. ``graph_tokens``: of the largest recorded step, if steps are to be recorded;
-    ``reserved``: bytes that others of the GPU's users have yet to take.
+    ``reserved``: bytes that are allocated later, for the embedding cache.
 
     Raises:
         ConfigurationError: the largest step alone does not fit the GPU.
@@ -36,21 +36,21 @@ def kv_cache_bytes(
     if device.type != "cuda":
         return GIB
     try:
-        taken = peak_bytes(device, lambda: largest_step(config, model, attention))
+        peak = peak_bytes(device, lambda: largest_step(config, model, attention))
         if graph_tokens is not None and isinstance(attention, GraphAttention):
             # Their pool is apart from what other steps use.
-            taken += peak_bytes(device, lambda: largest_graph_step(config, model, attention, graph_tokens))
+            peak += peak_bytes(device, lambda: largest_graph_step(config, model, attention, graph_tokens))
     except torch.OutOfMemoryError:
         raise ConfigurationError(
             f"a step of max_num_batched_tokens={config.step_tokens(device.type)} at the end of a context of "
             f"{model.config.context_limit(config.max_model_len)} tokens does not fit the GPU: lower either"
         ) from None
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - taken - reserved - int(total * (1.0 - config.gpu_memory_utilization)))
+    return max(0, free - peak - reserved - int(total * (1.0 - config.gpu_memory_utilization)))
 
 
 def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
-    """Memory that ``compute`` takes for a time; none of it stays reserved."""
+    """Peak memory of ``compute`` in bytes; none of it stays reserved."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     compute()
@@ -88,7 +88,7 @@ def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAtt
 
 
 def _one_block_for_all(model: Decoder, attention: AttentionBackend) -> list[Tensor]:
-    """A cache of one block that all layers and all pages of a table share: nobody looks at what is computed."""
+    """A cache of one block that all layers and all pages of a table share: the results are not read."""
     shape = model.config
     cache = attention.allocate(1, shape.num_key_value_heads, shape.head_dim, model.embed_tokens.dtype)
     return [cache] * shape.num_hidden_layers

@@ -1,11 +1,10 @@
-"""The model runner: a scheduled batch in, logits out. It owns the weights, the KV memory and the vision processor."""
+"""The model runner: a scheduled batch in, logits out. Owner of the weights, the KV memory and the vision processor."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +22,7 @@ from nanovllm.engine.execution.batch_invariance import TILE, prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
 from nanovllm.engine.layers.device_copy import together
-from nanovllm.engine.layers.linear import pack_linears, why_no_int8
+from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
 from nanovllm.engine.models.registry import around_image, load_encoder, load_text_model, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
@@ -38,17 +37,17 @@ from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.images.preprocess import PreparedImage
 from nanovllm.vision.processor import VisionProcessor
 
-_SCORED_AT_ONCE = 256  # positions of a prompt whose logits are in memory together
+_SCORE_CHUNK_TOKENS = 256  # of a prompt, whose logits are in memory together
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StepTokens:
-    """T tokens of all rows in one line, and what the model needs to know about them."""
+    """The T tokens of all rows, and the model's other inputs."""
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T], or [T, 3] where the family counts height and width too
-    images: tuple[tuple[int, Tensor], ...]  # first token and embeddings [n, width] that stand there
+    images: tuple[tuple[int, Tensor], ...]  # index of the first token, and embeddings [n, width]
     attention: Any
     sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
     scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
@@ -59,8 +58,16 @@ class StepInputs:
     """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
 
     rows: tuple[ScheduledRow, ...]
-    sampling: tuple[Sequence, ...]  # one for each row of logits: the sequence, ahead by the drafts before the place
-    tokens: StepTokens | Replay  # or the graph that has them already
+    sampling: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
+    tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a forward pass computed. Nothing of it is in a sequence before the step is committed."""
+
+    logits: Tensor  # [sampling rows, vocab]
+    prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
 
 
 def _device(name: str | None) -> torch.device:
@@ -77,7 +84,7 @@ class ModelRunner:
     """Weights, KV caches and the steps between a scheduled batch and its logits, each callable on its own."""
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
-        """Load everything. Raises ConfigurationError and its kin for what the checkpoint or machine cannot do."""
+        """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
         self.device = _device(config.device)
@@ -86,14 +93,14 @@ class ModelRunner:
         if reason is not None:
             raise ConfigurationError(f"quantization='int8' is not possible on {self.device}: {reason}")
         self.model = load_text_model(checkpoint, self.dtype, self.device)
-        self.model.pack(config.quantization, tile=TILE if config.deterministic else None)
+        self.model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
         self.encoder: ImageEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
         self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
-            _ = self.encoder.revision  # taken here, where seconds do not matter, and not in somebody's event loop
-            pack_linears(self.encoder)
+            _ = self.encoder.revision  # computed now: it takes seconds, and is read in an event loop later
+            choose_torch_layouts(self.encoder)
             self.processor = VisionProcessor(
                 self.encoder,
                 image_token_id=self.image_token_id,
@@ -139,7 +146,7 @@ class ModelRunner:
             )
 
     def release(self) -> None:
-        """Let go of the KV memory, and of the graphs that hold it."""
+        """Free the KV memory, and the graphs that hold it."""
         self.graphs = None
         self.kv_caches = []
 
@@ -176,12 +183,15 @@ class ModelRunner:
         host = [MemoryTier("host", beyond, "cpu")] if beyond else []
         return EmbeddingCache(self.config.embedding_cache_bytes, *host, device=self.device)
 
-    def embed_images(self, rows: Rows[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()) -> None:
+    def attach_image_embeddings(
+        self, rows: abc.Sequence[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()
+    ) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
-        The embeddings stay with the sequence until it has computed past them, so that no eviction can take them away
-        between two chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's
-        batch up and go to the cache.
+        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
+        stay with the sequence until it has computed past them, so that no eviction can take them away between two
+        chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's batch up and go
+        to the cache.
         """
         needed = [
             (row.sequence, span)
@@ -192,7 +202,7 @@ class ModelRunner:
         if not needed:
             return
         by_salt: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
-        for sequence, span in (*needed, *self._ahead([span for _, span in needed], upcoming)):
+        for sequence, span in (*needed, *self._encoded_ahead([span for _, span in needed], upcoming)):
             by_salt[sequence.cache_salt].append((sequence, span))
         embeddings: dict[bytes, Tensor] = {}
         for salt, spans in by_salt.items():
@@ -208,8 +218,8 @@ class ModelRunner:
         for _, span in needed:
             span.embedding = embeddings[span.key]
 
-    def _ahead(
-        self, needed: Rows[ImageSpan], upcoming: Iterable[tuple[Sequence, int]]
+    def _encoded_ahead(
+        self, needed: abc.Sequence[ImageSpan], upcoming: Iterable[tuple[Sequence, int]]
     ) -> Iterator[tuple[Sequence, ImageSpan]]:
         """The images of ``upcoming`` to encode along with the needed ones: the next distinct ones that the cache lacks.
 
@@ -223,15 +233,15 @@ class ModelRunner:
         row_bytes = encoder.width * encoder.dtype.itemsize
         lengths = {span.key: span.length for span in needed}
         capacity = self.config.embedding_cache_bytes
-        room = min(capacity // 2, capacity - sum(lengths.values()) * row_bytes)
+        free_bytes = min(capacity // 2, capacity - sum(lengths.values()) * row_bytes)
         pixels = self.config.encoder_batch_pixels - sum(prod(span.image.size) for span in needed)
         for sequence, computed in upcoming:
             for span in sequence.images:
                 if span.end <= computed or span.key in lengths or span.image.embedding is not None:
                     continue
                 lengths[span.key] = span.length
-                room -= span.length * row_bytes
-                if room < 0:
+                free_bytes -= span.length * row_bytes
+                if free_bytes < 0:
                     return
                 if not cache.touch(span.key):
                     pixels -= prod(span.image.size)
@@ -241,7 +251,7 @@ class ModelRunner:
     def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
         """The scheduled rows as tensors, single-token rows first, or load them into a graph.
 
-        The images that they touch are encoded: `embed_images` ran before.
+        The images that they touch have their embeddings: `attach_image_embeddings` ran before.
         """
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
@@ -254,7 +264,7 @@ class ModelRunner:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
                 if span.touches(start, end):
-                    assert span.embedding is not None  # embed_images ran before
+                    assert span.embedding is not None  # attach_image_embeddings ran before
                     first, last = max(start, span.start), min(end, span.end)
                     part = span.embedding[first - span.start : last - span.start]
                     images.append((len(token_ids) + first - start, part))
@@ -272,9 +282,9 @@ class ModelRunner:
         )
         replay = None
         if self.graphs is not None and not images and not scored:
-            # Only an image's own tokens stand at different places on different axes.
-            places = positions if self.model.config.position_axes is None else [axes[0] for axes in positions]
-            replay = self.graphs.load(token_ids, places, sampling_indices, batch)
+            # Only an image's own tokens have different positions on different axes.
+            plain = positions if self.model.config.position_axes is None else [axes[0] for axes in positions]
+            replay = self.graphs.load(token_ids, plain, sampling_indices, batch)
         tokens = replay or self._to_device(token_ids, positions, images, sampling_indices, batch, scored)
         return StepInputs(rows, tuple(sampling), tokens)
 
@@ -288,58 +298,65 @@ class ModelRunner:
         scored: list[tuple[ScheduledRow, int]],
     ) -> StepTokens:
         axes = self.model.config.position_axes
-        flat = positions if axes is None else [place for places in positions for place in places]
-        ids, places, indices = together([token_ids, flat, sampling_indices], self.device)
+        flat = positions if axes is None else [position for triple in positions for position in triple]
+        ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
         return StepTokens(
             token_ids=ids,
-            positions=places if axes is None else places.view(len(ids), -1),
+            positions=located if axes is None else located.view(len(ids), -1),
             images=tuple(images),
             attention=self.attention.metadata(batch),
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
         )
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """Compute the step and return the logits [sampling rows, vocab]."""
+    def forward(self, inputs: StepInputs) -> StepResult:
+        """Compute the logits of the step and the log probabilities of prompt tokens.
+
+        Writes to the KV caches and to no sequence.
+        """
         tokens = inputs.tokens
         if not isinstance(tokens, StepTokens):
-            return tokens()
+            return StepResult(tokens(), ())
         hidden = self.model.embed(tokens.token_ids)
         wanted = None if tokens.scored else tokens.sampling_indices
         hidden = self.model(
             hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted
         )
-        for row, first in tokens.scored:
-            self._score_prompt(row, hidden[first : first + row.num_tokens])
+        scores = tuple(
+            (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
+            for row, first in tokens.scored
+        )
         if not inputs.sampling:
-            return hidden.new_empty(0, self.model.config.vocab_size)
+            return StepResult(hidden.new_empty(0, self.model.config.vocab_size), scores)
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
-        return self.model.logits(hidden)
+        return StepResult(self.model.logits(hidden), scores)
 
-    def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> None:
-        """Add the log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
+    def _prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> list[TokenLogprobs]:
+        """The log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
         sequence = row.sequence
         count = sequence.sampling.prompt_logprobs or 0
-        sequence.prompt_logprobs = sequence.prompt_logprobs or [{}]  # nothing comes before the first token
+        # The first token has none, because no logits come before it.
+        found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {place for span in sequence.images for place in range(span.start, span.end)}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORED_AT_ONCE):
-            end = min(start + _SCORED_AT_ONCE, row.end, sequence.num_prompt_tokens - 1)
+        images = {position for span in sequence.images for position in range(span.start, span.end)}
+        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
+            end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]
-            texts = [place for place in range(len(tokens)) if start + 1 + place not in images]
+            texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
             logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
             scores: list[TokenLogprobs] = [{} for _ in tokens]
             if texts:
-                taken = [tokens[place] for place in texts]
-                for place, score in zip(
+                taken = [tokens[index] for index in texts]
+                for index, score in zip(
                     texts, top_logprobs(logits, taken, [count] * len(taken), self.text_of), strict=True
                 ):
-                    scores[place] = score
-            sequence.prompt_logprobs += scores
+                    scores[index] = score
+            found += scores
+        return found
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; without vision all are 0."""

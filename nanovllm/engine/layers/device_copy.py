@@ -1,4 +1,4 @@
-"""Small numbers on their way to a GPU and back, without a wait that nobody needs.
+"""Copies of small tensors to a device and back, without needless synchronisation.
 
 A copy from pageable memory makes the host wait for everything that the GPU has yet to do. From pinned memory it is one
 more entry of the queue, and torch keeps the memory until the copy is done. On a CPU nothing is copied.
@@ -16,7 +16,7 @@ from torch import Tensor
 def to_device(
     values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``values`` as a tensor [n] on ``device``, int64 or float32 unless told otherwise; the host goes on meanwhile."""
+    """``values`` as a tensor [n] on ``device``, int64 or float32 unless ``dtype`` says otherwise; does not wait."""
     return move(torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda"), device)
 
 
@@ -34,7 +34,7 @@ def together(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 def read_back(tokens: Tensor) -> list[int]:
-    """The values of ``tokens`` [n], as soon as the device has come so far: the one wait of a step."""
+    """The values of ``tokens`` [n]: waits until the device has computed them, once a step."""
     if tokens.is_cuda:
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)

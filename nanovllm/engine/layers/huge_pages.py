@@ -49,8 +49,8 @@ def _large_mappings() -> set[tuple[int, int]]:
     except OSError:
         return found
     for line in lines:
-        place, rights, _, _, inode, *_ = line.split()
-        start, end = (int(address, 16) for address in place.split("-"))
+        addresses, rights, _, _, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in addresses.split("-"))
         if rights == "rw-p" and inode == "0" and end - start >= _WORTH_IT:
             found.add((start, end))
     return found

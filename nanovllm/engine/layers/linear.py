@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored the way the machine multiplies it fastest."""
+"""Linear layers whose weights have the memory layout that this machine multiplies by fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm.engine.layers import huge_pages
 from nanovllm.engine.layers.token_ops import scale_rows
 
 Quantization = Literal["int8"]
-Form = Literal["plain", "packed", "panels", "int8"]  # packed: by oneDNN; panels: by us
+Layout = Literal["plain", "packed", "panels", "int8"]  # packed: oneDNN's; panels: of kernels/panels.cpp
 Multiply = Callable[[Tensor], Tensor]
 
 _PACKED_ROWS_HINT = 16  # the batch that oneDNN lays the weight out for; measured to serve 1 to 512 rows as well
@@ -25,7 +25,7 @@ _MIN_PACKED_ELEMENTS = 1 << 18  # a smaller product is over before oneDNN's call
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. ``pack`` lays the weight out for our CPU kernel, or for oneDNN where that is missing; or int8."""
+    """y = x W^T + b, with the weight as it was loaded, in our CPU kernel's layout, in oneDNN's, or in int8."""
 
     bias: nn.Parameter | None
 
@@ -35,23 +35,23 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.in_features = in_features
-        self.form: Form = "plain"
+        self.layout: Layout = "plain"
         self._multiply: Multiply | None = None
         self._tile: int | None = None
 
-    def pack(
+    def choose_layout(
         self, quantization: Quantization | None = None, *, keep_weight: bool = False, tile: int | None = None
     ) -> None:
-        """Store the weight as int8 if asked to, or else packed if that pays; the plain ``weight`` goes unless kept.
+        """Store the weight in int8 if asked to, else in its fastest layout; drop the plain ``weight`` unless kept.
 
-        With ``tile`` an output row depends on its input row alone: our kernel sees to that by itself, other products
-        are ones of that many rows, always.
+        With ``tile`` an output row depends on its input row alone, to the bit: our kernel's does anyhow, and other
+        products are computed in tiles of that many rows.
         """
         if quantization == "int8":
-            self.form, self._multiply = "int8", int8_multiply(self.weight, self.bias)
+            self.layout, self._multiply = "int8", int8_multiply(self.weight, self.bias)
         else:
-            self.form, self._multiply = packed_form(self.weight, self.bias)
-        self._tile = tile if self.form in ("plain", "packed") else None
+            self.layout, self._multiply = fastest_layout(self.weight, self.bias)
+        self._tile = tile if self.layout in ("plain", "packed") else None
         if self._multiply is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
@@ -76,8 +76,8 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def packed_form(weight: Tensor, bias: Tensor | None) -> tuple[Form, Multiply | None]:
-    """The fastest layout of a weight [out, in] that keeps its numbers, and the product with it; None: as it is."""
+def fastest_layout(weight: Tensor, bias: Tensor | None) -> tuple[Layout, Multiply | None]:
+    """The fastest layout of a weight [out, in] without a change of type, and the product with it; None: as it is."""
     if weight.numel() < _MIN_PACKED_ELEMENTS:
         return "plain", None
     if has_panels(weight.dtype, weight.device):
@@ -85,16 +85,16 @@ def packed_form(weight: Tensor, bias: Tensor | None) -> tuple[Form, Multiply | N
     return ("packed", packed_multiply(weight, bias)) if can_pack(weight) else ("plain", None)
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Pack torch's own linear layers inside ``module``, which is somebody else's code, where that pays.
+def choose_torch_layouts(module: nn.Module) -> None:
+    """Store the weights of ``torch.nn.Linear`` layers inside ``module`` in their fastest layouts.
 
-    Their plain weights go, so whoever reads those (a digest, a checkpoint) comes before.
+    Their plain weights are dropped: read them (for a digest, a checkpoint) before.
     """
     with huge_pages.for_new_memory():
         for layer in module.modules():
             if type(layer) is not nn.Linear:
                 continue
-            _, multiply = packed_form(layer.weight, layer.bias)
+            _, multiply = fastest_layout(layer.weight, layer.bias)
             if multiply is not None:
                 layer.forward = multiply  # type: ignore[assignment]
                 layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
@@ -118,13 +118,13 @@ def panels_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 def to_panels(weight: Tensor) -> Tensor:
     """A weight [out, in] as [panels, steps, 48, n]: n neighbouring inputs, four bytes, of 48 outputs side by side."""
-    together = 4 // weight.itemsize
-    padded = F.pad(weight, (0, -weight.shape[1] % together, 0, -len(weight) % _PANEL))
-    return padded.view(-1, _PANEL, padded.shape[1] // together, together).transpose(1, 2).contiguous()
+    group = 4 // weight.itemsize
+    padded = F.pad(weight, (0, -weight.shape[1] % group, 0, -len(weight) % _PANEL))
+    return padded.view(-1, _PANEL, padded.shape[1] // group, group).transpose(1, 2).contiguous()
 
 
 def _padded(values: Tensor) -> Tensor:
-    """One value for each output [out], with zeros for those that the last panel has too many."""
+    """One value for each output [out], padded with zeros to whole panels."""
     return F.pad(values, (0, -len(values) % _PANEL))
 
 
@@ -135,7 +135,7 @@ def packed_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 
 def why_no_int8(device: torch.device) -> str | None:
-    """What keeps int8 products from this machine; None if nothing does."""
+    """Why this machine cannot compute int8 products; None if it can."""
     if device.type != "cpu":
         return "it is for CPUs"
     if has_panels(torch.int8, device):
@@ -163,7 +163,9 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
-        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of deprecation: `why_no_int8` will tell
+        with warnings.catch_warnings(
+            category=UserWarning, action="ignore"
+        ):  # of deprecation: `why_no_int8` checks for removal
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, None)
     finally:

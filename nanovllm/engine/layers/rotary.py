@@ -1,4 +1,4 @@
-"""Rotary positions: how far each pair of a head's dimensions turns at each position."""
+"""Rotary position embeddings (RoPE): the angle of each pair of a head's dimensions at each position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanovllm.errors import UnsupportedModel
 
-# "dynamic" turns like "default" up to max_position_embeddings, where this engine's contexts end.
+# "dynamic" equals "default" up to max_position_embeddings, where this engine's contexts end.
 _SCALED = ("linear", "dynamic", "llama3", "yarn")
 
 

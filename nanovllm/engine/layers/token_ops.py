@@ -1,4 +1,4 @@
-"""What a layer does to each token by itself: by our kernels on a CPU that has them, by torch's operators elsewhere."""
+"""Token-wise operations of a layer: by our kernels on a CPU that has them, by torch's operators elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> Tensor:
-    """Heads [T, heads, d], normalised by ``norm`` [heads, d] if there is one, then turned to their positions.
+    """Heads [T, heads, d], normalised by ``norm`` [heads, d] if there is one, then rotated to their positions.
 
     Halves (a, b) of a head become (a cos - b sin, b cos + a sin).
     """
@@ -53,7 +53,7 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """The first place of the highest number in each row of [rows, d]: [rows], int64."""
+    """The first index of the highest number in each row of [rows, d]: [rows], int64."""
     if x.is_cpu and x.is_contiguous() and kernels.missing() is None:
         output: Tensor = torch.ops.nanovllm.argmax(x)
         return output

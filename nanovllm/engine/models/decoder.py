@@ -1,7 +1,7 @@
 """The decoder that Llama, Qwen2 and Qwen3 share: grouped-query attention, rotary positions, gated SiLU feed-forward.
 
-Where the families differ is a field of ``DecoderConfig``; each family's file fills it in. Tokens of all sequences of a
-step stand in one row [T]; which of them see one another is the attention backend's affair.
+Where the families differ is a field of ``DecoderConfig``, set in each family's file. The tokens of all sequences of a
+step are one dimension [T]; which of them attend to one another is decided by the attention backend.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DecoderConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    position_axes: tuple[int, ...] | None  # which of several positions turns each frequency; None: there is one
+    position_axes: tuple[int, ...] | None  # by which of several positions each frequency rotates; None: there is one
 
     @classmethod
     def of(
@@ -264,9 +264,9 @@ class Decoder(nn.Module):
         cos_rows, sin_rows = rows.unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
 
-    def pack(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
-        """Lay the weights out for this machine, once they are loaded; see ``Linear.pack``."""
+    def choose_layouts(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
+        """Store the loaded weights in the layouts that this machine multiplies by fastest; see ``Linear``."""
         with huge_pages.for_new_memory():
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.pack(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)
+                    module.choose_layout(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)

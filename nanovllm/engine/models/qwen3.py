@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normalised head by head before they turn."""
+"""Qwen3: queries and keys are normalised head by head before rotation."""
 
 from __future__ import annotations
 

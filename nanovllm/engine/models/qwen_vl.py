@@ -72,21 +72,21 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
     one another from there; the text behind goes on after the longer of its sides.
     """
     found: list[tuple[int, int, int]] = []
-    saved = 0  # by how much positions lag behind places
+    saved = 0  # token index minus position
     for span in images:
         assert span.grid is not None  # the encoder of this family gives one
         rows, columns = span.grid
-        found += [(place - saved,) * 3 for place in range(start + len(found), min(end, span.start))]
+        found += [(index - saved,) * 3 for index in range(start + len(found), min(end, span.start))]
         begin = span.start - saved
-        for place in range(max(start, span.start), min(end, span.end)):
-            row, column = divmod(place - span.start, columns)
+        for index in range(max(start, span.start), min(end, span.end)):
+            row, column = divmod(index - span.start, columns)
             found.append((begin, begin + row, begin + column))
         saved += span.length - max(rows, columns)
-    return found + [(place - saved,) * 3 for place in range(start + len(found), end)]
+    return found + [(index - saved,) * 3 for index in range(start + len(found), end)]
 
 
 def sections(config: Any) -> tuple[int, int, int]:
-    """How many of a head's frequencies turn with time, height and width; UnsupportedModel where some are left over."""
+    """How many of a head's frequencies rotate with time, height and width; UnsupportedModel where some remain."""
     found = (config.rope_parameters or {}).get("mrope_section")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not found or len(found) != 3 or 2 * sum(found) != head_dim:

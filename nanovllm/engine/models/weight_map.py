@@ -1,4 +1,4 @@
-"""A decoder's tensors: their names in a checkpoint, and their places among this engine's fused parameters."""
+"""A decoder's tensors: their names in a checkpoint, and the slices of this engine's fused parameters that they fill."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ def parameter_places(model: Decoder, *, tied: bool) -> dict[str, list[Tensor]]:
     config = model.config
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
-    places: dict[str, list[Tensor]] = {
+    targets: dict[str, list[Tensor]] = {
         "model.embed_tokens.weight": [model.embed_tokens.data],
         "model.norm.weight": [model.norm.weight.data],
     }
     if not tied:
-        places["lm_head.weight"] = [model.lm_head.weight.data]
+        targets["lm_head.weight"] = [model.lm_head.weight.data]
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer)
         prefix = f"model.layers.{index}."
         attention, mlp = layer.self_attn, layer.mlp
-        places |= _split(attention.qkv_proj, f"{prefix}self_attn.", {"q_proj": query, "k_proj": key, "v_proj": key})
-        places |= _split(attention.o_proj, f"{prefix}self_attn.", {"o_proj": config.hidden_size})
+        targets |= _split(attention.qkv_proj, f"{prefix}self_attn.", {"q_proj": query, "k_proj": key, "v_proj": key})
+        targets |= _split(attention.o_proj, f"{prefix}self_attn.", {"o_proj": config.hidden_size})
         half = config.intermediate_size
-        places |= _split(mlp.gate_up_proj, f"{prefix}mlp.", {"gate_proj": half, "up_proj": half})
-        places |= _split(mlp.down_proj, f"{prefix}mlp.", {"down_proj": config.hidden_size})
+        targets |= _split(mlp.gate_up_proj, f"{prefix}mlp.", {"gate_proj": half, "up_proj": half})
+        targets |= _split(mlp.down_proj, f"{prefix}mlp.", {"down_proj": config.hidden_size})
         if attention.qk_norm is not None:
             heads = attention.qk_norm.data.split((config.num_attention_heads, config.num_key_value_heads))
-            places[f"{prefix}self_attn.q_norm.weight"] = list(heads[0])
-            places[f"{prefix}self_attn.k_norm.weight"] = list(heads[1])
-        places[f"{prefix}input_layernorm.weight"] = [layer.input_layernorm.weight.data]
-        places[f"{prefix}post_attention_layernorm.weight"] = [layer.post_attention_layernorm.weight.data]
-    return places
+            targets[f"{prefix}self_attn.q_norm.weight"] = list(heads[0])
+            targets[f"{prefix}self_attn.k_norm.weight"] = list(heads[1])
+        targets[f"{prefix}input_layernorm.weight"] = [layer.input_layernorm.weight.data]
+        targets[f"{prefix}post_attention_layernorm.weight"] = [layer.post_attention_layernorm.weight.data]
+    return targets
 
 
 def _split(linear: Linear, prefix: str, rows: dict[str, int]) -> dict[str, list[Tensor]]:
     """The parts of a fused layer, weight and bias, by their names in a checkpoint; ``rows`` are outputs of each."""
-    places: dict[str, list[Tensor]] = {}
+    targets: dict[str, list[Tensor]] = {}
     for kind, parameter in (("weight", linear.weight), ("bias", linear.bias)):
         if parameter is not None:
             parts = parameter.data.split(list(rows.values()))
-            places |= {f"{prefix}{name}.{kind}": [part] for name, part in zip(rows, parts, strict=True)}
-    return places
+            targets |= {f"{prefix}{name}.{kind}": [part] for name, part in zip(rows, parts, strict=True)}
+    return targets
 
 
 def load_decoder(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from nanovllm.engine.outputs import Logprob, TokenLogprobs
 
 
 def top_logprobs(
-    logits: Tensor, taken: Rows[int], counts: Rows[int], text_of: Callable[[int], str]
+    logits: Tensor, taken: Sequence[int], counts: Sequence[int], text_of: Callable[[int], str]
 ) -> list[TokenLogprobs]:
     """For each row of ``logits`` [rows, vocab] the token ``taken`` there and the ``counts`` most probable ones.
 
@@ -23,9 +22,9 @@ def top_logprobs(
     best = logprobs.topk(min(max(counts), logprobs.shape[1]), dim=1)
     table = zip(taken, own[:, 0].tolist(), ranks, counts, best.values.tolist(), best.indices.tolist(), strict=True)
     rows = []
-    for token, logprob, rank, count, values, indices in table:
-        row = {token: Logprob(logprob, rank, text_of(token))}
-        for place, (value, index) in enumerate(zip(values[:count], indices[:count], strict=True), 1):
-            row.setdefault(index, Logprob(value, place, text_of(index)))
+    for token, logprob, own_rank, count, values, indices in table:
+        row = {token: Logprob(logprob, own_rank, text_of(token))}
+        for rank, (value, index) in enumerate(zip(values[:count], indices[:count], strict=True), 1):
+            row.setdefault(index, Logprob(value, rank, text_of(index)))
         rows.append(row)
     return rows

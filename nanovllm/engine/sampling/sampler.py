@@ -1,15 +1,14 @@
-"""From logits to the next token of every row, all rows in one go, and with one wait for the device: for the tokens.
+"""Sampling: from logits to the next token of every row, with one synchronisation with the device, for the tokens.
 
-A greedy row is always the argmax of its own logits, whatever its neighbours ask for. The random numbers of a row with a
-seed follow from the seed and the place in the output, so that its choices depend neither on who else is in the batch
-nor on how many places a step samples.
+A greedy row is the argmax of its own logits, whatever the parameters of other rows. The random numbers of a row with a
+seed follow from the seed and the position in the output: they depend neither on the rest of the batch nor on how many
+positions a step samples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence as Rows
+from collections import Counter, abc
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from nanovllm.engine.layers.token_ops import argmax
 from nanovllm.engine.sampling.structured_output import forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
 
-_NEVER = float("-inf")
-_COLDEST = 1e-5  # a temperature below which only the best token is left, and float32 would overflow
+_MINUS_INFINITY = float("-inf")
+_MIN_TEMPERATURE = 1e-5  # below it only the best token is left, and float32 would overflow
 
 
 class Sampler:
@@ -36,11 +35,11 @@ class Sampler:
             self._generator.manual_seed(seed)
         self._seeded = torch.Generator(device)
 
-    def sample(self, logits: Tensor, sequences: Rows[Sequence], masks: Tensor | None = None) -> list[int]:
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], masks: Tensor | None = None) -> list[int]:
         """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
 
-        ``masks`` are those of `guided.TokenMasks`. A constraint outweighs what forbids tokens: where bad words or
-        ``min_tokens`` leave none that it allows, they are set aside.
+        ``masks`` are those of `structured_output.TokenMasks`. A constraint has precedence: where bad words or
+        ``min_tokens`` leave no token that it allows, they do not apply.
         """
         if masks is not None:
             forbid_masked(logits, move(masks, logits.device))
@@ -56,21 +55,21 @@ class Sampler:
         tokens.index_copy_(0, rows, drawn)
         return read_back(tokens)
 
-    def _adjust(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
-        """Apply, in place, what changes which token is the best: prohibitions, biases, penalties."""
+    def _adjust(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> None:
+        """Apply what changes the argmax, in place: bad words, minimum length, biases, penalties."""
         for row, sequence in enumerate(sequences):
             params = sequence.sampling
             forbidden = [word[-1] for word in sequence.bad_words if _would_complete(word, sequence)]
             if sequence.num_output_tokens < params.min_tokens:
                 forbidden += sequence.stop_token_ids
             if forbidden:
-                places = to_device(sorted(set(forbidden)), self._device)
-                before = logits[row, places]
-                logits[row, places] = _NEVER
-                logits[row, places] = torch.where(logits[row].amax() == _NEVER, before, _NEVER)
+                indices = to_device(sorted(set(forbidden)), self._device)
+                before = logits[row, indices]
+                logits[row, indices] = _MINUS_INFINITY
+                logits[row, indices] = torch.where(logits[row].amax() == _MINUS_INFINITY, before, _MINUS_INFINITY)
             if params.logit_bias:
-                places = to_device(list(params.logit_bias), self._device)
-                logits[row, places] += to_device(list(params.logit_bias.values()), self._device).to(logits)
+                indices = to_device(list(params.logit_bias), self._device)
+                logits[row, indices] += to_device(list(params.logit_bias.values()), self._device).to(logits)
             if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
                 self._penalise(logits[row], sequence)
 
@@ -91,12 +90,12 @@ class Sampler:
             penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
             logits[to_device(list(counts), self._device)] -= to_device(penalties, self._device).to(logits)
 
-    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    def _draw(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
         params = [sequence.sampling for sequence in sequences]
-        logits = logits / self._column([max(param.temperature, _COLDEST) for param in params])
+        logits = logits / self._column([max(param.temperature, _MIN_TEMPERATURE) for param in params])
         if any(param.min_p > 0.0 for param in params):
             floor = logits.amax(-1, keepdim=True) + self._column([param.min_p for param in params]).log()
-            logits = logits.masked_fill(logits < floor, _NEVER)
+            logits = logits.masked_fill(logits < floor, _MINUS_INFINITY)
         if any(param.top_k > 0 or param.top_p < 1.0 for param in params):
             logits = self._keep_top(logits, [param.top_k for param in params], [param.top_p for param in params])
         # Dividing by exponential noise and taking the maximum draws from the distribution without a cumulative sum.
@@ -108,15 +107,15 @@ class Sampler:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(vocab, device=logits.device)
         limits = self._column([min(k, vocab) if k > 0 else vocab for k in top_k])
-        ordered = ordered.masked_fill(ranks >= limits, _NEVER)
+        ordered = ordered.masked_fill(ranks >= limits, _MINUS_INFINITY)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         limits = self._column([p if p < 1.0 else 2.0 for p in top_p])  # rounding may sum to more than one
-        ordered = ordered.masked_fill((before >= limits) & (ranks > 0), _NEVER)
+        ordered = ordered.masked_fill((before >= limits) & (ranks > 0), _MINUS_INFINITY)
         return torch.empty_like(logits).scatter_(-1, order, ordered)
 
-    def _noise(self, like: Tensor, sequences: Rows[Sequence]) -> Tensor:
-        """Exponential noise: rows with a seed from that and their place, the others from the shared generator."""
+    def _noise(self, like: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
+        """Exponential noise: rows with a seed from that and their position, the others from the shared generator."""
         noise = torch.empty_like(like)
         if any(sequence.seed is None for sequence in sequences):
             noise.exponential_(generator=self._generator)
@@ -130,9 +129,9 @@ class Sampler:
         return to_device(values, self._device, torch.float32).unsqueeze(1)
 
 
-def _seed_of(seed: int, place: int) -> int:
-    """A seed for one place of an output; hashed, since neighbouring seeds must not give related numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4])
+def _seed_of(seed: int, position: int) -> int:
+    """A seed for one position of an output; hashed, since neighbouring seeds must not give related numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {position}".encode()).digest()[:4])
 
 
 def _would_complete(word: tuple[int, ...], sequence: Sequence) -> bool:

@@ -1,6 +1,6 @@
-"""Outputs that conform to a schema, an expression, a list of choices or a grammar, through llguidance.
+"""Structured output: text that conforms to a schema, an expression, a list of choices or a grammar, by llguidance.
 
-A constrained sequence carries a matcher. Between two steps the matcher has consumed every token of the output; its mask
+A constrained sequence has a matcher. Between two steps the matcher has consumed every token of the output; its mask
 of allowed tokens is computed while the forward pass runs, and tokens that are the only possible ones are appended
 without a decode step each.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence as Rows
+from collections import OrderedDict, abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -22,8 +21,8 @@ from nanovllm.engine.sampling.json_schema import enforceable
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
 from nanovllm.sampling_params import Constraint
 
-_KEPT_GRAMMARS = 64
-_NEVER = float("-inf")
+_MAX_GRAMMARS = 64
+_MINUS_INFINITY = float("-inf")
 _BITS = 32
 _JSON_STYLE = {
     # Where white space is free, a model that loops fills the output with it, and no token is ever forced.
@@ -35,9 +34,9 @@ _JSON_STYLE = {
 
 
 class GrammarCompiler:
-    """Compiles constraints for one tokenizer and keeps the last ones. Every method may be called from any thread."""
+    """Compiles constraints for one tokenizer, with an LRU cache. Thread-safe."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: Rows[int]) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: abc.Sequence[int]) -> None:
         """``vocab_size`` is the model's: it may be larger than the tokenizer's."""
         self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, list(end_token_ids)
         self._matchers: OrderedDict[Constraint, Any] = OrderedDict()
@@ -57,7 +56,7 @@ class GrammarCompiler:
         with self._lock:
             self._matchers[constraint] = compiled
             self._matchers.move_to_end(constraint)
-            if len(self._matchers) > _KEPT_GRAMMARS:
+            if len(self._matchers) > _MAX_GRAMMARS:
                 self._matchers.popitem(last=False)
             return compiled.deep_copy()
 
@@ -80,7 +79,7 @@ class GrammarCompiler:
 
     @cached_property
     def _tokens(self) -> Any:
-        """The vocabulary as llguidance knows it: from tokenizer.json, or token by token where a token is its text."""
+        """The vocabulary in llguidance's form: from tokenizer.json, or token by token where a token is its text."""
         llguidance = _llguidance()
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         if state["model"]["type"] == "WordLevel":
@@ -95,9 +94,9 @@ class GrammarCompiler:
 
 
 class _Words:
-    """A vocabulary whose tokens are their own text, in the form that llguidance's wrapper takes."""
+    """A vocabulary whose tokens are their own text, as ``llguidance.TokenizerWrapper`` expects it."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: Rows[int]) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: abc.Sequence[int]) -> None:
         words = {index: token for token, index in tokenizer.get_vocab().items()}
         self.tokens = [words.get(index, "").encode() for index in range(vocab_size)]
         self.special_token_ids = list(tokenizer.all_special_ids)
@@ -111,34 +110,34 @@ class _Words:
 
 
 class TokenMasks:
-    """Computes the masks of a step beside the forward pass."""
+    """Masks of allowed tokens, computed in a thread of their own during the forward pass."""
 
     def __init__(self, vocab_size: int) -> None:
         self._words = -(-vocab_size // _BITS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-masks")
 
-    def begin(self, rows: Rows[tuple[Any | None, tuple[int, ...]]]) -> Future[Tensor] | None:
-        """Start on the rows of a step: each a matcher, None where it is free, and the drafts that may come next.
+    def begin(self, rows: abc.Sequence[tuple[Any | None, tuple[int, ...]]]) -> Future[Tensor] | None:
+        """Start on the rows of a step: each a matcher, None where it is unconstrained, and its drafts.
 
-        The result is int32 [places, words], bit 1 = allowed; a row has a place for its next token and one after each
-        draft. Until it is there the matchers belong to the other thread.
+        The result is int32 [sampled tokens, words], bit 1 = allowed; a row samples its next token and one after each
+        draft. Until the result is there the matchers belong to the other thread.
         """
         if all(matcher is None for matcher, _ in rows):
             return None
         return self._executor.submit(self._fill, list(rows))
 
-    def _fill(self, rows: Rows[tuple[Any | None, tuple[int, ...]]]) -> Tensor:
+    def _fill(self, rows: abc.Sequence[tuple[Any | None, tuple[int, ...]]]) -> Tensor:
         masks = torch.full((sum(1 + len(drafts) for _, drafts in rows), self._words), -1, dtype=torch.int32)
-        places = iter(masks)
+        each_mask = iter(masks)
         for matcher, drafts in rows:
             if matcher is not None and drafts:
-                # A draft may lead into a dead end, and no rollback mends a matcher that has found one.
+                # A draft may lead into a dead end, and LLMatcher.rollback does not clear a matcher's error.
                 matcher = matcher.deep_copy()
-            for place in range(1 + len(drafts)):
-                mask = next(places)
+            for num_drafts in range(1 + len(drafts)):
+                mask = next(each_mask)
                 if matcher is not None:
-                    if place:
-                        matcher.consume_token(drafts[place - 1])
+                    if num_drafts:
+                        matcher.consume_token(drafts[num_drafts - 1])
                     matcher.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
         return masks
 
@@ -151,7 +150,7 @@ def forbid_masked(logits: Tensor, masks: Tensor) -> None:
     """Set the logits [rows, vocab] whose bit in ``masks`` [rows, words] is 0 to minus infinity, in place."""
     bits = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
     allowed = (masks.to(logits.device).unsqueeze(-1) >> bits) & 1
-    logits.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, _NEVER)
+    logits.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, _MINUS_INFINITY)
 
 
 def _grammar(constraint: Constraint, matcher: Any) -> str:
@@ -168,7 +167,7 @@ def _grammar(constraint: Constraint, matcher: Any) -> str:
             return str(matcher.grammar_from_lark(constraint.text))
 
 
-def _first_line(messages: Rows[str]) -> str:
+def _first_line(messages: abc.Sequence[str]) -> str:
     return next((line for message in messages for line in message.splitlines() if line.strip()), "refused")[:300]
 
 

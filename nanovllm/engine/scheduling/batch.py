@@ -31,17 +31,16 @@ class ScheduledRow:
 
     @property
     def num_samples(self) -> int:
-        """The places whose next token is sampled: after the last token, and after each draft."""
+        """How many tokens are sampled: one after the last known token, and one after each draft."""
         return 1 + len(self.drafts) if self.samples else 0
 
     @property
     def num_accepted(self) -> int:
-        """How many drafts the sequence has taken over; of meaning once its new tokens are appended."""
-        known = self.end - len(self.drafts)
-        new = self.sequence.token_ids[known : self.end]
-        return next(
-            (place for place, (one, other) in enumerate(zip(new, self.drafts, strict=False)) if one != other), len(new)
-        )
+        """How many leading drafts equal the sequence's new tokens; call it once those are appended."""
+        first = self.end - len(self.drafts)
+        new = self.sequence.token_ids[first : self.end]
+        pairs = enumerate(zip(new, self.drafts, strict=False))
+        return next((index for index, (token, draft) in pairs if token != draft), len(new))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Which KV block holds what: allocation, reference counts, and the prefix cache over full blocks.
+"""KV blocks: allocation, reference counts, and the prefix cache over full blocks.
 
-A block is in one of three states. *Held*: its reference count says by how many sequences. *Cached*: nobody holds it,
-but its hash is known, so a later prefix can take it up again. *Blank*: neither. Blank and cached blocks are both free:
-cached ones are given away last, the longest unused first.
+A block is in one of three states. *Held*: its reference count says by how many sequences. *Cached*: no sequence holds
+it, but its hash is known, so a later prefix can reuse it. *Blank*: neither. Blank and cached blocks are both free:
+blank ones are allocated first, then cached ones in order of last use (LRU).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanovllm.errors import EngineFault
 
 
 class BlockManager:
-    """The books of ``num_blocks`` blocks of ``block_size`` tokens: hashes and numbers, no tokens and no tensors."""
+    """Allocator of ``num_blocks`` blocks of ``block_size`` tokens: hashes and numbers, no tokens and no tensors."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         """All blocks start blank."""
@@ -28,7 +28,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that no sequence holds."""
         return len(self._free)
 
     @property
@@ -37,11 +37,11 @@ class BlockManager:
         return 1.0 - self.num_free / self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks ``num_tokens`` tokens take."""
+        """The number of blocks that ``num_tokens`` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of ``hashes``. Nothing is taken yet."""
+        """The blocks of the longest cached prefix of ``hashes``; none of them is held by this."""
         blocks: list[int] = []
         if self.enable_prefix_caching:
             for key in hashes:
@@ -52,11 +52,20 @@ class BlockManager:
         return blocks
 
     def can_allocate(self, num_new: int, cached: Sequence[int] = ()) -> bool:
-        """Whether ``num_new`` blank blocks are there besides the ``cached`` ones, which may be free themselves."""
+        """Whether ``num_new`` blocks are free besides the ``cached`` ones, which may be free themselves."""
         return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= self.num_free
 
     def allocate(self, num_new: int, cached: Sequence[int] = ()) -> list[int]:
-        """Hold ``cached`` and ``num_new`` other blocks, in this order; raises EngineFault when it cannot."""
+        """Hold ``cached`` and ``num_new`` other blocks, in this order; raises EngineFault when too few are free.
+
+        A sequence's block table, block after block; a free tail exists up to the end of the last block only::
+
+            | cached prefix         | computed              | this step's row | free tail |
+            0               num_cached_tokens     num_computed_tokens      row.end   table's end
+            | shared: held by       | full ones: named by   | held by this sequence alone |
+            | several sequences     | cache_block, findable | until they are full         |
+            `-- allocate(cached) --' `---------------- allocate(num_new) ---------------'
+        """
         if not self.can_allocate(num_new, cached):
             raise EngineFault(f"{num_new} blocks wanted, {self.num_free} of {self.num_blocks} are free")
         for block in cached:
@@ -79,15 +88,19 @@ class BlockManager:
     def cache_block(self, block: int, key: bytes) -> None:
         """Make a held block, now full and computed, findable by its hash.
 
-        The first block with a hash keeps it. An equal one, computed beside it in the same step, stays anonymous and is
-        blank when it is let go: its content is right, and the map keeps naming exactly one block.
+        The first block with a hash keeps it. An equal one, computed beside it in the same step, gets none and is blank
+        once it is freed: the map names exactly one block for a hash.
         """
         if self.enable_prefix_caching and self._hash_of[block] is None and key not in self._block_of:
             self._hash_of[block] = key
             self._block_of[key] = block
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Let go of one sequence's blocks; of those that become free, the end of the prefix is given away first."""
+        """Release one sequence's blocks.
+
+        In reverse, so that a prefix's last block is evicted first: the blocks before it stay findable without it. A
+        block that other sequences hold stays held; a named one becomes cached, another one blank.
+        """
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:

@@ -1,29 +1,38 @@
-"""What the next step computes: one token budget, no phases.
+"""Continuous batching: one token budget a step, without prefill and decode phases.
 
-Every sequence has tokens and computed tokens. A plan gives the budget first to the running sequences (most of them miss
+Every sequence has tokens and computed tokens. A step's budget goes first to the running sequences (most of them lack
 one token), then to waiting ones, each in order of priority and arrival. A long prompt gets what is left of the budget
-and goes on in the next step; a prefix found in the cache is simply computed already. Drafts (speculation.py) are tokens
-that a step computes too, where room is left, and that its commit takes back unless they turn out right.
+and continues in the next step (chunked prefill); the tokens of a cached prefix count as computed. Drafts
+(prompt_lookup.py) are computed too where the budget allows it; commit takes back those that sampling did not confirm.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
-from nanovllm.engine.scheduling.prompt_lookup import MOST_TOKENS_A_STEP, Speculation
+from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 
-class Scheduler:
-    """The waiting queue, the running batch, and the rules between them.
+@dataclass
+class StepBudget:
+    """What the step that is being scheduled may still take."""
 
-    Nothing starves: the first sequence in order may preempt every other one, and admission has made sure that it fits
-    the cache alone; so it finishes, and the next one is first.
+    tokens: int
+    seats: int  # of the running batch
+
+
+class Scheduler:
+    """The waiting queue, the running batch, and the rows of each step.
+
+    No sequence starves: the first one in order may preempt all others, and the input processor has checked that it
+    fits the cache alone; so it finishes, and the next one is first.
     """
 
     def __init__(
@@ -34,13 +43,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         num_speculative_tokens: int = 0,
     ) -> None:
-        """``blocks`` belongs to the scheduler from here on."""
+        """``blocks`` is used by this scheduler alone."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
-        self.speculation = Speculation(num_speculative_tokens)
+        self.prompt_lookup = PromptLookup(num_speculative_tokens)
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -54,82 +63,119 @@ class Scheduler:
         insort(self.waiting, sequence)
 
     def schedule(self) -> ScheduledBatch:
-        """Choose the rows of the next step and take the blocks that they write to."""
-        rows: list[ScheduledRow] = []
-        preempted = False
-        budget = self.max_num_batched_tokens
+        """Choose the rows of the next step and allocate the blocks that they write to.
+
+        Writes the two queues and, of a sequence that it starts, continues or preempts, status, block table and the
+        token that computing begins with; of a preempted one it drops the images' embeddings.
+        """
+        budget = StepBudget(self.max_num_batched_tokens, self.max_num_seqs - len(self.running))
+        num_preemptions = self.num_preemptions
+        rows = self._continue_running(budget)
+        # A step that had to preempt has no blocks for waiting sequences and drafts.
+        if self.num_preemptions == num_preemptions:
+            rows += self._admit_waiting(budget)
+            rows = self._add_drafts(rows, budget)
+        return ScheduledBatch(tuple(rows))
+
+    def _continue_running(self, budget: StepBudget) -> list[ScheduledRow]:
+        """Rows of running sequences, in order; where blocks are short, those at the end of the order are preempted."""
+        rows = []
         for sequence in list(self.running):
-            if budget == 0 or sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted below by one that goes before it
-            row = ScheduledRow(sequence, sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget))
-            missing = self._missing_blocks(row)
-            while not self.blocks.can_allocate(missing):
-                preempted = True
+            if budget.tokens == 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted below, for a sequence before it
+            row = ScheduledRow(
+                sequence, sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget.tokens)
+            )
+            while not self._extend_block_table(row):
                 if self._preempt_last() is sequence:
                     break
             else:
-                sequence.block_table += self.blocks.allocate(missing)
+                budget.tokens -= row.num_tokens
                 rows.append(row)
-                budget -= row.num_tokens
-        # A step that had to take blocks away has none to give to newcomers.
-        if not preempted:
-            rows += self._admit(budget)
-            rows = list(self._with_drafts(rows))
-        return ScheduledBatch(tuple(rows))
+        return rows
 
-    def _missing_blocks(self, row: ScheduledRow) -> int:
-        return max(0, self.blocks.blocks_for(row.end) - len(row.sequence.block_table))
+    def _admit_waiting(self, budget: StepBudget) -> list[ScheduledRow]:
+        """First rows of waiting sequences, in order, as far as seats, tokens and blocks go."""
+        rows = []
+        in_flight = self._in_flight_hashes()
+        for sequence in list(self.waiting):
+            if budget.tokens == 0 or budget.seats == 0:
+                break
+            reusable = self._reusable_hashes(sequence)
+            cached = self.blocks.match_prefix(reusable)
+            # A running sequence has yet to compute the very next block: reuse it then instead of computing it twice.
+            if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
+                continue
+            if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
+                break  # head-of-line: a later sequence must not take the blocks that this one waits for
+            start = len(cached) * self.blocks.block_size
+            row = ScheduledRow(sequence, start, min(len(sequence) - start, budget.tokens))
+            sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(row.end) - len(cached), cached)
+            self._start(sequence, start)
+            if self.blocks.enable_prefix_caching:
+                in_flight.update(sequence.block_hashes(self.blocks.block_size)[len(cached) :])
+            budget.tokens -= row.num_tokens
+            budget.seats -= 1
+            rows.append(row)
+        return rows
+
+    def _add_drafts(self, rows: list[ScheduledRow], budget: StepBudget) -> list[ScheduledRow]:
+        """The same rows, those that sample with drafts, as long as the step stays small and blocks are free."""
+        num_tokens = self.max_num_batched_tokens - budget.tokens
+        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
+        drafted = []
+        for row in rows:
+            drafts = (
+                self.prompt_lookup.propose(row.sequence, budget.tokens) if row.samples and budget.tokens > 0 else ()
+            )
+            longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
+            if drafts and self._extend_block_table(longer):
+                budget.tokens -= len(drafts)
+                row = longer
+            drafted.append(row)
+        return drafted
+
+    def _extend_block_table(self, row: ScheduledRow) -> bool:
+        """Allocate the blocks that the sequence lacks up to the row's end; False where too few are free."""
+        missing = max(0, self.blocks.blocks_for(row.end) - len(row.sequence.block_table))
+        if not self.blocks.can_allocate(missing):
+            return False
+        row.sequence.block_table += self.blocks.allocate(missing)
+        return True
+
+    def _start(self, sequence: Sequence, num_cached: int) -> None:
+        """Move a waiting sequence to the running batch; its first ``num_cached`` tokens are computed already."""
+        sequence.num_computed_tokens = num_cached
+        sequence.status = SequenceStatus.RUNNING
+        self.waiting.remove(sequence)
+        insort(self.running, sequence)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_cached
+            self.prefix_cache_queries += len(sequence)
+            self.prefix_cache_hits += num_cached
 
     def _preempt_last(self) -> Sequence:
-        """Take everything from the running sequence that is last in order; it will be computed again."""
+        """Move the running sequence that is last in order back to the waiting queue; it will be computed again."""
         sequence = self.running.pop()
-        self._let_go(sequence)
+        self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
         insort(self.waiting, sequence)
         self.num_preemptions += 1
         return sequence
 
-    def _admit(self, budget: int) -> Iterator[ScheduledRow]:
-        """Start waiting sequences in order, as far as seats, budget and blocks go."""
-        in_flight = self._in_flight_hashes()
-        for sequence in list(self.waiting):
-            if budget == 0 or len(self.running) >= self.max_num_seqs:
-                return
-            reusable = self._reusable_hashes(sequence)
-            cached = self.blocks.match_prefix(reusable)
-            # Another sequence computes the very next block right now: wait for it instead of computing it twice.
-            if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
-                continue
-            num_cached = len(cached) * self.blocks.block_size
-            if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
-                return  # nobody behind it may take the blocks that it waits for
-            num_tokens = min(len(sequence) - num_cached, budget)
-            num_new = self.blocks.blocks_for(num_cached + num_tokens) - len(cached)
-            sequence.block_table = self.blocks.allocate(num_new, cached)
-            sequence.num_computed_tokens = num_cached
-            sequence.status = SequenceStatus.RUNNING
-            self.waiting.remove(sequence)
-            insort(self.running, sequence)
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = num_cached
-                self.prefix_cache_queries += len(sequence)
-                self.prefix_cache_hits += num_cached
-            if self.blocks.enable_prefix_caching:
-                in_flight.update(sequence.block_hashes(self.blocks.block_size)[len(cached) :])
-            budget -= num_tokens
-            yield ScheduledRow(sequence, num_cached, num_tokens)
-
     def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """The hashes of the leading blocks that a waiting sequence may find in the prefix cache."""
+        """The hashes of the leading blocks that a waiting sequence may reuse."""
         if sequence.lacks_prompt_logprobs:
             return []
-        # At least one token is left to compute: without it there would be no logits to sample from.
+        # The last token is always computed: sampling needs its logits.
         size = self.blocks.block_size
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
     def upcoming(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in the order in which they are computed, each with its first token that has yet to be.
+        """All sequences in scheduling order, each with its number of computed tokens.
 
         Of waiting ones, tokens that the prefix cache holds count as computed.
         """
@@ -137,20 +183,6 @@ class Scheduler:
             yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:
             yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
-
-    def _with_drafts(self, rows: list[ScheduledRow]) -> Iterator[ScheduledRow]:
-        """Add drafts to the rows that sample, as long as the step stays small and blank blocks are there."""
-        room = min(self.max_num_batched_tokens, MOST_TOKENS_A_STEP) - sum(row.num_tokens for row in rows)
-        for row in rows:
-            drafts = self.speculation.propose(row.sequence, room) if row.samples and room > 0 else ()
-            longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
-            missing = self._missing_blocks(longer)
-            if not drafts or not self.blocks.can_allocate(missing):
-                yield row
-                continue
-            row.sequence.block_table += self.blocks.allocate(missing)
-            room -= len(drafts)
-            yield longer
 
     def _in_flight_hashes(self) -> set[bytes]:
         """The hashes of the full blocks that running sequences have yet to compute."""
@@ -165,19 +197,19 @@ class Scheduler:
         }
 
     def commit(self, row: ScheduledRow) -> None:
-        """Book a computed row: its tokens count as computed, and its full blocks enter the prefix cache.
+        """Count a computed row's tokens as computed and name its full blocks in the prefix cache.
 
-        The tokens that the row sampled are appended before. Of its drafts only those stay that are among them; the
-        blocks that the others alone needed are given back.
+        The tokens that the row sampled are appended before. The drafts that are not among them are rejected, and the
+        blocks that those alone needed are freed.
         """
         sequence, size = row.sequence, self.blocks.block_size
         computed = row.end
         if row.drafts:
             computed -= len(row.drafts) - row.num_accepted
-            self.speculation.learn(row)
-            kept = self.blocks.blocks_for(computed)
-            self.blocks.free(sequence.block_table[kept:])
-            del sequence.block_table[kept:]
+            self.prompt_lookup.learn(row)
+            num_blocks = self.blocks.blocks_for(computed)
+            self.blocks.free(sequence.block_table[num_blocks:])
+            del sequence.block_table[num_blocks:]
         first, last = row.start // size, computed // size
         if first != last:
             hashes = sequence.block_hashes(size)
@@ -186,15 +218,14 @@ class Scheduler:
         sequence.num_computed_tokens = computed
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, in whatever state it is."""
+        """Remove a waiting or running sequence and free its blocks."""
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
-        self._let_go(sequence)
-        if self.speculation.max_drafts:
-            self.speculation.remember(sequence)
+        self._release(sequence)
+        self.prompt_lookup.finish(sequence)
         sequence.status = SequenceStatus.FINISHED
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.drop_embeddings()
@@ -202,6 +233,7 @@ class Scheduler:
     def audit(self) -> None:
         """Check the invariants of queues and blocks between two steps; raises AssertionError."""
         self.blocks.audit(sequence.block_table for sequence in self.running)
+        self.prompt_lookup.audit([*self.running, *self.waiting])
         assert len(self.running) <= self.max_num_seqs, "more sequences run than there are seats"
         for queue, status in ((self.running, SequenceStatus.RUNNING), (self.waiting, SequenceStatus.WAITING)):
             assert all(earlier < later for earlier, later in pairwise(queue)), "out of order"

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, how many of them are computed, and the KV blocks that hold them.
+"""A sequence: the tokens of one output of a request, how many of them are computed, and the KV blocks that hold them.
 
 There is no prefill state and no decode state. A sequence has a number of tokens and a number of computed tokens; every
 step computes some of the difference, and the step that computes the last one samples the next token.
@@ -18,22 +18,20 @@ if TYPE_CHECKING:
     import torch
 
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
-    from nanovllm.engine.scheduling.prompt_lookup import Drafter
-    from nanovllm.engine.text.detokenizer import Detokenizer
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.images.preprocess import PreparedImage
 
-_OVERTAKEN_PER_PRIORITY = 1000
-"""How many later arrivals may go before a sequence for each step of priority that they are ahead of it.
+_ARRIVALS_PER_PRIORITY = 1000
+"""How many later arrivals are scheduled before a sequence for each step of priority between them.
 
-It bounds what an endless stream of urgent requests does to the others: they wait long, and not for ever.
+It bounds starvation: under an endless stream of urgent requests the others wait long, and not for ever.
 """
 
 _arrivals = count()
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is: in the waiting queue, in the running batch, or done."""
+    """The state of a sequence: in the waiting queue, in the running batch, or finished."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -42,7 +40,7 @@ class SequenceStatus(Enum):
 
 @dataclass
 class ImageSpan:
-    """An image of a sequence and the positions [start, end) that it takes there.
+    """An image of a sequence and its token positions [start, end).
 
     ``embedding`` [length, hidden] is held only while the sequence runs and has not computed past ``end``.
     """
@@ -67,7 +65,7 @@ class ImageSpan:
 
 @dataclass
 class Timestamps:
-    """Moments of a request's life in seconds of ``time.perf_counter``; 0 where it has not come yet."""
+    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does."""
 
     arrived: float = 0.0
     first_scheduled: float = 0.0
@@ -85,10 +83,9 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     max_tokens: int  # of output; already cut to what the context and the KV cache hold
-    detokenizer: Detokenizer
     index: int = 0  # among the outputs of its request
     images: tuple[ImageSpan, ...] = ()
-    priority: int = 0  # lower goes first
+    priority: int = 0  # a lower one is scheduled earlier
     cache_salt: bytes = b""
     stop_token_ids: frozenset[int] = frozenset()  # that end the output, end-of-sequence among them unless ignored
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -98,7 +95,6 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
-    drafter: Drafter | None = None  # of speculation, from its first draft on
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     times: Timestamps = field(default_factory=Timestamps)
@@ -107,12 +103,12 @@ class Sequence:
 
     @property
     def seed(self) -> int | None:
-        """The seed of its own draws: each of several outputs has another one."""
+        """The seed of its samples: each of several outputs has another one."""
         return None if self.sampling.seed is None else (self.sampling.seed + self.index) % 2**63
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
-        """Whether prompt tokens have yet to be scored, which takes the logits before each of them."""
+        """Whether prompt tokens lack their log probabilities, which need the logits before each of them."""
         wanted = self.sampling.prompt_logprobs is not None and self.index == 0
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens
 
@@ -121,12 +117,12 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def _turn(self) -> tuple[int, int, int]:
-        return self.arrival + _OVERTAKEN_PER_PRIORITY * self.priority, self.priority, self.arrival
+    def _order(self) -> tuple[int, int, int]:
+        return self.arrival + _ARRIVALS_PER_PRIORITY * self.priority, self.priority, self.arrival
 
     def __lt__(self, other: Sequence) -> bool:
-        """Whether this one goes first: lower priority number, then earlier arrival, and age counts (see above)."""
-        return self._turn < other._turn
+        """Scheduling order: lower priority number, then earlier arrival, with aging (``_ARRIVALS_PER_PRIORITY``)."""
+        return self._order < other._order
 
     @property
     def num_output_tokens(self) -> int:
@@ -135,7 +131,7 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens whose KV is still missing."""
+        """Tokens without keys and values."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
@@ -145,11 +141,11 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more will be computed."""
+        """Whether its last token is sampled, or it was aborted."""
         return self.status is SequenceStatus.FINISHED
 
     def ahead(self, drafts: tuple[int, ...]) -> Sequence:
-        """This sequence as the sampler would see it after ``drafts``; to be read only."""
+        """A copy of this sequence with ``drafts`` appended, for the sampler; read-only, its other fields are shared."""
         if not drafts:
             return self
         other = copy.copy(self)
@@ -178,7 +174,7 @@ class Sequence:
         return hashes
 
     def drop_embeddings(self, computed: int | None = None) -> None:
-        """Let go of the embeddings of images that end at or before ``computed`` tokens; of all when it is None."""
+        """Drop the embeddings of images that end at or before ``computed`` tokens; of all when it is None."""
         for span in self.images:
             if computed is None or span.end <= computed:
                 span.embedding = None

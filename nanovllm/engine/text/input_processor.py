@@ -1,19 +1,17 @@
-"""From what a caller gave to sequences that the engine can run: every mistake of a caller is found here."""
+"""The input processor: from a caller's request to sequences. All mistakes of a request are found here."""
 
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Rows
 from dataclasses import replace
 from numbers import Integral
 from operator import index
 from typing import Any
 
-from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.sampling.structured_output import GrammarCompiler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
-from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
@@ -28,14 +26,14 @@ from nanovllm.vision.processor import (
     written,
 )
 
-Prompt = str | Rows[int] | Rows[Mapping[str, Any]]
+Prompt = str | abc.Sequence[int] | abc.Sequence[Mapping[str, Any]]
 Images = PromptImages | Iterable[PromptImages]
 """Of many prompts: one entry for each. Of one prompt: its images, or a list with them."""
 
-_SHOWN_PROMPTS = 4  # whose images a message about their shape writes out
+_MAX_PROMPTS_IN_MESSAGE = 4
 
 
-def prompt_list(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
+def prompt_list(prompts: Prompt | abc.Sequence[Prompt]) -> list[Prompt]:
     """Prompts as a list, where one may stand alone: text, token ids or messages."""
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     is_alone = bool(listed) and not isinstance(prompts, str) and isinstance(listed[0], (Mapping, Integral))
@@ -43,25 +41,35 @@ def prompt_list(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
 
 
 class InputProcessor:
-    """Encodes prompts, gives images their positions, and checks everything that a model cannot take."""
+    """Encodes prompts, assigns images their positions, and validates both against the model."""
 
     def __init__(
-        self, tokenizer: Any, runner: ModelRunner, *, max_model_len: int, max_images: int, eos_token_ids: frozenset[int]
+        self,
+        tokenizer: Any,
+        processor: VisionProcessor | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_images: int,
+        image_token_id: int,
+        around_image: tuple[int, int] | None,
+        eos_token_ids: frozenset[int],
     ) -> None:
-        self.processor: VisionProcessor | None = runner.processor
+        """``vocab_size`` is the model's; ``around_image`` are the tokens before and behind an image, if any."""
+        self.processor = processor
         self.prompts = PromptEncoder(
             tokenizer,
             max_model_len=max_model_len,
-            image_token_id=runner.image_token_id if self.processor else None,
-            around_image=runner.around_image,
+            image_token_id=image_token_id if processor else None,
+            around_image=around_image,
         )
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
-        self._vocab_size = int(runner.model.config.vocab_size)
-        self._image_token_id = runner.image_token_id
+        self._vocab_size = vocab_size
+        self._image_token_id = image_token_id
         self._max_images = max_images
         self._eos_token_ids = eos_token_ids
-        self.grammars = GrammarCompiler(tokenizer, self._vocab_size, sorted(eos_token_ids))
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, sorted(eos_token_ids))
 
     def sequences(
         self,
@@ -87,33 +95,26 @@ class InputProcessor:
         self._check_tokens("logit_bias", sampling.logit_bias)
         constraint = sampling.constraint
         sequences = []
-        for place in range(sampling.n):
+        for number in range(sampling.n):
             sequence = Sequence(
                 request_id=request_id,
                 token_ids=list(token_ids),
                 num_prompt_tokens=len(token_ids),
                 sampling=sampling,
                 max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)),
-                index=place,
+                index=number,
                 images=tuple(replace(span) for span in spans),
                 priority=priority,
                 cache_salt=salt,
                 stop_token_ids=stop_token_ids,
                 bad_words=bad_words,
                 matcher=self.grammars.matcher(constraint) if constraint is not None else None,
-                detokenizer=Detokenizer(
-                    self._tokenizer,
-                    stop=sampling.stop,
-                    include_stop=sampling.include_stop_str_in_output,
-                    min_tokens=sampling.min_tokens,
-                    skip_special_tokens=sampling.skip_special_tokens,
-                ),
             )
             sequence.times.arrived = arrived
             sequences.append(sequence)
         return sequences
 
-    def images_of(self, prompts: Rows[Prompt], images: Images) -> list[list[OneImage]]:
+    def images_of(self, prompts: abc.Sequence[Prompt], images: Images) -> list[list[OneImage]]:
         """The images of each prompt.
 
         Raises:
@@ -132,9 +133,11 @@ class InputProcessor:
         except InvalidInput:
             raise self._wrong_shape(prompts, listed) from None
 
-    def _wrong_shape(self, prompts: Rows[Prompt], given: object) -> InvalidInput:
-        wanted = [written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_SHOWN_PROMPTS]]
-        wanted += ["…"] * (len(prompts) > _SHOWN_PROMPTS)
+    def _wrong_shape(self, prompts: abc.Sequence[Prompt], given: object) -> InvalidInput:
+        wanted = [
+            written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_MAX_PROMPTS_IN_MESSAGE]
+        ]
+        wanted += ["…"] * (len(prompts) > _MAX_PROMPTS_IN_MESSAGE)
         return InvalidInput(
             f"each prompt has its own list of images: images=[{', '.join(wanted)}], not {shape_of(given)}"
         )

@@ -1,9 +1,12 @@
-"""How an output grows, when it ends, and what a finished request gives back."""
+"""The output processor: appends sampled tokens, decides where an output ends, and builds the request's output."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Rows
+from collections import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.engine.outputs import (
     Completion,
@@ -16,20 +19,52 @@ from nanovllm.engine.outputs import (
 )
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.repetition import is_loop
 from nanovllm.errors import UnsupportedConstraint
 
-_LOOK_FOR_LOOPS_EVERY = 8  # tokens
+_LOOP_CHECK_INTERVAL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """A running request: its sequences and their detokenizers, one of each for an output."""
+
+    sequences: tuple[Sequence, ...]
+    detokenizers: tuple[Detokenizer, ...]
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence], tokenizer: Any) -> RequestState:
+        """The state of a request that has just been added."""
+        sequences = tuple(sequences)
+        return cls(
+            sequences,
+            tuple(
+                Detokenizer(
+                    tokenizer,
+                    stop=sequence.sampling.stop,
+                    include_stop=sequence.sampling.include_stop_str_in_output,
+                    min_tokens=sequence.sampling.min_tokens,
+                    skip_special_tokens=sequence.sampling.skip_special_tokens,
+                )
+                for sequence in sequences
+            ),
+        )
 
 
 def extend(
-    row: ScheduledRow, tokens: Rows[int], logprobs: Rows[TokenLogprobs | None], *, force: bool = True
+    row: ScheduledRow,
+    detokenizer: Detokenizer,
+    tokens: abc.Sequence[int],
+    logprobs: abc.Sequence[TokenLogprobs | None],
+    *,
+    force: bool = True,
 ) -> tuple[str, FinishReason | None]:
-    """Add to the row's sequence the token sampled after its last one and, as far as its drafts were right, after those.
+    """Append to the row's sequence the token sampled after its last one and those after each accepted draft.
 
-    ``tokens`` and ``logprobs`` have one entry for the last known token and one for each draft. With ``force`` the
-    tokens that the constraint leaves no choice about are added too; they need no sampled token, and may be drafts.
-    Returns the text that may be shown now, and why the output ends here if it does.
+    ``tokens`` and ``logprobs`` have one entry for the last known token and one for each draft. With ``force`` the only
+    tokens that the constraint allows are appended too; they need no sampled token, and may be drafts.
+    Returns the text that may be shown now, and the finish reason if the output ends here.
 
     Raises:
         UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token after the text.
@@ -40,22 +75,24 @@ def extend(
     while reason is None and new < len(tokens) and row.num_accepted == new:
         if (scores := logprobs[new]) is not None:
             sequence.logprobs.append(scores)
-        more, reason = _extend(sequence, tokens[new], force=force)
+        more, reason = _extend(sequence, detokenizer, tokens[new], force=force)
         text += more
         new = len(sequence) - known
     return text, reason
 
 
-def _extend(sequence: Sequence, token: int, *, force: bool) -> tuple[str, FinishReason | None]:
+def _extend(
+    sequence: Sequence, detokenizer: Detokenizer, token: int, *, force: bool
+) -> tuple[str, FinishReason | None]:
     matcher = sequence.matcher
-    text, reason = _add(sequence, token)
+    text, reason = _add(sequence, detokenizer, token)
     if matcher is None:
         return text, reason
     matcher.consume_token(token)
-    # A forced token has no logits, so that its log probability could not be told.
+    # A forced token has no logits, so there would be no log probability.
     if force and reason is None and sequence.sampling.logprobs is None:
         for forced in matcher.compute_ff_tokens():
-            more, reason = _add(sequence, forced)
+            more, reason = _add(sequence, detokenizer, forced)
             text += more
             matcher.consume_token(forced)
             if reason is not None:
@@ -65,38 +102,43 @@ def _extend(sequence: Sequence, token: int, *, force: bool) -> tuple[str, Finish
         if reason in (None, "stop"):
             raise UnsupportedConstraint("the constraint is too complex, or allows no token after the text so far")
         return text, reason
-    if sequence.detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped() or matcher.is_accepting())):
+    if detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped() or matcher.is_accepting())):
         return text, "length"  # a stop string or a stop token inside what the constraint demands
-    # An output that is whole with its last token was not cut.
+    # An output that is complete with its last token has not been cut by max_tokens.
     return text, "stop" if matcher.is_stopped() else reason
 
 
-def _add(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:
     sequence.token_ids.append(token)
-    text = sequence.detokenizer.append(token)
+    text = detokenizer.append(token)
     count, sampling = sequence.num_output_tokens, sequence.sampling
-    if sequence.detokenizer.is_stopped or (token in sequence.stop_token_ids and count > sampling.min_tokens):
+    if detokenizer.is_stopped or (token in sequence.stop_token_ids and count > sampling.min_tokens):
         return text, "stop"
     if count >= sequence.max_tokens:
         return text, "length"
     window = sampling.loop_tokens
-    if window and count >= window and count % _LOOK_FOR_LOOPS_EVERY == 0 and is_loop(sequence.token_ids[-window:]):
+    if (
+        window
+        and count >= window
+        and count % _LOOP_CHECK_INTERVAL_TOKENS == 0
+        and is_loop(sequence.token_ids[-window:])
+    ):
         return text, "loop"
     return text, None
 
 
-def output_of(request: Rows[Sequence]) -> RequestOutput:
-    """What a finished request gives back."""
-    first = request[0]
+def output_of(request: RequestState) -> RequestOutput:
+    """The output of a finished request."""
+    first = request.sequences[0]
     outputs = tuple(
         Completion(
             index=sequence.index,
-            text=sequence.detokenizer.text,
+            text=detokenizer.text,
             token_ids=tuple(sequence.output_token_ids),
             finish_reason=sequence.finish_reason or "abort",
             logprobs=tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None,
         )
-        for sequence in request
+        for sequence, detokenizer in zip(request.sequences, request.detokenizers, strict=True)
     )
     wants_prompt = first.sampling.prompt_logprobs is not None
     return RequestOutput(
@@ -106,11 +148,11 @@ def output_of(request: Rows[Sequence]) -> RequestOutput:
         finish_reason=outputs[0].finish_reason,
         usage=Usage(
             input_tokens=first.num_prompt_tokens,
-            output_tokens=sum(sequence.num_output_tokens for sequence in request),
+            output_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
             image_tokens=sum(span.length for span in first.images),
             cached_tokens=first.num_cached_tokens or 0,
         ),
-        timings=_timings(request, time.perf_counter()),
+        timings=_timings(request.sequences, time.perf_counter()),
         images=tuple(
             ImageUse(
                 digest=span.image.digest.hex(),
@@ -127,14 +169,14 @@ def output_of(request: Rows[Sequence]) -> RequestOutput:
     )
 
 
-def _timings(request: Rows[Sequence], now: float) -> RequestTimings:
+def _timings(sequences: abc.Sequence[Sequence], now: float) -> RequestTimings:
     """From the first token of any output to the last of all."""
-    times = [sequence.times for sequence in request]
+    times = [sequence.times for sequence in sequences]
     arrived = times[0].arrived
     scheduled = min((one.first_scheduled for one in times if one.first_scheduled), default=now)
     first_token = min((one.first_token for one in times if one.first_token), default=0.0)
     generation_ms = (max(one.last_token for one in times) - first_token) * 1e3
-    longest = max(sequence.num_output_tokens for sequence in request)
+    longest = max(sequence.num_output_tokens for sequence in sequences)
     return RequestTimings(
         queue_ms=(scheduled - arrived) * 1e3,
         encode_ms=max(one.encode_s for one in times) * 1e3,
