@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from benchmarks.engine import cpu_name
+from benchmarks.machine import describe_machine
 from benchmarks.smollm import smollm
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.outputs import RequestOutput
@@ -88,7 +87,6 @@ class Case:
 def main() -> int:
     """Run, print, write the JSON file; 0 when every bound holds."""
     args = read_arguments()
-    load = round(os.getloadavg()[0], 2)
     cases = draw(args.schemas, args.per_collection)
     with LLM(str(smollm()), max_num_seqs=args.batch, max_model_len=4096, dtype=args.dtype) as llm:
         seconds = answer(llm, cases, args.max_tokens)
@@ -97,12 +95,8 @@ def main() -> int:
         speed = compare_speed(llm, cases, args)
     report = {
         "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load_average_at_start": load,
-            "torch": torch.__version__,
+            **describe_machine(command(args.schemas)),
             "llguidance": llguidance.__version__,
-            "command": command(args.schemas),
         },
         "settings": {
             "model": "SmolLM2-135M-Instruct",

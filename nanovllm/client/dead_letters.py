@@ -22,7 +22,8 @@ from nanovllm.kafka.records import Headers
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka_records import OWN_PREFIX, SHA256_HEADER, TRUNCATED_HEADER, read_dead_letter
+from nanovllm.sinks.dead_letter_record import SHA256_HEADER, TRUNCATED_HEADER, read_dead_letter
+from nanovllm.sinks.kept_headers import OWN_PREFIX
 
 POLL_MS = 300
 # Behind the last record that anybody may read there may be offsets of markers and of open transactions.

@@ -17,7 +17,7 @@ from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka_records import read_dead_letter
+from nanovllm.sinks.dead_letter_record import read_dead_letter
 
 Outcome = Result | DeadLetter
 

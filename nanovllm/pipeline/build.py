@@ -20,7 +20,7 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.key_order import KeyOrder
-from nanovllm.pipeline.admission.tenants import FairShares, TokenRates
+from nanovllm.pipeline.admission.tenant_shares import FairShares, TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource

@@ -153,7 +153,8 @@ async def silent_broker() -> AsyncIterator[str]:
 # The limit of 30 s, lowered: the probe must not call a loop dead that merely waits.
 IMPATIENT = """
 import sys
-from nanovllm.pipeline import cli, health
+from nanovllm.cli import main as cli
+from nanovllm.pipeline.operations import health
 
 health.MAX_SILENCE_S = 8.0
 sys.argv[0] = "nanovllm"

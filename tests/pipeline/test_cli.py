@@ -15,7 +15,8 @@ from nanovllm.cli.sources import plan_submissions
 from nanovllm.demo import jobs as demo_jobs
 from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.sinks.kafka_records import dead_letter_record, result_record
+from nanovllm.sinks.cloud_events import result_record
+from nanovllm.sinks.dead_letter_record import dead_letter_record
 from nanovllm.terminal import plain
 
 Capture = pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
-from nanovllm.sinks.kafka_records import dead_letter_record
+from nanovllm.sinks.dead_letter_record import dead_letter_record
 
 Capture = pytest.CaptureFixture[str]
 
@@ -189,12 +189,12 @@ async def test_the_poison_limit_ends_the_worker_before_one_more_is_buried(bench:
 
 def test_an_answer_between_them_resets_the_count() -> None:
     limit = DeadLetterLimit(1)
-    limit.bury()
-    limit.answered()
-    limit.bury()
+    limit.count()
+    limit.reset()
+    limit.count()
     with pytest.raises(PoisonLimitReached):
-        limit.bury()
-    DeadLetterLimit(None).bury()
+        limit.count()
+    DeadLetterLimit(None).count()
 
 
 async def test_the_innermost_error_is_the_cause(bench: Bench) -> None:

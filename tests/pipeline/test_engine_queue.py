@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
-from nanovllm.pipeline.admission.tenants import MAX_REMEMBERED, FairShares, TokenRates
+from nanovllm.pipeline.admission.tenant_shares import MAX_REMEMBERED, FairShares, TokenRates
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.worker import Settings
 

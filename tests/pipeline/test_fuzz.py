@@ -22,7 +22,7 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import ChatMessage, ImageRef, Job
 from nanovllm.pipeline.stages.context import dead_letter_class
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.sinks.kafka_records import dead_letter_record, read_dead_letter
+from nanovllm.sinks.dead_letter_record import dead_letter_record, read_dead_letter
 
 SOURCE = Source(topic="jobs", partition=0, offset=7)
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

@@ -18,7 +18,7 @@ from nanovllm.errors import FetchFailed
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue, QueuedJob
 from nanovllm.pipeline.admission.lanes import OVERTAKEN_AT_MOST, LaneTurns
-from nanovllm.pipeline.admission.tenants import FairShares
+from nanovllm.pipeline.admission.tenant_shares import FairShares
 from nanovllm.pipeline.topic_checks import implied_acls, topic_needs
 from nanovllm.settings.worker import Settings
 

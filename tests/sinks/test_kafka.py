@@ -31,15 +31,14 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
-from nanovllm.sinks.kafka import KafkaSink
-from nanovllm.sinks.kafka_records import (
+from nanovllm.sinks.cloud_events import metrics_record, result_record
+from nanovllm.sinks.dead_letter_record import (
     dead_letter_like,
     dead_letter_record,
-    metrics_record,
     read_dead_letter,
-    result_record,
     without_url_queries,
 )
+from nanovllm.sinks.kafka import KafkaSink
 
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])

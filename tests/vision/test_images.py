@@ -17,7 +17,8 @@ from nanovllm.errors import (
     TooManyPixels,
     UnsupportedImageFormat,
 )
-from nanovllm.vision.images.decode import ImageLimits, load_rgb, pixel_digest
+from nanovllm.vision.images.decode import ImageLimits, load_rgb
+from nanovllm.vision.images.digest import pixel_digest
 
 
 def noise(height: int = 20, width: int = 30, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from datetime import datetime
 from itertools import count
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
-from nanovllm.pipeline.admission.tenants import FairShares
+from nanovllm.pipeline.admission.tenant_shares import FairShares
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka_records import OWN_PREFIX
+from nanovllm.sinks.kept_headers import OWN_PREFIX
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.admission.engine_queue import QueuedJob
 from nanovllm.pipeline.admission.key_order import KeyTurn
-from nanovllm.pipeline.admission.tenants import CHARS_PER_TOKEN, TokenRates
+from nanovllm.pipeline.admission.tenant_shares import CHARS_PER_TOKEN, TokenRates
 from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings

@@ -12,7 +12,7 @@ from nanovllm.engine.backends.base import EngineBackend, Request
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.messages.job import Job
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
-from nanovllm.pipeline.admission.tenants import TokenRates
+from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.stages.admit import Grant
 from nanovllm.pipeline.stages.caches import ResponseCache

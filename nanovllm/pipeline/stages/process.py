@@ -1,4 +1,4 @@
-"""The heart of the worker: one job from its admission to its published outcome."""
+"""Runs one job through its stages, from its admission to its published outcome."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from nanovllm.vision.images.preprocess import PreparedImage
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a job, each an object that is called. `nanovllm.pipeline.build` makes them.
+    """The stages of a job, each a callable that `nanovllm.pipeline.build` makes; the first two take records.
 
-    ``failure`` raises SystemicError where the record goes back to Kafka: its offset is not committed. ``publish``
-    returns the outcome that the brokers acknowledged.
+    ``failure`` raises SystemicError where the record's offset must stay uncommitted. ``publish`` returns the outcome
+    that the brokers acknowledged.
     """
 
     receive: Callable[[ConsumedRecord], Received | InvalidRecord]
+    invalid_records: InvalidRecords
     admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]
     fetch: Callable[[Job, Grant], Awaitable[list[FetchedImage]]]
     prepare: Callable[[Sequence[FetchedImage], Grant], Awaitable[tuple[PreparedImage, ...]]]
@@ -33,14 +34,14 @@ class Stages:
     failure: Callable[[JobContext, Exception], Outcome]
     publish: Callable[[Outcome, JobContext, Reservation], Awaitable[Outcome]]
     observe: Callable[[Outcome, JobContext], None]
-    invalid_records: InvalidRecords
 
 
 async def process_job(job: Job, context: JobContext, reservation: Reservation, stages: Stages) -> None:
-    """Take a job through its stages; every delivery ends as one outcome, or raises and goes back to Kafka.
+    """Run the stages; the record ends with one published outcome and a complete offset.
 
     Raises:
-        SystemicError: nothing can succeed here now, whatever the job.
+        SystemicError: nothing can succeed on this worker now, or one dead letter too many in a row. The offset stays
+            uncommitted, and the worker ends.
     """
     try:
         async with context.deadline():
@@ -48,6 +49,7 @@ async def process_job(job: Job, context: JobContext, reservation: Reservation, s
             fetched = await stages.fetch(job, grant)
             images = await stages.prepare(fetched, grant)
             inference = await stages.infer(job, images, grant)
+        # Outside the deadline: an inferred job is answered.
         outcome = await stages.answer(job, context, fetched, inference)
     except Exception as error:
         outcome = stages.failure(context, error)

@@ -33,7 +33,8 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import Inference, JobContext, dead_letter_class
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kafka_records import dead_letter_like, dead_letter_record, metrics_record, result_record
+from nanovllm.sinks.cloud_events import metrics_record, result_record
+from nanovllm.sinks.dead_letter_record import dead_letter_like, dead_letter_record
 from nanovllm.statistics import EngineStats
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ ImageSource = Image.Image | np.ndarray | str | Path | bytes
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
-_DIGEST_STRIP_PIXELS = 1 << 20
 _TIFF_PHOTOMETRIC = 262
 _HEIF_HINT = "reading HEIC takes the extra heic, and HEIF among the allowed formats"
 
@@ -109,15 +106,6 @@ def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image
     if not isinstance(source, bytes):
         raise InvalidImage(f"an image is a PIL image, an array, a path or bytes, not {type(source).__name__}")
     return _from_bytes(source, limits)
-
-
-def pixel_digest(rgb: Image.Image) -> bytes:
-    """SHA-256 (32 bytes) over mode, size and pixels, so that equal bytes of another shape differ."""
-    digest = hashlib.sha256(rgb.mode.encode() + struct.pack(">II", rgb.width, rgb.height))
-    rows = max(1, _DIGEST_STRIP_PIXELS // rgb.width)
-    for top in range(0, rgb.height, rows):
-        digest.update(rgb.crop((0, top, rgb.width, min(top + rows, rgb.height))).tobytes())
-    return digest.digest()
 
 
 def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:

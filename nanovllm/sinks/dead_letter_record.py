@@ -1,8 +1,7 @@
-"""Results, metrics and dead letters as Kafka records.
+"""Dead letters as Kafka records, and what bounds their size.
 
-Results and metrics are CloudEvents in Kafka binary mode: the event's attributes are ``ce_*`` headers, the value is the
-message itself. A dead letter's value is the original message, untouched, and its envelope is in the headers, so that
-the repaired value can be sent again as it is.
+The value is the original message, untouched, and the envelope is in the headers, so that the repaired value can be sent
+again as it is.
 """
 
 from __future__ import annotations
@@ -10,43 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 
 from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, Headers, OutgoingRecord
 from nanovllm.messages.dead_letter import DeadLetter
-from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat, encode
-from nanovllm.messages.job_metrics import JobMetrics
-from nanovllm.messages.result import Result
+from nanovllm.sinks.kept_headers import OWN_PREFIX, TRACE_HEADERS, kept_headers, rfc3339
 
-# What may travel on from a job's own headers; everything else stays behind (tokens and internal names hide in headers)
-# unless the settings name it.
-TRACE_HEADERS = ("traceparent", "tracestate")
 DEAD_LETTER_HEADERS = (*TRACE_HEADERS, "content-type")
-OWN_PREFIX = "nanovllm_"
 TRUNCATED_HEADER = f"{OWN_PREFIX}value_truncated"
 SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
 LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
 MESSAGE_HEADER = f"{OWN_PREFIX}message"
-MAX_HEADER_BYTES = 1_024
-MAX_HEADERS = 32
-MAX_HEADERS_BYTES = 8_192
 MAX_MESSAGE_CHARS = 1_000
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@\"']*@)?(?P<rest>[^\s?#\"'<>]*)[?#]?[^\s\"'<>]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
-
-def result_record(result: Result, topic: str, fmt: MessageFormat, original_headers: Headers = ()) -> OutgoingRecord:
-    """``result`` as a CloudEvent, keyed by its job."""
-    headers = _event_headers("nanovllm.result.v1", result.result_id, result, fmt, original_headers)
-    return OutgoingRecord(topic, result.job_id.encode(), encode(result, fmt), headers)
-
-
-def metrics_record(
-    metrics: JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
-) -> OutgoingRecord:
-    """``metrics`` as a CloudEvent, keyed by its job."""
-    headers = _event_headers("nanovllm.metrics.v1", metrics.result_id, metrics, fmt, original_headers)
-    return OutgoingRecord(topic, metrics.job_id.encode(), encode(metrics, fmt), headers)
 
 
 def dead_letter_record(
@@ -66,7 +41,7 @@ def dead_letter_record(
     are headers. Then the original headers, the key and the end of the error's message go, in this order.
     """
     original = value or b""
-    kept = tuple(_kept(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
+    kept = tuple(kept_headers(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
     envelope = list(_envelope_headers(letter))
     left_out = len(original_headers) - len(kept)
     record = OutgoingRecord(topic, key, original, (*kept, *envelope, *_left_out(left_out)))
@@ -127,23 +102,6 @@ def without_url_queries(text: str) -> str:
     return _URL.sub(lambda url: url["scheme"] + url["rest"], text) if "://" in text else text
 
 
-def _event_headers(
-    event_type: str, event_id: str, message: Result | JobMetrics, fmt: MessageFormat, original_headers: Headers
-) -> Headers:
-    source = message.source
-    attributes = {
-        "ce_specversion": "1.0",
-        "ce_id": event_id,
-        "ce_type": event_type,
-        "ce_source": f"/nanovllm/{source.topic}/{source.partition}",
-        "ce_subject": message.job_id,
-        "ce_time": _rfc3339(datetime.now(UTC)),
-        "content-type": CONTENT_TYPES[fmt],
-    }
-    own = tuple((name, value.encode()) for name, value in attributes.items())
-    return (*own, *((name.lower(), value) for name, value in _kept(original_headers, TRACE_HEADERS)))
-
-
 def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
     message = _CONTROL.sub(" ", without_url_queries(letter.message))
     source = letter.source
@@ -162,31 +120,14 @@ def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
         "source_offset": source.offset,
         "source_timestamp_ms": source.timestamp_ms,
         "worker": letter.worker,
-        "received_at": _rfc3339(letter.received_at),
-        "first_failed_at": letter.first_failed_at and _rfc3339(letter.first_failed_at),
-        "failed_at": _rfc3339(letter.failed_at),
+        "received_at": rfc3339(letter.received_at),
+        "first_failed_at": letter.first_failed_at and rfc3339(letter.first_failed_at),
+        "failed_at": rfc3339(letter.failed_at),
     }
     for name, field in fields.items():
         if field is not None:
             yield f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
 
 
-def _kept(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
-    """Those of ``names``, in their order, as long as they are at most ``MAX_HEADERS`` in ``MAX_HEADERS_BYTES``."""
-    count, left = 0, MAX_HEADERS_BYTES
-    for name, value in headers:
-        is_own = name.lower().startswith(OWN_PREFIX)
-        if name.lower() not in names or is_own or value is None or len(value) > MAX_HEADER_BYTES:
-            continue
-        count, left = count + 1, left - len(name.encode()) - len(value)
-        if count > MAX_HEADERS or left < 0:
-            return
-        yield name, value
-
-
 def _left_out(count: int) -> Headers:
     return ((LEFT_OUT_HEADER, str(count).encode()),) if count else ()
-
-
-def _rfc3339(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
