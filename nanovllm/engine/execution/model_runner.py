@@ -9,36 +9,34 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
-from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
-from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.batch_invariance import TILE, prove
-from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.batch_invariance import prove
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Recorder, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
+from nanovllm.engine.execution.loading import (
+    choose_device,
+    choose_dtype,
+    choose_image_token_id,
+    choose_kv_dtype,
+    load_models,
+    make_processor,
+)
 from nanovllm.engine.layers.device_copy import together
-from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.registry import around_image, load_encoder, load_text_model, positions_of
+from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
-from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.statistics import CacheStats
-from nanovllm.vision.cache_tiers import MemoryTier
-from nanovllm.vision.embedding_cache import EmbeddingCache
-from nanovllm.vision.encoders.base import ImageEncoder
-from nanovllm.vision.images.preprocess import PreparedImage
 from nanovllm.vision.processor import VisionProcessor
 
 _SCORE_CHUNK_TOKENS = 256  # of a prompt, whose logits are in memory together
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,6 @@ class StepResult:
     prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ConfigurationError(f"device={name!r} is no device such as 'cpu', 'cuda' or 'cuda:1'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device={name!r}: torch sees no GPU here")
-    return device
-
-
 class ModelRunner:
     """Weights, KV caches and the steps between a scheduled batch and its logits, each callable on its own."""
 
@@ -87,101 +75,65 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = _device(config.device)
-        self.dtype = self._choose_dtype(checkpoint)
-        reason = why_no_int8(self.device) if config.quantization == "int8" else None
-        if reason is not None:
-            raise ConfigurationError(f"quantization='int8' is not possible on {self.device}: {reason}")
-        self.model = load_text_model(checkpoint, self.dtype, self.device)
-        self.model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
-        self.encoder: ImageEncoder | None = load_encoder(checkpoint, config, self.model, self.dtype, self.device)
-        self.image_token_id = self._choose_image_token_id(checkpoint, tokenizer)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config, checkpoint, self.device)
+        self.model, self.encoder = load_models(config, checkpoint, self.dtype, self.device)
+        self.image_token_id = choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
-            _ = self.encoder.revision  # computed now: it takes seconds, and is read in an event loop later
-            choose_torch_layouts(self.encoder)
-            self.processor = VisionProcessor(
-                self.encoder,
-                image_token_id=self.image_token_id,
-                cache=self._make_cache(),
-            )
+            self.processor = make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
         heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
-        recorder = choose_recorder(self.device)
-        self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
         if config.deterministic:
             prove(self.model, self.attention)
-            if self.encoder is not None:
-                self.encoder.batch_size = 1
-        graph_tokens = None if self.why_no_graphs else config.max_decode_tokens
-        cached = config.embedding_cache_bytes if self.encoder is not None else 0
+        recorder = choose_recorder(self.device)
+        self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
+        self.kv_caches = self._allocate_kv_caches()
+        limit = self.model.config.context_limit(config.max_model_len)
+        self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
+        self.graphs = self._record_graphs(recorder) if self.why_no_graphs is None else None
+
+    def _allocate_kv_caches(self) -> list[Tensor]:
+        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
+        config, text = self.config, self.model.config
         budget = kv_cache_bytes(
-            config, self.device, self.model, self.attention, graph_tokens=graph_tokens, reserved=cached
+            config,
+            self.device,
+            self.model,
+            self.attention,
+            graph_tokens=config.max_decode_tokens if self.why_no_graphs is None else None,
+            reserved=config.embedding_cache_bytes if self.encoder is not None else 0,
         )
-        shape = (text.num_key_value_heads, text.head_dim, self._choose_kv_dtype())
+        dtype = choose_kv_dtype(config, self.dtype, self.device, self.attention)
+        shape = (text.num_key_value_heads, text.head_dim, dtype)
         block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
-        spare = 0 if self.why_no_graphs else 1
+        spare = 1 if self.why_no_graphs is None else 0
         self.num_blocks = budget // block_bytes - spare
         if self.num_blocks < 1:
             least = block_bytes * (1 + spare)
             raise ConfigurationError(f"the KV cache must have {least} bytes to hold a block; raise kv_cache_bytes")
-        self.kv_caches = [
-            self.attention.allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)
-        ]
-        self.max_model_len = min(text.context_limit(config.max_model_len), self.num_blocks * self.attention.block_size)
-        self.graphs: DecodeGraphs | None = None
-        if graph_tokens is not None:
-            assert recorder is not None  # why_no_graphs looked
-            assert isinstance(self.attention, GraphAttention)
-            self.graphs = DecodeGraphs(
-                self.model,
-                self.attention,
-                self.kv_caches,
-                recorder,
-                spare_block=self.num_blocks,
-                max_tokens=graph_tokens,
-                max_context=self.max_model_len,
-            )
+        return [self.attention.allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)]
+
+    def _record_graphs(self, recorder: Recorder | None) -> DecodeGraphs:
+        # why_no_graphs has checked both.
+        assert recorder is not None
+        assert isinstance(self.attention, GraphAttention)
+        return DecodeGraphs(
+            self.model,
+            self.attention,
+            self.kv_caches,
+            recorder,
+            spare_block=self.num_blocks,
+            max_tokens=self.config.max_decode_tokens,
+            max_context=self.max_model_len,
+        )
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
         self.graphs = None
         self.kv_caches = []
-
-    def _choose_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
-        if self.config.dtype not in (None, "auto"):
-            return _DTYPES[str(self.config.dtype)]
-        if self.device.type == "cpu":
-            return torch.float32
-        stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
-        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
-
-    def _choose_kv_dtype(self) -> torch.dtype:
-        """The model's own, or bfloat16 where that was asked for and our kernel reads it."""
-        if self.config.kv_cache_dtype == "auto" or self.dtype == torch.bfloat16:
-            return self.dtype
-        if self.dtype != torch.float32 or not isinstance(self.attention, PagedCpuAttention):
-            raise ConfigurationError(
-                f"kv_cache_dtype='bfloat16' needs a float32 model on a CPU and our kernels; this is {self.dtype} on "
-                f"{self.device}, kernels: {kernels.missing() or 'there'}"
-            )
-        return torch.bfloat16
-
-    def _choose_image_token_id(self, checkpoint: Checkpoint, tokenizer: Any) -> int:
-        """The token that marks an image: the checkpoint's, the tokenizer's, or one that no text can contain."""
-        own = getattr(checkpoint.config, "image_token_index", None)
-        if own is None:
-            own = getattr(checkpoint.config, "image_token_id", None)
-        if own is None:
-            own = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
-        return int(own) if own is not None else max(self.model.config.vocab_size, len(tokenizer))
-
-    def _make_cache(self) -> EmbeddingCache[PreparedImage]:
-        beyond = self.config.embedding_cache_host_bytes
-        host = [MemoryTier("host", beyond, "cpu")] if beyond else []
-        return EmbeddingCache(self.config.embedding_cache_bytes, *host, device=self.device)
 
     def attach_image_embeddings(
         self, rows: abc.Sequence[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()

@@ -1,0 +1,105 @@
+"""Loading: the models, dtypes and image token of a checkpoint, for a configuration and a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.engine import kernels
+from nanovllm.engine.attention.base import AttentionBackend
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution.batch_invariance import TILE
+from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
+from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.registry import load_encoder, load_text_model
+from nanovllm.errors import ConfigurationError
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.vision.cache_tiers import MemoryTier
+from nanovllm.vision.embedding_cache import EmbeddingCache
+from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.processor import VisionProcessor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; without a name a GPU if torch sees one, else the CPU. Raises ConfigurationError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigurationError(f"device={name!r} is no device such as 'cpu', 'cuda' or 'cuda:1'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device={name!r}: torch sees no GPU here")
+    return device
+
+
+def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU."""
+    if config.dtype not in (None, "auto"):
+        return _DTYPES[str(config.dtype)]
+    if device.type == "cpu":
+        return torch.float32
+    stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+
+def choose_kv_dtype(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, attention: AttentionBackend
+) -> torch.dtype:
+    """The model's dtype, or bfloat16 where that is configured and our kernel reads it. Raises ConfigurationError."""
+    if config.kv_cache_dtype == "auto" or dtype == torch.bfloat16:
+        return dtype
+    if dtype != torch.float32 or not isinstance(attention, PagedCpuAttention):
+        raise ConfigurationError(
+            f"kv_cache_dtype='bfloat16' needs a float32 model on a CPU and our kernels; this is {dtype} on "
+            f"{device}, kernels: {kernels.missing() or 'there'}"
+        )
+    return torch.bfloat16
+
+
+def choose_image_token_id(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> int:
+    """The token that marks an image: the checkpoint's, the tokenizer's, or one that no text can contain."""
+    own = getattr(checkpoint.config, "image_token_index", None)
+    if own is None:
+        own = getattr(checkpoint.config, "image_token_id", None)
+    if own is None:
+        own = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+    return int(own) if own is not None else max(vocab_size, len(tokenizer))
+
+
+def load_models(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> tuple[Decoder, ImageEncoder | None]:
+    """The text model and the image encoder, their weights in the layouts of this machine.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, ConfigurationError: what the checkpoint or the machine cannot do.
+    """
+    reason = why_no_int8(device) if config.quantization == "int8" else None
+    if reason is not None:
+        raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
+    model = load_text_model(checkpoint, dtype, device)
+    model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+    encoder = load_encoder(checkpoint, config, model, dtype, device)
+    if encoder is not None:
+        _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
+        choose_torch_layouts(encoder)
+        if config.deterministic:
+            encoder.batch_size = 1
+    return model, encoder
+
+
+def make_processor(
+    config: EngineConfig, encoder: ImageEncoder, image_token_id: int, device: torch.device
+) -> VisionProcessor:
+    """The encoder with its embedding cache: on the device, and in host memory if that is configured."""
+    num_bytes = config.embedding_cache_host_bytes
+    host = [MemoryTier("host", num_bytes, "cpu")] if num_bytes else []
+    return VisionProcessor(
+        encoder,
+        image_token_id=image_token_id,
+        cache=EmbeddingCache(config.embedding_cache_bytes, *host, device=device),
+    )
