@@ -76,5 +76,11 @@ def test_the_engine_is_read_in_an_evening() -> None:
     assert {name: len(text) for name, text in lines.items() if len(text) > 400} == {}
     assert [name for name in lines if name.endswith(".py") and max(map(len, lines[name]), default=0) > 120] == []
     scheduling = [f"scheduling/{name}.py" for name in ("scheduler", "block_manager", "sequence")]
-    core = [*scheduling, "execution/model_runner.py", "sampling/sampler.py", "llm_engine.py"]
+    core = [
+        *scheduling,
+        "execution/model_runner.py",
+        "sampling/sampler.py",
+        "sampling/sampling_batch.py",
+        "llm_engine.py",
+    ]
     assert sum(len(lines[name]) for name in core) < 1500
