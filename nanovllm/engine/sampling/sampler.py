@@ -8,18 +8,18 @@ positions a step samples.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, abc
+from collections import abc
 
 import torch
 from torch import Tensor
 
-from nanovllm.engine.layers.device_copy import move, read_back, to_device
+from nanovllm.engine.layers.device_copy import move, read_back
 from nanovllm.engine.layers.token_ops import argmax
+from nanovllm.engine.sampling.sampling_batch import RandomRows, SamplingBatch, TokenValues
 from nanovllm.engine.sampling.structured_output import forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
 
 _MINUS_INFINITY = float("-inf")
-_MIN_TEMPERATURE = 1e-5  # below it only the best token is left, and float32 would overflow
 
 
 class Sampler:
@@ -41,100 +41,78 @@ class Sampler:
         ``masks`` are those of `structured_output.TokenMasks`. A constraint has precedence: where bad words or
         ``min_tokens`` leave no token that it allows, they do not apply.
         """
+        batch = SamplingBatch.prepare(sequences, logits.shape[1], self._device)
         if masks is not None:
             forbid_masked(logits, move(masks, logits.device))
-        self._adjust(logits, sequences)
-        random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
-        if not random:
+        adjust(logits, batch)
+        if batch.random is None:
             return read_back(argmax(logits))
-        if len(random) == len(sequences):
-            return read_back(self._draw(logits.float(), sequences))
+        rows = batch.random.rows
+        if rows is None:
+            return read_back(self._draw(logits.float(), batch.random))
         tokens = argmax(logits)
-        rows = to_device(random, logits.device)
-        drawn = self._draw(logits.index_select(0, rows).float(), [sequences[row] for row in random])
-        tokens.index_copy_(0, rows, drawn)
+        tokens.index_copy_(0, rows, self._draw(logits.index_select(0, rows).float(), batch.random))
         return read_back(tokens)
 
-    def _adjust(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> None:
-        """Apply what changes the argmax, in place: bad words, minimum length, biases, penalties."""
-        for row, sequence in enumerate(sequences):
-            params = sequence.sampling
-            forbidden = [word[-1] for word in sequence.bad_words if _would_complete(word, sequence)]
-            if sequence.num_output_tokens < params.min_tokens:
-                forbidden += sequence.stop_token_ids
-            if forbidden:
-                indices = to_device(sorted(set(forbidden)), self._device)
-                before = logits[row, indices]
-                logits[row, indices] = _MINUS_INFINITY
-                logits[row, indices] = torch.where(logits[row].amax() == _MINUS_INFINITY, before, _MINUS_INFINITY)
-            if params.logit_bias:
-                indices = to_device(list(params.logit_bias), self._device)
-                logits[row, indices] += to_device(list(params.logit_bias.values()), self._device).to(logits)
-            if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
-                self._penalise(logits[row], sequence)
-
-    def _penalise(self, logits: Tensor, sequence: Sequence) -> None:
-        """Penalties of one row [vocab], in place: repetition over prompt and output (Keskar et al. 2019), the others
-        over the output alone.
-        """
-        params = sequence.sampling
-        if params.repetition_penalty != 1.0:
-            # An image token may lie beyond the vocabulary.
-            known = [token for token in set(sequence.token_ids) if token < len(logits)]
-            seen = to_device(known, self._device, torch.int64)
-            picked = logits[seen]
-            penalty = params.repetition_penalty
-            logits[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-        if (params.presence_penalty or params.frequency_penalty) and sequence.num_output_tokens:
-            counts = Counter(sequence.output_token_ids)
-            penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-            logits[to_device(list(counts), self._device)] -= to_device(penalties, self._device).to(logits)
-
-    def _draw(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
-        params = [sequence.sampling for sequence in sequences]
-        logits = logits / self._column([max(param.temperature, _MIN_TEMPERATURE) for param in params])
-        if any(param.min_p > 0.0 for param in params):
-            floor = logits.amax(-1, keepdim=True) + self._column([param.min_p for param in params]).log()
+    def _draw(self, logits: Tensor, random: RandomRows) -> Tensor:
+        logits = logits / random.temperatures
+        if random.min_p is not None:
+            floor = logits.amax(-1, keepdim=True) + random.min_p.log()
             logits = logits.masked_fill(logits < floor, _MINUS_INFINITY)
-        if any(param.top_k > 0 or param.top_p < 1.0 for param in params):
-            logits = self._keep_top(logits, [param.top_k for param in params], [param.top_p for param in params])
+        if random.top_k is not None and random.top_p is not None:
+            logits = keep_top(logits, random.top_k, random.top_p)
         # Dividing by exponential noise and taking the maximum draws from the distribution without a cumulative sum.
-        return (logits.softmax(-1) / self._noise(logits, sequences)).argmax(-1)
+        return (logits.softmax(-1) / self._noise(logits, random.seeds)).argmax(-1)
 
-    def _keep_top(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
-        """Drop what is outside the k best, then outside the smallest set of probability p; the best one stays."""
-        vocab = logits.shape[-1]
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(vocab, device=logits.device)
-        limits = self._column([min(k, vocab) if k > 0 else vocab for k in top_k])
-        ordered = ordered.masked_fill(ranks >= limits, _MINUS_INFINITY)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        limits = self._column([p if p < 1.0 else 2.0 for p in top_p])  # rounding may sum to more than one
-        ordered = ordered.masked_fill((before >= limits) & (ranks > 0), _MINUS_INFINITY)
-        return torch.empty_like(logits).scatter_(-1, order, ordered)
-
-    def _noise(self, like: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
+    def _noise(self, like: Tensor, seeds: abc.Sequence[tuple[int, int] | None]) -> Tensor:
         """Exponential noise: rows with a seed from that and their position, the others from the shared generator."""
         noise = torch.empty_like(like)
-        if any(sequence.seed is None for sequence in sequences):
+        if any(seed is None for seed in seeds):
             noise.exponential_(generator=self._generator)
-        for row, sequence in enumerate(sequences):
-            if sequence.seed is not None:
-                self._seeded.manual_seed(_seed_of(sequence.seed, sequence.num_output_tokens))
+        for row, seed in enumerate(seeds):
+            if seed is not None:
+                self._seeded.manual_seed(_seed_of(*seed))
                 noise[row].exponential_(generator=self._seeded)
         return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
 
-    def _column(self, values: list[float] | list[int]) -> Tensor:
-        return to_device(values, self._device, torch.float32).unsqueeze(1)
+
+def adjust(logits: Tensor, batch: SamplingBatch) -> None:
+    """Apply what changes the argmax to ``logits`` [rows, vocab], in place."""
+    if (forbidden := batch.forbidden) is not None:
+        _forbid(logits, forbidden)
+    if (biases := batch.biases) is not None:
+        logits[biases.rows, biases.tokens] += biases.values.to(logits)
+    if (penalties := batch.repetition_penalties) is not None:
+        picked = logits[penalties.rows, penalties.tokens]
+        scaled = torch.where(picked > 0, picked / penalties.values, picked * penalties.values)
+        logits[penalties.rows, penalties.tokens] = scaled.to(logits)
+    if (penalties := batch.output_penalties) is not None:
+        logits[penalties.rows, penalties.tokens] -= penalties.values.to(logits)
+
+
+def _forbid(logits: Tensor, forbidden: TokenValues) -> None:
+    """Set the ``forbidden`` logits to minus infinity, except in rows that would have no token left."""
+    rows, tokens = forbidden.rows, forbidden.tokens
+    before = logits[rows, tokens]
+    logits[rows, tokens] = _MINUS_INFINITY
+    is_empty = logits.amax(-1) == _MINUS_INFINITY
+    logits[rows, tokens] = torch.where(is_empty[rows], before, _MINUS_INFINITY)
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Drop what is outside the k best, then outside the smallest set of probability p; the best one stays.
+
+    ``logits`` are [rows, vocab], the limits [rows, 1].
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k, _MINUS_INFINITY)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), _MINUS_INFINITY)
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
 def _seed_of(seed: int, position: int) -> int:
     """A seed for one position of an output; hashed, since neighbouring seeds must not give related numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {position}".encode()).digest()[:4])
-
-
-def _would_complete(word: tuple[int, ...], sequence: Sequence) -> bool:
-    """Whether the output ends with all of a bad word but its last token."""
-    begun = len(word) - 1
-    return begun == 0 or (begun <= sequence.num_output_tokens and tuple(sequence.token_ids[-begun:]) == word[:-1])
