@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -119,3 +121,13 @@ def test_the_former_private_names_are_gone() -> None:
         names |= set(re.findall(r"import Sequence as Rows", text))
         found += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names)]
     assert found == []
+
+
+def test_process_job_fits_one_screen_and_names_each_stage_once() -> None:
+    from nanovllm.pipeline.stages.process import Stages, process_job
+
+    source = inspect.getsource(process_job)
+    assert len(source.splitlines()) <= 30
+    of_records = {"receive", "invalid_records"}  # called by the worker, before there is a job
+    stages = {field.name for field in dataclasses.fields(Stages)} - of_records
+    assert {name: source.count(f"stages.{name}(") for name in stages} == dict.fromkeys(stages, 1)
