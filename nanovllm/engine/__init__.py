@@ -1,1 +1,1 @@
-"""The engine room: requests go in, text comes out. Import the modules by name; importing the room costs nothing."""
+"""The engine: requests to text. Import its modules by name; importing this package loads nothing."""

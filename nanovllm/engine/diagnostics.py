@@ -1,4 +1,4 @@
-"""What this machine and checkpoint get: every choice that the engine makes by itself, and how fast the result is."""
+"""Diagnostics (``nanovllm doctor``): the engine's choices for this machine and checkpoint, and the resulting speed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROMPTS = 4  # that are measured at once
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found out; ``note`` says why it is so, or what would make it better."""
+    """One line of the report; ``note`` is the reason, or what would improve it."""
 
     subject: str
     value: str
@@ -36,7 +36,7 @@ class Finding:
 
 
 def describe(engine: LLMEngine) -> Iterator[Finding]:
-    """What was chosen, without measuring anything."""
+    """The engine's choices; measures nothing."""
     yield _machine(engine)
     yield _threads()
     yield _model(engine)
@@ -200,7 +200,7 @@ def _prefill(engine: LLMEngine, length: int, seconds: float) -> float:
 def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:
     """Tokens decoded in a second by ``rows`` requests at once: the fastest step counts, as for the linear layers.
 
-    Without drafts: a token that was guessed right costs no step, and nothing could be said of the bound.
+    Without drafts: an accepted one costs no step, so that the bound would not hold.
     """
     prompt_lookup = engine.scheduler.prompt_lookup
     max_drafts, prompt_lookup.max_drafts = prompt_lookup.max_drafts, 0

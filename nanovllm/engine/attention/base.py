@@ -1,7 +1,7 @@
 """The interface of attention over paged keys and values.
 
-A backend prepares once a step what every layer needs, and then, layer by layer, writes the new keys and values to their
-slots and lets the queries attend. All state comes in as arguments. A row is a sequence's share of the step. Rows of a
+A backend computes the step's metadata once, and then, layer by layer, writes the new keys and values to their slots and
+attends with the queries. All state comes in as arguments. A row is the tokens of one sequence in the step. Rows of a
 single token come first, so that decoding is one batched call.
 """
 

@@ -1,4 +1,4 @@
-"""A backend that answers with the question: what a test of the pipeline needs of an engine, without torch."""
+"""The echo backend: answers with the prompt, for tests of the pipeline, without torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WORD = re.compile(r"\s*\S+|\s+$")
 class EchoEngine:
     """Echoes the text of a request, then the digest of each image in hex, a word a token, up to ``max_tokens`` words.
 
-    ``delay_s`` is spent on each request while it holds one of ``max_num_seqs`` places. ``fault`` may return an error
+    ``delay_s`` is spent on each request while it holds one of ``max_num_seqs`` seats. ``fault`` may return an error
     for a request, which then fails with it. ``kill`` makes the engine die. An image is a ``miss`` when its digest is
     new to this engine and a ``hit`` afterwards.
     """
@@ -56,7 +56,7 @@ class EchoEngine:
         self._delay_s = delay_s
         self._image_tokens = image_tokens
         self._fault = fault
-        self._places = asyncio.Semaphore(max_num_seqs)
+        self._seats = asyncio.Semaphore(max_num_seqs)
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
         self._digests: set[bytes] = set()
         self._prompt_tokens = 0
@@ -127,7 +127,7 @@ class EchoEngine:
 
     async def _answer(self, request: Request, generation: Generation) -> None:
         start = time.perf_counter()
-        async with self._places:
+        async with self._seats:
             admitted = time.perf_counter()
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
@@ -147,9 +147,11 @@ class EchoEngine:
         generation.deliver(TokenChunk(words[-1] if words else "", output.token_ids[-1:], output.finish_reason), output)
 
     def _echo(self, request: Request, start: float, admitted: float) -> RequestOutput:
-        text, places = _text_and_places(request)
-        if places != len(request.images):
-            raise PlaceholderMismatch(f"the prompt has {places} image placeholders for {len(request.images)} images")
+        text, num_placeholders = _text_and_num_placeholders(request)
+        if num_placeholders != len(request.images):
+            raise PlaceholderMismatch(
+                f"the prompt has {num_placeholders} image placeholders for {len(request.images)} images"
+            )
         words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
         kept = words[: request.sampling.max_tokens]
         finish_reason: FinishReason = "stop" if len(kept) == len(words) else "length"
@@ -178,12 +180,12 @@ class EchoEngine:
         )
 
 
-def _text_and_places(request: Request) -> tuple[str, int]:
+def _text_and_num_placeholders(request: Request) -> tuple[str, int]:
     """The text to echo and the number of image placeholders in it."""
     if request.prompt is not None:
         return request.prompt, request.prompt.count(IMAGE_PLACEHOLDER)
     texts: list[str] = []
-    places = 0
+    num_placeholders = 0
     for message in request.messages or ():
         content: Any = message.get("content") or ""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -191,8 +193,8 @@ def _text_and_places(request: Request) -> tuple[str, int]:
             if isinstance(part, Mapping) and part.get("type") == "text":
                 texts.append(str(part.get("text", "")))
             else:
-                places += 1
-    return "\n".join(texts), places
+                num_placeholders += 1
+    return "\n".join(texts), num_placeholders
 
 
 def _clip_transform() -> ImageTransform:

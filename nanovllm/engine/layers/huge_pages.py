@@ -1,6 +1,6 @@
 """Memory on huge pages: a step reads all weights, and with pages of 4 KiB the CPU looks up thousands of addresses.
 
-Linux gives huge pages to those who ask (transparent_hugepage=madvise, the default of most distributions). Where it does
+Linux gives huge pages on request (transparent_hugepage=madvise, the default of most distributions). Where it does
 not, or the system is another one, everything works as before, a little slower.
 """
 

@@ -24,7 +24,7 @@ from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder, and what its family has or lacks."""
+    """The shape of a decoder, and the options of its family."""
 
     vocab_size: int
     hidden_size: int
@@ -125,7 +125,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention. Query, key and value weights are one matrix, and queries and keys are treated in one go."""
+    """Self-attention. Query, key and value weights are one matrix; queries and keys are rotated in one call."""
 
     qk_norm: nn.Parameter | None
 

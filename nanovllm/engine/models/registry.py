@@ -83,7 +83,7 @@ def load_encoder(
 
 
 def around_image(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """The tokens before and behind an image, where the family has such."""
+    """The tokens before and behind an image, where the family has them."""
     if checkpoint.architecture not in QWEN_VL:
         return None
     config: Any = checkpoint.config

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens as the model itself gives them: before temperature, penalties, biases, constraints."""
+"""Log probabilities of tokens, of the model's own logits: before temperature, penalties, biases, constraints."""
 
 from __future__ import annotations
 

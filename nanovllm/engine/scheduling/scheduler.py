@@ -65,8 +65,9 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the rows of the next step and allocate the blocks that they write to.
 
-        Writes the two queues and, of a sequence that it starts, continues or preempts, status, block table and the
-        token that computing begins with; of a preempted one it drops the images' embeddings.
+        Writes the two queues, the counters of preemptions and prefix hits and, of a sequence that it starts, continues
+        or preempts, status, block table and the numbers of computed and cached tokens; of a preempted one it drops the
+        images' embeddings. It writes nothing else of any sequence.
         """
         budget = StepBudget(self.max_num_batched_tokens, self.max_num_seqs - len(self.running))
         num_preemptions = self.num_preemptions

@@ -1,4 +1,4 @@
-"""From token ids to text as they come: never half a character, never a part of a stop string."""
+"""Incremental detokenization: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one request's output.
+    """The text of one output.
 
-    Text is held back while it may still become a stop string, and while the last character lacks bytes. What was handed
-    out is never taken back, and the chunks joined are the final text.
+    Text is held back while it may still become a stop string, and while its last character lacks bytes. Returned text
+    is final: the chunks joined are the text of the output.
+
+    ``tokenizers.decoders.DecodeStream`` (0.23.3) would be faster, but raises "Invalid prefix encountered" for
+    byte-fallback tokenizers after bytes that are no character, and cannot return the text it holds back at the end.
     """
 
     def __init__(
@@ -31,9 +34,9 @@ class Detokenizer:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._window: list[int] = []  # the tokens last decoded, which their successors are read behind, and newer ones
-        self._num_read = 0  # of the window
-        self._read = ""  # what those say
+        self._window: list[int] = []  # tokens already in the text, as context for decoding, then newer ones
+        self._num_read = 0  # tokens of the window that are in the text
+        self._read = ""  # their text
         self._held = ""
         self.text = ""
         self.is_stopped = False
@@ -42,12 +45,12 @@ class Detokenizer:
     def append(self, token_id: int) -> str:
         """Add a token and return the text that may be shown now.
 
-        Sets ``is_stopped`` at a stop string, and ``is_cut`` where the text then lacks some of what was written.
+        Sets ``is_stopped`` at a stop string, and ``is_cut`` where text before the end of its tokens is then left out.
         """
         self._num_tokens += 1
         self._window.append(token_id)
         fresh = self._unread()
-        # Bytes that are no character yet are decoded to a replacement: they wait for the rest of it.
+        # An unfinished character is decoded to U+FFFD: wait for its other bytes.
         if not fresh or fresh.endswith(REPLACEMENT):
             return self._release("")
         del self._window[: self._num_read]

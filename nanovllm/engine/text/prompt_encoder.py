@@ -1,14 +1,14 @@
-"""Text to token ids under the rules of trust.
+"""The prompt encoder: text to token ids, trusted or untrusted.
 
 A *trusted* prompt (Python API) is tokenised as the tokenizer itself would: special tokens are parsed, no template is
 applied. An *untrusted* one (a job) is data: it is placed into the checkpoint's chat template as a user turn, and no
-added token of the tokenizer, marked special or not, can come out of it. ``<|image|>`` in a prompt is the place of an
-image under both; inside a text part of ``messages`` it is text. The result holds ``image_token_id`` once an image; the
+added token of the tokenizer, marked special or not, can come out of it. ``<|image|>`` in a prompt marks an image
+under both; inside a text part of ``messages`` it is text. The result holds ``image_token_id`` once an image; the
 engine expands it to as many tokens as the image takes.
 
-The chat template never sees an untrusted text. It is rendered over stand-ins, what the template wrote itself is
-searched for special tokens, and only then do the texts take the places of the stand-ins: so a text can neither write a
-control token nor steer the template.
+The chat template never sees an untrusted text. It is rendered with stand-ins, its own text is searched for special
+tokens, and only then are the stand-ins replaced by the texts: so a text can neither produce a control token nor change
+what the template does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ one token of any unknown word, could take one: it is refused too.
 _ALWAYS_ENCODED_CHARS = 1 << 16  # a shorter text is never refused unencoded; a longer one is counted in such slices
 _USUAL_CHARS_PER_TOKEN = 8  # slices are counted of texts with more than these for each token of the context
 
-Piece = str | None  # untrusted text, or the place of an image
+Piece = str | None  # untrusted text, or None for an image
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class _StandIns:
         return f"{self._nonce}{len(self._pieces) - 1}x"
 
     def restore(self, rendered: str, split_literal: Any) -> list[str | int | None] | None:
-        """The rendered text with the pieces back in their places; None when one is missing or was rewritten."""
+        """The rendered text with the stand-ins replaced by the pieces; None when one is missing or was rewritten."""
         restored: list[str | int | None] = []
         seen: set[int] = set()
         for number, part in enumerate(re.split(rf"{self._nonce}(\d+)x", rendered)):
