@@ -19,9 +19,8 @@ from typing import Annotated
 
 import typer
 
-from nanovllm.cli import jobs as client_commands
 from nanovllm.cli.dlq import dlq_app
-from nanovllm.cli.jobs import ConfigOption
+from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
@@ -37,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Images and prompts from Kafka and S3 in, text out.",
 )
-app.command("submit")(client_commands.submit)
-app.command("results")(client_commands.results)
+app.command("submit")(submit)
+app.command("results")(results)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 

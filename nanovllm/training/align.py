@@ -41,8 +41,7 @@ from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.errors import InvalidInput
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import evaluate as evaluate_tiny
-from nanovllm.training import synthetic
-from nanovllm.training import tiny_model as tiny_recipe
+from nanovllm.training import synthetic, tiny_model
 from nanovllm.training.trainer import Batch, Question, Schedule, Trainer, export, pad
 from nanovllm.vision.images.decode import load_rgb
 
@@ -293,17 +292,17 @@ def train_tiny(
     """
     schedule = _schedule(minutes, images, tower_share=tower_share, rate=rate)
     torch.manual_seed(seed)
-    processor = tiny_recipe.processor()
-    model = tiny_recipe.model(processor.tokenizer)
+    processor = tiny_model.processor()
+    model = tiny_model.model(processor.tokenizer)
     if start is not None:
         earlier = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
         model.load_state_dict(earlier.state_dict())
-    head = tiny_recipe.glyph_head(model)
-    tiny_recipe.speed_up(model)
+    head = tiny_model.glyph_head(model)
+    tiny_model.speed_up(model)
     output = Path(output)
     state = output.with_name(output.name + ".training")
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = tiny_recipe.Batches(processor.tokenizer, seed, rank=rank, processes=processes)
+    batches = tiny_model.Batches(processor.tokenizer, seed, rank=rank, processes=processes)
 
     def snapshot(averaged: LlavaForConditionalGeneration) -> str:
         export(averaged, processor, output, torch.float16)

@@ -271,8 +271,8 @@ def test_wide_checkpoints_whose_weights_are_packed_equal_transformers(
         monkeypatch.setattr(linear, "has_panels", lambda *_: False)
     make_qwen3(tmp_path, hidden_size=768, num_heads=8, head_dim=64, num_layers=1, tie_word_embeddings=True)
     engine = LLMEngine(str(tmp_path), kv_cache_bytes=1 << 20)
-    forms = [getattr(module, "form", "") for module in engine.model_runner.model.modules()]
-    assert forms.count("panels") + forms.count("packed") == 5 or not torch.backends.mkldnn.is_available()
+    layouts = [getattr(module, "layout", "") for module in engine.model_runner.model.modules()]
+    assert layouts.count("panels") + layouts.count("packed") == 5 or not torch.backends.mkldnn.is_available()
     check_some(tmp_path, sees=False)
 
 

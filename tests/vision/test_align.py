@@ -20,10 +20,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from nanovllm.errors import InvalidInput
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import align as align_module
 from nanovllm.training import evaluate as evaluate_tiny
-from nanovllm.training import synthetic
-from nanovllm.training import tiny_model as tiny_recipe
+from nanovllm.training import synthetic, tiny_model
 from nanovllm.training.align import align, main, read_examples
 from nanovllm.training.trainer import IGNORED, Question, Schedule, Trainer, pad, pad_by_length, tower_features
 
@@ -48,10 +48,10 @@ TOWER_SIZES = {
 
 def text_model(directory: Path, *, family: str = "qwen3", dtype: torch.dtype = torch.float32) -> Path:
     """A random text model whose tokenizer does not know of images."""
-    words = tiny_recipe.tokenizer()
+    words = tiny_model.tokenizer()
     state = json.loads(words.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != tiny_recipe.IMAGE_TOKEN]
-    image_id = state["model"]["vocab"].pop(tiny_recipe.IMAGE_TOKEN)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != IMAGE_PLACEHOLDER]
+    image_id = state["model"]["vocab"].pop(IMAGE_PLACEHOLDER)
     state["model"]["vocab"]["<unused>"] = image_id
     words = type(words)(
         tokenizer_object=words.backend_tokenizer.from_str(json.dumps(state)),
@@ -259,15 +259,15 @@ def test_misuse_of_the_command_line_says_what_is_missing(capsys: pytest.CaptureF
 
 
 def test_the_tiny_tokenizer_gives_every_answer_back() -> None:
-    words = tiny_recipe.tokenizer()
+    words = tiny_model.tokenizer()
 
     for index in range(40):
         answer = synthetic.sample(index, seed=1, split="train").answer
         assert words.decode(words.encode(answer)) == answer
-    everything = "".join(map(chr, range(32, 127))) + "\n" + "".join(tiny_recipe.SCAFFOLDING)
+    everything = "".join(map(chr, range(32, 127))) + "\n" + "".join(tiny_model.SCAFFOLDING)
     assert words.decode(words.encode(everything)) == everything
     assert words.unk_token_id not in words.encode(everything)
-    assert len(words.encode(tiny_recipe.IMAGE_TOKEN)) == 1
+    assert len(words.encode(IMAGE_PLACEHOLDER)) == 1
 
 
 def test_labels_stand_one_before_the_answers_tokens() -> None:
@@ -286,8 +286,8 @@ def test_groups_of_rows_keep_every_question() -> None:
 
 
 def test_processes_share_a_step_without_sharing_an_image() -> None:
-    words = tiny_recipe.tokenizer()
-    ranks = [tiny_recipe.Batches(words, 1, rank=rank, processes=2) for rank in range(2)]
+    words = tiny_model.tokenizer()
+    ranks = [tiny_model.Batches(words, 1, rank=rank, processes=2) for rank in range(2)]
     batches = [one.batch(0, False) for one in ranks]
 
     assert sum(len(batch.pixels) for batch in batches) == 34
@@ -297,9 +297,9 @@ def test_processes_share_a_step_without_sharing_an_image() -> None:
 
 
 def test_glyph_targets_name_the_characters_of_a_patch_from_left_to_right() -> None:
-    words = tiny_recipe.tokenizer()
+    words = tiny_model.tokenizer()
     drawn = synthetic.receipt(synthetic.generator(0, seed=1, split="train"), "train")
-    ids = tiny_recipe.Batches(words, 1).glyphs(drawn)
+    ids = tiny_model.Batches(words, 1).glyphs(drawn)
 
     assert (ids != 0).sum() == len(drawn.glyphs)
     row = drawn.glyphs[0].y // 32
@@ -308,11 +308,11 @@ def test_glyph_targets_name_the_characters_of_a_patch_from_left_to_right() -> No
 
 
 def test_the_faster_patch_embedding_computes_the_same(tmp_path: Path) -> None:
-    model = tiny_recipe.model(tiny_recipe.tokenizer()).eval()
+    model = tiny_model.model(tiny_model.tokenizer()).eval()
     pixels = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         plain = tower_features(model, pixels)
-        tiny_recipe.speed_up(model, compiled=False)
+        tiny_model.speed_up(model, compiled=False)
         fast = tower_features(model, pixels)
 
     assert plain.shape == (2, 49, 192)
@@ -320,12 +320,12 @@ def test_the_faster_patch_embedding_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_the_recipe_trains_the_tower_alone_and_then_everything(tmp_path: Path) -> None:
-    words = tiny_recipe.tokenizer()
+    words = tiny_model.tokenizer()
     torch.manual_seed(0)
-    model = tiny_recipe.model(words)
-    head = tiny_recipe.glyph_head(model)
+    model = tiny_model.model(words)
+    head = tiny_model.glyph_head(model)
     before = model.lm_head.weight.detach().clone()
-    batches = tiny_recipe.Batches(words, 1, processes=8)
+    batches = tiny_model.Batches(words, 1, processes=8)
     kinds: list[bool] = []
 
     def source(step: int, tower_only: bool) -> object:
@@ -344,10 +344,10 @@ def test_the_recipe_trains_the_tower_alone_and_then_everything(tmp_path: Path) -
 
 
 def test_frozen_parameters_get_no_optimiser_state(tmp_path: Path) -> None:
-    model = tiny_recipe.model(tiny_recipe.tokenizer()).requires_grad_(False)
+    model = tiny_model.model(tiny_model.tokenizer()).requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     trainer = Trainer(model, Schedule(images=1), tmp_path, report=lambda _: None)
-    trainer._step(tiny_recipe.Batches(tiny_recipe.tokenizer(), 1, processes=13).batch(0, False))
+    trainer._step(tiny_model.Batches(tiny_model.tokenizer(), 1, processes=13).batch(0, False))
 
     assert {name.split(".")[1] for name in trainer.trained} == {"multi_modal_projector"}
 
@@ -362,8 +362,8 @@ def test_an_evaluation_counts_every_sample_once_by_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_tiny, "_MAX_NEW_TOKENS", 4)
-    processor = tiny_recipe.processor()
-    align_module.export(tiny_recipe.model(processor.tokenizer), processor, tmp_path / "tiny", torch.float16)
+    processor = tiny_model.processor()
+    align_module.export(tiny_model.model(processor.tokenizer), processor, tmp_path / "tiny", torch.float16)
     figures = tmp_path / "figures.json"
 
     assert main(["--evaluate", str(tmp_path / "tiny"), "--samples", "6", "--json", str(figures)]) == 0
