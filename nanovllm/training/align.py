@@ -283,7 +283,7 @@ def train_tiny(
     start: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Trains the tiny model and writes it in fp16; see `tiny_recipe`.
+    """Trains the tiny model and writes it in fp16; see `tiny_model`.
 
     It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone.
     In a process group (`--processes`) every process calls this, and the first one writes.
