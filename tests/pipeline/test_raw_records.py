@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
-from aiokafka.record.util import calc_crc32c
 from bench import Bench, eventually, reached
+from raw_kafka import BATCH_HEADER_BYTES, CODECS, Record, raw_batch, signed
 
 from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
 from nanovllm.client.results import ResultReader
@@ -22,33 +21,8 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 
 NAMES = [b"tr\xe4ce", b"\xff\xfe", b"\xc3", b"a\xed\xa0\x80"]
-CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 
 Unique = Callable[[str], str]
-Record = tuple[bytes | None, bytes | None, Sequence[tuple[bytes, bytes | None]]]
-
-
-class RawName(str):
-    """The name of a header that is these bytes, whatever they are in UTF-8."""
-
-    raw: bytes
-
-    def encode(self, *_: object) -> bytes:
-        return self.raw
-
-
-def raw_name(raw: bytes) -> RawName:
-    name = RawName(raw.decode("latin-1"))
-    name.raw = raw
-    return name
-
-
-def raw_batch(*records: Record, codec: int = 0) -> bytes:
-    builder = _DefaultRecordBatchBuilderPy(2, codec, 0, -1, -1, 0, 1 << 20)
-    for number, (key, value, headers) in enumerate(records):
-        named = [(raw_name(name), header) for name, header in headers]
-        builder.append(number, None, key=key, value=value, headers=named)
-    return bytes(builder.build())
 
 
 async def send_raw(
@@ -123,20 +97,20 @@ async def test_no_record_of_another_partition_is_lost_beside_one_that_cannot_be_
 def test_a_raw_batch_tells_all_of_its_records_and_which_the_client_cannot_parse(codec: int) -> None:
     wrong = [(b"ok", b"1"), (NAMES[1], b"2"), (b"nothing", None)]
     raw = raw_batch((b"k", b"v", []), (b"k1", b"v1", wrong), (None, None, [("ü".encode(), None)]), codec=codec)
-    before, strange, behind = records_in(raw, 0)
+    before, strange, behind = records_in(bytes(raw), 0)
     assert (before.offset, before.key, before.value, before.headers) == (0, b"k", b"v", ())
     assert (strange.offset, strange.key, strange.value) == (1, b"k1", b"v1")
     assert strange.headers == (("ok", b"1"), ("nothing", None))
     assert (behind.offset, behind.key, behind.value, behind.headers) == (2, None, None, (("ü", None),))
     assert [record.unreadable is None for record in (before, strange, behind)] == [True, False, True]
     assert strange.timestamp > 0
-    assert [record.offset for record in records_in(raw, 2)] == [2]
-    assert list(records_in(raw, 3)) == []
-    assert list(records_in(raw[:-1], 0)) == []
+    assert [record.offset for record in records_in(bytes(raw), 2)] == [2]
+    assert list(records_in(bytes(raw), 3)) == []
+    assert list(records_in(bytes(raw[:-1]), 0)) == []
 
 
 def test_a_batch_that_is_corrupt_is_one_record_and_the_next_batch_follows() -> None:
-    corrupt = bytearray(raw_batch((b"k", b"v", []), (b"k", b"v", []), (b"k", b"v", [])))
+    corrupt = raw_batch((b"k", b"v", []), (b"k", b"v", []), (b"k", b"v", []))
     corrupt[-3] ^= 0xFF
     following = bytearray(raw_batch((None, b"v", [])))
     struct.pack_into(">q", following, 0, 3)
@@ -148,10 +122,9 @@ def test_a_batch_that_is_corrupt_is_one_record_and_the_next_batch_follows() -> N
 
 @pytest.mark.parametrize("codec", [1, 2, 3, 4])
 def test_a_batch_that_cannot_be_decompressed_is_unreadable_and_raises_nothing(codec: int) -> None:
-    corrupt = bytearray(raw_batch((b"k", b"v" * 100, []), codec=codec))
-    corrupt[61:] = b"\x00" * len(corrupt[61:])
-    struct.pack_into(">I", corrupt, 17, calc_crc32c(bytes(corrupt[21:])))
-    (record,) = records_in(bytes(corrupt), 0)
+    corrupt = raw_batch((b"k", b"v" * 100, []), codec=codec)
+    corrupt[BATCH_HEADER_BYTES:] = b"\x00" * len(corrupt[BATCH_HEADER_BYTES:])
+    (record,) = records_in(bytes(signed(corrupt)), 0)
     assert (record.offset, record.next_offset, record.unreadable is None) == (0, 1, False)
 
 
