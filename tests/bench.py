@@ -64,7 +64,7 @@ class Bench:
             effective,
             engine=engine,
             decoders=self.decoders,
-            fetcher=fetcher,
+            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
             sink=sink or KafkaSink(self.producer),
             metrics=self.metrics,
             health=self.health,

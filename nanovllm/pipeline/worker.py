@@ -180,7 +180,7 @@ class Worker:
         for topic, count in Counter(record.topic for record in records).items():
             self._metrics.consumed.labels(topic).inc(count)
         invalid: dict[PartitionLedger, list[InvalidRecord]] = defaultdict(list)
-        last: dict[PartitionLedger, Received | InvalidRecord] = {}
+        last: dict[PartitionLedger, tuple[ConsumedRecord, bool]] = {}
         yield_at = time.monotonic() + MAX_DECODE_S
         for record in records:
             if time.monotonic() >= yield_at:
@@ -190,16 +190,14 @@ class Worker:
                 break  # a record without a task is not complete, and so not committed
             if not record.is_current:
                 continue
-            received = last[record.ledger] = self._stages.receive(record)
+            received = self._stages.receive(record)
+            last[record.ledger] = record, isinstance(received, InvalidRecord)
             if isinstance(received, InvalidRecord):
                 invalid[record.ledger].append(received)
             else:
                 self._begin_job(received)
-        for received in last.values():
-            if isinstance(received, InvalidRecord):
-                source.put_off(received.record)
-            else:
-                source.take_up(received.context.record)
+        for record, is_invalid in last.values():
+            source.put_off(record, is_invalid=is_invalid)
         for ledger, some in invalid.items():
             self._begin_invalid(ledger, some)
 

@@ -6,31 +6,24 @@ from nanovllm.errors import PoisonLimitReached
 
 
 class DeadLetterLimit:
-    """Lets ``limit`` dead letters pass without an answer between them, and no further one; None lets all pass."""
+    """At most ``limit`` dead letters without an answer between them; None: no limit."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._in_a_row = 0
 
     def reset(self) -> None:
-        """A job was answered: the row begins anew."""
+        """A job was answered."""
         self._in_a_row = 0
 
-    def count(self) -> None:
-        """Count a dead letter before it is published.
+    def count(self, wanted: int = 1) -> int:
+        """Count dead letters before they are published; returns how many of the ``wanted`` may be.
 
         Raises:
-            PoisonLimitReached: it would be one too many.
+            PoisonLimitReached: not a single one.
         """
-        if not self.count_up_to(1):
-            raise self.reached()
-
-    def count_up_to(self, count: int) -> int:
-        """How many of ``count`` more dead letters may be published; they are counted."""
-        allowed = count if self._limit is None else min(count, self._limit - self._in_a_row)
+        allowed = wanted if self._limit is None else min(wanted, self._limit - self._in_a_row)
+        if allowed <= 0:
+            raise PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")
         self._in_a_row += allowed
         return allowed
-
-    def reached(self) -> PoisonLimitReached:
-        """The error in place of one more."""
-        return PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")

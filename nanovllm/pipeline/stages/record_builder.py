@@ -7,6 +7,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
@@ -70,17 +71,10 @@ class RecordBuilder:
             finish_reason=output.finish_reason,
             logprobs=_logprobs(output.logprobs),
             prompt_logprobs=_logprobs(output.prompt_logprobs),
-            outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
+            outputs=tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
             reused=inference.reused,
-            usage=TokenUsage(
-                input_tokens=output.usage.input_tokens,
-                output_tokens=output.usage.output_tokens,
-                image_tokens=output.usage.image_tokens,
-                cached_tokens=output.usage.cached_tokens,
-            ),
-            model=ModelUse(
-                id=self._model.id, revision=self._model.revision, parameter_digest=self._model.parameter_digest
-            ),
+            usage=TokenUsage(**output.usage),
+            model=ModelUse(**asdict(self._model)),
             inputs=tuple(
                 InputUse(
                     uri=image.uri,
@@ -92,12 +86,12 @@ class RecordBuilder:
                 )
                 for image, use in zip(fetched, output.images, strict=True)
             ),
-            timings_ms=self._timings(context, output),
+            timings_ms=_timings(context, output),
             source=context.origin.source,
             worker=self._settings.worker_id,
             metadata=job.metadata,
         )
-        metrics = self._metrics(result, fetched, output, stats)
+        metrics = _metrics(result, fetched, output, stats)
         record = metrics_record(metrics, self._settings.topics.metrics, self.format_of(context), context.origin.headers)
         return result, record
 
@@ -183,60 +177,56 @@ class RecordBuilder:
         wanted = self._settings.result_format
         return context.format if wanted == "as_job" else wanted
 
-    def _timings(self, context: JobContext, output: RequestOutput) -> StageTimings:
-        seconds = context.progress.seconds
-        return StageTimings(
-            admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
-            fetch=_ms(seconds.get("fetch", 0.0)),
-            prepare=_ms(seconds.get("prepare", 0.0)),
-            queue=round(output.timings.queue_ms, 3),
-            encode=round(output.timings.encode_ms, 3),
-            time_to_first_token=round(output.timings.time_to_first_token_ms, 3),
-            generation=round(output.timings.generation_ms, 3),
-            total=_ms(context.progress.elapsed_s),
-        )
 
-    def _metrics(
-        self,
-        result: Result,
-        fetched: Sequence[FetchedImage],
-        output: RequestOutput,
-        stats: EngineStats,
-    ) -> JobMetrics:
-        timings, usage = output.timings, output.usage
-        generation_s = timings.generation_ms / 1000
-        # The first token belongs to the prefill; what generation_ms covers are the ones after it.
-        after_first = max(0, usage.output_tokens - 1)
-        encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
-        spared = sum(image.outcome != "miss" for image in output.images)
-        return JobMetrics(
-            job_id=result.job_id,
-            result_id=result.result_id,
-            worker=result.worker,
-            model=result.model.id,
-            source=result.source,
-            finish_reason=output.finish_reason,
-            reused=result.reused,
-            num_prompt_tokens=usage.input_tokens,
-            num_generation_tokens=usage.output_tokens,
-            num_cached_tokens=usage.cached_tokens,
-            num_image_tokens=usage.image_tokens,
-            queue_time_ms=result.timings_ms.queue,
-            time_to_first_token_ms=result.timings_ms.time_to_first_token,
-            generation_time_ms=result.timings_ms.generation,
-            mean_itl_ms=round(timings.mean_itl_ms, 3),
-            e2e_time_ms=result.timings_ms.total,
-            tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
-            fetch_time_ms=result.timings_ms.fetch,
-            prepare_time_ms=result.timings_ms.prepare,
-            encode_time_ms=result.timings_ms.encode,
-            engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
-            engine_seconds_saved=round(spared * encode_s, 6),
-            images=tuple(
-                ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
-                for image, use in zip(fetched, output.images, strict=True)
-            ),
-        )
+def _timings(context: JobContext, output: RequestOutput) -> StageTimings:
+    seconds, timings = context.progress.seconds, output.timings
+    return StageTimings(
+        admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
+        fetch=_ms(seconds.get("fetch", 0.0)),
+        prepare=_ms(seconds.get("prepare", 0.0)),
+        queue=round(timings.queue_ms, 3),
+        encode=round(timings.encode_ms, 3),
+        time_to_first_token=round(timings.time_to_first_token_ms, 3),
+        generation=round(timings.generation_ms, 3),
+        total=_ms(context.progress.elapsed_s),
+    )
+
+
+def _metrics(result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats) -> JobMetrics:
+    ours, timings, usage = result.timings_ms, output.timings, output.usage
+    generation_s = timings.generation_ms / 1000
+    # The first token belongs to the prefill; what generation_ms covers are the ones after it.
+    after_first = max(0, usage.output_tokens - 1)
+    encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
+    spared = sum(image.outcome != "miss" for image in output.images)
+    return JobMetrics(
+        job_id=result.job_id,
+        result_id=result.result_id,
+        worker=result.worker,
+        model=result.model.id,
+        source=result.source,
+        finish_reason=output.finish_reason,
+        reused=result.reused,
+        num_prompt_tokens=usage.input_tokens,
+        num_generation_tokens=usage.output_tokens,
+        num_cached_tokens=usage.cached_tokens,
+        num_image_tokens=usage.image_tokens,
+        queue_time_ms=ours.queue,
+        time_to_first_token_ms=ours.time_to_first_token,
+        generation_time_ms=ours.generation,
+        mean_itl_ms=round(timings.mean_itl_ms, 3),
+        e2e_time_ms=ours.total,
+        tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
+        fetch_time_ms=ours.fetch,
+        prepare_time_ms=ours.prepare,
+        encode_time_ms=ours.encode,
+        engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
+        engine_seconds_saved=round(spared * encode_s, 6),
+        images=tuple(
+            ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
+            for image, use in zip(fetched, output.images, strict=True)
+        ),
+    )
 
 
 def root_cause(failure: NanoVLLMError) -> str:
@@ -265,24 +255,15 @@ def _folder(name: str) -> str:
     return "~" + hashlib.sha256(name.encode()).hexdigest()
 
 
-def _one_of_several(completion: Completion) -> Output:
-    return Output(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        logprobs=_logprobs(completion.logprobs),
-    )
+def _output(completion: Completion) -> Output:
+    return Output(**{**completion, "logprobs": _logprobs(completion.logprobs)})
 
 
 def _logprobs(positions: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
     if positions is None:
         return None
     return tuple(
-        tuple(
-            TokenLogprob(token_id=token, logprob=score.logprob, rank=score.rank, text=score.text)
-            for token, score in position.items()
-        )
-        for position in positions
+        tuple(TokenLogprob(token_id=token, **score) for token, score in position.items()) for position in positions
     )
 
 
