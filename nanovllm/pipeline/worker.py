@@ -78,11 +78,12 @@ class Worker:
         self._key_order = key_order
         self._at_work: dict[asyncio.Task[None], ConsumedRecord] = {}
         self._stop = asyncio.Event()
+        self._is_polling = True
         self._is_draining = False
         self._reads_invalid_next = False
         self.has_taken = False
-        self._broken = asyncio.Event()
-        self._breach: BaseException | None = None
+        # Fails with the error of a record that came to no outcome.
+        self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = engine.stats()
 
     def stop(self) -> None:
@@ -96,14 +97,12 @@ class Worker:
             EngineDead: the engine can answer nothing any more; what was at work goes back to Kafka.
             Exception: a record could not be taken to an outcome; the same.
         """
-        is_polling = asyncio.Event()
-        is_polling.set()
-        polling = asyncio.create_task(self._consume(source, is_polling), name="poll")
-        others = [
+        polling = asyncio.create_task(self._consume(source), name="poll")
+        others: list[asyncio.Future[Any]] = [
             asyncio.create_task(self._commit_and_observe(source), name="commit"),
             asyncio.create_task(self._stop.wait(), name="stop"),
             asyncio.create_task(self._engine.dead.wait(), name="engine"),
-            asyncio.create_task(self._broken.wait(), name="broken"),
+            self._breach,
         ]
         if exit_when_drained:
             others.append(asyncio.create_task(self._wait_until_drained(source), name="drained"))
@@ -111,8 +110,6 @@ class Worker:
             done, _ = await asyncio.wait([polling, *others], return_when=asyncio.FIRST_COMPLETED)
             if self._engine.dead.is_set():
                 raise self._engine.death or EngineDead("the engine stopped")
-            if self._breach is not None:
-                raise self._breach
             for task in done:
                 task.result()
             self._stop_taking(source)
@@ -120,7 +117,7 @@ class Worker:
         finally:
             self._stop_taking(source)
             await self._give_back(list(self._at_work))
-            is_polling.clear()
+            self._is_polling = False
             for task in others:
                 task.cancel()
             await asyncio.wait([polling, *others], timeout=2 * POLL_MS / 1000)
@@ -141,9 +138,9 @@ class Worker:
             if record.ledger is ledger:
                 task.cancel()
 
-    async def _consume(self, source: JobSource, is_polling: asyncio.Event) -> None:
+    async def _consume(self, source: JobSource) -> None:
         failures = 0
-        while is_polling.is_set():
+        while self._is_polling:
             takes_work = not (self._faults.are_present or self._is_draining)
             rooms = self._admission.rooms if takes_work else {}
             try:
@@ -244,10 +241,9 @@ class Worker:
         records = close(is_cut_short)
         if is_cut_short:
             self._metrics.jobs.labels("returned").inc(records)
-        if error is not None:
+        if error is not None and not self._breach.done():
             # A record without an outcome would hold its partition's watermark for ever: the worker ends instead.
-            self._breach = error
-            self._broken.set()
+            self._breach.set_exception(error)
 
     def _stop_taking(self, source: JobSource) -> None:
         self._is_draining = self._health.is_draining = True

@@ -47,7 +47,7 @@ class Owner:
     async def end(self, delivery: ConsumedRecord, value: bytes | None = None) -> None:
         assert delivery.transactions is not None
         record = OutgoingRecord(self.output, b"k", value or delivery.value)
-        await delivery.transactions.release(delivery.offset, [record])
+        await delivery.transactions.release({delivery.offset: [record]})
 
 
 @dataclass

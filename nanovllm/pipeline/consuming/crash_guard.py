@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -113,16 +114,13 @@ class CrashGuard:
     @asynccontextmanager
     async def _noted(self, written: _WrittenRecord, consumed: ConsumedRecord) -> AsyncIterator[None]:
         written.record.start(consumed.offset)
-        is_cleared = False
+        is_cleared = True
         try:
             yield
-            is_cleared = True
-        except EngineDead:
-            # What is recorded now stays: this is how the engine died.
-            self._is_engine_dead = True
-            raise
-        except Exception:
-            is_cleared = True
+        except BaseException as error:
+            is_cleared = isinstance(error, Exception)  # one that was cancelled may still be at fault
+            # What is recorded when the engine dies stays.
+            self._is_engine_dead |= isinstance(error, EngineDead)
             raise
         finally:
             if not self._is_engine_dead:
@@ -196,17 +194,17 @@ class CrashGuard:
             length *= 8
 
 
+@dataclass
 class _WrittenRecord:
     """A partition's record, and how much of it the topic has."""
 
-    def __init__(self, key: bytes, record: SuspectState) -> None:
-        self.key = key
-        self.record = record
-        self.turn = asyncio.Lock()
-        self.wanted = 0
-        self.done = 0
-        self.is_dirty = False
-        self.is_lost = False
+    key: bytes
+    record: SuspectState
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted: int = 0
+    done: int = 0
+    is_dirty: bool = False
+    is_lost: bool = False
 
 
 async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:

@@ -118,7 +118,7 @@ class InvalidRecords:
                 await self._publish(letters, first)
             else:
                 outputs = {one.record.offset: [letter] for one, letter in zip(invalid, letters, strict=True)}
-                await self._retry(lambda: transactions.release_all(outputs), "kafka producer", first.progress)
+                await self._retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
         for one in invalid:
             one.record.complete()
         self._observe(invalid, first, letters[0].topic)

@@ -97,4 +97,4 @@ class Publish:
         self._sink.check(records)
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
         reservation.release_slot(sum(one.size_bytes for one in records))
-        await self._retry(lambda: transactions.release(record.offset, records), "kafka producer", context.progress)
+        await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)
