@@ -6,6 +6,7 @@ guard, response cache, claim check, key order, retry topics.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,21 +22,22 @@ from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.admission.tenant_shares import FairShares, TokenRates
+from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.stages.admit import Admit
-from nanovllm.pipeline.stages.caches import ImageCache, ResponseCache
-from nanovllm.pipeline.stages.failure import Failure
+from nanovllm.pipeline.stages.caches import ImageCache
+from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
 from nanovllm.pipeline.stages.infer import CallEngine, GuardCrashes, Infer, MeterTokens, ReuseResponses, WaitForSlot
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
-from nanovllm.pipeline.stages.observe import Observe
+from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
@@ -98,8 +100,7 @@ def build_worker(
         infer = GuardCrashes(infer, crash_guard, retry)
     infer = WaitForSlot(infer, queue)
     if settings.reuse.answer_bytes:
-        responses = ResponseCache(engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
-        infer = ReuseResponses(infer, responses)
+        infer = ReuseResponses(infer, engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
 
     answer = Answer(builder, engine, limit)
     if settings.s3.large_results:
@@ -118,7 +119,7 @@ def build_worker(
         answer=answer,
         failure=failure,
         publish=Publish(sink, retry, failure, metrics),
-        observe=Observe(metrics),
+        observe=partial(observe, metrics),
     )
     worker = Worker(
         settings,
@@ -134,17 +135,21 @@ def build_worker(
         lanes=lanes,
         key_order=KeyOrder() if settings.admission.per_key_order else None,
     )
+    assignments = Assignments(
+        settings.kafka,
+        StartOffsets(settings.kafka.auto_offset_reset, metrics, read_in_full=retry_topics.delays_s),
+        max_out_of_order=settings.admission.max_out_of_order,
+        lost=worker.drop,
+        exactly_once=settings.delivery == "exactly_once",
+        crash_guard=crash_guard,
+    )
     source = JobSource(
         settings.kafka,
         lanes,
-        max_out_of_order=settings.admission.max_out_of_order,
+        assignments,
         drain=worker.drain,
-        lost=worker.drop,
         drain_timeout_s=settings.admission.drain_timeout_s,
-        metrics=metrics,
         delays_s=retry_topics.delays_s,
-        exactly_once=settings.delivery == "exactly_once",
-        crash_guard=crash_guard,
     )
     return worker, source
 

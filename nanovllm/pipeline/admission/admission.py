@@ -103,9 +103,6 @@ class Admission:
         kept = sum(max(0, self._kept_bytes - other.bytes) for other in self._lanes.values() if other is not use)
         return self.bytes + kept + nbytes <= self._max_bytes
 
-    def _is_granted_alone(self, nbytes: int) -> bool:
-        return nbytes > self._max_bytes - (len(self._lanes) - 1) * self._kept_bytes
-
     def _take(self, use: _LaneUse, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
         self.bytes += nbytes
         self.jobs += jobs
@@ -122,7 +119,8 @@ class Admission:
             lane = self._turns.next(waiting)
             nbytes = waiting[lane].waiting[0][0]
             if not self._fits(waiting[lane], nbytes):
-                if self._is_granted_alone(nbytes) and self._turns.is_owed(lane):
+                is_granted_alone = nbytes > self._max_bytes - (len(self._lanes) - 1) * self._kept_bytes
+                if is_granted_alone and self._turns.is_owed(lane):
                     break  # until no other reservation is held
                 # What is kept for another one is no use to it.
                 within = [other for other, use in waiting.items() if use.bytes + use.waiting[0][0] <= self._kept_bytes]

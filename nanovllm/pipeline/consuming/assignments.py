@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
@@ -30,6 +31,7 @@ POSITION_TIMEOUT_S = 0.2
 AT_ONCE = 16
 
 
+@dataclass(eq=False)
 class Assignments:
     """The partitions of one member. ``active`` ones are read; revoked ones are set aside, for they may come back.
 
@@ -42,22 +44,15 @@ class Assignments:
         crash_guard: told which partitions come and leave.
     """
 
-    def __init__(
-        self,
-        settings: KafkaSettings,
-        start_offsets: StartOffsets,
-        *,
-        max_out_of_order: int,
-        lost: Callable[[PartitionLedger], None],
-        exactly_once: bool,
-        crash_guard: CrashGuard | None,
-    ) -> None:
-        self._settings = settings
-        self._start_offsets = start_offsets
-        self._max_out_of_order = max_out_of_order
-        self._lost = lost
-        self._exactly_once = exactly_once
-        self._crash_guard = crash_guard
+    settings: KafkaSettings
+    start_offsets: StartOffsets
+    _: KW_ONLY
+    max_out_of_order: int
+    lost: Callable[[PartitionLedger], None]
+    exactly_once: bool
+    crash_guard: CrashGuard | None
+
+    def __post_init__(self) -> None:
         self.active: dict[TopicPartition, AssignedPartition] = {}
         self.arriving: set[TopicPartition] = set()
         self._parted: dict[TopicPartition, AssignedPartition] = {}
@@ -97,7 +92,7 @@ class Assignments:
         if self._committed is None:
             arriving = self.arriving
             try:
-                committed = await self._start_offsets.committed(consumer, arriving)
+                committed = await self.start_offsets.committed(consumer, arriving)
             except (CommitFailedError, IllegalStateError):
                 return False  # a rebalance has begun meanwhile
             if self.arriving is not arriving:
@@ -117,7 +112,7 @@ class Assignments:
             # The log was truncated or the topic made anew, and reading went back by the reset policy.
             logger.warning("%s-%d went back to offset %d", tp.topic, tp.partition, record.offset)
             assignment.ledger.fence()
-            self._lost(assignment.ledger)
+            self.lost(assignment.ledger)
             assignment = AssignedPartition(self._ledger(record.offset), None, transactions=assignment.transactions)
             if assignment.transactions is not None:
                 assignment.transactions.follow(assignment.ledger)
@@ -146,9 +141,9 @@ class Assignments:
             if (assignment := self.active.get(tp)) is None:
                 continue
             wanted = assignment.ledger.position
-            offset = await self._start_offsets.near(consumer, tp, wanted)
+            offset = await self.start_offsets.near(consumer, tp, wanted)
             if offset == wanted:
-                offset = await self._start_offsets.anew(consumer, tp, wanted)
+                offset = await self.start_offsets.anew(consumer, tp, wanted)
             if self.active.get(tp) is assignment:
                 consumer.seek(tp, offset)
 
@@ -168,7 +163,7 @@ class Assignments:
         """Commit each watermark that has moved. ``failure`` is logged where it fails: the next commit covers it."""
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S), self._commit_lock:
-                if self._exactly_once:
+                if self.exactly_once:
                     await _commit_transactions(assignments.values())
                 else:
                     await _commit_offsets(consumer, assignments)
@@ -177,10 +172,10 @@ class Assignments:
 
     async def part(self, leaving: Iterable[AssignedPartition]) -> None:
         """Clear the crash guard's records of partitions that leave."""
-        if self._crash_guard is not None:
+        if self.crash_guard is not None:
             try:
                 async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                    await self._crash_guard.part([assignment.ledger for assignment in leaving])
+                    await self.crash_guard.part([assignment.ledger for assignment in leaving])
             except (NanoVLLMError, TimeoutError) as error:
                 logger.warning("what was at work may be suspected by its next owner: %s", type(error).__name__)
 
@@ -191,16 +186,16 @@ class Assignments:
         await asyncio.gather(*self._closing)
 
     def _ledger(self, position: int) -> PartitionLedger:
-        return PartitionLedger(position, max_out_of_order=self._max_out_of_order)
+        return PartitionLedger(position, max_out_of_order=self.max_out_of_order)
 
     def _let_go(self, assignment: AssignedPartition) -> None:
         assignment.ledger.fence()
-        self._lost(assignment.ledger)
+        self.lost(assignment.ledger)
         self._close(assignment)
 
     def _close(self, assignment: AssignedPartition) -> None:
-        if self._crash_guard is not None:
-            self._crash_guard.forget(assignment.ledger)
+        if self.crash_guard is not None:
+            self.crash_guard.forget(assignment.ledger)
         if assignment.transactions is not None:
             closing = asyncio.create_task(assignment.transactions.close())
             self._closing.add(closing)
@@ -215,19 +210,19 @@ class Assignments:
             if assignment.transactions is not None and assignment.transactions.is_fenced:
                 self._let_go(self.active.pop(tp))
                 self.arriving.add(tp)
-                self._not_before[tp] = time.monotonic() + 2 * self._settings.heartbeat_interval_ms / 1000
+                self._not_before[tp] = time.monotonic() + 2 * self.settings.heartbeat_interval_ms / 1000
 
     async def _take_in_one(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> None:
         try:
-            if self._exactly_once:
+            if self.exactly_once:
                 assignment = await self._adopt_or_fence(consumer, tp)
             else:
                 assignment = await self._adopt_or_open(consumer, tp, committed)
         except IllegalStateError:
             return  # revoked meanwhile
-        if self._crash_guard is not None:
+        if self.crash_guard is not None:
             try:
-                await self._crash_guard.take_in(tp, assignment.ledger)
+                await self.crash_guard.take_in(tp, assignment.ledger)
             except NanoVLLMError as error:
                 self._let_go(assignment)
                 raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
@@ -247,10 +242,10 @@ class Assignments:
                     consumer.seek(tp, before.ledger.position)
                     return self._parted.pop(tp)
                 self._let_go(self._parted.pop(tp))
-        transactions = PartitionTransactions(tp, self._settings, consumer.committed)
+        transactions = PartitionTransactions(tp, self.settings, consumer.committed)
         try:
             await transactions.open()
-            position = await self._start_offsets.near(consumer, tp, transactions.committed)
+            position = await self.start_offsets.near(consumer, tp, transactions.committed)
             consumer.seek(tp, position)
         except BaseException:
             await transactions.close()
@@ -270,7 +265,7 @@ class Assignments:
                 before.committed = committed
                 return self._parted.pop(tp)
             self._let_go(self._parted.pop(tp))
-        position = await self._start_offsets.near(consumer, tp, committed)
+        position = await self.start_offsets.near(consumer, tp, committed)
         consumer.seek(tp, position)
         return AssignedPartition(self._ledger(position), committed)
 

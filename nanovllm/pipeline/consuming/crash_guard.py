@@ -36,11 +36,7 @@ RETRY_S = 0.5
 
 
 class CrashGuard:
-    """The in-flight records of a worker's partitions.
-
-    Args:
-        limit: deaths while alone that make a job a dead letter.
-    """
+    """The in-flight records of a worker's partitions; ``limit`` deaths while alone make a job a dead letter."""
 
     def __init__(self, topic: str, kafka: KafkaSettings, producer: RecoveringProducer, *, limit: int) -> None:
         self._topic = topic
@@ -171,27 +167,23 @@ class CrashGuard:
         consumer = AIOKafkaConsumer(**client_kwargs(self._kafka), enable_auto_commit=False)
         try:
             await consumer.start()
-            return await self._seek_back(consumer, key)
+            await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
+            numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
+            tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
+            consumer.assign([tp])
+            beginning = (await consumer.beginning_offsets([tp]))[tp]
+            start = end = (await consumer.end_offsets([tp]))[tp]
+            length, value = READ_BACK, None
+            while value is None and start > beginning:
+                start = max(beginning, end - length)
+                consumer.seek(tp, start)
+                value = await _last_between(consumer, tp, end, key)
+                length *= 8
+            return value
         except KafkaError as error:
             raise BrokersUnavailable(f"topic {self._topic} cannot be read ({type(error).__name__})") from error
         finally:
             await consumer.stop()
-
-    async def _seek_back(self, consumer: AIOKafkaConsumer, key: bytes) -> bytes | None:
-        await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
-        numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
-        tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
-        consumer.assign([tp])
-        beginning = (await consumer.beginning_offsets([tp]))[tp]
-        end = (await consumer.end_offsets([tp]))[tp]
-        length = READ_BACK
-        while True:
-            start = max(beginning, end - length)
-            consumer.seek(tp, start)
-            value = await _last_between(consumer, tp, end, key)
-            if value is not None or start == beginning:
-                return value
-            length *= 8
 
 
 @dataclass

@@ -21,14 +21,10 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.raw_records import PARSE_ERRORS, read_raw
-from nanovllm.metrics import Metrics
 from nanovllm.pipeline.consuming.assignments import Assignments
-from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.fair_poll import FairPoll
-from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -50,10 +46,8 @@ class JobSource(ConsumerRebalanceListener):
 
     Args:
         topics: what to read, and the lane of each; a lower one goes first.
-        max_out_of_order, lost, exactly_once, crash_guard: as ``Assignments`` and ``PartitionLedger`` say.
         drain: awaited when partitions are about to leave; ends when the jobs at work are done or its budget is spent.
         drain_timeout_s: that budget; the group's timeouts are derived from it.
-        metrics: where records that retention removed before they were read are counted.
         delays_s: topics whose records are handed over so many seconds after they were written.
     """
 
@@ -61,33 +55,19 @@ class JobSource(ConsumerRebalanceListener):
         self,
         settings: KafkaSettings,
         topics: Mapping[str, int],
+        assignments: Assignments,
         *,
-        max_out_of_order: int,
         drain: Callable[[], Awaitable[None]],
-        lost: Callable[[PartitionLedger], None],
-        drain_timeout_s: float = 0.0,
-        metrics: Metrics | None = None,
-        delays_s: Mapping[str, int] | None = None,
-        exactly_once: bool = False,
-        crash_guard: CrashGuard | None = None,
+        drain_timeout_s: float,
+        delays_s: Mapping[str, int],
     ) -> None:
         self._settings = settings
         self.topics = tuple(topics)
         self._fair_poll = FairPoll(topics)
         self._drain = drain
         self._drain_timeout_s = drain_timeout_s
-        self._start_offsets = StartOffsets(
-            settings.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {}
-        )
-        self._delayed = DelayedPartitions(delays_s or {})
-        self._assignments = Assignments(
-            settings,
-            self._start_offsets,
-            max_out_of_order=max_out_of_order,
-            lost=lost,
-            exactly_once=exactly_once,
-            crash_guard=crash_guard,
-        )
+        self._delayed = DelayedPartitions(delays_s)
+        self._assignments = assignments
         self._consumer: AIOKafkaConsumer | None = None
         self._has_joined = False
         self._takes_work = True
@@ -148,11 +128,10 @@ class JobSource(ConsumerRebalanceListener):
         )
         try:
             await self._join(consumer, on_wait)
-        except KafkaError as error:
+        except BaseException as error:
             await self._leave(consumer)
-            raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
-        except BaseException:
-            await self._leave(consumer)
+            if isinstance(error, KafkaError):
+                raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
             raise
         self._consumer = consumer
 
@@ -168,7 +147,7 @@ class JobSource(ConsumerRebalanceListener):
                     f"topic {topic} is missing; create it, or let `nanovllm topics create` make all of them"
                 ) from error
         on_wait(f"the coordinator of group {self._settings.group_id}")
-        await self._start_offsets.look(consumer, self.topics)
+        await self._assignments.start_offsets.look(consumer, self.topics)
         on_wait(f"partitions from group {self._settings.group_id}")
         consumer.subscribe(list(self.topics), listener=self)
         await consumer._subscription.wait_for_assignment()
@@ -306,7 +285,7 @@ class JobSource(ConsumerRebalanceListener):
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Mark what came, and fence what did not come back."""
         if self._consumer is not None:
-            self._start_offsets.recount(self._consumer)
+            self._assignments.start_offsets.recount(self._consumer)
         self._assignments.assign(assigned)
         self._has_joined = True
 

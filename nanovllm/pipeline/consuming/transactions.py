@@ -48,8 +48,7 @@ class _Output:
 class PartitionTransactions:
     """The transactions of one input partition, for as long as it is assigned.
 
-    Args:
-        read_committed: asks the group for the committed offset.
+    ``read_committed`` asks the group for the committed offset.
     """
 
     def __init__(self, tp: TopicPartition, kafka: KafkaSettings, read_committed: ReadCommitted) -> None:

@@ -20,8 +20,8 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.stages.context import JobContext, dead_letter_class
+from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
@@ -52,28 +52,21 @@ class InvalidRecord:
         )
 
 
+@dataclass(eq=False)
 class InvalidRecords:
     """The invalid records of each partition, until their dead letters are acknowledged.
 
-    Args:
-        context_of: the context of a record that has none.
+    ``context_of``: the context of a record that has none.
     """
 
-    def __init__(
-        self,
-        builder: RecordBuilder,
-        sink: KafkaSink,
-        metrics: Metrics,
-        limit: DeadLetterLimit,
-        retry: Retry,
-        context_of: Callable[[ConsumedRecord], JobContext],
-    ) -> None:
-        self._builder = builder
-        self._sink = sink
-        self._metrics = metrics
-        self._limit = limit
-        self._retry = retry
-        self._context_of = context_of
+    builder: RecordBuilder
+    sink: KafkaSink
+    metrics: Metrics
+    limit: DeadLetterLimit
+    retry: Retry
+    context_of: Callable[[ConsumedRecord], JobContext]
+
+    def __post_init__(self) -> None:
         self._pending: dict[PartitionLedger, deque[tuple[InvalidRecord, Reservation | None]]] = {}
         self._logged_since = 0.0
         self._logged = 0
@@ -100,7 +93,7 @@ class InvalidRecords:
         """
         pending, unlogged = self._pending[ledger], 0
         while pending:
-            allowed = self._limit.count(min(len(pending), MAX_BATCH_RECORDS))
+            allowed = self.limit.count(min(len(pending), MAX_BATCH_RECORDS))
             batch = [one for one, _ in islice(pending, allowed)]
             await self._dead_letter(batch)
             unlogged += self._log(batch)
@@ -110,7 +103,7 @@ class InvalidRecords:
             logger.warning("%d more records in a row are dead letters", unlogged)
 
     async def _dead_letter(self, invalid: Sequence[InvalidRecord]) -> None:
-        first = invalid[0].context or self._context_of(invalid[0].record)
+        first = invalid[0].context or self.context_of(invalid[0].record)
         letters = await self._letters(invalid, first)
         transactions = first.record.transactions
         with first.progress.stage("publish"):
@@ -118,14 +111,14 @@ class InvalidRecords:
                 await self._publish(letters, first)
             else:
                 outputs = {one.record.offset: [letter] for one, letter in zip(invalid, letters, strict=True)}
-                await self._retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
+                await self.retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
         for one in invalid:
             one.record.complete()
         self._observe(invalid, first, letters[0].topic)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         try:
-            await self._retry(lambda: self._sink.publish(letters), "kafka producer", first.progress)
+            await self.retry(lambda: self.sink.publish(letters), "kafka producer", first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise
@@ -138,17 +131,17 @@ class InvalidRecords:
         for index, one in enumerate(invalid):
             letter = None
             if index and one.is_like(invalid[index - 1]):
-                letter = self._builder.another_dead_letter(one.record, letters[-1])
+                letter = self.builder.another_dead_letter(one.record, letters[-1])
             if letter is None:
-                context = first if index == 0 else one.context or self._context_of(one.record)
-                letter = self._builder.dead_letter(context, one.error)
+                context = first if index == 0 else one.context or self.context_of(one.record)
+                letter = self.builder.dead_letter(context, one.error)
             letters.append(letter)
             if index % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
                 await asyncio.sleep(0)
         return letters
 
     def _observe(self, invalid: Sequence[InvalidRecord], first: JobContext, topic: str) -> None:
-        metrics = self._metrics
+        metrics = self.metrics
         metrics.sent.labels(topic).inc(len(invalid))
         metrics.jobs.labels("dead_letter").inc(len(invalid))
         for kind, count in Counter(type(one.error) for one in invalid).items():

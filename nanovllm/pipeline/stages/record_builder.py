@@ -7,7 +7,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
@@ -41,20 +41,14 @@ from nanovllm.statistics import EngineStats
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
 
+@dataclass(eq=False)
 class RecordBuilder:
     """Builds the records of one worker. ``max_record_bytes`` tells the largest record that a topic takes."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: ModelInfo,
-        max_record_bytes: Callable[[str], int],
-        retry_topics: RetryTopics,
-    ) -> None:
-        self._settings = settings
-        self._model = model
-        self._retry_topics = retry_topics
-        self._max_record_bytes = max_record_bytes
+    settings: Settings
+    model: ModelInfo
+    max_record_bytes: Callable[[str], int]
+    retry_topics: RetryTopics
 
     def answer(
         self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], inference: Inference, stats: EngineStats
@@ -74,7 +68,7 @@ class RecordBuilder:
             outputs=tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
             reused=inference.reused,
             usage=TokenUsage(**output.usage),
-            model=ModelUse(**asdict(self._model)),
+            model=ModelUse(**asdict(self.model)),
             inputs=tuple(
                 InputUse(
                     uri=image.uri,
@@ -88,22 +82,22 @@ class RecordBuilder:
             ),
             timings_ms=_timings(context, output),
             source=context.origin.source,
-            worker=self._settings.worker_id,
+            worker=self.settings.worker_id,
             metadata=job.metadata,
         )
         metrics = _metrics(result, fetched, output, stats)
-        record = metrics_record(metrics, self._settings.topics.metrics, self.format_of(context), context.origin.headers)
+        record = metrics_record(metrics, self.settings.topics.metrics, self.format_of(context), context.origin.headers)
         return result, record
 
     def result(self, context: JobContext, result: Result) -> OutgoingRecord:
         """The record of ``result``, for the topic that the job names or the settings."""
-        topic = context.result_topic or self._settings.topics.results
+        topic = context.result_topic or self.settings.topics.results
         return result_record(result, topic, self.format_of(context), context.origin.headers)
 
     def is_too_large(self, record: OutgoingRecord) -> bool:
         """Whether a result must lie in S3, by the settings or by what its topic takes."""
-        limit = self._max_record_bytes(record.topic)
-        return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
+        limit = self.max_record_bytes(record.topic)
+        return record.size_bytes > min(limit, self.settings.s3.large_result_bytes or limit)
 
     def stored_name(self, context: JobContext) -> str:
         """The name of the job's result in S3: the same for each delivery of a record, also from a retry topic.
@@ -113,7 +107,7 @@ class RecordBuilder:
         """
         source, tenant = context.origin.source, context.tenant
         value = hashlib.sha256(context.record.value).hexdigest()
-        identity = [self._settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
+        identity = [self.settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
         digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
         return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
@@ -130,20 +124,20 @@ class RecordBuilder:
             cause=root_cause(error),
             attempts=context.total_attempts,
             source=context.origin.source,
-            worker=self._settings.worker_id,
+            worker=self.settings.worker_id,
             received_at=progress.received_at,
             first_failed_at=progress.first_failed_at,
             failed_at=datetime.now(UTC),
         )
-        topic = self._settings.topics.dead_letters
+        topic = self.settings.topics.dead_letters
         return dead_letter_record(
             letter,
             topic,
             key=record.key,
             value=record.value,
             original_headers=context.origin.headers,
-            keep_headers=self._settings.dead_letters.keep_headers,
-            max_bytes=self._max_record_bytes(topic),
+            keep_headers=self.settings.dead_letters.keep_headers,
+            max_bytes=self.max_record_bytes(topic),
         )
 
     def another_dead_letter(self, consumed: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
@@ -151,7 +145,7 @@ class RecordBuilder:
 
         None where it must be made by itself: the record is from a retry topic, or too large as it is.
         """
-        if consumed.topic in self._retry_topics.delays_s:
+        if consumed.topic in self.retry_topics.delays_s:
             return None
         job_id = derive_job_id(consumed.topic, consumed.partition, consumed.offset)
         source: dict[str, str | int | None] = {
@@ -160,21 +154,21 @@ class RecordBuilder:
             "source_timestamp_ms": consumed.timestamp_ms,
         }
         record = dead_letter_like(like, source, key=consumed.key, value=consumed.value)
-        return record if record and record.size_bytes <= self._max_record_bytes(record.topic) else None
+        return record if record and record.size_bytes <= self.max_record_bytes(record.topic) else None
 
     def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""
-        topic = self._retry_topics.topic_after(context.record.topic, before=context.expires_at)
+        topic = self.retry_topics.topic_after(context.record.topic, before=context.expires_at)
         if topic is None:
             return None
         failed_at = context.progress.first_failed_at or datetime.now(UTC)
         headers = context.origin.retry_headers(context.total_attempts, failed_at, error)
         record = OutgoingRecord(topic, context.record.key, context.record.value, headers)
-        return record if record.size_bytes <= self._max_record_bytes(topic) else None
+        return record if record.size_bytes <= self.max_record_bytes(topic) else None
 
     def format_of(self, context: JobContext) -> MessageFormat:
         """The format of what is sent for ``context``."""
-        wanted = self._settings.result_format
+        wanted = self.settings.result_format
         return context.format if wanted == "as_job" else wanted
 
 
