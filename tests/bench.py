@@ -19,14 +19,43 @@ from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.build import build_worker
+from nanovllm.pipeline.consuming.assignments import Assignments
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
+from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
+from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.images.pool import DecoderPool
 
 PARTITIONS = 2
+
+
+def source_of(
+    kafka: KafkaSettings,
+    topic: str,
+    *,
+    drain: Callable[[], Awaitable[None]],
+    lost: Callable[[PartitionLedger], None],
+    metrics: Metrics | None = None,
+    max_out_of_order: int = 1_000,
+    delays_s: Mapping[str, int] | None = None,
+    exactly_once: bool = False,
+) -> JobSource:
+    """A source of one topic without a worker."""
+    start_offsets = StartOffsets(kafka.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
+    assignments = Assignments(
+        kafka,
+        start_offsets,
+        max_out_of_order=max_out_of_order,
+        lost=lost,
+        exactly_once=exactly_once,
+        crash_guard=None,
+    )
+    return JobSource(kafka, {topic: 0}, assignments, drain=drain, drain_timeout_s=0.0, delays_s=delays_s or {})
 
 
 def png(color: str = "red") -> bytes:
@@ -64,7 +93,7 @@ class Bench:
             effective,
             engine=engine,
             decoders=self.decoders,
-            fetcher=fetcher,
+            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
             sink=sink or KafkaSink(self.producer),
             metrics=self.metrics,
             health=self.health,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
@@ -31,17 +30,30 @@ async def send_batches(
     """
     await producer.partitions_for(topic)
     partitions: dict[bytes | None, int] = {}
-    by_partition: defaultdict[int, list[OutgoingRecord]] = defaultdict(list)
-    for record in records:
-        if record.key not in partitions:
-            partitions[record.key] = producer._partition(
-                topic, None, record.key, record.value, record.key, record.value
-            )
-        by_partition[partitions[record.key]].append(record)
+    batches: dict[int, BatchBuilder] = {}
     sent: list[asyncio.Future[object]] = []
+
+    async def send(partition: int) -> None:
+        batch = batches.pop(partition)
+        batch.close()
+        sent.append(await producer.send_batch(batch, topic, partition=partition))
+
     try:
-        for partition, members in by_partition.items():
-            await _send_to(partition, producer, topic, members, max_bytes, sent.append)
+        for number, record in enumerate(records, 1):
+            key, value = record.key, record.value
+            if key not in partitions:
+                partitions[key] = producer._partition(topic, None, key, value, key, value)
+            partition = partitions[key]
+            if partition not in batches:
+                batches[partition] = producer.create_batch()
+            if not _append(batches[partition], record, max_bytes):
+                await send(partition)
+                batches[partition] = producer.create_batch()
+                _append(batches[partition], record, max_bytes)
+            if number % YIELD_EVERY_RECORDS == 0:
+                await asyncio.sleep(0)
+        for partition in list(batches):
+            await send(partition)
     finally:
         outcomes = await asyncio.gather(*sent, return_exceptions=True)
     for outcome in outcomes:
@@ -49,28 +61,8 @@ async def send_batches(
             raise outcome
 
 
-async def _send_to(
-    partition: int,
-    producer: AIOKafkaProducer,
-    topic: str,
-    records: Sequence[OutgoingRecord],
-    max_bytes: int,
-    on_sent: Callable[[asyncio.Future[object]], None],
-) -> None:
-    batch = producer.create_batch()
-    for number, record in enumerate(records):
-        is_full = batch.record_count() > 0 and batch.size() + record.size_bytes > max_bytes
-        if is_full or not _append(batch, record):
-            batch.close()
-            on_sent(await producer.send_batch(batch, topic, partition=partition))
-            batch = producer.create_batch()
-            _append(batch, record)
-        if number % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
-            await asyncio.sleep(0)
-    batch.close()
-    on_sent(await producer.send_batch(batch, topic, partition=partition))
-
-
-def _append(batch: BatchBuilder, record: OutgoingRecord) -> bool:
+def _append(batch: BatchBuilder, record: OutgoingRecord, max_bytes: int) -> bool:
+    if batch.record_count() > 0 and batch.size() + record.size_bytes > max_bytes:
+        return False
     headers = list(record.headers)
     return batch.append(timestamp=None, key=record.key, value=record.value, headers=headers) is not None

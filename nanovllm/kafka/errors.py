@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from aiokafka.errors import (
-    BrokerNotAvailableError,
-    InvalidProducerEpoch,
-    InvalidProducerIdMapping,
-    KafkaError,
-    KafkaTimeoutError,
-    KafkaUnavailableError,
-    MessageSizeTooLargeError,
-    OutOfOrderSequenceNumber,
-    ProducerClosed,
-    ProducerFenced,
-    ReplicaNotAvailableError,
-    UnknownProducerId,
-    UnknownTopicOrPartitionError,
-)
+from aiokafka import errors
+from aiokafka.errors import KafkaError
 
 from nanovllm.errors import BrokersUnavailable, MessageTooLarge, NanoVLLMError, TransientError
 
 _FATAL = (
-    InvalidProducerEpoch,
-    InvalidProducerIdMapping,
-    OutOfOrderSequenceNumber,
-    ProducerClosed,
-    ProducerFenced,
-    UnknownProducerId,
+    errors.InvalidProducerEpoch,
+    errors.InvalidProducerIdMapping,
+    errors.OutOfOrderSequenceNumber,
+    errors.ProducerClosed,
+    errors.ProducerFenced,
+    errors.UnknownProducerId,
 )
 
 
@@ -40,15 +27,20 @@ def is_fatal(error: KafkaError) -> bool:
 
 
 # Retriable by their meaning, though aiokafka does not mark them so.
-_TRANSIENT = (KafkaTimeoutError, KafkaUnavailableError, BrokerNotAvailableError, ReplicaNotAvailableError)
+_TRANSIENT = (
+    errors.KafkaTimeoutError,
+    errors.KafkaUnavailableError,
+    errors.BrokerNotAvailableError,
+    errors.ReplicaNotAvailableError,
+)
 
 
 def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:
     """What aiokafka's ``error`` at a send means for us."""
     name = type(error).__name__
-    if isinstance(error, MessageSizeTooLargeError):
+    if isinstance(error, errors.MessageSizeTooLargeError):
         return MessageTooLarge(f"topic {topic} or the producer refuses a message of this size")
-    if isinstance(error, UnknownTopicOrPartitionError):
+    if isinstance(error, errors.UnknownTopicOrPartitionError):
         return BrokersUnavailable(f"topic {topic} does not exist and is not created by itself ({name})")
     if is_fatal(error):
         return TransientError(f"the Kafka producer broke down at topic {topic} and is replaced ({name})")

@@ -9,21 +9,19 @@ So the partitions are put back to their ledgers' positions, and this poll reads 
 from __future__ import annotations
 
 import gzip
-import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import cramjam
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
 from aiokafka.errors import CorruptRecordException, IllegalStateError
 from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.record.util import calc_crc32c, decode_varint
+from aiokafka.record.default_records import _DefaultRecordBatchPy as RecordBatch
+from aiokafka.record.util import decode_varint
 
 PARSE_ERRORS = (
     UnicodeError,
@@ -39,13 +37,6 @@ MAX_PARTITION_BYTES = 1 << 20
 MAX_FETCH_BYTES = 16 << 20
 MAX_RECORDS = 500
 
-# A record batch of magic 2 (KIP-98): base offset, length, leader epoch, magic, CRC-32C, attributes, last offset delta,
-# first and greatest timestamp, producer id and epoch, base sequence, number of records.
-_HEADER = struct.Struct(">qiibIhiqqqhii")
-_LENGTH_COUNTS_FROM = 12
-_CRC_COVERS_FROM = 21
-_CODEC, _LOG_APPEND_TIME, _TRANSACTIONAL, _CONTROL = 0x07, 0x08, 0x10, 0x20
-_DECODERS = {1: gzip_decode, 2: snappy_decode, 3: lz4_decode, 4: zstd_decode}
 _READ_COMMITTED = 1
 
 AbortedTransactions = Iterable[tuple[int, int]]
@@ -149,60 +140,37 @@ def records_in(raw: bytes, position: int, aborted: AbortedTransactions = ()) -> 
     waiting = sorted(aborted, key=lambda transaction: transaction[1], reverse=True)
     aborting: set[int] = set()
     at = 0
-    while len(raw) - at >= _HEADER.size:
-        batch = _Batch(*_HEADER.unpack_from(raw, at))
-        body = raw[at : at + _LENGTH_COUNTS_FROM + batch.length]
-        at += len(body)
-        if len(body) < max(_HEADER.size, _LENGTH_COUNTS_FROM + batch.length):
+    while len(raw) - at >= RecordBatch.HEADER_STRUCT.size:
+        _, length, *_ = RecordBatch.HEADER_STRUCT.unpack_from(raw, at)
+        end = at + RecordBatch.AFTER_LEN_OFFSET + length
+        if end > len(raw) or end - at < RecordBatch.HEADER_STRUCT.size:
             return
+        batch, at = RecordBatch(raw[at:end]), end
         while waiting and waiting[-1][1] <= batch.base_offset:
             aborting.add(waiting.pop()[0])
-        if batch.attributes & _CONTROL:
+        if batch.is_control_batch:
             aborting.discard(batch.producer_id)
-        elif batch.last_offset >= position and not (
-            batch.attributes & _TRANSACTIONAL and batch.producer_id in aborting
-        ):
-            yield from (record for record in _readable(batch, body, position) if record.offset >= position)
+        elif batch.next_offset > position and not (batch.is_transactional and batch.producer_id in aborting):
+            yield from (record for record in _readable(batch, position) if record.offset >= position)
 
 
-class _Batch(NamedTuple):
-    base_offset: int
-    length: int
-    leader_epoch: int
-    magic: int
-    crc: int
-    attributes: int
-    last_offset_delta: int
-    first_timestamp: int
-    max_timestamp: int
-    producer_id: int
-    producer_epoch: int
-    base_sequence: int
-    num_records: int
-
-    @property
-    def last_offset(self) -> int:
-        return self.base_offset + self.last_offset_delta
-
-
-def _readable(batch: _Batch, body: bytes, position: int) -> list[RawRecord]:
+def _readable(batch: RecordBatch, position: int) -> list[RawRecord]:
     try:
         if batch.magic != 2:
             raise ValueError(f"its format {batch.magic} is not known")
-        if calc_crc32c(body[_CRC_COVERS_FROM:]) != batch.crc:
+        if not batch.validate_crc():
             raise ValueError("its checksum is wrong")
-        return list(_records_of(batch, body[_HEADER.size :]))
+        return list(_records_of(batch))
     except Exception as error:  # each library that decompresses has errors of its own
         why = str(error) if type(error) is ValueError else type(error).__name__
-        first, last = max(position, batch.base_offset), batch.last_offset
-        return [RawRecord(first, last + 1, unreadable=f"the batch of the offsets {first} to {last}: {why}")]
+        first, behind = max(position, batch.base_offset), batch.next_offset
+        return [RawRecord(first, behind, unreadable=f"the batch of the offsets {first} to {behind - 1}: {why}")]
 
 
-def _records_of(batch: _Batch, data: bytes) -> Iterator[RawRecord]:
-    if codec := batch.attributes & _CODEC:
-        data = _DECODERS[codec](data)
-    buffer, at = bytearray(data), 0
-    for _ in range(batch.num_records):
+def _records_of(batch: RecordBatch) -> Iterator[RawRecord]:
+    batch._maybe_uncompress()
+    buffer, at = batch._buffer, batch._pos
+    for _ in range(batch._num_records):
         length, at = decode_varint(buffer, at)
         end = at + length
         timestamp_delta, at = decode_varint(buffer, at + 1)  # behind a byte of attributes, which has no meaning yet
@@ -221,7 +189,7 @@ def _records_of(batch: _Batch, data: bytes) -> Iterator[RawRecord]:
                 unreadable = "the name of a header is not valid UTF-8"
         if at != end:
             raise ValueError("the lengths in it contradict one another")
-        is_append_time = batch.attributes & _LOG_APPEND_TIME
+        is_append_time = batch.timestamp_type == RecordBatch.LOG_APPEND_TIME
         timestamp = batch.max_timestamp if is_append_time else batch.first_timestamp + timestamp_delta
         offset = batch.base_offset + offset_delta
         yield RawRecord(offset, offset + 1, timestamp, key, value, tuple(headers), unreadable)

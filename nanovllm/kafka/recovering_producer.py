@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import (
-    KafkaError,
-    ProducerClosed,
-)
+from aiokafka.errors import KafkaError, ProducerClosed
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.batch_send import send_batches
@@ -73,46 +71,34 @@ class RecoveringProducer:
         Raises:
             KafkaError: it could not be put there.
         """
-        producer = self._producer
-        if producer is None:
-            raise ProducerClosed()
-        try:
+        async with self._replacing(self._producer) as producer:
             sent = await producer.send(topic, value, key=key, headers=list(headers))
-        except KafkaError as error:
-            await self._renew_after(error, producer)
-            raise
         return self._acknowledged(sent, producer)
 
     async def send_batches(self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int) -> None:
         """As ``nanovllm.kafka.batch_send.send_batches``. Raises KafkaError as ``send_and_wait`` does."""
-        producer = self._producer
+        async with self._replacing(self._producer) as producer:
+            await send_batches(producer, topic, records, max_bytes)
+
+    async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
+        async with self._replacing(producer):
+            await sent
+
+    @asynccontextmanager
+    async def _replacing(self, producer: AIOKafkaProducer | None) -> AsyncIterator[AIOKafkaProducer]:
+        """Use ``producer`` inside; a fatal error replaces it, unless that has been done already, and is raised."""
         if producer is None:
             raise ProducerClosed()
         try:
-            await send_batches(producer, topic, records, max_bytes)
+            yield producer
         except KafkaError as error:
-            await self._renew_after(error, producer)
+            if is_fatal(error):
+                async with self._renewal:
+                    if self._producer is producer:
+                        logger.error("the Kafka producer broke down and is replaced")
+                        self._producer = await self._started()
+                        await producer.stop()
             raise
-
-    async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
-        try:
-            await sent
-        except KafkaError as error:
-            await self._renew_after(error, producer)
-            raise
-
-    async def _renew_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
-        if is_fatal(error):
-            await self._renew(producer)
-
-    async def _renew(self, broken: AIOKafkaProducer) -> None:
-        async with self._renewal:
-            is_replaced_already = self._producer is not broken
-            if is_replaced_already:
-                return
-            logger.error("the Kafka producer broke down and is replaced")
-            self._producer = await self._started()
-            await broken.stop()
 
     async def _started(self) -> AIOKafkaProducer:
         producer = self._connect()

@@ -6,6 +6,7 @@ guard, response cache, claim check, key order, retry topics.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,21 +22,22 @@ from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.admission.tenant_shares import FairShares, TokenRates
+from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.stages.admit import Admit
-from nanovllm.pipeline.stages.caches import ImageCache, ResponseCache
-from nanovllm.pipeline.stages.failure import Failure
+from nanovllm.pipeline.stages.caches import ImageCache
+from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
 from nanovllm.pipeline.stages.infer import CallEngine, GuardCrashes, Infer, MeterTokens, ReuseResponses, WaitForSlot
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
-from nanovllm.pipeline.stages.observe import Observe
+from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
@@ -44,7 +46,6 @@ from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.engine import EngineSettings
-from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
@@ -62,10 +63,10 @@ def build_worker(
     *,
     engine: EngineBackend,
     decoders: DecoderPool | None,
+    fetcher: ObjectFetcher,
     sink: KafkaSink,
     metrics: Metrics,
     health: Health,
-    fetcher: ObjectFetcher | None = None,
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
 ) -> tuple[Worker, JobSource]:
@@ -73,105 +74,44 @@ def build_worker(
 
     Args:
         decoders: None for an engine that takes no images.
-        fetcher: None makes one from the settings.
         backoff: between attempts in place; None takes the default.
     """
     backoff = backoff or Backoff()
     retry_topics = RetryTopics.of(settings)
+    lanes = retry_topics.lanes
     faults = ActiveFaults(health, metrics, lapse_s=2 * backoff.cap_s + 5.0)
-    stages = build_stages(
-        settings,
-        engine=engine,
-        decoders=decoders,
-        sink=sink,
-        metrics=metrics,
-        fetcher=fetcher or ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes),
-        crash_guard=crash_guard,
-        retry_topics=retry_topics,
-        faults=faults,
-        retry=Retry(faults, backoff, metrics),
-    )
-    admission = Admission(
-        max_jobs=settings.max_admitted_jobs,
-        max_bytes=settings.admission.max_bytes,
-        lanes=set(retry_topics.lanes.values()),
-    )
-    worker = Worker(
-        settings,
-        stages=stages,
-        admission=admission,
-        engine=engine,
-        faults=faults,
-        backoff=backoff,
-        metrics=metrics,
-        health=health,
-        lanes=retry_topics.lanes,
-        key_order=KeyOrder() if settings.admission.per_key_order else None,
-    )
-    source = JobSource(
-        settings.kafka,
-        retry_topics.lanes,
-        max_out_of_order=settings.admission.max_out_of_order,
-        drain=worker.drain,
-        lost=worker.drop,
-        drain_timeout_s=settings.admission.drain_timeout_s,
-        metrics=metrics,
-        delays_s=retry_topics.delays_s,
-        exactly_once=settings.delivery == "exactly_once",
-        crash_guard=crash_guard,
-    )
-    return worker, source
-
-
-def build_stages(
-    settings: Settings,
-    *,
-    engine: EngineBackend,
-    decoders: DecoderPool | None,
-    sink: KafkaSink,
-    metrics: Metrics,
-    fetcher: ObjectFetcher,
-    crash_guard: CrashGuard | None,
-    retry_topics: RetryTopics,
-    faults: ActiveFaults,
-    retry: Retry,
-) -> Stages:
-    """The stages of a worker."""
-    model = engine.model_info
-    builder = RecordBuilder(settings, model, sink.max_record_bytes, retry_topics)
+    retry = Retry(faults, backoff, metrics)
     limit = DeadLetterLimit(settings.dead_letters.poison_limit)
-    failure = Failure(builder, limit)
-    receive = Receive(settings, retry_topics)
+    builder = RecordBuilder(settings, engine.model_info, sink.max_record_bytes, retry_topics)
+    receive, failure = Receive(settings, retry_topics), Failure(builder, limit)
+    rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
     images = ImageCache(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
     breaker = CircuitBreaker(
         threshold=settings.retries.breaker_objects,
         waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
         opened=lambda error, wait_s: faults.report(OBJECT_STORE, error, lapse_s=wait_s),
     )
-    rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
+
     # A quarter more slots than run at once: a finished job's successor is in the engine's very next step.
     slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
     queue = EngineQueue(slots, FairShares(settings.tenants.weights))
-
     infer: Infer = CallEngine(engine)
     if crash_guard is not None:
         infer = GuardCrashes(infer, crash_guard, retry)
     infer = WaitForSlot(infer, queue)
     if settings.reuse.answer_bytes:
-        infer = ReuseResponses(infer, ResponseCache(model, metrics, max_bytes=settings.reuse.answer_bytes))
+        infer = ReuseResponses(infer, engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
+
     answer = Answer(builder, engine, limit)
     if settings.s3.large_results:
         store = S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
         answer = AnswerByClaimCheck(builder, engine, limit, store, retry)
-    return Stages(
+
+    stages = Stages(
         receive=receive,
+        invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
         admit=Admit(
-            settings,
-            engine=engine,
-            fetcher=fetcher,
-            rates=rates,
-            lanes=retry_topics.lanes,
-            takes_images=decoders is not None,
+            settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, takes_images=decoders is not None
         ),
         fetch=Fetch(images, breaker, retry, engine, max_attempts=settings.s3.max_attempts),
         prepare=Prepare(images, retry),
@@ -179,9 +119,39 @@ def build_stages(
         answer=answer,
         failure=failure,
         publish=Publish(sink, retry, failure, metrics),
-        observe=Observe(metrics),
-        invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
+        observe=partial(observe, metrics),
     )
+    worker = Worker(
+        settings,
+        stages=stages,
+        admission=Admission(
+            max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes, lanes=set(lanes.values())
+        ),
+        engine=engine,
+        faults=faults,
+        backoff=backoff,
+        metrics=metrics,
+        health=health,
+        lanes=lanes,
+        key_order=KeyOrder() if settings.admission.per_key_order else None,
+    )
+    assignments = Assignments(
+        settings.kafka,
+        StartOffsets(settings.kafka.auto_offset_reset, metrics, read_in_full=retry_topics.delays_s),
+        max_out_of_order=settings.admission.max_out_of_order,
+        lost=worker.drop,
+        exactly_once=settings.delivery == "exactly_once",
+        crash_guard=crash_guard,
+    )
+    source = JobSource(
+        settings.kafka,
+        lanes,
+        assignments,
+        drain=worker.drain,
+        drain_timeout_s=settings.admission.drain_timeout_s,
+        delays_s=retry_topics.delays_s,
+    )
+    return worker, source
 
 
 def written_topics(settings: Settings) -> list[str]:
@@ -211,23 +181,19 @@ def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | N
     images = settings.images
     if engine.image_transform is None:
         return None
+    limits = ImageLimits(
+        max_bytes=images.max_bytes,
+        max_pixels=images.max_pixels,
+        min_side=images.min_side,
+        max_frames=images.max_frames,
+        formats=images.formats,
+    )
     return DecoderPool(
         engine.image_transform,
-        image_limits(images),
+        limits,
         workers=images.decoders,
         timeout_s=images.decode_timeout_s,
         memory_bytes=images.decoder_memory_bytes,
-    )
-
-
-def image_limits(settings: ImageSettings) -> ImageLimits:
-    """The limits that hold before an image is decoded."""
-    return ImageLimits(
-        max_bytes=settings.max_bytes,
-        max_pixels=settings.max_pixels,
-        min_side=settings.min_side,
-        max_frames=settings.max_frames,
-        formats=settings.formats,
     )
 
 

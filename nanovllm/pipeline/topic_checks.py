@@ -38,33 +38,26 @@ class Finding:
 def topic_needs(settings: Settings) -> list[TopicNeed]:
     """Every topic that a worker with ``settings`` reads or writes."""
     topics, retry_topics = settings.topics, RetryTopics.of(settings)
+    described = ("DESCRIBE", "DESCRIBE_CONFIGS")
+    writes = ("WRITE", *described)
     # A job that its topic takes fits, with what is added to it, what a worker may send.
     largest = settings.kafka.max_request_bytes
     carries_jobs = {"max.message.bytes": str(largest)}
     largest_job = {"max.message.bytes": str(max(1, largest - ENVELOPE_BYTES))}
     needs = [
-        *(
-            TopicNeed(name, "jobs", ("READ", "DESCRIBE", "DESCRIBE_CONFIGS"), largest_job)
-            for name in (topics.jobs, *topics.lanes)
-        ),
-        TopicNeed(topics.results, "results", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
-        TopicNeed(topics.metrics, "metrics", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")),
-        TopicNeed(
-            topics.dead_letters,
-            "dead letters",
-            ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS"),
-            carries_jobs | {"retention.ms": str(28 * DAY_MS)},
-        ),
+        *(TopicNeed(name, "jobs", ("READ", *described), largest_job) for name in (topics.jobs, *topics.lanes)),
+        TopicNeed(topics.results, "results", writes),
+        TopicNeed(topics.metrics, "metrics", writes),
+        TopicNeed(topics.dead_letters, "dead letters", writes, carries_jobs | {"retention.ms": str(28 * DAY_MS)}),
     ]
     for name, delay_s in retry_topics.delays_s.items():
         retention = {"retention.ms": str(2 * delay_s * 1000 + 7 * DAY_MS)}
-        rights = ("READ", "WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")
-        needs.append(TopicNeed(name, "retry", rights, carries_jobs | retention, delay_s * 1000))
+        needs.append(TopicNeed(name, "retry", ("READ", *writes), carries_jobs | retention, delay_s * 1000))
     if settings.dead_letters.crash_limit:
         # Short segments: only closed ones are compacted, and a new owner reads back over the rest.
         compacted = {"cleanup.policy": "compact", "segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         needs.append(TopicNeed(topics.in_flight, "in flight", ("READ", "WRITE", "DESCRIBE"), compacted))
-    needs += [TopicNeed(name, "reply", ("WRITE", "DESCRIBE", "DESCRIBE_CONFIGS")) for name in topics.reply_to]
+    needs += [TopicNeed(name, "reply", writes) for name in topics.reply_to]
     return needs
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
@@ -44,46 +44,36 @@ INVALID_POLL_RECORDS = 8
 INVALID_POLL_RECORDS_IDLE = 16
 
 
+@dataclass(eq=False)
 class Worker:
     """Polls a source and takes each record to exactly one outcome.
 
     A record ends as a result, a dead letter or a delayed retry, or goes back to Kafka: its offset is not committed, and
-    it is delivered again.
+    it is delivered again. ``lanes``: the priority of each topic.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        stages: Stages,
-        admission: Admission,
-        engine: EngineBackend,
-        faults: ActiveFaults,
-        backoff: Backoff,
-        metrics: Metrics,
-        health: Health,
-        lanes: Mapping[str, int],
-        key_order: KeyOrder | None,
-    ) -> None:
-        """`nanovllm.pipeline.build.build_worker` makes one. ``lanes``: the priority of each topic."""
-        self._settings = settings
-        self._stages = stages
-        self._admission = admission
-        self._engine = engine
-        self._faults = faults
-        self._backoff = backoff
-        self._metrics = metrics
-        self._health = health
-        self._lanes = lanes
-        self._key_order = key_order
+    settings: Settings
+    _: KW_ONLY
+    stages: Stages
+    admission: Admission
+    engine: EngineBackend
+    faults: ActiveFaults
+    backoff: Backoff
+    metrics: Metrics
+    health: Health
+    lanes: Mapping[str, int]
+    key_order: KeyOrder | None
+
+    def __post_init__(self) -> None:
         self._at_work: dict[asyncio.Task[None], ConsumedRecord] = {}
         self._stop = asyncio.Event()
+        self._is_polling = True
         self._is_draining = False
         self._reads_invalid_next = False
         self.has_taken = False
-        self._broken = asyncio.Event()
-        self._breach: BaseException | None = None
-        self.engine_stats = engine.stats()
+        # Fails with the error of a record that came to no outcome.
+        self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.engine_stats = self.engine.stats()
 
     def stop(self) -> None:
         """Take no more jobs, finish those at work within the drain's budget, and let ``run`` return."""
@@ -96,31 +86,27 @@ class Worker:
             EngineDead: the engine can answer nothing any more; what was at work goes back to Kafka.
             Exception: a record could not be taken to an outcome; the same.
         """
-        is_polling = asyncio.Event()
-        is_polling.set()
-        polling = asyncio.create_task(self._consume(source, is_polling), name="poll")
-        others = [
+        polling = asyncio.create_task(self._consume(source), name="poll")
+        others: list[asyncio.Future[Any]] = [
             asyncio.create_task(self._commit_and_observe(source), name="commit"),
             asyncio.create_task(self._stop.wait(), name="stop"),
-            asyncio.create_task(self._engine.dead.wait(), name="engine"),
-            asyncio.create_task(self._broken.wait(), name="broken"),
+            asyncio.create_task(self.engine.dead.wait(), name="engine"),
+            self._breach,
         ]
         if exit_when_drained:
             others.append(asyncio.create_task(self._wait_until_drained(source), name="drained"))
         try:
             done, _ = await asyncio.wait([polling, *others], return_when=asyncio.FIRST_COMPLETED)
-            if self._engine.dead.is_set():
-                raise self._engine.death or EngineDead("the engine stopped")
-            if self._breach is not None:
-                raise self._breach
+            if self.engine.dead.is_set():
+                raise self.engine.death or EngineDead("the engine stopped")
             for task in done:
                 task.result()
             self._stop_taking(source)
             await self.drain()
         finally:
             self._stop_taking(source)
-            await self._give_back(list(self._at_work))
-            is_polling.clear()
+            await self._give_back()
+            self._is_polling = False
             for task in others:
                 task.cancel()
             await asyncio.wait([polling, *others], timeout=2 * POLL_MS / 1000)
@@ -133,7 +119,7 @@ class Worker:
         """Wait until the jobs at work have ended, at most ``admission.drain_timeout_s``."""
         if self._at_work:
             logger.info("draining %d jobs", len(self._at_work))
-            await asyncio.wait(list(self._at_work), timeout=self._settings.admission.drain_timeout_s)
+            await asyncio.wait(list(self._at_work), timeout=self.settings.admission.drain_timeout_s)
 
     def drop(self, ledger: PartitionLedger) -> None:
         """A partition has left: cancel its jobs, which its next owner gets."""
@@ -141,23 +127,23 @@ class Worker:
             if record.ledger is ledger:
                 task.cancel()
 
-    async def _consume(self, source: JobSource, is_polling: asyncio.Event) -> None:
+    async def _consume(self, source: JobSource) -> None:
         failures = 0
-        while is_polling.is_set():
-            takes_work = not (self._faults.are_present or self._is_draining)
-            rooms = self._admission.rooms if takes_work else {}
+        while self._is_polling:
+            takes_work = not (self.faults.are_present or self._is_draining)
+            rooms = self.admission.rooms if takes_work else {}
             try:
                 records = await self._poll(source, rooms, takes_work)
             except SystemicError as error:
                 failures += 1
-                self._faults.report("kafka consumer", error)
-                await asyncio.sleep(self._backoff.wait_s(failures))
+                self.faults.report("kafka consumer", error)
+                await asyncio.sleep(self.backoff.wait_s(failures))
                 continue
             failures = 0
-            self._faults.clear("kafka consumer")
+            self.faults.clear("kafka consumer")
             await self._begin(records, source)
             if takes_work:
-                await self._admission.wait_for_room(POLL_MS / 1000)
+                await self.admission.wait_for_room(POLL_MS / 1000)
 
     async def _poll(self, source: JobSource, rooms: dict[int, int], takes_work: bool) -> list[ConsumedRecord]:
         has_room = any(rooms.values())
@@ -171,16 +157,15 @@ class Worker:
         if not self._reads_invalid_next:
             return await source.poll(rooms, 0)
         await idle_loop()
-        at_most = INVALID_POLL_RECORDS if self._admission.jobs else INVALID_POLL_RECORDS_IDLE
+        at_most = INVALID_POLL_RECORDS if self.admission.jobs else INVALID_POLL_RECORDS_IDLE
         return await source.poll({lane: min(room, at_most) for lane, room in rooms.items()}, 0, put_off=True)
 
     async def _begin(self, records: list[ConsumedRecord], source: JobSource) -> None:
         """Start a task for each job; partitions whose last record was invalid are read when the event loop is idle."""
         self.has_taken |= bool(records)
         for topic, count in Counter(record.topic for record in records).items():
-            self._metrics.consumed.labels(topic).inc(count)
+            self.metrics.consumed.labels(topic).inc(count)
         invalid: dict[PartitionLedger, list[InvalidRecord]] = defaultdict(list)
-        last: dict[PartitionLedger, Received | InvalidRecord] = {}
         yield_at = time.monotonic() + MAX_DECODE_S
         for record in records:
             if time.monotonic() >= yield_at:
@@ -190,26 +175,22 @@ class Worker:
                 break  # a record without a task is not complete, and so not committed
             if not record.is_current:
                 continue
-            received = last[record.ledger] = self._stages.receive(record)
+            received = self.stages.receive(record)
+            source.put_off(record, is_invalid=isinstance(received, InvalidRecord))
             if isinstance(received, InvalidRecord):
                 invalid[record.ledger].append(received)
             else:
                 self._begin_job(received)
-        for received in last.values():
-            if isinstance(received, InvalidRecord):
-                source.put_off(received.record)
-            else:
-                source.take_up(received.context.record)
         for ledger, some in invalid.items():
             self._begin_invalid(ledger, some)
 
     def _begin_job(self, received: Received) -> None:
-        context, stages = received.context, self._stages
+        context, stages = received.context, self.stages
         record = context.record
-        reservation = self._admission.admit(len(record.value), self._lanes.get(record.topic, 0))
+        reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
         turn = None
-        if self._key_order is not None and record.key is not None:
-            turn = self._key_order.join((record.topic, record.partition, record.key))
+        if self.key_order is not None and record.key is not None:
+            turn = self.key_order.join((record.topic, record.partition, record.key))
             stages = replace(stages, admit=AfterKeyTurn(turn, stages.admit))
 
         def close(_: bool) -> int:
@@ -222,9 +203,9 @@ class Worker:
 
     def _begin_invalid(self, ledger: PartitionLedger, invalid: list[InvalidRecord]) -> None:
         held = sum(len(one.record.value) for one in invalid)
-        reservation = self._admission.admit(held, self._lanes.get(invalid[0].record.topic, 0))
+        reservation = self.admission.admit(held, self.lanes.get(invalid[0].record.topic, 0))
         reservation.release_slot(held)  # the window of jobs is for jobs
-        pending = self._stages.invalid_records
+        pending = self.stages.invalid_records
         if pending.add(ledger, invalid, reservation):
             self._start(
                 pending.work_off(ledger),
@@ -245,23 +226,21 @@ class Worker:
         is_cut_short = task.cancelled() or error is not None
         records = close(is_cut_short)
         if is_cut_short:
-            self._metrics.jobs.labels("returned").inc(records)
-        if error is not None:
+            self.metrics.jobs.labels("returned").inc(records)
+        if error is not None and not self._breach.done():
             # A record without an outcome would hold its partition's watermark for ever: the worker ends instead.
-            self._breach = error
-            self._broken.set()
+            self._breach.set_exception(error)
 
     def _stop_taking(self, source: JobSource) -> None:
-        self._is_draining = self._health.is_draining = True
+        self._is_draining = self.health.is_draining = True
         source.stop_taking()
 
-    async def _give_back(self, tasks: list[asyncio.Task[None]]) -> None:
-        if not tasks:
-            return
-        logger.warning("%d jobs go back to Kafka", len(tasks))
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
+    async def _give_back(self) -> None:
+        if tasks := list(self._at_work):
+            logger.warning("%d jobs go back to Kafka", len(tasks))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
 
     async def _leave(self, source: JobSource) -> None:
         try:
@@ -275,13 +254,13 @@ class Worker:
         while True:
             planned = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
-            self._metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
-            self._health.has_joined = source.has_joined
-            self._health.is_engine_alive = not self._engine.dead.is_set()
-            self.engine_stats = self._engine.stats()
-            self._faults.observe()
-            self._metrics.jobs_in_flight.set(self._admission.jobs)
-            self._metrics.admitted_bytes.set(self._admission.bytes)
+            self.metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
+            self.health.has_joined = source.has_joined
+            self.health.is_engine_alive = not self.engine.dead.is_set()
+            self.engine_stats = self.engine.stats()
+            self.faults.observe()
+            self.metrics.jobs_in_flight.set(self.admission.jobs)
+            self.metrics.admitted_bytes.set(self.admission.bytes)
             if time.monotonic() - committed_at >= COMMIT_INTERVAL_S:
                 await source.commit()
                 committed_at = time.monotonic()
@@ -289,21 +268,21 @@ class Worker:
 
     def _observe_partitions(self, source: JobSource) -> None:
         # Cleared first: partitions that left must not go on showing their last lag.
-        self._metrics.consumer_lag.clear()
-        self._metrics.watermark.clear()
+        self.metrics.consumer_lag.clear()
+        self.metrics.watermark.clear()
         for (topic, partition), lag in source.lags.items():
-            self._metrics.consumer_lag.labels(topic, partition).set(lag)
+            self.metrics.consumer_lag.labels(topic, partition).set(lag)
         for (topic, partition), offset in source.watermarks.items():
-            self._metrics.watermark.labels(topic, partition).set(offset)
+            self.metrics.watermark.labels(topic, partition).set(offset)
 
     async def _wait_until_drained(self, source: JobSource) -> None:
         idle_since: float | None = None
         while True:
             await asyncio.sleep(TICK_S)
-            if self._at_work or self._faults.are_present or not await source.is_drained():
+            if self._at_work or self.faults.are_present or not await source.is_drained():
                 idle_since = None
                 continue
             idle_since = idle_since or time.monotonic()
-            if time.monotonic() - idle_since >= self._settings.admission.idle_exit_s:
+            if time.monotonic() - idle_since >= self.settings.admission.idle_exit_s:
                 logger.info("nothing is left to do")
                 return

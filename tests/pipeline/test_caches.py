@@ -448,8 +448,8 @@ async def test_a_deadline_of_one_takes_the_answer_from_nobody_else(bench: Bench)
 
 
 def waiting_for_an_answer(worker: Worker) -> int:
-    reuse: Any = worker._stages.infer._infer  # type: ignore[attr-defined]
-    return sum(flight.waiting for flight in reuse._responses._cache._flights.values())
+    reuse: Any = worker.stages.infer._infer  # type: ignore[attr-defined]
+    return sum(flight.waiting for flight in reuse._cache._flights.values())
 
 
 class CountingEngine(EchoEngine):

@@ -16,7 +16,7 @@ from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import FetchFailed, PoisonLimitReached
 from nanovllm.messages.base import Source
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.sinks.dead_letter_record import dead_letter_record
 
 Capture = pytest.CaptureFixture[str]

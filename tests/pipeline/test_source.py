@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
+from bench import source_of
 from parts import create_topic
 
 from nanovllm.errors import BrokersUnavailable
@@ -83,9 +84,9 @@ class Group:
 
         lost: list[PartitionLedger] = []
         metrics = Metrics()
-        source = JobSource(
+        source = source_of(
             settings or self.settings,
-            {self.topic: 0},
+            self.topic,
             max_out_of_order=max_out_of_order,
             drain=drain,
             lost=lost.append,
@@ -339,7 +340,7 @@ async def test_brokers_that_do_not_answer_are_a_systemic_error() -> None:
         return None
 
     settings = KafkaSettings(bootstrap_servers="127.0.0.1:9", group_id="g")
-    source = JobSource(settings, {"jobs": 0}, max_out_of_order=1, drain=drain, lost=lambda _: None)
+    source = source_of(settings, "jobs", drain=drain, lost=lambda _: None)
     with pytest.raises(BrokersUnavailable):
         await source.start()
 

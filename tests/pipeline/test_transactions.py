@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from bench import Bench, GatedEngine
+from bench import Bench, GatedEngine, source_of
 from parts import create_topic, eventually
 
 from nanovllm.engine.backends.echo import EchoEngine
@@ -47,7 +47,7 @@ class Owner:
     async def end(self, delivery: ConsumedRecord, value: bytes | None = None) -> None:
         assert delivery.transactions is not None
         record = OutgoingRecord(self.output, b"k", value or delivery.value)
-        await delivery.transactions.release(delivery.offset, [record])
+        await delivery.transactions.release({delivery.offset: [record]})
 
 
 @dataclass
@@ -64,9 +64,7 @@ class Topics:
             return None
 
         lost: list[PartitionLedger] = []
-        source = JobSource(
-            self.kafka, {self.jobs: 0}, max_out_of_order=1_000, drain=drain, lost=lost.append, exactly_once=True
-        )
+        source = source_of(self.kafka, self.jobs, drain=drain, lost=lost.append, exactly_once=True)
         await source.start()
         owner = Owner(source, self.output, lost=lost)
         polling = asyncio.create_task(owner.poll())

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
 
 
 class Admission:
-    """Bounds jobs and bytes; a poll asks for ``rooms`` first, so that Kafka keeps what does not fit.
+    """Bounds ``jobs`` and the ``bytes`` they hold; a poll asks for ``rooms`` first: Kafka keeps what does not fit.
 
     A record is in memory when it is admitted, so ``admit`` never waits. What it makes the worker download does:
     ``Reservation.acquire_bytes`` waits, first come first served. A job reserves all it needs at once and never again:
@@ -33,22 +32,12 @@ class Admission:
         is_shared = len(self._lanes) > 1
         self._kept_jobs = max(1, max_jobs // shares) if is_shared else 0
         self._kept_bytes = max_bytes // shares if is_shared else 0
-        self._jobs = 0
-        self._jobs_admitted = 0
-        self._bytes = 0
+        self.jobs = 0
+        self.bytes = 0
+        self._admitted = 0
         self._reservations = 0
         self._turns = LaneTurns()
         self._changed = asyncio.Event()
-
-    @property
-    def jobs(self) -> int:
-        """Admitted jobs."""
-        return self._jobs
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that they hold."""
-        return self._bytes
 
     @property
     def room(self) -> int:
@@ -63,37 +52,33 @@ class Admission:
     def admit(self, record_bytes: int, lane: int = 0) -> Reservation:
         """Take in one job whose record holds ``record_bytes``; leave its reservation when it ends."""
         use = self._lanes[lane]
-        self._jobs_admitted += 1
+        self._admitted += 1
         self._take(use, record_bytes, jobs=1)
         return Reservation(self, use, record_bytes)
 
     async def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until there is room, at most ``timeout_s``; returns whether there is."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while self.room <= 0 and (left := deadline - loop.time()) > 0:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(left):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.room <= 0:
+                    self._changed.clear()
                     await self._changed.wait()
-            except TimeoutError:
-                break
         return self.room > 0
 
     def audit(self) -> None:
         """Assert what always holds."""
-        assert self._jobs >= 0, "more jobs left than came"
-        assert self._bytes >= 0, "more bytes were given back than taken"
-        assert self._jobs > 0 or self._reservations == 0, "a reservation is held by no job"
-        assert self._jobs_admitted > 0 or self._bytes == 0, "bytes are held by no job"
+        assert self.jobs >= 0, "more jobs left than came"
+        assert self.bytes >= 0, "more bytes were given back than taken"
+        assert self.jobs > 0 or self._reservations == 0, "a reservation is held by no job"
+        assert self._admitted > 0 or self.bytes == 0, "bytes are held by no job"
 
     def _room_of(self, lane: int) -> int:
         use = self._lanes[lane]
         others = [other for other in self._lanes.values() if other is not use]
-        if self._bytes + sum(max(0, self._kept_bytes - other.bytes) for other in others) >= self._max_bytes:
+        if self.bytes + sum(max(0, self._kept_bytes - other.bytes) for other in others) >= self._max_bytes:
             return 0
         kept = sum(max(0, self._kept_jobs - other.jobs) for other in others)
-        return max(0, self._max_jobs - self._jobs - kept)
+        return max(0, self._max_jobs - self.jobs - kept)
 
     async def _reserve(self, use: _LaneUse, nbytes: int) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -116,14 +101,11 @@ class Admission:
         if self._reservations == 0:
             return True
         kept = sum(max(0, self._kept_bytes - other.bytes) for other in self._lanes.values() if other is not use)
-        return self._bytes + kept + nbytes <= self._max_bytes
-
-    def _is_granted_alone(self, nbytes: int) -> bool:
-        return nbytes > self._max_bytes - (len(self._lanes) - 1) * self._kept_bytes
+        return self.bytes + kept + nbytes <= self._max_bytes
 
     def _take(self, use: _LaneUse, nbytes: int, *, jobs: int = 0, reservations: int = 0) -> None:
-        self._bytes += nbytes
-        self._jobs += jobs
+        self.bytes += nbytes
+        self.jobs += jobs
         self._reservations += reservations
         use.bytes += nbytes
         use.jobs += jobs
@@ -137,7 +119,8 @@ class Admission:
             lane = self._turns.next(waiting)
             nbytes = waiting[lane].waiting[0][0]
             if not self._fits(waiting[lane], nbytes):
-                if self._is_granted_alone(nbytes) and self._turns.is_owed(lane):
+                is_granted_alone = nbytes > self._max_bytes - (len(self._lanes) - 1) * self._kept_bytes
+                if is_granted_alone and self._turns.is_owed(lane):
                     break  # until no other reservation is held
                 # What is kept for another one is no use to it.
                 within = [other for other, use in waiting.items() if use.bytes + use.waiting[0][0] <= self._kept_bytes]
@@ -166,14 +149,14 @@ class _LaneUse:
 
 
 class Reservation:
-    """One job's reservation of a slot and of bytes; a context manager that releases it."""
+    """One job's reservation of a slot and of bytes."""
 
     def __init__(self, admission: Admission, use: _LaneUse, record_bytes: int) -> None:
         self._admission = admission
         self._use = use
         self._record_bytes = record_bytes
         self._reserved_bytes: int | None = None
-        self._has_left = False
+        self._has_slot = True
         self._is_released = False
 
     @contextlib.contextmanager
@@ -208,32 +191,19 @@ class Reservation:
 
     def release_slot(self, nbytes: int) -> None:
         """Release the job's slot; ``nbytes`` of output that waits for its transaction stay reserved."""
-        if self._is_released or self._has_left:
-            return
-        self._has_left = True
-        reserved, self._reserved_bytes = self._reserved_bytes, None
-        given_back = self._record_bytes + (reserved or 0) - nbytes
-        self._record_bytes = nbytes
-        self._admission._give_back(self._use, given_back, jobs=1, reservations=0 if reserved is None else 1)
+        if self._has_slot:
+            self._end(nbytes)
 
     def release(self) -> None:
         """The job ended: give back all that it holds. Again does nothing."""
-        if self._is_released:
-            return
-        self._is_released = True
-        self._admission._jobs_admitted -= 1
-        reserved = self._reserved_bytes
-        self._admission._give_back(
-            self._use,
-            self._record_bytes + (reserved or 0),
-            jobs=0 if self._has_left else 1,
-            reservations=0 if reserved is None else 1,
-        )
+        if not self._is_released:
+            self._is_released = True
+            self._admission._admitted -= 1
+            self._end(0)
 
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    def _end(self, kept_bytes: int) -> None:
+        """Give back the slot, the reservation, and all bytes but ``kept_bytes``."""
+        reservations, jobs = int(self._reserved_bytes is not None), int(self._has_slot)
+        given_back = self._record_bytes + (self._reserved_bytes or 0) - kept_bytes
+        self._record_bytes, self._reserved_bytes, self._has_slot = kept_bytes, None, False
+        self._admission._give_back(self._use, given_back, jobs=jobs, reservations=reservations)

@@ -21,21 +21,17 @@ class KeyOrder:
 
     def join(self, key: Hashable) -> KeyTurn:
         """The turn behind the last one of ``key``; end it whatever becomes of the job."""
-        turn = self._last[key] = KeyTurn(self, key, self._last.get(key))
+        turn = self._last[key] = KeyTurn(self._last, key)
         return turn
-
-    def _leave(self, turn: KeyTurn) -> None:
-        if self._last.get(turn.key) is turn:
-            del self._last[turn.key]
 
 
 class KeyTurn:
     """One job's position in the order of its key."""
 
-    def __init__(self, order: KeyOrder, key: Hashable, before: KeyTurn | None) -> None:
-        self.key = key
-        self._order = order
-        self._before = before
+    def __init__(self, last: dict[Hashable, KeyTurn], key: Hashable) -> None:
+        self._last = last
+        self._key = key
+        self._before = last.get(key)
         self._ended = asyncio.Event()
 
     async def wait(self) -> None:
@@ -50,4 +46,5 @@ class KeyTurn:
     def end(self) -> None:
         """The job ended: the next one may begin. Again does nothing."""
         self._ended.set()
-        self._order._leave(self)
+        if self._last.get(self._key) is self:
+            del self._last[self._key]

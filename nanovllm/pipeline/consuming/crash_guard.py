@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -35,11 +36,7 @@ RETRY_S = 0.5
 
 
 class CrashGuard:
-    """The in-flight records of a worker's partitions.
-
-    Args:
-        limit: deaths while alone that make a job a dead letter.
-    """
+    """The in-flight records of a worker's partitions; ``limit`` deaths while alone make a job a dead letter."""
 
     def __init__(self, topic: str, kafka: KafkaSettings, producer: RecoveringProducer, *, limit: int) -> None:
         self._topic = topic
@@ -113,16 +110,13 @@ class CrashGuard:
     @asynccontextmanager
     async def _noted(self, written: _WrittenRecord, consumed: ConsumedRecord) -> AsyncIterator[None]:
         written.record.start(consumed.offset)
-        is_cleared = False
+        is_cleared = True
         try:
             yield
-            is_cleared = True
-        except EngineDead:
-            # What is recorded now stays: this is how the engine died.
-            self._is_engine_dead = True
-            raise
-        except Exception:
-            is_cleared = True
+        except BaseException as error:
+            is_cleared = isinstance(error, Exception)  # one that was cancelled may still be at fault
+            # What is recorded when the engine dies stays.
+            self._is_engine_dead |= isinstance(error, EngineDead)
             raise
         finally:
             if not self._is_engine_dead:
@@ -173,40 +167,36 @@ class CrashGuard:
         consumer = AIOKafkaConsumer(**client_kwargs(self._kafka), enable_auto_commit=False)
         try:
             await consumer.start()
-            return await self._seek_back(consumer, key)
+            await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
+            numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
+            tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
+            consumer.assign([tp])
+            beginning = (await consumer.beginning_offsets([tp]))[tp]
+            start = end = (await consumer.end_offsets([tp]))[tp]
+            length, value = READ_BACK, None
+            while value is None and start > beginning:
+                start = max(beginning, end - length)
+                consumer.seek(tp, start)
+                value = await _last_between(consumer, tp, end, key)
+                length *= 8
+            return value
         except KafkaError as error:
             raise BrokersUnavailable(f"topic {self._topic} cannot be read ({type(error).__name__})") from error
         finally:
             await consumer.stop()
 
-    async def _seek_back(self, consumer: AIOKafkaConsumer, key: bytes) -> bytes | None:
-        await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
-        numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
-        tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
-        consumer.assign([tp])
-        beginning = (await consumer.beginning_offsets([tp]))[tp]
-        end = (await consumer.end_offsets([tp]))[tp]
-        length = READ_BACK
-        while True:
-            start = max(beginning, end - length)
-            consumer.seek(tp, start)
-            value = await _last_between(consumer, tp, end, key)
-            if value is not None or start == beginning:
-                return value
-            length *= 8
 
-
+@dataclass
 class _WrittenRecord:
     """A partition's record, and how much of it the topic has."""
 
-    def __init__(self, key: bytes, record: SuspectState) -> None:
-        self.key = key
-        self.record = record
-        self.turn = asyncio.Lock()
-        self.wanted = 0
-        self.done = 0
-        self.is_dirty = False
-        self.is_lost = False
+    key: bytes
+    record: SuspectState
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted: int = 0
+    done: int = 0
+    is_dirty: bool = False
+    is_lost: bool = False
 
 
 async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:

@@ -1,9 +1,9 @@
-"""Whose records come next: lanes take turns, partitions of a lane too, and what can wait comes apart from the rest."""
+"""Fair polling: lanes take turns, partitions of a lane too, and what can wait comes apart from the rest."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
@@ -15,28 +15,14 @@ Batches = dict[TopicPartition, list[ConsumerRecord]]
 class FairPoll:
     """Takes records from a consumer, so that no partition keeps others waiting.
 
-    Args:
-        lanes: the lane of each topic; a lower one goes first.
+    ``lanes``: the lane of each topic; a lower one goes first. ``put_off``: partitions that have polls of their own.
     """
 
     def __init__(self, lanes: Mapping[str, int]) -> None:
         self._lanes = lanes
         self._turns = LaneTurns()
         self._had_their_turn: set[TopicPartition] = set()
-        self._put_off: set[TopicPartition] = set()
-
-    @property
-    def has_put_off(self) -> bool:
-        """Whether any partition is put off."""
-        return bool(self._put_off)
-
-    def put_off(self, tp: TopicPartition) -> None:
-        """What ``tp`` holds can wait: it is taken from in rounds of its own."""
-        self._put_off.add(tp)
-
-    def take_up(self, tps: Iterable[TopicPartition]) -> None:
-        """They are as others again."""
-        self._put_off.difference_update(tps)
+        self.put_off: set[TopicPartition] = set()
 
     def rooms(
         self, free: Mapping[TopicPartition, int], max_records: int | Mapping[int, int], *, put_off: bool
@@ -50,7 +36,7 @@ class FairPoll:
         rooms = {}
         for tp, room in free.items():
             bound = max_records if isinstance(max_records, int) else max_records.get(self._lanes[tp.topic], 0)
-            if (tp in self._put_off) is put_off and min(bound, room) > 0:
+            if (tp in self.put_off) is put_off and min(bound, room) > 0:
                 rooms[tp] = min(bound, room)
         return rooms
 

@@ -16,29 +16,23 @@ class PartitionLedger:
     that comes later moves nothing.
 
     Args:
-        position: the first offset that may be delivered.
         max_out_of_order: most offsets delivered above the oldest unfinished one; bounds what a crash repeats.
     """
 
     def __init__(self, position: int, *, max_out_of_order: int) -> None:
         if position < 0 or max_out_of_order < 1:
             raise ValueError(f"position {position} or max_out_of_order {max_out_of_order} is out of range")
-        self._position = position
+        self.position = position  # the lowest offset that may be delivered next
         self._max_out_of_order = max_out_of_order
         # Delivered offsets from the oldest unfinished one on, in order; the finished ones among them.
         self._span: deque[int] = deque()
         self._finished: set[int] = set()
-        self._is_fenced = False
+        self.is_fenced = False  # True: the partition has left, and nothing moves this ledger any more
 
     @property
     def watermark(self) -> int:
         """The offset to commit: everything below it is finished."""
-        return self._span[0] if self._span else self._position
-
-    @property
-    def position(self) -> int:
-        """The lowest offset that may be delivered next."""
-        return self._position
+        return self._span[0] if self._span else self.position
 
     @property
     def in_flight(self) -> int:
@@ -50,25 +44,20 @@ class PartitionLedger:
         """How many more offsets may be delivered now."""
         return max(0, self._max_out_of_order + 1 - len(self._span))
 
-    @property
-    def is_fenced(self) -> bool:
-        """Whether the partition has left: nothing moves this ledger any more."""
-        return self._is_fenced
-
     def deliver(self, offset: int) -> None:
         """Note that the record at ``offset`` was taken to work on.
 
         Raises:
             ValueError: an offset at or below one that was delivered already.
         """
-        if offset < self._position:
-            raise ValueError(f"offset {offset} was delivered before; the next is {self._position} or above")
+        if offset < self.position:
+            raise ValueError(f"offset {offset} was delivered before; the next is {self.position} or above")
         self._span.append(offset)
-        self._position = offset + 1
+        self.position = offset + 1
 
     def advance(self, position: int) -> None:
         """Note that the consumer stands at ``position``: no record will ever come from below it."""
-        self._position = max(self._position, position)
+        self.position = max(self.position, position)
 
     def complete(self, offset: int) -> bool:
         """Note that the record at ``offset`` ended; False when the ledger is fenced or the offset ended before.
@@ -76,9 +65,9 @@ class PartitionLedger:
         Raises:
             ValueError: an offset that was never delivered here.
         """
-        if self._is_fenced:
+        if self.is_fenced:
             return False
-        if offset >= self._position:
+        if offset >= self.position:
             raise ValueError(f"offset {offset} was never delivered")
         if not self.is_open(offset):
             return False
@@ -98,11 +87,11 @@ class PartitionLedger:
             if offset not in ready:
                 return run, offset
             run.append(offset)
-        return run, self._span[len(run)] if len(run) < len(self._span) else self._position
+        return run, self._span[len(run)] if len(run) < len(self._span) else self.position
 
     def fence(self) -> None:
-        """The partition has left for good: completions from now on move nothing."""
-        self._is_fenced = True
+        """The partition has left for good."""
+        self.is_fenced = True
 
     def audit(self) -> None:
         """Assert what always holds."""
@@ -110,5 +99,5 @@ class PartitionLedger:
         assert span == sorted(set(span)), "delivered offsets are not in order"
         assert self._finished <= set(span), "a finished offset was never delivered"
         assert not span or span[0] not in self._finished, "the watermark stands on a finished offset"
-        assert not span or span[-1] < self._position, "the position is below a delivered offset"
-        assert self.watermark <= self._position, "the watermark is above the position"
+        assert not span or span[-1] < self.position, "the position is below a delivered offset"
+        assert self.watermark <= self.position, "the watermark is above the position"

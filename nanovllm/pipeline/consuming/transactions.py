@@ -48,8 +48,7 @@ class _Output:
 class PartitionTransactions:
     """The transactions of one input partition, for as long as it is assigned.
 
-    Args:
-        read_committed: asks the group for the committed offset.
+    ``read_committed`` asks the group for the committed offset.
     """
 
     def __init__(self, tp: TopicPartition, kafka: KafkaSettings, read_committed: ReadCommitted) -> None:
@@ -86,18 +85,14 @@ class PartitionTransactions:
         if self._releasing is None:
             self._releasing = asyncio.create_task(self._release_runs(), name=f"transactions of {self._tp}")
 
-    async def release(self, offset: int, records: Sequence[OutgoingRecord]) -> None:
-        """Return when the transaction with ``records`` is committed and ``offset`` is settled.
+    async def release(self, outputs: Mapping[int, Sequence[OutgoingRecord]]) -> None:
+        """Return when the transactions with the records of each offset are committed. Settled offsets are left alone.
 
-        Never returns once the partition is fenced: the job is the next owner's, and its task is to be cancelled.
+        Never returns once the partition is fenced: the jobs are the next owner's, and their tasks are to be cancelled.
 
         Raises:
-            NanoVLLMError: the transaction was given up, and nothing of it is visible.
+            NanoVLLMError: a transaction was given up, and nothing of it is visible.
         """
-        await self.release_all({offset: records})
-
-    async def release_all(self, outputs: Mapping[int, Sequence[OutgoingRecord]]) -> None:
-        """As ``release``, for several offsets: return when all are settled. Those that are already are left alone."""
         loop, ledger = asyncio.get_running_loop(), self._ledger
         waiting = {
             offset: _Output(records, loop.create_future())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
 from nanovllm.errors import ObjectUnavailable, SystemicError, TransientError
@@ -14,6 +15,7 @@ from nanovllm.pipeline.failure.backoff import Backoff
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class CircuitBreaker:
     """Closed, every call passes. After ``threshold`` different things failed with no success between, it opens.
 
@@ -25,18 +27,13 @@ class CircuitBreaker:
         waits: how long it stays open; ``opened`` is told so each time, to take no work meanwhile.
     """
 
-    def __init__(
-        self,
-        *,
-        threshold: int,
-        waits: Backoff,
-        opened: Callable[[TransientError, float], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._threshold = threshold
-        self._waits = waits
-        self._opened = opened
-        self._clock = clock
+    _: KW_ONLY
+    threshold: int
+    waits: Backoff
+    opened: Callable[[TransientError, float], None]
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._failing: set[str] = set()
         self._openings = 0
         self._open_until = 0.0
@@ -73,24 +70,24 @@ class CircuitBreaker:
 
     async def _wait_until_closed(self) -> bool:
         while not self.is_closed:
-            left_s = self._open_until - self._clock()
+            left_s = self._open_until - self.clock()
             if left_s <= 0 and not self._is_probing:
                 self._is_probing = True
                 return True
             with contextlib.suppress(TimeoutError):
                 # Calls that wait for a probe look again soon: the probe may be cancelled.
-                async with asyncio.timeout(left_s if left_s > 0 else self._waits.base_s):
+                async with asyncio.timeout(left_s if left_s > 0 else self.waits.base_s):
                     await self._closed.wait()
         return False
 
     def _fail(self, what: str, error: TransientError, *, is_probe: bool) -> None:
         self._failing.add(what)
-        if is_probe or (self.is_closed and len(self._failing) >= self._threshold):
+        if is_probe or (self.is_closed and len(self._failing) >= self.threshold):
             self._closed.clear()
             self._openings += 1
-            wait_s = self._waits.longest_s(self._openings)
-            self._open_until = self._clock() + wait_s
-            self._opened(error, wait_s)
+            wait_s = self.waits.longest_s(self._openings)
+            self._open_until = self.clock() + wait_s
+            self.opened(error, wait_s)
 
     def _close(self) -> None:
         self._failing.clear()

@@ -50,81 +50,69 @@ class Health:
     @property
     def unready(self) -> tuple[str, ...]:
         """Why the worker takes no work now; nothing when it does."""
-        reasons = list(self.troubles)
-        if not self.is_model_loaded:
-            reasons.append("the model is not loaded")
-        if not self.has_joined:
-            reasons.append("the consumer group is not joined")
-        if self._waits_for:
-            reasons.append(f"waiting for {self._waits_for}")
-        if self.is_draining:
-            reasons.append("draining")
-        if self.systemic:
-            reasons.append(self.systemic)
-        return tuple(reasons)
+        reasons = (
+            *self.troubles,
+            None if self.is_model_loaded else "the model is not loaded",
+            None if self.has_joined else "the consumer group is not joined",
+            f"waiting for {self._waits_for}" if self._waits_for else None,
+            "draining" if self.is_draining else None,
+            self.systemic,
+        )
+        return tuple(reason for reason in reasons if reason)
 
 
-class HealthServer:
+class HealthServer(ThreadingHTTPServer):
     """The HTTP server over a worker's health and metrics. Port 0 takes a free one; ``port`` tells which."""
 
     def __init__(self, health: Health, metrics: Metrics, *, host: str, port: int) -> None:
-        self._server = _Server((host, port), _handler(health, metrics))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="nanovllm-http", daemon=True)
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return int(self._server.server_address[1])
+        super().__init__((host, port), _Handler)
+        self.health = health
+        self.metrics = metrics
+        self.port = int(self.server_address[1])
+        self._serving = threading.Thread(target=self.serve_forever, name="nanovllm-http", daemon=True)
 
     def start(self) -> None:
         """Answer from now on."""
-        self._thread.start()
+        self._serving.start()
 
     def close(self) -> None:
         """Stop answering."""
-        if self._thread.is_alive():
-            self._server.shutdown()
-        self._server.server_close()
+        if self._serving.is_alive():
+            self.shutdown()
+        self.server_close()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
+class _Handler(BaseHTTPRequestHandler):
+    server: HealthServer
+    timeout = 10.0  # a client that says nothing must not keep a thread
+    server_version = "nanovllm"
+    sys_version = ""
 
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/healthz":
+            self._report(self.server.health.troubles)
+        elif path == "/readyz":
+            self._report(self.server.health.unready)
+        elif path == "/metrics":
+            self._answer(200, self.server.metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
+        else:
+            self._answer(404, b'{"status": "not found"}\n', "application/json")
 
-def _handler(health: Health, metrics: Metrics) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # a client that says nothing must not keep a thread
-        server_version = "nanovllm"
-        sys_version = ""
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            if path == "/healthz":
-                self._report(health.troubles)
-            elif path == "/readyz":
-                self._report(health.unready)
-            elif path == "/metrics":
-                self._answer(200, metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
-            else:
-                self._answer(404, b'{"status": "not found"}\n', "application/json")
+    def _report(self, reasons: tuple[str, ...]) -> None:
+        body = json.dumps({"status": "unavailable" if reasons else "ok", "reasons": reasons}) + "\n"
+        self._answer(503 if reasons else 200, body.encode(), "application/json")
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
+    def _answer(self, status: int, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-        def _report(self, reasons: tuple[str, ...]) -> None:
-            body = json.dumps({"status": "unavailable" if reasons else "ok", "reasons": reasons}) + "\n"
-            self._answer(503 if reasons else 200, body.encode(), "application/json")
-
-        def _answer(self, status: int, body: bytes, content_type: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            logger.debug("http: " + format, *args)
-
-    return Handler
+    def log_message(self, format: str, *args: object) -> None:
+        logger.debug("http: " + format, *args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import InvalidInput
@@ -32,25 +32,17 @@ class Grant:
     reuses_responses: bool
 
 
+@dataclass(eq=False)
 class Admit:
     """Admits jobs. ``lanes``: the priority of each topic. ``takes_images``: whether the engine has a vision tower."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        engine: EngineBackend,
-        fetcher: ObjectFetcher,
-        rates: TokenRates,
-        lanes: dict[str, int],
-        takes_images: bool,
-    ) -> None:
-        self._settings = settings
-        self._engine = engine
-        self._fetcher = fetcher
-        self._rates = rates
-        self._lanes = lanes
-        self._takes_images = takes_images
+    settings: Settings
+    _: KW_ONLY
+    engine: EngineBackend
+    fetcher: ObjectFetcher
+    rates: TokenRates
+    lanes: dict[str, int]
+    takes_images: bool
 
     async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
         """Wait for the tenant's token rate and for the bytes of the job's images.
@@ -59,46 +51,46 @@ class Admit:
             NanoVLLMError: the job asks for what the model or the settings do not allow.
         """
         with context.progress.stage("admit"):
-            sampling = job.sampling_params(self._settings.sampling, self._settings.admission.max_tokens)
+            sampling = job.sampling_params(self.settings.sampling, self.settings.admission.max_tokens)
             tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
-            lane = self._lanes.get(context.record.topic, 0)
+            lane = self.lanes.get(context.record.topic, 0)
             queued = QueuedJob(tokens, job.priority, context.tenant, context.expires_at, lane)
-            if self._rates.wait_s(queued.tenant):
+            if self.rates.wait_s(queued.tenant):
                 with reservation.without_slot():
-                    await self._rates.pass_through(queued.tenant, queued.tokens)
+                    await self.rates.pass_through(queued.tenant, queued.tokens)
             else:
-                self._rates.charge(queued.tenant, queued.tokens)
+                self.rates.charge(queued.tenant, queued.tokens)
             refs = job.image_refs()
             self._check(refs)
             if refs:
                 # The sizes of objects are unknown until they are fetched: ``fetch`` gives the rest back.
-                encoded = sum(self._settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
-                await reservation.acquire_bytes(encoded + decoded_bytes(self._engine.image_transform, len(refs)))
-        reuse = job.reuse or self._settings.reuse.level
+                encoded = sum(self.settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
+                await reservation.acquire_bytes(encoded + decoded_bytes(self.engine.image_transform, len(refs)))
+        reuse = job.reuse or self.settings.reuse.level
         return Grant(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
 
     def _check(self, refs: tuple[ImageRef, ...]) -> None:
-        if refs and not self._takes_images:
-            raise InvalidInput(f"the model {self._engine.model_info.id} takes no images")
-        limit = self._settings.engine.max_images_per_request
+        if refs and not self.takes_images:
+            raise InvalidInput(f"the model {self.engine.model_info.id} takes no images")
+        limit = self.settings.engine.max_images_per_request
         if len(refs) > limit:
             raise InvalidInput(f"the job has {len(refs)} images, above the limit of {limit}")
         for ref in refs:
-            self._fetcher.check(ref)
+            self.fetcher.check(ref)
 
 
+@dataclass(eq=False)
 class AfterKeyTurn:
     """The admit stage behind every earlier job of the same record key (``admission.per_key_order``)."""
 
-    def __init__(self, turn: KeyTurn, admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]) -> None:
-        self._turn = turn
-        self._admit = admit
+    turn: KeyTurn
+    admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]
 
     async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
         """Wait until the earlier jobs of the key have ended, then admit."""
         with context.progress.stage("admit"):
-            await self._turn.wait()
-        return await self._admit(job, context, reservation)
+            await self.turn.wait()
+        return await self.admit(job, context, reservation)
 
 
 def decoded_bytes(transform: ImageTransform | None, images: int) -> int:

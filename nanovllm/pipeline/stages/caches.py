@@ -1,4 +1,4 @@
-"""What one job has made and the next one can use: images read and decoded, and, where asked for, whole answers.
+"""What one job has made and the next one can use: a single-flight cache, and images read and decoded.
 
 An object of a version or entity tag that the job names never changes. Any other is asked for each time, with the entity
 tag of what is at hand: the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no
@@ -9,28 +9,21 @@ request more.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
 from nanovllm.errors import NanoVLLMError
-from nanovllm.messages.job import ImageRef, Job
+from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import PreparedImage
 
 Reuse = Literal["hit", "joined", "miss"]
 
 T = TypeVar("T")
-
-
-_BYTES_A_TOKEN = 64  # its number, its text, and what Python puts around them
-_BYTES_AN_ANSWER = 2_048
 
 
 @dataclass
@@ -190,37 +183,3 @@ class ImageCache:
             self._metrics.fetched_objects.inc()
             self._metrics.fetched_bytes.inc(len(image.data))
         return image
-
-
-class ResponseCache:
-    """Answers of one model to equal greedy requests: computed once, as long as they are kept or under way.
-
-    Results say that they were reused.
-    """
-
-    def __init__(self, model: ModelInfo, metrics: Metrics, *, max_bytes: int) -> None:
-        self._model = (model.id, model.revision, model.parameter_digest)
-        self._metrics = metrics
-        self._cache = SingleFlightCache(max_bytes)
-
-    def key(self, job: Job, images: Sequence[PreparedImage], sampling: SamplingParams, salt: bytes) -> Hashable | None:
-        """What the answer depends on; None where it depends on chance, or nothing is reused."""
-        if not sampling.is_greedy:
-            return None
-        asked = json.dumps([job.prompt, job.message_dicts(), sampling.model_dump(mode="json", exclude={"seed"})])
-        return (self._model, salt, asked, tuple(image.digest for image in images))
-
-    async def get(self, key: Hashable, infer: Callable[[], Awaitable[RequestOutput]]) -> tuple[RequestOutput, Reuse]:
-        """The answer to ``key``; one that was computed for another job has no timings of its own."""
-
-        async def make() -> tuple[RequestOutput, int]:
-            output = await infer()
-            tokens = sum(len(one.token_ids) for one in output.outputs)
-            return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
-
-        output, reuse = await self._cache.get(key, make)
-        self._metrics.reuse.labels("answer", reuse).inc()
-        if reuse == "miss":
-            return output, reuse
-        images = tuple(replace(image, outcome="hit") for image in output.images)
-        return replace(output, timings=RequestTimings(), images=images), reuse

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import logging
 
-from nanovllm.errors import NanoVLLMError, SystemicError, TransientError
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
+from nanovllm.errors import NanoVLLMError, PoisonLimitReached, SystemicError, TransientError
 from nanovllm.pipeline.stages.context import DeadLettered, JobContext, Retried
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 
 logger = logging.getLogger(__name__)
+
+
+class DeadLetterLimit:
+    """At most ``limit`` dead letters without an answer between them (``dead_letters.poison_limit``); None: no limit."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def reset(self) -> None:
+        """A job was answered."""
+        self._in_a_row = 0
+
+    def count(self, wanted: int = 1) -> int:
+        """Count dead letters before they are published; returns how many of the ``wanted`` may be.
+
+        Raises:
+            PoisonLimitReached: not a single one.
+        """
+        allowed = wanted if self._limit is None else min(wanted, self._limit - self._in_a_row)
+        if allowed <= 0:
+            raise PoisonLimitReached(f"{self._in_a_row} jobs in a row became dead letters (dead_letters.poison_limit)")
+        self._in_a_row += allowed
+        return allowed
 
 
 class Failure:

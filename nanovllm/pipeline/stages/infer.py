@@ -5,23 +5,29 @@ The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from itertools import count
 
 from nanovllm.engine.backends.base import EngineBackend, Request
-from nanovllm.engine.outputs import RequestOutput
+from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
 from nanovllm.messages.job import Job
+from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.stages.admit import Grant
-from nanovllm.pipeline.stages.caches import ResponseCache
+from nanovllm.pipeline.stages.caches import SingleFlightCache
 from nanovllm.pipeline.stages.context import Inference
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.vision.images.preprocess import PreparedImage
 
 Images = tuple[PreparedImage, ...]
 Infer = Callable[[Job, Images, Grant], Awaitable[Inference]]
+
+_BYTES_A_TOKEN = 64  # its number, its text, and what Python puts around them
+_BYTES_AN_ANSWER = 2_048
 
 
 class CallEngine:
@@ -68,42 +74,50 @@ class GuardCrashes:
 
 
 class WaitForSlot:
-    """Holds one of the engine queue's slots while the engine has the job."""
+    """Holds one of the engine queue's slots, in the queue's order, while the engine has the job."""
 
     def __init__(self, infer: Infer, queue: EngineQueue) -> None:
         self._infer = infer
         self._queue = queue
 
     async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
-        """As ``infer``, in the queue's order."""
+        """As ``infer``."""
         async with self._queue.slot(grant.queued):
             return await self._infer(job, images, grant)
 
 
 class ReuseResponses:
-    """Answers equal greedy jobs from the response cache, where the job or ``reuse.level`` allows it."""
+    """Answers equal greedy jobs of one model from a cache, where the job or ``reuse.level`` allows it."""
 
-    def __init__(self, infer: Infer, responses: ResponseCache) -> None:
+    def __init__(self, infer: Infer, model: ModelInfo, metrics: Metrics, *, max_bytes: int) -> None:
         self._infer = infer
-        self._responses = responses
+        self._model = model
+        self._metrics = metrics
+        self._cache = SingleFlightCache(max_bytes)
 
     async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
-        """As ``infer``, or an equal job's output."""
-        key = None
-        if grant.reuses_responses:
-            key = self._responses.key(job, images, grant.sampling, grant.context.salt)
-        if key is None:
+        """As ``infer``, or an equal job's output, which has no timings of its own."""
+        if not (grant.reuses_responses and grant.sampling.is_greedy):
             return await self._infer(job, images, grant)
 
-        async def compute() -> RequestOutput:
-            return (await self._infer(job, images, grant)).output
+        async def make() -> tuple[RequestOutput, int]:
+            output = (await self._infer(job, images, grant)).output
+            tokens = sum(len(one.token_ids) for one in output.outputs)
+            return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
-        output, reuse = await self._responses.get(key, compute)
-        return Inference(output, None if reuse == "miss" else reuse)
+        sampling = grant.sampling.model_dump(mode="json", exclude={"seed"})
+        asked = json.dumps([job.prompt, job.message_dicts(), sampling])
+        key = (self._model, grant.context.salt, asked, tuple(image.digest for image in images))
+        output, reuse = await self._cache.get(key, make)
+        self._metrics.reuse.labels("answer", reuse).inc()
+        if reuse == "miss":
+            return Inference(output)
+        uses = tuple(replace(use, outcome="hit") for use in output.images)
+        return Inference(replace(output, timings=RequestTimings(), images=uses), reuse)
 
 
 class MeterTokens:
-    """Charges the tenant for the tokens that were computed, in place of the estimate at admission."""
+    """Times the stage, and charges the tenant for the tokens that were computed in place of admission's estimate."""
 
     def __init__(self, infer: Infer, queue: EngineQueue, rates: TokenRates) -> None:
         self._infer = infer
@@ -111,7 +125,7 @@ class MeterTokens:
         self._rates = rates
 
     async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
-        """As ``infer``, timed as the stage."""
+        """As ``infer``."""
         with grant.context.progress.stage("infer"):
             inference = await self._infer(job, images, grant)
             queued, used = grant.queued, 0

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import YIELD_EVERY_RECORDS
@@ -19,8 +20,8 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.stages.context import JobContext, dead_letter_class
+from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
@@ -51,52 +52,38 @@ class InvalidRecord:
         )
 
 
-@dataclass
-class _Group:
-    """Invalid records of one partition that were received together."""
-
-    records: Sequence[InvalidRecord]
-    reservation: Reservation
-
-
+@dataclass(eq=False)
 class InvalidRecords:
     """The invalid records of each partition, until their dead letters are acknowledged.
 
-    Args:
-        context_of: the context of a record that has none.
+    ``context_of``: the context of a record that has none.
     """
 
-    def __init__(
-        self,
-        builder: RecordBuilder,
-        sink: KafkaSink,
-        metrics: Metrics,
-        limit: DeadLetterLimit,
-        retry: Retry,
-        context_of: Callable[[ConsumedRecord], JobContext],
-    ) -> None:
-        self._builder = builder
-        self._sink = sink
-        self._metrics = metrics
-        self._limit = limit
-        self._retry = retry
-        self._context_of = context_of
-        self._pending: dict[PartitionLedger, deque[_Group]] = {}
+    builder: RecordBuilder
+    sink: KafkaSink
+    metrics: Metrics
+    limit: DeadLetterLimit
+    retry: Retry
+    context_of: Callable[[ConsumedRecord], JobContext]
+
+    def __post_init__(self) -> None:
+        self._pending: dict[PartitionLedger, deque[tuple[InvalidRecord, Reservation | None]]] = {}
         self._logged_since = 0.0
         self._logged = 0
 
-    def add(self, ledger: PartitionLedger, refused: Sequence[InvalidRecord], reservation: Reservation) -> bool:
+    def add(self, ledger: PartitionLedger, received: Sequence[InvalidRecord], reservation: Reservation) -> bool:
         """Add records of a partition; True when it had none, so that ``work_off`` must be started."""
         is_first = ledger not in self._pending
-        self._pending.setdefault(ledger, deque()).append(_Group(refused, reservation))
+        pending = self._pending.setdefault(ledger, deque())
+        pending.extend((one, None) for one in received[:-1])
+        pending.append((received[-1], reservation))  # released with the last of them
         return is_first
 
     def drop(self, ledger: PartitionLedger) -> int:
         """Forget what is left of a partition, and return how many there were: they go back to Kafka."""
         left = self._pending.pop(ledger, ())
-        for group in left:
-            group.reservation.release()
-        return sum(len(group.records) for group in left)
+        _release(left)
+        return len(left)
 
     async def work_off(self, ledger: PartitionLedger) -> None:
         """Dead-letter the partition's records until none is left. Those of a call that is cancelled stay, for ``drop``.
@@ -106,39 +93,32 @@ class InvalidRecords:
         """
         pending, unlogged = self._pending[ledger], 0
         while pending:
-            groups = _first_groups(pending, MAX_BATCH_RECORDS)
-            refused = [one for group in groups for one in group.records]
-            allowed = refused[: self._limit.count_up_to(len(refused))]
-            if allowed:
-                await self._dead_letter(allowed)
-                unlogged += self._log(allowed)
-            if len(allowed) < len(refused):
-                pending[0].records = refused[len(allowed) :]
-                raise self._limit.reached()
-            for group in groups:
-                pending.popleft()
-                group.reservation.release()
+            allowed = self.limit.count(min(len(pending), MAX_BATCH_RECORDS))
+            batch = [one for one, _ in islice(pending, allowed)]
+            await self._dead_letter(batch)
+            unlogged += self._log(batch)
+            _release([pending.popleft() for _ in batch])
         del self._pending[ledger]
         if unlogged:
             logger.warning("%d more records in a row are dead letters", unlogged)
 
-    async def _dead_letter(self, refused: Sequence[InvalidRecord]) -> None:
-        first = refused[0].context or self._context_of(refused[0].record)
-        letters = await self._letters(refused, first)
+    async def _dead_letter(self, invalid: Sequence[InvalidRecord]) -> None:
+        first = invalid[0].context or self.context_of(invalid[0].record)
+        letters = await self._letters(invalid, first)
         transactions = first.record.transactions
         with first.progress.stage("publish"):
             if transactions is None:
                 await self._publish(letters, first)
             else:
-                outputs = {one.record.offset: [letter] for one, letter in zip(refused, letters, strict=True)}
-                await self._retry(lambda: transactions.release_all(outputs), "kafka producer", first.progress)
-        for one in refused:
+                outputs = {one.record.offset: [letter] for one, letter in zip(invalid, letters, strict=True)}
+                await self.retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
+        for one in invalid:
             one.record.complete()
-        self._observe(refused, first, letters[0].topic)
+        self._observe(invalid, first, letters[0].topic)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         try:
-            await self._retry(lambda: self._sink.publish(letters), "kafka producer", first.progress)
+            await self.retry(lambda: self.sink.publish(letters), "kafka producer", first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise
@@ -146,48 +126,43 @@ class InvalidRecords:
             for letter in letters:
                 await self._publish([letter], first)
 
-    async def _letters(self, refused: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:
+    async def _letters(self, invalid: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:
         letters: list[OutgoingRecord] = []
-        for index, one in enumerate(refused):
+        for index, one in enumerate(invalid):
             letter = None
-            if index and one.is_like(refused[index - 1]):
-                letter = self._builder.another_dead_letter(one.record, letters[-1])
+            if index and one.is_like(invalid[index - 1]):
+                letter = self.builder.another_dead_letter(one.record, letters[-1])
             if letter is None:
-                context = first if index == 0 else one.context or self._context_of(one.record)
-                letter = self._builder.dead_letter(context, one.error)
+                context = first if index == 0 else one.context or self.context_of(one.record)
+                letter = self.builder.dead_letter(context, one.error)
             letters.append(letter)
             if index % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
                 await asyncio.sleep(0)
         return letters
 
-    def _observe(self, refused: Sequence[InvalidRecord], first: JobContext, topic: str) -> None:
-        metrics = self._metrics
-        metrics.sent.labels(topic).inc(len(refused))
-        metrics.jobs.labels("dead_letter").inc(len(refused))
-        for kind, count in Counter(type(one.error) for one in refused).items():
+    def _observe(self, invalid: Sequence[InvalidRecord], first: JobContext, topic: str) -> None:
+        metrics = self.metrics
+        metrics.sent.labels(topic).inc(len(invalid))
+        metrics.jobs.labels("dead_letter").inc(len(invalid))
+        for kind, count in Counter(type(one.error) for one in invalid).items():
             metrics.dead_letters.labels(dead_letter_class(kind), kind.code, "receive").inc(count)
         # One observation for the batch: its records have the same times.
         observe_stages(metrics, first)
 
-    def _log(self, refused: Sequence[InvalidRecord]) -> int:
+    def _log(self, invalid: Sequence[InvalidRecord]) -> int:
         """Log a few each second; returns how many were not logged."""
         if (now := time.monotonic()) - self._logged_since >= 1.0:
             self._logged_since, self._logged = now, 0
-        named = refused[: max(0, LOG_LINES_PER_S - self._logged)]
+        named = invalid[: max(0, LOG_LINES_PER_S - self._logged)]
         self._logged += len(named)
         for one in named:
             record, error = one.record, one.error
             position = (record.topic, record.partition, record.offset)
             logger.warning("%s:%d:%d is a dead letter: %s in stage receive: %r", *position, error.code, str(error))
-        return len(refused) - len(named)
+        return len(invalid) - len(named)
 
 
-def _first_groups(pending: deque[_Group], at_most: int) -> list[_Group]:
-    """The first groups, with ``at_most`` records together unless the first one alone has more."""
-    groups, records = [pending[0]], len(pending[0].records)
-    for group in list(pending)[1:]:
-        records += len(group.records)
-        if records > at_most:
-            break
-        groups.append(group)
-    return groups
+def _release(ended: Iterable[tuple[InvalidRecord, Reservation | None]]) -> None:
+    for _, reservation in ended:
+        if reservation is not None:
+            reservation.release()

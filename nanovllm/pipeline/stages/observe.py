@@ -7,35 +7,29 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.stages.context import Answered, DeadLettered, JobContext, Outcome, dead_letter_class
 
 
-class Observe:
-    """Counts outcomes and observes their times."""
+def observe(metrics: Metrics, outcome: Outcome, context: JobContext) -> None:
+    """Count ``outcome``, and observe its times."""
+    metrics.jobs.labels(outcome.label).inc()
+    observe_stages(metrics, context)
+    if isinstance(outcome, DeadLettered):
+        error, stage = outcome.error, context.progress.failed_stage
+        metrics.dead_letters.labels(dead_letter_class(error), error.code, stage).inc()
+    elif isinstance(outcome, Answered) and outcome.reused is None:
+        _observe_inference(metrics, outcome.output)
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
 
-    def __call__(self, outcome: Outcome, context: JobContext) -> None:
-        """Count ``outcome``."""
-        metrics = self._metrics
-        metrics.jobs.labels(outcome.label).inc()
-        observe_stages(metrics, context)
-        if isinstance(outcome, DeadLettered):
-            error, stage = outcome.error, context.progress.failed_stage
-            metrics.dead_letters.labels(dead_letter_class(error), error.code, stage).inc()
-        elif isinstance(outcome, Answered) and outcome.reused is None:
-            self._observe_inference(outcome.output)
-
-    def _observe_inference(self, output: RequestOutput) -> None:
-        metrics, timings = self._metrics, output.timings
-        metrics.request_success.labels(output.finish_reason).inc()
-        metrics.time_to_first_token.observe(timings.time_to_first_token_ms / 1000)
-        metrics.request_queue_time.observe(timings.queue_ms / 1000)
-        metrics.e2e_request_latency.observe(timings.e2e_ms / 1000)
-        if output.usage.output_tokens > 1:
-            metrics.inter_token_latency.observe(timings.mean_itl_ms / 1000)
-        metrics.request_prompt_tokens.observe(output.usage.input_tokens)
-        metrics.request_generation_tokens.observe(output.usage.output_tokens)
-        for image in output.images:
-            metrics.images.labels(image.outcome).inc()
+def _observe_inference(metrics: Metrics, output: RequestOutput) -> None:
+    timings = output.timings
+    metrics.request_success.labels(output.finish_reason).inc()
+    metrics.time_to_first_token.observe(timings.time_to_first_token_ms / 1000)
+    metrics.request_queue_time.observe(timings.queue_ms / 1000)
+    metrics.e2e_request_latency.observe(timings.e2e_ms / 1000)
+    if output.usage.output_tokens > 1:
+        metrics.inter_token_latency.observe(timings.mean_itl_ms / 1000)
+    metrics.request_prompt_tokens.observe(output.usage.input_tokens)
+    metrics.request_generation_tokens.observe(output.usage.output_tokens)
+    for image in output.images:
+        metrics.images.labels(image.outcome).inc()
 
 
 def observe_stages(metrics: Metrics, context: JobContext) -> None:

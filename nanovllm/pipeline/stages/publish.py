@@ -12,9 +12,8 @@ from nanovllm.messages.result import Result
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
-from nanovllm.pipeline.failure.dead_letter_limit import DeadLetterLimit
 from nanovllm.pipeline.stages.context import Answered, Inference, JobContext, Outcome
-from nanovllm.pipeline.stages.failure import Failure
+from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.sinks.claim_check import S3ResultStore
@@ -97,4 +96,4 @@ class Publish:
         self._sink.check(records)
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
         reservation.release_slot(sum(one.size_bytes for one in records))
-        await self._retry(lambda: transactions.release(record.offset, records), "kafka producer", context.progress)
+        await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)

@@ -48,8 +48,8 @@ class Receive:
                 expires_at=self._expiry(job, context),
             )
             tenant = settings.tenants.tenant_of(context.origin.source.topic, context.origin.headers)
-            context = replace(context, tenant=tenant, salt=settings.tenants.salt_of(tenant))
-            context = replace(context, result_topic=settings.topics.result_topic(job.reply_to))
+            salt, result_topic = settings.tenants.salt_of(tenant), settings.topics.result_topic(job.reply_to)
+            context = replace(context, tenant=tenant, salt=salt, result_topic=result_topic)
         except Exception as error:
             reason = dead_letter_reason(error, context)
             if reason is error:

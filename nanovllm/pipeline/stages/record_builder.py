@@ -7,6 +7,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
@@ -40,20 +41,14 @@ from nanovllm.statistics import EngineStats
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
 
+@dataclass(eq=False)
 class RecordBuilder:
     """Builds the records of one worker. ``max_record_bytes`` tells the largest record that a topic takes."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: ModelInfo,
-        max_record_bytes: Callable[[str], int],
-        retry_topics: RetryTopics,
-    ) -> None:
-        self._settings = settings
-        self._model = model
-        self._retry_topics = retry_topics
-        self._max_record_bytes = max_record_bytes
+    settings: Settings
+    model: ModelInfo
+    max_record_bytes: Callable[[str], int]
+    retry_topics: RetryTopics
 
     def answer(
         self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], inference: Inference, stats: EngineStats
@@ -70,17 +65,10 @@ class RecordBuilder:
             finish_reason=output.finish_reason,
             logprobs=_logprobs(output.logprobs),
             prompt_logprobs=_logprobs(output.prompt_logprobs),
-            outputs=tuple(map(_one_of_several, output.outputs)) if len(output.outputs) > 1 else None,
+            outputs=tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
             reused=inference.reused,
-            usage=TokenUsage(
-                input_tokens=output.usage.input_tokens,
-                output_tokens=output.usage.output_tokens,
-                image_tokens=output.usage.image_tokens,
-                cached_tokens=output.usage.cached_tokens,
-            ),
-            model=ModelUse(
-                id=self._model.id, revision=self._model.revision, parameter_digest=self._model.parameter_digest
-            ),
+            usage=TokenUsage(**output.usage),
+            model=ModelUse(**asdict(self.model)),
             inputs=tuple(
                 InputUse(
                     uri=image.uri,
@@ -92,24 +80,24 @@ class RecordBuilder:
                 )
                 for image, use in zip(fetched, output.images, strict=True)
             ),
-            timings_ms=self._timings(context, output),
+            timings_ms=_timings(context, output),
             source=context.origin.source,
-            worker=self._settings.worker_id,
+            worker=self.settings.worker_id,
             metadata=job.metadata,
         )
-        metrics = self._metrics(result, fetched, output, stats)
-        record = metrics_record(metrics, self._settings.topics.metrics, self.format_of(context), context.origin.headers)
+        metrics = _metrics(result, fetched, output, stats)
+        record = metrics_record(metrics, self.settings.topics.metrics, self.format_of(context), context.origin.headers)
         return result, record
 
     def result(self, context: JobContext, result: Result) -> OutgoingRecord:
         """The record of ``result``, for the topic that the job names or the settings."""
-        topic = context.result_topic or self._settings.topics.results
+        topic = context.result_topic or self.settings.topics.results
         return result_record(result, topic, self.format_of(context), context.origin.headers)
 
     def is_too_large(self, record: OutgoingRecord) -> bool:
         """Whether a result must lie in S3, by the settings or by what its topic takes."""
-        limit = self._max_record_bytes(record.topic)
-        return record.size_bytes > min(limit, self._settings.s3.large_result_bytes or limit)
+        limit = self.max_record_bytes(record.topic)
+        return record.size_bytes > min(limit, self.settings.s3.large_result_bytes or limit)
 
     def stored_name(self, context: JobContext) -> str:
         """The name of the job's result in S3: the same for each delivery of a record, also from a retry topic.
@@ -119,7 +107,7 @@ class RecordBuilder:
         """
         source, tenant = context.origin.source, context.tenant
         value = hashlib.sha256(context.record.value).hexdigest()
-        identity = [self._settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
+        identity = [self.settings.kafka.group_id, tenant, source.topic, source.partition, source.offset]
         digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
         return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
@@ -136,20 +124,20 @@ class RecordBuilder:
             cause=root_cause(error),
             attempts=context.total_attempts,
             source=context.origin.source,
-            worker=self._settings.worker_id,
+            worker=self.settings.worker_id,
             received_at=progress.received_at,
             first_failed_at=progress.first_failed_at,
             failed_at=datetime.now(UTC),
         )
-        topic = self._settings.topics.dead_letters
+        topic = self.settings.topics.dead_letters
         return dead_letter_record(
             letter,
             topic,
             key=record.key,
             value=record.value,
             original_headers=context.origin.headers,
-            keep_headers=self._settings.dead_letters.keep_headers,
-            max_bytes=self._max_record_bytes(topic),
+            keep_headers=self.settings.dead_letters.keep_headers,
+            max_bytes=self.max_record_bytes(topic),
         )
 
     def another_dead_letter(self, consumed: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
@@ -157,7 +145,7 @@ class RecordBuilder:
 
         None where it must be made by itself: the record is from a retry topic, or too large as it is.
         """
-        if consumed.topic in self._retry_topics.delays_s:
+        if consumed.topic in self.retry_topics.delays_s:
             return None
         job_id = derive_job_id(consumed.topic, consumed.partition, consumed.offset)
         source: dict[str, str | int | None] = {
@@ -166,77 +154,73 @@ class RecordBuilder:
             "source_timestamp_ms": consumed.timestamp_ms,
         }
         record = dead_letter_like(like, source, key=consumed.key, value=consumed.value)
-        return record if record and record.size_bytes <= self._max_record_bytes(record.topic) else None
+        return record if record and record.size_bytes <= self.max_record_bytes(record.topic) else None
 
     def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""
-        topic = self._retry_topics.topic_after(context.record.topic, before=context.expires_at)
+        topic = self.retry_topics.topic_after(context.record.topic, before=context.expires_at)
         if topic is None:
             return None
         failed_at = context.progress.first_failed_at or datetime.now(UTC)
         headers = context.origin.retry_headers(context.total_attempts, failed_at, error)
         record = OutgoingRecord(topic, context.record.key, context.record.value, headers)
-        return record if record.size_bytes <= self._max_record_bytes(topic) else None
+        return record if record.size_bytes <= self.max_record_bytes(topic) else None
 
     def format_of(self, context: JobContext) -> MessageFormat:
         """The format of what is sent for ``context``."""
-        wanted = self._settings.result_format
+        wanted = self.settings.result_format
         return context.format if wanted == "as_job" else wanted
 
-    def _timings(self, context: JobContext, output: RequestOutput) -> StageTimings:
-        seconds = context.progress.seconds
-        return StageTimings(
-            admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
-            fetch=_ms(seconds.get("fetch", 0.0)),
-            prepare=_ms(seconds.get("prepare", 0.0)),
-            queue=round(output.timings.queue_ms, 3),
-            encode=round(output.timings.encode_ms, 3),
-            time_to_first_token=round(output.timings.time_to_first_token_ms, 3),
-            generation=round(output.timings.generation_ms, 3),
-            total=_ms(context.progress.elapsed_s),
-        )
 
-    def _metrics(
-        self,
-        result: Result,
-        fetched: Sequence[FetchedImage],
-        output: RequestOutput,
-        stats: EngineStats,
-    ) -> JobMetrics:
-        timings, usage = output.timings, output.usage
-        generation_s = timings.generation_ms / 1000
-        # The first token belongs to the prefill; what generation_ms covers are the ones after it.
-        after_first = max(0, usage.output_tokens - 1)
-        encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
-        spared = sum(image.outcome != "miss" for image in output.images)
-        return JobMetrics(
-            job_id=result.job_id,
-            result_id=result.result_id,
-            worker=result.worker,
-            model=result.model.id,
-            source=result.source,
-            finish_reason=output.finish_reason,
-            reused=result.reused,
-            num_prompt_tokens=usage.input_tokens,
-            num_generation_tokens=usage.output_tokens,
-            num_cached_tokens=usage.cached_tokens,
-            num_image_tokens=usage.image_tokens,
-            queue_time_ms=result.timings_ms.queue,
-            time_to_first_token_ms=result.timings_ms.time_to_first_token,
-            generation_time_ms=result.timings_ms.generation,
-            mean_itl_ms=round(timings.mean_itl_ms, 3),
-            e2e_time_ms=result.timings_ms.total,
-            tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
-            fetch_time_ms=result.timings_ms.fetch,
-            prepare_time_ms=result.timings_ms.prepare,
-            encode_time_ms=result.timings_ms.encode,
-            engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
-            engine_seconds_saved=round(spared * encode_s, 6),
-            images=tuple(
-                ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
-                for image, use in zip(fetched, output.images, strict=True)
-            ),
-        )
+def _timings(context: JobContext, output: RequestOutput) -> StageTimings:
+    seconds, timings = context.progress.seconds, output.timings
+    return StageTimings(
+        admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
+        fetch=_ms(seconds.get("fetch", 0.0)),
+        prepare=_ms(seconds.get("prepare", 0.0)),
+        queue=round(timings.queue_ms, 3),
+        encode=round(timings.encode_ms, 3),
+        time_to_first_token=round(timings.time_to_first_token_ms, 3),
+        generation=round(timings.generation_ms, 3),
+        total=_ms(context.progress.elapsed_s),
+    )
+
+
+def _metrics(result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats) -> JobMetrics:
+    ours, timings, usage = result.timings_ms, output.timings, output.usage
+    generation_s = timings.generation_ms / 1000
+    # The first token belongs to the prefill; what generation_ms covers are the ones after it.
+    after_first = max(0, usage.output_tokens - 1)
+    encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
+    spared = sum(image.outcome != "miss" for image in output.images)
+    return JobMetrics(
+        job_id=result.job_id,
+        result_id=result.result_id,
+        worker=result.worker,
+        model=result.model.id,
+        source=result.source,
+        finish_reason=output.finish_reason,
+        reused=result.reused,
+        num_prompt_tokens=usage.input_tokens,
+        num_generation_tokens=usage.output_tokens,
+        num_cached_tokens=usage.cached_tokens,
+        num_image_tokens=usage.image_tokens,
+        queue_time_ms=ours.queue,
+        time_to_first_token_ms=ours.time_to_first_token,
+        generation_time_ms=ours.generation,
+        mean_itl_ms=round(timings.mean_itl_ms, 3),
+        e2e_time_ms=ours.total,
+        tokens_per_second=round(after_first / generation_s, 3) if generation_s > 0 else 0.0,
+        fetch_time_ms=ours.fetch,
+        prepare_time_ms=ours.prepare,
+        encode_time_ms=ours.encode,
+        engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
+        engine_seconds_saved=round(spared * encode_s, 6),
+        images=tuple(
+            ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
+            for image, use in zip(fetched, output.images, strict=True)
+        ),
+    )
 
 
 def root_cause(failure: NanoVLLMError) -> str:
@@ -265,24 +249,15 @@ def _folder(name: str) -> str:
     return "~" + hashlib.sha256(name.encode()).hexdigest()
 
 
-def _one_of_several(completion: Completion) -> Output:
-    return Output(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        logprobs=_logprobs(completion.logprobs),
-    )
+def _output(completion: Completion) -> Output:
+    return Output(**{**completion, "logprobs": _logprobs(completion.logprobs)})
 
 
 def _logprobs(positions: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
     if positions is None:
         return None
     return tuple(
-        tuple(
-            TokenLogprob(token_id=token, logprob=score.logprob, rank=score.rank, text=score.text)
-            for token, score in position.items()
-        )
-        for position in positions
+        tuple(TokenLogprob(token_id=token, **score) for token, score in position.items()) for position in positions
     )
 
 
