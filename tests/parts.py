@@ -20,6 +20,8 @@ from uuid import uuid4
 
 import boto3
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import for_code
+from aiokafka.protocol.group import LeaveGroupRequest
 from botocore.config import Config
 from PIL import Image
 
@@ -186,6 +188,30 @@ async def create_topic(
                 return
             await asyncio.sleep(0.05)
         raise AssertionError(f"{names} did not get {partitions} partitions")
+    finally:
+        await admin.close()
+
+
+async def evict_members(bootstrap_servers: str, group_id: str) -> list[str]:
+    """Leave the group in the name of each of its members; returns their ids.
+
+    What a real broker's session timeout does for a member that died, and the embedded broker does not. Use it only
+    when every member of the group is known to be dead; a living one is thrown out as well and must join again.
+    """
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        coordinator = await admin.find_coordinator(group_id)
+        members: list[str] = []
+        for response in await admin.describe_consumer_groups([group_id], group_coordinator_id=coordinator):
+            for group in response.to_object()["groups"]:
+                members += [member["member_id"] for member in group["members"]]
+        for member in members:
+            # aiokafka's admin client has no public call for it.
+            response = await admin._client.send(coordinator, LeaveGroupRequest(group_id, member))
+            if response.error_code:
+                raise for_code(response.error_code)(f"LeaveGroup for {member}")
+        return members
     finally:
         await admin.close()
 

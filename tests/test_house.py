@@ -34,7 +34,9 @@ def test_the_wheel_holds_every_module_once_and_the_shipped_checkpoint(tmp_path: 
     assert {name.split("/")[0] for name in names} == {"nanovllm", "nanovllm-0.1.0.dist-info"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nanovllm").rglob("*.py")}
     assert modules <= set(names)
-    assert "nanovllm/checkpoints/assets/tiny-receipts/model.safetensors" in names
+    assert {"nanovllm/checkpoints/assets/tiny-receipts/model.safetensors", "nanovllm/demo/report.html.jinja"} <= set(
+        names
+    )
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12 * 2**20
 
 

@@ -1,4 +1,4 @@
-"""``nanovllm dlq``: see what failed for good and why, and send it again once the cause is gone."""
+"""``nanovllm dlq``: dead letters, listed, shown with their reasons, and replayed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, get_args
+from typing import Annotated, TypeVar, get_args
 
 import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
-from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, Replay, Replayer, read_dead_letters
+from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters, replay
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
@@ -21,14 +21,14 @@ from nanovllm.terminal import plain, print_json, print_table
 
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
+T = TypeVar("T")
+_CLASSES, _STAGES = get_args(DeadLetterClass), get_args(Stage)
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 CodeOption = Annotated[list[str] | None, typer.Option("--code", help="With this code; may be repeated.")]
-ClassOption = Annotated[
-    list[str] | None, typer.Option("--class", help=f"Of this class: {', '.join(get_args(DeadLetterClass))}.")
-]
-StageOption = Annotated[list[str] | None, typer.Option("--stage", help=f"Failed in: {', '.join(get_args(Stage))}.")]
+ClassOption = Annotated[list[str] | None, typer.Option("--class", help=f"Of this class: {', '.join(_CLASSES)}.")]
+StageOption = Annotated[list[str] | None, typer.Option("--stage", help=f"Failed in: {', '.join(_STAGES)}.")]
 JobIdOption = Annotated[list[str] | None, typer.Option("--job-id", help="Of this job.")]
 SinceOption = Annotated[
     str | None, typer.Option(help="Failed at this time or later: RFC 3339, or how long ago (90s, 15m, 2h, 1d).")
@@ -53,7 +53,7 @@ def dlq_list(
 ) -> None:
     """List dead letters, the oldest first."""
     wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
-    letters = asyncio.run(_collect(client_settings(config, bootstrap_servers), wanted))
+    letters = _collect(client_settings(config, bootstrap_servers), wanted)
     if count:
         kinds = Counter((one.letter.error_class, one.letter.code, one.letter.stage) for one in letters)
         rows = [(*kind, str(number)) for kind, number in kinds.most_common()]
@@ -72,8 +72,8 @@ def dlq_show(
 ) -> None:
     """Show all that is known of one job's dead letters, as JSON; of the message its size, until --value asks for it."""
     settings = client_settings(config, bootstrap_servers)
-    letters = asyncio.run(_collect(settings, LetterFilter(job_ids=frozenset({which}))))
-    letters = letters or asyncio.run(_collect(settings, LetterFilter(positions=frozenset({which}))))
+    letters = _collect(settings, LetterFilter(job_ids=frozenset({which})))
+    letters = letters or _collect(settings, LetterFilter(positions=frozenset({which})))
     if not letters:
         raise InvalidInput(f"no dead letter has the job id or the place {plain(which).plain}")
     if value:
@@ -108,19 +108,20 @@ def dlq_replay(
     if wanted.excludes_nothing and not everything:
         raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
     settings = client_settings(config, bootstrap_servers)
-    replayer = Replayer(settings.kafka, topic or settings.topics.job_topics, per_second=rate, send=not dry_run)
-    replays = asyncio.run(_replay(replayer, read_dead_letters(settings, wanted)))
+    topics = topic or settings.topics.job_topics
+    letters = read_dead_letters(settings, wanted)
+    replays = asyncio.run(_all(replay(settings.kafka, topics, letters, per_second=rate, send=not dry_run)))
     rows = [(one.entry.position, one.entry.letter.job_id or "", one.state, one.reason) for one in replays]
     print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
 
 
-async def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:
-    letters = [record async for record in read_dead_letters(settings, wanted)]
+def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:
+    letters = asyncio.run(_all(read_dead_letters(settings, wanted)))
     return sorted(letters, key=lambda record: record.letter.failed_at)
 
 
-async def _replay(replayer: Replayer, letters: AsyncIterator[DeadLetterRecord]) -> list[Replay]:
-    return [one async for one in replayer.replay(letters)]
+async def _all(items: AsyncIterator[T]) -> list[T]:
+    return [item async for item in items]
 
 
 def _filter(
@@ -132,10 +133,7 @@ def _filter(
     until: str | None,
     only_retryable: bool,
 ) -> LetterFilter:
-    for option, given, known in (
-        ("--class", classes, get_args(DeadLetterClass)),
-        ("--stage", stages, get_args(Stage)),
-    ):
+    for option, given, known in (("--class", classes, _CLASSES), ("--stage", stages, _STAGES)):
         if unknown := set(given or ()) - set(known):
             raise InvalidInput(f"{option} {plain(min(unknown)).plain} is none of {', '.join(known)}")
     return LetterFilter(
@@ -163,10 +161,17 @@ def _time(option: str, text: str | None) -> datetime | None:
 
 def _row(record: DeadLetterRecord) -> tuple[str, ...]:
     letter = record.letter
-    failed_at = letter.failed_at.isoformat(timespec="seconds")
-    retryable = "yes" if letter.retryable else "no"
-    kind = (letter.error_class, letter.code, letter.stage)
-    return (record.position, failed_at, *kind, retryable, str(letter.attempts), letter.job_id or "", letter.message)
+    return (
+        record.position,
+        letter.failed_at.isoformat(timespec="seconds"),
+        letter.error_class,
+        letter.code,
+        letter.stage,
+        "yes" if letter.retryable else "no",
+        str(letter.attempts),
+        letter.job_id or "",
+        letter.message,
+    )
 
 
 def _details(record: DeadLetterRecord) -> dict[str, object]:

@@ -1,32 +1,30 @@
-"""Reading dead letters back, and sending what they hold once more."""
+"""Dead letters: reading them back, and sending what they hold once more."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
-from pydantic import ValidationError
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
+from nanovllm.client.connection import connected_consumer, connected_producer
 from nanovllm.errors import BrokersUnavailable
-from nanovllm.kafka.client import client_kwargs, producer_kwargs
-from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.raw_records import getmany
-from nanovllm.kafka.records import Headers
+from nanovllm.kafka.records import Headers, OutgoingRecord
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.dead_letter_record import SHA256_HEADER, TRUNCATED_HEADER, read_dead_letter
+from nanovllm.sinks.kafka import send_record
 from nanovllm.sinks.kept_headers import OWN_PREFIX
 
 POLL_MS = 300
-# Behind the last record that anybody may read there may be offsets of markers and of open transactions.
+# Behind the last readable record there may be offsets of markers and of open transactions.
 IDLE_POLLS = 10
 
 
@@ -51,7 +49,7 @@ class DeadLetterRecord:
     @classmethod
     def from_record(cls, record: ConsumerRecord) -> DeadLetterRecord:
         """Raises ValueError for a record that is no dead letter of ours."""
-        own = {name: value for name, value in record.headers if name.startswith(OWN_PREFIX)}
+        own = dict(record.headers)
         return cls(
             record.partition,
             record.offset,
@@ -106,7 +104,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
         BrokersUnavailable: the brokers do not answer or refuse, or there is no such topic.
     """
     topic = settings.topics.dead_letters
-    async with _consumer(settings.kafka, topic) as consumer:
+    async with connected_consumer(settings.kafka, topic) as consumer:
         partitions = consumer.assignment()
         if not partitions:
             raise BrokersUnavailable(f"there is no topic {topic}; create it with: nanovllm topics create")
@@ -118,7 +116,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
             for tp, records in batches.items():
                 for record in records:
                     if record.offset < ends[tp]:
-                        with suppress(ValidationError, ValueError):
+                        with suppress(ValueError):
                             if wanted.matches(entry := DeadLetterRecord.from_record(record)):
                                 yield entry
 
@@ -132,8 +130,15 @@ class Replay:
     reason: str = ""
 
 
-class Replayer:
-    """Sends what dead letters hold to the topics that they came from: the same bytes, key and headers.
+async def replay(
+    kafka: KafkaSettings,
+    topics: Iterable[str],
+    letters: AsyncIterator[DeadLetterRecord],
+    *,
+    per_second: float,
+    send: bool,
+) -> AsyncIterator[Replay]:
+    """Send what ``letters`` hold to the topics that they came from, one after the other: same bytes, key and headers.
 
     Of several dead letters of one record (it was delivered several times) the first is sent. A value that was cut
     is read again from where it came, and skipped when it no longer lies there as it was.
@@ -142,47 +147,32 @@ class Replayer:
         topics: where it may send; a dead letter from elsewhere is skipped, because its header is no authority.
         per_second: most records a second.
         send: False only says what would be sent.
+
+    Raises:
+        TransientError, BrokersUnavailable: the brokers did not take one; those before it are sent.
     """
-
-    def __init__(self, kafka: KafkaSettings, topics: Iterable[str], *, per_second: float, send: bool) -> None:
-        self._kafka = kafka
-        self._topics = frozenset(topics)
-        self._interval_s = 1.0 / per_second
-        self._send = send
-
-    async def replay(self, letters: AsyncIterator[DeadLetterRecord]) -> AsyncIterator[Replay]:
-        """Send ``letters`` one after the other, and say of each what became of it.
-
-        Raises:
-            TransientError, BrokersUnavailable: the brokers did not take one; those before it are sent.
-        """
-        seen: set[tuple[str, int, int]] = set()
-        async with _producer(self._kafka) as producer, _consumer(self._kafka) as consumer:
-            async for entry in letters:
-                source = entry.letter.source
-                if source.topic not in self._topics:
-                    yield Replay(entry, "skipped", f"it came from topic {source.topic}: allow it with --topic")
-                    continue
-                if (source.topic, source.partition, source.offset) in seen:
-                    yield Replay(entry, "skipped", "the same record as a dead letter before")
-                    continue
-                seen.add((source.topic, source.partition, source.offset))
-                value = entry.value if entry.cut_sha256 is None else await _whole_value(consumer, entry)
-                if value is None:
-                    yield Replay(entry, "skipped", "only its beginning is here, and its source holds it no longer")
-                elif not self._send:
-                    yield Replay(entry, "would be replayed")
-                else:
-                    await _send(producer, source.topic, entry, value)
-                    yield Replay(entry, "replayed")
-                    await asyncio.sleep(self._interval_s)
-
-
-async def _send(producer: AIOKafkaProducer, topic: str, entry: DeadLetterRecord, value: bytes) -> None:
-    try:
-        await producer.send_and_wait(topic, value, key=entry.key, headers=list(entry.headers))
-    except KafkaError as error:
-        raise publish_error(error, topic) from error
+    allowed = frozenset(topics)
+    seen: set[tuple[str, int, int]] = set()
+    async with connected_producer(kafka) as producer, connected_consumer(kafka) as consumer:
+        async for entry in letters:
+            source = entry.letter.source
+            place = (source.topic, source.partition, source.offset)
+            if source.topic not in allowed:
+                yield Replay(entry, "skipped", f"it came from topic {source.topic}: allow it with --topic")
+                continue
+            if place in seen:
+                yield Replay(entry, "skipped", "the same record as a dead letter before")
+                continue
+            seen.add(place)
+            value = entry.value if entry.cut_sha256 is None else await _whole_value(consumer, entry)
+            if value is None:
+                yield Replay(entry, "skipped", "only its beginning is here, and its source holds it no longer")
+            elif not send:
+                yield Replay(entry, "would be replayed")
+            else:
+                await send_record(producer, OutgoingRecord(source.topic, entry.key, value, entry.headers))
+                yield Replay(entry, "replayed")
+                await asyncio.sleep(1.0 / per_second)
 
 
 async def _whole_value(consumer: AIOKafkaConsumer, entry: DeadLetterRecord) -> bytes | None:
@@ -203,38 +193,3 @@ async def _has_reached(consumer: AIOKafkaConsumer, ends: dict[TopicPartition, in
         if await consumer.position(tp) < end:
             return False
     return True
-
-
-@asynccontextmanager
-async def _consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterator[AIOKafkaConsumer]:
-    consumer = AIOKafkaConsumer(
-        *topics,
-        **client_kwargs(kafka),
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-    )
-    async with _open(consumer.start, consumer.stop, kafka):
-        yield consumer
-
-
-@asynccontextmanager
-async def _producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
-    producer = AIOKafkaProducer(**producer_kwargs(kafka))
-    async with _open(producer.start, producer.stop, kafka):
-        yield producer
-
-
-@asynccontextmanager
-async def _open(
-    start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]], kafka: KafkaSettings
-) -> AsyncIterator[None]:
-    try:
-        await start()
-        yield
-    except KafkaError as error:
-        raise BrokersUnavailable(
-            f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({type(error).__name__})"
-        ) from error
-    finally:
-        await stop()

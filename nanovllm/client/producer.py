@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
+from nanovllm.client.connection import connected_producer
 from nanovllm.client.upload import ImageUploader
-from nanovllm.errors import BrokersUnavailable, InvalidInput, InvalidJob, MessageTooLarge
+from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge
 from nanovllm.kafka.admin import message_limits
-from nanovllm.kafka.client import producer_kwargs
-from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
@@ -32,7 +29,9 @@ from nanovllm.messages.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
+from nanovllm.sinks.kafka import send_record
 
+T = TypeVar("T")
 JobKey = Literal["image", "job_id", "none"]
 JobImage = str | Path | bytes | ImageRef
 
@@ -67,6 +66,7 @@ class JobProducer:
         self._key = key
         self._format: MessageFormat = fmt
         self._uploader = ImageUploader(upload, s3 or S3Settings()) if upload else None
+        self._connection = AsyncExitStack()
         self._producer: AIOKafkaProducer | None = None
         self._max_bytes = 0
 
@@ -77,29 +77,18 @@ class JobProducer:
             BrokersUnavailable: the brokers cannot be reached, or refuse the login.
         """
         self._max_bytes = (await message_limits(self._kafka, [self.topic]))[self.topic]
-        producer = AIOKafkaProducer(**producer_kwargs(self._kafka))
-        try:
-            await producer.start()
-        except KafkaError as error:
-            await producer.stop()
-            raise BrokersUnavailable(
-                f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({type(error).__name__})"
-            ) from error
-        self._producer = producer
+        self._producer = await self._connection.enter_async_context(connected_producer(self._kafka))
 
     async def stop(self) -> None:
         """Send what is waiting and disconnect."""
-        if self._producer is not None:
-            await self._producer.stop()
-            self._producer = None
+        await self._connection.aclose()
+        self._producer = None
 
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def send(
@@ -136,7 +125,7 @@ class JobProducer:
             "prompt": prompt,
             "messages": None if messages is None else list(messages),
             "images": [await _image_ref(image) for image in images],
-            "sampling": _json_form(explicit or {}),
+            "sampling": _with_text_keys(explicit or {}),
             "deadline": deadline,
             "priority": priority,
             "metadata": dict(metadata or {}),
@@ -153,20 +142,16 @@ class JobProducer:
         """Send ``job`` and return its ``job_id`` when all replicas have it. Raises as ``send`` does."""
         if self._producer is None:
             raise InvalidInput("the producer is not started: use it as an async context manager")
-        record = await self._record(job)
-        try:
-            sent = await self._producer.send_and_wait(
-                record.topic, record.value, key=record.key, headers=list(record.headers)
-            )
-        except KafkaError as error:
-            raise publish_error(error, self.topic) from error
+        sent = await send_record(self._producer, await self._record(job))
         return job.job_id or derive_job_id(sent.topic, sent.partition, sent.offset)
 
     async def _record(self, job: Job) -> OutgoingRecord:
         key = self._record_key(job)
         record = self._encode(job, key)
         if record.size_bytes > self._max_bytes and self._uploader is not None:
-            job = await self._with_uploaded_images(job, self._uploader)
+            upload = self._uploader.upload
+            images = [image if image.data is None else await upload(image.data) for image in job.images]
+            job = job.model_copy(update={"images": tuple(images)})
             record = self._encode(job, key)
         if record.size_bytes > self._max_bytes:
             held = any(image.data is not None for image in job.images)
@@ -186,11 +171,6 @@ class JobProducer:
         headers = (("content-type", CONTENT_TYPES[self._format].encode()),)
         return OutgoingRecord(self.topic, key, encode_job(job, self._format), headers)
 
-    @staticmethod
-    async def _with_uploaded_images(job: Job, uploader: ImageUploader) -> Job:
-        images = [image if image.data is None else await uploader.upload(image.data) for image in job.images]
-        return job.model_copy(update={"images": tuple(images)})
-
 
 class SyncJobProducer:
     """JobProducer for services without an event loop: the same arguments, a plain context manager, thread-safe."""
@@ -198,43 +178,32 @@ class SyncJobProducer:
     def __init__(self, kafka: KafkaSettings | None = None, **options: Any) -> None:
         self._producer = JobProducer(kafka, **options)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="nanovllm-producer", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        try:
+        thread = threading.Thread(target=self._loop.run_forever, name="nanovllm-producer", daemon=True)
+        with ExitStack() as stack:
+            stack.callback(self._loop.close)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
             self._run(self._producer.start())
-        except BaseException:
-            self._end_loop()
-            raise
+            stack.callback(lambda: self._run(self._producer.stop()))
+            self._connection = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._run(self._producer.stop())
-        finally:
-            self._end_loop()
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
     def send(self, prompt: str | None = None, **fields: Any) -> str:
         """As ``JobProducer.send``."""
-        job_id: str = self._run(self._producer.send(prompt, **fields))
-        return job_id
+        return self._run(self._producer.send(prompt, **fields))
 
     def send_job(self, job: Job) -> str:
         """As ``JobProducer.send_job``."""
-        job_id: str = self._run(self._producer.send_job(job))
-        return job_id
+        return self._run(self._producer.send_job(job))
 
-    def _run(self, work: Any) -> Any:
-        waiting: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return waiting.result()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 async def _image_ref(image: JobImage) -> dict[str, Any] | ImageRef | str:
@@ -251,8 +220,8 @@ async def _image_ref(image: JobImage) -> dict[str, Any] | ImageRef | str:
         raise InvalidInput(f"the image {path} cannot be read: {error.strerror or type(error).__name__}") from None
 
 
-def _json_form(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
+def _with_text_keys(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(sampling)
     if isinstance(biases := values.get("logit_bias"), Mapping):
         # Token ids are numbers in Python and the keys of an object in JSON.
         values["logit_bias"] = {str(key) if type(key) is int else key: bias for key, bias in biases.items()}

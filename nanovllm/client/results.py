@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
+from contextlib import AsyncExitStack
 from typing import Self
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
+from nanovllm.client.connection import connected_consumer
 from nanovllm.errors import BrokersUnavailable, InvalidJob
-from nanovllm.kafka.client import client_kwargs
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.dead_letter import DeadLetter
@@ -36,17 +36,10 @@ class ResultReader:
         self.unreadable = 0
 
     async def __aenter__(self) -> Self:
-        # Not in __init__: aiokafka takes the running event loop when it is constructed.
-        self._consumer = AIOKafkaConsumer(
-            *self._topics,
-            **client_kwargs(self._kafka),
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-            # For partitions that are added later: nothing of theirs has been seen.
-            auto_offset_reset="earliest",
-        )
-        try:
-            await self._consumer.start()
+        async with AsyncExitStack() as stack:
+            # Not in __init__: aiokafka takes the running event loop when it is constructed. Partitions that are added
+            # later are read from their beginning: nothing of theirs has been seen.
+            self._consumer = await stack.enter_async_context(connected_consumer(self._kafka, *self._topics))
             partitions = await self._partitions()
             # Positions first: aiokafka's own reset to the beginning, if it were still under way, would win over a seek.
             for partition in partitions:
@@ -54,21 +47,11 @@ class ResultReader:
             if not self._from_beginning:
                 for partition, end in (await self._consumer.end_offsets(partitions)).items():
                     self._consumer.seek(partition, end)
-        except KafkaError as error:
-            await self._consumer.stop()
-            why = type(error).__name__
-            raise BrokersUnavailable(
-                f"the brokers at {self._kafka.bootstrap_servers} refuse or do not answer ({why})"
-            ) from error
-        except BaseException:
-            await self._consumer.stop()
-            raise
+            self._connection = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._consumer.stop()
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.aclose()
 
     async def read(self, timeout_ms: int = 500) -> list[Outcome]:
         """What came within ``timeout_ms``; records that are not ours are counted in ``unreadable`` and skipped.

@@ -1,7 +1,8 @@
-"""A child process of the demo and the tests: started with a log file, ended politely and then for certain."""
+"""Child processes of the demo and the tests: their logs, their end, and servers that listen on loopback."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -10,16 +11,22 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+
+from nanovllm.errors import SystemicError
+
+HOST = "127.0.0.1"
 
 _steps = itertools.count(secrets.randbelow(17_000))  # onwards, so that a process is not given one port twice
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port without a listener; another process may bind it before the caller does.
+def free_port() -> int:
+    """A TCP port of loopback without a listener; another process may bind it before the caller does.
 
     It is below Linux's ephemeral ports (from 32768): a client's connection, even one that is tried again while the
     server is down, is never given it as its own.
@@ -30,13 +37,13 @@ def free_port(host: str = "127.0.0.1") -> int:
     for _ in range(100):
         port = 15_000 + next(_steps) % 17_000
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
+            probe.bind((HOST, port))
             return port
-    raise OSError(f"no port of {host} from 15000 to 31999 is free")
+    raise OSError(f"no port of {HOST} from 15000 to 31999 is free")
 
 
 class LocalProcess:
-    """One child process in a session of its own, so that Ctrl-C reaches only the parent, which then ends it in order.
+    """A child process in a session of its own, so that Ctrl-C reaches only the parent, which then ends it in order.
 
     A parent that is killed takes it along on Linux, when it was started in the parent's main thread.
 
@@ -47,8 +54,8 @@ class LocalProcess:
     def __init__(self, name: str, command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.log = log
-        self._command = list(command)
-        self._env = dict(env) if env is not None else None
+        self._command = command
+        self._env = env
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -69,7 +76,6 @@ class LocalProcess:
     def start(self) -> None:
         """Start it; its log is appended to. Raises OSError when the program cannot be run."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        output: IO[bytes]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*_dying_with_parent(), *self._command],
@@ -89,14 +95,14 @@ class LocalProcess:
         return "\n".join(text.splitlines()[-lines:])
 
     def kill(self) -> None:
-        """End it and its children at once, as a crash would (SIGKILL), and reap it."""
+        """SIGKILL to it and its children, as in a crash, and reap it."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM, without waiting for what it does."""
+        """SIGTERM, without a wait."""
         if self._process is not None:
             self._process.terminate()
 
@@ -104,16 +110,77 @@ class LocalProcess:
         """SIGTERM, then SIGKILL after ``grace_s`` seconds; returns the exit code, None when it never ran."""
         if self._process is None:
             return None
-        if self._process.poll() is None:
-            self.terminate()
-            try:
-                self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        return self._process.returncode
+        self.terminate()
+        try:
+            return self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.returncode
 
 
 def _dying_with_parent() -> list[str]:
     # The kernel watches the thread that forked, not its process: in any other thread the child would die too early.
     program = shutil.which("setpriv") if threading.current_thread() is threading.main_thread() else None
     return [program, "--pdeathsig", "KILL", "--"] if program else []
+
+
+class LocalServer(ABC):
+    """A server on loopback as a child process; a subclass says its command and how it answers.
+
+    Args:
+        name: what messages call it.
+        directory: of its log and data, kept; None: a temporary one, removed by ``stop()``.
+        port: None takes a free one.
+    """
+
+    def __init__(self, name: str, directory: Path | None = None, port: int | None = None) -> None:
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="nanovllm-")
+        self._directory = directory or Path(self._temporary.name if self._temporary else "")
+        self._wanted_port = port
+        self._port = port or 0
+        self._process = LocalProcess(name, (), self._directory / "log")
+
+    @abstractmethod
+    def command(self) -> Sequence[str]:
+        """The command line of the server on ``_port``.
+
+        Raises:
+            ConfigurationError: it is not installed.
+        """
+
+    @abstractmethod
+    async def answers(self) -> bool:
+        """Whether it answers a request now."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None before the start."""
+        return self._process.pid
+
+    async def start(self, timeout_s: float = 60.0) -> None:
+        """Start it and return when it answers (its port may be open earlier).
+
+        Raises:
+            ConfigurationError: it is not installed.
+            SystemicError: it ended by itself, or does not answer within ``timeout_s``.
+        """
+        name, deadline = self._process.name, time.monotonic() + timeout_s
+        # Between free_port() and the server's own bind, another process may have taken the port.
+        for _ in range(1 if self._wanted_port else 3):
+            self._port = self._wanted_port or free_port()
+            self._process = LocalProcess(name, self.command(), self._process.log)
+            self._process.start()
+            while self._process.is_running:
+                if await self.answers():
+                    return
+                if time.monotonic() > deadline:
+                    self.stop()
+                    raise SystemicError(f"the {name} did not answer within {timeout_s:g} s")
+                await asyncio.sleep(0.05)
+        raise SystemicError(f"the {name} ended while starting; its last words: {self._process.tail() or 'none'}")
+
+    def stop(self) -> None:
+        """End it, and remove its temporary directory. Does nothing when it is not running."""
+        self._process.stop()
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,17 +1,16 @@
-"""What came out of a demo run: the answers against the truth, the caches, the latencies, the verdict."""
+"""Outcome of a demo run: the answers against the truth, the caches, the latencies, the verdict."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from nanovllm.demo.jobs import BROKEN_JOB_ID, DemoJob, DemoSet
-from nanovllm.messages.base import Message
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.sinks.jsonl import JsonLinesSink
@@ -113,15 +112,12 @@ class Outcome:
     def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``results.jsonl`` and ``dead-letters.jsonl``."""
         (directory / "summary.json").write_text(json.dumps(asdict(self.summary), indent=2) + "\n")
-        files: dict[str, Iterable[Message]] = {
-            "results.jsonl": self.results.values(),
-            "dead-letters.jsonl": self.dead_letters,
-        }
-        for name, messages in files.items():
-            (directory / name).unlink(missing_ok=True)
-            with JsonLinesSink(directory / name) as sink:
-                for message in messages:
-                    sink.write(message)
+        with JsonLinesSink(directory / "results.jsonl") as results:
+            for result in self.results.values():
+                results.write(result)
+        with JsonLinesSink(directory / "dead-letters.jsonl") as dead_letters:
+            for letter in self.dead_letters:
+                dead_letters.write(letter)
 
 
 def stage_times(result: Result) -> dict[str, float]:

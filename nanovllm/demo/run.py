@@ -12,10 +12,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from rich.console import Console
@@ -28,7 +27,7 @@ from nanovllm.client.results import ResultReader
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import LocalProcess, free_port
 from nanovllm.demo.jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
-from nanovllm.demo.object_store import EmbeddedObjectStore
+from nanovllm.demo.object_store import CREDENTIALS, EmbeddedObjectStore
 from nanovllm.demo.outcome import Outcome
 from nanovllm.demo.report import render_report
 from nanovllm.errors import SystemicError
@@ -46,7 +45,7 @@ EXPECTED_DEAD_LETTERS = 2
 STALL_S = 180.0
 """Without any answer for so long, the run is given up: loading the model takes seconds."""
 
-# Of the caller's own settings only these reach the worker: the demo must never touch anybody's brokers or buckets.
+# Of the caller's own settings only these reach the worker: the demo never touches other brokers or buckets.
 _KEPT_SETTINGS = ("NANOVLLM_ENGINE__", "NANOVLLM_IMAGES__", "NANOVLLM_LOG_LEVEL")
 _COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
 
@@ -63,41 +62,33 @@ def run_demo(*, keep: bool = False, output: Path = Path("build/demo"), jobs: int
         ConfigurationError: too few jobs, or the extra ``demo`` is not installed.
         SystemicError: a part did not start or ended early.
     """
+    demo = demo_set(jobs)
+    output.mkdir(parents=True, exist_ok=True)
+    # What an earlier run left must not pass for this one's.
+    for name in ("report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"):
+        (output / name).unlink(missing_ok=True)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
-    return asyncio.run(_run(demo_set(jobs), keep, output, console))
+    return asyncio.run(_run(demo, keep, output, console))
 
 
 async def _run(demo: DemoSet, keep: bool, output: Path, console: Console) -> int:
-    with _ended_by_signals():
-        try:
-            with ExitStack() as parts:
-                return await _demo(demo, keep, output, console, parts)
-        except asyncio.CancelledError:
-            console.print("Interrupted; everything that was started has been ended.")
-            return 1
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal all cancel the running task, so that every part is ended in order."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in signals:
-        loop.add_signal_handler(number, task.cancel)
+    # Ctrl-C, SIGTERM and a closed terminal cancel the task, so that every part is ended in order.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+        with ExitStack() as parts:
+            return await _demo(demo, keep, output, console, parts)
+    except asyncio.CancelledError:
+        console.print("Interrupted; everything that was started has been ended.")
+        return 1
 
 
 async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts: ExitStack) -> int:
     started = time.monotonic()
-    _clear(output)
-
     broker, store = EmbeddedBroker(), EmbeddedObjectStore()
     parts.callback(broker.stop)
     parts.callback(store.stop)
@@ -107,8 +98,15 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         await create_topics(kafka, [TOPICS.jobs, TOPICS.results, TOPICS.metrics, TOPICS.dead_letters])
         done(f"Kafka on {broker.bootstrap_servers}, S3 on {store.endpoint_url}")
 
-    environment = _settings(broker, store)
-    worker = LocalProcess("worker", [*_COMMAND, "worker"], output / "worker.log", env=_worker_environment(environment))
+    settings = {
+        "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+        "NANOVLLM_KAFKA__GROUP_ID": "nanovllm-demo",
+        "NANOVLLM_S3__ENDPOINT_URL": store.endpoint_url,
+        "NANOVLLM_S3__ADDRESSING_STYLE": "path",
+        "NANOVLLM_S3__ALLOW": f"s3://{BUCKET}/",
+        **CREDENTIALS,
+    }
+    worker = LocalProcess("worker", [*_COMMAND, "worker"], output / "worker.log", env=_worker_environment(settings))
     worker.start()
     parts.callback(worker.stop, grace_s=30.0)
     with _step(console, f"Uploading {len(demo.objects)} images, producing {len(demo.jobs) + 2} messages") as done:
@@ -123,39 +121,19 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
     (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
     if keep:
-        await _wait_for_the_end(environment, worker, console)
+        await _wait_for_the_end(settings, worker, console)
     return 1 if outcome.complaints else 0
 
 
-def _clear(output: Path) -> None:
-    """Remove what an earlier run left, so that nothing of it passes for this one's."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"):
-        (output / name).unlink(missing_ok=True)
-
-
 @contextmanager
-def _step(console: Console, title: str) -> Iterator[Any]:
+def _step(console: Console, title: str) -> Iterator[Callable[[str], None]]:
     started = time.monotonic()
     details: list[str] = []
     with console.status(title):
         yield details.append
-    seconds = time.monotonic() - started
-    console.print(f"[green]✓[/] {title} [dim]{seconds:5.1f} s[/]")
+    console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:5.1f} s[/]")
     for detail in details:
         console.print(f"  [dim]{detail}[/]")
-
-
-def _settings(broker: EmbeddedBroker, store: EmbeddedObjectStore) -> dict[str, str]:
-    """What a client or worker of this demo needs in its environment."""
-    return {
-        "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
-        "NANOVLLM_KAFKA__GROUP_ID": "nanovllm-demo",
-        "NANOVLLM_S3__ENDPOINT_URL": store.endpoint_url,
-        "NANOVLLM_S3__ADDRESSING_STYLE": "path",
-        "NANOVLLM_S3__ALLOW": f"s3://{BUCKET}/",
-        **store.environment,
-    }
 
 
 def _worker_environment(settings: Mapping[str, str]) -> dict[str, str]:
@@ -186,7 +164,7 @@ async def _produce(demo: DemoSet, kafka: KafkaSettings) -> None:
     middle = len(demo.jobs) // 2
     async with JobProducer(kafka) as producer:
         for job in (*demo.jobs[:middle], demo.broken, *demo.jobs[middle:]):
-            await producer.send(job_id=job.job_id, prompt=job.prompt, images=list(job.uris))
+            await producer.send(job_id=job.job_id, prompt=job.prompt, images=job.uris)
     async with AIOKafkaProducer(**producer_kwargs(kafka)) as plain:
         await plain.send_and_wait(TOPICS.jobs, MALFORMED_MESSAGE)
 
@@ -199,17 +177,16 @@ async def _collect(
     Raises:
         SystemicError: the worker ended by itself.
     """
-    waiting = {job.job_id for job in demo.jobs}
     results: dict[str, Result] = {}
     dead_letters: list[DeadLetter] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Constructed without a look at the environment, which may name other brokers.
     settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("The worker answers", total=len(waiting) + EXPECTED_DEAD_LETTERS)
+        task = progress.add_task("The worker answers", total=len(demo.jobs) + EXPECTED_DEAD_LETTERS)
         last_answer = time.monotonic()
         async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
-            while waiting - results.keys() or len(dead_letters) < EXPECTED_DEAD_LETTERS:
+            while len(results) < len(demo.jobs) or len(dead_letters) < EXPECTED_DEAD_LETTERS:
                 answers = await reader.read()
                 for answer in answers:
                     if isinstance(answer, Result):
@@ -220,15 +197,28 @@ async def _collect(
                 if answers:
                     last_answer = time.monotonic()
                 elif not worker.is_running:
-                    raise SystemicError(f"the worker ended with exit code {worker.exit_code}:\n{worker.tail(15)}")
+                    raise _ended_early(worker)
                 elif time.monotonic() - last_answer > STALL_S:
                     break
     return results, dead_letters
 
 
+def _ended_early(worker: LocalProcess) -> SystemicError:
+    return SystemicError(f"the worker ended with exit code {worker.exit_code}:\n{worker.tail(15)}")
+
+
 def _show(outcome: Outcome, output: Path, console: Console) -> None:
-    console.print(_answer_table(outcome))
-    console.print(_latency_table(outcome))
+    answers = Table("prompt", "text", "", title="Prompt → text", title_justify="left")
+    for job in sorted(outcome.demo.jobs, key=lambda job: (job.kind, job.job_id)):
+        mark = Text("✓", style="green") if outcome.is_exact(job) else Text("✗", style="bold red")
+        answers.add_row(Text(job.prompt), _answer(job, outcome), mark)
+    console.print(answers)
+    latencies = Table("stage", title="Latency of a job, ms", title_justify="left")
+    latencies.add_column("p50", justify="right")
+    latencies.add_column("p95", justify="right")
+    for latency in outcome.latencies:
+        latencies.add_row(latency.stage, f"{latency.p50_ms:,.1f}", f"{latency.p95_ms:,.1f}")
+    console.print(latencies)
     summary, caches = outcome.summary, outcome.cache_outcomes
     console.print(
         f"[bold]Images[/]: {summary.images} in the answered jobs, {summary.distinct_images} different; "
@@ -247,13 +237,6 @@ def _show(outcome: Outcome, output: Path, console: Console) -> None:
         console.print(Text(f"✗ {complaint}", style="bold red"))
 
 
-def _answer_table(outcome: Outcome) -> Table:
-    table = Table("prompt", "text", "", title="Prompt → text", title_justify="left")
-    for job in sorted(outcome.demo.jobs, key=lambda job: (job.kind, job.job_id)):
-        table.add_row(Text(job.prompt), _answer(job, outcome), _mark(outcome.is_exact(job)))
-    return table
-
-
 def _answer(job: DemoJob, outcome: Outcome) -> Text:
     result = outcome.results.get(job.job_id)
     if result is None:
@@ -262,27 +245,14 @@ def _answer(job: DemoJob, outcome: Outcome) -> Text:
     return text if outcome.is_exact(job) else text.append("\ntruth: ", style="dim").append(plain(job.truth))
 
 
-def _mark(is_exact: bool) -> Text:
-    return Text("✓", style="green") if is_exact else Text("✗", style="bold red")
-
-
-def _latency_table(outcome: Outcome) -> Table:
-    table = Table("stage", title="Latency of a job, ms", title_justify="left")
-    table.add_column("p50", justify="right")
-    table.add_column("p95", justify="right")
-    for latency in outcome.latencies:
-        table.add_row(latency.stage, f"{latency.p50_ms:,.1f}", f"{latency.p95_ms:,.1f}")
-    return table
-
-
-async def _wait_for_the_end(environment: Mapping[str, str], worker: LocalProcess, console: Console) -> None:
+async def _wait_for_the_end(settings: Mapping[str, str], worker: LocalProcess, console: Console) -> None:
     """Say how to use what is running, and wait for Ctrl-C or the worker's end."""
     program = Path(sys.executable).with_name("nanovllm")
     command = shlex.quote(str(program)) if program.exists() else shlex.join(_COMMAND)
-    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+    exported = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     console.print("\n[bold]All of it is still running.[/] In another terminal:\n")
     for line in (
-        f"export {settings}",
+        f"export {exported}",
         f"{command} submit --wait --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
         f"{command} submit --wait --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
         f"{command} results --from-beginning",
@@ -295,4 +265,4 @@ async def _wait_for_the_end(environment: Mapping[str, str], worker: LocalProcess
     except asyncio.CancelledError:
         console.print("Ending.")
         return
-    raise SystemicError(f"the worker ended with exit code {worker.exit_code}:\n{worker.tail(15)}")
+    raise _ended_early(worker)

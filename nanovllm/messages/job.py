@@ -1,4 +1,4 @@
-"""A job: what a producer asks for. Everything in it comes from outside and is trusted for nothing."""
+"""The job message: what a producer asks for, validated as untrusted input."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def _check_s3_uri(value: Any) -> Any:
 
 def _datetime_from_text(value: Any) -> Any:
     # pydantic alone would take a number for seconds or for milliseconds, by its size.
-    if isinstance(value, str):
-        if not _RFC3339.fullmatch(value):
-            raise ValueError("is not an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
+    if isinstance(value, str) and _RFC3339.fullmatch(value):
         return datetime.fromisoformat(value.upper())
     if isinstance(value, datetime) and value.tzinfo is not None:
         return value
@@ -177,9 +175,11 @@ class ImageUrl(_Strict):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        if not _DATA_URL.match(url):
-            return str(_check_s3_uri(url)) if url.startswith("s3://") else _refuse_scheme()
-        return url
+        if _DATA_URL.match(url):
+            return url
+        if not url.startswith("s3://"):
+            raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
+        return str(_check_s3_uri(url))
 
 
 class ImageUrlPart(_Strict):
@@ -199,10 +199,6 @@ class ImageUrlPart(_Strict):
     def _check_image(self) -> ImageUrlPart:
         self.image()
         return self
-
-
-def _refuse_scheme() -> str:
-    raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
 
 
 def _content_kind(value: Any) -> str:
@@ -263,7 +259,13 @@ class Job(BaseModel):
     @field_validator("sampling")
     @classmethod
     def _check_sampling(cls, sampling: dict[str, Any]) -> dict[str, Any]:
-        return _explicit_sampling(sampling)
+        check_json_value(sampling)
+        try:
+            # From JSON, because strict Python input would refuse a list for a tuple.
+            params = SamplingParams.model_validate_json(_json_bytes(sampling), strict=True)
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, "sampling")) from None
+        return {name: getattr(params, name) for name in SamplingParams.model_fields if name in sampling}
 
     @field_serializer("sampling")
     def _sampling_with_text_keys(self, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -285,17 +287,25 @@ class Job(BaseModel):
             raise ValueError("a job has either prompt or messages")
         return self
 
+    @property
+    def _parts(self) -> list[TextPart | ImagePart | ImageUrlPart]:
+        contents = [message.content for message in self.messages or ()]
+        return [part for content in contents if not isinstance(content, str) for part in content]
+
     def image_refs(self) -> tuple[ImageRef, ...]:
         """All images of the job in the order of their places in the text.
 
         Raises:
             PlaceholderMismatch: the places in the text are more or fewer than the images.
         """
+        parts = self._parts
+        places = (self.prompt or "").count(IMAGE_PLACEHOLDER) + sum(isinstance(part, ImagePart) for part in parts)
+        if places != len(self.images):
+            raise PlaceholderMismatch(
+                f"the text has {places} image placeholders, the job has {len(self.images)} images"
+            )
         if self.messages is None:
-            _check_count((self.prompt or "").count(IMAGE_PLACEHOLDER), len(self.images))
             return self.images
-        parts = [part for message in self.messages if not isinstance(message.content, str) for part in message.content]
-        _check_count(sum(isinstance(part, ImagePart) for part in parts), len(self.images))
         waiting = iter(self.images)
         return tuple(
             part.image() if isinstance(part, ImageUrlPart) else next(waiting)
@@ -306,11 +316,9 @@ class Job(BaseModel):
     @property
     def text_chars(self) -> int:
         """Characters of the prompt or of the messages' text."""
-        contents = [message.content for message in self.messages or ()]
-        texts = [content for content in contents if isinstance(content, str)]
-        parts = [part for content in contents if not isinstance(content, str) for part in content]
-        texts += [part.text for part in parts if isinstance(part, TextPart)]
-        return len(self.prompt or "") + sum(map(len, texts))
+        texts = [self.prompt or "", *(part.text for part in self._parts if isinstance(part, TextPart))]
+        texts += [message.content for message in self.messages or () if isinstance(message.content, str)]
+        return sum(map(len, texts))
 
     def image_key(self) -> str | None:
         """The record's key, or None without an image: the first one's identity, so that equal images meet one cache."""
@@ -327,7 +335,8 @@ class Job(BaseModel):
                 "content": message.content
                 if isinstance(message.content, str)
                 else [
-                    part.model_dump() if isinstance(part, TextPart) else {"type": "image"} for part in message.content
+                    {"type": "image"} if isinstance(part, ImageUrlPart) else part.model_dump()
+                    for part in message.content
                 ],
             }
             for message in self.messages
@@ -359,20 +368,5 @@ def derive_job_id(topic: str, partition: int, offset: int) -> str:
     return f"{topic}:{partition}:{offset}"
 
 
-def _explicit_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    check_json_value(sampling)
-    try:
-        # From JSON, because strict Python input would refuse a list for a tuple.
-        params = SamplingParams.model_validate_json(_json_bytes(sampling), strict=True)
-    except ValidationError as error:
-        raise ValueError(describe_errors(error, "sampling")) from None
-    return {name: getattr(params, name) for name in SamplingParams.model_fields if name in sampling}
-
-
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _check_count(places: int, images: int) -> None:
-    if places != images:
-        raise PlaceholderMismatch(f"the text has {places} image placeholders, the job has {images} images")

@@ -22,48 +22,48 @@ from nanovllm.errors import (
 # CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
 _OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession"})
 
-# Codes of AWS S3, MinIO, Ceph and Versity. What is in no set is told by its status; an unknown code is transient, so
-# that the circuit breaker holds the queue when every object gets it.
-_CREDENTIALS = frozenset(
-    {
-        "AccountProblem",
-        "AuthorizationHeaderMalformed",  # the SDK has tried the region that it names
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "IncompleteSignature",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "InvalidRegion",
-        "InvalidSecurity",
-        "InvalidToken",
-        "InvalidTokenId",
-        "MissingAuthenticationToken",
-        "MissingSecurityHeader",
-        "NotSignedUp",
-        "RequestExpired",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-        "UnauthorizedAccess",
-        "UnrecognizedClientException",
-        "UnsupportedSignature",
-        "UserSuspended",
-    }
-)
-# MethodNotAllowed is the answer for a version that is a delete marker.
-_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "MethodNotAllowed"})
-_INPUT = frozenset(
-    {
-        "InvalidArgument",
-        "InvalidBucketName",
-        "InvalidObjectName",
-        "InvalidURI",
-        "KeyTooLongError",
-        "XMinioInvalidObjectName",
-    }
-)
-# InvalidRequest: the object is encrypted with a customer-provided key (SSE-C), which GetObject has to name.
-_UNAVAILABLE = frozenset({"InvalidRequest", "PermanentRedirect", "Redirect", "TemporaryRedirect"})
+# Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status; an unknown code is transient, so that the
+# circuit breaker holds the queue when every object gets it.
+_BY_CODE: dict[str, type[NanoVLLMError]] = {
+    "AccountProblem": CredentialsRefused,
+    "AuthorizationHeaderMalformed": CredentialsRefused,  # the SDK has tried the region that it names
+    "ExpiredToken": CredentialsRefused,
+    "ExpiredTokenException": CredentialsRefused,
+    "IncompleteSignature": CredentialsRefused,
+    "InvalidAccessKeyId": CredentialsRefused,
+    "InvalidClientTokenId": CredentialsRefused,
+    "InvalidRegion": CredentialsRefused,
+    "InvalidSecurity": CredentialsRefused,
+    "InvalidToken": CredentialsRefused,
+    "InvalidTokenId": CredentialsRefused,
+    "MissingAuthenticationToken": CredentialsRefused,
+    "MissingSecurityHeader": CredentialsRefused,
+    "NotSignedUp": CredentialsRefused,
+    "RequestExpired": CredentialsRefused,
+    "RequestTimeTooSkewed": CredentialsRefused,
+    "SignatureDoesNotMatch": CredentialsRefused,
+    "TokenRefreshRequired": CredentialsRefused,
+    "UnauthorizedAccess": CredentialsRefused,
+    "UnrecognizedClientException": CredentialsRefused,
+    "UnsupportedSignature": CredentialsRefused,
+    "UserSuspended": CredentialsRefused,
+    "NoSuchKey": ObjectNotFound,
+    "NoSuchBucket": ObjectNotFound,
+    "NoSuchVersion": ObjectNotFound,
+    "NotFound": ObjectNotFound,
+    "MethodNotAllowed": ObjectNotFound,  # the answer for a version that is a delete marker
+    "InvalidObjectState": ObjectArchived,
+    "InvalidArgument": InvalidInput,
+    "InvalidBucketName": InvalidInput,
+    "InvalidObjectName": InvalidInput,
+    "InvalidURI": InvalidInput,
+    "KeyTooLongError": InvalidInput,
+    "XMinioInvalidObjectName": InvalidInput,
+    "InvalidRequest": ObjectUnavailable,  # encrypted with a customer-provided key (SSE-C), which GetObject has to name
+    "PermanentRedirect": ObjectUnavailable,
+    "Redirect": ObjectUnavailable,
+    "TemporaryRedirect": ObjectUnavailable,
+}
 
 BAD_ENDPOINT = (
     "the endpoint of the object store (NANOVLLM_S3__ENDPOINT_URL, or the AWS SDK's own setting) is no URL such as "
@@ -93,15 +93,11 @@ def classify(error: Exception) -> NanoVLLMError:
 
 def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
     code, status, said = _code(error), _status(error), f"the object store {_answer(error)}"
-    if code in _CREDENTIALS:
-        return CredentialsRefused(said)
-    if code == "InvalidObjectState":
-        return ObjectArchived(said)
-    if code in _UNAVAILABLE or code.startswith("KMS."):
+    if code in _BY_CODE:
+        return _BY_CODE[code](said)
+    if code.startswith("KMS."):
         return ObjectUnavailable(said)
-    if code in _INPUT:
-        return InvalidInput(said)
-    if code in _NOT_FOUND or status == 404:
+    if status == 404:
         return ObjectNotFound(said)
     if status == 412:
         return ObjectChanged(f"{said}: the object has another entity tag than the job names")

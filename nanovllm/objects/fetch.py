@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,13 +157,8 @@ class ObjectFetcher:
             # Not every store, or proxy before one, knows the condition.
             raise ObjectChanged("the object has another entity tag than the job names")
         version_id = answer.get("VersionId") or ref.version_id
-        return FetchedImage(
-            data,
-            hashlib.sha256(data).hexdigest(),
-            ref.uri,
-            None if version_id == "null" else version_id,
-            tag,
-        )
+        version_id = None if version_id == "null" else version_id
+        return FetchedImage(data, hashlib.sha256(data).hexdigest(), ref.uri, version_id, tag)
 
     def _read_body(self, answer: Any) -> bytes:
         self._check_size(answer.get("ContentLength", 0), "the object")
@@ -183,28 +179,19 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
     Not an executor: the interpreter waits for its threads, and a store that hangs would outlast the drain's budget.
     """
     loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[FetchedImage] = loop.create_future()
-
-    def settle(image: FetchedImage | None, error: BaseException | None) -> None:
-        ended()
-        if outcome.cancelled():
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        elif image is not None:
-            outcome.set_result(image)
+    outcome: Future[FetchedImage] = Future()
+    outcome.set_running_or_notify_cancel()  # a task that is cancelled does not end the thread
 
     def run() -> None:
-        image, error = None, None
         try:
-            image = read()
-        except BaseException as failure:
-            error = failure
+            outcome.set_result(read())
+        except BaseException as error:
+            outcome.set_exception(error)
         with contextlib.suppress(RuntimeError):  # the event loop is closed, and no task waits any more
-            loop.call_soon_threadsafe(settle, image, error)
+            loop.call_soon_threadsafe(ended)
 
     threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
-    return await outcome
+    return await asyncio.wrap_future(outcome)
 
 
 def _is_unchanged(error: ClientError) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +54,32 @@ def unknown_variables(names: Iterable[str]) -> Iterable[str]:
     """Those of ``names`` that carry our prefix and name no setting (pydantic-settings ignores them)."""
     for name in sorted(names):
         upper = name.upper()
-        if not upper.startswith(ENV_PREFIX) or upper == CONFIG_VARIABLE:
-            continue
-        if _is_setting(upper.removeprefix(ENV_PREFIX)) or _KUBERNETES_SERVICE.match(upper):
-            continue
+        if upper.startswith(ENV_PREFIX) and upper not in _VARIABLES and not _KUBERNETES_SERVICE.match(upper):
+            yield name
+
+
+def _setting_names() -> Iterator[str]:
+    for name, field in Settings.model_fields.items():
         yield name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}__{inner}" for inner in field.annotation.model_fields)
 
 
-def _is_setting(name: str) -> bool:
-    section, *rest = name.lower().split("__")
-    field = Settings.model_fields.get(section)
-    if field is None:
-        return False
-    if not rest:
-        return True
-    nested = field.annotation
-    fields = nested.model_fields if isinstance(nested, type) and issubclass(nested, BaseModel) else {}
-    return len(rest) == 1 and rest[0] in fields
+_VARIABLES = {CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in _setting_names())}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    # Not by the sources of pydantic-settings 2.16: they skip what is no regular file (a shell's `<(…)`), and take a
+    # list of pairs for a mapping.
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"configuration file {path} cannot be read: {type(error).__name__}") from error
+    parse = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}.get(path.suffix)
+    if parse is None:
+        raise ConfigurationError(f"configuration file {path}: its name must end in .yaml, .yml or .toml")
     try:
-        if path.suffix == ".toml":
-            values: Any = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text) or {}
-        else:
-            raise ConfigurationError(f"configuration file {path}: its name must end in .yaml, .yml or .toml")
+        values = parse(text) or {}
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         # The parsers quote the line they fell on, which may hold a password: only its place is repeated.
         mark = getattr(error, "problem_mark", None)

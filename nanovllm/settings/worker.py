@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
@@ -97,13 +97,9 @@ class Settings(BaseSettings):
 
     def _check_topics(self) -> None:
         """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
-        topics = self.topics
+        topics, delays_s = self.topics, self.retries.delays_s
         uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
-        uses += [
-            (retry_topic(jobs, delay_s), "retries.delays_s")
-            for jobs in topics.job_topics
-            for delay_s in self.retries.delays_s
-        ]
+        uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in topics.job_topics for delay_s in delays_s]
         uses += [
             (getattr(topics, name), f"topics.{name}") for name in ("results", "metrics", "dead_letters", "in_flight")
         ]
@@ -121,15 +117,11 @@ class Settings(BaseSettings):
         """Most jobs between Kafka and result: the horizon of priority, order and dedup."""
         return self.admission.max_jobs or 2 * self.engine.max_num_seqs
 
-    def masked(self) -> dict[str, Any]:
-        """The effective values as plain data; secrets, and passwords inside URLs, are masked."""
-        values: dict[str, Any] = self.model_dump(mode="json")
-        values["s3"]["endpoint_url"] = _mask_userinfo(self.s3.endpoint_url)
-        return values
-
     def masked_yaml(self) -> str:
-        """The effective values in the form of a configuration file, secrets masked."""
-        return yaml.safe_dump(self.masked(), sort_keys=False, allow_unicode=True)
+        """The effective values in the form of a configuration file; secrets, and passwords inside URLs, are masked."""
+        values = self.model_dump(mode="json")
+        values["s3"]["endpoint_url"] = _mask_userinfo(self.s3.endpoint_url)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _mask_userinfo(url: str | None) -> str | None:

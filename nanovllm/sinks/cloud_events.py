@@ -14,32 +14,20 @@ from nanovllm.messages.result import Result
 from nanovllm.sinks.kept_headers import TRACE_HEADERS, kept_headers, rfc3339
 
 
-def result_record(result: Result, topic: str, fmt: MessageFormat, original_headers: Headers = ()) -> OutgoingRecord:
-    """``result`` as a CloudEvent, keyed by its job."""
-    headers = _event_headers("nanovllm.result.v1", result.result_id, result, fmt, original_headers)
-    return OutgoingRecord(topic, result.job_id.encode(), encode(result, fmt), headers)
-
-
-def metrics_record(
-    metrics: JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
+def event_record(
+    message: Result | JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
 ) -> OutgoingRecord:
-    """``metrics`` as a CloudEvent, keyed by its job."""
-    headers = _event_headers("nanovllm.metrics.v1", metrics.result_id, metrics, fmt, original_headers)
-    return OutgoingRecord(topic, metrics.job_id.encode(), encode(metrics, fmt), headers)
-
-
-def _event_headers(
-    event_type: str, event_id: str, message: Result | JobMetrics, fmt: MessageFormat, original_headers: Headers
-) -> Headers:
+    """``message`` as a CloudEvent, keyed by its job."""
     source = message.source
     attributes = {
         "ce_specversion": "1.0",
-        "ce_id": event_id,
-        "ce_type": event_type,
+        "ce_id": message.result_id,
+        "ce_type": f"nanovllm.{message.schema_name}",
         "ce_source": f"/nanovllm/{source.topic}/{source.partition}",
         "ce_subject": message.job_id,
         "ce_time": rfc3339(datetime.now(UTC)),
         "content-type": CONTENT_TYPES[fmt],
     }
-    own = tuple((name, value.encode()) for name, value in attributes.items())
-    return (*own, *((name.lower(), value) for name, value in kept_headers(original_headers, TRACE_HEADERS)))
+    own = ((name, value.encode()) for name, value in attributes.items())
+    kept = ((name.lower(), value) for name, value in kept_headers(original_headers, TRACE_HEADERS))
+    return OutgoingRecord(topic, message.job_id.encode(), encode(message, fmt), (*own, *kept))

@@ -1,9 +1,8 @@
-"""Messages as JSON lines in a file: one message a line, readable with any tool."""
+"""The JSON lines sink: one message a line in a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from pydantic import BaseModel
@@ -26,9 +25,7 @@ class JsonLinesSink:
         self._file = self.path.open("ab")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

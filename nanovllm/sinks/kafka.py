@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import (
-    KafkaError,
-)
+from aiokafka.errors import KafkaError
+from aiokafka.structs import RecordMetadata
 
 from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import send_batches
@@ -65,19 +64,14 @@ class KafkaSink:
         if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
             await self._send_batches(records)
             return
-        outcomes = await asyncio.gather(*(self._send(record) for record in records), return_exceptions=True)
+        sends = (send_record(self._producer, record) for record in records)
+        outcomes = await asyncio.gather(*sends, return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
             if not isinstance(error, NanoVLLMError):
                 raise error
         if errors:
             raise max(errors, key=lambda error: getattr(error, "error_class", None) is ErrorClass.SYSTEMIC)
-
-    async def _send(self, record: OutgoingRecord) -> None:
-        try:
-            await self._producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
-        except KafkaError as error:
-            raise publish_error(error, record.topic) from error
 
     async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
         producer, topic = self._producer, records[0].topic
@@ -86,3 +80,15 @@ class KafkaSink:
             await send(topic, records, self.max_record_bytes(topic))
         except KafkaError as error:
             raise publish_error(error, topic) from error
+
+
+async def send_record(producer: AIOKafkaProducer | RecoveringProducer, record: OutgoingRecord) -> RecordMetadata:
+    """Send ``record`` and wait until all replicas have it.
+
+    Raises:
+        MessageTooLarge, TransientError, BrokersUnavailable: as ``publish_error`` says.
+    """
+    try:
+        return await producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
+    except KafkaError as error:
+        raise publish_error(error, record.topic) from error

@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from parts import png
+from parts import evict_members, png
 from world import World
 
-from nanovllm.demo.broker import evict_members
 from nanovllm.messages.job import Job
 
 JOBS = 300

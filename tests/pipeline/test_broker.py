@@ -8,9 +8,9 @@ import sys
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from parts import create_topic, eventually
+from parts import create_topic, eventually, evict_members
 
-from nanovllm.demo.broker import EmbeddedBroker, answers_metadata, evict_members
+from nanovllm.demo.broker import EmbeddedBroker, answers_metadata
 from nanovllm.errors import SystemicError
 
 
@@ -50,10 +50,14 @@ async def test_a_broker_that_cannot_bind_its_port_says_so():
 
 
 async def test_stop_ends_the_process_and_removes_its_temporary_directory():
-    async with EmbeddedBroker() as broker:
+    broker = EmbeddedBroker()
+    try:
+        await broker.start()
         pid, directory = broker.pid, broker._directory
         assert pid is not None
         assert directory.exists()
+    finally:
+        broker.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not directory.exists()

@@ -15,7 +15,7 @@ from nanovllm.cli.sources import plan_submissions
 from nanovllm.demo import jobs as demo_jobs
 from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.kafka.records import OutgoingRecord
-from nanovllm.sinks.cloud_events import result_record
+from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import dead_letter_record
 from nanovllm.terminal import plain
 
@@ -84,13 +84,13 @@ def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
     assert main(["topics", "create"]) == 0
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"job_id": "r-1", "prompt": "a"}\n{"job_id": "r-2", "prompt": "b"}\n')
-    old = result_record(result(job_id="r-1", text="an older answer"), topics["results"], "json")
+    old = event_record(result(job_id="r-1", text="an older answer"), topics["results"], "json")
     publish(embedded_broker, old)
     codes: list[int] = []
     command = Thread(target=lambda: codes.append(main(["submit", str(file), "--wait", "--timeout", "60"])))
     command.start()
     answers = (
-        result_record(result(job_id="r-1", text="the answer"), topics["results"], "msgpack"),
+        event_record(result(job_id="r-1", text="the answer"), topics["results"], "msgpack"),
         dead_letter_record(dead_letter(job_id="r-2"), topics["dead_letters"], key=None, value=b"x"),
     )
     while command.is_alive():
@@ -109,7 +109,7 @@ def test_results_are_shown_from_the_beginning_and_counted(
     assert main(["topics", "create"]) == 0
     capsys.readouterr()
     hostile = "[red]12.50[/red] \x1b[2J\x07 [link=x]y"
-    records = [result_record(result(job_id=f"r-{n}", text=hostile), topics["results"], "json") for n in range(3)]
+    records = [event_record(result(job_id=f"r-{n}", text=hostile), topics["results"], "json") for n in range(3)]
     publish(embedded_broker, OutgoingRecord(topics["results"], None, b"not ours"), *records)
     assert main(["results", "--from-beginning", "--count", "3"]) == 0
     table = capsys.readouterr().out

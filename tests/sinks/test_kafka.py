@@ -31,7 +31,7 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
-from nanovllm.sinks.cloud_events import metrics_record, result_record
+from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import (
     dead_letter_like,
     dead_letter_record,
@@ -43,7 +43,7 @@ from nanovllm.sinks.kafka import KafkaSink
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
 def test_a_result_is_a_cloud_event_in_binary_mode(fmt: MessageFormat, content_type: bytes) -> None:
-    record = result_record(result(), "nanovllm.results", fmt, (("traceparent", b"00-abc"), ("authorization", b"x")))
+    record = event_record(result(), "nanovllm.results", fmt, (("traceparent", b"00-abc"), ("authorization", b"x")))
     headers = dict(record.headers)
     assert record.key == b"r-1"
     assert headers["ce_specversion"] == b"1.0"
@@ -58,7 +58,7 @@ def test_a_result_is_a_cloud_event_in_binary_mode(fmt: MessageFormat, content_ty
 
 
 def test_metrics_are_keyed_by_their_job() -> None:
-    record = metrics_record(metrics(), "nanovllm.metrics", "json")
+    record = event_record(metrics(), "nanovllm.metrics", "json")
     assert (record.key, dict(record.headers)["ce_type"]) == (b"r-1", b"nanovllm.metrics.v1")
 
 
@@ -171,7 +171,7 @@ def test_headers_that_are_too_many_or_too_long_together_stay_out_of_whatever_is_
         assert [name for name, _ in letter.headers if name.startswith("trace")] == [headers[0][0]] * kept
         assert letter.value == b"v"
         assert dict(letter.headers)["nanovllm_headers_left_out"].decode() == str(1_100 - kept)
-        record = result_record(result(), "results", "json", headers)
+        record = event_record(result(), "results", "json", headers)
         assert sum(name.startswith("trace") for name, _ in record.headers) == kept
 
 
@@ -199,7 +199,7 @@ async def test_published_records_are_there_when_publish_returns(
     await producer.start()
     try:
         sink = KafkaSink(producer)
-        await sink.publish([result_record(result(job_id=f"r-{n}"), topic, "json") for n in range(20)])
+        await sink.publish([event_record(result(job_id=f"r-{n}"), topic, "json") for n in range(20)])
         await consumer.start()
         seen: list[Result] = []
         while len(seen) < 20:

@@ -34,7 +34,7 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import Inference, JobContext, dead_letter_class
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.cloud_events import metrics_record, result_record
+from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import dead_letter_like, dead_letter_record
 from nanovllm.statistics import EngineStats
 
@@ -86,13 +86,13 @@ class RecordBuilder:
             metadata=job.metadata,
         )
         metrics = _metrics(result, fetched, output, stats)
-        record = metrics_record(metrics, self.settings.topics.metrics, self.format_of(context), context.origin.headers)
+        record = event_record(metrics, self.settings.topics.metrics, self.format_of(context), context.origin.headers)
         return result, record
 
     def result(self, context: JobContext, result: Result) -> OutgoingRecord:
         """The record of ``result``, for the topic that the job names or the settings."""
         topic = context.result_topic or self.settings.topics.results
-        return result_record(result, topic, self.format_of(context), context.origin.headers)
+        return event_record(result, topic, self.format_of(context), context.origin.headers)
 
     def is_too_large(self, record: OutgoingRecord) -> bool:
         """Whether a result must lie in S3, by the settings or by what its topic takes."""

@@ -1,0 +1,45 @@
+"""Connections of the clients to the brokers, as context managers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from nanovllm.errors import BrokersUnavailable
+from nanovllm.kafka.client import client_kwargs, producer_kwargs
+from nanovllm.settings.kafka import KafkaSettings
+
+
+@asynccontextmanager
+async def connected_consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterator[AIOKafkaConsumer]:
+    """A started consumer of ``topics`` without a group: committed records, each partition from its beginning.
+
+    Raises:
+        BrokersUnavailable: a KafkaError at its start, or inside the context.
+    """
+    options = {"enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
+    async with _connected(AIOKafkaConsumer(*topics, **client_kwargs(kafka), **options), kafka) as consumer:
+        yield consumer
+
+
+@asynccontextmanager
+async def connected_producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
+    """A started producer. Raises as ``connected_consumer`` does."""
+    async with _connected(AIOKafkaProducer(**producer_kwargs(kafka)), kafka) as producer:
+        yield producer
+
+
+@asynccontextmanager
+async def _connected(client: Any, kafka: KafkaSettings) -> AsyncIterator[Any]:
+    try:
+        await client.start()
+        yield client
+    except KafkaError as error:
+        why = type(error).__name__
+        raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
+    finally:
+        await client.stop()
