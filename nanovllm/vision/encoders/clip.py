@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipV
 from transformers.activations import ACT2FN
 
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
-from nanovllm.checkpoints.tensors import load_into, named_tensors
+from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -92,7 +92,7 @@ class VisionEncoder(ImageEncoder):
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        load_into(self.tower, named_tensors(directory, ("vision_model.", *_TOWER, "")))
+        load_module(self.tower, directory, ("vision_model.", *_TOWER, ""))
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self._has_class_token, size))
@@ -108,7 +108,7 @@ class VisionEncoder(ImageEncoder):
             _initialise(self.projector)
             _warn_untrained()
         else:
-            load_into(self.projector, named_tensors(path, (*_PROJECTOR, "")))
+            load_module(self.projector, path, (*_PROJECTOR, ""))
         self._finish(str(vision_model), freeze_vision_weights, dtype, device)
 
     @classmethod
@@ -154,8 +154,8 @@ class VisionEncoder(ImageEncoder):
             activation=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,
         )
-        load_into(encoder.tower, named_tensors(directory, _TOWER))
-        load_into(encoder.projector, named_tensors(directory, _PROJECTOR))
+        load_module(encoder.tower, directory, _TOWER)
+        load_module(encoder.projector, directory, _PROJECTOR)
         if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"

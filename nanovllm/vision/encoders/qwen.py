@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
-from nanovllm.checkpoints.tensors import load_into, named_tensors
+from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -63,7 +63,7 @@ class NativeEncoder(ImageEncoder):
         kind, tower = _TOWERS[fields["model_type"]]
         config = kind.from_dict(fields).vision_config
         self.tower = tower(config)
-        load_into(self.tower, named_tensors(directory, ("model.visual.", "visual.")))
+        load_module(self.tower, directory, ("model.visual.", "visual."))
         self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
         transform = ImageTransform.from_preprocessor_config(directory)
         multiple = config.patch_size * config.spatial_merge_size
