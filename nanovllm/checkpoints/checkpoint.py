@@ -1,40 +1,39 @@
-"""A Hugging Face checkpoint directory: its configuration, its tensors (one file or shards), and its digest."""
+"""Hugging Face checkpoint directory: configuration, tokenizer, weight files (one or shards), and their digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, weight_files
 from nanovllm.checkpoints.tensors import open_tensors
-from nanovllm.errors import ModelNotFound, UnsupportedModel
+from nanovllm.errors import ModelNotFound
 
 logger = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
-_READ_BYTES = 1 << 24
 
 
 class Checkpoint:
-    """Reads a checkpoint directory; nothing in it is executed, and no weight format but safetensors is opened."""
+    """A checkpoint directory. Nothing in it is executed, and no weight format but safetensors is opened.
+
+    Raises ModelNotFound where config.json or the weights are missing.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Raises ModelNotFound where config.json or the weights are missing."""
         self.directory = directory
         self.fields = read_config(directory)
         self.files = weight_files(directory)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration with the defaults of its family filled in."""
+        """Configuration, with the defaults of its family."""
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             self.directory, local_files_only=True, trust_remote_code=False
         )
@@ -42,28 +41,20 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """The first entry of ``architectures``; empty where there is none."""
+        """First entry of ``architectures``; empty where there is none."""
         return next(iter(self.fields.get("architectures") or ()), "")
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The names of all stored tensors."""
+        """Names of all stored tensors."""
         names: set[str] = set()
         for file in self.files:
             with open_tensors(file) as tensors:
                 names.update(tensors.keys())
         return frozenset(names)
 
-    def tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything that is ``wanted``, one at a time, on the CPU in the stored type."""
-        for file in self.files:
-            with open_tensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    if wanted(name):
-                        yield name, tensors.get_tensor(name)
-
     def tokenizer(self) -> Any:
-        """The tokenizer with the checkpoint's chat template, which older releases keep in a file for the processor.
+        """Tokenizer with the chat template, which older checkpoints have in chat_template.json, for the processor.
 
         Raises:
             ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
@@ -75,7 +66,7 @@ class Checkpoint:
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             tokenizer, why = None, type(error).__name__
-        # Without its files transformers 5 makes some families' tokenizers of their control tokens alone.
+        # Without its files transformers 5 builds some families' tokenizers of their control tokens alone.
         if tokenizer is None or tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
             raise ModelNotFound(
                 f"{name!r} ({self.architecture or 'no architecture'}) has no tokenizer that can be read ({why}): the "
@@ -87,7 +78,7 @@ class Checkpoint:
         return tokenizer
 
     def eos_token_ids(self, vocab_size: int) -> frozenset[int]:
-        """The tokens that end a text: of generation_config.json where it names any, else of the configuration.
+        """End-of-sequence tokens: of generation_config.json where it names any, else of the configuration.
 
         Ids outside the model's vocabulary can never be sampled: they are left out with a warning.
         """
@@ -111,41 +102,16 @@ class Checkpoint:
 
     @cached_property
     def parameter_digest(self) -> str:
-        """sha256 (hex) over the weight files in order of their names; reads all of them once."""
+        """SHA-256 (hex) over the weight files in order of their names."""
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:
-                while part := stream.read(_READ_BYTES):
-                    digest.update(part)
+                hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()
 
     @property
     def revision(self) -> str:
-        """The hub's commit where the directory is a snapshot of the hub cache, else the start of the digest."""
+        """Commit of the hub where the directory is a snapshot of its cache, else the start of the digest."""
         if self.directory.parent.name == "snapshots":
             return self.directory.name
         return self.parameter_digest[:12]
-
-
-def load_parameters(
-    checkpoint: Checkpoint, places: Mapping[str, Sequence[Tensor]], rename: Callable[[str], str | None]
-) -> None:
-    """Copy stored tensors to their places, converting to the place's type.
-
-    ``rename`` gives the name that ``places`` uses, or None for a tensor of no concern. Raises UnsupportedModel when a
-    tensor is missing, is unknown, or has another shape.
-    """
-    missing = set(places)
-    for stored_name, tensor in checkpoint.tensors(lambda name: rename(name) is not None):
-        name = str(rename(stored_name))
-        if name not in places:
-            raise UnsupportedModel(f"checkpoint tensor {stored_name!r} has no place in this model")
-        for place in places[name]:
-            if place.shape != tensor.shape:
-                raise UnsupportedModel(
-                    f"checkpoint tensor {stored_name!r} is {list(tensor.shape)}, expected {list(place.shape)}"
-                )
-            place.copy_(tensor)
-        missing.discard(name)
-    if missing:
-        raise UnsupportedModel(f"the checkpoint lacks {len(missing)} tensors, among them {min(missing)!r}")

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a directory, an alias, or the local hub cache. Never the network."""
+"""Resolution of a model's name: a directory, an alias, or the local hub cache. Never the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanovllm.errors import ConfigurationError, ModelNotFound
 
 ALIASES_VARIABLE = "NANOVLLM_ENGINE__MODEL_ALIASES"
 
-# What README and guides name, as the hub spells it; each is known by its last part too, in any case.
+# The models of README and guide, as the hub spells them; each is known by its last part too, in any case.
 _REPOSITORIES = (
     "Qwen/Qwen3-0.6B",
     "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -40,20 +40,20 @@ _aliases: dict[str, Path] = {
 
 
 def register_alias(name: str, directory: Path) -> None:
-    """Let ``name`` stand for a checkpoint's ``directory`` in this process."""
+    """Register ``name`` for a checkpoint's ``directory`` in this process."""
     _aliases[name] = Path(directory)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """Find the directory of a checkpoint.
+    """Directory of the checkpoint ``name``.
 
     Tried in order: a directory of that name, the aliases (``NANOVLLM_ENGINE__MODEL_ALIASES``, a JSON object of names
-    and directories, before the registered ones), the local cache of the Hugging Face hub. In the cache upper and lower
-    case are one, and the models of the guide are known by their last part too: ``qwen3-0.6b`` is ``Qwen/Qwen3-0.6B``.
+    and directories, before the registered ones), the local cache of the Hugging Face hub. In the cache case does not
+    matter, and the models of the guide are known by their last part too: ``qwen3-0.6b`` is ``Qwen/Qwen3-0.6B``.
 
     Raises:
-        ModelNotFound: no place knows the name, or what it leads to holds no ``config.json``; says what was tried, and
-            the command that gets the checkpoint.
+        ModelNotFound: an unknown name, or a place without ``config.json``; says what was tried, and the command that
+            gets the checkpoint.
         ConfigurationError: the variable with the aliases is not a JSON object of strings.
     """
     direct = Path(name).expanduser()
@@ -77,12 +77,12 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
 
 def checkpoint_name(directory: Path) -> str:
-    """A checkpoint's name for messages: the repository's where the directory is a snapshot of the hub cache."""
+    """Name of a checkpoint for messages: the repository's where the directory is a snapshot of the hub cache."""
     return repository_of(directory) or directory.name
 
 
 def repository_of(directory: Path) -> str | None:
-    """The repository whose snapshot in the hub cache ``directory`` is."""
+    """Repository whose snapshot in the hub cache ``directory`` is."""
     folder = directory.parent.parent.name
     if directory.parent.name != "snapshots" or not folder.startswith("models--"):
         return None
@@ -90,7 +90,7 @@ def repository_of(directory: Path) -> str | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: its only one, or the shards that its index names.
+    """Safetensors files of a checkpoint: its only one, or the shards of its index.
 
     Raises:
         ModelNotFound: files are missing, or the index is damaged; says the command that gets them.
@@ -110,7 +110,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def remedy_for(place: Path) -> str:
-    """How to get the safetensors that a checkpoint lacks, to be put behind a message; empty where nothing is known."""
+    """Command that gets the safetensors that a checkpoint lacks, to end a message; empty where none is known."""
     repository = repository_of(place)
     binary = next((name for name in _BIN_FILES if (place / name).is_file()), None)
     if binary is not None and _is_checkpoint(place):
@@ -127,7 +127,7 @@ def _conversion(file: str, source: str | Path, name: str) -> str:
 
 
 def _download(name: str) -> str:
-    """The command that downloads ``name``, where it can be a name on the hub."""
+    """Command that downloads ``name``, where it can be a name on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -146,20 +146,12 @@ def _download(name: str) -> str:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``.
-
-    Raises:
-        ModelNotFound: it is missing or is not a JSON object.
-    """
+    """Read a checkpoint's ``config.json``; raises ModelNotFound where it is missing or is not a JSON object."""
     return read_json_object(Path(directory) / "config.json", missing=f"{directory} holds no config.json")
 
 
 def read_json_object(path: Path, *, missing: str) -> dict[str, Any]:
-    """Read one of a checkpoint's JSON files.
-
-    Raises:
-        ModelNotFound: it is not there (the message is ``missing``), or is not a JSON object.
-    """
+    """Read a JSON file; raises ModelNotFound where it does not exist (``missing``) or is not a JSON object."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -195,7 +187,7 @@ def _environment_aliases() -> dict[str, Path]:
 
 
 def _cached() -> Iterator[tuple[str, Path]]:
-    """The models in the hub cache: repository and folder."""
+    """Models in the hub cache: repository and folder."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -204,10 +196,10 @@ def _cached() -> Iterator[tuple[str, Path]]:
 
 
 def _snapshot(name: str) -> Path | None:
-    """The snapshot of a repository in the hub cache: of ``main``, or else the latest.
+    """Snapshot of a repository in the hub cache: of ``main``, or else the latest.
 
-    ``snapshot_download(local_files_only=True)`` of huggingface_hub minds case, needs ``refs/main``, and since 1.0
-    refuses a snapshot of which only the safetensors were downloaded.
+    ``snapshot_download(local_files_only=True)`` of huggingface_hub is case-sensitive, needs ``refs/main``, and since
+    1.0 refuses a snapshot of which only the safetensors were downloaded.
     """
     folders = [(repository != name, folder) for repository, folder in _cached() if repository.lower() == name.lower()]
     for _, folder in sorted(folders):

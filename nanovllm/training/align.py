@@ -1,10 +1,10 @@
-"""Makes LLaVA checkpoints: a projector between any CLIP or SigLIP tower and a text model, or the whole tiny model.
+"""Training of LLaVA checkpoints: a projector between a CLIP or SigLIP tower and a text model, or the tiny model.
 
     python -m nanovllm.training.align --text-model DIR --vision-model DIR --data pairs.jsonl --images 50000 --output DIR
     python -m nanovllm.training.align --recipe tiny --seed 1 --minutes 100 --processes 2 --output DIR
     python -m nanovllm.training.align --evaluate DIR --samples 2000 --json result.json
 
-What is written loads in `transformers` (AutoProcessor, LlavaForConditionalGeneration) and in the engine.
+The output loads in `transformers` (AutoProcessor, LlavaForConditionalGeneration) and in the engine.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+import torch.multiprocessing
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -42,25 +41,24 @@ from nanovllm.errors import InvalidInput
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import evaluate as evaluate_tiny
 from nanovllm.training import synthetic, tiny_model
-from nanovllm.training.trainer import Batch, Question, Schedule, Trainer, export, pad
+from nanovllm.training.trainer import Batch, Schedule, Source, Trainer, encode_question, export, pad
 from nanovllm.vision.images.decode import load_rgb
 
 SYNTHETIC = "synthetic"
 TEXT_MODELS = ("qwen3", "qwen2", "llama")
 TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 PRETRAINED_RATE = 0.1
-"""What already knows something (tower, text model) learns at a tenth of the new projector's rate."""
+"""Factor on the learning rate of the pretrained tower and text model; the projector's is 1."""
 
-_RANK = "NANOVLLM_ALIGN_RANK"
-_MEETING_PLACE = "NANOVLLM_ALIGN_MEETING_PLACE"
+_say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with one ``<|image|>`` per image, its images (or their paths), and the answer to be learnt."""
+    """A prompt with one ``<|image|>`` per image, the paths of its images, and the answer to be learnt."""
 
     prompt: str
-    images: tuple[Image.Image | Path, ...]
+    images: tuple[Path, ...]
     answer: str
 
 
@@ -87,8 +85,8 @@ def align(
         text_model: directory (or cached name) of a Qwen3, Qwen2 or Llama checkpoint.
         vision_model: directory (or cached name) of a CLIP or SigLIP checkpoint.
         data: JSON lines of ``{"prompt", "images": [paths], "answer"}``, paths relative to the file, or ``"synthetic"``.
-        output: the LLaVA directory to write. An interrupted run goes on from what it kept beside it.
-        freeze_vision_weights: whether the tower stays as it is, bit for bit; otherwise it trains too.
+        output: the LLaVA directory to write. An interrupted run resumes from its state beside it.
+        freeze_vision_weights: whether the tower stays bit for bit the same; otherwise it trains too.
         train_text: whether the text model trains too.
         minutes, images: how long to train; exactly one is given.
         batch_size: examples a step.
@@ -102,7 +100,7 @@ def align(
         InvalidInput: contradictory options, models that cannot be combined, or data that is not as described.
         ModelNotFound: a name that leads nowhere.
     """
-    schedule = _schedule(minutes, images, rate=rate, warmup_steps=30)
+    schedule = Schedule(minutes=minutes, images=images, rate=rate, warmup_steps=30)
     examples = _examples(data, seed)
     torch.manual_seed(seed)
     model, processor, dtype = compose(resolve_checkpoint(text_model), resolve_checkpoint(vision_model))
@@ -110,15 +108,11 @@ def align(
     model.model.language_model.requires_grad_(train_text)
     model.lm_head.requires_grad_(train_text)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scales = {
-        "model.vision_tower": PRETRAINED_RATE,
-        "model.language_model": PRETRAINED_RATE,
-        "lm_head": PRETRAINED_RATE,
-    }
+    scales = dict.fromkeys(("model.vision_tower", "model.language_model", "lm_head"), PRETRAINED_RATE)
     output = Path(output)
     state = output.with_name(output.name + ".training")
     trainer = Trainer(model, schedule, state, scales=scales, report=report)
-    batches = _Batches(examples, processor, batch_size, raw_prompt)
+    batches = _batches(examples, processor, batch_size, raw_prompt)
     progress = trainer.run(batches, lambda averaged: export(averaged, processor, output, dtype))
     report(f"aligned on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
     shutil.rmtree(state)
@@ -126,10 +120,10 @@ def align(
 
 
 def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, torch.dtype]:
-    """Joins a text model and a tower by a projector drawn at random.
+    """Joins a text model and a tower by a randomly initialised projector.
 
-    Returns the model in fp32, its processor, and the dtype to store it in: the wider of the two checkpoints', so that
-    frozen weights are stored as they came.
+    Returns the model in fp32, its processor, and the dtype to store it in: the wider of the two checkpoints', in which
+    frozen weights are stored exactly.
 
     Raises InvalidInput for models of other kinds than ``TEXT_MODELS`` and ``TOWERS``.
     """
@@ -139,7 +133,7 @@ def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGe
     family = tower_config.model_type.removesuffix("_vision_model")
     if family not in TOWERS:
         raise InvalidInput(f"a vision model must be one of {', '.join(TOWERS)}, not {tower_config.model_type!r}")
-    # Read first: loading in fp32 overwrites it.
+    # Before the models: loading in fp32 overwrites config.dtype.
     dtype = torch.promote_types(*(config.dtype or torch.float32 for config in (text_config, tower_config)))
     tower = TOWERS[family].from_pretrained(vision_model, dtype=torch.float32)
     text = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
@@ -180,8 +174,8 @@ def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGe
 def read_examples(path: Path) -> list[Example]:
     """Reads JSON lines of ``{"prompt", "images", "answer"}``; image paths are relative to the file.
 
-    Raises InvalidInput, with the number of the line, for what is not such an object or names no existing image, and for
-    a prompt with more or fewer placeholders than images.
+    Raises InvalidInput with the number of the line for another object, a missing image, or a prompt with more or fewer
+    placeholders than images.
     """
     if not path.is_file():
         raise InvalidInput(f"there is no data file {path}")
@@ -211,10 +205,10 @@ def _example(line: str, number: int, path: Path) -> Example:
     return Example(prompt, images, answer)
 
 
-def _examples(data: str | Path, seed: int) -> Callable[[int], Example]:
-    """Example number i of an endless series, shuffled anew each time through a file."""
+def _examples(data: str | Path, seed: int) -> Callable[[int], Example | synthetic.Sample]:
+    """Example number i of an endless series; each pass through a file has its own order."""
     if str(data) == SYNTHETIC:
-        return lambda index: _from_sample(synthetic.sample(index, seed=seed, split="train"))
+        return partial(synthetic.sample, seed=seed, split="train")
     examples = read_examples(Path(data))
 
     def shuffled(index: int) -> Example:
@@ -226,50 +220,33 @@ def _examples(data: str | Path, seed: int) -> Callable[[int], Example]:
     return shuffled
 
 
-def _from_sample(sample: synthetic.Sample) -> Example:
-    return Example(sample.prompt, sample.images, sample.answer)
+def _batches(
+    examples: Callable[[int], Example | synthetic.Sample], processor: LlavaProcessor, size: int, raw_prompt: bool
+) -> Source:
+    """Batches of ``size`` examples: pixels [m, 3, h, w] of all images, and one group of rows."""
+    tokenizer, patch = processor.tokenizer, processor.patch_size
+    has_template = bool(tokenizer.chat_template) and not raw_prompt
 
-
-class _Batches:
-    """Batches of examples as the model takes them; a batch is a function of its step."""
-
-    def __init__(
-        self, examples: Callable[[int], Example], processor: LlavaProcessor, size: int, raw_prompt: bool
-    ) -> None:
-        self.examples, self.processor, self.size = examples, processor, size
-        self.tokenizer = processor.tokenizer
-        self.has_template = bool(self.tokenizer.chat_template) and not raw_prompt
-
-    def __call__(self, step: int, tower_only: bool) -> Iterator[Batch]:
-        while True:
-            yield self.batch([self.examples(index) for index in range(step * self.size, (step + 1) * self.size)])
-            step += 1
-
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """Pixels [m, 3, h, w] of all images, and one group of rows."""
-        images = [load_rgb(image) for example in examples for image in example.images]
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        patch = self.processor.patch_size
-        per_image = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        questions, first = [], 0
-        for example in examples:
-            places = list(range(first, first + len(example.images)))
+    def batch(step: int, tower_only: bool) -> Batch:
+        chosen = [examples(index) for index in range(step * size, (step + 1) * size)]
+        images = [load_rgb(image) for example in chosen for image in example.images]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        image_tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        indices = iter(range(len(images)))
+        questions = []
+        for example in chosen:
+            own, prompt = list(islice(indices, len(example.images))), example.prompt
+            if has_template:
+                turn = [{"role": "user", "content": prompt}]
+                prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            # A chat template writes its own beginning of the sequence.
+            special = not has_template
             questions.append(
-                Question(self.prompt_ids(example.prompt, per_image), self.answer_ids(example.answer), places)
+                encode_question(tokenizer, prompt, example.answer, own, image_tokens, add_special_tokens=special)
             )
-            first += len(places)
-        return Batch(pixels, [pad(questions, self.tokenizer.pad_token_id or 0)])
+        return Batch(pixels, [pad(questions, tokenizer.pad_token_id or 0)])
 
-    def prompt_ids(self, prompt: str, tokens_per_image: int) -> list[int]:
-        if self.has_template:
-            turn = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        expanded = prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * tokens_per_image)
-        # A chat template writes its own beginning of the sequence.
-        return list(self.tokenizer.encode(expanded, add_special_tokens=not self.has_template))
-
-    def answer_ids(self, answer: str) -> list[int]:
-        return [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+    return batch
 
 
 def train_tiny(
@@ -283,14 +260,14 @@ def train_tiny(
     start: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Trains the tiny model and writes it in fp16; see `tiny_model`.
+    """Trains the tiny model (see `tiny_model`) and writes it in fp16.
 
-    It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone.
-    In a process group (`--processes`) every process calls this, and the first one writes.
+    It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone. In a
+    process group (`--processes`) every process calls this, and the first one writes.
 
     Raises InvalidInput unless exactly one of ``minutes`` and ``images`` is given.
     """
-    schedule = _schedule(minutes, images, tower_share=tower_share, rate=rate)
+    schedule = Schedule(minutes=minutes, images=images, tower_share=tower_share, rate=rate)
     torch.manual_seed(seed)
     processor = tiny_model.processor()
     model = tiny_model.model(processor.tokenizer)
@@ -311,18 +288,10 @@ def train_tiny(
             f"{name} {kind['exact']}/{kind['n']}" for name, kind in result["groups"].items() if "kind" in name
         )
 
-    progress = Trainer(model, schedule, state, head=head, bf16=True, report=report).run(batches, snapshot)
+    progress = Trainer(model, schedule, state, head=head, bf16=True, report=report).run(batches.batch, snapshot)
     if rank == 0:
         report(f"trained on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
     return output
-
-
-def _schedule(minutes: float | None, images: int | None, **options: Any) -> Schedule:
-    if (minutes is None) == (images is None):
-        raise InvalidInput("say how long to train: either minutes or images")
-    if (minutes or images or 0) <= 0:
-        raise InvalidInput("minutes or images must be more than 0")
-    return Schedule(minutes=minutes, images=images, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.evaluate:
             _evaluate(arguments)
         elif arguments.recipe:
-            _train_tiny(arguments, sys.argv[1:] if argv is None else list(argv))
+            _train_tiny(arguments)
         else:
             _align(arguments)
     except InvalidInput as error:
@@ -376,7 +345,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate_tiny.evaluate(directory, samples=arguments.samples, seed=seed, report=_say)
     _say(evaluate_tiny.table(result))
     if arguments.json:
-        evaluate_tiny.write(result, arguments.json)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _align(arguments: argparse.Namespace) -> None:
@@ -401,22 +371,29 @@ def _align(arguments: argparse.Namespace) -> None:
     )
 
 
-def _train_tiny(arguments: argparse.Namespace, argv: list[str]) -> None:
+def _train_tiny(arguments: argparse.Namespace) -> None:
     if arguments.output is None or arguments.seed is None:
         raise InvalidInput("--recipe needs --output and --seed")
-    if arguments.processes > 1 and _RANK not in os.environ:
-        _schedule(arguments.minutes, arguments.images)
-        _run_together(arguments.processes, argv)
+    if arguments.processes <= 1:
+        _run_recipe(arguments)
         return
-    if arguments.processes > 1:
-        # One thread each: threads of one process that wait for one another lose far more on a busy machine.
-        torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{os.environ[_MEETING_PLACE]}",
-            rank=int(os.environ[_RANK]),
-            world_size=arguments.processes,
-        )
+    Schedule(minutes=arguments.minutes, images=arguments.images)  # refused here, once, and not by every process
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_run_rank, (arguments, directory), nprocs=arguments.processes)
+
+
+def _run_rank(rank: int, arguments: argparse.Namespace, directory: str) -> None:
+    # Compilers that share a cache can leave an empty library in it, on which every later start fails.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{directory}/{rank}"
+    # More threads a process, which wait for one another, lose far more on a busy machine.
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=arguments.processes
+    )
+    _run_recipe(arguments)
+
+
+def _run_recipe(arguments: argparse.Namespace) -> None:
     train_tiny(
         arguments.output,
         seed=arguments.seed,
@@ -427,26 +404,6 @@ def _train_tiny(arguments: argparse.Namespace, argv: list[str]) -> None:
         start=arguments.start,
         report=_say,
     )
-
-
-def _run_together(processes: int, argv: list[str]) -> None:
-    command = [sys.executable, "-m", "nanovllm.training.align", *argv]
-    with tempfile.TemporaryDirectory() as directory:
-        shared = {**os.environ, _MEETING_PLACE: f"{directory}/meeting"}
-        # Compilers that share a cache can leave an empty library behind, on which every later start fails.
-        caches = [{_RANK: str(rank), "TORCHINDUCTOR_CACHE_DIR": f"{directory}/{rank}"} for rank in range(processes)]
-        running = [subprocess.Popen(command, env={**shared, **own}) for own in caches]
-        try:
-            codes = [process.wait() for process in running]
-        finally:
-            for process in running:
-                process.terminate()
-    if any(codes):
-        raise SystemExit(1)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Measures a checkpoint on held-out synthetic samples, through `transformers`, greedily and in fp32."""
+"""Evaluation of a checkpoint on held-out synthetic samples, by `transformers`, greedily and in fp32."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,15 +17,16 @@ from nanovllm.training import synthetic
 
 EVALUATION_SEED = 20261125
 _MAX_NEW_TOKENS = 160
+_BATCH_SIZE = 64
 
 
 def evaluate(
     directory: Path, *, samples: int = 2000, seed: int = EVALUATION_SEED, report: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Asks the checkpoint in ``directory`` about ``samples`` held-out samples; returns counts, rates and bounds.
+    """Evaluates the checkpoint in ``directory`` on ``samples`` held-out samples; returns counts, rates and bounds.
 
-    A text counts as right when it equals the sample's answer character by character. Each group is given as
-    ``{"n", "exact", "rate", "lower95"}``, where ``lower95`` is the lower end of Wilson's 95% interval.
+    An answer is exact when it equals the sample's character by character. Each group is given as ``{"n", "exact",
+    "rate", "lower95"}``, where ``lower95`` is the lower end of Wilson's 95% interval.
     """
     processor = AutoProcessor.from_pretrained(directory)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def groups(sample: synthetic.Sample) -> Iterable[str]:
-    """The groups that a sample counts in: its kind, the promises that it tests, and whether its vendor is new."""
+    """Groups that a sample counts in: its kind, what is promised of it, and whether its vendor is in the training."""
     yield f"kind: {sample.kind}"
     if sample.fields is None:
         yield "shapes"
@@ -89,15 +89,15 @@ def wilson_lower(exact: int, n: int, z: float = 1.959964) -> float:
 
 
 @torch.inference_mode()
-def answers(model: Any, processor: Any, samples: Sequence[synthetic.Sample], *, batch: int = 64) -> list[str]:
-    """Greedy answers, in order. Questions of one kind are equally long, so that batches need no padding."""
+def answers(model: Any, processor: Any, samples: Sequence[synthetic.Sample]) -> list[str]:
+    """Greedy answers, in order. Questions of one kind are equally long: batches need no padding."""
     texts = [""] * len(samples)
     places: Mapping[str, list[int]] = defaultdict(list)
     for index, one in enumerate(samples):
         places[one.kind].append(index)
     for indices in places.values():
-        for start in range(0, len(indices), batch):
-            chosen = indices[start : start + batch]
+        for start in range(0, len(indices), _BATCH_SIZE):
+            chosen = indices[start : start + _BATCH_SIZE]
             inputs = processor(
                 text=[samples[index].prompt for index in chosen],
                 images=[list(samples[index].images) for index in chosen],
@@ -110,15 +110,9 @@ def answers(model: Any, processor: Any, samples: Sequence[synthetic.Sample], *, 
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The groups as lines for a terminal."""
+    """Table of the groups for a terminal."""
     lines = [f"{'group':54} {'n':>5} {'exact':>5} {'rate':>7} {'lower95':>7}"]
     for name, figures in result["groups"].items():
         shares = f"{figures['rate']:7.2%} {figures['lower95']:7.2%}"
         lines.append(f"{name:54} {figures['n']:5d} {figures['exact']:5d} {shares}")
     return "\n".join(lines)
-
-
-def write(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""Synthetic receipts and shapes with their exact truth: what the shipped tiny model learns from, and is measured on.
+"""Synthetic receipts and shapes with exact answers, for training and evaluation of the shipped tiny model.
 
 Every sample is a pure function of (index, seed, split). The two splits cannot share an image: a receipt belongs to a
-split by a hash of its number, date and total, a shape by a hash of its geometry. One vendor in ten is held out by a
-hash of its name and never drawn for training, so that reading can be told from remembering.
+split by a hash of its number, date and total, a shape by a hash of its geometry. One vendor in ten, by a hash of its
+name, is never drawn for training: its receipts measure reading without memory of the name.
 
 Pictures are 224 x 224 RGB. Text stands on a grid of 17 columns, 13 pixels apart, and one line in each 32-pixel row of a
 tower's patches, wholly inside it, so that a patch meets at most three characters, all of one line. The whole grid moves
-by up to 3 pixels across and 16 down: with text at any pixel, a tower this small makes twice the errors. Glyphs come
-from Pillow's own font.
+by up to 3 pixels across and 16 down: with text at any pixel, a tower this small makes twice the errors. The font is
+Pillow's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -29,30 +28,26 @@ Split = Literal["train", "heldout"]
 Colour = tuple[int, int, int]
 
 DEMO_SEED = 20261123
-"""The seed of the demo's images, fixed before the first training run. The demo draws from split ``heldout``."""
+"""Seed of the demo's images, fixed before the first training run. The demo draws from split ``heldout``."""
 
 SIZE_PX = 224
 ADVANCE_PX = 13
 PITCH_PX = 32
 MAX_LINE_CHARS = SIZE_PX // ADVANCE_PX
 
-PROMPTS: Mapping[str, str] = MappingProxyType(
-    {
-        "json": "Extract the fields as JSON: <|image|>",
-        "text": "Extract text from this document: <|image|>",
-        "total": "What is the total? <|image|>",
-        "date": "What is the date? <|image|>",
-        "number": "What is the number? <|image|>",
-        "vendor": "Who is the vendor? <|image|>",
-        "describe": "Describe this image: <|image|>",
-        "compare": "Compare these two images: <|image|> and <|image|>",
-    }
-)
+PROMPTS: Mapping[str, str] = {
+    "json": "Extract the fields as JSON: <|image|>",
+    "text": "Extract text from this document: <|image|>",
+    "total": "What is the total? <|image|>",
+    "date": "What is the date? <|image|>",
+    "number": "What is the number? <|image|>",
+    "vendor": "Who is the vendor? <|image|>",
+    "describe": "Describe this image: <|image|>",
+    "compare": "Compare these two images: <|image|> and <|image|>",
+}
 FIELDS = ("vendor", "number", "date", "total")
-RECEIPT_KINDS = ("json", "text", *FIELDS, "describe")
-KIND_WEIGHTS: Mapping[str, int] = MappingProxyType(
-    {"json": 25, "text": 10, "total": 9, "date": 9, "number": 9, "vendor": 9, "describe": 19, "compare": 10}
-)
+KIND_WEIGHTS = (25, 10, 9, 9, 9, 9, 19, 10)
+"""Relative frequencies of the kinds, in the order of ``PROMPTS``."""
 DESCRIBED_RECEIPTS = 0.2
 """Share of ``describe`` samples that show a receipt instead of a shape."""
 
@@ -80,34 +75,28 @@ _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT",
 _NUMBER_LETTERS = "ABCDEFGHJKLMNPRTUVWXYZ"
 _PRACTICE_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:/-&$ "
 _PRACTICE_WEIGHTS = 26 * [3] + 10 * [3] + 7 * [1] + [12]
-_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "number": ("NO", "NR", "NO.", "INVOICE", "RECEIPT", "REF"),
-        "date": ("DATE", "DATE", "ISSUED", ""),
-        "total": ("TOTAL", "TOTAL", "SUM", "AMOUNT", "TO PAY"),
-    }
-)
+_LABELS: Mapping[str, tuple[str, ...]] = {
+    "number": ("NO", "NR", "NO.", "INVOICE", "RECEIPT", "REF"),
+    "date": ("DATE", "DATE", "ISSUED", ""),
+    "total": ("TOTAL", "TOTAL", "SUM", "AMOUNT", "TO PAY"),
+}
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-COLOURS: Mapping[str, Colour] = MappingProxyType(
-    {
-        "red": (215, 30, 35),
-        "green": (30, 150, 55),
-        "blue": (30, 65, 215),
-        "yellow": (240, 215, 25),
-        "purple": (130, 35, 160),
-        "orange": (245, 130, 20),
-    }
-)
-BACKGROUNDS: Mapping[str, Colour] = MappingProxyType(
-    {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (18, 18, 18)}
-)
-_RADII_PX: Mapping[str, tuple[int, int]] = MappingProxyType({"small": (34, 42), "large": (66, 88)})
+COLOURS: Mapping[str, Colour] = {
+    "red": (215, 30, 35),
+    "green": (30, 150, 55),
+    "blue": (30, 65, 215),
+    "yellow": (240, 215, 25),
+    "purple": (130, 35, 160),
+    "orange": (245, 130, 20),
+}
+BACKGROUNDS: Mapping[str, Colour] = {"white": (245, 245, 245), "gray": (140, 140, 140), "black": (18, 18, 18)}
+_RADII_PX: Mapping[str, tuple[int, int]] = {"small": (34, 42), "large": (66, 88)}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with its pictures (224 x 224 RGB) and the one right answer.
+    """A question with its images (224 x 224 RGB) and the one correct answer.
 
     ``vendor_seen`` says whether the receipt's vendor may occur in training; it and ``fields`` are None for shapes.
     """
@@ -131,7 +120,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A drawn receipt: its fields as printed, its lines from top to bottom, and where every character stands.
+    """A drawn receipt: its characters, its lines from top to bottom, and its fields as printed.
 
     A practice sheet is a receipt without fields.
     """
@@ -155,12 +144,12 @@ class Shape:
 
 
 def is_heldout(identity: str) -> bool:
-    """True for the one identity in ten that training never sees."""
+    """Whether the identity is the one in ten that is left out of training."""
     return hashlib.sha256(identity.encode()).digest()[0] % 10 == 0
 
 
 def generator(index: int, *, seed: int, split: Split) -> random.Random:
-    """The random stream of one sample; streams of different splits, seeds or indices are unrelated."""
+    """Random generator of one sample; those of different splits, seeds or indices are unrelated."""
     return random.Random(hashlib.sha256(f"{split}/{seed}/{index}".encode()).digest())
 
 
@@ -174,7 +163,7 @@ def sample(index: int, *, seed: int, split: Split, kind: str | None = None) -> S
     if kind is not None and kind not in PROMPTS:
         raise ValueError(f"kind must be one of {', '.join(PROMPTS)}, not {kind!r}")
     rng = generator(index, seed=seed, split=split)
-    drawn = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+    drawn = rng.choices(list(PROMPTS), KIND_WEIGHTS)[0]
     kind = kind or drawn
     if kind == "compare":
         return compare(*shape_pair(rng, split))
@@ -184,10 +173,10 @@ def sample(index: int, *, seed: int, split: Split, kind: str | None = None) -> S
 
 
 def ask(drawn: Receipt, kind: str) -> Sample:
-    """The question of one of ``RECEIPT_KINDS`` about a receipt."""
+    """Question of a ``kind`` of ``PROMPTS`` but ``compare`` about a receipt."""
     fields = drawn.fields
     answers = {
-        "json": json.dumps(dict(fields)),
+        "json": json.dumps(fields),
         "text": "\n".join(drawn.lines),
         "describe": f"a receipt from {fields['vendor']}",
         **fields,
@@ -196,15 +185,15 @@ def ask(drawn: Receipt, kind: str) -> Sample:
 
 
 def describe(drawn: Shape) -> Sample:
-    """The question what a shape is."""
+    """Question for the description of a shape."""
     answer = f"a {drawn.size} {drawn.colour} {drawn.form} on a {drawn.background} background"
     return Sample("describe", PROMPTS["describe"], (drawn.image,), answer, None, None)
 
 
 def compare(first: Shape, second: Shape) -> Sample:
-    """The question whether two shapes agree in colour and form; size and background do not count.
+    """Question whether two shapes agree in colour and form.
 
-    The answer names both shapes before it judges: a small model judges what it wrote better than what it saw.
+    The answer names both shapes before its verdict: a small model compares its own text better than two images.
     """
     names = [f"{'an' if one.colour[0] in 'aeiou' else 'a'} {one.colour} {one.form}" for one in (first, second)]
     answer = f"{names[0]} and {names[1]}: {'same' if names[0] == names[1] else 'different'}"
@@ -220,7 +209,7 @@ def shape_pair(rng: random.Random, split: Split) -> tuple[Shape, Shape]:
 
 
 def shape(rng: random.Random, split: Split, *, colour: str | None = None, form: str | None = None) -> Shape:
-    """Draws one filled shape wholly inside the picture."""
+    """Draws one filled shape wholly inside the image."""
     colour = colour or rng.choice(list(COLOURS))
     form = form or rng.choice(SHAPES)
     background = rng.choice(list(BACKGROUNDS))
@@ -263,16 +252,16 @@ def receipt(rng: random.Random, split: Split) -> Receipt:
         identity = "/".join(fields[name] for name in FIELDS[1:])
         if lines is not None and is_heldout(identity) == (split == "heldout"):
             break
-    return Receipt(*_print(rng, lines), tuple(lines), MappingProxyType(fields))
+    return Receipt(*_print(rng, lines), tuple(lines), fields)
 
 
 def practice_sheet(rng: random.Random) -> Receipt:
-    """Draws a page of random characters, printed as receipts are: a tower cannot guess what it has to read there."""
+    """Draws a page of random characters, printed as receipts are: none of them can be guessed from the others."""
     lines = []
     for _ in range(rng.choice((4, 5, 5))):
         line = rng.choices(_PRACTICE_CHARACTERS, _PRACTICE_WEIGHTS, k=rng.randint(10, MAX_LINE_CHARS))
         lines.append("".join(line).strip() or "A")
-    return Receipt(*_print(rng, lines), tuple(lines), MappingProxyType({}))
+    return Receipt(*_print(rng, lines), tuple(lines), {})
 
 
 def _vendor(rng: random.Random, split: Split) -> str:
@@ -280,7 +269,7 @@ def _vendor(rng: random.Random, split: Split) -> str:
     from_list = rng.random() < 0.5
     while True:
         name = rng.choice(VENDORS) if from_list else _invented_name(rng)
-        # Without these the text model learns the list by heart, and corrects what the tower reads towards it.
+        # Without anagrams the text model memorises the list, and corrects what the tower reads towards it.
         if split == "train" and rng.random() < 0.35:
             name = _anagram(rng, name)
         if split == "heldout" and not wants_heldout:
@@ -356,7 +345,7 @@ def _extra(rng: random.Random) -> str:
 
 
 def _lines(rng: random.Random, fields: Mapping[str, str]) -> list[str] | None:
-    """The receipt's lines from top to bottom, or None when the draw came out wider than the paper."""
+    """Lines of a receipt from top to bottom, or None where one is wider than the paper."""
     separator = rng.choice((" ", ": "))
     printed = []
     for name in rng.sample(FIELDS[1:], 3):
@@ -390,7 +379,7 @@ def _glyph(character: str, size: int) -> npt.NDArray[np.uint8]:
 
 
 def _typeset(rng: random.Random, lines: list[str]) -> tuple[npt.NDArray[np.uint8], tuple[Glyph, ...]]:
-    """Places the lines; returns the ink's coverage (224 x 224) and the glyphs' centres."""
+    """Typesets the lines: the ink's coverage (224 x 224) and the glyphs' centres."""
     size = rng.randint(14, 16)
     first = rng.randint(0, SIZE_PX // PITCH_PX - len(lines))
     rows = range(first, first + len(lines))
@@ -420,7 +409,7 @@ def _typeset(rng: random.Random, lines: list[str]) -> tuple[npt.NDArray[np.uint8
 
 @lru_cache(maxsize=1)
 def _noise() -> npt.NDArray[np.int16]:
-    """One tile of unit noise in 1/16 steps, cut at random places: drawing fresh noise would cost more than the rest."""
+    """Tile of unit noise in 1/16 steps, cropped at random: noise drawn for each image would cost more than the rest."""
     tile = np.random.default_rng(7).normal(0, 16, (2 * SIZE_PX, 2 * SIZE_PX, 3))
     return tile.astype(np.int16)
 
@@ -431,7 +420,7 @@ def _jitter(rng: random.Random, colour: Colour, spread: int) -> Colour:
 
 
 def _develop(rng: random.Random, coverage: npt.NDArray[np.uint8], ink: Colour, paper: Colour) -> Image.Image:
-    """Turns coverage (224 x 224) into a picture: colours, uneven light, pixel noise."""
+    """Renders coverage (224 x 224) in colour, with uneven light and pixel noise."""
     ramp = np.linspace(0, 1, 256)[:, None]
     palette = np.asarray(paper) + ramp * (np.asarray(ink) - np.asarray(paper))
     pixels = palette.astype(np.int16)[coverage]

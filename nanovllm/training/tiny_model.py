@@ -1,4 +1,4 @@
-"""How the shipped tiny model is made: its tokenizer, processor and sizes, and the batches that it learns from.
+"""Recipe of the shipped tiny model: its tokenizer, processor and sizes, and its training batches.
 
 A CLIP tower (3 layers of 192), a projector and a Qwen3 text model (3 layers of 144) learn together from synthetic
 receipts and shapes. Each receipt is drawn once and asked about twice, because the tower costs as much as the answers.
@@ -6,9 +6,7 @@ receipts and shapes. Each receipt is drawn once and asked about twice, because t
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,24 +27,23 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import synthetic
-from nanovllm.training.trainer import Batch, GlyphHead, Question, pad_by_length
+from nanovllm.training.trainer import Batch, GlyphHead, Question, encode_question, pad_by_length
 
 SIDE_PX, PATCH_PX = 224, 32
 PATCHES_A_SIDE = SIDE_PX // PATCH_PX
 TOKENS_PER_IMAGE = PATCHES_A_SIDE**2
 GLYPHS_PER_PATCH = 3
 SCAFFOLDING = ('{"vendor": "', '", "number": "', '", "date": "', '", "total": "', '"}')
-"""Fixed parts of the JSON answers: one token each, which halves the time to learn and to write them."""
+"""Fixed parts of the JSON answers: one token each, which halves the time of training and generation."""
 
-_PAD, _EOS, _UNK, _IMAGE = "<pad>", "<eos>", "<unk>", IMAGE_PLACEHOLDER
-_SPECIAL = (_PAD, _EOS, _UNK, _IMAGE)
+_PAD, _EOS, _UNK = "<pad>", "<eos>", "<unk>"
 _PAGES, _PAIRS = 22, 6
 _FORM_LETTERS = dict(zip(synthetic.SHAPES, "cstdx", strict=True))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and newline, and one per part of ``SCAFFOLDING``."""
-    tokens = [*_SPECIAL, "\n", *map(chr, range(32, 127)), *SCAFFOLDING]
+    """Tokenizer with one token per printable ASCII character and newline, and one per part of ``SCAFFOLDING``."""
+    tokens = [_PAD, _EOS, _UNK, IMAGE_PLACEHOLDER, "\n", *map(chr, range(32, 127)), *SCAFFOLDING]
     characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=_UNK))
     pieces = Regex("|".join([*map(re.escape, SCAFFOLDING), r"[\s\S]"]))
     characters.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
@@ -64,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> LlavaProcessor:
-    """Images to 224 x 224 by bicubic resizing without a crop, values to -1..1; prompts to 49 tokens an image."""
+    """Processor: images resized to 224 x 224 (bicubic, no crop), values in -1..1, 49 tokens an image."""
     images = CLIPImageProcessorPil(
         size={"height": SIDE_PX, "width": SIDE_PX},
         resample=3,
@@ -125,14 +122,15 @@ def model(words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
 
 
 def glyph_head(of: LlavaForConditionalGeneration) -> GlyphHead:
-    """The auxiliary head for ``of``; thrown away after training."""
+    """Auxiliary head for ``of``; not exported."""
     return GlyphHead(of.config.vision_config.hidden_size, GLYPHS_PER_PATCH, of.config.text_config.vocab_size)
 
 
 def speed_up(of: LlavaForConditionalGeneration, *, compiled: bool = True) -> None:
-    """Makes training steps on a CPU faster: the patch embedding as a matrix product, layers compiled.
+    """Replaces the patch embedding by a matrix product, and compiles the layers.
 
-    oneDNN's convolution with a stride of 32 takes a quarter of a step; the product is the same up to rounding.
+    oneDNN's convolution with a stride of 32 takes a quarter of a training step on a CPU; the product is equal up to
+    rounding.
     """
     tower = of.model.vision_tower
     tower.embeddings.patch_embedding.forward = partial(_embed_patches, tower.embeddings.patch_embedding)
@@ -153,31 +151,25 @@ def _embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
 
 
 class Batches:
-    """Endless batches, in turn of practice for the tower (22 sheets of random characters, 12 shapes) and of questions
-    (22 receipts with two each, 6 pairs of shapes with three each), shared between processes.
+    """Batches by turns of practice for the tower (22 sheets of random characters, 12 shapes) and of questions (22
+    receipts with two each, 6 pairs of shapes with three each), shared between processes.
 
-    A batch is a function of (seed, step, rank), so that a resumed run goes on where it stopped.
+    A batch is a function of (seed, step, rank): a resumed run continues the series.
     """
 
     def __init__(self, words: PreTrainedTokenizerFast, seed: int, *, rank: int = 0, processes: int = 1) -> None:
         self.words, self.seed, self.rank, self.processes = words, seed, rank, processes
         self.ids: dict[str, int] = words.get_vocab()
 
-    def __call__(self, step: int, tower_only: bool) -> Iterator[Batch]:
-        """Batches from ``step`` on; with ``tower_only`` practice alone."""
-        while True:
-            yield self.batch(step, tower_only)
-            step += 1
-
     def batch(self, step: int, tower_only: bool) -> Batch:
-        """This process's part of one step's batch."""
+        """This process's part of one step's batch; with ``tower_only`` practice in every step."""
         rng = synthetic.generator(step * self.processes + self.rank, seed=self.seed, split="train")
         practice = tower_only or step % 2 == 1
         pages = [
             synthetic.practice_sheet(rng) if practice else synthetic.receipt(rng, "train")
             for _ in range(_PAGES // self.processes)
         ]
-        # Pairs that do not divide by the number of processes go to each of them in turn.
+        # A remainder of pairs goes to each process in turn.
         pairs = [
             synthetic.shape_pair(rng, "train")
             for _ in range((_PAIRS + (step // 2 + self.rank) % self.processes) // self.processes)
@@ -188,27 +180,22 @@ class Batches:
         marks = torch.stack([*map(self.glyphs, pages), *map(self.shape_marks, shapes)])
         if practice:
             return Batch(pixels, [], marks)
-        questions = [asked for index, page in enumerate(pages) for asked in self.about_receipt(rng, page, index)]
-        for number, pair in enumerate(pairs):
-            questions += self.about_pair(pair, len(pages) + 2 * number)
+        questions: list[Question] = []
+        for index, page in enumerate(pages):
+            whole = rng.choices(("json", "text"), (75, 25))[0]
+            part = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
+            questions += [self.question(synthetic.ask(page, kind), index) for kind in (whole, part)]
+        for index, pair in zip(range(len(pages), len(images), 2), pairs, strict=True):
+            questions += [self.question(synthetic.describe(shape), index + side) for side, shape in enumerate(pair)]
+            questions.append(self.question(synthetic.compare(*pair), index, index + 1))
         return Batch(pixels, pad_by_length(questions, self.words.pad_token_id), marks)
 
-    def about_receipt(self, rng: random.Random, drawn: synthetic.Receipt, image: int) -> list[Question]:
-        """One question about all of a receipt, and one about a part of it."""
-        whole = rng.choices(("json", "text"), (75, 25))[0]
-        part = rng.choices(("vendor", "total", "date", "number", "describe"), (30, 20, 20, 20, 10))[0]
-        return [question(self.words, synthetic.ask(drawn, kind), [image]) for kind in (whole, part)]
-
-    def about_pair(self, pair: tuple[synthetic.Shape, synthetic.Shape], first: int) -> list[Question]:
-        """What each shape is, and whether they are the same."""
-        return [
-            question(self.words, synthetic.describe(pair[0]), [first]),
-            question(self.words, synthetic.describe(pair[1]), [first + 1]),
-            question(self.words, synthetic.compare(*pair), [first, first + 1]),
-        ]
+    def question(self, sample: synthetic.Sample, *images: int) -> Question:
+        """Tokenized question of a sample about the batch's ``images``."""
+        return encode_question(self.words, sample.prompt, sample.answer, list(images), TOKENS_PER_IMAGE)
 
     def glyphs(self, drawn: synthetic.Receipt) -> Tensor:
-        """Token ids of the characters whose centres lie in each patch [49, 3], from left to right, then zeros."""
+        """Token ids [49, 3] of the characters centred in each patch, from left to right, then zeros."""
         ids = torch.zeros(TOKENS_PER_IMAGE, GLYPHS_PER_PATCH, dtype=torch.long)
         used = [0] * TOKENS_PER_IMAGE
         for glyph in drawn.glyphs:
@@ -218,17 +205,10 @@ class Batches:
         return ids
 
     def shape_marks(self, drawn: synthetic.Shape) -> Tensor:
-        """Letters [49, 3] for colour, form and size in the patches that a shape mostly fills, zeros elsewhere."""
+        """Token ids [49, 3] for colour, form and size in the patches that a shape mostly fills, zeros elsewhere."""
         patches = drawn.coverage.reshape(PATCHES_A_SIDE, PATCH_PX, PATCHES_A_SIDE, PATCH_PX)
         filled = torch.from_numpy(patches.mean((1, 3)).flatten() / 255)
         letters = (drawn.colour[0], _FORM_LETTERS[drawn.form], drawn.size[0])
         ids = torch.zeros(TOKENS_PER_IMAGE, GLYPHS_PER_PATCH, dtype=torch.long)
         ids[filled >= min(0.3, filled.max().item())] = torch.tensor([self.ids[letter] for letter in letters])
         return ids
-
-
-def question(words: Any, sample: synthetic.Sample, images: list[int]) -> Question:
-    """Token ids of a sample about the batch's ``images``."""
-    prompt = sample.prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * TOKENS_PER_IMAGE)
-    answer = [*words.encode(sample.answer, add_special_tokens=False), words.eos_token_id]
-    return Question(words.encode(prompt), answer, images)

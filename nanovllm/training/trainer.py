@@ -1,4 +1,4 @@
-"""The training loop under `align`: questions about images, one optimiser, progress measured in time or images."""
+"""Training loop of `align`: questions about images, one optimiser, progress measured in time or images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from nanovllm.errors import InvalidInput
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+
 IGNORED = -100
 LOG_EVERY_S = 30.0
 SAVE_EVERY_S = 300.0
@@ -27,7 +30,8 @@ SNAPSHOT_EVERY_S = 540.0
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a prompt, already with one id per image position, and of its answer with the end-of-sequence id;
+    """Token ids of a prompt with one id per image position, and of its answer with the end-of-sequence id.
+
     ``images`` are indices into the batch's images in the order of the prompt's placeholders.
     """
 
@@ -47,10 +51,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """``pixels`` [m, 3, h, w], normalised, or uint8 [m, h, w, 3] for images that need mapping to -1..1 only.
+    """Images and the questions about them.
 
-    ``rows`` may be empty where only the tower and the auxiliary head learn. ``glyphs`` [m, patches, slots] are token
-    ids of what each patch shows (0 for nothing), for the auxiliary head; None without one.
+    ``pixels`` are [m, 3, h, w], normalised, or uint8 [m, h, w, 3] for images that need mapping to -1..1 only. ``rows``
+    are empty where only the tower and the auxiliary head learn. ``glyphs`` [m, patches, slots] are token ids of what
+    each patch shows (0 for nothing), for the auxiliary head; None without one.
     """
 
     pixels: Tensor
@@ -60,10 +65,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; exactly one of ``minutes`` and ``images`` is set.
+    """Length and learning rate of a run, by ``minutes`` spent in steps or by ``images``.
 
-    ``minutes`` counts time spent in steps, so that a busy machine shortens the run instead of cutting its slow end off.
     ``tower_share`` is the share of the run in which only the tower and the auxiliary head train.
+
+    Raises InvalidInput unless exactly one of ``minutes`` and ``images`` is given, and more than 0.
     """
 
     rate: float = 1e-3
@@ -74,35 +80,43 @@ class Schedule:
     weight_decay: float = 0.05
     averaging: float = 0.999
 
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.images is None):
+            raise InvalidInput("say how long to train: either minutes or images")
+        if (self.minutes or self.images or 0) <= 0:
+            raise InvalidInput("minutes or images must be more than 0")
+
     def done(self, progress: Progress) -> float:
-        """The share of the run that is behind, 0 to 1 and beyond."""
+        """Finished share of the run, 0 to 1 and beyond."""
         if self.images is not None:
             return progress.images / self.images
         assert self.minutes is not None
         return progress.seconds / (60 * self.minutes)
 
     def rate_at(self, progress: Progress) -> float:
-        """Warmed up by steps, then a cosine down to half a per cent of the peak."""
+        """Learning rate: linear warm-up by steps, then a cosine down to half a per cent of the peak."""
         warm = min(1.0, (progress.step + 1) / self.warmup_steps)
         return self.rate * warm * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.done(progress)))))
 
 
 @dataclass
 class Progress:
-    """What a run has done so far; ``seconds`` are spent in steps."""
+    """Progress of a run; ``seconds`` are spent in steps."""
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
 
 
-Source = Callable[[int, bool], Iterator[Batch]]
-"""Batches from a step on; the flag asks for batches without rows, for the tower and the auxiliary head alone."""
+Source = Callable[[int, bool], Batch]
+"""The batch of a step; the flag asks for a batch without rows, for the tower and the auxiliary head alone."""
 
 
 class GlyphHead(nn.Module):
-    """Names the characters in each patch from the tower's output. Without it a tower trained from nothing does not
-    learn to read in any reasonable time, because guessing from the language alone lowers the loss for very long.
+    """Auxiliary classifier of the characters in each patch, on the tower's output.
+
+    Without it a tower trained from random weights hardly learns to read: guessing from the language alone lowers the
+    loss for very long.
     """
 
     def __init__(self, width: int, slots: int, vocabulary: int) -> None:
@@ -111,11 +125,11 @@ class GlyphHead(nn.Module):
         self.linear = nn.Linear(width, slots * vocabulary)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, patches, width] to logits [n, patches, slots, vocabulary]."""
+        """Logits [n, patches, slots, vocabulary] of features [n, patches, width]."""
         return self.linear(features).unflatten(-1, (self.slots, -1))
 
     def loss(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of characters named rightly; empty slots weigh a quarter."""
+        """Cross-entropy, and the share of correct characters; empty slots weigh a quarter."""
         logits = self(features).float()
         inked = glyphs != 0
         weights = torch.where(inked, 1.0, 0.25)
@@ -125,11 +139,11 @@ class GlyphHead(nn.Module):
 
 
 class Trainer:
-    """Trains the parameters of ``model`` (and of ``head``) that require gradients, and keeps their running average.
+    """Training of the parameters of ``model`` and ``head`` that require gradients, with their running average.
 
-    ``scales`` maps a prefix of parameter names to a factor on the rate. State is kept in ``directory`` and taken up
-    again from there. Where `torch.distributed` is up, every process trains on batches of its own and gradients are
-    averaged; the first process keeps the clock, the log and the state.
+    ``scales`` maps a prefix of parameter names to a factor on the rate. State is kept in ``directory`` and resumed from
+    there. With `torch.distributed`, every process trains on its own batches and gradients are averaged; the first
+    process keeps the clock, the log and the state.
     """
 
     def __init__(
@@ -162,29 +176,28 @@ class Trainer:
             self._resume()
 
     def run(self, source: Source, snapshot: Callable[[LlavaForConditionalGeneration], str | None]) -> Progress:
-        """Trains to the end of the schedule and returns what was done.
+        """Trains to the end of the schedule.
 
-        ``snapshot`` gets a copy of the model with the averaged weights, now and then and at the end; what it returns is
-        logged.
+        ``snapshot`` gets a copy of the model with the averaged weights every ``SNAPSHOT_EVERY_S`` and at the end; the
+        text that it returns is logged.
         """
-        tower_only = self.schedule.done(self.progress) < self.schedule.tower_share
-        batches = source(self.progress.step, tower_only)
-        means = _Means()
+        figures: dict[str, list[float]] = defaultdict(list)
         logged = saved = shown = time.monotonic()
-        while self.schedule.done(self.progress) < 1:
+        while (done := self.schedule.done(self.progress)) < 1:
             began = time.monotonic()
-            if tower_only and self.schedule.done(self.progress) >= self.schedule.tower_share:
-                tower_only = False
-                batches = source(self.progress.step, tower_only)
-            batch = next(batches)
-            means.add(self._step(batch))
+            tower_only = done < self.schedule.tower_share
+            of_this_step = self._step(source(self.progress.step, tower_only))
             now = time.monotonic()
             self.seconds += now - began
             if not self.is_first:
                 continue
+            for name, figure in of_this_step.items():
+                figures[name].append(figure)
             if now - logged > LOG_EVERY_S:
-                done = 100 * self.schedule.done(self.progress)
-                self.report(f"{done:5.1f}% {self.progress.images} images, {means.take()}")
+                means = ", ".join(f"{name} {fmean(values):.4f}" for name, values in figures.items())
+                share = 100 * self.schedule.done(self.progress)
+                self.report(f"{share:5.1f}% {self.progress.images} images, {means}")
+                figures.clear()
                 logged = now
             if now - saved > SAVE_EVERY_S:
                 self.save()
@@ -198,7 +211,7 @@ class Trainer:
         return self.progress
 
     def save(self) -> None:
-        """Writes weights, averages, optimiser and progress, whole or not at all."""
+        """Writes weights, averages, optimiser and progress atomically."""
         state = {
             "model": self.model.state_dict(),
             "averages": self.averages,
@@ -232,16 +245,16 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.progress = Progress(self.progress.step + 1, self.progress.images + images, seconds)
-        # The first steps would otherwise drag the random start along for thousands of steps.
+        # A constant factor would keep the random initial values in the average for thousands of steps.
         keep = min(self.schedule.averaging, (1 + self.progress.step) / (10 + self.progress.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - keep)
         return figures
 
     def _share_gradients(self, images: int) -> tuple[int, float]:
-        """Averages gradients over processes; returns all images of the step, and the first process's clock.
+        """Averages gradients over processes; returns the images of the step in all of them, and the first one's clock.
 
-        Every process must take the same decisions from the same clock, or one would wait for the other for ever.
+        Decisions depend on this one clock: processes that took different ones would deadlock in the next all-reduce.
         """
         if not dist.is_initialized():
             return images, self.seconds
@@ -286,7 +299,7 @@ class Trainer:
 
 
 def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Normalised pixels [n, 3, h, w] to what the projector takes [n, tokens, width], as the config selects it."""
+    """Features [n, tokens, width] of normalised pixels [n, 3, h, w] for the projector, as the config selects them."""
     layers = model.config.vision_feature_layer
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     chosen = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
@@ -294,9 +307,9 @@ def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
 
 
 def answer_logits(model: LlavaForConditionalGeneration, features: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Projected features [m, tokens, width] to logits [answers, vocabulary] and labels [answers], answers only.
+    """Logits [answers, vocabulary] and labels [answers] of the answers' tokens, for features [m, tokens, width].
 
-    Rows are padded on the right, so that causal attention alone hides the padding.
+    Rows are padded on the right, so that causal attention alone masks the padding.
     """
     ids, labels = rows.ids.to(features.device), rows.labels.to(features.device)
     embeddings = model.get_input_embeddings()(ids)
@@ -307,10 +320,19 @@ def answer_logits(model: LlavaForConditionalGeneration, features: Tensor, rows: 
     return model.lm_head(hidden[wanted]).float(), labels[wanted]
 
 
-def pad(questions: Sequence[Question], pad_id: int, multiple: int = 8) -> Rows:
-    """Rows of one length, a multiple of ``multiple``; labels stand where the next token is an answer's."""
+def encode_question(
+    tokenizer: Any, prompt: str, answer: str, images: list[int], image_tokens: int, *, add_special_tokens: bool = True
+) -> Question:
+    """Tokenizes a question about the batch's ``images``, which take ``image_tokens`` positions each."""
+    expanded = prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * image_tokens)
+    answer_ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    return Question(tokenizer.encode(expanded, add_special_tokens=add_special_tokens), answer_ids, images)
+
+
+def pad(questions: Sequence[Question], pad_id: int) -> Rows:
+    """Rows of one length, a multiple of 8; labels stand where the next token is an answer's."""
     length = max(len(question.prompt) + len(question.answer) for question in questions)
-    length = math.ceil(length / multiple) * multiple
+    length = math.ceil(length / 8) * 8
     ids = torch.full((len(questions), length), pad_id)
     labels = torch.full((len(questions), length), IGNORED)
     for row, question in enumerate(questions):
@@ -320,42 +342,20 @@ def pad(questions: Sequence[Question], pad_id: int, multiple: int = 8) -> Rows:
     return Rows(ids, labels, torch.tensor(list(chain.from_iterable(question.images for question in questions))))
 
 
-def pad_by_length(questions: Sequence[Question], pad_id: int, groups: int = 3) -> list[Rows]:
-    """Splits questions into groups of similar length, which saves computing on padding."""
+def pad_by_length(questions: Sequence[Question], pad_id: int) -> list[Rows]:
+    """Splits questions into three groups of similar length, which saves computing on padding."""
     ordered = sorted(questions, key=lambda question: len(question.prompt) + len(question.answer))
-    size = math.ceil(len(ordered) / groups)
+    size = math.ceil(len(ordered) / 3)
     return [pad(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size or 1)]
 
 
 def export(model: LlavaForConditionalGeneration, processor: Any, output: Path, dtype: torch.dtype) -> None:
-    """Writes a LLaVA directory (safetensors) that `transformers` and the engine load; leaves ``model`` in ``dtype``."""
+    """Writes a LLaVA directory (safetensors); leaves ``model`` in ``dtype``."""
     output.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(output)
     processor.save_pretrained(output)
     for path in output.iterdir():
         path.chmod(0o644)
-
-
-def read_progress(directory: Path) -> dict[str, Any] | None:
-    """What a finished or interrupted run has done, or None where none was."""
-    path = directory / "training-state.pt"
-    return torch.load(path, weights_only=True)["progress"] if path.exists() else None
-
-
-class _Means:
-    """The mean of each figure since the last ``take``, over the steps that have it."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
-            self.values[name].append(value)
-
-    def take(self) -> str:
-        text = ", ".join(f"{name} {fmean(values):.4f}" for name, values in self.values.items())
-        self.values.clear()
-        return text
 
 
 def _groups(parameters: dict[str, nn.Parameter], schedule: Schedule, scales: dict[str, float]) -> list[dict[str, Any]]:

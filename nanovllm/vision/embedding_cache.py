@@ -1,7 +1,7 @@
-"""Image embeddings, computed once: byte-bounded tiers, single flight, two names for one entry.
+"""Embedding cache: image embeddings in byte-bounded LRU tiers, with single flight.
 
-An entry is found by what the encoder sees (pixels and size) or, sooner, by the bytes of the file that the pixels came
-from: then nothing is decoded either. All names hold the encoder's revision and the tenant's salt.
+An entry is found by the digest of pixels and size or, before anything is decoded, by the digest of the file that they
+came in. Both keys include the encoder's revision and the tenant's salt.
 """
 
 from __future__ import annotations
@@ -9,59 +9,105 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats, TierStats
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-from nanovllm.vision.cache_tiers import Entry, MemoryTier, Tier
 
 CacheOutcome = Literal["hit", "joined", "miss"]
 
-MOST_FILES_AN_ENTRY = 8  # files of equal pixels that one entry is found by; of more, the latest
+MOST_FILES_AN_ENTRY = 8  # files of equal pixels by which one entry is found; of more, the latest
 
 Note = TypeVar("Note")
 
 
 def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, kind: str = "pixels") -> bytes:
-    """The name (32 bytes) of an embedding: a digest of that ``kind``, the encoder, and the tenant's salt."""
+    """Key (32 bytes) of an embedding: a digest of that ``kind``, the encoder's revision, and the tenant's salt."""
     name = hashlib.sha256()
     for part in (kind.encode(), digest, encoder_revision.encode(), salt):
         name.update(len(part).to_bytes(8, "big") + part)
     return name.digest()
 
 
-@dataclass
-class _Flight:
-    """One key's computation under way, and how it ended."""
+@dataclass(eq=False)
+class Entry:
+    """An embedding, the seconds that computing it took, and the keys of the files by which it is found."""
 
-    done: threading.Event = field(default_factory=threading.Event)
-    entry: Entry | None = None
-    error: BaseException | None = None
+    embedding: Tensor
+    seconds: float
+    files: list[bytes] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's storage, all of which a view keeps alive."""
+        return self.embedding.untyped_storage().nbytes()
+
+
+class MemoryTier:
+    """LRU tier in the memory of one device, with at most ``max_bytes`` of tensor storage.
+
+    ``device`` None leaves tensors on theirs. Called under the cache's lock. Raises ConfigurationError for a negative
+    bound.
+    """
+
+    def __init__(self, name: str, max_bytes: int, device: torch.device | str | None = None) -> None:
+        if max_bytes < 0:
+            raise ConfigurationError(f"an embedding cache of {max_bytes} bytes is not possible")
+        self.name = name
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self.hits = 0
+        self.entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._device = device
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry, which becomes the most recently used one."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        return self.entries.get(key)
+
+    def pop(self, key: bytes) -> Entry:
+        """Remove an entry."""
+        entry = self.entries.pop(key)
+        self.held_bytes -= entry.nbytes
+        return entry
+
+    def put(self, key: bytes, entry: Entry) -> Iterator[tuple[bytes, Entry]]:
+        """Store an entry of at most ``max_bytes``, and yield the entries evicted for it."""
+        if self._device is not None:
+            entry.embedding = entry.embedding.to(self._device)
+        while self.held_bytes + entry.nbytes > self.max_bytes:
+            oldest = next(iter(self.entries))
+            yield oldest, self.pop(oldest)
+        self.entries[key] = entry
+        self.held_bytes += entry.nbytes
 
 
 class EmbeddingCache(Generic[Note]):
-    """Embeddings by key in one or more tiers, fastest first.
+    """Embeddings by key in one or more tiers, fastest first; an entry is in one of them.
 
-    Every method may be called from any thread. The tensors handed out are the stored ones: read them, never write.
-    A bound of 0 stores nothing and still joins equal work.
+    Every method may be called from any thread. Returned tensors are the stored ones: read-only. A bound of 0 stores
+    nothing and still joins equal work.
     """
 
-    def __init__(self, max_bytes: int, *further: Tier, device: torch.device | str | None = None) -> None:
-        """``max_bytes`` are those of the tier beside the encoder, on ``device``; ``further`` tiers take what leaves it.
+    def __init__(self, max_bytes: int, *further: MemoryTier, device: torch.device | str | None = None) -> None:
+        """``max_bytes`` bound the tier on the encoder's ``device``; ``further`` tiers take its evictions, in order.
 
         Raises ConfigurationError for a negative bound.
         """
-        self._tiers: tuple[Tier, ...] = (MemoryTier("device", max_bytes, device), *further)
+        self._tiers = (MemoryTier("device", max_bytes, device), *further)
         self._device = device
         self._lock = threading.Lock()
-        self._flights: dict[bytes, _Flight] = {}
+        self._flights: dict[bytes, Future[Entry]] = {}
         self._files: dict[bytes, tuple[bytes, Note]] = {}
-        self._hits = dict.fromkeys(self._tiers, 0)
         self._misses = self._joined = self._evictions = self._hits_by_file = 0
         self._seconds_saved = 0.0
 
@@ -71,12 +117,12 @@ class EmbeddingCache(Generic[Note]):
         """Return an embedding for every key, computing those that are neither held nor being computed.
 
         ``compute`` gets the indices into ``keys`` to compute and returns as many tensors, in order; it runs outside
-        the lock, once. Views into a batch are fine: each is copied. A key that repeats within ``keys``, or is being
-        computed by another thread, is ``joined``. Raises what ``compute`` raises, here and to all who joined.
+        the lock, once. Each tensor is copied, so it may be a view into a batch. A key that repeats within ``keys``, or
+        is being computed by another thread, is ``joined``. Raises what ``compute`` raises, in all threads that joined.
         """
         found: dict[int, tuple[Tensor, CacheOutcome]] = {}
-        led: dict[int, _Flight] = {}
-        followed: dict[int, _Flight] = {}
+        led: dict[int, Future[Entry]] = {}
+        followed: dict[int, Future[Entry]] = {}
         with self._lock:
             for index, key in enumerate(keys):
                 embedding = self._hit(key)
@@ -86,23 +132,21 @@ class EmbeddingCache(Generic[Note]):
                     followed[index] = self._flights[key]
                     self._joined += 1
                 else:
-                    led[index] = self._flights[key] = _Flight()
+                    led[index] = self._flights[key] = Future()
                     self._misses += 1
-        # Our own first: others wait for it, while what we wait for is under way already.
+        # Own work first: other threads wait for it, and the work of theirs waited for here has begun.
         if led:
             self._lead(keys, led, compute)
         for index, flight in (led | followed).items():
-            flight.done.wait()
-            if flight.entry is None:
-                raise flight.error or RuntimeError("the computation of an embedding ended without one")
-            found[index] = flight.entry.embedding, "miss" if index in led else "joined"
+            entry = flight.result()
+            found[index] = entry.embedding, "miss" if index in led else "joined"
             if index in followed:
                 with self._lock:
-                    self._seconds_saved += flight.entry.seconds
+                    self._seconds_saved += entry.seconds
         return [found[index] for index in range(len(keys))]
 
     def name(self, file: bytes, key: bytes, note: Note) -> None:
-        """Let the entry of ``key``, if it is held, be found by ``file`` too, with ``note`` beside it."""
+        """Make the entry of ``key``, if it is held, findable by the key ``file`` too, with ``note`` beside it."""
         with self._lock:
             entry = next((entry for tier in self._tiers if (entry := tier.get(key)) is not None), None)
             if entry is None or file in self._files:
@@ -113,21 +157,21 @@ class EmbeddingCache(Generic[Note]):
                 del self._files[entry.files.pop(0)]
 
     def find(self, file: bytes) -> tuple[Tensor, Note] | None:
-        """The embedding that ``name`` gave this name, and the note, or None, which counts as nothing.
+        """The embedding and note that `name` stored under ``file``, or None, which counts as no miss.
 
-        The tensor is the caller's to hold as long as it wants: an eviction takes it from the cache only.
+        An eviction drops the cache's reference only: the caller may keep the tensor.
         """
         with self._lock:
             if file not in self._files:
                 return None
             key, note = self._files[file]
             embedding = self._hit(key)
-            assert embedding is not None  # an entry that leaves takes its names along
+            assert embedding is not None  # an eviction removes the entry's files too
             self._hits_by_file += 1
             return embedding, note
 
     def touch(self, key: bytes) -> bool:
-        """Whether the entry of ``key`` is held; it then is the most recently used one. Counts as no hit."""
+        """Whether the entry of ``key`` is held; it becomes the most recently used one. Counts as no hit."""
         with self._lock:
             return self._use(key) is not None
 
@@ -135,8 +179,8 @@ class EmbeddingCache(Generic[Note]):
         """Counts since the start, and what is held now."""
         with self._lock:
             tiers = tuple(
-                TierStats(tier.name, hits, len(tier), tier.held_bytes, tier.max_bytes)
-                for tier, hits in self._hits.items()
+                TierStats(tier.name, tier.hits, len(tier.entries), tier.held_bytes, tier.max_bytes)
+                for tier in self._tiers
             )
             return CacheStats(
                 hits=sum(tier.hits for tier in tiers),
@@ -152,11 +196,11 @@ class EmbeddingCache(Generic[Note]):
             )
 
     def audit(self) -> None:
-        """Assert the invariants: the bytes counted are those held, within the bound, each tensor in own storage."""
+        """Assert the invariants: counted bytes are those held, within the bound, each tensor in its own storage."""
         with self._lock:
-            entries = [entry for tier in self._tiers for entry in tier.entries()]
+            entries = [entry for tier in self._tiers for entry in tier.entries.values()]
             for tier in self._tiers:
-                held = sum(entry.nbytes for entry in tier.entries())
+                held = sum(entry.nbytes for entry in tier.entries.values())
                 assert held == tier.held_bytes <= tier.max_bytes, (tier.name, held, tier.held_bytes, tier.max_bytes)
             for entry in entries:
                 tight = entry.embedding.numel() * entry.embedding.element_size()
@@ -167,17 +211,17 @@ class EmbeddingCache(Generic[Note]):
             assert names == sorted(self._files), "names and entries differ"
 
     def _hit(self, key: bytes) -> Tensor | None:
-        """Under the lock: the entry's embedding, beside the encoder, where any tier has it."""
+        """Under the lock: the embedding on the encoder's device, where any tier has it."""
         found = self._use(key)
         if found is None:
             return None
         tier, entry = found
-        self._hits[tier] += 1
+        tier.hits += 1
         self._seconds_saved += entry.seconds
         return entry.embedding if self._device is None else entry.embedding.to(self._device)
 
-    def _use(self, key: bytes) -> tuple[Tier, Entry] | None:
-        """Under the lock: the entry and the tier that held it; it moves to the first tier where it fits in there."""
+    def _use(self, key: bytes) -> tuple[MemoryTier, Entry] | None:
+        """Under the lock: the entry and the tier that held it; it moves to the first tier if it fits in there."""
         for tier in self._tiers:
             entry = tier.get(key)
             if entry is None:
@@ -188,7 +232,7 @@ class EmbeddingCache(Generic[Note]):
         return None
 
     def _lead(
-        self, keys: Sequence[bytes], led: dict[int, _Flight], compute: Callable[[list[int]], Sequence[Tensor]]
+        self, keys: Sequence[bytes], led: dict[int, Future[Entry]], compute: Callable[[list[int]], Sequence[Tensor]]
     ) -> None:
         started = time.perf_counter()
         try:
@@ -196,24 +240,23 @@ class EmbeddingCache(Generic[Note]):
             if len(computed) != len(led):
                 raise ValueError(f"{len(led)} embeddings were asked for, {len(computed)} computed")
             seconds = (time.perf_counter() - started) / len(led)
-            for flight, embedding in zip(led.values(), computed, strict=True):
-                # A copy each: a view would keep the whole batch's buffer alive behind one entry.
-                flight.entry = Entry(embedding.detach().clone(), seconds)
+            # Copies: a view would keep the whole batch's storage alive behind one entry.
+            entries = [Entry(embedding.detach().clone(), seconds) for embedding in computed]
         except BaseException as error:
-            for flight in led.values():
-                flight.entry, flight.error = None, error
-            raise
-        finally:
             with self._lock:
                 for index, flight in led.items():
                     del self._flights[keys[index]]
-                    if flight.entry is not None:
-                        # Another object: those who joined read theirs outside the lock.
-                        self._store(keys[index], Entry(flight.entry.embedding, flight.entry.seconds))
-                    flight.done.set()
+                    flight.set_exception(error)
+            raise
+        with self._lock:
+            for (index, flight), entry in zip(led.items(), entries, strict=True):
+                del self._flights[keys[index]]
+                # Another object: threads that joined read theirs outside the lock.
+                self._store(keys[index], Entry(entry.embedding, entry.seconds))
+                flight.set_result(entry)
 
     def _store(self, key: bytes, entry: Entry) -> None:
-        """Under the lock: put an entry into the first tier that can hold it, and what leaves there into the next."""
+        """Under the lock: put an entry into the first tier that can hold it, and what it evicts into the next."""
         moving = [(key, entry)]
         for tier in self._tiers:
             leaving: list[tuple[bytes, Entry]] = []
@@ -224,6 +267,6 @@ class EmbeddingCache(Generic[Note]):
                     leaving += tier.put(name, moved)
             moving = leaving
         for _, dropped in moving:
-            self._evictions += dropped is not entry  # what was too large for every tier was never in one
+            self._evictions += dropped is not entry  # an entry too large for every tier was in none of them
             for file in dropped.files:
                 del self._files[file]

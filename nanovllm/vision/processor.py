@@ -1,4 +1,4 @@
-"""What a prompt's images become: placeholders to tokens, pictures to embeddings through the cache."""
+"""Vision processor: placeholders to tokens, images to embeddings through the cache."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 OneImage = ImageSource | PreparedImage
 PromptImages = OneImage | Iterable[OneImage] | None
-"""What one prompt's images may be given as: a flat sequence, an image alone, or nothing."""
+"""Images of one prompt: a flat sequence, an image alone, or nothing."""
 
 
 def is_image(value: object) -> TypeGuard[OneImage]:
-    """Whether ``value`` is of a type that one image may come as."""
+    """Whether ``value`` has the type of an image."""
     return isinstance(value, (Image.Image, np.ndarray, str, Path, bytes, PreparedImage))
 
 
 def as_list(values: Any) -> list[Any] | None:
-    """The items of a sequence or iterator; None for an image, an open file and whatever else has no order of items."""
+    """Items of a sequence or iterator; None for an image, an open file and other values without an order of items."""
     if is_image(values) or isinstance(values, IOBase) or not isinstance(values, (Sequence, Iterator)):
         return None
     return list(values)
 
 
 def image_list(images: PromptImages, num_placeholders: int | None = None) -> list[OneImage]:
-    """The images of one prompt, in the order of their placeholders.
+    """Images of one prompt, in the order of their placeholders.
 
     Raises:
-        InvalidInput: neither an image nor a flat sequence of images. Its text writes the list that fits
-            ``num_placeholders``.
+        InvalidInput: neither an image nor a flat sequence of images; shows the list that fits ``num_placeholders``.
     """
     if images is None or is_image(images):
         return [] if images is None else [images]
@@ -57,7 +56,7 @@ def image_list(images: PromptImages, num_placeholders: int | None = None) -> lis
 
 
 def written(num_images: int) -> str:
-    """The list of a prompt's images as a caller writes it."""
+    """List of a prompt's images as a caller writes it."""
     return f"[{', '.join(['image'] * num_images)}]"
 
 
@@ -72,28 +71,27 @@ class VisionProcessor:
     """Images and their placeholders for one encoder.
 
     Args:
-        encoder: makes the embeddings.
-        tokenizer: a Hugging Face tokenizer, asked for the image token's id where ``image_token_id`` is not given.
-        image_token: the text that stands for an image.
-        image_token_id: its token.
+        encoder: computes the embeddings.
+        tokenizer: a Hugging Face tokenizer with the placeholder's id, where ``image_token_id`` is not given.
+        image_token_id: the placeholder's token.
         cache: shared embeddings; unset, nothing is kept between calls.
-        limits: what an image may cost.
+        limits: of an image's size.
     """
+
+    image_token = IMAGE_PLACEHOLDER
 
     def __init__(
         self,
         encoder: ImageEncoder,
         *,
         tokenizer: Any = None,
-        image_token: str = IMAGE_PLACEHOLDER,
         image_token_id: int | None = None,
         cache: EmbeddingCache[PreparedImage] | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if image_token_id is None and tokenizer is not None:
-            image_token_id = tokenizer.get_vocab().get(image_token)
+            image_token_id = tokenizer.get_vocab().get(self.image_token)
         self.encoder = encoder
-        self.image_token = image_token
         self.image_token_id = image_token_id
         self.cache: EmbeddingCache[PreparedImage] = cache if cache is not None else EmbeddingCache(0)
         self.limits = limits
@@ -101,8 +99,7 @@ class VisionProcessor:
     def process_images(self, images: PromptImages) -> tuple[Tensor, int]:
         """Embed images: features ``[len(images) × tokens, hidden_size]`` and the number of tokens an image.
 
-        Of an encoder that takes images at their own size, the features are as many as ``num_image_tokens`` says of each
-        image, and the number is the most that one may take.
+        Where images keep their own size, each has its own number of features, and the second value is the most.
         """
         embedded = [embedding for embedding, _ in self.embed([self.prepare(image) for image in image_list(images)])]
         if not embedded:
@@ -110,9 +107,9 @@ class VisionProcessor:
         return torch.cat(embedded), self.encoder.num_vision_tokens
 
     def replace_image_placeholders(self, text: str, images: PromptImages) -> tuple[str, list[int]]:
-        """Write every placeholder as often as its image has tokens.
+        """Repeat every placeholder as often as its image has tokens.
 
-        Returns the new text and, for each image, the character at which its first token starts there.
+        Returns the new text and, for each image, the character in it at which its first token starts.
 
         Raises:
             PlaceholderMismatch: there are more or fewer placeholders than images.
@@ -124,11 +121,11 @@ class VisionProcessor:
         modified = parts[0]
         for part, image in zip(parts[1:], pictures, strict=True):
             positions.append(len(modified))
-            modified += self.image_token * self.num_image_tokens(self.prepare(image)) + part
+            modified += self.image_token * self.encoder.num_tokens(self.prepare(image).size) + part
         return modified, positions
 
     def get_image_token_ids(self, num_images: int) -> list[int]:
-        """The image token, once for every position that ``num_images`` images take.
+        """Image token, once for every position of ``num_images`` images.
 
         Raises:
             ConfigurationError: the processor knows neither ``image_token_id`` nor a tokenizer with the image token.
@@ -145,7 +142,7 @@ class VisionProcessor:
             )
 
     def prepare(self, source: OneImage, salt: bytes = b"") -> PreparedImage:
-        """Decode and transform an image for this encoder, unless the embedding of the same file is at hand.
+        """Decode and transform an image for this encoder, unless the embedding of the same file is cached.
 
         Raises:
             InvalidInput: an image that was prepared for another encoder.
@@ -164,20 +161,16 @@ class VisionProcessor:
         return found or replace(prepare_image(source, self.encoder.transform, self.limits), file_digest=digest)
 
     def find(self, file_digest: bytes, salt: bytes = b"") -> PreparedImage | None:
-        """The image that came in a file of this SHA-256, with its embedding, if the cache has it."""
+        """Image of the file with this SHA-256, with its embedding, if the cache has it."""
         found = self.cache.find(embedding_key(file_digest, self.encoder.revision, salt, kind="file"))
         return None if found is None else replace(found[1], embedding=found[0])
 
     def key(self, image: PreparedImage, salt: bytes = b"") -> bytes:
-        """The name of the image's embedding: pixels, size, encoder, tenant."""
+        """Key of the image's embedding: pixels, size, encoder, tenant."""
         return embedding_key(image.digest, self.encoder.revision, salt)
 
-    def num_image_tokens(self, image: PreparedImage) -> int:
-        """Positions in the sequence that ``image`` takes."""
-        return self.encoder.num_tokens(image.size)
-
     def embed(self, images: Sequence[PreparedImage], salt: bytes = b"") -> list[tuple[Tensor, CacheOutcome]]:
-        """Embeddings ``[tokens, hidden_size]`` and how the cache served them; each distinct image is encoded once."""
+        """Embeddings ``[tokens, width]`` with the cache's outcome; each distinct image is encoded once."""
         wanted = {place: image for place, image in enumerate(images) if image.embedding is None}
         places, keys = list(wanted), [self.key(image, salt) for image in wanted.values()]
         found = self.cache.get_or_compute(

@@ -23,9 +23,8 @@ from PIL import Image, ImageCms
 
 from nanovllm.errors import InvalidImage, NanoVLLMError, TooManyFrames, TooManyPixels, UnsupportedImageFormat
 from nanovllm.vision.images.decode import DEFAULT_FORMATS, ImageLimits, load_rgb
-from nanovllm.vision.images.digest import pixel_digest
 from nanovllm.vision.images.pool import DecoderPool
-from nanovllm.vision.images.preprocess import ImageTransform
+from nanovllm.vision.images.preprocess import ImageTransform, pixel_digest
 
 Pixels = np.ndarray  # uint8 [H, W, 3]
 

@@ -13,8 +13,7 @@ from strategies import examples
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.cache_tiers import MemoryTier
-from nanovllm.vision.embedding_cache import MOST_FILES_AN_ENTRY, EmbeddingCache, embedding_key
+from nanovllm.vision.embedding_cache import MOST_FILES_AN_ENTRY, EmbeddingCache, MemoryTier, embedding_key
 
 ROWS = 4
 ENTRY_BYTES = ROWS * 4

@@ -112,4 +112,4 @@ def test_a_prepared_image_is_taken_as_it_is_and_limits_hold_for_the_rest(encoder
         processor.prepare(image(0))
     prepared = VisionProcessor(encoder).prepare(image(0))
     assert processor.prepare(prepared) is prepared
-    assert processor.num_image_tokens(prepared) == 16
+    assert encoder.num_tokens(prepared.size) == 16

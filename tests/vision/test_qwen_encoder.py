@@ -37,7 +37,7 @@ def prepared(encoder: NativeEncoder, *sizes: tuple[int, int]) -> list[PreparedIm
 
 
 def test_embeddings_equal_transformers_from_pixels_to_the_last_level(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     inputs = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)(
         [picture(*size) for size in SIZES], return_tensors="pt"
@@ -56,7 +56,7 @@ def test_embeddings_equal_transformers_from_pixels_to_the_last_level(checkpoint:
 
 
 def test_pixels_equal_transformers_bit_for_bit(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     for size in SIZES:
         expected = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)([picture(*size)], return_tensors="pt")
         (image,) = prepared(encoder, size)
@@ -65,14 +65,14 @@ def test_pixels_equal_transformers_bit_for_bit(checkpoint: Path) -> None:
 
 
 def test_an_image_alone_and_among_others_are_embedded_alike(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     images = prepared(encoder, *SIZES)
     for together, image in zip(encoder.embed(images), images, strict=True):
         assert torch.allclose(together, encoder.embed([image])[0], atol=1e-5)
 
 
 def test_one_at_a_time_they_are_the_same_bits_in_any_company(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     encoder.batch_size = 1
     images = prepared(encoder, *SIZES)
     for together, image in zip(encoder.embed(images), images, strict=True):
@@ -82,7 +82,7 @@ def test_one_at_a_time_they_are_the_same_bits_in_any_company(checkpoint: Path) -
 def test_a_batch_goes_through_the_tower_in_parts_of_bounded_size(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     images = prepared(encoder, *SIZES)
     expected = encoder.embed(images)
     encoder.batch_patches = 64
@@ -98,39 +98,37 @@ def test_a_batch_goes_through_the_tower_in_parts_of_bounded_size(
 @pytest.mark.parametrize("tokens", [1, 4, 9, 30])
 @pytest.mark.parametrize("size", [*SIZES, (2000, 10), (10, 2000), (1, 199)])
 def test_no_image_takes_more_than_the_tokens_allowed(checkpoint: Path, tokens: int, size: tuple[int, int]) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint, max_image_tokens=tokens)
+    encoder = NativeEncoder(checkpoint, max_image_tokens=tokens)
     (image,) = prepared(encoder, size)
     assert 1 <= encoder.num_tokens(image.size) <= tokens == encoder.num_vision_tokens
     assert encoder.accepts(image.size)
 
 
 def test_pixel_bounds_stand_in_for_the_checkpoints(checkpoint: Path) -> None:
-    square = NativeEncoder.from_checkpoint(checkpoint).transform.size[2]
-    encoder = NativeEncoder.from_checkpoint(checkpoint, min_pixels=9 * square**2, max_pixels=16 * square**2)
+    square = NativeEncoder(checkpoint).transform.size[2]
+    encoder = NativeEncoder(checkpoint, min_pixels=9 * square**2, max_pixels=16 * square**2)
     assert [encoder.num_tokens(image.size) for image in prepared(encoder, (8, 8), (500, 500))] == [9, 16]
-    small = NativeEncoder.from_checkpoint(checkpoint, max_image_size=3 * square + 1)
+    small = NativeEncoder(checkpoint, max_image_size=3 * square + 1)
     assert [small.num_tokens(image.size) for image in prepared(small, (500, 500))] == [9]
-    assert NativeEncoder.from_checkpoint(checkpoint, max_image_size=10**4).transform == (
-        NativeEncoder.from_checkpoint(checkpoint).transform
-    )
+    assert NativeEncoder(checkpoint, max_image_size=10**4).transform == (NativeEncoder(checkpoint).transform)
     for options in (
         {"max_pixels": square**2 - 1},
         {"max_image_size": square - 1},
         {"min_pixels": 10**6, "max_pixels": 10**5},
     ):
         with pytest.raises(ConfigurationError, match="see min_pixels, max_pixels, max_image_size"):
-            NativeEncoder.from_checkpoint(checkpoint, **options)
+            NativeEncoder(checkpoint, **options)
 
 
 def test_other_sizes_than_the_transforms_are_not_accepted(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     square = encoder.transform.size[2]
     assert encoder.accepts((square, 2 * square))
     assert not any(map(encoder.accepts, [(0, square), (square, square + 1), (100 * square, 100 * square)]))
 
 
 def test_images_too_narrow_are_refused(checkpoint: Path) -> None:
-    encoder = NativeEncoder.from_checkpoint(checkpoint)
+    encoder = NativeEncoder(checkpoint)
     prepared(encoder, (200, 1))
     with pytest.raises(InvalidImage, match="201x1 pixels is too narrow: 200:1"):
         prepared(encoder, (201, 1))
@@ -141,9 +139,9 @@ def test_old_names_shards_and_half_precision_load(tmp_path: Path, family: QwenVL
     small = make_qwen_vl(tmp_path / "whole", family=family)
     sharded = make_qwen_vl(tmp_path / "shards", family=family, max_shard_size="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    one, other = NativeEncoder.from_checkpoint(small), NativeEncoder.from_checkpoint(sharded)
+    one, other = NativeEncoder(small), NativeEncoder(sharded)
     assert one.revision == other.revision
-    half = NativeEncoder.from_checkpoint(small, dtype=torch.bfloat16)
+    half = NativeEncoder(small, dtype=torch.bfloat16)
     assert half.revision != one.revision
     exact, rounded = (encoder.embed(prepared(encoder, (90, 90)))[0] for encoder in (one, half))
     assert rounded.dtype == torch.bfloat16
@@ -152,14 +150,14 @@ def test_old_names_shards_and_half_precision_load(tmp_path: Path, family: QwenVL
 
 def test_other_checkpoints_and_preprocessors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="'qwen3' checkpoint, not a Qwen-VL one"):
-        NativeEncoder.from_checkpoint(make_qwen3(tmp_path / "text"))
+        NativeEncoder(make_qwen3(tmp_path / "text"))
     directory = make_qwen_vl(tmp_path / "vl")
     file = directory / "preprocessor_config.json"
     fields = json.loads(file.read_text())
     for change, message in (({"merge_size": 3}, "multiples of 28"), ({"do_resize": False}, "do_resize")):
         file.write_text(json.dumps({**fields, **change}))
         with pytest.raises(UnsupportedModel, match=message):
-            NativeEncoder.from_checkpoint(directory)
+            NativeEncoder(directory)
 
 
 @pytest.mark.parametrize(

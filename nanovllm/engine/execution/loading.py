@@ -17,8 +17,7 @@ from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.registry import load_encoder, load_text_model
 from nanovllm.errors import ConfigurationError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
-from nanovllm.vision.cache_tiers import MemoryTier
-from nanovllm.vision.embedding_cache import EmbeddingCache
+from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.processor import VisionProcessor
 

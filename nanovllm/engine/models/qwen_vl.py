@@ -53,7 +53,7 @@ def own_encoder(
                 "of its own"
             )
     tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
-    return NativeEncoder.from_checkpoint(
+    return NativeEncoder(
         checkpoint.directory,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoints.checkpoint import Checkpoint, load_parameters
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.tensors import load_parameters
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
 
@@ -78,5 +79,5 @@ def load_decoder(
         computed = name is not None and name.endswith("rotary_emb.inv_freq")
         return None if computed or (tied and name == "lm_head.weight") else name
 
-    load_parameters(checkpoint, parameter_places(model, tied=tied), wanted)
+    load_parameters(checkpoint.files, parameter_places(model, tied=tied), wanted)
     return model.eval()

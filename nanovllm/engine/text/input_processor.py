@@ -186,7 +186,7 @@ class InputProcessor:
                 continue
             image = self.processor.prepare(next(waiting), salt)
             grid = self.processor.encoder.grid(image.size)
-            length = self.processor.num_image_tokens(image)
+            length = self.processor.encoder.num_tokens(image.size)
             spans.append(ImageSpan(image, self.processor.key(image, salt), len(expanded), length, grid))
             expanded += [self._image_token_id] * spans[-1].length
         return expanded, tuple(spans)

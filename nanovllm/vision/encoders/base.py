@@ -1,4 +1,4 @@
-"""What every encoder of images is: pixels in, embeddings out, counted, and named by a digest."""
+"""Image encoder interface: pixels in, embeddings out, counted, and identified by a digest."""
 
 from __future__ import annotations
 
@@ -19,25 +19,33 @@ from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
 class ImageEncoder(nn.Module, ABC):
-    """A vision tower and what brings its features into the language model's space."""
+    """Vision tower with its projection into the language model's space.
 
-    batch_size = 32  # images that go through the tower at once, at most
-    batch_patches: int  # and their patches
+    Attributes:
+        vision_model: the tower's name as it was given.
+        transform: the preprocessing of this encoder's pixels.
+        dtype: of the parameters and the embeddings.
+        batch_size: most images in one pass of the tower.
+        batch_patches: most patches in one pass.
+    """
+
+    vision_model: str
+    transform: ImageTransform
+    dtype: torch.dtype
+    batch_size = 32
+    batch_patches: int
     tower: Any
 
-    def _finish(
-        self, name: str, transform: ImageTransform, freeze: bool, dtype: torch.dtype, device: str | torch.device
-    ) -> None:
-        """Settle what all encoders have, once the parameters are loaded."""
-        self._vision_model = name
-        self._transform = transform
-        self._dtype = dtype
+    def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
+        """Set what all encoders have, once ``transform`` is set and the parameters are loaded."""
+        self.vision_model = name
+        self.dtype = dtype
         self.images_encoded = 0
         self.encode_seconds = 0.0
         self.to(dtype=dtype, device=device).eval()
-        # What a CPU computes for more at once is memory that the system hands out anew in every layer: 16% of ViT-B/16.
+        # On a CPU larger activations are memory that the system maps anew in every layer: 16% of the time of ViT-B/16.
         self.batch_patches = 2048 if torch.device(device).type == "cpu" else 16_384
-        self.register_buffer("_levels", torch.from_numpy(transform.lookup_table()).to(device), persistent=False)
+        self.register_buffer("_levels", torch.from_numpy(self.transform.lookup_table()).to(device), persistent=False)
         self._levels: Tensor
         if freeze:
             self.tower.requires_grad_(False)
@@ -45,7 +53,7 @@ class ImageEncoder(nn.Module, ABC):
     @property
     @abstractmethod
     def num_vision_tokens(self) -> int:
-        """Embeddings, and so positions in the sequence, that one image takes; the most, where images differ."""
+        """Embeddings, and positions in the sequence, of one image; the most, where images differ."""
 
     @property
     @abstractmethod
@@ -54,7 +62,7 @@ class ImageEncoder(nn.Module, ABC):
 
     @property
     def width(self) -> int:
-        """Columns of an embedding: ``hidden_size``, and more where it carries features for further layers."""
+        """Columns of an embedding: ``hidden_size``, and more where it has features for further layers."""
         return self.hidden_size
 
     @abstractmethod
@@ -75,33 +83,13 @@ class ImageEncoder(nn.Module, ABC):
 
     @abstractmethod
     def _architecture(self) -> dict[str, Any]:
-        """What, beside parameters and preprocessing, decides about an embedding."""
-
-    @property
-    def transform(self) -> ImageTransform:
-        """The preprocessing that makes this encoder's pixels."""
-        return self._transform
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters and the embeddings."""
-        return self._dtype
-
-    @property
-    def vision_model(self) -> str:
-        """The tower's name as it was given."""
-        return self._vision_model
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters that an encoding uses."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Options beside parameters and preprocessing that determine an embedding."""
 
     @cached_property
     def revision(self) -> str:
         """SHA-256 (hex) over architecture, parameters and preprocessing: equal revisions embed an image equally.
 
-        Taken when first read; change no parameter afterwards.
+        Computed at the first access; parameters must not change afterwards.
         """
         digest = hashlib.sha256(json.dumps(self._architecture(), sort_keys=True, default=str).encode())
         digest.update(self.transform.fingerprint().encode())
@@ -112,7 +100,7 @@ class ImageEncoder(nn.Module, ABC):
 
     @torch.no_grad()
     def embed(self, images: Sequence[PreparedImage]) -> list[Tensor]:
-        """Embeddings of prepared images with pixels: each ``[tokens, width]``, views of what was computed together."""
+        """Embeddings ``[tokens, width]`` of prepared images with pixels; those of one pass are views of one tensor."""
         embeddings: list[Tensor] = []
         for first in range(0, len(images), self.batch_size):
             batch = images[first : first + self.batch_size]
@@ -131,9 +119,9 @@ class ImageEncoder(nn.Module, ABC):
         """Rescale and normalise uint8 ``[N, H, W, 3]`` to the tower's ``pixel_values`` ``[N, 3, H, W]``."""
         channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).long()
         values = torch.stack([self._levels[channel][channels[:, channel]] for channel in range(3)], dim=1)
-        return values.to(self._dtype)
+        return values.to(self.dtype)
 
 
 def tower_fields(config: Any) -> dict[str, Any]:
-    """A transformers configuration without what changes from release to release."""
+    """A transformers configuration without the release's version."""
     return {key: value for key, value in config.to_dict().items() if key != "transformers_version"}

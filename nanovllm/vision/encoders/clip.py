@@ -1,10 +1,11 @@
-"""The vision encoder: a CLIP or SigLIP tower and the projector into the language model's space."""
+"""Vision encoder: a CLIP or SigLIP tower and the projector into the language model's space."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,22 +17,20 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipV
 from transformers.activations import ACT2FN
 
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
-from nanovllm.checkpoints.tensors import load_into, named_tensors
+from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
 from nanovllm.vision.images.preprocess import ImageTransform
 
 SelectStrategy = Literal["default", "full"]
 
-# Where tower and projector stand in a LLaVA checkpoint: since transformers 4.52, and before it.
+# Prefixes of tower and projector in a LLaVA checkpoint: since transformers 4.52, and before it.
 _TOWER = ("model.vision_tower.", "vision_tower.")
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
 PROJECTOR_SEED = 0
-
-_has_warned_untrained = False
 
 
 class Projector(nn.Module):
@@ -49,18 +48,18 @@ class Projector(nn.Module):
 
 
 class VisionEncoder(ImageEncoder):
-    """Pixels to the embeddings that take the place of an image's tokens.
+    """A CLIP or SigLIP tower, composed with a projector to a language model of ``hidden_size``.
 
-    Composes a tower with a projector to a language model of ``hidden_size``. The tower is resolved by name, never
-    downloaded. Another ``max_image_size`` than the tower's own interpolates its position embeddings; fewer
-    ``num_vision_tokens`` than patches pool the patch grid by adaptive averages, before the projector.
+    The tower is resolved by name, never downloaded. Another ``max_image_size`` than the tower's own interpolates its
+    position embeddings; fewer ``num_vision_tokens`` than patches pool the patch grid by adaptive averages, before the
+    projector.
 
     Args:
         hidden_size: width of the language model's embeddings.
         vision_model: directory, alias or cached hub name of a CLIP or SigLIP checkpoint.
         projector: safetensors file, or directory of a LLaVA checkpoint or of an aligned projector. Unset, the
-            projector is drawn from a fixed seed, which works, means nothing, and warns once a process.
-        max_image_size: side of the square that images are brought to, in pixels; unset 224.
+            projector is random from a fixed seed: its embeddings mean nothing, and a warning says so once a process.
+        max_image_size: side of the square that images are resized to, in pixels; unset 224.
         num_vision_tokens: a square number of tokens an image; unset 49, or the patches where they are fewer.
         freeze_vision_weights: whether the tower's parameters take no gradient (the projector's do).
         vision_feature_layer: index or indices into the tower's hidden states; unset the projector's own, or -2.
@@ -87,15 +86,16 @@ class VisionEncoder(ImageEncoder):
     ) -> None:
         super().__init__()
         directory = resolve_checkpoint(vision_model)
-        options = _projector_options(projector)
+        path = None if projector is None else _resolve_projector(projector)
+        options = _projector_options(path)
         layer = vision_feature_layer if vision_feature_layer is not None else options.get("vision_feature_layer", -2)
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        load_into(self.tower, named_tensors(directory, ("vision_model.", *_TOWER, "")))
+        load_module(self.tower, directory, ("vision_model.", *_TOWER, ""))
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
-        self._set_transform(_composed_transform(directory, self.tower.config, size))
+        self._set_transform(_composed_transform(directory, self._has_class_token, size))
         self._choose_tokens(num_vision_tokens, math.isqrt(DEFAULT_VISION_TOKENS))
 
         self.projector = Projector(
@@ -104,13 +104,12 @@ class VisionEncoder(ImageEncoder):
             activation=options.get("projector_hidden_act", "gelu"),
             bias=options.get("multimodal_projector_bias", True),
         )
-        if projector is None:
-            _draw(self.projector)
+        if path is None:
+            _initialise(self.projector)
             _warn_untrained()
         else:
-            path = _resolve_projector(projector)
-            load_into(self.projector, named_tensors(path, (*_PROJECTOR, "")))
-        self._finish(str(vision_model), self._transform, freeze_vision_weights, dtype, device)
+            load_module(self.projector, path, (*_PROJECTOR, ""))
+        self._finish(str(vision_model), freeze_vision_weights, dtype, device)
 
     @classmethod
     def from_llava(
@@ -123,11 +122,11 @@ class VisionEncoder(ImageEncoder):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """Take tower and projector out of a LLaVA checkpoint, with its own feature layers and preprocessing.
+        """Tower and projector of a LLaVA checkpoint, with its own feature layers and preprocessing.
 
         Another ``max_image_size`` or ``num_vision_tokens`` than the checkpoint's interpolates and pools as for a
-        composed tower, and warns. A class token that the checkpoint's features include is one token more than a square
-        number, and a square number leaves it out.
+        composed tower, and warns. With a class token among the checkpoint's features, a square number of tokens leaves
+        it out, and one more keeps it.
 
         Raises:
             ModelNotFound: the directory lacks a file or tensors.
@@ -155,19 +154,19 @@ class VisionEncoder(ImageEncoder):
             activation=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,
         )
-        load_into(encoder.tower, named_tensors(directory, _TOWER))
-        load_into(encoder.projector, named_tensors(directory, _PROJECTOR))
+        load_module(encoder.tower, directory, _TOWER)
+        load_module(encoder.projector, directory, _PROJECTOR)
         if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
             )
         encoder._warn_if_changed(name)
-        encoder._finish(name, encoder._transform, freeze_vision_weights, dtype, device)
+        encoder._finish(name, freeze_vision_weights, dtype, device)
         return encoder
 
     @property
     def num_vision_tokens(self) -> int:
-        """Embeddings, and so positions in the sequence, that one image takes."""
+        """Embeddings, and positions in the sequence, of one image."""
         return self._num_vision_tokens
 
     @property
@@ -190,7 +189,7 @@ class VisionEncoder(ImageEncoder):
         Raises:
             ConfigurationError: pixels of another type or size than this encoder's transform makes.
         """
-        # Copies an array: what came out of a decoder is read-only, which torch does not know.
+        # Copies an array: a decoder's is read-only, and torch has no read-only tensors.
         batch = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)
         expected = self.transform.output_size
         if batch.dtype != torch.uint8 or batch.ndim != 4 or (*batch.shape[1:],) != (*(expected or ()), 3):
@@ -198,7 +197,7 @@ class VisionEncoder(ImageEncoder):
                 f"the encoder takes uint8 pixels [N, {expected}, 3], not {batch.dtype} {list(batch.shape)}"
             )
         if not len(batch):
-            return self._levels.new_empty((0, self.num_vision_tokens, self.hidden_size), dtype=self._dtype)
+            return self._levels.new_empty((0, self.num_vision_tokens, self.hidden_size), dtype=self.dtype)
         with self._counted(len(batch)):
             return torch.cat([self(self.normalise(part)) for part in batch.split(self.batch_size)])
 
@@ -219,7 +218,7 @@ class VisionEncoder(ImageEncoder):
         return self.projector(self.features(pixel_values))
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """The tower's selected hidden states, pooled: ``[N, num_vision_tokens, tower width × feature layers]``."""
+        """Selected hidden states of the tower, pooled: ``[N, num_vision_tokens, tower width × feature layers]``."""
         own = self.tower.config.image_size
         outputs = self.tower(
             pixel_values,
@@ -249,12 +248,12 @@ class VisionEncoder(ImageEncoder):
         has_class_token = config.model_type == "clip_vision_model"
         self._strategy: SelectStrategy = strategy or ("default" if has_class_token else "full")
         self._has_class_token = has_class_token
-        # Layers behind the last selected one would be computed for nothing.
+        # The tower ends with the last selected layer.
         config.num_hidden_layers = max(self._layers)
         if not has_class_token:
             config.vision_use_head = False
         self.tower = (CLIPVisionModel if has_class_token else SiglipVisionModel)(config)
-        # Hidden states are taken before this norm; some releases of transformers hand out the last one behind it.
+        # Hidden states are taken before this norm; some releases of transformers return the last one after it.
         getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
 
     def _finish(self, *args: Any) -> None:
@@ -264,7 +263,7 @@ class VisionEncoder(ImageEncoder):
     def _set_transform(self, transform: ImageTransform) -> None:
         if transform.output_size is None or transform.output_size[0] != transform.output_size[1]:
             raise UnsupportedModel("the preprocessor's images have no one square size")
-        self._transform = transform
+        self.transform = transform
         self._grid: int = transform.output_size[0] // self.tower.config.patch_size
         if self._grid < 1:
             raise ConfigurationError(
@@ -273,7 +272,7 @@ class VisionEncoder(ImageEncoder):
             )
 
     def _choose_tokens(self, wanted: int | None, default_side: int) -> None:
-        """Take all tokens of an image, or pool its patches to ``wanted``, by default to a grid of ``default_side``."""
+        """Keep all tokens of an image, or pool its patches to ``wanted``, by default to a grid of ``default_side``."""
         grid = self._grid
         class_tokens = int(self._has_class_token and self._strategy == "full")
         self._pooled_grid: int | None = None
@@ -293,11 +292,11 @@ class VisionEncoder(ImageEncoder):
         self._num_vision_tokens = wanted
 
     def _warn_if_changed(self, name: str) -> None:
-        """Warn where size or tokens are not those of the checkpoint called ``name``."""
+        """Warn where size or tokens differ from those of the checkpoint ``name``."""
         config = self.tower.config
         own = (config.image_size // config.patch_size) ** 2 + int(self._has_class_token)
         own -= int(self._strategy == "default")
-        size = self._transform.output_size
+        size = self.transform.output_size
         if size != (config.image_size, config.image_size) or self._num_vision_tokens != own:
             warnings.warn(
                 f"{name!r} was trained on images of {config.image_size} pixels and {own} tokens; its answers are less "
@@ -308,7 +307,7 @@ class VisionEncoder(ImageEncoder):
 
 
 def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:
-    """The vision half of a CLIP, SigLIP or LLaVA configuration, or the configuration of a lone tower."""
+    """Vision half of a CLIP, SigLIP or LLaVA configuration, or the configuration of a tower alone."""
     fields = {**fields.get("vision_config", fields)}
     kind = fields.get("model_type")
     if kind in ("clip_vision_model", "clip"):
@@ -318,12 +317,10 @@ def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConf
     raise UnsupportedModel(f"a vision tower of type {kind!r} is not supported; CLIP's and SigLIP's are")
 
 
-def _composed_transform(directory: Path, config: Any, size: int) -> ImageTransform:
+def _composed_transform(directory: Path, is_clip: bool, size: int) -> ImageTransform:
     if any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return ImageTransform.from_preprocessor_config(directory, size_override=size)
-    if config.model_type == "clip_vision_model":
-        return ImageTransform.for_clip(size)
-    return ImageTransform.for_siglip(size)
+        return ImageTransform.from_preprocessor_config(directory).resized(size)
+    return ImageTransform.for_clip(size) if is_clip else ImageTransform.for_siglip(size)
 
 
 def _resolve_projector(projector: str | Path) -> Path:
@@ -331,17 +328,16 @@ def _resolve_projector(projector: str | Path) -> Path:
     return path if path.exists() else resolve_checkpoint(projector)
 
 
-def _projector_options(projector: str | Path | None) -> dict[str, Any]:
-    """What the projector was trained with, from the ``config.json`` beside it where there is one."""
-    if projector is None:
+def _projector_options(path: Path | None) -> dict[str, Any]:
+    """Options of the projector's training, from the ``config.json`` beside it where there is one."""
+    if path is None:
         return {}
-    path = _resolve_projector(projector)
     directory = path if path.is_dir() else path.parent
     return read_config(directory) if (directory / "config.json").is_file() else {}
 
 
-def _draw(projector: nn.Module) -> None:
-    """Fill an untrained projector from a fixed seed, at a scale that keeps the features' size."""
+def _initialise(projector: nn.Module) -> None:
+    """Initialise an untrained projector from a fixed seed, at a scale that keeps the features' norm."""
     generator = torch.Generator().manual_seed(PROJECTOR_SEED)
     with torch.no_grad():
         for _, parameter in sorted(projector.named_parameters()):
@@ -351,11 +347,8 @@ def _draw(projector: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
 
 
+@cache  # once a process
 def _warn_untrained() -> None:
-    global _has_warned_untrained
-    if _has_warned_untrained:
-        return
-    _has_warned_untrained = True
     warnings.warn(
         "The projector between the vision tower and the language model is untrained (random): the model runs, but it "
         "cannot see what is in an image. Pass projector=, or train one with `nanovllm align`.",

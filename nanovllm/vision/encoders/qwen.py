@@ -1,8 +1,8 @@
-"""Qwen's vision towers: every image at its own resolution, a token for each square of patches.
+"""Vision towers of Qwen-VL: every image at its own resolution, a token for each square of patches.
 
 Qwen2.5-VL (arXiv 2502.13923) attends within windows in most layers. Qwen3-VL (arXiv 2511.21631) interpolates learnt
-positions, and hands out features of intermediate layers too, which the language model adds to its first layers
-(DeepStack, arXiv 2406.04334): they stand beside the tower's own in the width of an embedding.
+positions, and has features of intermediate layers too, which the language model adds to its first layers (DeepStack,
+arXiv 2406.04334): an embedding is the tower's output and these features, concatenated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
-from nanovllm.checkpoints.tensors import load_into, named_tensors
+from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -32,11 +32,19 @@ _TOWERS: dict[str, tuple[Any, Any]] = {
 
 
 class NativeEncoder(ImageEncoder):
-    """A Qwen-VL checkpoint's tower with its merger. Built by ``from_checkpoint``."""
+    """Tower and merger of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
 
-    @classmethod
-    def from_checkpoint(
-        cls,
+    ``min_pixels`` and ``max_pixels`` replace the checkpoint's; ``max_image_size`` lowers the second to the area of a
+    square of that many pixels a side, and ``max_image_tokens`` to the area that takes as many tokens.
+
+    Raises:
+        ModelNotFound: the directory lacks a file or tensors.
+        UnsupportedModel: another kind of checkpoint, or another preprocessing than its family's.
+        ConfigurationError: bounds between which no image fits.
+    """
+
+    def __init__(
+        self,
         directory: str | Path,
         *,
         min_pixels: int | None = None,
@@ -46,28 +54,17 @@ class NativeEncoder(ImageEncoder):
         freeze_vision_weights: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-    ) -> Self:
-        """Take the tower out of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
-
-        ``min_pixels`` and ``max_pixels`` stand in for the checkpoint's; ``max_image_size`` lowers the second, to the
-        area of a square of that many pixels a side, and ``max_image_tokens`` to the area that takes as many tokens.
-
-        Raises:
-            ModelNotFound: the directory lacks a file or tensors.
-            UnsupportedModel: another kind of checkpoint, or another preprocessing than its family's.
-            ConfigurationError: bounds between which no image fits.
-        """
+    ) -> None:
+        super().__init__()
         directory = Path(directory)
         name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") not in _TOWERS:
             raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
         kind, tower = _TOWERS[fields["model_type"]]
         config = kind.from_dict(fields).vision_config
-        encoder = cls.__new__(cls)
-        nn.Module.__init__(encoder)
-        encoder.tower = tower(config)
-        load_into(encoder.tower, named_tensors(directory, ("model.visual.", "visual.")))
-        encoder.tower.patch_embed.proj = _PatchProjection(encoder.tower.patch_embed.proj)
+        self.tower = tower(config)
+        load_module(self.tower, directory, ("model.visual.", "visual."))
+        self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
         transform = ImageTransform.from_preprocessor_config(directory)
         multiple = config.patch_size * config.spatial_merge_size
         if transform.resize != "pixel_budget" or transform.size[2] != multiple:
@@ -82,13 +79,12 @@ class NativeEncoder(ImageEncoder):
                 f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
                 "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
             )
-        transform = replace(transform, size=(min(smallest, largest), largest, multiple))
-        encoder._finish(name, transform, freeze_vision_weights, dtype, device)
-        return encoder
+        self.transform = replace(transform, size=(min(smallest, largest), largest, multiple))
+        self._finish(name, freeze_vision_weights, dtype, device)
 
     @property
     def num_vision_tokens(self) -> int:
-        """The most positions that an image takes."""
+        """Most positions of an image."""
         _, largest, multiple = self.transform.size
         return largest // multiple**2
 
@@ -99,7 +95,7 @@ class NativeEncoder(ImageEncoder):
 
     @property
     def width(self) -> int:
-        """``hidden_size`` once for the tower's output, and once for each of its deep features."""
+        """``hidden_size`` for the tower's output, and again for each of its deep features."""
         return self.hidden_size * (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
 
     def num_tokens(self, size: tuple[int, int]) -> int:
@@ -125,14 +121,14 @@ class NativeEncoder(ImageEncoder):
 
     def _batches(self, images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         batch: list[np.ndarray] = []
-        room = self.batch_patches
+        budget = self.batch_patches
         for image in images:
             patches = image.shape[0] * image.shape[1] // self.tower.config.patch_size**2
-            if batch and patches > room:
+            if batch and patches > budget:
                 yield batch
-                batch, room = [], self.batch_patches
+                batch, budget = [], self.batch_patches
             batch.append(image)
-            room -= patches
+            budget -= patches
         yield batch
 
     def _run(self, images: Sequence[np.ndarray]) -> Sequence[Tensor]:
@@ -145,20 +141,20 @@ class NativeEncoder(ImageEncoder):
         return torch.cat(levels, -1).split([self.num_tokens(image.shape[:2]) for image in images])
 
     def _patches(self, image: np.ndarray) -> Tensor:
-        """uint8 ``[H, W, 3]`` to normalised patches ``[patches, 3 × frames × area]``, those of each square together."""
+        """Normalised patches ``[patches, 3 × frames × area]`` of uint8 ``[H, W, 3]``, those of each square together."""
         config = self.tower.config
         patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-        # Copied: what came out of a decoder is read-only, which torch does not know.
+        # Copied: a decoder's array is read-only, and torch has no read-only tensors.
         (values,) = self.normalise(torch.tensor(image)[None])
         rows, columns = image.shape[0] // (patch * merge), image.shape[1] // (patch * merge)
         squares = values.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-        # A still image is a film of equal frames.
-        film = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
-        return film.reshape(rows * columns * merge**2, -1)
+        # The temporal patch of a still image repeats its frame.
+        repeated = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
+        return repeated.reshape(rows * columns * merge**2, -1)
 
 
 class _PatchProjection(nn.Module):
-    """A convolution over patches that do not overlap is one product; torch's own for three dimensions is slow."""
+    """Convolution over patches that do not overlap, as one matrix product: torch's ``Conv3d`` is slow."""
 
     def __init__(self, convolution: nn.Conv3d) -> None:
         super().__init__()
@@ -167,5 +163,5 @@ class _PatchProjection(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach())
 
     def forward(self, patches: Tensor) -> Tensor:
-        """``[N, 3, frames, patch, patch]`` to ``[N, width]``."""
+        """Project ``[N, 3, frames, patch, patch]`` to ``[N, width]``."""
         return F.linear(patches.flatten(1), self.weight, self.bias)

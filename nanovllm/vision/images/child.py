@@ -1,8 +1,8 @@
 """The decoder process: ``python -m nanovllm.vision.images.child``, fed by `nanovllm.vision.images.pool`.
 
-It holds what attackers aim at (image libraries on bytes from a message) and nothing worth taking: no credentials, no
-model, bounded memory, no files to write. Frames on stdin: a length (4 bytes, big-endian) and that many bytes, first
-the settings as JSON, then one image each. Frames on stdout: a JSON header likewise, then the pixels it announces.
+It runs image libraries on untrusted bytes, with bounded memory and without credentials, model or files to write.
+Frames on stdin: a length (4 bytes, big-endian) and that many bytes, first the settings as JSON, then one image each.
+Frames on stdout: a JSON header likewise, then as many bytes of pixels as it says.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MAX_OPEN_FILES = 64
 
 
 def frame(body: bytes) -> bytes:
-    """``body`` behind its length."""
+    """Frame of ``body``: its length, then itself."""
     return LENGTH.pack(len(body)) + body
 
 
 def settings_frame(transform: ImageTransform, limits: ImageLimits, memory_bytes: int, timeout_s: float) -> bytes:
-    """The first frame that a decoder process is sent."""
+    """First frame to a decoder process."""
     settings = {
         "transform": transform.to_json(),
         "limits": asdict(limits),
@@ -45,24 +45,26 @@ def settings_frame(transform: ImageTransform, limits: ImageLimits, memory_bytes:
 
 def main() -> None:
     """Serve until stdin ends."""
-    requests, answers = _take_over_streams()
+    # Standard output goes to standard error: what a library prints must not get between the answers.
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     settings = json.loads(_read_frame(requests) or b"{}")
     transform = ImageTransform.from_json(settings["transform"])
     limits = ImageLimits(**{**settings["limits"], "formats": tuple(settings["limits"]["formats"])})
-    # The limits above are checked on every header; Pillow's own global bound would only get in the way of larger ones.
+    # ``limits`` are checked on every header; Pillow's own global bound would refuse larger ones.
     Image.MAX_IMAGE_PIXELS = None
     _confine(settings["memory_bytes"])
     _answer(answers, {"ready": True})
     is_usable = True
     while is_usable and (data := _read_frame(requests)) is not None:
-        # The parent kills on time; the alarm ends a process whose parent was killed itself.
+        # The parent kills after timeout_s; the alarm ends a process whose parent was killed.
         signal.setitimer(signal.ITIMER_REAL, 2 * settings["timeout_s"])
         is_usable = _serve(data, transform, limits, settings["memory_bytes"], answers)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _serve(data: bytes, transform: ImageTransform, limits: ImageLimits, memory_bytes: int, answers: BinaryIO) -> bool:
-    """Answer one request; false when the process should not take another."""
+    """Answer one request; false where the process must not take another."""
     try:
         image = prepare_image(data, transform, limits)
     except NanoVLLMError as error:
@@ -72,22 +74,10 @@ def _serve(data: bytes, transform: ImageTransform, limits: ImageLimits, memory_b
         message = f"decoding needs more than the {memory_bytes} bytes of memory allowed"
         _answer(answers, {"error": DecoderFailed.code, "message": message, "is_last": True})
         return False
-    assert image.pixels is not None  # it came as a file
-    header = {
-        "shape": image.pixels.shape,
-        "digest": image.digest.hex(),
-        "width": image.width,
-        "height": image.height,
-    }
+    assert image.pixels is not None  # only an image of the cache has none
+    header = {"shape": image.pixels.shape, "digest": image.digest.hex(), "width": image.width, "height": image.height}
     _answer(answers, header, image.pixels.tobytes())
     return True
-
-
-def _take_over_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Keep the two pipes to ourselves: a library that prints must not write into the answers."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return sys.stdin.buffer, answers
 
 
 def _confine(memory_bytes: int) -> None:

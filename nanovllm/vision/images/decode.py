@@ -1,9 +1,10 @@
-"""Any image to plain 8-bit RGB: limits first, then orientation, colour and transparency as the file means them."""
+"""Image decoding to 8-bit RGB: limits first, then the file's orientation, colour profile and transparency."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,36 +28,38 @@ DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
 _TIFF_PHOTOMETRIC = 262
+# Colour space of an ICC profile and mode of the image: mode of the image in sRGB.
+_SRGB_MODES = {
+    ("RGB", "RGB"): "RGB",
+    ("RGB", "RGBA"): "RGBA",
+    ("CMYK", "CMYK"): "RGB",
+    ("GRAY", "L"): "RGB",
+    ("GRAY", "LA"): "RGB",
+}
 _HEIF_HINT = "reading HEIC takes the extra heic, and HEIF among the allowed formats"
 
-# First bytes of formats that people do send, so that a refusal can say what it saw without running other decoders.
-_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (8, b"WEBP", "WEBP"),
-    (0, b"%PDF", "PDF"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftypavis", "AVIF"),
-    (4, b"ftyphe", "HEIF"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypmsf1", "HEIF"),
-    (4, b"ftyp", "MP4"),
-    (0, b"8BPS", "PSD"),
-    (4, b"jP  ", "JPEG2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG2000"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"<svg", "SVG"),
-    (0, b"<?xml", "SVG"),
-)
+# First bytes of common formats: a refusal names what it saw without running other decoders.
+_SIGNATURES = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM",
+    "TIFF": rb"II\*\x00|MM\x00\*",
+    "WEBP": rb".{8}WEBP",
+    "PDF": rb"%PDF",
+    "AVIF": rb".{4}ftypavi[fs]",
+    "HEIF": rb".{4}ftyp(he|mif1|msf1)",
+    "MP4": rb".{4}ftyp",
+    "PSD": rb"8BPS",
+    "JPEG2000": rb".{4}jP  |\xff\x4f\xff\x51",
+    "ICO": rb"\x00\x00\x01\x00",
+    "SVG": rb"<svg|<\?xml",
+}
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost, checked before its pixels are decoded.
+    """Limits of an image, checked before its pixels are decoded.
 
     ``max_frames`` above 1 admits animations and multi-page files, of which the first frame is used. ``formats`` are
     Pillow's names; ``HEIF`` needs the extra ``heic``.
@@ -109,7 +112,7 @@ def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image
 
 
 def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of an image file; raises ImageTooLarge above the limit, InvalidImage where it cannot be read."""
+    """Read an image file; raises ImageTooLarge above the limit, InvalidImage where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(limits.max_bytes + 1)
@@ -127,7 +130,7 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
         raise InvalidImage("the image is empty: 0 bytes")
     webp_size = _webp_canvas(data)
     if webp_size is not None:
-        # Pillow allocates a WebP's whole canvas on opening, before anybody could ask for its size.
+        # Image.open allocates the whole canvas of a WebP, before its size can be checked.
         _check_dimensions(*webp_size, limits)
     if "HEIF" in limits.formats and _sniffed(data) == "HEIF":
         _register_heif()
@@ -148,16 +151,16 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def _sniffed(data: bytes) -> str | None:
-    return next((name for at, mark, name in _SIGNATURES if data[at : at + len(mark)] == mark), None)
+    return next((name for name, mark in _SIGNATURES.items() if re.match(mark, data, re.DOTALL)), None)
 
 
 def _register_heif() -> None:
-    """Let Pillow read HEIC: only once such bytes arrive, because few workers ever see any."""
+    """Register HEIC with Pillow, when the first such bytes arrive."""
     try:
         import pillow_heif
     except ImportError:
         raise UnsupportedImageFormat(f"HEIF cannot be read here: {_HEIF_HINT}") from None
-    # Further threads would each take address space, of which a decoder process has little.
+    # Each further thread takes address space, which RLIMIT_AS bounds in a decoder process.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
@@ -172,7 +175,7 @@ def _unidentified(data: bytes, limits: ImageLimits) -> InvalidImage:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a WebP from its header, or None where there is none to read."""
+    """Width and height in the header of a WebP; None for other data."""
     if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     chunk = data[12:16]
@@ -196,7 +199,7 @@ def _check_dimensions(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
-    # A phone's JPEG often carries a depth or gain map as a second picture (MPO); it is still one photograph.
+    # The second picture of a phone's JPEG (MPO) is a depth or gain map, not a frame.
     if image.format == "MPO":
         return
     with _as_invalid_image(image.format):
@@ -219,7 +222,7 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _first_frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Where a GIF's first frame lies if it leaves some canvas free, which Pillow fills with an arbitrary colour."""
+    """Box of a GIF's first frame if it leaves some canvas free, which Pillow fills with an arbitrary colour."""
     tiles = getattr(image, "tile", None)
     if image.format != "GIF" or not tiles or image.tell():
         return None
@@ -228,7 +231,7 @@ def _first_frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def _scale_colour_key(image: Image.Image) -> None:
-    """Bring a PNG's transparent colour to 8 bits, as Pillow brings the samples but not the key."""
+    """Scale a PNG's transparent colour to 8 bits: Pillow scales the samples, but not the key."""
     key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
     if image.format != "PNG" or key is None or not tiles:
         return
@@ -242,7 +245,7 @@ def _scale_colour_key(image: Image.Image) -> None:
 
 
 def _upright_light(image: Image.Image) -> Image.Image:
-    """Turn 16-bit TIFF samples that count darkness into light; Pillow does so for 8 bits only."""
+    """Invert 16-bit TIFF samples of WhiteIsZero; Pillow does so for 8 bits only."""
     tags = getattr(image, "tag_v2", {})
     if not image.mode.startswith("I;16") or tags.get(_TIFF_PHOTOMETRIC) != 0:
         return image
@@ -253,7 +256,7 @@ def _upright_light(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _as_invalid_image(name: str | None) -> Iterator[None]:
-    """Turn whatever a decoder raises into one plain error: the originals hold addresses and library internals."""
+    """Replace a decoder's exception by one error: the originals contain addresses and library internals."""
     try:
         yield
     except (MemoryError, InvalidImage):
@@ -265,12 +268,12 @@ def _as_invalid_image(name: str | None) -> Iterator[None]:
 def _oriented(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the orientation
+    except Exception:  # a broken EXIF block counts as none
         return image
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an image with an embedded ICC profile to sRGB; an unusable profile is as none."""
+    """Convert an image with an embedded ICC profile to sRGB; an unusable profile counts as none."""
     embedded = image.info.get("icc_profile")
     if not embedded:
         return image
@@ -280,24 +283,20 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
         if "sRGB" in (profile.profile.profile_description or ""):
             return image
-        space = profile.profile.xcolor_space.strip()
-        srgb = ImageCms.createProfile("sRGB")
-        if space == "RGB" and image.mode in ("RGB", "RGBA"):
-            return ImageCms.profileToProfile(image, profile, srgb, outputMode=image.mode) or image
-        if (space, image.mode) in (("CMYK", "CMYK"), ("GRAY", "L")):
-            return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB") or image
-        if space == "GRAY" and image.mode == "LA":
-            colour = ImageCms.profileToProfile(image.getchannel("L"), profile, srgb, outputMode="RGB")
-            if colour is not None:
-                colour.putalpha(image.getchannel("A"))
-                return colour
+        output_mode = _SRGB_MODES.get((profile.profile.xcolor_space.strip(), image.mode))
+        if output_mode is None:
+            return image
+        colour = image.getchannel("L") if image.mode == "LA" else image
+        srgb = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode=output_mode)
+        if srgb is not None and image.mode == "LA":
+            srgb.putalpha(image.getchannel("A"))
+        return srgb or image
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-    return image
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Bring any mode to RGB, on white where it is transparent."""
+    """Convert any mode to RGB, on white where it is transparent."""
     if image.mode.startswith("I"):
         image = _scale_16_bit(image)
     elif image.mode == "F":
@@ -305,7 +304,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if image.readonly else image
     if image.mode in ("La", "RGBa"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        image = image.convert(image.mode.upper())
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""A few decoder processes, each busy with one image at a time, killed and replaced when one hangs or dies."""
+"""Pool of decoder processes: one image at a time each, killed and replaced when one hangs or dies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nanovllm.vision.images.child import LENGTH, frame, settings_frame
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits
 from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
-# All that a decoder's environment may hold of ours: what finds shared libraries and names the locale.
+# Inherited by decoders: the search path of shared libraries, and the locale.
 INHERITED_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 START_TIMEOUT_S = 60.0
@@ -45,7 +45,7 @@ class DecoderPool:
 
     Args:
         transform: the preprocessing to apply.
-        limits: what an image may cost.
+        limits: of an image.
         workers: number of processes.
         timeout_s: wall-clock seconds for one image.
         memory_bytes: address space of one process.
@@ -67,16 +67,6 @@ class DecoderPool:
         self._idle: asyncio.LifoQueue[_Decoder] = asyncio.LifoQueue()
         self._exchanges: set[asyncio.Task[PreparedImage]] = set()
         self._is_open = False
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the decoders that run."""
-        return [decoder.process.pid for decoder in self._decoders if decoder.process is not None]
-
-    @property
-    def starts(self) -> int:
-        """Processes started so far, replacements included."""
-        return sum(decoder.starts for decoder in self._decoders)
 
     async def start(self) -> None:
         """Start all processes.
@@ -125,7 +115,7 @@ class DecoderPool:
             decoder = await self._idle.get()
             if self._is_open:
                 return decoder
-            # Closed while waiting: pass the decoder on, so that other waiting calls learn it too.
+            # Closed meanwhile: the next waiting call needs the decoder to find that out.
             self._idle.put_nowait(decoder)
         raise RuntimeError("the decoder pool is not started, or closed")
 
@@ -140,7 +130,7 @@ class DecoderPool:
                     await decoder.kill()
                     raise DecoderFailed(f"decoding the image took longer than {self._timeout_s:g} s") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
-                    # Once may be the kernel's doing (memory, a node that drains); twice it is the image's.
+                    # One death may have another cause (out of memory, a node that drains): the image gets a second try.
                     cause = await decoder.reap()
                     if is_last_try:
                         raise DecoderFailed(f"the image ended two decoder processes ({cause})") from None
@@ -151,12 +141,12 @@ class DecoderPool:
     def _forget(self, exchange: asyncio.Task[PreparedImage]) -> None:
         self._exchanges.discard(exchange)
         if not exchange.cancelled():
-            # Marks the error as seen: the caller may have been cancelled and be gone.
+            # Marks the error as retrieved: the caller may have been cancelled.
             exchange.exception()
 
 
 class _Decoder:
-    """One process and the pipes to it; started when it is needed, dead in between."""
+    """One decoder process and its pipes; started when it is needed."""
 
     def __init__(self, settings: bytes) -> None:
         self._settings = settings
@@ -172,11 +162,11 @@ class _Decoder:
             *(sys.executable, "-P", "-m", "nanovllm.vision.images.child"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # Image libraries print what the image says; none of it belongs into a log.
+            # Image libraries print parts of the image's data, which must not reach a log.
             stderr=asyncio.subprocess.DEVNULL,
             env=_environment(),
             cwd="/",
-            # Ctrl-C reaches the whole group: the worker drains, and needs its decoders for that.
+            # Ctrl-C goes to the whole process group: the worker needs its decoders until it has drained.
             start_new_session=True,
         )
         try:
@@ -202,9 +192,9 @@ class _Decoder:
         return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"], size)
 
     async def reap(self) -> str:
-        """Take leave of a process whose pipes broke, and say how it ended.
+        """Wait for the end of a process whose pipes broke, and say how it ended.
 
-        It is dead or dying: killing it now could reap it behind asyncio's back, and its status would be lost.
+        `Popen.kill` polls first: it may reap a dying process before asyncio's child watcher, which loses the status.
         """
         if self.process is not None:
             with contextlib.suppress(TimeoutError):
@@ -239,10 +229,10 @@ class _Decoder:
 
 
 def _environment() -> dict[str, str]:
-    """A decoder's whole environment: where our package lies, one thread, the locale; no credentials, no settings."""
+    """A decoder's whole environment: the package's path, one thread, the locale; no credentials, no settings."""
     environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
     root = str(Path(__file__).resolve().parents[3])
-    # Installed, it is found anyway; named here, its neighbours could shadow the standard library.
+    # Never site-packages: on PYTHONPATH its packages would precede the standard library.
     if root != sysconfig.get_path("purelib"):
         environment["PYTHONPATH"] = root
     return {**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -1,14 +1,16 @@
-"""A checkpoint's own preprocessing, pinned to Pillow: RGB image to the uint8 pixels that its tower was trained on.
+"""Image preprocessing of a checkpoint, pinned to Pillow: RGB image to the uint8 pixels of its tower.
 
 Equal bit for bit to the Pillow variants of transformers' CLIP, SigLIP, LLaVA and Qwen-VL image processors, up to and
-including the normalised floats. The uint8 half runs wherever the image is decoded; the rest is a table of 256 values
-a channel.
+including the normalised floats. The uint8 half runs where the image is decoded; the rest is a table of 256 values a
+channel.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import struct
 from dataclasses import asdict, dataclass, replace
 from math import ceil, floor, sqrt
 from pathlib import Path
@@ -20,17 +22,18 @@ from PIL import Image
 from nanovllm.checkpoints.resolve import read_json_object
 from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb
-from nanovllm.vision.images.digest import pixel_digest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
-# Bumped when the same fields would give other pixels.
+# Incremented when equal fields give other pixels.
 TRANSFORM_VERSION = 1
 
-# A strip one pixel wide and 50 million long would be blown up to gigabytes by "shortest edge to 224".
+# "Shortest edge to 224" makes gigabytes of a strip one pixel wide and 50 million long.
 MAX_RESIZED_PIXELS = 16 * 2**20
+
+_DIGEST_STRIP_PIXELS = 1 << 20
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +46,9 @@ MOST_ELONGATED = 200  # times longer than wide, under a pixel budget: beyond it 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resize, crop, rescale and normalise, as a checkpoint's preprocessor configuration says.
+    """Resizing, crop, rescaling and normalisation of a checkpoint's preprocessor configuration.
 
-    ``resize`` names what ``size`` means: ``(edge,)``, ``(shortest, longest)``, ``(height, width)``,
+    ``resize`` is the meaning of ``size``: ``(edge,)``, ``(shortest, longest)``, ``(height, width)``,
     ``(max_height, max_width)``, or ``(min_pixels, max_pixels, multiple)`` for sides that are multiples of a number and
     keep the image's own resolution between two areas; None leaves the size. ``resample`` is Pillow's number of the
     filter. ``crop`` is ``(height, width)``, padded with black where the image is smaller. ``pad_to_square`` pads to a
@@ -62,58 +65,39 @@ class ImageTransform:
     std: Channels | None = CLIP_STD
 
     @classmethod
-    def from_preprocessor_config(cls, config: dict[str, Any] | str | Path, size_override: int | None = None) -> Self:
+    def from_preprocessor_config(cls, config: dict[str, Any] | str | Path) -> Self:
         """Read a ``preprocessor_config.json`` or ``processor_config.json``, or the directory that holds one.
-
-        ``size_override`` asks for square images of that many pixels a side instead of the configured size.
 
         Raises:
             ModelNotFound: there is no such file, or it is no JSON object.
-            UnsupportedModel: another processor than CLIP's, SigLIP's or LLaVA's, or an option none of them has.
+            UnsupportedModel: another processor than CLIP's, SigLIP's, LLaVA's or Qwen-VL's, or an unknown option.
         """
         fields = config if isinstance(config, dict) else _read(Path(config))
-        transform = cls._from_fields(fields.get("image_processor", fields))
-        return transform if size_override is None else transform.resized(size_override)
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        fields = {key: value for key, value in fields.get("image_processor", fields).items() if value is not None}
         kind = _kind(fields)
-        if kind == "Qwen2VL":
-            return cls._from_qwen_fields(fields)
-        siglip = kind == "Siglip"
-        fields = {key: value for key, value in fields.items() if value is not None}
-        if fields.get("do_pad") and kind != "Llava":
-            raise UnsupportedModel("do_pad is supported for LlavaImageProcessor only")
-        resize, size = _resize_rule(fields.get("size", {"height": 224, "width": 224} if siglip else 224))
-        crop = fields.get("crop_size", 224)
-        return cls(
-            resize=resize if fields.get("do_resize", True) else None,
-            size=size if fields.get("do_resize", True) else (),
-            resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
-            crop=_pair(crop) if fields.get("do_center_crop", not siglip) else None,
-            pad_to_square=bool(fields.get("do_pad", False)),
-            rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
-            mean=_channels(fields.get("image_mean", HALF if siglip else CLIP_MEAN), fields),
-            std=_channels(fields.get("image_std", HALF if siglip else CLIP_STD), fields),
-        )
-
-    @classmethod
-    def _from_qwen_fields(cls, fields: dict[str, Any]) -> Self:
-        fields = {key: value for key, value in fields.items() if value is not None}
-        size = fields.get("size", {})
-        smallest = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
-        largest = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
-        multiple = fields.get("patch_size", 14) * fields.get("merge_size", 2)
+        is_siglip, is_qwen = kind == "Siglip", kind == "Qwen2VL"
+        resize: ResizeRule | None
+        size: tuple[int, ...]
+        if is_qwen:
+            resize, size = "pixel_budget", _pixel_budget(fields)
+        else:
+            resize, size = _resize_rule(fields.get("size", {"height": 224, "width": 224} if is_siglip else 224))
         if not fields.get("do_resize", True):
-            raise UnsupportedModel("do_resize false is not supported for Qwen2VLImageProcessor: patches must fit")
+            if is_qwen:
+                raise UnsupportedModel("do_resize false is not supported for Qwen2VLImageProcessor: patches must fit")
+            resize, size = None, ()
+        if fields.get("do_pad") and kind in ("CLIP", "Siglip"):
+            raise UnsupportedModel("do_pad is supported for LlavaImageProcessor only")
+        is_cropped = not is_qwen and fields.get("do_center_crop", not is_siglip)
         return cls(
-            resize="pixel_budget",
-            size=(int(smallest), int(largest), int(multiple)),
+            resize=resize,
+            size=size,
             resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
-            crop=None,
+            crop=_pair(fields.get("crop_size", 224)) if is_cropped else None,
+            pad_to_square=kind == "Llava" and bool(fields.get("do_pad", False)),
             rescale_factor=float(fields.get("rescale_factor", 1 / 255)) if fields.get("do_rescale", True) else None,
-            mean=_channels(fields.get("image_mean", CLIP_MEAN), fields),
-            std=_channels(fields.get("image_std", CLIP_STD), fields),
+            mean=_channels(fields.get("image_mean", HALF if is_siglip else CLIP_MEAN), fields),
+            std=_channels(fields.get("image_std", HALF if is_siglip else CLIP_STD), fields),
         )
 
     @classmethod
@@ -127,7 +111,7 @@ class ImageTransform:
         return cls(size=(size,), crop=(size, size))
 
     def resized(self, side: int) -> Self:
-        """The same preprocessing for square images of ``side`` pixels."""
+        """This preprocessing with square images of ``side`` pixels."""
         if side < 1:
             raise ConfigurationError(f"an image size of {side} pixels is not positive")
         if self.resize == "shortest_edge" and self.crop is not None:
@@ -144,11 +128,11 @@ class ImageTransform:
         return cls(**fields)
 
     def to_json(self) -> str:
-        """A canonical text: equal transforms give equal texts."""
+        """Canonical JSON: equal transforms give equal texts."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that determines the pixels; part of the embedding's key."""
+        """SHA-256 (hex) of everything that determines the pixels; part of the encoder's revision."""
         return hashlib.sha256(f"{TRANSFORM_VERSION}:{self.to_json()}".encode()).hexdigest()
 
     @property
@@ -164,7 +148,7 @@ class ImageTransform:
         """Resize and crop: uint8 ``[H, W, 3]``, before rescaling and normalisation.
 
         Raises:
-            TooManyPixels: the image is so narrow that resizing its shortest edge would blow it up beyond memory.
+            TooManyPixels: the image is so narrow that resizing its shortest edge would exceed ``MAX_RESIZED_PIXELS``.
         """
         if self.pad_to_square:
             rgb = self._padded_to_square(rgb)
@@ -176,15 +160,19 @@ class ImageTransform:
                 )
             # A side shorter than half a pixel rounds to zero there, which no filter can produce.
             rgb = rgb.resize((max(width, 1), max(height, 1)), resample=Image.Resampling(self.resample))
-        pixels = np.array(rgb)
-        return pixels if self.crop is None else _center_crop(pixels, *self.crop)
+        if self.crop is not None:
+            height, width = self.crop
+            left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+            # Pillow fills what lies outside the image with zeros.
+            rgb = rgb.crop((left, top, left + width, top + height))
+        return np.array(rgb)
 
     def lookup_table(self) -> np.ndarray:
         """Normalised float32 value of each byte in each channel, ``[3, 256]``."""
         values = np.arange(256, dtype=np.uint8)
         levels = values.astype(np.float32)
         if self.rescale_factor is not None:
-            # In float64 first, as transformers does: the last bit depends on it.
+            # In float64 first, as in transformers: the last bit depends on it.
             levels = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
         table = np.repeat(levels[None], 3, axis=0)
         if self.mean is not None and self.std is not None:
@@ -216,15 +204,15 @@ class ImageTransform:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image ready for the tower, or past it. Compared by identity; equal pictures have equal digests.
+    """Preprocessed image, or its embedding. Compared by identity; equal pictures have equal digests.
 
     Attributes:
-        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is there already.
+        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is known.
         digest: SHA-256 (32 bytes) of the original RGB pixels and size, before the transform.
         width, height: of the original, in pixels, its EXIF orientation applied.
         size: (height, width) after the transform.
         file_digest: SHA-256 (32 bytes) of the file that the image came in, where it came in one.
-        embedding: what the encoder makes of it, found by ``file_digest``. Held as long as this object is.
+        embedding: the encoder's output, found by ``file_digest``. Held as long as this object is.
     """
 
     pixels: np.ndarray | None
@@ -237,14 +225,21 @@ class PreparedImage:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the image takes: of its pixels, or of its embedding."""
+        """Bytes of the pixels or of the embedding."""
         return sum(part.nbytes for part in (self.pixels, self.embedding) if part is not None)
 
 
+def pixel_digest(rgb: Image.Image) -> bytes:
+    """Content digest of an image, whatever file it came in: SHA-256 (32 bytes) over mode, size and pixels."""
+    digest = hashlib.sha256(rgb.mode.encode() + struct.pack(">II", rgb.width, rgb.height))
+    rows = max(1, _DIGEST_STRIP_PIXELS // rgb.width)
+    for top in range(0, rgb.height, rows):
+        digest.update(rgb.crop((0, top, rgb.width, min(top + rows, rgb.height))).tobytes())
+    return digest.digest()
+
+
 def prepare_image(
-    source: ImageSource,
-    transform: ImageTransform,
-    limits: ImageLimits = DEFAULT_LIMITS,
+    source: ImageSource, transform: ImageTransform, limits: ImageLimits = DEFAULT_LIMITS
 ) -> PreparedImage:
     """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
     rgb = load_rgb(source, limits)
@@ -263,17 +258,27 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _has_image_processor(path: Path) -> bool:
-    """Older checkpoints keep a processor_config.json without the image processor's settings in it."""
+    """Whether the file has the image processor's settings: processor_config.json of older checkpoints lacks them."""
     return path.is_file() and (path.name == "preprocessor_config.json" or "image_processor" in _read(path))
 
 
 def _kind(fields: dict[str, Any]) -> str:
     name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIPImageProcessor")
-    for kind in ("CLIP", "Siglip", "Llava", "Qwen2VL"):
-        if name in {f"{kind}ImageProcessor", f"{kind}ImageProcessorFast", f"{kind}ImageProcessorPil",
-                    f"{kind}FeatureExtractor"}:  # fmt: skip
-            return kind
-    raise UnsupportedModel(f"the image processor {name} is not supported; CLIP's, SigLIP's, LLaVA's and Qwen2VL's are")
+    known = re.fullmatch(
+        r"(CLIP|Siglip|Llava|Qwen2VL)(ImageProcessor|ImageProcessorFast|ImageProcessorPil|FeatureExtractor)", name
+    )
+    if known is None:
+        raise UnsupportedModel(
+            f"the image processor {name} is not supported; CLIP's, SigLIP's, LLaVA's and Qwen2VL's are"
+        )
+    return known[1]
+
+
+def _pixel_budget(fields: dict[str, Any]) -> tuple[int, int, int]:
+    size = fields.get("size", {})
+    smallest = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
+    largest = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
+    return int(smallest), int(largest), int(fields.get("patch_size", 14) * fields.get("merge_size", 2))
 
 
 def _resize_rule(size: int | dict[str, int]) -> tuple[ResizeRule, tuple[int, ...]]:
@@ -303,9 +308,9 @@ def _channels(values: Any, fields: dict[str, Any]) -> Channels | None:
 
 
 def _within_budget(height: int, width: int, smallest: int, largest: int, multiple: int) -> tuple[int, int]:
-    """The nearest multiples, both shrunk or grown in proportion where their area is beyond a bound.
+    """Nearest multiples of the sides, scaled in proportion where their area is beyond a bound.
 
-    Rounding never passes the upper bound, where transformers' does for narrow images under a low one.
+    Rounding never exceeds the upper bound; in transformers it does for narrow images under a low one.
     """
     if max(height, width) > MOST_ELONGATED * min(height, width):
         raise InvalidImage(f"the image of {width}x{height} pixels is too narrow: {MOST_ELONGATED}:1 is the limit")
@@ -331,19 +336,3 @@ def _with_longest_edge(height: int, width: int, shortest: int, longest: int) -> 
     if width < height:
         return int(scaled * height / width), shortest
     return shortest, int(scaled * width / height)
-
-
-def _center_crop(pixels: np.ndarray, crop_height: int, crop_width: int) -> np.ndarray:
-    """The centre of ``[H, W, 3]``, padded with zeros where it is smaller than the crop."""
-    height, width = pixels.shape[:2]
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    if top >= 0 and left >= 0:
-        return np.ascontiguousarray(pixels[top : top + crop_height, left : left + crop_width])
-    canvas_height, canvas_width = max(crop_height, height), max(crop_width, width)
-    canvas = np.zeros((canvas_height, canvas_width, 3), pixels.dtype)
-    pad_top, pad_left = ceil((canvas_height - height) / 2), ceil((canvas_width - width) / 2)
-    canvas[pad_top : pad_top + height, pad_left : pad_left + width] = pixels
-    top, left = top + pad_top, left + pad_left
-    return np.ascontiguousarray(
-        canvas[max(0, top) : min(canvas_height, top + crop_height), max(0, left) : min(canvas_width, left + crop_width)]
-    )
