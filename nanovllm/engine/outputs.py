@@ -19,7 +19,6 @@ class Record(dict[str, Any]):
     """
 
     def __post_init__(self) -> None:
-        """Fill the dictionary."""
         super().update(vars(self))
 
     def __reduce__(self) -> tuple[Any, ...]:

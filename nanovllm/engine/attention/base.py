@@ -96,7 +96,8 @@ def padded_tables(batch: AttentionBatch, block_size: int) -> list[list[int]]:
     return [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A cache of zeros; a CPU's takes memory only where it is written, on huge pages."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = huge_pages.zeroed(math.prod(shape) * dtype.itemsize)

@@ -179,19 +179,14 @@ def trial(
     for counts, stops in ((befores, befores), (lengths, ends), ([1] * len(ends), [end + 1 for end in ends])):
         # Rows of one token come first, as in every step.
         order = sorted((one for one in range(len(rows)) if counts[one]), key=lambda one: (counts[one] > 1, stops[one]))
-        batch = AttentionBatch(
-            [counts[one] for one in order], [stops[one] for one in order], [tables[one] for one in order]
-        )
+        batch = AttentionBatch(*([numbers[one] for one in order] for numbers in (counts, stops, tables)))
         query = draw(heads.num, sum(batch.query_lens))
         key, value = (
             torch.cat([whole[one][stops[one] - counts[one] : stops[one]] for one in order]) for whole in (keys, values)
         )
         if max(batch.query_lens) == 1 and isinstance(backend, GraphAttention):
-            contexts, padded = (
-                torch.tensor(numbers, device=device)
-                for numbers in (batch.context_lens, padded_tables(batch, backend.block_size))
-            )
-            metadata = backend.decode_metadata(contexts, padded)
+            padded = torch.tensor(padded_tables(batch, backend.block_size), device=device)
+            metadata = backend.decode_metadata(torch.tensor(batch.context_lens, device=device), padded)
         else:
             metadata = backend.metadata(batch)
         output = backend.attend(query, key, value, cache, metadata)

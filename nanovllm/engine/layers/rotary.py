@@ -17,7 +17,7 @@ _SCALED = ("linear", "dynamic", "llama3", "yarn")
 def rotary_table(config: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and signed sine of every position of a transformers ``config``: [max_position_embeddings, 2, head_dim].
 
-    The sine of the first half comes negative, as ``rows.rotate_heads`` wants it. Raises UnsupportedModel for a
+    The sine of the first half comes negative, as ``token_ops.rotate_heads`` wants it. Raises UnsupportedModel for a
     ``rope_type`` that is not implemented.
     """
     frequencies, scale = _inverse_frequencies(config, head_dim, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,11 +56,20 @@ def load_decoder(
     config: DecoderConfig,
     *,
     tied: bool,
-    rename: Callable[[str], str | None],
+    prefixes: Sequence[tuple[str, str | None]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decoder:
-    """The text model of a checkpoint whose tensors ``rename`` maps to the names of a ``…ForCausalLM``."""
+    """The text model of a checkpoint.
+
+    ``prefixes`` of its tensors' names, the first that fits, and what stands there in a ``…ForCausalLM``; tensors with
+    None there, or with no such prefix, are those of a vision model.
+    """
+
+    def rename(stored: str) -> str | None:
+        found = next(((old, new) for old, new in prefixes if stored.startswith(old)), None)
+        return None if found is None or found[1] is None else found[1] + stored.removeprefix(found[0])
+
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -22,10 +22,10 @@ from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 @dataclass
 class StepBudget:
-    """What the step that is being scheduled may still take."""
+    """What the step that is being scheduled may still take: tokens, and seats of the running batch."""
 
     tokens: int
-    seats: int  # of the running batch
+    seats: int
 
 
 class Scheduler:
@@ -198,7 +198,7 @@ class Scheduler:
         }
 
     def commit(self, row: ScheduledRow) -> None:
-        """Count a computed row's tokens as computed and name its full blocks in the prefix cache.
+        """Count a computed row's tokens as computed, name its full blocks, and drop the embeddings of computed images.
 
         The tokens that the row sampled are appended before. The drafts that are not among them are rejected, and the
         blocks that those alone needed are freed.
@@ -217,6 +217,7 @@ class Scheduler:
             for block in range(first, last):
                 self.blocks.cache_block(sequence.block_table[block], hashes[block])
         sequence.num_computed_tokens = computed
+        sequence.drop_embeddings(computed)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a waiting or running sequence and free its blocks."""

@@ -188,7 +188,7 @@ class InputProcessor:
             grid = self.processor.encoder.grid(image.size)
             length = self.processor.num_image_tokens(image)
             spans.append(ImageSpan(image, self.processor.key(image, salt), len(expanded), length, grid))
-            expanded += [self._image_token_id] * spans[-1].length
+            expanded += [token_id] * length
         return expanded, tuple(spans)
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
