@@ -28,8 +28,7 @@ def own_encoder(
 ) -> VisionEncoder:
     """The encoder that a LLaVA checkpoint was trained with, at the size and tokens asked for.
 
-    Raises:
-        ConfigurationError: an option that contradicts the checkpoint or that its tower does not have.
+    Raises ConfigurationError for an option that contradicts the checkpoint or that its tower does not have.
     """
     name = checkpoint_name(checkpoint.directory)
     _refuse_pixel_bounds(config)

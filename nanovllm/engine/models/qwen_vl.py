@@ -56,9 +56,7 @@ def own_encoder(
     """The encoder that the checkpoint was trained with.
 
     Images keep their own proportions: ``max_image_size`` and ``num_vision_tokens`` bound their area and their tokens.
-
-    Raises:
-        ConfigurationError: an option that contradicts the checkpoint, or bounds between which no image fits.
+    Raises ConfigurationError for an option that contradicts the checkpoint, and bounds between which no image fits.
     """
     for name in ("vision_model", "projector"):
         value = getattr(config, name)
