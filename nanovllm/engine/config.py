@@ -19,8 +19,7 @@ MAX_DRAFT_STEP_TOKENS = 16
 class EngineConfig:
     """What a user may decide about an engine; ``None`` leaves the decision to the checkpoint or the machine.
 
-    Raises:
-        ConfigurationError: a value that is out of range or not supported yet.
+    Raises ConfigurationError for a value that is out of range or not supported yet.
     """
 
     model: str

@@ -50,11 +50,7 @@ _SOME_HEADS = Heads(4, 2, 64)
 def choose_backend(
     device: torch.device, dtype: torch.dtype, block_size: int | None = None, heads: Heads = _SOME_HEADS
 ) -> AttentionBackend:
-    """The best backend that is there and passes its trial.
-
-    Raises:
-        ConfigurationError: the best one has no pages of ``block_size`` tokens.
-    """
+    """The best backend that is there and passes its trial; ConfigurationError if it has no pages of ``block_size``."""
     if device.type == "cpu":
         reason = kernels.missing()
         if reason is None:
@@ -179,7 +175,8 @@ def trial(
     for counts, stops in ((befores, befores), (lengths, ends), ([1] * len(ends), [end + 1 for end in ends])):
         # Rows of one token come first, as in every step.
         order = sorted((one for one in range(len(rows)) if counts[one]), key=lambda one: (counts[one] > 1, stops[one]))
-        batch = AttentionBatch(*([numbers[one] for one in order] for numbers in (counts, stops, tables)))
+        lengths_now = [counts[one] for one in order]
+        batch = AttentionBatch(lengths_now, [stops[one] for one in order], [tables[one] for one in order])
         query = draw(heads.num, sum(batch.query_lens))
         key, value = (
             torch.cat([whole[one][stops[one] - counts[one] : stops[one]] for one in order]) for whole in (keys, values)
@@ -193,7 +190,7 @@ def trial(
         expected = torch.cat(
             [
                 _attention(part, keys[one][: stops[one]], values[one][: stops[one]])
-                for one, part in zip(order, query.split(list(batch.query_lens)), strict=True)
+                for one, part in zip(order, query.split(lengths_now), strict=True)
             ]
         )
         errors.append(((output.double() - expected).abs() / expected.abs().clamp_min(1.0)).amax())

@@ -26,10 +26,7 @@ def kv_cache_bytes(
     """The configured bytes; else 1 GiB on a CPU; else the free memory of the GPU within ``gpu_memory_utilization``.
 
     Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
-    for the embedding cache.
-
-    Raises:
-        ConfigurationError: the largest step alone does not fit the GPU.
+    for the embedding cache. Raises ConfigurationError where the largest step alone does not fit the GPU.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes

@@ -69,11 +69,7 @@ def choose_image_token_id(checkpoint: Checkpoint, tokenizer: Any, vocab_size: in
 def load_models(
     config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, ImageEncoder | None]:
-    """The text model and the image encoder, their weights in the layouts of this machine.
-
-    Raises:
-        ModelNotFound, UnsupportedModel, ConfigurationError: what the checkpoint or the machine cannot do.
-    """
+    """The text model and the image encoder, their weights in the layouts of this machine."""
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")

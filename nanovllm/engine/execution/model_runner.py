@@ -195,10 +195,7 @@ class ModelRunner:
                         yield sequence, span
 
     def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
-        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
-
-        The images that they touch have their embeddings: `attach_image_embeddings` ran before.
-        """
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph."""
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -247,10 +244,7 @@ class ModelRunner:
         return StepInputs(rows, tuple(sampling), tokens)
 
     def forward(self, inputs: StepInputs) -> StepResult:
-        """Compute the logits of the step and the log probabilities of prompt tokens.
-
-        Writes to the KV caches and to no sequence.
-        """
+        """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""
         tokens = inputs.tokens
         if not isinstance(tokens, StepTokens):
             return StepResult(tokens(), ())

@@ -100,10 +100,7 @@ def _forbid(logits: Tensor, forbidden: TokenValues) -> None:
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Drop what is outside the k best, then outside the smallest set of probability p; the best one stays.
-
-    ``logits`` are [rows, vocab], the limits [rows, 1].
-    """
+    """``logits`` [rows, vocab] of the k best and, of these, the smallest set of probability p; limits are [rows, 1]."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     ordered = ordered.masked_fill(ranks >= top_k, _MINUS_INFINITY)

@@ -128,13 +128,15 @@ class Scheduler:
         budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
         drafted = []
         for row in rows:
-            drafts = (
-                self.prompt_lookup.propose(row.sequence, budget.tokens) if row.samples and budget.tokens > 0 else ()
-            )
-            longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
-            if drafts and self._extend_block_table(longer):
-                budget.tokens -= len(drafts)
-                row = longer
+            if (
+                row.samples
+                and budget.tokens > 0
+                and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens))
+            ):
+                longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
+                if self._extend_block_table(longer):
+                    budget.tokens -= len(drafts)
+                    row = longer
             drafted.append(row)
         return drafted
 
@@ -176,10 +178,7 @@ class Scheduler:
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
     def upcoming(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in scheduling order, each with its number of computed tokens.
-
-        Of waiting ones, tokens that the prefix cache holds count as computed.
-        """
+        """All sequences in scheduling order, each with its number of tokens that are computed, or cached if it waits."""
         for sequence in self.running:
             yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:

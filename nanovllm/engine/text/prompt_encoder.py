@@ -64,10 +64,14 @@ class _Parts(list[dict[str, str]]):
 class PromptEncoder:
     """Tokenises prompts and messages for one checkpoint. Holds no state between calls.
 
-    A prompt that cannot fit ``max_model_len`` tokens is refused by its characters, images and messages, where these
-    tell; a result may still be longer. ``image_token_id`` None means that the model takes no images: a placeholder is
-    then an error. ``around_image`` are the tokens before and behind it, which some families want and their chat
-    templates write.
+    ``image_token_id`` None means that the model takes no images. ``around_image`` are the tokens before and behind it,
+    which some families want and their chat templates write.
+
+    Raises, from every method:
+        InvalidInput: text that is no valid Unicode; roles, fields, parts or text that the template cannot take.
+        PlaceholderMismatch: an image placeholder or part for a model that takes no images.
+        PromptTooLong: more characters, images, parts or messages than can fit ``max_model_len`` tokens; a result may
+            still be longer.
     """
 
     def __init__(
@@ -96,10 +100,7 @@ class PromptEncoder:
         return bool(self._tokenizer.chat_template)
 
     def trusted(self, prompt: str) -> list[int]:
-        """The tokens of a prompt whose author may write special tokens. No chat template is applied.
-
-        Raises as ``untrusted``.
-        """
+        """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
         pieces = _split_images(prompt)
         self._check_length(pieces, self._backend)
         ids = list(self._leading_ids)
@@ -108,13 +109,7 @@ class PromptEncoder:
         return ids
 
     def untrusted(self, prompt: str, *, raw_prompt: bool = False) -> list[int]:
-        """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out.
-
-        Raises:
-            InvalidInput: text that is no valid Unicode, or that the template or the tokenizer cannot take.
-            PlaceholderMismatch: an image placeholder for a model that takes no images.
-            PromptTooLong: more characters or placeholders than fit.
-        """
+        """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out."""
         pieces = _split_images(prompt)
         self._check_length(pieces, self._plain_backend)
         if raw_prompt or not self.has_chat_template:
@@ -127,11 +122,6 @@ class PromptEncoder:
         A content is a string, or a list of parts ``{"type": "text", "text": …}`` and ``{"type": "image"}`` or
         ``{"type": "image_url"}``; an image part is the place of the next image. Without a chat template only a single
         user message can be taken.
-
-        Raises:
-            InvalidInput: unknown roles, fields or parts, text that is no valid Unicode, a refusal by the template.
-            PlaceholderMismatch: an image part for a model that takes no images.
-            PromptTooLong: more characters, parts or messages than fit.
         """
         if len(messages) > self._max_model_len:
             raise PromptTooLong(f"{len(messages)} messages for a context of {self._max_model_len} tokens")
