@@ -120,10 +120,9 @@ def _graphs(engine: LLMEngine) -> Finding:
 
 def _memory(engine: LLMEngine) -> Iterator[Finding]:
     runner, blocks = engine.model_runner, engine.scheduler.blocks
-    cache = runner.kv_caches[0]
     size = sum(layer.nbytes for layer in runner.kv_caches) // _MIB
     tokens = blocks.num_blocks * blocks.block_size
-    kind = str(cache.dtype).removeprefix("torch.")
+    kind = str(runner.kv_caches[0].dtype).removeprefix("torch.")
     yield Finding("KV cache", f"{size} MiB: {tokens:,} tokens in blocks of {blocks.block_size}, {kind}")
     longest = engine.max_model_len
     yield Finding("context", f"{longest:,} tokens, prompt and output", f"{tokens / longest:.1f} of the longest at once")

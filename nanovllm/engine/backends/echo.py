@@ -69,8 +69,7 @@ class EchoEngine(EngineBackend):
         return None
 
     def _begin(self, request: Request, generation: Generation) -> None:
-        task = asyncio.get_running_loop().create_task(self._answer(request, generation))
-        self._tasks[request.request_id] = task
+        self._tasks[request.request_id] = asyncio.create_task(self._answer(request, generation))
 
     def abort(self, request_id: str) -> None:
         """End a request early, with no text."""

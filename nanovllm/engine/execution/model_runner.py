@@ -15,17 +15,10 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
 from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
-from nanovllm.engine.execution.loading import (
-    choose_device,
-    choose_dtype,
-    choose_image_token_id,
-    choose_kv_dtype,
-    load_models,
-    make_processor,
-)
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
@@ -75,14 +68,14 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = choose_device(config.device)
-        self.dtype = choose_dtype(config, checkpoint, self.device)
-        self.model, self.encoder = load_models(config, checkpoint, self.dtype, self.device)
-        self.image_token_id = choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
+        self.device = loading.choose_device(config.device)
+        self.dtype = loading.choose_dtype(config, checkpoint, self.device)
+        self.model, self.encoder = loading.load_models(config, checkpoint, self.dtype, self.device)
+        self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
-            self.processor = make_processor(config, self.encoder, self.image_token_id, self.device)
+            self.processor = loading.make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
         heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
@@ -114,7 +107,7 @@ class ModelRunner:
         budget = kv_cache_bytes(
             config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
         )
-        dtype = choose_kv_dtype(config, self.dtype, self.device, self.attention)
+        dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shape = (text.num_key_value_heads, text.head_dim, dtype)
         block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
         spare = 1 if self.why_no_graphs is None else 0
@@ -159,7 +152,7 @@ class ModelRunner:
             for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
                 embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
-            for sequence in {id(sequence): sequence for sequence, _ in spans}.values():
+            for sequence in {sequence for sequence, _ in spans}:
                 sequence.times.encode_s += elapsed
         for _, span in needed:
             span.embedding = embeddings[span.key]

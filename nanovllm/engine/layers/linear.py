@@ -113,8 +113,8 @@ def panels_multiply(
 ) -> Multiply:
     """Multiply by a weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
     panels, width = to_panels(weight.detach()), len(weight)
-    rows = (None if bias is None else bias.float(), scales, excess)
-    padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in rows]
+    per_output = (None if bias is None else bias.float(), scales, excess)
+    padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in per_output]
     return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, *padded)
 
 

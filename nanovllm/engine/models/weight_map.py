@@ -62,13 +62,15 @@ def load_decoder(
 ) -> Decoder:
     """The text model of a checkpoint.
 
-    ``prefixes`` of its tensors' names, the first that fits, and what stands there in a ``…ForCausalLM``; tensors with
-    None there, or with no such prefix, are those of a vision model.
+    ``prefixes`` are those of stored names, each with its replacement in a ``…ForCausalLM``; the first that fits counts.
+    None, or no prefix that fits, marks a tensor of the vision model.
     """
 
     def rename(stored: str) -> str | None:
-        found = next(((old, new) for old, new in prefixes if stored.startswith(old)), None)
-        return None if found is None or found[1] is None else found[1] + stored.removeprefix(found[0])
+        for prefix, replacement in prefixes:
+            if stored.startswith(prefix):
+                return None if replacement is None else replacement + stored.removeprefix(prefix)
+        return None
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

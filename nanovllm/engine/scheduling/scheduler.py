@@ -128,11 +128,8 @@ class Scheduler:
         budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
         drafted = []
         for row in rows:
-            if (
-                row.samples
-                and budget.tokens > 0
-                and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens))
-            ):
+            may_draft = row.samples and budget.tokens > 0
+            if may_draft and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens)):
                 longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
                 if self._extend_block_table(longer):
                     budget.tokens -= len(drafts)
@@ -178,7 +175,7 @@ class Scheduler:
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
     def upcoming(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in scheduling order, each with its number of tokens that are computed, or cached if it waits."""
+        """All sequences in scheduling order, with their computed tokens; of waiting ones, those that are cached."""
         for sequence in self.running:
             yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:

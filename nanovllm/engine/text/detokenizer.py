@@ -65,21 +65,17 @@ class Detokenizer:
         if not self._stop:
             self.text += fresh
             return fresh
-        pending = self._held + fresh
+        pending, found = self._held + fresh, None
         if self._num_tokens > self._min_tokens:
             found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
-            if found is not None:
-                end = found[0] + (len(found[1]) if self._include_stop else 0)
-                self.is_stopped = True
-                self.is_cut = end < len(pending)
-                self._held = ""
-                self.text += pending[:end]
-                return pending[:end]
-        keep = 0 if final else self._beginning_of_stop(pending)
-        shown = pending[: len(pending) - keep]
-        self._held = pending[len(pending) - keep :]
-        self.text += shown
-        return shown
+        if found is not None:
+            end = found[0] + (len(found[1]) if self._include_stop else 0)
+            self.is_stopped, self.is_cut, self._held = True, end < len(pending), ""
+        else:
+            end = len(pending) - (0 if final else self._beginning_of_stop(pending))
+            self._held = pending[end:]
+        self.text += pending[:end]
+        return pending[:end]
 
     def _beginning_of_stop(self, text: str) -> int:
         """The length of the longest end of ``text`` that begins a stop string."""
