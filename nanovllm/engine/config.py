@@ -10,7 +10,6 @@ from typing import Any, Literal
 from nanovllm.errors import ConfigurationError
 
 GIB = 1 << 30
-MIB = 1 << 20
 
 MAX_DRAFT_STEP_TOKENS = 16
 """A step of more tokens has no drafts: up to about here reading the weights is its cost, and a token adds little."""
@@ -20,8 +19,7 @@ MAX_DRAFT_STEP_TOKENS = 16
 class EngineConfig:
     """What a user may decide about an engine; ``None`` leaves the decision to the checkpoint or the machine.
 
-    Raises:
-        ConfigurationError: a value that is out of range or not supported yet.
+    Raises ConfigurationError for a value that is out of range or not supported yet.
     """
 
     model: str
@@ -33,11 +31,9 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "bfloat16"] = "auto"  # the model's own; "bfloat16" halves a float32 one, on a CPU
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
-    embedding_cache_bytes: int = 256 * MIB  # beside the encoder
+    embedding_cache_bytes: int = 256 << 20  # beside the encoder
     embedding_cache_host_bytes: int = 0  # in the host's memory, for what leaves a GPU's
-    encoder_batch_pixels: int = (
-        2 * MIB
-    )  # images of waiting requests are encoded along with needed ones, up to this area
+    encoder_batch_pixels: int = 2 << 20  # images of waiting requests are encoded with needed ones, up to this area
     encoder_linger_s: float = 0.002  # an idle engine waits so long for more images before it encodes the first
     dtype: str | None = None  # None or "auto": float32 on the CPU, the checkpoint's on a GPU
     device: str | None = None
@@ -60,13 +56,14 @@ class EngineConfig:
     freeze_vision_weights: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what can be refused before a checkpoint is opened."""
-        for name in ("max_num_seqs", "max_images_per_request"):
-            self._require_positive(name, optional=False)
-        for name in ("max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_bytes", "max_image_size",
-                     "num_vision_tokens",
-                     "min_pixels", "max_pixels", "max_image_tokens"):  # fmt: skip
-            self._require_positive(name, optional=True)
+        for name in ("max_num_seqs", "max_images_per_request", "max_num_batched_tokens", "max_model_len", "block_size",
+                     "kv_cache_bytes", "max_image_size", "num_vision_tokens", "min_pixels", "max_pixels",
+                     "max_image_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and getattr(EngineConfig, name) is None:  # the default
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
         for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
                      "num_speculative_tokens"):  # fmt: skip
             if getattr(self, name) < 0:
@@ -85,19 +82,10 @@ class EngineConfig:
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ConfigurationError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16")
 
-    def _require_positive(self, name: str, *, optional: bool) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
-
     @classmethod
     def from_options(cls, model: str | Path, options: Mapping[str, Any]) -> EngineConfig:
         """The configuration for ``model`` with ``options`` by name; an unknown name is a ConfigurationError."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
+        if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
             raise ConfigurationError(f"unknown engine option: {', '.join(unknown)}")
         return cls(model=str(model), **options)
 

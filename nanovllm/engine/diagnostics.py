@@ -39,12 +39,16 @@ def describe(engine: LLMEngine) -> Iterator[Finding]:
     """The engine's choices; measures nothing."""
     yield _machine(engine)
     yield _threads()
-    yield _model(engine)
+    name, checkpoint = Path(engine.config.model).name, engine.checkpoint
+    yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
     yield _weights(engine)
     yield _attention(engine)
     yield _graphs(engine)
     yield from _memory(engine)
-    yield _guided()
+    if importlib.util.find_spec("llguidance") is None:
+        yield Finding("guided output", "none", "pip install '.[guided]' in a clone")
+    else:
+        yield Finding("guided output", "JSON schema, regex, choice, grammar")
 
 
 def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
@@ -85,13 +89,6 @@ def _threads() -> Finding:
     return Finding("threads", f"{threads} on {cores} cores", "; ".join(notes))
 
 
-def _model(engine: LLMEngine) -> Finding:
-    checkpoint = engine.checkpoint
-    return Finding(
-        "model", f"{Path(engine.config.model).name}, {checkpoint.architecture}", f"revision {checkpoint.revision}"
-    )
-
-
 def _weights(engine: LLMEngine) -> Finding:
     layouts = Counter(module.layout for module in engine.model_runner.model.modules() if isinstance(module, Linear))
     counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
@@ -123,28 +120,19 @@ def _graphs(engine: LLMEngine) -> Finding:
 
 def _memory(engine: LLMEngine) -> Iterator[Finding]:
     runner, blocks = engine.model_runner, engine.scheduler.blocks
-    cache = runner.kv_caches[0]
     size = sum(layer.nbytes for layer in runner.kv_caches) // _MIB
     tokens = blocks.num_blocks * blocks.block_size
-    kind = str(cache.dtype).removeprefix("torch.")
+    kind = str(runner.kv_caches[0].dtype).removeprefix("torch.")
     yield Finding("KV cache", f"{size} MiB: {tokens:,} tokens in blocks of {blocks.block_size}, {kind}")
     longest = engine.max_model_len
-    note = f"{tokens / longest:.1f} of the longest at once"
-    yield Finding("context", f"{longest:,} tokens, prompt and output", note)
+    yield Finding("context", f"{longest:,} tokens, prompt and output", f"{tokens / longest:.1f} of the longest at once")
     processor = engine.processor
     if processor is not None:
         encoder = processor.encoder
         image = encoder.num_vision_tokens * encoder.width * encoder.dtype.itemsize
         budget = engine.config.embedding_cache_bytes
-        yield Finding(
-            "embedding cache", f"{budget // _MIB} MiB: {budget // image:,} images", f"{image:,} bytes an image"
-        )
-
-
-def _guided() -> Finding:
-    if importlib.util.find_spec("llguidance") is None:
-        return Finding("guided output", "none", "pip install '.[guided]' in a clone")
-    return Finding("guided output", "JSON schema, regex, choice, grammar")
+        value = f"{budget // _MIB} MiB: {budget // image:,} images"
+        yield Finding("embedding cache", value, f"{image:,} bytes an image")
 
 
 def _linears(engine: LLMEngine, rows: int, sampled: int, seconds: float) -> float:
@@ -163,14 +151,10 @@ def _linears(engine: LLMEngine, rows: int, sampled: int, seconds: float) -> floa
             started = time.perf_counter()
             for layer, count in zip(layers, counts, strict=True):
                 layer(inputs[layer.in_features][:count])
-            _wait_for(runner.device)
+            if runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)
             fastest = min(fastest, time.perf_counter() - started)
     return fastest
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _requests(engine: LLMEngine, count: int, length: int, max_tokens: int, seed: int) -> list[str]:
@@ -183,18 +167,16 @@ def _requests(engine: LLMEngine, count: int, length: int, max_tokens: int, seed:
 
 
 def _prefill(engine: LLMEngine, length: int, seconds: float) -> float:
-    """Prompt tokens computed in a second."""
-    done, spent, round_number = 0, 0.0, 0
+    """Prompt tokens computed in a second, after a round that warms up."""
+    rounds, spent = -1, 0.0
     while spent < seconds:
-        _requests(engine, _PROMPTS, length, 1, round_number)
+        rounds += 1
+        _requests(engine, _PROMPTS, length, 1, rounds)
         started = time.perf_counter()
         while engine.has_unfinished():
             engine.step()
-        if round_number:  # the first round warms up
-            done += _PROMPTS * length
-        spent += time.perf_counter() - started if round_number else 0.0
-        round_number += 1
-    return done / spent
+        spent += time.perf_counter() - started if rounds else 0.0
+    return rounds * _PROMPTS * length / spent
 
 
 def _decode(engine: LLMEngine, rows: int, length: int, seconds: float) -> float:

@@ -13,29 +13,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
-from nanovllm.engine.outputs import (
-    FinishReason,
-    ModelInfo,
-    RequestOutput,
-    StepOutput,
-    TokenChunk,
-    TokenLogprobs,
-)
+from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
-from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -119,8 +112,8 @@ class LLMEngine:
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        *,
         images: PromptImages = None,
+        *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: bytes = b"",
@@ -149,7 +142,7 @@ class LLMEngine:
         sequences = self.input_processor.sequences(
             request_id, prompt, sampling, images, priority=priority, salt=cache_salt
         )
-        self._requests[request_id] = RequestState.of(sequences, self.tokenizer)
+        self._requests[request_id] = RequestState(sequences, [Detokenizer(self.tokenizer, sampling) for _ in sequences])
         for sequence in sequences:
             self.scheduler.add(sequence)
         return request_id
@@ -177,7 +170,9 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
-        _stamp_first_scheduled(scheduled, time.perf_counter())
+        now = time.perf_counter()
+        for row in scheduled.rows:
+            row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
         self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.upcoming())
         inputs = self.model_runner.prepare(scheduled)
         # The masks are computed by another thread while the forward pass runs.
@@ -194,8 +189,7 @@ class LLMEngine:
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
             counts = [inputs.sampling[index].sampling.logprobs or 0 for index in scored]
-            taken = [tokens[index] for index in scored]
-            scores = top_logprobs(unchanged, taken, counts, self.model_runner.text_of)
+            scores = top_logprobs(unchanged, [tokens[index] for index in scored], counts, self.model_runner.text_of)
             for index, score in zip(scored, scores, strict=True):
                 logprobs[index] = score
         return SampledTokens(tokens, logprobs)
@@ -218,13 +212,8 @@ class LLMEngine:
             if row.samples:
                 outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
-                self._commit_row(row)
+                self.scheduler.commit(row)
         return outputs
-
-    def _commit_row(self, row: ScheduledRow) -> None:
-        self.scheduler.commit(row)
-        if row.sequence.images:
-            row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
 
     def _append(
         self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
@@ -239,7 +228,7 @@ class LLMEngine:
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
-        self._commit_row(row)
+        self.scheduler.commit(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
@@ -285,27 +274,26 @@ class LLMEngine:
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if len(sampling_params) != len(batch):
             raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
-        indices: dict[str, int] = {}
-        outputs: list[RequestOutput | None] = [None] * len(batch)
+        outputs: dict[str, RequestOutput | None] = {}
         try:
-            for index, (prompt, params, pictures) in enumerate(
-                zip(batch, sampling_params, images_of_prompts, strict=True)
-            ):
-                indices[self.add_request(prompt, params, images=pictures)] = index
-            with _progress(len(batch), use_tqdm) as bar:
-                while any(output is None for output in outputs):
+            for prompt, params, pictures in zip(batch, sampling_params, images_of_prompts, strict=True):
+                outputs[self.add_request(prompt, params, pictures)] = None
+            with tqdm(total=len(batch), disable=not use_tqdm, desc="Generating", unit="request") as bar:
+                while any(output is None for output in outputs.values()):
                     for output in self.step():
-                        if output.failure is not None and output.request_id in indices:
+                        if output.request_id not in outputs:
+                            continue
+                        if output.failure is not None:
                             raise output.failure
-                        if output.finished is not None and output.request_id in indices:
-                            outputs[indices[output.request_id]] = output.finished
+                        if output.finished is not None:
+                            outputs[output.request_id] = output.finished
                             bar.update(1)
         except BaseException:
-            for request_id in indices:
+            for request_id in outputs:
                 self.abort(request_id)
-            self._ended = [output for output in self._ended if output.request_id not in indices]
+            self._ended = [output for output in self._ended if output.request_id not in outputs]
             raise
-        return [output for output in outputs if output is not None]
+        return [output for output in outputs.values() if output is not None]
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, caches and counters."""
@@ -346,22 +334,7 @@ class LLMEngine:
         self.model_runner.release()
 
     def __enter__(self) -> Self:
-        """The engine itself; it is closed at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _stamp_first_scheduled(scheduled: ScheduledBatch, now: float) -> None:
-    for row in scheduled.rows:
-        row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-
-
-def _progress(total: int, visible: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, disable=not visible, desc="Generating", unit="request")

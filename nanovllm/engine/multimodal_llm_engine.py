@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.vision.processor import PromptImages
+from nanovllm.engine.llm_engine import LLMEngine
 
 
 class MultiModalLLM(LLMEngine):
@@ -36,11 +34,7 @@ class MultiModalLLM(LLMEngine):
         max_image_tokens: int | None = None,
         **options: Any,
     ) -> None:
-        """``options`` are those of ``LLMEngine``.
-
-        Raises:
-            ModelNotFound, UnsupportedModel, ConfigurationError: what cannot be loaded or contradicts itself.
-        """
+        """Further ``options``, and errors, are those of ``LLMEngine``."""
         vision: dict[str, Any] = {}
         if enable_multimodal:
             vision = {
@@ -54,21 +48,6 @@ class MultiModalLLM(LLMEngine):
                 "max_image_tokens": max_image_tokens,
             }
         super().__init__(model, enable_multimodal=enable_multimodal, **vision, **options)
-
-    def add_request(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        images: PromptImages = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-    ) -> str:
-        """As ``LLMEngine.add_request``, with ``images`` third."""
-        return super().add_request(
-            prompt, sampling_params, images=images, request_id=request_id, priority=priority, cache_salt=cache_salt
-        )
 
     def get_multimodal_stats(self) -> dict[str, Any]:
         """What sees, and what it did so far; only ``multimodal_enabled`` without vision."""

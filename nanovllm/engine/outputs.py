@@ -19,7 +19,6 @@ class Record(dict[str, Any]):
     """
 
     def __post_init__(self) -> None:
-        """Fill the dictionary."""
         super().update(vars(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,15 +115,12 @@ class RequestOutput(Record):
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """New tokens of a running request; ``text`` is what may be shown now and never ends inside a character.
-
-    ``index`` says which of the ``n`` outputs they belong to.
-    """
+    """New tokens of a running request; ``text`` is what may be shown now and never ends inside a character."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    index: int = 0
+    index: int = 0  # of the output, among the request's ``n``
 
 
 @dataclass(frozen=True)

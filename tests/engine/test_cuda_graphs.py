@@ -258,9 +258,11 @@ def test_a_gpu_s_cache_takes_what_the_largest_steps_leave(
         runner = engine.model_runner
         attention = runner.attention
         budget = partial(kv_memory.kv_cache_bytes, device=torch.device("cuda"), model=runner.model, attention=attention)
-        config = EngineConfig("", gpu_memory_utilization=0.75, max_num_seqs=8, max_model_len=600)
-        assert budget(config, graph_tokens=None, reserved=0) == (20 - 6 - 1) * GIB
-        assert budget(config, graph_tokens=8, reserved=GIB) == (20 - 6 - 2 - 1) * GIB
+        config = EngineConfig(
+            "", gpu_memory_utilization=0.75, max_num_seqs=8, max_model_len=600, num_speculative_tokens=0
+        )
+        assert budget(config, has_graphs=False, reserved=0) == (20 - 6 - 1) * GIB
+        assert budget(config, has_graphs=True, reserved=GIB) == (20 - 6 - 2 - 1) * GIB
         vocab = runner.model.config.vocab_size
         assert [tuple(one.shape) for one in computed] == [(8, vocab)] * 3
 
@@ -269,7 +271,7 @@ def test_a_gpu_s_cache_takes_what_the_largest_steps_leave(
 
         monkeypatch.setattr(kv_memory, "peak_bytes", too_large)
         with pytest.raises(ConfigurationError, match=r"max_num_batched_tokens=2048.*600 tokens"):
-            budget(config, graph_tokens=None, reserved=0)
+            budget(config, has_graphs=False, reserved=0)
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch"])

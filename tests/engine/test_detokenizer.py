@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm.engine.text.detokenizer import REPLACEMENT, Detokenizer
+from nanovllm.sampling_params import SamplingParams
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,7 +33,7 @@ def stream(
     text: str, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: object
 ) -> tuple[list[str], Detokenizer]:
     """The chunks for the tokens of ``text``, up to a stop string."""
-    detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
+    detokenizer = Detokenizer(tokenizer, SamplingParams(**options))  # type: ignore[arg-type]
     chunks = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         chunks.append(detokenizer.append(token))
@@ -60,7 +61,7 @@ def test_bytes_that_are_no_text_stop_nobody(kind: str, data: st.DataObject, skip
     tokenizer = TOKENIZERS[kind]
     tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
     good = tokenizer.encode(" the x", add_special_tokens=False)
-    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skips)
+    detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skips))
     text = "".join([*(detokenizer.append(token) for token in (*tokens, *good)), detokenizer.finish()])
     assert text == detokenizer.text
     assert text.endswith("the x")
@@ -68,7 +69,7 @@ def test_bytes_that_are_no_text_stop_nobody(kind: str, data: st.DataObject, skip
 
 def test_a_character_that_was_cut_off_is_left_out() -> None:
     tokens = TOKENIZER.encode("a日", add_special_tokens=False)
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams())
     chunks = [detokenizer.append(token) for token in tokens[:-1]]
     assert "".join([*chunks, detokenizer.finish()]) == "a" == detokenizer.text
 
@@ -88,7 +89,7 @@ def test_text_ends_before_the_first_stop_string(stop: tuple[str, ...], expected:
 def test_no_chunk_shows_the_beginning_of_a_stop_string() -> None:
     text = "receipt total receipt tot receipt to"
     shown = ""
-    detokenizer = Detokenizer(TOKENIZER, stop=("total invoice", "tot!"))
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams(stop=("total invoice", "tot!")))
     for token in TOKENIZER.encode(text, add_special_tokens=False):
         shown += detokenizer.append(token)
         assert not any(shown.endswith(stop[:length]) for stop in ("total invoice", "tot!") for length in (1, 2, 3))
@@ -104,7 +105,7 @@ def test_stop_strings_count_only_after_min_tokens() -> None:
 
 def test_a_text_is_cut_where_a_stop_string_leaves_something_out() -> None:
     assert stream("x stop", stop=("stop",))[1].is_cut
-    assert not stream("x stop", stop=("stop",), include_stop=True)[1].is_cut
+    assert not stream("x stop", stop=("stop",), include_stop_str_in_output=True)[1].is_cut
     assert not stream("x stop", stop=("halt",))[1].is_cut
 
 

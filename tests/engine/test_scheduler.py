@@ -30,7 +30,7 @@ def make_sequence(tokens: list[int], *, max_tokens: int = 4, name: str = "", **o
 def run(scheduler: Scheduler, token: int = 7) -> ScheduledBatch:
     """One step with a model that always answers ``token``."""
     scheduled = scheduler.schedule()
-    assert scheduled.num_tokens <= scheduler.max_num_batched_tokens
+    assert sum(row.num_tokens for row in scheduled.rows) <= scheduler.max_num_batched_tokens
     assert len({id(row.sequence) for row in scheduled.rows}) == len(scheduled.rows)
     for row in scheduled.rows:
         assert row.num_tokens > 0

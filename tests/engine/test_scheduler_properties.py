@@ -94,7 +94,7 @@ class World:
         first = min(self.scheduler.running or self.scheduler.waiting)
         scheduled = self.scheduler.schedule()
         assert scheduled.rows, "nothing was scheduled while work waits"
-        assert scheduled.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert sum(row.num_tokens for row in scheduled.rows) <= self.scheduler.max_num_batched_tokens
         assert len({id(row.sequence) for row in scheduled.rows}) == len(scheduled.rows)
         chosen = {id(row.sequence) for row in scheduled.rows}
         assert id(first) in chosen or self.follows(first, scheduled), "the first in order got nothing"
@@ -134,7 +134,6 @@ class World:
             tokens = [self.answer(sequence, tokens) for tokens in ahead]
             _, reason = extend(row, _Text(), tokens, [None] * len(tokens))  # type: ignore[arg-type]
         self.scheduler.commit(row)
-        row.sequence.drop_embeddings(row.sequence.num_computed_tokens)
         if reason is not None:
             self.scheduler.finish(row.sequence)
 
@@ -207,7 +206,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        self.world.scheduler.blocks.forget_all()
+        blocks = self.world.scheduler.blocks
+        for block in list(blocks._block_of.values()):
+            blocks._forget(block)
 
     @invariant()
     def books_are_right(self) -> None:

@@ -39,18 +39,15 @@ class AttentionBackend(Protocol):
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Zeroed keys and values of one layer."""
-        ...
 
     def metadata(self, batch: AttentionBatch) -> Any:
         """What all layers of this step share; handed back to ``attend`` as it is."""
-        ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any) -> Tensor:
         """Write ``key`` and ``value`` [T, kv_heads, d] to their slots and attend with ``query`` [T, heads, d].
 
         Every token sees the tokens of its own sequence up to itself. Returns [T, heads, d].
         """
-        ...
 
 
 @runtime_checkable
@@ -59,14 +56,12 @@ class GraphAttention(AttentionBackend, Protocol):
 
     def decode_contexts(self, limit: int) -> tuple[int, ...]:
         """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
-        ...
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> Any:
         """The metadata of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.
 
         No value may reach the host. A row's unused blocks may be any of the cache's.
         """
-        ...
 
 
 def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
@@ -96,7 +91,8 @@ def padded_tables(batch: AttentionBatch, block_size: int) -> list[list[int]]:
     return [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A cache of zeros; a CPU's takes memory only where it is written, on huge pages."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = huge_pages.zeroed(math.prod(shape) * dtype.itemsize)

@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine.attention.base import (
-    AttentionBatch,
-    _zeros,
-    last_slots,
-    slots_of,
-)
+from nanovllm.engine.attention.base import AttentionBatch, last_slots, slots_of, zeros
 from nanovllm.engine.layers.device_copy import to_device, together
 
 _GRAPH_CONTEXTS = (512, 2048)  # tokens
@@ -69,7 +64,7 @@ class SdpaAttention:
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
         """[num_blocks, block_size, 2, kv_heads, d]; zeros, since a masked NaN would still be NaN times zero."""
-        return _zeros((num_blocks, self.block_size, 2, num_kv_heads, head_dim), dtype, self._device)
+        return zeros((num_blocks, self.block_size, 2, num_kv_heads, head_dim), dtype, self._device)
 
     def metadata(self, batch: AttentionBatch) -> _SdpaMetadata:
         """Slots, pages and masks of the step, each in one tensor."""

@@ -50,11 +50,7 @@ _SOME_HEADS = Heads(4, 2, 64)
 def choose_backend(
     device: torch.device, dtype: torch.dtype, block_size: int | None = None, heads: Heads = _SOME_HEADS
 ) -> AttentionBackend:
-    """The best backend that is there and passes its trial.
-
-    Raises:
-        ConfigurationError: the best one has no pages of ``block_size`` tokens.
-    """
+    """The best backend that is there and passes its trial; ConfigurationError if it has no pages of ``block_size``."""
     if device.type == "cpu":
         reason = kernels.missing()
         if reason is None:
@@ -179,26 +175,22 @@ def trial(
     for counts, stops in ((befores, befores), (lengths, ends), ([1] * len(ends), [end + 1 for end in ends])):
         # Rows of one token come first, as in every step.
         order = sorted((one for one in range(len(rows)) if counts[one]), key=lambda one: (counts[one] > 1, stops[one]))
-        batch = AttentionBatch(
-            [counts[one] for one in order], [stops[one] for one in order], [tables[one] for one in order]
-        )
+        lengths_now = [counts[one] for one in order]
+        batch = AttentionBatch(lengths_now, [stops[one] for one in order], [tables[one] for one in order])
         query = draw(heads.num, sum(batch.query_lens))
         key, value = (
             torch.cat([whole[one][stops[one] - counts[one] : stops[one]] for one in order]) for whole in (keys, values)
         )
         if max(batch.query_lens) == 1 and isinstance(backend, GraphAttention):
-            contexts, padded = (
-                torch.tensor(numbers, device=device)
-                for numbers in (batch.context_lens, padded_tables(batch, backend.block_size))
-            )
-            metadata = backend.decode_metadata(contexts, padded)
+            padded = torch.tensor(padded_tables(batch, backend.block_size), device=device)
+            metadata = backend.decode_metadata(torch.tensor(batch.context_lens, device=device), padded)
         else:
             metadata = backend.metadata(batch)
         output = backend.attend(query, key, value, cache, metadata)
         expected = torch.cat(
             [
                 _attention(part, keys[one][: stops[one]], values[one][: stops[one]])
-                for one, part in zip(order, query.split(list(batch.query_lens)), strict=True)
+                for one, part in zip(order, query.split(lengths_now), strict=True)
             ]
         )
         errors.append(((output.double() - expected).abs() / expected.abs().clamp_min(1.0)).amax())

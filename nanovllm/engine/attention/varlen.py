@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,8 @@ class VarlenMetadata:
     max_context: int
 
 
-class Kernel(Protocol):
-    """Queries [T, heads, d] over pages [num_blocks, block_size, kv_heads, d], each row seeing its context."""
-
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
-        """[T, heads, d]."""
-        ...
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenMetadata], Tensor]
+"""Queries [T, heads, d] over keys and values [num_blocks, block_size, kv_heads, d], each row seeing its context."""
 
 
 class PagedVarlenAttention:
@@ -105,18 +101,15 @@ def flash_attn_kernels() -> Kernel:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, metadata: VarlenMetadata) -> Tensor:
-        output: Tensor
         if metadata.max_query == 1:
-            output = flash_attn_with_kvcache(
+            return flash_attn_with_kvcache(
                 query.unsqueeze(1), keys, values,
                 cache_seqlens=metadata.context_lens, block_table=metadata.block_tables, causal=True,
             ).squeeze(1)  # fmt: skip
-        else:
-            output = flash_attn_varlen_func(
-                query, keys, values, metadata.query_starts, metadata.context_starts,
-                metadata.max_query, metadata.max_context, causal=True, block_table=metadata.block_tables,
-            )  # fmt: skip
-        return output
+        return flash_attn_varlen_func(
+            query, keys, values, metadata.query_starts, metadata.context_starts,
+            metadata.max_query, metadata.max_context, causal=True, block_table=metadata.block_tables,
+        )  # fmt: skip
 
     return attend
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput
@@ -39,7 +40,6 @@ class Request:
     raw_prompt: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse neither or both kinds of text, and images that an engine's thread cannot take."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidInput("a request has either a prompt or messages")
         # Not by type: this module imports no numpy.
@@ -53,13 +53,13 @@ class Request:
 class Generation:
     """A running request: await it for the whole output, or iterate over its chunks as they come.
 
-    Both may be done, in any order and more than once; every iteration starts at the first chunk. Both raise what the
-    request failed with. An aborted request is no failure: it ends with ``finish_reason == "abort"`` and the text so
-    far. Belongs to one event loop; cancelling a task that waits does not abort the request.
+    Both may be done, in any order and more than once; every iteration starts at the first chunk and ends with one that
+    has a ``finish_reason``. Both raise what the request failed with. An aborted request is no failure: it ends with
+    ``finish_reason == "abort"`` and the text so far. Belongs to one event loop; cancelling a task that waits does not
+    abort the request.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        """``abort`` is the backend's method that ends the request."""
         self.request_id = request_id
         self._abort = abort
         self._chunks: list[TokenChunk] = []
@@ -98,11 +98,9 @@ class Generation:
             self._announce()
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
-        """Wait for the output."""
         return self._wait().__await__()
 
     async def __aiter__(self) -> AsyncIterator[TokenChunk]:
-        """The chunks from the first to the last; the last one has a ``finish_reason``."""
         position = 0
         while True:
             while position < len(self._chunks):
@@ -127,43 +125,71 @@ class Generation:
         self._changed = asyncio.Event()
 
 
-class EngineBackend(Protocol):
-    """An engine as the worker sees it. All methods are called in one event loop."""
+class EngineBackend(ABC):
+    """An engine as the worker sees it. All methods are called in one event loop.
 
-    @property
-    def model_info(self) -> ModelInfo:
-        """Which model answers."""
+    ``image_transform`` says how images must be prepared for it; None when it takes no images. About twice as many
+    requests as ``max_num_seqs``, which run at once, are worth submitting. ``dead`` is set once the engine can answer
+    nothing any more, and ``death`` says why: watch it and exit.
+    """
 
-    @property
-    def image_transform(self) -> ImageTransform | None:
-        """How images must be prepared for it; None when it takes no images."""
+    def __init__(self, model_info: ModelInfo, image_transform: ImageTransform | None, max_num_seqs: int) -> None:
+        self.model_info = model_info
+        self.image_transform = image_transform
+        self.max_num_seqs = max_num_seqs
+        self.dead = asyncio.Event()
+        self.death: EngineDead | None = None
+        self._generations: dict[str, Generation] = {}  # the unfinished ones
 
-    @property
-    def max_num_seqs(self) -> int:
-        """How many requests run at once; about twice as many are worth submitting."""
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
 
-    @property
-    def dead(self) -> asyncio.Event:
-        """Set once the engine can answer nothing any more; watch it and exit."""
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
-    @property
-    def death(self) -> EngineDead | None:
-        """Why it is dead."""
-
+    @abstractmethod
     async def start(self) -> None:
         """Make ready for ``submit``."""
 
+    @abstractmethod
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
+        generation = Generation(request.request_id, self.abort)
+        if self.death is not None:
+            generation.fail(self.death)
+        elif request.request_id in self._generations:
+            generation.fail(InvalidInput(f"request {request.request_id} is already running"))
+        else:
+            self._generations[request.request_id] = generation
+            self._begin(request, generation)
+        return generation
 
+    @abstractmethod
+    def _begin(self, request: Request, generation: Generation) -> None:
+        """Start a submitted request, whose generation is registered."""
+
+    @abstractmethod
     def abort(self, request_id: str) -> None:
         """End a request early; unknown and finished ones are ignored."""
 
+    @abstractmethod
     def stats(self) -> EngineStats:
         """A recent snapshot."""
 
+    @abstractmethod
     async def close(self) -> None:
         """Stop; unfinished generations end with EngineDead."""
+
+    def _die(self, death: EngineDead) -> None:
+        """Fail every unfinished generation, and every later one; once."""
+        if self.death is not None:
+            return
+        self.death = death
+        for generation in self._generations.values():
+            generation.fail(death)
+        self._generations.clear()
+        self.dead.set()

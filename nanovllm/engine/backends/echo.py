@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.outputs import (
     Completion,
-    FinishReason,
     ImageOutcome,
     ImageUse,
     ModelInfo,
@@ -20,7 +19,7 @@ from nanovllm.engine.outputs import (
     TokenChunk,
     Usage,
 )
-from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch
+from nanovllm.errors import EngineDead, PlaceholderMismatch
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.statistics import EngineStats
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"\s*\S+|\s+$")
 
 
-class EchoEngine:
+class EchoEngine(EngineBackend):
     """Echoes the text of a request, then the digest of each image in hex, a word a token, up to ``max_tokens`` words.
 
     ``delay_s`` is spent on each request while it holds one of ``max_num_seqs`` seats. ``fault`` may return an error
@@ -48,16 +47,16 @@ class EchoEngine:
         fault: Callable[[Request], BaseException | None] | None = None,
     ) -> None:
         """``image_transform`` None means CLIP's own, at 224 pixels."""
-        self.model_info = ModelInfo(id="echo", revision="1", parameter_digest="0" * 64)
-        self.image_transform = image_transform if image_transform is not None else _clip_transform()
-        self.max_num_seqs = max_num_seqs
-        self.dead = asyncio.Event()
-        self.death: EngineDead | None = None
+        if image_transform is None:
+            from nanovllm.vision.images.preprocess import ImageTransform
+
+            image_transform = ImageTransform.for_clip(224)
+        super().__init__(ModelInfo(id="echo", revision="1", parameter_digest="0" * 64), image_transform, max_num_seqs)
         self._delay_s = delay_s
         self._image_tokens = image_tokens
         self._fault = fault
         self._seats = asyncio.Semaphore(max_num_seqs)
-        self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._digests: set[bytes] = set()
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -65,46 +64,27 @@ class EchoEngine:
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def __aenter__(self) -> EchoEngine:
-        """Start."""
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close."""
-        await self.close()
-
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """Never: nothing is embedded here."""
         return None
 
-    def submit(self, request: Request) -> Generation:
-        """Answer ``request`` after the delay."""
-        generation = Generation(request.request_id, self.abort)
-        if self.death is not None:
-            generation.fail(self.death)
-        elif request.request_id in self._running:
-            generation.fail(InvalidInput(f"request {request.request_id} is already running"))
-        else:
-            task = asyncio.get_running_loop().create_task(self._answer(request, generation))
-            self._running[request.request_id] = (generation, task)
-        return generation
+    def _begin(self, request: Request, generation: Generation) -> None:
+        self._tasks[request.request_id] = asyncio.create_task(self._answer(request, generation))
 
     def abort(self, request_id: str) -> None:
         """End a request early, with no text."""
-        if request_id in self._running:
-            generation, task = self._running.pop(request_id)
-            task.cancel()
+        if request_id in self._generations:
+            self._tasks.pop(request_id).cancel()
             usage = Usage(input_tokens=0, output_tokens=0, image_tokens=0, cached_tokens=0)
             output = RequestOutput(request_id, "", (), "abort", usage, RequestTimings())
-            generation.deliver(TokenChunk("", (), "abort"), output)
+            self._generations.pop(request_id).deliver(TokenChunk("", (), "abort"), output)
 
     def stats(self) -> EngineStats:
         """Running and waiting requests, and token counters."""
-        running = min(len(self._running), self.max_num_seqs)
+        running = min(len(self._generations), self.max_num_seqs)
         return EngineStats(
             num_requests_running=running,
-            num_requests_waiting=len(self._running) - running,
+            num_requests_waiting=len(self._generations) - running,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             encoder_images=len(self._digests),
@@ -116,14 +96,10 @@ class EchoEngine:
 
     def kill(self, reason: str = "killed") -> None:
         """Die now: every unfinished generation, and every later one, fails with EngineDead."""
-        if self.death is not None:
-            return
-        self.death = EngineDead(reason)
-        for generation, task in self._running.values():
+        self._die(EngineDead(reason))
+        for task in self._tasks.values():
             task.cancel()
-            generation.fail(self.death)
-        self._running.clear()
-        self.dead.set()
+        self._tasks.clear()
 
     async def _answer(self, request: Request, generation: Generation) -> None:
         start = time.perf_counter()
@@ -131,9 +107,8 @@ class EchoEngine:
             admitted = time.perf_counter()
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
-        self._running.pop(request.request_id, None)
-        error = self._fault(request) if self._fault is not None else None
-        if error is not None:
+        del self._tasks[request.request_id], self._generations[request.request_id]
+        if self._fault is not None and (error := self._fault(request)) is not None:
             generation.fail(error)
             return
         try:
@@ -154,50 +129,39 @@ class EchoEngine:
             )
         words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
         kept = words[: request.sampling.max_tokens]
-        finish_reason: FinishReason = "stop" if len(kept) == len(words) else "length"
+        answer = Completion(0, "".join(kept), tuple(range(len(kept))), "stop" if len(kept) == len(words) else "length")
         image_tokens = self._image_tokens * len(request.images)
         uses = []
         for image in request.images:
             outcome: ImageOutcome = "hit" if image.digest in self._digests else "miss"
             self._digests.add(image.digest)
             uses.append(ImageUse(image.digest.hex(), outcome, self._image_tokens, image.width, image.height))
-        self._prompt_tokens += len(_WORD.findall(text)) + image_tokens
-        self._generation_tokens += len(kept)
-        now = time.perf_counter()
+        usage = Usage(len(_WORD.findall(text)) + image_tokens, len(kept), image_tokens, cached_tokens=0)
+        self._prompt_tokens += usage.input_tokens
+        self._generation_tokens += usage.output_tokens
+        e2e_ms = (time.perf_counter() - start) * 1000
         return RequestOutput(
             request_id=request.request_id,
-            text="".join(kept),
-            token_ids=tuple(range(len(kept))),
-            finish_reason=finish_reason,
-            usage=Usage(len(_WORD.findall(text)) + image_tokens, len(kept), image_tokens, 0),
-            timings=RequestTimings(
-                queue_ms=(admitted - start) * 1000,
-                time_to_first_token_ms=(now - start) * 1000,
-                e2e_ms=(now - start) * 1000,
-            ),
+            text=answer.text,
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            usage=usage,
+            timings=RequestTimings((admitted - start) * 1000, time_to_first_token_ms=e2e_ms, e2e_ms=e2e_ms),
             images=tuple(uses),
-            outputs=(Completion(0, "".join(kept), tuple(range(len(kept))), finish_reason),),
+            outputs=(answer,),
         )
 
 
 def _text_and_num_placeholders(request: Request) -> tuple[str, int]:
-    """The text to echo and the number of image placeholders in it."""
     if request.prompt is not None:
         return request.prompt, request.prompt.count(IMAGE_PLACEHOLDER)
     texts: list[str] = []
     num_placeholders = 0
     for message in request.messages or ():
         content: Any = message.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if isinstance(part, Mapping) and part.get("type") == "text":
                 texts.append(str(part.get("text", "")))
             else:
                 num_placeholders += 1
     return "\n".join(texts), num_placeholders
-
-
-def _clip_transform() -> ImageTransform:
-    from nanovllm.vision.images.preprocess import ImageTransform
-
-    return ImageTransform.for_clip(224)

@@ -11,32 +11,22 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nanovllm.engine.backends.base import Generation, Request
-from nanovllm.engine.outputs import ModelInfo, StepOutput
-from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.outputs import StepOutput
+from nanovllm.errors import EngineDead
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.sampling_params import Constraint
-    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+    from nanovllm.vision.images.preprocess import PreparedImage
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Abort:
-    request_id: str
-
-
-class _Close:
-    """The last command."""
-
-
-class AsyncEngine:
+class AsyncEngine(EngineBackend):
     """Many requests at once on one ``LLMEngine``, which no other code may call until ``close``.
 
     An error of one request ends its generation only. An exception in a step, or a step that lasts longer than
@@ -45,14 +35,12 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: LLMEngine, *, step_timeout_s: float | None = 300.0) -> None:
+        transform = engine.processor.encoder.transform if engine.processor is not None else None
+        super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
         self._engine = engine
         self._step_timeout_s = step_timeout_s
-        self.model_info: ModelInfo = engine.model_info
-        self.max_num_seqs: int = engine.config.max_num_seqs
-        self.dead = asyncio.Event()
-        self.death: EngineDead | None = None
-        self._commands: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
-        self._generations: dict[str, Generation] = {}
+        # A request to add, the id of one to abort, or None, which ends the thread.
+        self._commands: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._compiling: dict[str, bool] = {}  # whose constraints are being compiled -> aborted meanwhile
         self._stats = engine.stats()
         self._step_started: float | None = None
@@ -60,25 +48,10 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
-    @property
-    def image_transform(self) -> ImageTransform | None:
-        """How images must be prepared; None for a text model."""
-        processor = self._engine.processor
-        return processor.encoder.transform if processor is not None else None
-
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
         processor = self._engine.processor
         return processor.find(file_digest, cache_salt) if processor is not None else None
-
-    async def __aenter__(self) -> AsyncEngine:
-        """Start."""
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close."""
-        await self.close()
 
     async def start(self) -> None:
         """Start the engine thread. Once only."""
@@ -95,22 +68,14 @@ class AsyncEngine:
         """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""
         if self._thread is None:
             raise RuntimeError("start() the engine before the first submit()")
-        generation = Generation(request.request_id, self.abort)
-        if self.death is not None:
-            generation.fail(self.death)
-        elif request.request_id in self._generations:
-            generation.fail(InvalidInput(f"request {request.request_id} is already running"))
-        else:
-            self._generations[request.request_id] = generation
-            constraint = request.sampling.constraint
-            if constraint is None:
-                self._commands.put(request)
-            else:
-                self._compile(request, constraint)
-        return generation
+        return super().submit(request)
 
-    def _compile(self, request: Request, constraint: Constraint) -> None:
-        """Compile a request's constraint in a thread of the pool, where it holds up neither steps nor the loop."""
+    def _begin(self, request: Request, generation: Generation) -> None:
+        """Compile a constraint first: in a thread of the pool, where it holds up neither steps nor the loop."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            self._commands.put(request)
+            return
         assert self._loop is not None
         self._compiling[request.request_id] = False
         compiling = self._loop.run_in_executor(None, self._engine.input_processor.grammars.matcher, constraint)
@@ -123,7 +88,7 @@ class AsyncEngine:
                 return
             self._commands.put(request)
             if aborted:
-                self._commands.put(_Abort(request.request_id))
+                self._commands.put(request.request_id)
 
         compiling.add_done_callback(queue_request)
 
@@ -132,7 +97,7 @@ class AsyncEngine:
         if request_id in self._compiling:
             self._compiling[request_id] = True
         elif request_id in self._generations:
-            self._commands.put(_Abort(request_id))
+            self._commands.put(request_id)
 
     def stats(self) -> EngineStats:
         """The engine's figures after its last step; requests that it has not seen yet count as waiting."""
@@ -146,7 +111,7 @@ class AsyncEngine:
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._thread is not None:
-            self._commands.put(_Close())
+            self._commands.put(None)
             await asyncio.to_thread(self._thread.join, self._step_timeout_s)
 
     async def _watch(self, step_timeout_s: float) -> None:
@@ -175,16 +140,6 @@ class AsyncEngine:
         generation = self._generations.pop(request_id, None)
         if generation is not None:
             generation.fail(error)
-
-    def _die(self, death: EngineDead) -> None:
-        """In the loop: fail everything that is unfinished, once."""
-        if self.death is not None:
-            return
-        self.death = death
-        for generation in self._generations.values():
-            generation.fail(death)
-        self._generations.clear()
-        self.dead.set()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """The engine thread: commands, step, outputs, until closed or dead."""
@@ -219,10 +174,10 @@ class AsyncEngine:
                 command = self._commands.get(timeout=timeout_s)
             except queue.Empty:
                 return True
-            if isinstance(command, _Close):
+            if command is None:
                 return False
-            if isinstance(command, _Abort):
-                self._engine.abort(command.request_id)
+            if isinstance(command, str):
+                self._engine.abort(command)
             else:
                 try:
                     self._add(command)
@@ -233,10 +188,11 @@ class AsyncEngine:
             self._stats = self._engine.stats()
 
     def _add(self, request: Request) -> None:
+        prompts = self._engine.input_processor.prompts
         if request.prompt is not None:
-            tokens = self._engine.input_processor.prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+            tokens = prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
         else:
-            tokens = self._engine.input_processor.prompts.messages(request.messages or ())
+            tokens = prompts.messages(request.messages or ())
         self._engine.add_request(
             tokens,
             request.sampling,

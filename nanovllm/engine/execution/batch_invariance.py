@@ -27,10 +27,9 @@ _CHUNKS = ([1] * 5 + [TILE] * 2, [7, 11, TILE + 3], [_LENGTH])
 
 @torch.inference_mode()
 def prove(model: Decoder, attention: AttentionBackend) -> None:
-    """Compute one sequence in several chunkings and positions of a batch; the logits must not differ in a bit.
+    """Compute one sequence in several chunkings and positions of a batch.
 
-    Raises:
-        ConfigurationError: they do, or the kernels that the mode rests on are missing.
+    Raises ConfigurationError where its logits differ in a bit, or the kernels that the mode rests on are missing.
     """
     if not isinstance(attention, PagedCpuAttention):
         reason = kernels.missing() if model.embed_tokens.is_cpu else "the device is no CPU"

@@ -36,7 +36,6 @@ class CudaRecorder:
     """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """Nothing is recorded yet."""
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -50,8 +49,7 @@ class CudaRecorder:
         # An engine in another thread may go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             compute()
-        replay: Compute = graph.replay
-        return replay
+        return graph.replay
 
 
 def choose_recorder(device: torch.device) -> Recorder | None:

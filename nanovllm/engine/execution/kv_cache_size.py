@@ -20,16 +20,13 @@ def kv_cache_bytes(
     model: Decoder,
     attention: AttentionBackend,
     *,
-    graph_tokens: int | None,
+    has_graphs: bool,
     reserved: int,
 ) -> int:
     """The configured bytes; else 1 GiB on a CPU; else the free memory of the GPU within ``gpu_memory_utilization``.
 
-    Weights are loaded already. ``graph_tokens``: of the largest recorded step, if steps are to be recorded;
-    ``reserved``: bytes that are allocated later, for the embedding cache.
-
-    Raises:
-        ConfigurationError: the largest step alone does not fit the GPU.
+    Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
+    for the embedding cache. Raises ConfigurationError where the largest step alone does not fit the GPU.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
@@ -37,9 +34,9 @@ def kv_cache_bytes(
         return GIB
     try:
         peak = peak_bytes(device, lambda: largest_step(config, model, attention))
-        if graph_tokens is not None and isinstance(attention, GraphAttention):
+        if has_graphs and isinstance(attention, GraphAttention):
             # Their pool is apart from what other steps use.
-            peak += peak_bytes(device, lambda: largest_graph_step(config, model, attention, graph_tokens))
+            peak += peak_bytes(device, lambda: largest_graph_step(config, model, attention))
     except torch.OutOfMemoryError:
         raise ConfigurationError(
             f"a step of max_num_batched_tokens={config.step_tokens(device.type)} at the end of a context of "
@@ -78,11 +75,11 @@ def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBacke
 
 
 @torch.inference_mode()
-def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAttention, tokens: int) -> Tensor:
+def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAttention) -> Tensor:
     """Compute as much as the largest recorded step."""
     limit = model.config.context_limit(config.max_model_len)
     context = attention.decode_contexts(limit)[-1]
-    rows = [[0, 0, context, *[0] * -(-context // attention.block_size)]] * graph_sizes(tokens)[-1]
+    rows = [[0, 0, context, *[0] * -(-context // attention.block_size)]] * graph_sizes(config.max_decode_tokens)[-1]
     inputs = torch.tensor(rows, device=model.embed_tokens.device)
     return compute_rows(model, attention, _one_block_for_all(model, attention), inputs)
 

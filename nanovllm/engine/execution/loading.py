@@ -21,8 +21,6 @@ from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.processor import VisionProcessor
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def choose_device(name: str | None) -> torch.device:
     """The named device; without a name a GPU if torch sees one, else the CPU. Raises ConfigurationError."""
@@ -38,7 +36,7 @@ def choose_device(name: str | None) -> torch.device:
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU."""
     if config.dtype not in (None, "auto"):
-        return _DTYPES[str(config.dtype)]
+        return getattr(torch, str(config.dtype))
     if device.type == "cpu":
         return torch.float32
     stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
@@ -61,22 +59,16 @@ def choose_kv_dtype(
 
 def choose_image_token_id(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> int:
     """The token that marks an image: the checkpoint's, the tokenizer's, or one that no text can contain."""
-    own = getattr(checkpoint.config, "image_token_index", None)
-    if own is None:
-        own = getattr(checkpoint.config, "image_token_id", None)
-    if own is None:
-        own = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
-    return int(own) if own is not None else max(vocab_size, len(tokenizer))
+    for name in ("image_token_index", "image_token_id"):
+        if (own := getattr(checkpoint.config, name, None)) is not None:
+            return int(own)
+    return int(tokenizer.get_vocab().get(IMAGE_PLACEHOLDER, max(vocab_size, len(tokenizer))))
 
 
 def load_models(
     config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, ImageEncoder | None]:
-    """The text model and the image encoder, their weights in the layouts of this machine.
-
-    Raises:
-        ModelNotFound, UnsupportedModel, ConfigurationError: what the checkpoint or the machine cannot do.
-    """
+    """The text model and the image encoder, their weights in the layouts of this machine."""
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")

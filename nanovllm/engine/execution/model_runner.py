@@ -15,17 +15,10 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
 from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
-from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Recorder, Replay, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
-from nanovllm.engine.execution.loading import (
-    choose_device,
-    choose_dtype,
-    choose_image_token_id,
-    choose_kv_dtype,
-    load_models,
-    make_processor,
-)
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
@@ -75,14 +68,14 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = choose_device(config.device)
-        self.dtype = choose_dtype(config, checkpoint, self.device)
-        self.model, self.encoder = load_models(config, checkpoint, self.dtype, self.device)
-        self.image_token_id = choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
+        self.device = loading.choose_device(config.device)
+        self.dtype = loading.choose_dtype(config, checkpoint, self.device)
+        self.model, self.encoder = loading.load_models(config, checkpoint, self.dtype, self.device)
+        self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
-            self.processor = make_processor(config, self.encoder, self.image_token_id, self.device)
+            self.processor = loading.make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
         heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
@@ -93,20 +86,28 @@ class ModelRunner:
         self.kv_caches = self._allocate_kv_caches()
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
-        self.graphs = self._record_graphs(recorder) if self.why_no_graphs is None else None
+        self.graphs: DecodeGraphs | None = None
+        if self.why_no_graphs is None:
+            assert recorder is not None
+            assert isinstance(self.attention, GraphAttention)
+            self.graphs = DecodeGraphs(
+                self.model,
+                self.attention,
+                self.kv_caches,
+                recorder,
+                spare_block=self.num_blocks,
+                max_tokens=config.max_decode_tokens,
+                max_context=self.max_model_len,
+            )
 
     def _allocate_kv_caches(self) -> list[Tensor]:
         """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
         config, text = self.config, self.model.config
+        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         budget = kv_cache_bytes(
-            config,
-            self.device,
-            self.model,
-            self.attention,
-            graph_tokens=config.max_decode_tokens if self.why_no_graphs is None else None,
-            reserved=config.embedding_cache_bytes if self.encoder is not None else 0,
+            config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
         )
-        dtype = choose_kv_dtype(config, self.dtype, self.device, self.attention)
+        dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shape = (text.num_key_value_heads, text.head_dim, dtype)
         block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
         spare = 1 if self.why_no_graphs is None else 0
@@ -115,20 +116,6 @@ class ModelRunner:
             least = block_bytes * (1 + spare)
             raise ConfigurationError(f"the KV cache must have {least} bytes to hold a block; raise kv_cache_bytes")
         return [self.attention.allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)]
-
-    def _record_graphs(self, recorder: Recorder | None) -> DecodeGraphs:
-        # why_no_graphs has checked both.
-        assert recorder is not None
-        assert isinstance(self.attention, GraphAttention)
-        return DecodeGraphs(
-            self.model,
-            self.attention,
-            self.kv_caches,
-            recorder,
-            spare_block=self.num_blocks,
-            max_tokens=self.config.max_decode_tokens,
-            max_context=self.max_model_len,
-        )
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
@@ -165,7 +152,7 @@ class ModelRunner:
             for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
                 embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
-            for sequence in {id(sequence): sequence for sequence, _ in spans}.values():
+            for sequence in {sequence for sequence, _ in spans}:
                 sequence.times.encode_s += elapsed
         for _, span in needed:
             span.embedding = embeddings[span.key]
@@ -201,10 +188,7 @@ class ModelRunner:
                         yield sequence, span
 
     def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
-        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
-
-        The images that they touch have their embeddings: `attach_image_embeddings` ran before.
-        """
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph."""
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -232,29 +216,17 @@ class ModelRunner:
             context_lens=[row.end for row in rows],
             block_tables=[row.sequence.block_table for row in rows],
         )
-        replay = None
+        axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
-            plain = positions if self.model.config.position_axes is None else [axes[0] for axes in positions]
-            replay = self.graphs.load(token_ids, plain, sampling_indices, batch)
-        tokens = replay or self._to_device(token_ids, positions, images, sampling_indices, batch, scored)
-        return StepInputs(rows, tuple(sampling), tokens)
-
-    def _to_device(
-        self,
-        token_ids: list[int],
-        positions: list[Any],
-        images: list[tuple[int, Tensor]],
-        sampling_indices: list[int],
-        batch: AttentionBatch,
-        scored: list[tuple[ScheduledRow, int]],
-    ) -> StepTokens:
-        axes = self.model.config.position_axes
+            plain = positions if axes is None else [triple[0] for triple in positions]
+            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch):
+                return StepInputs(rows, tuple(sampling), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
-        return StepTokens(
+        tokens = StepTokens(
             token_ids=ids,
             positions=located if axes is None else located.view(len(ids), -1),
             images=tuple(images),
@@ -262,12 +234,10 @@ class ModelRunner:
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
         )
+        return StepInputs(rows, tuple(sampling), tokens)
 
     def forward(self, inputs: StepInputs) -> StepResult:
-        """Compute the logits of the step and the log probabilities of prompt tokens.
-
-        Writes to the KV caches and to no sequence.
-        """
+        """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""
         tokens = inputs.tokens
         if not isinstance(tokens, StepTokens):
             return StepResult(tokens(), ())
@@ -300,14 +270,12 @@ class ModelRunner:
             tokens = sequence.token_ids[start + 1 : end + 1]
             texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
             logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
-            scores: list[TokenLogprobs] = [{} for _ in tokens]
+            found += [{} for _ in tokens]
             if texts:
                 taken = [tokens[index] for index in texts]
-                for index, score in zip(
-                    texts, top_logprobs(logits, taken, [count] * len(taken), self.text_of), strict=True
-                ):
-                    scores[index] = score
-            found += scores
+                scores = top_logprobs(logits, taken, [count] * len(taken), self.text_of)
+                for index, score in zip(texts, scores, strict=True):
+                    found[index - len(tokens)] = score
         return found
 
     def get_vision_stats(self) -> dict[str, Any]:

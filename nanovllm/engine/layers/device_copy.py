@@ -42,5 +42,4 @@ def read_back(tokens: Tensor) -> list[int]:
         done.record(torch.cuda.current_stream(tokens.device))
         done.synchronize()
         tokens = host
-    values: list[int] = tokens.tolist()
-    return values
+    return tokens.tolist()

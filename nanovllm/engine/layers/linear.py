@@ -30,7 +30,6 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
-        """Uninitialised parameters in the default dtype and device; a checkpoint fills them."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
@@ -109,11 +108,14 @@ def has_panels(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.int8 and torch.cpu._is_vnni_supported())
 
 
-def panels_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
-    """Multiply by a weight [out, in] of float32 or bfloat16 in the layout of kernels/panels.cpp."""
+def panels_multiply(
+    weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, excess: Tensor | None = None
+) -> Multiply:
+    """Multiply by a weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
     panels, width = to_panels(weight.detach()), len(weight)
-    padded_bias = None if bias is None else _padded(bias.float())
-    return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, padded_bias, None, None)
+    per_output = (None if bias is None else bias.float(), scales, excess)
+    padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in per_output]
+    return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, *padded)
 
 
 def to_panels(weight: Tensor) -> Tensor:
@@ -121,11 +123,6 @@ def to_panels(weight: Tensor) -> Tensor:
     group = 4 // weight.itemsize
     padded = F.pad(weight, (0, -weight.shape[1] % group, 0, -len(weight) % _PANEL))
     return padded.view(-1, _PANEL, padded.shape[1] // group, group).transpose(1, 2).contiguous()
-
-
-def _padded(values: Tensor) -> Tensor:
-    """One value for each output [out], padded with zeros to whole panels."""
-    return F.pad(values, (0, -len(values) % _PANEL))
 
 
 def packed_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
@@ -153,19 +150,21 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
     An input row is divided by its largest magnitude first, so the product's own scale is a constant: a row's result
     depends on nothing but the row, and is the same to the bit in any batch.
     """
-    if has_panels(torch.int8, weight.device):
-        return _int8_panels_multiply(weight.detach().float(), bias)
-    # Without VNNI pairs of products are added in 16 bits, which overflow unless the weights leave a bit free.
-    levels = 127 if torch.cpu._is_vnni_supported() else 63
     weight = weight.detach().float()
-    scales = scale_rows(weight)[1].squeeze(1) / levels
+    largest_weights = scale_rows(weight)[1]
+    if has_panels(torch.int8, weight.device):
+        scales = largest_weights / 127
+        quantized = (weight / scales).round_().clamp_(-127, 127).to(torch.int8)
+        # The kernel's inputs are 128 too high: they have no sign.
+        return panels_multiply(quantized, bias, scales.squeeze(1), 128 * quantized.sum(1, dtype=torch.int32))
+    # Without VNNI pairs of products are added in 16 bits, which overflow unless the weights leave a bit free.
+    scales = largest_weights.squeeze(1) / (127 if torch.cpu._is_vnni_supported() else 63)
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
-        with warnings.catch_warnings(
-            category=UserWarning, action="ignore"
-        ):  # of deprecation: `why_no_int8` checks for removal
+        # Of deprecation: `why_no_int8` checks for removal.
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, None)
     finally:
@@ -178,19 +177,6 @@ def int8_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
         product *= largest
         if bias is not None:
             product += bias
-        output: Tensor = product.to(x.dtype)
-        return output
+        return product.to(x.dtype)
 
     return multiply
-
-
-def _int8_panels_multiply(weight: Tensor, bias: Tensor | None) -> Multiply:
-    scales = scale_rows(weight)[1] / 127
-    quantized = (weight / scales).round_().clamp_(-127, 127).to(torch.int8)
-    panels, width = to_panels(quantized), len(weight)
-    # The kernel's inputs are 128 too high: they have no sign.
-    excess = _padded(128 * quantized.sum(1, dtype=torch.int32))
-    padded_scales, padded_bias = _padded(scales.squeeze(1)), None if bias is None else _padded(bias.float())
-    return lambda x: torch.ops.nanovllm.multiply_panels(
-        x.contiguous(), panels, width, padded_bias, padded_scales, excess
-    )

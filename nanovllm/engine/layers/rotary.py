@@ -17,13 +17,19 @@ _SCALED = ("linear", "dynamic", "llama3", "yarn")
 def rotary_table(config: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosine and signed sine of every position of a transformers ``config``: [max_position_embeddings, 2, head_dim].
 
-    The sine of the first half comes negative, as ``rows.rotate_heads`` wants it. Raises UnsupportedModel for a
+    The sine of the first half comes negative, as ``token_ops.rotate_heads`` wants it. Raises UnsupportedModel for a
     ``rope_type`` that is not implemented.
     """
-    frequencies, scale = _inverse_frequencies(config, head_dim, device)
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        frequencies, scale = 1.0 / float(rope.get("rope_theta", 10_000.0)) ** exponents, 1.0
+    else:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
     steps = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
     angles = torch.outer(steps, frequencies)
-    cos, sin = angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos() * float(scale), angles.sin() * float(scale)
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).to(dtype)
 
 
@@ -35,14 +41,3 @@ def check_rope(config: Any) -> None:
         raise UnsupportedModel(f"rope_type {kind!r} is not supported; default, {', '.join(_SCALED)} are")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0 is")
-
-
-def _inverse_frequencies(config: Any, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """Radians per position [head_dim / 2], and what cosine and sine are multiplied by."""
-    rope = config.rope_parameters or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
-        return frequencies, float(scale)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    return 1.0 / float(rope.get("rope_theta", 10_000.0)) ** exponents, 1.0

@@ -14,8 +14,7 @@ Rotary = tuple[Tensor, Tensor]  # cosine and signed sine [T, 1, d]: the sine of 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale rows [T, d] to unit root mean square, then by ``weight`` [d]."""
     if _has_kernel(x):
-        output: Tensor = torch.ops.nanovllm.rms_norm(x, weight, eps)
-        return output
+        return torch.ops.nanovllm.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -26,8 +25,7 @@ def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> 
     """
     cos, signed_sin = rotary
     if _has_kernel(x):
-        output: Tensor = torch.ops.nanovllm.rotate_heads(x, norm, eps, cos, signed_sin)
-        return output
+        return torch.ops.nanovllm.rotate_heads(x, norm, eps, cos, signed_sin)
     if norm is not None:
         x = F.rms_norm(x, x.shape[-1:], None, eps) * norm
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
@@ -36,8 +34,7 @@ def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [T, 2 d], as [T, d]."""
     if _has_kernel(gate_up):
-        output: Tensor = torch.ops.nanovllm.gated_silu(gate_up)
-        return output
+        return torch.ops.nanovllm.gated_silu(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
@@ -45,8 +42,7 @@ def gated_silu(gate_up: Tensor) -> Tensor:
 def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [T, d] divided by their largest magnitudes, and those [T, 1]; both float32."""
     if _has_kernel(x):
-        scaled, largest = torch.ops.nanovllm.scale_rows(x)
-        return scaled, largest
+        return torch.ops.nanovllm.scale_rows(x)
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
     return x / largest, largest
@@ -55,8 +51,7 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def argmax(x: Tensor) -> Tensor:
     """The first index of the highest number in each row of [rows, d]: [rows], int64."""
     if x.is_cpu and x.is_contiguous() and kernels.missing() is None:
-        output: Tensor = torch.ops.nanovllm.argmax(x)
-        return output
+        return torch.ops.nanovllm.argmax(x)
     return x.argmax(-1)
 
 

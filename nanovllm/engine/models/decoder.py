@@ -37,24 +37,15 @@ class DecoderConfig:
     rms_norm_eps: float
     sliding_window: int | None  # the tokens that a layer sees at most; None: all
     source: Any  # transformers' own configuration, which knows about rotary positions
-    qk_norm: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    position_axes: tuple[int, ...] | None  # by which of several positions each frequency rotates; None: there is one
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    position_axes: tuple[int, ...] | None = None  # by which of its positions each frequency rotates; None: it has one
 
     @classmethod
-    def of(
-        cls,
-        config: Any,
-        *,
-        qk_norm: bool = False,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
-        mlp_bias: bool = False,
-        position_axes: tuple[int, ...] | None = None,
-    ) -> Self:
-        """Read what the families' configurations have in common.
+    def of(cls, config: Any, **family: Any) -> Self:
+        """Read what the families' configurations have in common; ``family`` are the fields that have a default.
 
         Raises UnsupportedModel for an option of the family that is not implemented.
         """
@@ -77,11 +68,7 @@ class DecoderConfig:
             rms_norm_eps=config.rms_norm_eps,
             sliding_window=config.sliding_window if "sliding_attention" in kinds else None,
             source=config,
-            qk_norm=qk_norm,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
-            mlp_bias=mlp_bias,
-            position_axes=position_axes,
+            **family,
         )
 
     def context_limit(self, asked: int | None) -> int:
@@ -114,7 +101,6 @@ class RMSNorm(nn.Module):
     """Scale a vector to unit root mean square, then by a learnt weight."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """Uninitialised."""
         super().__init__()
         self.weight = _weight(size)
         self._eps = eps
@@ -130,7 +116,6 @@ class Attention(nn.Module):
     qk_norm: nn.Parameter | None
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Uninitialised."""
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -157,7 +142,6 @@ class MLP(nn.Module):
     """down(silu(gate x) * up x), gate and up as one matrix."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Uninitialised."""
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -171,7 +155,6 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward, each on the normalised residual stream and added back to it."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Uninitialised."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -197,7 +180,6 @@ class Decoder(nn.Module):
     """The text model: embedding, layers, norm, and the output head for the rows that sample."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Uninitialised parameters."""
         super().__init__()
         self.config = config
         self.embed_tokens = _weight(config.vocab_size, config.hidden_size)
@@ -242,13 +224,11 @@ class Decoder(nn.Module):
             for first, embedding in images:
                 if embedding.shape[1] > depth * size:
                     hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]
-        output: Tensor = self.norm(hidden if kept_by_last is wanted else _rows(hidden, wanted))
-        return output
+        return self.norm(hidden if kept_by_last is wanted else _rows(hidden, wanted))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] → [rows, vocab]."""
-        output: Tensor = self.lm_head(hidden)
-        return output
+        return self.lm_head(hidden)
 
     def _rotary_rows(self, positions: Tensor, like: Tensor) -> Rotary:
         """Cosine and signed sine [T, 1, d] of the positions, from a table made on first use."""

@@ -14,21 +14,13 @@ from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.clip import VisionEncoder
 
-# transformers before 4.52 and after it: where the text model's tensors stand in a LLaVA checkpoint.
-_TEXT_PREFIXES = (
+TEXT_PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
-
-
-def text_name(name: str) -> str | None:
-    """The name that a stored tensor has in a ``…ForCausalLM``, in either layout; None for tower and projector."""
-    for prefix, replacement in _TEXT_PREFIXES:
-        if name.startswith(prefix):
-            return replacement + name[len(prefix) :]
-    return None
+"""For ``weight_map.load_decoder``: tensors' names of transformers before 4.52, and after it."""
 
 
 def own_encoder(
@@ -36,8 +28,7 @@ def own_encoder(
 ) -> VisionEncoder:
     """The encoder that a LLaVA checkpoint was trained with, at the size and tokens asked for.
 
-    Raises:
-        ConfigurationError: an option that contradicts the checkpoint or that its tower does not have.
+    Raises ConfigurationError for an option that contradicts the checkpoint or that its tower does not have.
     """
     name = checkpoint_name(checkpoint.directory)
     _refuse_pixel_bounds(config)

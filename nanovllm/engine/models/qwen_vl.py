@@ -1,6 +1,7 @@
-"""What Qwen2.5-VL and Qwen3-VL share: tokens at three positions, time, height and width (M-RoPE), and tensors' names.
+"""Qwen2.5-VL (arXiv 2409.12191) and Qwen3-VL (arXiv 2511.21631): tokens at three positions, time, height and width.
 
-The towers are :class:`nanovllm.vision.encoders.qwen.NativeEncoder`'s.
+The positions turn each its own frequencies of a head (M-RoPE): in Qwen2.5-VL these are three runs, in Qwen3-VL they are
+interleaved. The towers are :class:`nanovllm.vision.encoders.qwen.NativeEncoder`'s.
 """
 
 from __future__ import annotations
@@ -13,26 +14,40 @@ import torch
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.models.decoder import DecoderConfig
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.qwen import NativeEncoder
 
-# As the hub has them, and as transformers 5 saves them: where the text model's tensors stand.
-_TEXT_PREFIXES = (
-    ("model.language_model.", "model."),
-    ("model.visual.", None),
-    ("visual.", None),
-    ("model.", "model."),
-    ("lm_head.", "lm_head."),
-)
+TEXT_PREFIXES = (("model.language_model.", "model."), ("model.visual.", None), ("visual.", None), ("", ""))
+"""For ``weight_map.load_decoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
 
 
-def text_name(name: str) -> str | None:
-    """The name that a stored tensor has in a ``…ForCausalLM``; None for the tower's."""
-    for prefix, replacement in _TEXT_PREFIXES:
-        if name.startswith(prefix):
-            return None if replacement is None else replacement + name[len(prefix) :]
-    return name
+def qwen2_5_vl(config: Any) -> DecoderConfig:
+    """The decoder of a ``Qwen2_5_VLForConditionalGeneration``: Qwen2 text."""
+    axes = tuple(axis for axis, length in enumerate(_sections(config)) for _ in range(length))
+    return DecoderConfig.of(config, qkv_bias=True, position_axes=axes)
+
+
+def qwen3_vl(config: Any) -> DecoderConfig:
+    """The decoder of a ``Qwen3VLForConditionalGeneration``: Qwen3 text."""
+    shares = _sections(config)
+    axes = tuple(
+        pair % 3 if pair % 3 and pair < 3 * shares[pair % 3] else 0  # what is left over turns with time
+        for pair in range(sum(shares))
+    )
+    bias = config.attention_bias
+    return DecoderConfig.of(config, qk_norm=True, qkv_bias=bias, output_bias=bias, position_axes=axes)
+
+
+def _sections(config: Any) -> tuple[int, int, int]:
+    """How many of a head's frequencies rotate with time, height and width; UnsupportedModel where some remain."""
+    found = (config.rope_parameters or {}).get("mrope_section")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not found or len(found) != 3 or 2 * sum(found) != head_dim:
+        raise UnsupportedModel(f"mrope_section {found} does not share out the {head_dim // 2} frequencies of a head")
+    time, height, width = found
+    return int(time), int(height), int(width)
 
 
 def own_encoder(
@@ -41,9 +56,7 @@ def own_encoder(
     """The encoder that the checkpoint was trained with.
 
     Images keep their own proportions: ``max_image_size`` and ``num_vision_tokens`` bound their area and their tokens.
-
-    Raises:
-        ConfigurationError: an option that contradicts the checkpoint, or bounds between which no image fits.
+    Raises ConfigurationError for an option that contradicts the checkpoint, and bounds between which no image fits.
     """
     for name in ("vision_model", "projector"):
         value = getattr(config, name)
@@ -83,13 +96,3 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
             found.append((begin, begin + row, begin + column))
         saved += span.length - max(rows, columns)
     return found + [(index - saved,) * 3 for index in range(start + len(found), end)]
-
-
-def sections(config: Any) -> tuple[int, int, int]:
-    """How many of a head's frequencies rotate with time, height and width; UnsupportedModel where some remain."""
-    found = (config.rope_parameters or {}).get("mrope_section")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not found or len(found) != 3 or 2 * sum(found) != head_dim:
-        raise UnsupportedModel(f"mrope_section {found} does not share out the {head_dim // 2} frequencies of a head")
-    time, height, width = found
-    return int(time), int(height), int(width)

@@ -14,16 +14,17 @@ from nanovllm.engine.models import llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
 from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
-from nanovllm.engine.models.qwen2_5_vl import qwen2_5_vl
 from nanovllm.engine.models.qwen3 import qwen3
-from nanovllm.engine.models.qwen3_vl import qwen3_vl
 from nanovllm.engine.models.weight_map import load_decoder
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder
 
 LLAVA = "LlavaForConditionalGeneration"
-QWEN_VL = {"Qwen2_5_VLForConditionalGeneration": qwen2_5_vl, "Qwen3VLForConditionalGeneration": qwen3_vl}
+QWEN_VL = {
+    "Qwen2_5_VLForConditionalGeneration": qwen_vl.qwen2_5_vl,
+    "Qwen3VLForConditionalGeneration": qwen_vl.qwen3_vl,
+}
 
 TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "LlamaForCausalLM": llama,
@@ -40,34 +41,30 @@ def text_architecture(config: Any) -> str:
 def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The text model of any supported checkpoint, alone or behind a tower; raises UnsupportedModel for others."""
     text: Any = checkpoint.config.get_text_config()
-    family, rename = _text_family(checkpoint.architecture, text)
-    return load_decoder(
-        checkpoint,
-        family(text),
-        tied=bool(checkpoint.config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)),
-        rename=rename,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _text_family(architecture: str, text: Any) -> tuple[Callable[[Any], DecoderConfig], Callable[[str], str | None]]:
-    """The family of a checkpoint's text, and how its tensors are called in a ``…ForCausalLM``."""
-    if architecture in QWEN_VL:
-        return QWEN_VL[architecture], qwen_vl.text_name
+    architecture = checkpoint.architecture
+    prefixes: Sequence[tuple[str, str | None]] = (("", ""),)
     if architecture == LLAVA:
-        if text_architecture(text) not in TEXT_FAMILIES:
+        architecture, prefixes = text_architecture(text), llava.TEXT_PREFIXES
+        if architecture not in TEXT_FAMILIES:
             raise UnsupportedModel(
                 f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
                 f"its text may be {', '.join(TEXT_FAMILIES)}"
             )
-        return TEXT_FAMILIES[text_architecture(text)], llava.text_name
-    if architecture not in TEXT_FAMILIES:
+    elif architecture in QWEN_VL:
+        prefixes = qwen_vl.TEXT_PREFIXES
+    elif architecture not in TEXT_FAMILIES:
         raise UnsupportedModel(
             f"architecture {architecture!r} is not supported; supported are "
             f"{', '.join((*TEXT_FAMILIES, LLAVA, *QWEN_VL))}"
         )
-    return TEXT_FAMILIES[architecture], str
+    return load_decoder(
+        checkpoint,
+        {**TEXT_FAMILIES, **QWEN_VL}[architecture](text),
+        tied=bool(checkpoint.config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)),
+        prefixes=prefixes,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def load_encoder(

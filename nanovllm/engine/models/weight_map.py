@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,11 +57,22 @@ def load_decoder(
     config: DecoderConfig,
     *,
     tied: bool,
-    rename: Callable[[str], str | None],
+    prefixes: Sequence[tuple[str, str | None]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decoder:
-    """The text model of a checkpoint whose tensors ``rename`` maps to the names of a ``…ForCausalLM``."""
+    """The text model of a checkpoint.
+
+    ``prefixes`` are those of stored names, each with its replacement in a ``…ForCausalLM``; the first that fits counts.
+    None, or no prefix that fits, marks a tensor of the vision model.
+    """
+
+    def rename(stored: str) -> str | None:
+        for prefix, replacement in prefixes:
+            if stored.startswith(prefix):
+                return None if replacement is None else replacement + stored.removeprefix(prefix)
+        return None
+
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -90,24 +90,17 @@ def _take_exclusive_properties(schema: dict[str, Any]) -> list[dict[str, Any]]:
     branches = schema.get("oneOf")
     if not isinstance(branches, list) or not 2 <= len(branches) <= _MAX_ALTERNATIVES:
         return []
-    if not all(isinstance(branch, dict) and set(branch) == {"required"} for branch in branches):
-        return []
-    required = [branch["required"] for branch in branches]
-    if not all(_is_names(names) and len(names) == 1 for names in required):
-        return []
-    names = [names[0] for names in required]
-    if len(set(names)) < len(names):
+    required = [branch["required"] for branch in branches if isinstance(branch, dict) and set(branch) == {"required"}]
+    names = [names[0] for names in required if _is_names(names) and len(names) == 1]
+    if len(set(names)) < len(branches):
         return []
     del schema["oneOf"]
-    return [
-        {
-            "anyOf": [
-                # Every branch of the original takes what is no object, and so no single one does.
-                {"type": "object", "required": [name], "properties": {other: False for other in names if other != name}}
-                for name in names
-            ]
-        }
+    # Every branch of the original takes what is no object, and so no single one does.
+    choices = [
+        {"type": "object", "required": [name], "properties": {other: False for other in names if other != name}}
+        for name in names
     ]
+    return [{"anyOf": choices}]
 
 
 def _is_names(value: Any) -> bool:

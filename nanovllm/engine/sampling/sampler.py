@@ -59,8 +59,8 @@ class Sampler:
         if random.min_p is not None:
             floor = logits.amax(-1, keepdim=True) + random.min_p.log()
             logits = logits.masked_fill(logits < floor, _MINUS_INFINITY)
-        if random.top_k is not None and random.top_p is not None:
-            logits = keep_top(logits, random.top_k, random.top_p)
+        if random.top_k_p is not None:
+            logits = keep_top(logits, *random.top_k_p)
         # Dividing by exponential noise and taking the maximum draws from the distribution without a cumulative sum.
         return (logits.softmax(-1) / self._noise(logits, random.seeds)).argmax(-1)
 
@@ -100,10 +100,7 @@ def _forbid(logits: Tensor, forbidden: TokenValues) -> None:
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Drop what is outside the k best, then outside the smallest set of probability p; the best one stays.
-
-    ``logits`` are [rows, vocab], the limits [rows, 1].
-    """
+    """Drop logits [rows, vocab] beyond the k best or the least set of probability p, not the best; limits [rows, 1]."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     ordered = ordered.masked_fill(ranks >= top_k, _MINUS_INFINITY)

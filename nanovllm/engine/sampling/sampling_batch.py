@@ -32,8 +32,7 @@ class RandomRows:
     rows: Tensor | None  # None: all rows of the batch
     temperatures: Tensor
     min_p: Tensor | None
-    top_k: Tensor | None  # the vocabulary's size for a row without
-    top_p: Tensor | None  # above one for a row without
+    top_k_p: tuple[Tensor, Tensor] | None  # [rows, 1] each; without one, the vocabulary's size and 2
     seeds: tuple[tuple[int, int] | None, ...]  # the seed, and the position in the output
 
 
@@ -107,13 +106,11 @@ def _random_rows(
     ]
     flat = to_device([value for column in columns for value in column], device, torch.float32)
     temperatures, min_p, top_k, top_p = flat.view(len(columns), -1, 1).unbind()
-    has_top = any(param.top_k > 0 or param.top_p < 1.0 for param in params)
     return RandomRows(
         rows=to_device(random, device, torch.int64) if len(random) < len(sequences) else None,
         temperatures=temperatures,
         min_p=min_p if any(param.min_p > 0.0 for param in params) else None,
-        top_k=top_k if has_top else None,
-        top_p=top_p if has_top else None,
+        top_k_p=(top_k, top_p) if any(param.top_k > 0 or param.top_p < 1.0 for param in params) else None,
         seeds=tuple(None if one.seed is None else (one.seed, one.num_output_tokens) for one in chosen),
     )
 

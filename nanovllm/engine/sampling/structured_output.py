@@ -8,10 +8,9 @@ without a decode step each.
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict, abc
+from collections import abc
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: abc.Sequence[int]) -> None:
         """``vocab_size`` is the model's: it may be larger than the tokenizer's."""
         self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, list(end_token_ids)
-        self._matchers: OrderedDict[Constraint, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        # It holds no lock while it compiles: a large schema takes a second, and the engine's thread asks meanwhile.
+        self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
 
     def matcher(self, constraint: Constraint) -> Any:
         """A fresh matcher for one sequence.
@@ -49,16 +48,7 @@ class GrammarCompiler:
             UnsupportedConstraint: what is malformed, too large, or beyond what llguidance can enforce.
             ConfigurationError: the extra ``guided`` is not installed.
         """
-        with self._lock:
-            known = self._matchers.get(constraint)
-        # Not under the lock: a large schema takes a second, and the engine's thread asks for compiled ones meanwhile.
-        compiled = known if known is not None else self._compile(constraint)
-        with self._lock:
-            self._matchers[constraint] = compiled
-            self._matchers.move_to_end(constraint)
-            if len(self._matchers) > _MAX_GRAMMARS:
-                self._matchers.popitem(last=False)
-            return compiled.deep_copy()
+        return self._compiled(constraint).deep_copy()
 
     def _compile(self, constraint: Constraint) -> Any:
         tokens, llguidance = self._tokens, _llguidance()
@@ -105,8 +95,7 @@ class _Words:
         self._encode = tokenizer.backend_tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
-        ids: list[int] = self._encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, add_special_tokens=False).ids
 
 
 class TokenMasks:

@@ -48,8 +48,3 @@ class ScheduledBatch:
     """One step's rows; the block tables of their sequences already cover them."""
 
     rows: tuple[ScheduledRow, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that the step computes."""
-        return sum(row.num_tokens for row in self.rows)

@@ -17,7 +17,6 @@ class BlockManager:
     """Allocator of ``num_blocks`` blocks of ``block_size`` tokens: hashes and numbers, no tokens and no tensors."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
-        """All blocks start blank."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -71,13 +70,11 @@ class BlockManager:
         for block in cached:
             self._ref_counts[block] += 1
             self._free.pop(block, None)
-        return [*cached, *(self._allocate_blank() for _ in range(num_new))]
-
-    def _allocate_blank(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        self._forget(block)
-        self._ref_counts[block] = 1
-        return block
+        new = [self._free.popitem(last=False)[0] for _ in range(num_new)]
+        for block in new:
+            self._forget(block)
+            self._ref_counts[block] = 1
+        return [*cached, *new]
 
     def _forget(self, block: int) -> None:
         key = self._hash_of[block]
@@ -107,11 +104,6 @@ class BlockManager:
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
-
-    def forget_all(self) -> None:
-        """Drop the prefix cache; held blocks stay held."""
-        for block in list(self._block_of.values()):
-            self._forget(block)
 
     def audit(self, tables: Iterable[Sequence[int]]) -> None:
         """Check every invariant against the block tables of all live sequences; raises AssertionError."""

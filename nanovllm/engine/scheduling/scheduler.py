@@ -22,10 +22,10 @@ from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 
 @dataclass
 class StepBudget:
-    """What the step that is being scheduled may still take."""
+    """What the step that is being scheduled may still take: tokens, and seats of the running batch."""
 
     tokens: int
-    seats: int  # of the running batch
+    seats: int
 
 
 class Scheduler:
@@ -128,13 +128,12 @@ class Scheduler:
         budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
         drafted = []
         for row in rows:
-            drafts = (
-                self.prompt_lookup.propose(row.sequence, budget.tokens) if row.samples and budget.tokens > 0 else ()
-            )
-            longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
-            if drafts and self._extend_block_table(longer):
-                budget.tokens -= len(drafts)
-                row = longer
+            may_draft = row.samples and budget.tokens > 0
+            if may_draft and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens)):
+                longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
+                if self._extend_block_table(longer):
+                    budget.tokens -= len(drafts)
+                    row = longer
             drafted.append(row)
         return drafted
 
@@ -176,10 +175,7 @@ class Scheduler:
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
     def upcoming(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in scheduling order, each with its number of computed tokens.
-
-        Of waiting ones, tokens that the prefix cache holds count as computed.
-        """
+        """All sequences in scheduling order, with their computed tokens; of waiting ones, those that are cached."""
         for sequence in self.running:
             yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:
@@ -198,7 +194,7 @@ class Scheduler:
         }
 
     def commit(self, row: ScheduledRow) -> None:
-        """Count a computed row's tokens as computed and name its full blocks in the prefix cache.
+        """Count a computed row's tokens as computed, name its full blocks, and drop the embeddings of computed images.
 
         The tokens that the row sampled are appended before. The drafts that are not among them are rejected, and the
         blocks that those alone needed are freed.
@@ -217,6 +213,7 @@ class Scheduler:
             for block in range(first, last):
                 self.blocks.cache_block(sequence.block_table[block], hashes[block])
         sequence.num_computed_tokens = computed
+        sequence.drop_embeddings(computed)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a waiting or running sequence and free its blocks."""

@@ -113,7 +113,6 @@ class Sequence:
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def __len__(self) -> int:
-        """The number of tokens, prompt and output."""
         return len(self.token_ids)
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from nanovllm.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
 
@@ -18,21 +19,13 @@ class Detokenizer:
     byte-fallback tokenizers after bytes that are no character, and cannot return the text it holds back at the end.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        stop: Sequence[str] = (),
-        include_stop: bool = False,
-        min_tokens: int = 0,
-        skip_special_tokens: bool = True,
-    ) -> None:
-        """``tokenizer`` is a fast Hugging Face tokenizer; ``stop`` counts after ``min_tokens`` tokens."""
+    def __init__(self, tokenizer: Any, sampling: SamplingParams) -> None:
+        """``tokenizer`` is a fast Hugging Face tokenizer."""
         self._backend = tokenizer.backend_tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stop = tuple(stop)
-        self._include_stop = include_stop
-        self._min_tokens = min_tokens
+        self._skip_special_tokens = sampling.skip_special_tokens
+        self._stop = sampling.stop
+        self._include_stop = sampling.include_stop_str_in_output
+        self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
         self._window: list[int] = []  # tokens already in the text, as context for decoding, then newer ones
         self._num_read = 0  # tokens of the window that are in the text
@@ -66,28 +59,23 @@ class Detokenizer:
         return self._decode()[len(self._read) :]
 
     def _decode(self) -> str:
-        text: str = self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens)
-        return text
+        return self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens)
 
     def _release(self, fresh: str, *, final: bool = False) -> str:
         if not self._stop:
             self.text += fresh
             return fresh
-        pending = self._held + fresh
+        pending, found = self._held + fresh, None
         if self._num_tokens > self._min_tokens:
             found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
-            if found is not None:
-                end = found[0] + (len(found[1]) if self._include_stop else 0)
-                self.is_stopped = True
-                self.is_cut = end < len(pending)
-                self._held = ""
-                self.text += pending[:end]
-                return pending[:end]
-        keep = 0 if final else self._beginning_of_stop(pending)
-        shown = pending[: len(pending) - keep]
-        self._held = pending[len(pending) - keep :]
-        self.text += shown
-        return shown
+        if found is not None:
+            end = found[0] + (len(found[1]) if self._include_stop else 0)
+            self.is_stopped, self.is_cut, self._held = True, end < len(pending), ""
+        else:
+            end = len(pending) - (0 if final else self._beginning_of_stop(pending))
+            self._held = pending[end:]
+        self.text += pending[:end]
+        return pending[:end]
 
     def _beginning_of_stop(self, text: str) -> int:
         """The length of the longest end of ``text`` that begins a stop string."""

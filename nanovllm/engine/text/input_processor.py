@@ -81,10 +81,7 @@ class InputProcessor:
         priority: int,
         salt: bytes,
     ) -> list[Sequence]:
-        """The ``n`` sequences of a request, all of one prompt.
-
-        Raises what ``LLMEngine.add_request`` says.
-        """
+        """The ``n`` sequences of a request, all of one prompt; raises what ``LLMEngine.add_request`` says."""
         arrived = time.perf_counter()
         token_ids = self._encode(prompt)
         pictures = image_list(images, token_ids.count(self._image_token_id))
@@ -117,9 +114,8 @@ class InputProcessor:
     def images_of(self, prompts: abc.Sequence[Prompt], images: Images) -> list[list[OneImage]]:
         """The images of each prompt.
 
-        Raises:
-            InvalidInput: not one list for each prompt, nor a flat list or an image for a single prompt. The message
-                writes the shape that the prompts' placeholders call for.
+        InvalidInput, where these are not one list for each prompt, nor a flat list or an image for a single prompt,
+        writes the shape that the prompts' placeholders call for.
         """
         if images is None:
             return [[] for _ in prompts]
@@ -188,7 +184,7 @@ class InputProcessor:
             grid = self.processor.encoder.grid(image.size)
             length = self.processor.encoder.num_tokens(image.size)
             spans.append(ImageSpan(image, self.processor.key(image, salt), len(expanded), length, grid))
-            expanded += [self._image_token_id] * spans[-1].length
+            expanded += [token_id] * length
         return expanded, tuple(spans)
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from nanovllm.engine.outputs import (
     Completion,
@@ -30,26 +28,8 @@ _LOOP_CHECK_INTERVAL_TOKENS = 8
 class RequestState:
     """A running request: its sequences and their detokenizers, one of each for an output."""
 
-    sequences: tuple[Sequence, ...]
-    detokenizers: tuple[Detokenizer, ...]
-
-    @classmethod
-    def of(cls, sequences: Iterable[Sequence], tokenizer: Any) -> RequestState:
-        """The state of a request that has just been added."""
-        sequences = tuple(sequences)
-        return cls(
-            sequences,
-            tuple(
-                Detokenizer(
-                    tokenizer,
-                    stop=sequence.sampling.stop,
-                    include_stop=sequence.sampling.include_stop_str_in_output,
-                    min_tokens=sequence.sampling.min_tokens,
-                    skip_special_tokens=sequence.sampling.skip_special_tokens,
-                )
-                for sequence in sequences
-            ),
-        )
+    sequences: abc.Sequence[Sequence]
+    detokenizers: abc.Sequence[Detokenizer]
 
 
 def extend(
@@ -117,14 +97,8 @@ def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str,
     if count >= sequence.max_tokens:
         return text, "length"
     window = sampling.loop_tokens
-    if (
-        window
-        and count >= window
-        and count % _LOOP_CHECK_INTERVAL_TOKENS == 0
-        and is_loop(sequence.token_ids[-window:])
-    ):
-        return text, "loop"
-    return text, None
+    is_due = window and count >= window and count % _LOOP_CHECK_INTERVAL_TOKENS == 0
+    return text, "loop" if is_due and is_loop(sequence.token_ids[-window:]) else None
 
 
 def output_of(request: RequestState) -> RequestOutput:
@@ -140,7 +114,6 @@ def output_of(request: RequestState) -> RequestOutput:
         )
         for sequence, detokenizer in zip(request.sequences, request.detokenizers, strict=True)
     )
-    wants_prompt = first.sampling.prompt_logprobs is not None
     return RequestOutput(
         request_id=first.request_id,
         text=outputs[0].text,
@@ -155,16 +128,12 @@ def output_of(request: RequestState) -> RequestOutput:
         timings=_timings(request.sequences, time.perf_counter()),
         images=tuple(
             ImageUse(
-                digest=span.image.digest.hex(),
-                outcome=span.outcome or "prefix",
-                tokens=span.length,
-                width=span.image.width,
-                height=span.image.height,
+                span.image.digest.hex(), span.outcome or "prefix", span.length, span.image.width, span.image.height
             )
             for span in first.images
         ),
         logprobs=outputs[0].logprobs,
-        prompt_logprobs=tuple(first.prompt_logprobs) if wants_prompt else None,
+        prompt_logprobs=tuple(first.prompt_logprobs) if first.sampling.prompt_logprobs is not None else None,
         outputs=outputs,
     )
 

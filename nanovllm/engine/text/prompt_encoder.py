@@ -64,16 +64,19 @@ class _Parts(list[dict[str, str]]):
 class PromptEncoder:
     """Tokenises prompts and messages for one checkpoint. Holds no state between calls.
 
-    A prompt that cannot fit ``max_model_len`` tokens is refused by its characters, images and messages, where these
-    tell; a result may still be longer. ``image_token_id`` None means that the model takes no images: a placeholder is
-    then an error. ``around_image`` are the tokens before and behind it, which some families want and their chat
-    templates write.
+    ``image_token_id`` None means that the model takes no images. ``around_image`` are the tokens before and behind it,
+    which some families want and their chat templates write.
+
+    Raises, from every method:
+        InvalidInput: text that is no valid Unicode; roles, fields, parts or text that the template cannot take.
+        PlaceholderMismatch: an image placeholder or part for a model that takes no images.
+        PromptTooLong: more characters, images, parts or messages than can fit ``max_model_len`` tokens; a result may
+            still be longer.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        image_token: str = IMAGE_PLACEHOLDER,
         *,
         max_model_len: int,
         image_token_id: int | None = None,
@@ -85,7 +88,6 @@ class PromptEncoder:
             raise UnsupportedModel("the checkpoint's tokenizer has no tokenizer.json form")
         self._tokenizer = tokenizer
         self._backend: Tokenizer = backend
-        self.image_token = image_token
         self.image_token_id = image_token_id
         self._around_image = around_image
         self._max_model_len = max_model_len
@@ -98,11 +100,8 @@ class PromptEncoder:
         return bool(self._tokenizer.chat_template)
 
     def trusted(self, prompt: str) -> list[int]:
-        """The tokens of a prompt whose author may write special tokens. No chat template is applied.
-
-        Raises as ``untrusted``.
-        """
-        pieces = tuple(self._split_images(prompt))
+        """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
+        pieces = _split_images(prompt)
         self._check_length(pieces, self._backend)
         ids = list(self._leading_ids)
         for piece in pieces:
@@ -110,14 +109,8 @@ class PromptEncoder:
         return ids
 
     def untrusted(self, prompt: str, *, raw_prompt: bool = False) -> list[int]:
-        """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out.
-
-        Raises:
-            InvalidInput: text that is no valid Unicode, or that the template or the tokenizer cannot take.
-            PlaceholderMismatch: an image placeholder for a model that takes no images.
-            PromptTooLong: more characters or placeholders than fit.
-        """
-        pieces = tuple(self._split_images(prompt))
+        """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out."""
+        pieces = _split_images(prompt)
         self._check_length(pieces, self._plain_backend)
         if raw_prompt or not self.has_chat_template:
             return self._leading_ids + self._encode_pieces(pieces)
@@ -129,11 +122,6 @@ class PromptEncoder:
         A content is a string, or a list of parts ``{"type": "text", "text": …}`` and ``{"type": "image"}`` or
         ``{"type": "image_url"}``; an image part is the place of the next image. Without a chat template only a single
         user message can be taken.
-
-        Raises:
-            InvalidInput: unknown roles, fields or parts, text that is no valid Unicode, a refusal by the template.
-            PlaceholderMismatch: an image part for a model that takes no images.
-            PromptTooLong: more characters, parts or messages than fit.
         """
         if len(messages) > self._max_model_len:
             raise PromptTooLong(f"{len(messages)} messages for a context of {self._max_model_len} tokens")
@@ -244,18 +232,11 @@ class PromptEncoder:
             stack += [part[a:b] for a, b in zip(cuts[-2::-1], cuts[:0:-1], strict=True)]
         return ids
 
-    def _split_images(self, prompt: str) -> Iterator[Piece]:
-        """The texts between placeholders, with None for each placeholder."""
-        for number, text in enumerate(prompt.split(self.image_token)):
-            if number:
-                yield None
-            yield text
-
     def _image_ids(self) -> list[int]:
         """What an image's placeholder becomes; PlaceholderMismatch for a model that takes no images."""
         if self.image_token_id is None:
             raise PlaceholderMismatch(
-                f"the prompt has a {self.image_token} placeholder, and this engine takes no images: MultiModalLLM "
+                f"the prompt has a {IMAGE_PLACEHOLDER} placeholder, and this engine takes no images: MultiModalLLM "
                 "wants enable_multimodal=True, and a text model a vision_model beside it"
             )
         if self._around_image is None:
@@ -276,9 +257,8 @@ class PromptEncoder:
     def _forbidden_ids(self) -> frozenset[int]:
         """What plain text must not become: every added token but the one for unknown characters."""
         forbidden = set(self._added_ids)
-        unknown = self._tokenizer.unk_token_id
-        if unknown is not None and unknown != self._tokenizer.eos_token_id:
-            forbidden.discard(unknown)
+        if self._tokenizer.unk_token_id != self._tokenizer.eos_token_id:
+            forbidden.discard(self._tokenizer.unk_token_id)
         if self.image_token_id is not None:
             forbidden.add(self.image_token_id)
         return frozenset(forbidden)
@@ -288,8 +268,7 @@ class PromptEncoder:
         """The same tokenizer without its added tokens: its model and pre-tokeniser alone."""
         state = json.loads(self._backend.to_str())
         state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        plain: Tokenizer = type(self._backend).from_str(json.dumps(state))
-        return plain
+        return type(self._backend).from_str(json.dumps(state))
 
 
 class _StandIns:
@@ -300,7 +279,7 @@ class _StandIns:
         self._nonce = f"x{secrets.token_hex(12)}x"
         self._pieces: list[tuple[Piece, ...]] = []
 
-    def put(self, pieces: tuple[Piece, ...]) -> str:
+    def put(self, *pieces: Piece) -> str:
         """A stand-in for ``pieces``."""
         self._pieces.append(pieces)
         return f"{self._nonce}{len(self._pieces) - 1}x"
@@ -320,16 +299,21 @@ class _StandIns:
         return restored if seen == set(range(len(self._pieces))) else None
 
 
+def _split_images(prompt: str) -> tuple[Piece, ...]:
+    """The texts between placeholders, with None for each placeholder."""
+    return tuple(piece for text in prompt.split(IMAGE_PLACEHOLDER) for piece in (None, text))[1:]
+
+
 def _to_template(turn: _Turn, stand_ins: _StandIns, as_parts: bool | None) -> dict[str, Any]:
     """The message as the template gets it; ``as_parts`` None keeps the form in which it came."""
     if not (turn.is_parts if as_parts is None else as_parts):
-        return {"role": turn.role, "content": stand_ins.put(turn.pieces)}
+        return {"role": turn.role, "content": stand_ins.put(*turn.pieces)}
     parts = _Parts()
     for piece in turn.pieces:
         if piece is None:
             parts.append({"type": "image"})
         elif piece:
-            parts.append({"type": "text", "text": stand_ins.put((piece,))})
+            parts.append({"type": "text", "text": stand_ins.put(piece)})
     return {"role": turn.role, "content": parts}
 
 
@@ -369,6 +353,4 @@ def _encode(text: str, backend: Tokenizer) -> list[int]:
     except UnicodeEncodeError:
         raise InvalidInput("the text holds half of a surrogate pair: it is no valid Unicode") from None
     # `Tokenizer.encode` holds the GIL throughout, and computes offsets.
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-    ids: list[int] = encoding.ids
-    return ids
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
