@@ -331,6 +331,7 @@ class LLMEngine:
             self.abort(request_id)
         self._ended.clear()
         self._masks.close()
+        self.input_processor.grammars.close()
         self.model_runner.release()
 
     def __enter__(self) -> Self:

@@ -71,14 +71,14 @@ class AsyncEngine(EngineBackend):
         return super().submit(request)
 
     def _begin(self, request: Request, generation: Generation) -> None:
-        """Compile a constraint first: in a thread of the pool, where it holds up neither steps nor the loop."""
+        """Compile a constraint first, beside steps and loop."""
         constraint = request.sampling.constraint
         if constraint is None:
             self._commands.put(request)
             return
         assert self._loop is not None
         self._compiling[request.request_id] = False
-        compiling = self._loop.run_in_executor(None, self._engine.input_processor.grammars.matcher, constraint)
+        compiling = asyncio.wrap_future(self._engine.input_processor.grammars.compile(constraint))
 
         def queue_request(done: asyncio.Future[object]) -> None:
             aborted = self._compiling.pop(request.request_id)

@@ -88,7 +88,7 @@ class PromptLookup:
         impossible = {*sequence.stop_token_ids, *(sequence.token_ids[span.start] for span in sequence.images[:1])}
         drafts = drafts[: next((index for index, token in enumerate(drafts) if token in impossible), None)]
         if sequence.matcher is not None:
-            drafts = drafts[: sequence.matcher.validate_tokens(drafts)]
+            drafts = drafts[: sequence.matcher.num_allowed(drafts)]
         return tuple(drafts)
 
     def learn(self, row: ScheduledRow) -> None:

@@ -10,7 +10,7 @@ from numbers import Integral
 from operator import index
 from typing import Any
 
-from nanovllm.engine.sampling.structured_output import GrammarCompiler
+from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import InvalidInput, PromptTooLong

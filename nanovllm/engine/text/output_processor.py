@@ -68,24 +68,24 @@ def _extend(
     text, reason = _add(sequence, detokenizer, token)
     if matcher is None:
         return text, reason
-    matcher.consume_token(token)
+    matcher.consume(token)
     # A forced token has no logits, so there would be no log probability.
     if force and reason is None and sequence.sampling.logprobs is None:
-        for forced in matcher.compute_ff_tokens():
+        for forced in matcher.forced_tokens():
             more, reason = _add(sequence, detokenizer, forced)
             text += more
-            matcher.consume_token(forced)
+            matcher.consume(forced)
             if reason is not None:
                 break
-    if matcher.is_error():
+    if (failure := matcher.failure) is not None:
         # In a dead end llguidance's mask allows the end tokens alone, so that "stop" says nothing here.
         if reason in (None, "stop"):
-            raise UnsupportedConstraint("the constraint is too complex, or allows no token after the text so far")
+            raise UnsupportedConstraint(failure)
         return text, reason
-    if detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped() or matcher.is_accepting())):
+    if detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped or matcher.is_accepting)):
         return text, "length"  # a stop string or a stop token inside what the constraint demands
     # An output that is complete with its last token has not been cut by max_tokens.
-    return text, "stop" if matcher.is_stopped() else reason
+    return text, "stop" if matcher.is_stopped else reason
 
 
 def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:

@@ -8,23 +8,19 @@ Frames on stdout: a JSON header likewise, then as many bytes of pixels as it say
 from __future__ import annotations
 
 import json
-import os
-import resource
 import signal
 import struct
-import sys
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from PIL import Image
 
+from nanovllm.confinement import confine, take_over_streams
 from nanovllm.errors import DecoderFailed, NanoVLLMError
 from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
 
 LENGTH = struct.Struct(">I")
-
-MAX_OPEN_FILES = 64
 
 
 def frame(body: bytes) -> bytes:
@@ -45,15 +41,13 @@ def settings_frame(transform: ImageTransform, limits: ImageLimits, memory_bytes:
 
 def main() -> None:
     """Serve until stdin ends."""
-    # Standard output goes to standard error: what a library prints must not get between the answers.
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    requests, answers = take_over_streams()
     settings = json.loads(_read_frame(requests) or b"{}")
     transform = ImageTransform.from_json(settings["transform"])
     limits = ImageLimits(**{**settings["limits"], "formats": tuple(settings["limits"]["formats"])})
     # ``limits`` are checked on every header; Pillow's own global bound would refuse larger ones.
     Image.MAX_IMAGE_PIXELS = None
-    _confine(settings["memory_bytes"])
+    confine(settings["memory_bytes"])
     _answer(answers, {"ready": True})
     is_usable = True
     while is_usable and (data := _read_frame(requests)) is not None:
@@ -78,18 +72,6 @@ def _serve(data: bytes, transform: ImageTransform, limits: ImageLimits, memory_b
     header = {"shape": image.pixels.shape, "digest": image.digest.hex(), "width": image.width, "height": image.height}
     _answer(answers, header, image.pixels.tobytes())
     return True
-
-
-def _confine(memory_bytes: int) -> None:
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-    ):
-        _, hard = resource.getrlimit(limit)
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (bound, bound))
 
 
 def _read_frame(requests: BinaryIO) -> bytes | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanovllm.confinement import environment
 from nanovllm.errors import (
     DecoderFailed,
     ImageTooLarge,
@@ -27,9 +25,6 @@ from nanovllm.errors import (
 from nanovllm.vision.images.child import LENGTH, frame, settings_frame
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits
 from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
-
-# Inherited by decoders: the search path of shared libraries, and the locale.
-INHERITED_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 START_TIMEOUT_S = 60.0
 DYING_TIMEOUT_S = 5.0
@@ -164,7 +159,7 @@ class _Decoder:
             stdout=asyncio.subprocess.PIPE,
             # Image libraries print parts of the image's data, which must not reach a log.
             stderr=asyncio.subprocess.DEVNULL,
-            env=_environment(),
+            env=environment(),
             cwd="/",
             # Ctrl-C goes to the whole process group: the worker needs its decoders until it has drained.
             start_new_session=True,
@@ -226,13 +221,3 @@ class _Decoder:
         (length,) = LENGTH.unpack(await self.process.stdout.readexactly(LENGTH.size))
         header = json.loads(await self.process.stdout.readexactly(length))
         return header, await self.process.stdout.readexactly(header["payload_bytes"])
-
-
-def _environment() -> dict[str, str]:
-    """A decoder's whole environment: the package's path, one thread, the locale; no credentials, no settings."""
-    environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-    root = str(Path(__file__).resolve().parents[3])
-    # Never site-packages: on PYTHONPATH its packages would precede the standard library.
-    if root != sysconfig.get_path("purelib"):
-        environment["PYTHONPATH"] = root
-    return {**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
