@@ -94,7 +94,8 @@ class RecoveringProducer:
         except KafkaError as error:
             if is_fatal(error):
                 async with self._renewal:
-                    if self._producer is producer:
+                    is_in_use = self._producer is producer
+                    if is_in_use:
                         logger.error("the Kafka producer broke down and is replaced")
                         self._producer = await self._started()
                         await producer.stop()

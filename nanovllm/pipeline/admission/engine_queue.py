@@ -48,11 +48,6 @@ class EngineQueue:
         self._arrivals = count()
         self._lanes = LaneTurns()
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that wait for a slot."""
-        return len(self._waiting)
-
     @asynccontextmanager
     async def slot(self, queued: QueuedJob) -> AsyncIterator[None]:
         """Hold a slot inside; waits for one."""

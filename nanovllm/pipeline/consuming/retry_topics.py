@@ -51,8 +51,7 @@ class Origin:
 class RetryTopics:
     """The retry topics of each topic of jobs, in the order in which a job goes through them; none without delays.
 
-    Args:
-        job_topics: their priorities, by topic.
+    ``job_topics``: their priorities, by topic.
     """
 
     def __init__(self, job_topics: Mapping[str, int], delays_s: Sequence[int]) -> None:

@@ -104,7 +104,8 @@ class SingleFlightCache:
 class ImageCache:
     """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
 
-    ``salt`` keeps tenants apart: an entry answers its own tenant alone, and no time tells others of it.
+    ``salt`` keeps tenants apart: an entry answers its own tenant alone, and no time tells others of it. ``find_image``
+    tells of a file's sha256 and a salt what the engine has embedded already.
     """
 
     def __init__(
@@ -116,7 +117,6 @@ class ImageCache:
         *,
         max_bytes: int,
     ) -> None:
-        """``find_image`` tells of a file's sha256 and a salt what the engine has embedded already."""
         self._find_image = find_image
         self._fetcher = fetcher
         self._decoders = decoders
