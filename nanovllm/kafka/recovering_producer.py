@@ -1,4 +1,4 @@
-"""An idempotent producer that outlives its own breakdowns."""
+"""Recovering producer: an idempotent producer that is replaced after a fatal error."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def build_worker(
 def written_topics(settings: Settings) -> list[str]:
     """The topics that a worker writes results, metrics, dead letters and delayed retries to."""
     topics = settings.topics
-    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).topics]
+    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).delays_s]
 
 
 def build_producer(settings: Settings, max_record_bytes: dict[str, int]) -> RecoveringProducer:

@@ -1,4 +1,4 @@
-"""The queue of admitted jobs before the engine: which one gets the next slot."""
+"""Engine queue: which admitted job gets the next slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one job has made and the next one can use: a single-flight cache, and images read and decoded.
+"""Caches between jobs: single flight, and images read and prepared.
 
 An object of a version or entity tag that the job names never changes. Any other is asked for each time, with the entity
 tag of what is at hand: the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no
