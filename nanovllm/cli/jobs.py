@@ -1,4 +1,4 @@
-"""``nanovllm submit`` and ``results``: what needs brokers and no model."""
+"""``nanovllm submit`` and ``nanovllm results``, and the options that all commands with brokers share."""
 
 from __future__ import annotations
 

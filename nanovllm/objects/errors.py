@@ -1,4 +1,4 @@
-"""What botocore's errors mean: whose fault, and whether it may pass.
+"""Classification of botocore's errors: the job's fault or the store's, transient or not.
 
 Only what an operation on an object answered can be a job's fault; everything else concerns every job."""
 

@@ -1,4 +1,4 @@
-"""Images of a job to bytes: what is allowed, how much of it, and what each failure means."""
+"""The object fetcher: images of a job to bytes, with an allow-list, size limits and conditional requests."""
 
 from __future__ import annotations
 
@@ -33,29 +33,15 @@ class FetchedImage:
     etag: str | None = None
 
 
-@dataclass(frozen=True)
 class AllowList:
-    """Buckets and prefixes that jobs may read; empty: none.
+    """Buckets and prefixes that jobs may read, from ``s3://bucket`` and ``s3://bucket/prefix`` entries; none: nothing.
 
     A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``.
     """
 
-    entries: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def parse(cls, uris: Sequence[str]) -> AllowList:
-        """From ``s3://bucket`` and ``s3://bucket/prefix`` entries.
-
-        Raises:
-            ForbiddenUri: an entry of another form.
-        """
-        entries = []
-        for uri in uris:
-            parts = split_s3_uri(uri)
-            if parts is None:
-                raise ForbiddenUri("an entry of the allow-list is not s3://bucket or s3://bucket/prefix")
-            entries.append((parts[0], parts[1].rstrip("/")))
-        return cls(tuple(entries))
+    def __init__(self, uris: Sequence[str]) -> None:
+        # S3Settings refuses entries of another form.
+        self._entries = [(bucket, prefix.rstrip("/")) for bucket, prefix in filter(None, map(split_s3_uri, uris))]
 
     def check(self, bucket: str, key: str) -> None:
         """Return when a job may read the object.
@@ -66,7 +52,7 @@ class AllowList:
         # HTTP clients resolve dot segments: s3://bucket/in/../secret would be asked for as s3://bucket/secret.
         if any(segment in (".", "..") for segment in key.split("/")):
             raise ForbiddenUri("the key of an image has a '.' or '..' segment")
-        for allowed_bucket, prefix in self.entries:
+        for allowed_bucket, prefix in self._entries:
             if bucket == allowed_bucket and (not prefix or key == prefix or key.startswith(prefix + "/")):
                 return
         raise ForbiddenUri(f"s3.allow of this worker does not list s3://{bucket}, or not with this prefix of the key")
@@ -81,7 +67,7 @@ class ObjectFetcher:
     def __init__(
         self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
     ) -> None:
-        self._allow = AllowList.parse(settings.allow)
+        self._allow = AllowList(settings.allow)
         self._max_bytes = max_bytes
         self._client = S3Client(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
@@ -105,7 +91,7 @@ class ObjectFetcher:
             ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
                 for good.
             FetchFailed, ObjectUnavailable: worth another attempt.
-            CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is mended.
+            CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is repaired.
         """
         self.check(ref)
         if ref.data is not None:
