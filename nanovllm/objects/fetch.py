@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError
 from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
 
@@ -126,7 +127,7 @@ class ObjectFetcher:
         try:
             answer = client.get_object(Bucket=bucket, Key=key, **which)
         except ClientError as error:
-            if held is None or not _is_unchanged(error):
+            if held is None or status_of(error) != 304:
                 raise
             # Equal bytes may have been written again: as which version, only the store knows.
             version_id = _version_in(error)
@@ -178,10 +179,6 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
 
     threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
     return await asyncio.wrap_future(outcome)
-
-
-def _is_unchanged(error: ClientError) -> bool:
-    return error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
 
 
 def _version_in(error: ClientError) -> str | None:

@@ -93,7 +93,7 @@ def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
         for name, value in headers
         if name.startswith(OWN_PREFIX)
     }
-    source = {name: fields.get(f"source_{name}") for name in ("topic", "partition", "offset", "timestamp_ms")}
+    source = {name: fields.get(f"source_{name}") for name in Source.model_fields}
     fields["error_class"] = fields.pop("class", "")
     fields.pop("version", None)
     return DeadLetter.model_validate(fields | {"source": source})
