@@ -124,13 +124,9 @@ class GlyphHead(nn.Module):
         self.slots = slots
         self.linear = nn.Linear(width, slots * vocabulary)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [n, patches, slots, vocabulary] of features [n, patches, width]."""
-        return self.linear(features).unflatten(-1, (self.slots, -1))
-
-    def loss(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy, and the share of correct characters; empty slots weigh a quarter."""
-        logits = self(features).float()
+    def forward(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over features [n, patches, width], where empty slots weigh a quarter; share of hits."""
+        logits = self.linear(features).unflatten(-1, (self.slots, -1)).float()
         inked = glyphs != 0
         weights = torch.where(inked, 1.0, 0.25)
         losses = F.cross_entropy(logits.flatten(0, -2), glyphs.flatten(), reduction="none")
@@ -274,7 +270,7 @@ class Trainer:
         figures: dict[str, float] = {}
         if self.head is not None and batch.glyphs is not None:
             glyphs = batch.glyphs.to(self.device)
-            named, share = self.head.loss(hidden, glyphs)
+            named, share = self.head(hidden, glyphs)
             loss = loss + named
             figures |= {"glyph loss": named.item(), "glyphs right": share.item()}
         if batch.rows:
@@ -289,10 +285,7 @@ class Trainer:
 
     def _show(self, snapshot: Callable[[LlavaForConditionalGeneration], str | None]) -> None:
         averaged = copy.deepcopy(self.model).eval()
-        with torch.no_grad():
-            for name, parameter in averaged.named_parameters():
-                if name in self.averages:
-                    parameter.copy_(self.averages[name])
+        averaged.load_state_dict(self.averages, strict=False)
         line = snapshot(averaged)
         if line:
             self.report(line)
