@@ -1,9 +1,9 @@
 """The one error tree. Every failure that a user or an operator can meet has a class here.
 
 A class says its ``code`` (stable, machine-readable), its ``error_class`` (what the worker does about it), a ``remedy``
-(what a person does about it) and whether it is ``retryable``: the same message can succeed when it is sent again, once
-the remedy was applied. The message of an instance names the thing and the value; it never carries
-secrets, local paths of the worker or object representations, because it travels into dead letters.
+(for an operator) and whether it is ``retryable``: the same message can succeed when it is sent again, once the remedy
+was applied. The message of an instance names the thing and the value; it never carries secrets, local paths of the
+worker or object representations, because it travels into dead letters.
 
     NanoVLLMError
       InvalidInput                INVALID: a dead letter at once

@@ -1,4 +1,4 @@
-"""How a request's tokens are chosen and when it ends. No torch: producers of jobs build these too."""
+"""Sampling parameters of a request. No torch: producers of jobs build these too."""
 
 from __future__ import annotations
 

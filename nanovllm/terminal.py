@@ -1,4 +1,4 @@
-"""Words on a terminal. What models and producers wrote is shown and never obeyed: no markup, no escape sequences."""
+"""Terminal output: text of models and producers without markup and escape sequences."""
 
 from __future__ import annotations
 

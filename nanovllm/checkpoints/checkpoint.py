@@ -34,10 +34,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """Configuration, with the defaults of its family."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            self.directory, local_files_only=True, trust_remote_code=False
-        )
-        return config
+        return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
 
     @property
     def architecture(self) -> str:
@@ -61,9 +58,7 @@ class Checkpoint:
         """
         name, why = checkpoint_name(self.directory), "it has no vocabulary"
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                self.directory, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             tokenizer, why = None, type(error).__name__
         # Without its files transformers 5 builds some families' tokenizers of their control tokens alone.

@@ -34,9 +34,7 @@ _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _FILES_OF_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_aliases: dict[str, Path] = {
-    "tiny-receipts": Path(__file__).resolve().parent / "assets" / "tiny-receipts",
-}
+_aliases: dict[str, Path] = {"tiny-receipts": Path(__file__).resolve().parent / "assets" / "tiny-receipts"}
 
 
 def register_alias(name: str, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""``nanovllm submit`` and ``results``: what needs brokers and no model."""
+"""``nanovllm submit`` and ``nanovllm results``, and the options that all commands with brokers share."""
 
 from __future__ import annotations
 
@@ -105,30 +105,30 @@ async def _submit(
     settings: Settings, producer: JobProducer, submissions: list[Submission], wait_s: float | None, as_json: bool
 ) -> bool:
     """Send everything, wait where asked; whether something failed or did not come."""
-    async with contextlib.AsyncExitStack() as stack:
-        # Before the first job is sent, so that no answer can be missed.
-        reader = (
-            await stack.enter_async_context(ResultReader(settings, dead_letters=True)) if wait_s is not None else None
-        )
-        await stack.enter_async_context(producer)
-        job_ids: list[str] = []
+    if wait_s is None:
+        await _send(producer, submissions, as_json)
+        return False
+    # Before the first job is sent, so that no answer can be missed.
+    async with ResultReader(settings, dead_letters=True) as reader:
+        job_ids = await _send(producer, submissions, as_json)
+        return await _wait_for(reader, set(job_ids), ResultRows(as_json=as_json), wait_s)
+
+
+async def _send(producer: JobProducer, submissions: list[Submission], as_json: bool) -> list[str]:
+    job_ids: list[str] = []
+    async with producer:
         try:
             async for job_id in send_all(producer, submissions):
                 job_ids.append(job_id)
         finally:
-            _print_sent(job_ids, producer.topic, as_json=as_json)
-        if reader is None or wait_s is None:
-            return False
-        return await _wait_for(reader, set(job_ids), ResultRows(as_json=as_json), wait_s)
-
-
-def _print_sent(job_ids: list[str], topic: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json({"topic": topic, "jobs": len(job_ids), "job_ids": job_ids})
-        return
-    print(f"{len(job_ids)} {'job' if len(job_ids) == 1 else 'jobs'} sent to {topic}", file=sys.stderr)
-    for job_id in job_ids:
-        print(plain(job_id).plain)
+            if as_json:
+                print_json({"topic": producer.topic, "jobs": len(job_ids), "job_ids": job_ids})
+            else:
+                jobs = "job" if len(job_ids) == 1 else "jobs"
+                print(f"{len(job_ids)} {jobs} sent to {producer.topic}", file=sys.stderr)
+                for job_id in job_ids:
+                    print(plain(job_id).plain)
+    return job_ids
 
 
 async def _wait_for(reader: ResultReader, missing: set[str], rows: ResultRows, wait_s: float) -> bool:

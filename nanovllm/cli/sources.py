@@ -1,4 +1,4 @@
-"""What ``nanovllm submit`` sends: images and job files named on the command line, as jobs."""
+"""Sources of ``nanovllm submit``: images, globs, URIs and job files, as jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as rows that appear as they come: in columns on a terminal, or as JSON lines."""
+"""Results as rows in columns on a terminal, or as JSON lines, as they come."""
 
 from __future__ import annotations
 

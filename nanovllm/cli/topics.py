@@ -1,4 +1,4 @@
-"""``nanovllm topics``: make the topics that the settings imply, and see whether those that exist will do."""
+"""``nanovllm topics``: creation and checks of the topics that the settings imply."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""For services that produce jobs and read results. No torch."""
+"""Client for services that produce jobs and read results. No torch."""

@@ -1,4 +1,4 @@
-"""The client of services that produce jobs. It imports neither torch nor numpy.
+"""Producers of jobs; without torch and numpy.
 
 async with JobProducer(bootstrap_servers="localhost:9092") as producer:
     job_id = await producer.send("What is the total? <|image|>", images=["s3://receipts/0001.png"])

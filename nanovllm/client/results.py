@@ -1,4 +1,4 @@
-"""Reading what the worker published: results and dead letters, in the order in which they come."""
+"""Reader of results and dead letters, in the order in which they come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local images that are too large for a Kafka message: put into S3 under the digest of their bytes."""
+"""Upload of images that are too large for a Kafka message, under the digest of their bytes."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ class LocalServer(ABC):
     """
 
     def __init__(self, name: str, directory: Path | None = None, port: int | None = None) -> None:
-        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="nanovllm-")
-        self._directory = directory or Path(self._temporary.name if self._temporary else "")
+        self._temporary = tempfile.TemporaryDirectory(prefix="nanovllm-")
+        self._directory = directory or Path(self._temporary.name)
         self._wanted_port = port
         self._port = port or 0
         self._process = LocalProcess(name, (), self._directory / "log")
@@ -151,11 +151,6 @@ class LocalServer(ABC):
     @abstractmethod
     async def answers(self) -> bool:
         """Whether it answers a request now."""
-
-    @property
-    def pid(self) -> int | None:
-        """Process id, None before the start."""
-        return self._process.pid
 
     async def start(self, timeout_s: float = 60.0) -> None:
         """Start it and return when it answers (its port may be open earlier).
@@ -182,5 +177,4 @@ class LocalServer(ABC):
     def stop(self) -> None:
         """End it, and remove its temporary directory. Does nothing when it is not running."""
         self._process.stop()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._temporary.cleanup()

@@ -1,4 +1,4 @@
-"""What the demo asks: generated receipts and shapes with their exact truth, several questions about one picture.
+"""Jobs of the demo: generated receipts and shapes with their exact truth, several questions about one picture.
 
 Each round draws one receipt and asks three questions about it; every second round also draws a pair of shapes, compares
 them and asks what the first one is. The third question about a receipt names a copy of its picture: the same pixels
@@ -11,6 +11,7 @@ import io
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -62,25 +63,6 @@ class DemoSet:
         return len({self.pictures[key] for job in self.jobs for key in job.keys})
 
 
-class _Album:
-    """The pictures as they are uploaded."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.pictures: dict[str, int] = {}
-        self._count = 0
-
-    def add(self, image: Image.Image, key: str, *, copy: str | None = None) -> None:
-        """One picture under ``key`` as PNG, and under ``copy`` as lossless WebP."""
-        self._count += 1
-        for name, options in ((key, {"format": "PNG"}), (copy, {"format": "WEBP", "lossless": True, "exact": True})):
-            if name is not None:
-                buffer = io.BytesIO()
-                image.save(buffer, **options)
-                self.objects[name] = buffer.getvalue()
-                self.pictures[name] = self._count
-
-
 def demo_set(count: int = DEFAULT_JOBS) -> DemoSet:
     """The demo's ``count`` jobs, always the same ones, in an order that mixes rounds.
 
@@ -89,8 +71,16 @@ def demo_set(count: int = DEFAULT_JOBS) -> DemoSet:
     """
     if count < MIN_JOBS:
         raise ConfigurationError(f"the demo needs at least {MIN_JOBS} jobs to ask every kind of question, not {count}")
-    album = _Album()
     jobs: list[DemoJob] = []
+    objects: dict[str, bytes] = {}
+    pictures: dict[str, int] = {}
+
+    def upload(image: Image.Image, key: str, *, copy: str | None = None) -> None:
+        pictures[key] = max(pictures.values(), default=0) + 1
+        objects[key] = _encoded(image, format="PNG")
+        if copy is not None:
+            pictures[copy] = pictures[key]
+            objects[copy] = _encoded(image, format="WEBP", lossless=True, exact=True)
 
     def add(kind: str, prompt: str, keys: tuple[str, ...], truth: str) -> None:
         jobs.append(DemoJob(f"demo-{len(jobs) + 1:03d}-{kind}", kind, prompt, keys, truth))
@@ -98,15 +88,15 @@ def demo_set(count: int = DEFAULT_JOBS) -> DemoSet:
     for number in range(count):
         drawn = receipt(generator(number, seed=DEMO_SEED, split=_SPLIT), _SPLIT)
         key, copy = f"receipts/{number:03d}.png", f"copies/{number:03d}.webp"
-        album.add(drawn.image, key, copy=copy)
+        upload(drawn.image, key, copy=copy)
         for turn in range(3):
             asked = ask(drawn, _RECEIPT_QUESTIONS[(3 * number + turn) % len(_RECEIPT_QUESTIONS)])
             add(asked.kind, asked.prompt, (copy if turn == 2 else key,), asked.answer)
         if number % 2:
             first, second = shape_pair(generator(10_000 + number, seed=DEMO_SEED, split=_SPLIT), _SPLIT)
             keys = (f"shapes/{number:03d}-a.png", f"shapes/{number:03d}-b.png")
-            album.add(first.image, keys[0])
-            album.add(second.image, keys[1])
+            upload(first.image, keys[0])
+            upload(second.image, keys[1])
             described, compared = describe(first), compare(first, second)
             add(described.kind, described.prompt, keys[:1], described.answer)
             add(compared.kind, compared.prompt, keys, compared.answer)
@@ -114,8 +104,14 @@ def demo_set(count: int = DEFAULT_JOBS) -> DemoSet:
             break
 
     broken = DemoJob(BROKEN_JOB_ID, "broken", "What is the total? <|image|>", ("broken.png",), "")
-    whole = album.objects["receipts/000.png"]
-    album.objects["broken.png"] = whole[: len(whole) // 2]
+    whole = objects["receipts/000.png"]
+    objects["broken.png"] = whole[: len(whole) // 2]
     chosen = jobs[:count]
     random.Random(DEMO_SEED).shuffle(chosen)
-    return DemoSet(tuple(chosen), broken, album.objects, album.pictures)
+    return DemoSet(tuple(chosen), broken, objects, pictures)
+
+
+def _encoded(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()

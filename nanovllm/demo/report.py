@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing else. Every text in it is escaped; no script, no reference."""
+"""The HTML report of a demo run: one file, every text in it escaped, without script or reference to others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``nanovllm demo``: the whole way of a job on one machine, with real parts and generated data.
+"""``nanovllm demo``: broker, store, worker and jobs on one machine, with generated data.
 
 It starts the embedded broker and object store, uploads generated pictures, produces jobs, runs the real worker as a
 process of its own, and compares what comes out with the generator's truth.

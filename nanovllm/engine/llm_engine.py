@@ -173,22 +173,23 @@ class LLMEngine:
         now = time.perf_counter()
         for row in scheduled.rows:
             row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.upcoming())
+        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
         inputs = self.model_runner.prepare(scheduled)
         # The masks are computed by another thread while the forward pass runs.
-        masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.samples])
+        masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
         result = self.model_runner.forward(inputs)
         sampled = self.sample(inputs, result.logits, masks)
         return outputs + self.commit(inputs, result, sampled)
 
     def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
         """Sample the next token of each row of ``logits``, which are overwritten."""
-        scored = [index for index, sequence in enumerate(inputs.sampling) if sequence.sampling.logprobs is not None]
+        sequences = inputs.sampled_sequences
+        scored = [index for index, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
         unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
-        tokens = self.sampler.sample(logits, inputs.sampling, masks.result() if masks is not None else None)
+        tokens = self.sampler.sample(logits, sequences, masks.result() if masks is not None else None)
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if unchanged is not None:
-            counts = [inputs.sampling[index].sampling.logprobs or 0 for index in scored]
+            counts = [sequences[index].sampling.logprobs or 0 for index in scored]
             scores = top_logprobs(unchanged, [tokens[index] for index in scored], counts, self.model_runner.text_of)
             for index, score in zip(scored, scores, strict=True):
                 logprobs[index] = score
@@ -205,11 +206,11 @@ class LLMEngine:
         for row in inputs.rows:
             mine = slice(first, first + row.num_samples)
             first = mine.stop
-            if row.sequence.is_finished:  # a failure of the same request has just ended it
+            if row.sequence.is_finished:  # another output of the request has failed, which ended it
                 continue
             if row.start < row.sequence.num_prompt_tokens:
                 self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
-            if row.samples:
+            if row.is_sampled:
                 outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
                 self.scheduler.commit(row)

@@ -1,4 +1,4 @@
-"""Topics: create them, and ask how large a message they take."""
+"""Topic administration: creation, state, and how large a message a topic takes."""
 
 from __future__ import annotations
 
@@ -52,11 +52,9 @@ async def create_topics(
     Raises:
         BrokersUnavailable: the brokers cannot be reached, or refuse.
     """
-    created = []
+    created, settings = [], configs or {}
     async with _admin(kafka) as admin:
-        topics = [
-            NewTopic(name, partitions, replication, topic_configs=dict((configs or {}).get(name, {}))) for name in names
-        ]
+        topics = [NewTopic(name, partitions, replication, topic_configs=dict(settings.get(name, {}))) for name in names]
         response = await admin.create_topics(topics)
         for name, code, *reason in response.topic_errors:
             error = for_code(code)

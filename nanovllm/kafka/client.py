@@ -5,8 +5,6 @@ from __future__ import annotations
 import ssl
 from typing import Any
 
-from aiokafka.abc import AbstractTokenProvider
-
 from nanovllm.errors import ConfigurationError
 from nanovllm.kafka.oauth_tokens import MskIamToken, TokenFile
 from nanovllm.settings.kafka import KafkaSettings
@@ -46,19 +44,15 @@ def client_kwargs(kafka: KafkaSettings) -> dict[str, Any]:
         "security_protocol": kafka.security_protocol,
         "ssl_context": ssl_context(kafka),
     }
+    login: dict[str, Any] = {}
     if kafka.sasl_oauth_token_file:
-        provider: AbstractTokenProvider = TokenFile(kafka.sasl_oauth_token_file)
-        kwargs |= {"sasl_mechanism": kafka.sasl_mechanism, "sasl_oauth_token_provider": provider}
+        login = {"sasl_oauth_token_provider": TokenFile(kafka.sasl_oauth_token_file)}
     elif kafka.sasl_oauth_aws_region:
-        provider = MskIamToken.in_region(kafka.sasl_oauth_aws_region)
-        kwargs |= {"sasl_mechanism": kafka.sasl_mechanism, "sasl_oauth_token_provider": provider}
+        login = {"sasl_oauth_token_provider": MskIamToken.in_region(kafka.sasl_oauth_aws_region)}
     elif kafka.sasl_mechanism and kafka.sasl_password:
-        kwargs |= {
-            "sasl_mechanism": kafka.sasl_mechanism,
-            "sasl_plain_username": kafka.sasl_username,
-            "sasl_plain_password": kafka.sasl_password.get_secret_value(),
-        }
-    return kwargs
+        password = kafka.sasl_password.get_secret_value()
+        login = {"sasl_plain_username": kafka.sasl_username, "sasl_plain_password": password}
+    return kwargs | login | ({"sasl_mechanism": kafka.sasl_mechanism} if login else {})
 
 
 def consumer_kwargs(kafka: KafkaSettings, *, drain_timeout_s: float = 0.0) -> dict[str, Any]:

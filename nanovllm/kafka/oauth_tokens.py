@@ -42,8 +42,7 @@ class TokenFile(AbstractTokenProvider):
 class MskIamToken(AbstractTokenProvider):
     """A token of Amazon MSK's IAM login, signed with the AWS SDK's own credentials; renewed before it expires.
 
-    Args:
-        sign: returns a token and its end in milliseconds since 1970.
+    ``sign`` returns a token and its end in milliseconds since 1970.
     """
 
     def __init__(self, sign: Callable[[], tuple[str, float]], clock: Callable[[], float] = time.time) -> None:

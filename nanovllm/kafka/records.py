@@ -1,4 +1,4 @@
-"""A record that is to be published, and how large it is."""
+"""Outgoing record, and its size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An idempotent producer that outlives its own breakdowns."""
+"""Recovering producer: an idempotent producer that is replaced after a fatal error."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class RecoveringProducer:
         except KafkaError as error:
             if is_fatal(error):
                 async with self._renewal:
-                    if self._producer is producer:
+                    is_in_use = self._producer is producer
+                    if is_in_use:
                         logger.error("the Kafka producer broke down and is replaced")
                         self._producer = await self._started()
                         await producer.stop()

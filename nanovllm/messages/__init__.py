@@ -1,1 +1,1 @@
-"""What travels: jobs, results, metrics and dead letters, and their bytes. No Kafka, no torch."""
+"""Messages: jobs, results, metrics and dead letters, and their bytes. No Kafka, no torch."""

@@ -1,4 +1,4 @@
-"""What the messages of a job have in common."""
+"""Base model of the outgoing messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes to jobs and back. The first byte tells JSON from msgpack; what the two cannot both say exactly is refused."""
+"""Decoding of jobs from JSON and msgpack, told apart by the first byte; what the two cannot both say is refused."""
 
 from __future__ import annotations
 
@@ -89,14 +89,10 @@ def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:
     return encode(job, fmt)
 
 
-def _check_commas(value: bytes) -> None:
-    """Bound the values of a JSON text by its commas, before any of them becomes an object."""
+def _parse_json(value: bytes) -> Any:
+    # By its commas, before any value becomes an object.
     if value.count(b",") >= MAX_VALUES and _JSON_STRING.sub(b"", value).count(b",") >= MAX_VALUES:
         raise InvalidJob(_TOO_MANY_VALUES)
-
-
-def _parse_json(value: bytes) -> Any:
-    _check_commas(value)
     try:
         return _STRICT_JSON.decode(value.decode())
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Messages to bytes. The JSON model is canonical: msgpack carries the same values, and raw bytes in ``data``."""
+"""Encoding of messages. JSON is canonical; msgpack carries the same values, and raw bytes in ``data``."""
 
 from __future__ import annotations
 

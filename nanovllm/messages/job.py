@@ -42,6 +42,7 @@ MAX_ITEMS = 4_096
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _BARE_TAG = re.compile(r"[!#-~]+")
+TOPIC_PATTERN = r"^[A-Za-z0-9._-]{1,249}$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 
 
@@ -218,7 +219,7 @@ class ChatMessage(_Strict):
     content: Content
 
 
-class Job(BaseModel):
+class Job(_Strict):
     """What a producer asks for: one prompt or chat, its images, and how to answer.
 
     Unknown top-level fields are tolerated (a newer producer may send them); unknown names in ``sampling`` or in an
@@ -226,11 +227,7 @@ class Job(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="ignore",
-        strict=True,
-        allow_inf_nan=False,
-        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]},
+        extra="ignore", json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
     )
     schema_name: ClassVar[str] = "job.v1"
 
@@ -253,7 +250,7 @@ class Job(BaseModel):
     )
     metadata: dict[str, Any] = Field(default_factory=dict, description="Comes back in the result, untouched.")
     reply_to: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9._-]{1,249}$", description="Topic of the result, where the worker allows it."
+        None, pattern=TOPIC_PATTERN, description="Topic of the result, where the worker allows it."
     )
 
     @field_validator("sampling")

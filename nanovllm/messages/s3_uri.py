@@ -1,4 +1,4 @@
-"""S3 URIs: ``s3://bucket``, ``s3://bucket/key`` and ``s3://bucket/prefix``, with one parser for all."""
+"""The parser of S3 URIs: ``s3://bucket``, ``s3://bucket/key`` and ``s3://bucket/prefix``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong fields in words: which one, and what is wrong with it, never its value (it may be a secret, or huge)."""
+"""Validation errors in words: the field and its fault, never its value (it may be a secret, or huge)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How object stores are spoken to: one S3 client, fetching, errors."""
+"""Access to object stores: one S3 client, fetching, errors."""

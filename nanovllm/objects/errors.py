@@ -1,4 +1,4 @@
-"""What botocore's errors mean: whose fault, and whether it may pass.
+"""Classification of botocore's errors: the job's fault or the store's, transient or not.
 
 Only what an operation on an object answered can be a job's fault; everything else concerns every job."""
 
@@ -92,7 +92,7 @@ def classify(error: Exception) -> NanoVLLMError:
 
 
 def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
-    code, status, said = _code(error), _status(error), f"the object store {_answer(error)}"
+    code, status, said = _code(error), status_of(error), f"the object store {_answer(error)}"
     if code in _BY_CODE:
         return _BY_CODE[code](said)
     if code.startswith("KMS."):
@@ -123,12 +123,13 @@ def reason_of(error: Exception) -> str:
 
 
 def _answer(error: sdk.ClientError) -> str:
-    return f"answered {_status(error)} {_code(error)}".rstrip()
+    return f"answered {status_of(error)} {_code(error)}".rstrip()
 
 
 def _code(error: sdk.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _status(error: sdk.ClientError) -> int:
+def status_of(error: sdk.ClientError) -> int:
+    """The HTTP status of the answer; 0 where there is none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,4 +1,4 @@
-"""Images of a job to bytes: what is allowed, how much of it, and what each failure means."""
+"""The object fetcher: images of a job to bytes, with an allow-list, size limits and conditional requests."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError
 from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
 
@@ -33,29 +34,15 @@ class FetchedImage:
     etag: str | None = None
 
 
-@dataclass(frozen=True)
 class AllowList:
-    """Buckets and prefixes that jobs may read; empty: none.
+    """Buckets and prefixes that jobs may read, from ``s3://bucket`` and ``s3://bucket/prefix`` entries; none: nothing.
 
     A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``.
     """
 
-    entries: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def parse(cls, uris: Sequence[str]) -> AllowList:
-        """From ``s3://bucket`` and ``s3://bucket/prefix`` entries.
-
-        Raises:
-            ForbiddenUri: an entry of another form.
-        """
-        entries = []
-        for uri in uris:
-            parts = split_s3_uri(uri)
-            if parts is None:
-                raise ForbiddenUri("an entry of the allow-list is not s3://bucket or s3://bucket/prefix")
-            entries.append((parts[0], parts[1].rstrip("/")))
-        return cls(tuple(entries))
+    def __init__(self, uris: Sequence[str]) -> None:
+        # S3Settings refuses entries of another form.
+        self._entries = [(bucket, prefix.rstrip("/")) for bucket, prefix in filter(None, map(split_s3_uri, uris))]
 
     def check(self, bucket: str, key: str) -> None:
         """Return when a job may read the object.
@@ -66,7 +53,7 @@ class AllowList:
         # HTTP clients resolve dot segments: s3://bucket/in/../secret would be asked for as s3://bucket/secret.
         if any(segment in (".", "..") for segment in key.split("/")):
             raise ForbiddenUri("the key of an image has a '.' or '..' segment")
-        for allowed_bucket, prefix in self.entries:
+        for allowed_bucket, prefix in self._entries:
             if bucket == allowed_bucket and (not prefix or key == prefix or key.startswith(prefix + "/")):
                 return
         raise ForbiddenUri(f"s3.allow of this worker does not list s3://{bucket}, or not with this prefix of the key")
@@ -81,7 +68,7 @@ class ObjectFetcher:
     def __init__(
         self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
     ) -> None:
-        self._allow = AllowList.parse(settings.allow)
+        self._allow = AllowList(settings.allow)
         self._max_bytes = max_bytes
         self._client = S3Client(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
@@ -105,7 +92,7 @@ class ObjectFetcher:
             ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
                 for good.
             FetchFailed, ObjectUnavailable: worth another attempt.
-            CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is mended.
+            CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is repaired.
         """
         self.check(ref)
         if ref.data is not None:
@@ -140,7 +127,7 @@ class ObjectFetcher:
         try:
             answer = client.get_object(Bucket=bucket, Key=key, **which)
         except ClientError as error:
-            if held is None or not _is_unchanged(error):
+            if held is None or status_of(error) != 304:
                 raise
             # Equal bytes may have been written again: as which version, only the store knows.
             version_id = _version_in(error)
@@ -192,10 +179,6 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
 
     threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
     return await asyncio.wrap_future(outcome)
-
-
-def _is_unchanged(error: ClientError) -> bool:
-    return error.response["ResponseMetadata"].get("HTTPStatusCode") == 304
 
 
 def _version_in(error: ClientError) -> str | None:

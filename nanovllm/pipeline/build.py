@@ -6,6 +6,7 @@ guard, response cache, claim check, key order, retry topics.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,9 +73,7 @@ def build_worker(
 ) -> tuple[Worker, JobSource]:
     """A worker and its source, neither of them started; engine, decoders and the sink's producer are.
 
-    Args:
-        decoders: None for an engine that takes no images.
-        backoff: between attempts in place; None takes the default.
+    ``decoders`` is None for an engine that takes no images; ``backoff`` is between attempts in place.
     """
     backoff = backoff or Backoff()
     retry_topics = RetryTopics.of(settings)
@@ -110,9 +109,7 @@ def build_worker(
     stages = Stages(
         receive=receive,
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
-        admit=Admit(
-            settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, takes_images=decoders is not None
-        ),
+        admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes),
         fetch=Fetch(images, breaker, retry, engine, max_attempts=settings.s3.max_attempts),
         prepare=Prepare(images, retry),
         infer=MeterTokens(infer, queue, rates),
@@ -157,7 +154,7 @@ def build_worker(
 def written_topics(settings: Settings) -> list[str]:
     """The topics that a worker writes results, metrics, dead letters and delayed retries to."""
     topics = settings.topics
-    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).topics]
+    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).delays_s]
 
 
 def build_producer(settings: Settings, max_record_bytes: dict[str, int]) -> RecoveringProducer:
@@ -171,9 +168,7 @@ def build_producer(settings: Settings, max_record_bytes: dict[str, int]) -> Reco
 def build_crash_guard(settings: Settings, producer: RecoveringProducer) -> CrashGuard | None:
     """The crash guard, where ``dead_letters.crash_limit`` asks for one."""
     limit = settings.dead_letters.crash_limit
-    if limit is None:
-        return None
-    return CrashGuard(settings.topics.in_flight, settings.kafka, producer, limit=limit)
+    return None if limit is None else CrashGuard(settings.topics.in_flight, settings.kafka, producer, limit=limit)
 
 
 def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | None:
@@ -181,16 +176,9 @@ def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | N
     images = settings.images
     if engine.image_transform is None:
         return None
-    limits = ImageLimits(
-        max_bytes=images.max_bytes,
-        max_pixels=images.max_pixels,
-        min_side=images.min_side,
-        max_frames=images.max_frames,
-        formats=images.formats,
-    )
     return DecoderPool(
         engine.image_transform,
-        limits,
+        ImageLimits(**{limit.name: getattr(images, limit.name) for limit in fields(ImageLimits)}),
         workers=images.decoders,
         timeout_s=images.decode_timeout_s,
         memory_bytes=images.decoder_memory_bytes,

@@ -1,4 +1,4 @@
-"""What the settings imply for Kafka: which topics, how they must be set, and what a worker must be allowed."""
+"""Topic requirements of the settings: which topics, how they must be set, and what a worker must be allowed."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def implied_acls(settings: Settings) -> list[tuple[str, str, str, str]]:
 def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: int | None = None) -> Iterator[Finding]:
     """What is wrong with the topics as they are (``states`` by name; one that is missing does not exist).
 
-    Args:
-        workers: how many shall work at once.
+    ``workers``: how many shall work at once.
     """
     jobs = [states[name] for name in settings.topics.job_topics if name in states]
     jobs_retention_ms = max((state.retention_ms for state in jobs), default=0.0)

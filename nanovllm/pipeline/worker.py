@@ -277,12 +277,8 @@ class Worker:
 
     async def _wait_until_drained(self, source: JobSource) -> None:
         idle_since: float | None = None
-        while True:
+        while idle_since is None or time.monotonic() - idle_since < self.settings.admission.idle_exit_s:
             await asyncio.sleep(TICK_S)
-            if self._at_work or self.faults.are_present or not await source.is_drained():
-                idle_since = None
-                continue
-            idle_since = idle_since or time.monotonic()
-            if time.monotonic() - idle_since >= self.settings.admission.idle_exit_s:
-                logger.info("nothing is left to do")
-                return
+            is_busy = self._at_work or self.faults.are_present or not await source.is_drained()
+            idle_since = None if is_busy else idle_since or time.monotonic()
+        logger.info("nothing is left to do")

@@ -1,1 +1,1 @@
-"""What can be set: fields with their types, defaults and descriptions."""
+"""Settings: fields with their types, defaults and descriptions."""

@@ -1,4 +1,4 @@
-"""Settings of how much work a worker holds at once."""
+"""Settings of the admission window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every section of the settings is made of."""
+"""Settings model and the types that its sections share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_settings import NoDecode
+
+from nanovllm.messages.job import TOPIC_PATTERN
 
 
 def _split_list(value: Any) -> Any:
@@ -20,7 +22,7 @@ def _split_list(value: Any) -> Any:
 
 
 def _check_topic(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", "..") or len(name) > MAX_TOPIC_CHARS:
+    if not re.fullmatch(TOPIC_PATTERN, name) or name in (".", ".."):
         raise ValueError("is no name of a topic: 1 to 249 letters, digits, '.', '_' and '-', and not '.' or '..'")
     return name
 
@@ -28,9 +30,7 @@ def _check_topic(name: str) -> str:
 StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)]
 MAX_TOPIC_CHARS = 249
-TopicName = Annotated[
-    str, AfterValidator(_check_topic), WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9._-]{1,249}$"})
-]
+TopicName = Annotated[str, AfterValidator(_check_topic), WithJsonSchema({"type": "string", "pattern": TOPIC_PATTERN})]
 TopicList = Annotated[tuple[TopicName, ...], NoDecode, BeforeValidator(_split_list)]
 Bytes = Annotated[int, Field(ge=1)]
 Millis = Annotated[int, Field(ge=1)]

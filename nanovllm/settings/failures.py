@@ -1,4 +1,4 @@
-"""Settings of what happens to jobs that fail."""
+"""Settings of retries, circuit breaker and dead letters."""
 
 from __future__ import annotations
 

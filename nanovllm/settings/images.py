@@ -1,4 +1,4 @@
-"""Settings of image limits, of the decoder processes and of what is reused."""
+"""Settings of image limits, decoder processes and reuse."""
 
 from __future__ import annotations
 

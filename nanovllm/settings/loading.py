@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def _setting_names() -> Iterator[str]:
 
 _VARIABLES = {CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in _setting_names())}
 
+_PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+
 
 def _read_config(path: Path) -> dict[str, Any]:
     # Not by the sources of pydantic-settings 2.16: they skip what is no regular file (a shell's `<(…)`), and take a
@@ -75,7 +77,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"configuration file {path} cannot be read: {type(error).__name__}") from error
-    parse = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}.get(path.suffix)
+    parse = _PARSERS.get(path.suffix)
     if parse is None:
         raise ConfigurationError(f"configuration file {path}: its name must end in .yaml, .yml or .toml")
     try:

@@ -1,4 +1,4 @@
-"""Settings of tenants: a tenant is what they say (the job's topic, or one header), never what a job itself claims."""
+"""Settings of tenants: a tenant is the job's topic or one header, never what a job itself claims."""
 
 from __future__ import annotations
 

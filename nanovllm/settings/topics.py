@@ -29,7 +29,7 @@ class TopicSettings(SettingsModel):
         return dict(sorted({self.jobs: 0, **self.lanes}.items(), key=lambda item: item[1]))
 
     def result_topic(self, reply_to: str | None) -> str:
-        """Where a job's result goes.
+        """The topic of a job's result.
 
         Raises:
             ForbiddenUri: ``reply_to`` names a topic that is not allowed: a job must not write wherever the worker may.

@@ -1,4 +1,4 @@
-"""All settings of a worker, and what must hold between them."""
+"""Settings of a worker: all sections, and the rules between them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Outgoing messages and where they go: Kafka, JSON lines."""
+"""Sinks of outgoing messages: Kafka, object store, JSON lines."""

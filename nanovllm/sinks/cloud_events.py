@@ -1,4 +1,4 @@
-"""Results and metrics as Kafka records: CloudEvents in Kafka binary mode.
+"""Kafka records of results and metrics: CloudEvents in binary mode.
 
 The event's attributes are ``ce_*`` headers, the value is the message itself.
 """

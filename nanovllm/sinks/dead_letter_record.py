@@ -1,4 +1,4 @@
-"""Dead letters as Kafka records, and what bounds their size.
+"""Kafka records of dead letters, and what bounds their size.
 
 The value is the original message, untouched, and the envelope is in the headers, so that the repaired value can be sent
 again as it is.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
 from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, Headers, OutgoingRecord
+from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.sinks.kept_headers import OWN_PREFIX, TRACE_HEADERS, kept_headers, rfc3339
 
@@ -90,7 +93,7 @@ def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
         for name, value in headers
         if name.startswith(OWN_PREFIX)
     }
-    source = {name: fields.get(f"source_{name}") for name in ("topic", "partition", "offset", "timestamp_ms")}
+    source = {name: fields.get(f"source_{name}") for name in Source.model_fields}
     fields["error_class"] = fields.pop("class", "")
     fields.pop("version", None)
     return DeadLetter.model_validate(fields | {"source": source})
@@ -102,31 +105,22 @@ def without_url_queries(text: str) -> str:
     return _URL.sub(lambda url: url["scheme"] + url["rest"], text) if "://" in text else text
 
 
-def _envelope_headers(letter: DeadLetter) -> Iterable[tuple[str, bytes]]:
-    message = _CONTROL.sub(" ", without_url_queries(letter.message))
-    source = letter.source
-    fields = {
-        "version": letter.version,
-        "job_id": letter.job_id,
-        "code": letter.code,
-        "class": letter.error_class,
-        "stage": letter.stage,
-        "message": message[:MAX_MESSAGE_CHARS],
-        "retryable": str(letter.retryable).lower(),
-        "cause": letter.cause,
-        "attempts": letter.attempts,
-        "source_topic": source.topic,
-        "source_partition": source.partition,
-        "source_offset": source.offset,
-        "source_timestamp_ms": source.timestamp_ms,
-        "worker": letter.worker,
-        "received_at": rfc3339(letter.received_at),
-        "first_failed_at": letter.first_failed_at and rfc3339(letter.first_failed_at),
-        "failed_at": rfc3339(letter.failed_at),
-    }
-    for name, field in fields.items():
-        if field is not None:
-            yield f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
+def _envelope_headers(letter: DeadLetter) -> Iterator[tuple[str, bytes]]:
+    """A header for each field that is set: ``class`` for ``error_class``, ``source_topic`` for ``source.topic``."""
+    message = _CONTROL.sub(" ", without_url_queries(letter.message))[:MAX_MESSAGE_CHARS]
+    for name, field in (dict(letter) | {"message": message}).items():
+        if isinstance(field, Source):
+            yield from (_header(f"source_{part}", value) for part, value in field if value is not None)
+        elif field is not None:
+            yield _header("class" if name == "error_class" else name, field)
+
+
+def _header(name: str, field: Any) -> tuple[str, bytes]:
+    if isinstance(field, datetime):
+        field = rfc3339(field)
+    elif isinstance(field, bool):
+        field = str(field).lower()
+    return f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
 
 
 def _left_out(count: int) -> Headers:

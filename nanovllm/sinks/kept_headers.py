@@ -1,4 +1,4 @@
-"""Which of a job's headers its results and dead letters keep, and how many bytes of them."""
+"""Headers of a job that its results and dead letters keep, and how many bytes of them."""
 
 from __future__ import annotations
 

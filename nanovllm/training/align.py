@@ -49,7 +49,6 @@ TEXT_MODELS = ("qwen3", "qwen2", "llama")
 TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 PRETRAINED_RATE = 0.1
 """Factor on the learning rate of the pretrained tower and text model; the projector's is 1."""
-
 _say = partial(print, flush=True)
 
 
@@ -82,19 +81,15 @@ def align(
     """Trains a projector from a vision tower's output to a text model's embeddings; returns the directory written.
 
     Args:
-        text_model: directory (or cached name) of a Qwen3, Qwen2 or Llama checkpoint.
-        vision_model: directory (or cached name) of a CLIP or SigLIP checkpoint.
+        text_model, vision_model: directories or cached names, of one of ``TEXT_MODELS`` and one of ``TOWERS``.
         data: JSON lines of ``{"prompt", "images": [paths], "answer"}``, paths relative to the file, or ``"synthetic"``.
         output: the LLaVA directory to write. An interrupted run resumes from its state beside it.
         freeze_vision_weights: whether the tower stays bit for bit the same; otherwise it trains too.
-        train_text: whether the text model trains too.
-        minutes, images: how long to train; exactly one is given.
-        batch_size: examples a step.
-        rate: peak learning rate of the projector; pretrained parts take a tenth of it.
+        minutes, images: length of the training; exactly one is given.
+        rate: peak learning rate of the projector; pretrained parts that train take a tenth of it.
         seed: of the projector's initial values and the order of the data.
-        raw_prompt: leave the text model's chat template out (a template is used where there is one).
-        device: where to train; unset, CUDA where there is one.
-        report: takes lines of progress.
+        raw_prompt: leave out the text model's chat template.
+        device: unset, CUDA where there is one.
 
     Raises:
         InvalidInput: contradictory options, models that cannot be combined, or data that is not as described.
@@ -110,13 +105,17 @@ def align(
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scales = dict.fromkeys(("model.vision_tower", "model.language_model", "lm_head"), PRETRAINED_RATE)
     output = Path(output)
-    state = output.with_name(output.name + ".training")
+    state = _state_directory(output)
     trainer = Trainer(model, schedule, state, scales=scales, report=report)
     batches = _batches(examples, processor, batch_size, raw_prompt)
     progress = trainer.run(batches, lambda averaged: export(averaged, processor, output, dtype))
     report(f"aligned on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
     shutil.rmtree(state)
     return output
+
+
+def _state_directory(output: Path) -> Path:
+    return output.with_name(output.name + ".training")
 
 
 def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, torch.dtype]:
@@ -249,51 +248,6 @@ def _batches(
     return batch
 
 
-def train_tiny(
-    output: str | Path,
-    *,
-    seed: int,
-    minutes: float | None = None,
-    images: int | None = None,
-    tower_share: float = 0.1,
-    rate: float = 1e-3,
-    start: str | Path | None = None,
-    report: Callable[[str], None] = print,
-) -> Path:
-    """Trains the tiny model (see `tiny_model`) and writes it in fp16.
-
-    It starts from random weights, or from those of the directory ``start``: an earlier run whose state is gone. In a
-    process group (`--processes`) every process calls this, and the first one writes.
-
-    Raises InvalidInput unless exactly one of ``minutes`` and ``images`` is given.
-    """
-    schedule = Schedule(minutes=minutes, images=images, tower_share=tower_share, rate=rate)
-    torch.manual_seed(seed)
-    processor = tiny_model.processor()
-    model = tiny_model.model(processor.tokenizer)
-    if start is not None:
-        earlier = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-        model.load_state_dict(earlier.state_dict())
-    head = tiny_model.glyph_head(model)
-    tiny_model.speed_up(model)
-    output = Path(output)
-    state = output.with_name(output.name + ".training")
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = tiny_model.Batches(processor.tokenizer, seed, rank=rank, processes=processes)
-
-    def snapshot(averaged: LlavaForConditionalGeneration) -> str:
-        export(averaged, processor, output, torch.float16)
-        result = evaluate_tiny.evaluate(output, samples=100, seed=seed, report=lambda _: None)
-        return ", ".join(
-            f"{name} {kind['exact']}/{kind['n']}" for name, kind in result["groups"].items() if "kind" in name
-        )
-
-    progress = Trainer(model, schedule, state, head=head, bf16=True, report=report).run(batches.batch, snapshot)
-    if rank == 0:
-        report(f"trained on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
-    return output
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = _parser()
@@ -316,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--text-model", help="Qwen3, Qwen2 or Llama checkpoint")
     what.add_argument("--vision-model", help="CLIP or SigLIP checkpoint")
     what.add_argument("--data", help=f'JSON lines of {{"prompt", "images", "answer"}}, or "{SYNTHETIC}"')
-    what.add_argument("--train-vision", action="store_true", help="let the tower train too")
+    what.add_argument(
+        "--train-vision", dest="freeze_vision_weights", action="store_false", help="let the tower train too"
+    )
     what.add_argument("--train-text", action="store_true", help="let the text model train too")
     what.add_argument("--raw-prompt", action="store_true", help="leave the text model's chat template out")
     what.add_argument("--batch-size", type=int, default=16)
@@ -350,32 +306,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _align(arguments: argparse.Namespace) -> None:
-    missing = [name for name in ("text_model", "vision_model", "data", "output") if getattr(arguments, name) is None]
+    required = {name: getattr(arguments, name) for name in ("text_model", "vision_model", "data", "output")}
+    missing = [name for name, value in required.items() if value is None]
     if missing:
         raise InvalidInput(f"--{missing[0].replace('_', '-')} is missing")
-    align(
-        arguments.text_model,
-        arguments.vision_model,
-        arguments.data,
-        arguments.output,
-        freeze_vision_weights=not arguments.train_vision,
-        train_text=arguments.train_text,
-        minutes=arguments.minutes,
-        images=arguments.images,
-        batch_size=arguments.batch_size,
-        rate=arguments.rate,
-        seed=arguments.seed or 0,
-        raw_prompt=arguments.raw_prompt,
-        device=arguments.device,
-        report=_say,
-    )
+    names = ("freeze_vision_weights", "train_text", "minutes", "images", "batch_size", "rate", "raw_prompt", "device")
+    options = {name: getattr(arguments, name) for name in names}
+    align(**required, **options, seed=arguments.seed or 0, report=_say)
 
 
 def _train_tiny(arguments: argparse.Namespace) -> None:
     if arguments.output is None or arguments.seed is None:
         raise InvalidInput("--recipe needs --output and --seed")
     if arguments.processes <= 1:
-        _run_recipe(arguments)
+        _train_recipe(arguments)
         return
     Schedule(minutes=arguments.minutes, images=arguments.images)  # refused here, once, and not by every process
     with tempfile.TemporaryDirectory() as directory:
@@ -390,20 +334,40 @@ def _run_rank(rank: int, arguments: argparse.Namespace, directory: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=arguments.processes
     )
-    _run_recipe(arguments)
+    _train_recipe(arguments)
 
 
-def _run_recipe(arguments: argparse.Namespace) -> None:
-    train_tiny(
-        arguments.output,
-        seed=arguments.seed,
-        minutes=arguments.minutes,
-        images=arguments.images,
-        tower_share=arguments.tower_share,
-        rate=arguments.rate,
-        start=arguments.start,
-        report=_say,
+def _train_recipe(arguments: argparse.Namespace) -> None:
+    """Trains the tiny model (see `tiny_model`) and writes it in fp16.
+
+    In a process group every process calls this, and the first one writes.
+    """
+    schedule = Schedule(
+        rate=arguments.rate, minutes=arguments.minutes, images=arguments.images, tower_share=arguments.tower_share
     )
+    torch.manual_seed(arguments.seed)
+    processor = tiny_model.processor()
+    model = tiny_model.model(processor.tokenizer)
+    if arguments.start is not None:
+        earlier = LlavaForConditionalGeneration.from_pretrained(arguments.start, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
+    head = tiny_model.glyph_head(model)
+    tiny_model.speed_up(model)
+    output = Path(arguments.output)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = tiny_model.Batches(processor.tokenizer, arguments.seed, rank=rank, processes=processes)
+
+    def snapshot(averaged: LlavaForConditionalGeneration) -> str:
+        export(averaged, processor, output, torch.float16)
+        result = evaluate_tiny.evaluate(output, samples=100, seed=arguments.seed, report=lambda _: None)
+        return ", ".join(
+            f"{name} {kind['exact']}/{kind['n']}" for name, kind in result["groups"].items() if "kind" in name
+        )
+
+    trainer = Trainer(model, schedule, _state_directory(output), head=head, bf16=True, report=_say)
+    progress = trainer.run(batches.batch, snapshot)
+    if rank == 0:
+        _say(f"trained on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
 
 
 if __name__ == "__main__":

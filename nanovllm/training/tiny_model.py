@@ -140,14 +140,10 @@ def speed_up(of: LlavaForConditionalGeneration, *, compiled: bool = True) -> Non
 
 
 def _embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
-    n, channels, height, width = pixels.shape
     side = convolution.kernel_size[0]
-    rows, columns = height // side, width // side
-    patches = (
-        pixels.reshape(n, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
-    )
+    patches = F.unfold(pixels, side, stride=side).transpose(1, 2)
     embedded = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
-    return embedded.transpose(1, 2).reshape(n, -1, rows, columns)
+    return embedded.transpose(1, 2).unflatten(2, (pixels.shape[2] // side, -1))
 
 
 class Batches:

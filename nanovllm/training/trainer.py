@@ -23,6 +23,8 @@ from nanovllm.errors import InvalidInput
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 IGNORED = -100
+WEIGHT_DECAY = 0.05
+AVERAGING = 0.999
 LOG_EVERY_S = 30.0
 SAVE_EVERY_S = 300.0
 SNAPSHOT_EVERY_S = 540.0
@@ -77,8 +79,6 @@ class Schedule:
     images: int | None = None
     warmup_steps: int = 300
     tower_share: float = 0.0
-    weight_decay: float = 0.05
-    averaging: float = 0.999
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.images is None):
@@ -124,13 +124,9 @@ class GlyphHead(nn.Module):
         self.slots = slots
         self.linear = nn.Linear(width, slots * vocabulary)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [n, patches, slots, vocabulary] of features [n, patches, width]."""
-        return self.linear(features).unflatten(-1, (self.slots, -1))
-
-    def loss(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy, and the share of correct characters; empty slots weigh a quarter."""
-        logits = self(features).float()
+    def forward(self, features: Tensor, glyphs: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over features [n, patches, width], where empty slots weigh a quarter; share of hits."""
+        logits = self.linear(features).unflatten(-1, (self.slots, -1)).float()
         inked = glyphs != 0
         weights = torch.where(inked, 1.0, 0.25)
         losses = F.cross_entropy(logits.flatten(0, -2), glyphs.flatten(), reduction="none")
@@ -164,7 +160,7 @@ class Trainer:
         self.averages = {name: p.detach().clone() for name, p in self.trained.items()}
         heads = dict(head.named_parameters(prefix="head")) if head is not None else {}
         self.optimizer = torch.optim.AdamW(
-            _groups({**self.trained, **heads}, schedule, scales or {}), betas=(0.9, 0.98), fused=True
+            _groups({**self.trained, **heads}, scales or {}), betas=(0.9, 0.98), fused=True
         )
         self.parameters = [*self.trained.values(), *heads.values()]
         self.tower_trains = any("vision_tower" in name for name in self.trained)
@@ -246,7 +242,7 @@ class Trainer:
         self.optimizer.step()
         self.progress = Progress(self.progress.step + 1, self.progress.images + images, seconds)
         # A constant factor would keep the random initial values in the average for thousands of steps.
-        keep = min(self.schedule.averaging, (1 + self.progress.step) / (10 + self.progress.step))
+        keep = min(AVERAGING, (1 + self.progress.step) / (10 + self.progress.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - keep)
         return figures
@@ -274,7 +270,7 @@ class Trainer:
         figures: dict[str, float] = {}
         if self.head is not None and batch.glyphs is not None:
             glyphs = batch.glyphs.to(self.device)
-            named, share = self.head.loss(hidden, glyphs)
+            named, share = self.head(hidden, glyphs)
             loss = loss + named
             figures |= {"glyph loss": named.item(), "glyphs right": share.item()}
         if batch.rows:
@@ -289,10 +285,7 @@ class Trainer:
 
     def _show(self, snapshot: Callable[[LlavaForConditionalGeneration], str | None]) -> None:
         averaged = copy.deepcopy(self.model).eval()
-        with torch.no_grad():
-            for name, parameter in averaged.named_parameters():
-                if name in self.averages:
-                    parameter.copy_(self.averages[name])
+        averaged.load_state_dict(self.averages, strict=False)
         line = snapshot(averaged)
         if line:
             self.report(line)
@@ -358,17 +351,14 @@ def export(model: LlavaForConditionalGeneration, processor: Any, output: Path, d
         path.chmod(0o644)
 
 
-def _groups(parameters: dict[str, nn.Parameter], schedule: Schedule, scales: dict[str, float]) -> list[dict[str, Any]]:
+def _groups(parameters: dict[str, nn.Parameter], scales: dict[str, float]) -> list[dict[str, Any]]:
     """Optimiser groups: matrices decay, vectors and embedding tables do not."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         scale = next((factor for prefix, factor in scales.items() if name.startswith(prefix)), 1.0)
         is_table = parameter.ndim < 2 or "embed_tokens" in name or "position_embedding" in name
-        groups[0.0 if is_table else schedule.weight_decay, scale].append(parameter)
-    return [
-        {"params": members, "weight_decay": decay, "scale": scale, "lr": schedule.rate}
-        for (decay, scale), members in groups.items()
-    ]
+        groups[0.0 if is_table else WEIGHT_DECAY, scale].append(parameter)
+    return [{"params": members, "weight_decay": decay, "scale": scale} for (decay, scale), members in groups.items()]
 
 
 def _normalised(pixels: Tensor) -> Tensor:

@@ -70,12 +70,8 @@ def shape_of(value: object) -> str:
 class VisionProcessor:
     """Images and their placeholders for one encoder.
 
-    Args:
-        encoder: computes the embeddings.
-        tokenizer: a Hugging Face tokenizer with the placeholder's id, where ``image_token_id`` is not given.
-        image_token_id: the placeholder's token.
-        cache: shared embeddings; unset, nothing is kept between calls.
-        limits: of an image's size.
+    ``image_token_id`` unset is the placeholder's of the Hugging Face ``tokenizer``. Without a ``cache`` nothing is kept
+    between calls.
     """
 
     image_token = IMAGE_PLACEHOLDER

@@ -139,7 +139,7 @@ def test_prompts_computed_in_chunks_equal_transformers(
     chunks, forward = [], engine.model_runner.forward
 
     def count_chunks(inputs: StepInputs) -> StepResult:
-        chunks.extend(row.num_tokens for row in inputs.rows if not row.samples)
+        chunks.extend(row.num_tokens for row in inputs.rows if not row.is_sampled)
         return forward(inputs)
 
     monkeypatch.setattr(engine.model_runner, "forward", count_chunks)

@@ -35,7 +35,7 @@ def run(scheduler: Scheduler, token: int = 7) -> ScheduledBatch:
     for row in scheduled.rows:
         assert row.num_tokens > 0
         assert len(row.sequence.block_table) * SIZE >= row.end
-        samples = row.samples
+        samples = row.is_sampled
         scheduler.commit(row)
         if samples:
             row.sequence.token_ids.append(token)

@@ -128,7 +128,7 @@ class World:
 
     def commit(self, row: ScheduledRow) -> None:
         reason = None
-        if row.samples:
+        if row.is_sampled:
             sequence = row.sequence
             ahead = [sequence.ahead(row.drafts[:place]).token_ids for place in range(row.num_samples)]
             tokens = [self.answer(sequence, tokens) for tokens in ahead]

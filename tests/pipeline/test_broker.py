@@ -53,7 +53,7 @@ async def test_stop_ends_the_process_and_removes_its_temporary_directory():
     broker = EmbeddedBroker()
     try:
         await broker.start()
-        pid, directory = broker.pid, broker._directory
+        pid, directory = broker._process.pid, broker._directory
         assert pid is not None
         assert directory.exists()
     finally:

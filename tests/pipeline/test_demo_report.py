@@ -18,7 +18,7 @@ from nanovllm.errors import ConfigurationError
 from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, TokenUsage
-from nanovllm.vision.images.preprocess import pixel_digest
+from nanovllm.vision.images.digest import pixel_digest
 
 
 def answer(job, *, text=None, cache="miss") -> Result:

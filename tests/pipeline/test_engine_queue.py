@@ -52,7 +52,7 @@ async def test_when_all_are_cancelled_at_once_no_place_is_handed_to_one_of_them(
         task.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(error) for error in ended] == [asyncio.CancelledError] * 3
-    assert engine_queue.waiting == 0
+    assert not engine_queue._waiting
     async with asyncio.timeout(60):
         await run(0)
 
@@ -100,7 +100,7 @@ async def test_who_is_cancelled_while_waiting_or_in_the_very_step_of_his_turn_ta
     chosen.cancel()
     await asyncio.gather(waiting, chosen, return_exceptions=True)
     async with asyncio.timeout(60), engine_queue.slot(QueuedJob(1)):
-        assert engine_queue.waiting == 0
+        assert not engine_queue._waiting
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 500)), min_size=1, max_size=60), st.integers(1, 4))
@@ -120,7 +120,7 @@ def test_no_tenant_with_work_is_ever_further_behind_than_one_job_a_place(
                 await asyncio.sleep(0)
 
         await asyncio.gather(*(work(*job) for job in jobs))
-        assert engine_queue.waiting == 0
+        assert not engine_queue._waiting
 
     asyncio.run(run())
 

@@ -85,7 +85,7 @@ async def test_a_job_that_was_delayed_has_the_object_of_its_first_record(
     bucket, uri = s3.make_bucket(), images("large.png", png())
     retries = RetrySettings(delays_s=(1,))
     bench.settings = bench.settings.model_copy(update={"retries": retries})
-    (topic,) = RetryTopics.of(bench.settings).topics
+    (topic,) = RetryTopics.of(bench.settings).delays_s
     await create_topic(bench.bootstrap_servers, topic, partitions=1)
     settings = with_store(bench, s3, bucket, large_result_bytes=1, max_attempts=1)
     fetcher = FaultyFetcher(bench.settings, FetchFailed("the object store answered 503 SlowDown"), failures=1)

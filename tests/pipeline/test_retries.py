@@ -33,7 +33,7 @@ async def tiered(bench: Bench) -> Bench:
     """A bench whose jobs wait one second, then two, before they are given up."""
     retries = RetrySettings(delays_s=TIERS)
     bench.settings = bench.settings.model_copy(update={"retries": retries})
-    await create_topic(bench.bootstrap_servers, *RetryTopics.of(bench.settings).topics, partitions=1)
+    await create_topic(bench.bootstrap_servers, *RetryTopics.of(bench.settings).delays_s, partitions=1)
     return bench
 
 
@@ -64,7 +64,7 @@ async def test_a_job_that_fails_for_long_waits_aside_and_holds_up_nobody(
     await tiered.send(image_job("good", good))
     async with tiered.working(EchoEngine(), fetcher):
         await eventually(lambda: reached(tiered, 2))
-        (waiting,) = await tiered.read(RetryTopics.of(tiered.settings).topics[0], 1)
+        (waiting,) = await tiered.read(next(iter(RetryTopics.of(tiered.settings).delays_s)), 1)
         assert (waiting.key, waiting.value) == (b"k", image_job(None, bad))
         results = await tiered.results(2)
     derived = f"{tiered.settings.topics.jobs}:0:0"
@@ -101,7 +101,7 @@ async def test_a_job_that_would_be_due_after_its_deadline_does_not_wait(
 ) -> None:
     bad = images("bad.png", png())
     tiered.settings = tiered.settings.model_copy(update={"retries": RetrySettings(delays_s=(3_600,))})
-    await create_topic(tiered.bootstrap_servers, *RetryTopics.of(tiered.settings).topics, partitions=1)
+    await create_topic(tiered.bootstrap_servers, *RetryTopics.of(tiered.settings).delays_s, partitions=1)
     deadline = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
     await tiered.send(image_job("j", bad, deadline=deadline))
     async with tiered.working(EchoEngine(), SpoiltObject(tiered.settings, bad)):
@@ -116,7 +116,7 @@ async def test_a_kill_between_retries_loses_nothing_on_apache_kafka(
     from aiokafka import AIOKafkaProducer
 
     names = tiered.settings.topics
-    topics = [names.jobs, names.results, names.metrics, names.dead_letters, *RetryTopics.of(tiered.settings).topics]
+    topics = [names.jobs, names.results, names.metrics, names.dead_letters, *RetryTopics.of(tiered.settings).delays_s]
     await create_topic(kafka_broker, *topics, partitions=1)
     kafka = tiered.settings.kafka.model_copy(update={"bootstrap_servers": kafka_broker})
     settings = tiered.settings.model_copy(update={"kafka": kafka})
@@ -128,7 +128,7 @@ async def test_a_kill_between_retries_loses_nothing_on_apache_kafka(
         fetcher = SpoiltObject(settings, bad, failures=settings.s3.max_attempts)
         await there.send(image_job("j", bad))
         async with there.working(EchoEngine(), fetcher) as (_, running):
-            await there.read(RetryTopics.of(settings).topics[0], 1)
+            await there.read(next(iter(RetryTopics.of(settings).delays_s)), 1)
             running.cancel()
             await asyncio.wait([running])
         async with there.working(EchoEngine(), fetcher):
@@ -266,7 +266,7 @@ def test_a_delayed_head_holds_its_partition_until_it_is_due_and_never_for_ever()
 
 def test_tiers_are_gone_through_in_their_order_and_delays_must_grow() -> None:
     tiers = RetryTopics({"jobs": 0}, (60, 600))
-    assert tiers.topics == ("jobs.retry-60s", "jobs.retry-600s")
+    assert tuple(tiers.delays_s) == ("jobs.retry-60s", "jobs.retry-600s")
     assert tiers.topic_after("jobs", before=None) == "jobs.retry-60s"
     assert tiers.topic_after("jobs.retry-60s", before=None) == "jobs.retry-600s"
     assert tiers.topic_after("jobs.retry-600s", before=None) is None
@@ -301,7 +301,7 @@ async def test_forged_headers_in_a_retry_topic_make_a_job_like_any_other(tiered:
         "first_failed_at": "2026-01-01T00:00:00+00:00",
         **forged,
     }
-    (first, *_) = RetryTopics.of(tiered.settings).topics
+    (first, *_) = RetryTopics.of(tiered.settings).delays_s
     own = [(f"nanovllm_{name}", value.encode()) for name, value in headers.items()]
     await tiered.producer.send_and_wait(first, b"{not json", partition=0, headers=own)
     async with tiered.working(EchoEngine()):

@@ -11,8 +11,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from nanovllm.engine.config import EngineConfig
 from nanovllm.errors import ConfigurationError, ForbiddenUri
 from nanovllm.kafka.client import client_kwargs, consumer_kwargs, producer_kwargs, ssl_context, transactional_kwargs
+from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.loading import load_settings, unknown_variables
 from nanovllm.settings.topics import TopicSettings
@@ -162,6 +164,13 @@ def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
     file = tmp_path / "w.yaml"
     file.write_text(Settings().masked_yaml())
     assert load_settings(file) == Settings()
+
+
+def test_the_engines_own_defaults_are_those_of_the_settings() -> None:
+    options = EngineSettings().model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    config = EngineConfig("m")
+    differing = {name: value for name, value in options.items() if value != getattr(config, name)}
+    assert differing == {"dtype": "auto"}, "for which the engine takes None as well"
 
 
 def test_each_input_partition_has_a_transactional_id_of_its_own() -> None:

@@ -18,7 +18,7 @@ from nanovllm.errors import (
     UnsupportedImageFormat,
 )
 from nanovllm.vision.images.decode import ImageLimits, load_rgb
-from nanovllm.vision.images.preprocess import pixel_digest
+from nanovllm.vision.images.digest import pixel_digest
 
 
 def noise(height: int = 20, width: int = 30, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -49,7 +49,7 @@ class StepInputs:
     """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
 
     rows: tuple[ScheduledRow, ...]
-    sampling: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
+    sampled_sequences: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
     tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
 
 
@@ -129,7 +129,7 @@ class ModelRunner:
 
         Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
         stay with the sequence until it has computed past them, so that no eviction can take them away between two
-        chunks of its prompt. Images of ``upcoming``, which is `Scheduler.upcoming`, fill the encoder's batch up and go
+        chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
         to the cache.
         """
         needed = [
@@ -193,7 +193,7 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[Any] = []
         images: list[tuple[int, Tensor]] = []
-        sampling: list[Sequence] = []
+        sampled: list[Sequence] = []
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         for row in rows:
@@ -209,7 +209,7 @@ class ModelRunner:
             token_ids += sequence.token_ids[start:end]
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
-            sampling += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
+            sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
         batch = AttentionBatch(
             query_lens=[row.num_tokens for row in rows],
@@ -221,7 +221,7 @@ class ModelRunner:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
             if replay := self.graphs.load(token_ids, plain, sampling_indices, batch):
-                return StepInputs(rows, tuple(sampling), replay)
+                return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
         if images:
@@ -234,7 +234,7 @@ class ModelRunner:
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
         )
-        return StepInputs(rows, tuple(sampling), tokens)
+        return StepInputs(rows, tuple(sampled), tokens)
 
     def forward(self, inputs: StepInputs) -> StepResult:
         """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""
@@ -250,7 +250,7 @@ class ModelRunner:
             (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
             for row, first in tokens.scored
         )
-        if not inputs.sampling:
+        if not inputs.sampled_sequences:
             return StepResult(hidden.new_empty(0, self.model.config.vocab_size), scores)
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)

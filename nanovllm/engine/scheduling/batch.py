@@ -25,14 +25,14 @@ class ScheduledRow:
         return self.start + self.num_tokens
 
     @property
-    def samples(self) -> bool:
+    def is_sampled(self) -> bool:
         """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
         return self.end - len(self.drafts) == len(self.sequence)
 
     @property
     def num_samples(self) -> int:
         """How many tokens are sampled: one after the last known token, and one after each draft."""
-        return 1 + len(self.drafts) if self.samples else 0
+        return 1 + len(self.drafts) if self.is_sampled else 0
 
     @property
     def num_accepted(self) -> int:

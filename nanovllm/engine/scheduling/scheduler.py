@@ -128,7 +128,7 @@ class Scheduler:
         budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
         drafted = []
         for row in rows:
-            may_draft = row.samples and budget.tokens > 0
+            may_draft = row.is_sampled and budget.tokens > 0
             if may_draft and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens)):
                 longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
                 if self._extend_block_table(longer):
@@ -174,7 +174,7 @@ class Scheduler:
         size = self.blocks.block_size
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
-    def upcoming(self) -> Iterator[tuple[Sequence, int]]:
+    def in_order(self) -> Iterator[tuple[Sequence, int]]:
         """All sequences in scheduling order, with their computed tokens; of waiting ones, those that are cached."""
         for sequence in self.running:
             yield sequence, sequence.num_computed_tokens

@@ -1,4 +1,4 @@
-"""How much work the worker holds at once: a number of jobs, and bytes of records and images."""
+"""Admission control: a bound on jobs, and on bytes of records and images."""
 
 from __future__ import annotations
 
@@ -82,19 +82,16 @@ class Admission:
 
     async def _reserve(self, use: _LaneUse, nbytes: int) -> None:
         turn = asyncio.get_running_loop().create_future()
-        entry = (nbytes, turn)
-        use.waiting.append(entry)
+        use.waiting.append((nbytes, turn))
         self._wake()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                # Granted in the iteration in which the job was cancelled: given back.
-                self._give_back(use, nbytes, reservations=1)
-            else:
-                with contextlib.suppress(ValueError):
-                    use.waiting.remove(entry)
+            if turn.cancelled():
                 self._wake()
+            else:
+                # Granted in the iteration in which the job was cancelled.
+                self._give_back(use, nbytes, reservations=1)
             raise
 
     def _fits(self, use: _LaneUse, nbytes: int) -> bool:

@@ -1,4 +1,4 @@
-"""The queue of admitted jobs before the engine: which one gets the next slot."""
+"""Engine queue: which admitted job gets the next slot."""
 
 from __future__ import annotations
 
@@ -47,11 +47,6 @@ class EngineQueue:
         self._waiting: list[_Waiting] = []
         self._arrivals = count()
         self._lanes = LaneTurns()
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that wait for a slot."""
-        return len(self._waiting)
 
     @asynccontextmanager
     async def slot(self, queued: QueuedJob) -> AsyncIterator[None]:

@@ -15,10 +15,6 @@ class KeyOrder:
     def __init__(self) -> None:
         self._last: dict[Hashable, KeyTurn] = {}
 
-    def __len__(self) -> int:
-        """How many keys have a job that has not ended."""
-        return len(self._last)
-
     def join(self, key: Hashable) -> KeyTurn:
         """The turn behind the last one of ``key``; end it whatever becomes of the job."""
         turn = self._last[key] = KeyTurn(self._last, key)

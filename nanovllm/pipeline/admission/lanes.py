@@ -1,4 +1,4 @@
-"""Whose turn it is among lanes: the most urgent one's, and now and then another one's that would starve."""
+"""Lane turns: the most urgent lane first, and now and then one that would starve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of the engine each tenant has had, and how fast each may go."""
+"""Tenant shares: weighted fair shares of the engine, and token rates."""
 
 from __future__ import annotations
 

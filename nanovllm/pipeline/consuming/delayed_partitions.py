@@ -1,4 +1,4 @@
-"""Partitions whose next record is not due yet: they are not read until it is."""
+"""Delayed partitions: not read until their oldest record is due."""
 
 from __future__ import annotations
 

@@ -29,9 +29,7 @@ class FairPoll:
     ) -> dict[TopicPartition, int]:
         """How many records each of the partitions may give now that are put off, or that are not.
 
-        Args:
-            free: how many they may give by themselves.
-            max_records: how many they may give altogether, or those of each lane.
+        ``free``: how many they may give by themselves; ``max_records``: altogether, or those of each lane.
         """
         rooms = {}
         for tp, room in free.items():

@@ -1,4 +1,4 @@
-"""Which offsets of a partition are done. A pure object: it knows no Kafka and never waits."""
+"""Partition ledger: which delivered offsets are finished. Pure: it knows no Kafka and never waits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ class PartitionLedger:
     ever sees. One object belongs to one assignment: when the partition leaves, the ledger is fenced, and a completion
     that comes later moves nothing.
 
-    Args:
-        max_out_of_order: most offsets delivered above the oldest unfinished one; bounds what a crash repeats.
+    ``max_out_of_order``: most offsets delivered above the oldest unfinished one; bounds what a crash repeats.
     """
 
     def __init__(self, position: int, *, max_out_of_order: int) -> None:

@@ -51,13 +51,12 @@ class Origin:
 class RetryTopics:
     """The retry topics of each topic of jobs, in the order in which a job goes through them; none without delays.
 
-    Args:
-        job_topics: their priorities, by topic.
+    ``job_topics``: their priorities, by topic.
     """
 
     def __init__(self, job_topics: Mapping[str, int], delays_s: Sequence[int]) -> None:
         self.delays_s: dict[str, int] = {}
-        """Seconds that a record waits, by topic."""
+        """Seconds that a record waits, by retry topic."""
         self.lanes: dict[str, int] = {}
         """The priority of every topic that jobs are read from: a lane is a topic of jobs with its retry topics."""
         self._next: dict[str, str] = {}
@@ -71,11 +70,6 @@ class RetryTopics:
     def of(cls, settings: Settings) -> RetryTopics:
         """Those that ``settings`` ask for."""
         return cls(settings.topics.job_topics, settings.retries.delays_s)
-
-    @property
-    def topics(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(self.delays_s)
 
     def topic_after(self, topic: str, *, before: datetime | None) -> str | None:
         """Where a job from ``topic`` waits next; None after the last tier, or when it would be due after ``before``."""

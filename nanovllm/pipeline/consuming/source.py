@@ -116,8 +116,7 @@ class JobSource(ConsumerRebalanceListener):
     async def start(self, on_wait: Callable[[str], None] = lambda _: None) -> None:
         """Connect and join the group; a call that is cancelled leaves it again.
 
-        Args:
-            on_wait: told what is waited for, each time that it changes.
+        ``on_wait`` is told what is waited for, each time that it changes.
 
         Raises:
             BrokersUnavailable: no broker answers, or it refuses the login; or a topic is missing.

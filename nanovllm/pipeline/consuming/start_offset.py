@@ -1,4 +1,4 @@
-"""Where reading of a partition begins, and what retention took before that."""
+"""Start offset of a partition, and what retention removed before it."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ class InFlightRecord:
 class SuspectState:
     """The jobs of one partition that are in the engine, and the suspects that have not run yet.
 
-    Args:
-        suspects: deaths by offset, of jobs that were in the engine of a worker that died.
+    ``suspects``: deaths by offset, of jobs that were in the engine of a worker that died.
     """
 
     def __init__(self, suspects: dict[int, int] | None = None) -> None:

@@ -154,12 +154,14 @@ class PartitionTransactions:
             self._max_jobs = 1
             if not self.is_fenced:
                 for output in outputs:
-                    _end(output.released, error)
+                    if not output.released.done():
+                        output.released.set_exception(error)
             return
         self._max_jobs = min(MAX_JOBS, 2 * self._max_jobs)
         for offset, output in zip(offsets, outputs, strict=True):
             ledger.complete(offset)
-            _end(output.released, None)
+            if not output.released.done():
+                output.released.set_result(None)
 
     async def _transact(self, records: list[OutgoingRecord], behind: int) -> None:
         """One transaction, whole or not at all.
@@ -229,15 +231,6 @@ class PartitionTransactions:
         self._producer = producer
         self.committed = await self._read_committed(self._tp)
         self.is_fenced = False
-
-
-def _end(released: asyncio.Future[None], error: BaseException | None) -> None:
-    if released.done():
-        return
-    if error is None:
-        released.set_result(None)
-    else:
-        released.set_exception(error)
 
 
 async def _stop(producer: AIOKafkaProducer | None) -> None:

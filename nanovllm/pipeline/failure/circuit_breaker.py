@@ -23,8 +23,7 @@ class CircuitBreaker:
     others pass, its failure opens the circuit for twice as long. A call that fails for good is a success: what it
     asked answered. So is one whose object alone is unavailable: one tenant's key or bucket must not stop the others.
 
-    Args:
-        waits: how long it stays open; ``opened`` is told so each time, to take no work meanwhile.
+    ``waits``: how long it stays open; ``opened`` is told so each time, to take no work meanwhile.
     """
 
     _: KW_ONLY

@@ -1,4 +1,4 @@
-"""Faults under which nothing can succeed: while one is present, the worker takes no work and says so."""
+"""Systemic faults: while one is present, the worker takes no work and says so."""
 
 from __future__ import annotations
 

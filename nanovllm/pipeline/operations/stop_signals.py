@@ -45,8 +45,7 @@ class StopSignals:
     def hand_to(self, stop: Callable[[], object], has_taken: Callable[[], bool] = lambda: False) -> None:
         """Let the first signal call ``stop`` in the running event loop.
 
-        Args:
-            has_taken: whether any job was taken so far; as long as none was, a stop may take ``IDLE_STOP_S``.
+        ``has_taken``: whether any job was taken so far; as long as none was, a stop may take ``IDLE_STOP_S``.
         """
         self._loop, self._stop, self._has_taken = asyncio.get_running_loop(), stop, has_taken
 

@@ -34,7 +34,7 @@ class Grant:
 
 @dataclass(eq=False)
 class Admit:
-    """Admits jobs. ``lanes``: the priority of each topic. ``takes_images``: whether the engine has a vision tower."""
+    """Admits jobs. ``lanes``: the priority of each topic."""
 
     settings: Settings
     _: KW_ONLY
@@ -42,7 +42,6 @@ class Admit:
     fetcher: ObjectFetcher
     rates: TokenRates
     lanes: dict[str, int]
-    takes_images: bool
 
     async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
         """Wait for the tenant's token rate and for the bytes of the job's images.
@@ -70,7 +69,7 @@ class Admit:
         return Grant(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
 
     def _check(self, refs: tuple[ImageRef, ...]) -> None:
-        if refs and not self.takes_images:
+        if refs and self.engine.image_transform is None:
             raise InvalidInput(f"the model {self.engine.model_info.id} takes no images")
         limit = self.settings.engine.max_images_per_request
         if len(refs) > limit:

@@ -1,4 +1,4 @@
-"""What one job has made and the next one can use: a single-flight cache, and images read and decoded.
+"""Caches between jobs: single flight, and images read and prepared.
 
 An object of a version or entity tag that the job names never changes. Any other is asked for each time, with the entity
 tag of what is at hand: the store answers 304 without a body where nothing has changed (RFC 9110, 13.1.2), so that no
@@ -104,7 +104,8 @@ class SingleFlightCache:
 class ImageCache:
     """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
 
-    ``salt`` keeps tenants apart: an entry answers its own tenant alone, and no time tells others of it.
+    ``salt`` keeps tenants apart: an entry answers its own tenant alone, and no time tells others of it. ``find_image``
+    tells of a file's sha256 and a salt what the engine has embedded already.
     """
 
     def __init__(
@@ -116,7 +117,6 @@ class ImageCache:
         *,
         max_bytes: int,
     ) -> None:
-        """``find_image`` tells of a file's sha256 and a salt what the engine has embedded already."""
         self._find_image = find_image
         self._fetcher = fetcher
         self._decoders = decoders

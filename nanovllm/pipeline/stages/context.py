@@ -32,25 +32,25 @@ def dead_letter_class(error: NanoVLLMError | type[NanoVLLMError]) -> DeadLetterC
     return _CLASSES[error.error_class]
 
 
+@dataclass(eq=False)
 class Progress:
-    """How far a job has come: the seconds of each stage, attempts, the stage that failed. Mutable, owned by one task.
+    """How far a job has come; mutable, owned by one task. ``began`` is the monotonic time of the record's receipt.
 
-    ``attempts`` are those of this delivery. ``began`` is the monotonic time of the record's receipt; None: now.
+    ``attempts`` are those of this delivery, ``seconds`` those of each stage.
     """
 
-    def __init__(self, began: float | None = None, first_failed_at: datetime | None = None) -> None:
-        self.received_at = datetime.now(UTC)
-        self._received = time.monotonic() if began is None else began
-        self.first_failed_at = first_failed_at
-        self.attempts = 1
-        self.current_stage: Stage = "receive"
-        self.failed_stage: Stage = "receive"
-        self.seconds: dict[Stage, float] = {}
+    began: float
+    first_failed_at: datetime | None = None
+    received_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    attempts: int = 1
+    current_stage: Stage = "receive"
+    failed_stage: Stage = "receive"
+    seconds: dict[Stage, float] = field(default_factory=dict)
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since the record was received."""
-        return time.monotonic() - self._received
+        return time.monotonic() - self.began
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -155,4 +155,4 @@ class Inference:
     """The engine's output for a job, or another job's equal one."""
 
     output: RequestOutput
-    reused: Reused | None = field(default=None)
+    reused: Reused | None = None

@@ -49,7 +49,13 @@ class Failure:
             SystemicError: the job can succeed once the worker is well, or on another worker; or the limit of dead
                 letters in a row is reached. Its offset is not committed.
         """
-        return self._delayed_retry(context, error) or self.dead_letter(context, error)
+        reason = _first_cause(error)
+        if isinstance(reason, TransientError):
+            record = self._builder.delayed_retry(context, reason)
+            if record is not None:
+                logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
+                return Retried((record,), reason)
+        return self.dead_letter(context, reason)
 
     def dead_letter(self, context: JobContext, error: Exception) -> DeadLettered:
         """The dead letter of what can never succeed. Raises SystemicError as the call does."""
@@ -58,16 +64,6 @@ class Failure:
         stage = context.progress.failed_stage
         logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
         return DeadLettered((self._builder.dead_letter(context, reason),), reason)
-
-    def _delayed_retry(self, context: JobContext, error: Exception) -> Retried | None:
-        reason = _first_cause(error)
-        if not isinstance(reason, TransientError):
-            return None
-        record = self._builder.delayed_retry(context, reason)
-        if record is None:
-            return None
-        logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
-        return Retried((record,), reason)
 
 
 def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLMError:

@@ -43,12 +43,11 @@ class InvalidRecord:
 
     def is_like(self, other: InvalidRecord) -> bool:
         """Whether the dead letters of two records of one partition differ in their source alone."""
+        mine, others = self.error, other.error
         return (
             self.context is other.context is None
-            and type(self.error) is type(other.error)
-            and self.error.args == other.error.args
-            and self.error.__cause__ is other.error.__cause__ is None
-            and self.record.headers == other.record.headers
+            and (type(mine), mine.args, self.record.headers) == (type(others), others.args, other.record.headers)
+            and mine.__cause__ is others.__cause__ is None
         )
 
 

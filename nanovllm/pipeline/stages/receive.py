@@ -68,7 +68,7 @@ class Receive:
         origin = self._retry_topics.origin_of(record)
         source = origin.source
         job_id = derive_job_id(source.topic, source.partition, source.offset)
-        return JobContext(record, origin, job_id, Progress(began, origin.first_failed_at))
+        return JobContext(record, origin, job_id, Progress(began or time.monotonic(), origin.first_failed_at))
 
     def _expiry(self, job: Job, context: JobContext) -> datetime | None:
         """The job's deadline, or the end of ``admission.ttl_s``, if that is earlier."""

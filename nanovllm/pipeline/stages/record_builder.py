@@ -147,9 +147,8 @@ class RecordBuilder:
         """
         if consumed.topic in self.retry_topics.delays_s:
             return None
-        job_id = derive_job_id(consumed.topic, consumed.partition, consumed.offset)
         source: dict[str, str | int | None] = {
-            "job_id": job_id,
+            "job_id": derive_job_id(consumed.topic, consumed.partition, consumed.offset),
             "source_offset": consumed.offset,
             "source_timestamp_ms": consumed.timestamp_ms,
         }

@@ -19,25 +19,20 @@ from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
 class ImageEncoder(nn.Module, ABC):
-    """Vision tower with its projection into the language model's space.
+    """Vision tower with its projection into the language model's space."""
 
-    Attributes:
-        vision_model: the tower's name as it was given.
-        transform: the preprocessing of this encoder's pixels.
-        dtype: of the parameters and the embeddings.
-        batch_size: most images in one pass of the tower.
-        batch_patches: most patches in one pass.
-    """
-
-    vision_model: str
+    vision_model: str  # the tower's name as it was given
     transform: ImageTransform
-    dtype: torch.dtype
-    batch_size = 32
-    batch_patches: int
+    num_vision_tokens: int  # embeddings, and positions in the sequence, of one image; the most, where images differ
+    hidden_size: int  # width of the language model
+    width: int  # columns of an embedding: hidden_size, and more where it has features for further layers
+    dtype: torch.dtype  # of the parameters and the embeddings
+    batch_size = 32  # most images in one pass of the tower
+    batch_patches: int  # most patches in one pass
     tower: Any
 
     def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
-        """Set what all encoders have, once ``transform`` is set and the parameters are loaded."""
+        """Set what all encoders have, once the attributes of images are set and the parameters are loaded."""
         self.vision_model = name
         self.dtype = dtype
         self.images_encoded = 0
@@ -50,32 +45,17 @@ class ImageEncoder(nn.Module, ABC):
         if freeze:
             self.tower.requires_grad_(False)
 
-    @property
-    @abstractmethod
-    def num_vision_tokens(self) -> int:
-        """Embeddings, and positions in the sequence, of one image; the most, where images differ."""
-
-    @property
-    @abstractmethod
-    def hidden_size(self) -> int:
-        """Width of the language model."""
-
-    @property
-    def width(self) -> int:
-        """Columns of an embedding: ``hidden_size``, and more where it has features for further layers."""
-        return self.hidden_size
-
-    @abstractmethod
     def num_tokens(self, size: tuple[int, int]) -> int:
-        """Positions that an image of this (height, width) after the transform takes."""
+        """Positions of an image of this (height, width) after the transform."""
+        return self.num_vision_tokens
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """Rows and columns of such an image's tokens, where positions are two-dimensional."""
         return None
 
-    @abstractmethod
     def accepts(self, size: tuple[int, int]) -> bool:
         """Whether the transform makes images of this (height, width)."""
+        return size == self.transform.output_size
 
     @abstractmethod
     def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:

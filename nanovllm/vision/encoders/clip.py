@@ -86,8 +86,7 @@ class VisionEncoder(ImageEncoder):
     ) -> None:
         super().__init__()
         directory = resolve_checkpoint(vision_model)
-        path = None if projector is None else _resolve_projector(projector)
-        options = _projector_options(path)
+        path, options = _find_projector(projector)
         layer = vision_feature_layer if vision_feature_layer is not None else options.get("vision_feature_layer", -2)
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
@@ -164,24 +163,6 @@ class VisionEncoder(ImageEncoder):
         encoder._finish(name, freeze_vision_weights, dtype, device)
         return encoder
 
-    @property
-    def num_vision_tokens(self) -> int:
-        """Embeddings, and positions in the sequence, of one image."""
-        return self._num_vision_tokens
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of an embedding."""
-        return self.projector.linear_2.out_features
-
-    def num_tokens(self, size: tuple[int, int]) -> int:
-        """The same for every image."""
-        return self._num_vision_tokens
-
-    def accepts(self, size: tuple[int, int]) -> bool:
-        """Whether ``size`` is the one that the tower takes."""
-        return size == self.transform.output_size
-
     @torch.no_grad()
     def encode(self, pixels: np.ndarray | Tensor) -> Tensor:
         """Embed uint8 images ``[N, H, W, 3]``: ``[N, num_vision_tokens, hidden_size]``.
@@ -210,7 +191,7 @@ class VisionEncoder(ImageEncoder):
             "layers": self._layers,
             "strategy": self._strategy,
             "pooled_grid": self._pooled_grid,
-            "tokens": self._num_vision_tokens,
+            "tokens": self.num_vision_tokens,
         }
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -221,9 +202,7 @@ class VisionEncoder(ImageEncoder):
         """Selected hidden states of the tower, pooled: ``[N, num_vision_tokens, tower width × feature layers]``."""
         own = self.tower.config.image_size
         outputs = self.tower(
-            pixel_values,
-            output_hidden_states=True,
-            interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own),
+            pixel_values, output_hidden_states=True, interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own)
         )
         selected = torch.cat([outputs.hidden_states[layer] for layer in self._layers], dim=-1)
         if self._pooled_grid is None:
@@ -231,7 +210,7 @@ class VisionEncoder(ImageEncoder):
         patches = selected[:, int(self._has_class_token) :]
         grid = patches.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)
         pooled = F.adaptive_avg_pool2d(grid, self._pooled_grid).flatten(2).transpose(1, 2)
-        class_tokens = self._num_vision_tokens - self._pooled_grid**2
+        class_tokens = self.num_vision_tokens - self._pooled_grid**2
         return torch.cat([selected[:, :class_tokens], pooled], dim=1)
 
     def _build_tower(
@@ -257,6 +236,7 @@ class VisionEncoder(ImageEncoder):
         getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
 
     def _finish(self, *args: Any) -> None:
+        self.hidden_size = self.width = self.projector.linear_2.out_features
         super()._finish(*args)
         self.batch_size = min(self.batch_size, max(1, self.batch_patches // self._grid**2))
 
@@ -276,20 +256,20 @@ class VisionEncoder(ImageEncoder):
         grid = self._grid
         class_tokens = int(self._has_class_token and self._strategy == "full")
         self._pooled_grid: int | None = None
-        self._num_vision_tokens = grid**2 + int(self._has_class_token) - int(self._strategy == "default")
-        if wanted == self._num_vision_tokens or (wanted is None and default_side >= grid):
+        self.num_vision_tokens = grid**2 + int(self._has_class_token) - int(self._strategy == "default")
+        if wanted == self.num_vision_tokens or (wanted is None and default_side >= grid):
             return
         if wanted is None:
             wanted = default_side**2 + class_tokens
         sides = {side**2 + extra: side for side in range(1, grid + 1) for extra in (0, class_tokens)}
         if wanted not in sides:
-            nearest = sorted(sorted({*sides, self._num_vision_tokens}, key=lambda count: abs(count - wanted))[:2])
+            nearest = sorted(sorted({*sides, self.num_vision_tokens}, key=lambda count: abs(count - wanted))[:2])
             raise ConfigurationError(
                 f"num_vision_tokens={wanted} cannot be pooled from the {grid}x{grid} patches of an image of "
                 f"{grid * self.tower.config.patch_size} pixels; the nearest that can: {', '.join(map(str, nearest))}"
             )
         self._pooled_grid = sides[wanted]
-        self._num_vision_tokens = wanted
+        self.num_vision_tokens = wanted
 
     def _warn_if_changed(self, name: str) -> None:
         """Warn where size or tokens differ from those of the checkpoint ``name``."""
@@ -297,10 +277,10 @@ class VisionEncoder(ImageEncoder):
         own = (config.image_size // config.patch_size) ** 2 + int(self._has_class_token)
         own -= int(self._strategy == "default")
         size = self.transform.output_size
-        if size != (config.image_size, config.image_size) or self._num_vision_tokens != own:
+        if size != (config.image_size, config.image_size) or self.num_vision_tokens != own:
             warnings.warn(
                 f"{name!r} was trained on images of {config.image_size} pixels and {own} tokens; its answers are less "
-                f"accurate with {size[0] if size else size} pixels and {self._num_vision_tokens} tokens. Leave "
+                f"accurate with {size[0] if size else size} pixels and {self.num_vision_tokens} tokens. Leave "
                 "max_image_size and num_vision_tokens unset for its own.",
                 stacklevel=3,
             )
@@ -308,12 +288,11 @@ class VisionEncoder(ImageEncoder):
 
 def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:
     """Vision half of a CLIP, SigLIP or LLaVA configuration, or the configuration of a tower alone."""
-    fields = {**fields.get("vision_config", fields)}
+    fields = fields.get("vision_config", fields)
     kind = fields.get("model_type")
-    if kind in ("clip_vision_model", "clip"):
-        return CLIPVisionConfig.from_dict({**fields, "model_type": "clip_vision_model"})
-    if kind in ("siglip_vision_model", "siglip"):
-        return SiglipVisionConfig.from_dict({**fields, "model_type": "siglip_vision_model"})
+    for config, name in ((CLIPVisionConfig, "clip"), (SiglipVisionConfig, "siglip")):
+        if kind in (name, f"{name}_vision_model"):
+            return config.from_dict({**fields, "model_type": f"{name}_vision_model"})
     raise UnsupportedModel(f"a vision tower of type {kind!r} is not supported; CLIP's and SigLIP's are")
 
 
@@ -323,17 +302,14 @@ def _composed_transform(directory: Path, is_clip: bool, size: int) -> ImageTrans
     return ImageTransform.for_clip(size) if is_clip else ImageTransform.for_siglip(size)
 
 
-def _resolve_projector(projector: str | Path) -> Path:
+def _find_projector(projector: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
+    """Path of a projector, and the options of its training where a ``config.json`` is beside it."""
+    if projector is None:
+        return None, {}
     path = Path(projector).expanduser()
-    return path if path.exists() else resolve_checkpoint(projector)
-
-
-def _projector_options(path: Path | None) -> dict[str, Any]:
-    """Options of the projector's training, from the ``config.json`` beside it where there is one."""
-    if path is None:
-        return {}
+    path = path if path.exists() else resolve_checkpoint(projector)
     directory = path if path.is_dir() else path.parent
-    return read_config(directory) if (directory / "config.json").is_file() else {}
+    return path, read_config(directory) if (directory / "config.json").is_file() else {}
 
 
 def _initialise(projector: nn.Module) -> None:

@@ -80,23 +80,11 @@ class NativeEncoder(ImageEncoder):
                 "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
             )
         self.transform = replace(transform, size=(min(smallest, largest), largest, multiple))
+        self.num_vision_tokens = largest // multiple**2
+        self.hidden_size = int(config.out_hidden_size)
+        # The tower's output, and each of its deep features.
+        self.width = self.hidden_size * (1 + len(getattr(config, "deepstack_visual_indexes", ())))
         self._finish(name, freeze_vision_weights, dtype, device)
-
-    @property
-    def num_vision_tokens(self) -> int:
-        """Most positions of an image."""
-        _, largest, multiple = self.transform.size
-        return largest // multiple**2
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the language model."""
-        return int(self.tower.config.out_hidden_size)
-
-    @property
-    def width(self) -> int:
-        """``hidden_size`` for the tower's output, and again for each of its deep features."""
-        return self.hidden_size * (1 + len(getattr(self.tower.config, "deepstack_visual_indexes", ())))
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """A token for each square of patches."""

@@ -30,13 +30,8 @@ def frame(body: bytes) -> bytes:
 
 def settings_frame(transform: ImageTransform, limits: ImageLimits, memory_bytes: int, timeout_s: float) -> bytes:
     """First frame to a decoder process."""
-    settings = {
-        "transform": transform.to_json(),
-        "limits": asdict(limits),
-        "memory_bytes": memory_bytes,
-        "timeout_s": timeout_s,
-    }
-    return frame(json.dumps(settings).encode())
+    bounds = {"limits": asdict(limits), "memory_bytes": memory_bytes, "timeout_s": timeout_s}
+    return frame(json.dumps({"transform": transform.to_json(), **bounds}).encode())
 
 
 def main() -> None:

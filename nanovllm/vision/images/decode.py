@@ -28,14 +28,8 @@ DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
 _TIFF_PHOTOMETRIC = 262
-# Colour space of an ICC profile and mode of the image: mode of the image in sRGB.
-_SRGB_MODES = {
-    ("RGB", "RGB"): "RGB",
-    ("RGB", "RGBA"): "RGBA",
-    ("CMYK", "CMYK"): "RGB",
-    ("GRAY", "L"): "RGB",
-    ("GRAY", "LA"): "RGB",
-}
+# Colour spaces of an ICC profile, each with a mode of image that it converts.
+_PROFILED_MODES = {("RGB", "RGB"), ("RGB", "RGBA"), ("CMYK", "CMYK"), ("GRAY", "L"), ("GRAY", "LA")}
 _HEIF_HINT = "reading HEIC takes the extra heic, and HEIF among the allowed formats"
 
 # First bytes of common formats: a refusal names what it saw without running other decoders.
@@ -283,11 +277,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
         if "sRGB" in (profile.profile.profile_description or ""):
             return image
-        output_mode = _SRGB_MODES.get((profile.profile.xcolor_space.strip(), image.mode))
-        if output_mode is None:
+        if (profile.profile.xcolor_space.strip(), image.mode) not in _PROFILED_MODES:
             return image
         colour = image.getchannel("L") if image.mode == "LA" else image
-        srgb = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode=output_mode)
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        srgb = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
         if srgb is not None and image.mode == "LA":
             srgb.putalpha(image.getchannel("A"))
         return srgb or image

@@ -36,14 +36,9 @@ _ERRORS: dict[str, type[NanoVLLMError]] = {
 
 
 class DecoderPool:
-    """Decodes and transforms images in child processes without credentials and with bounded memory and time.
+    """Decodes and transforms images in child processes without credentials.
 
-    Args:
-        transform: the preprocessing to apply.
-        limits: of an image.
-        workers: number of processes.
-        timeout_s: wall-clock seconds for one image.
-        memory_bytes: address space of one process.
+    Each of the ``workers`` has ``memory_bytes`` of address space, and ``timeout_s`` of wall-clock time for one image.
     """
 
     def __init__(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import asdict, dataclass, replace
 from math import ceil, floor, sqrt
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 from nanovllm.checkpoints.resolve import read_json_object
 from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb
+from nanovllm.vision.images.digest import pixel_digest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,8 +32,6 @@ TRANSFORM_VERSION = 1
 
 # "Shortest edge to 224" makes gigabytes of a strip one pixel wide and 50 million long.
 MAX_RESIZED_PIXELS = 16 * 2**20
-
-_DIGEST_STRIP_PIXELS = 1 << 20
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,15 +225,6 @@ class PreparedImage:
     def nbytes(self) -> int:
         """Bytes of the pixels or of the embedding."""
         return sum(part.nbytes for part in (self.pixels, self.embedding) if part is not None)
-
-
-def pixel_digest(rgb: Image.Image) -> bytes:
-    """Content digest of an image, whatever file it came in: SHA-256 (32 bytes) over mode, size and pixels."""
-    digest = hashlib.sha256(rgb.mode.encode() + struct.pack(">II", rgb.width, rgb.height))
-    rows = max(1, _DIGEST_STRIP_PIXELS // rgb.width)
-    for top in range(0, rgb.height, rows):
-        digest.update(rgb.crop((0, top, rgb.width, min(top + rows, rgb.height))).tobytes())
-    return digest.digest()
 
 
 def prepare_image(
