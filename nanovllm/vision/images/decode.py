@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ ImageSource = Image.Image | np.ndarray | str | Path | bytes
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WHITE = (255, 255, 255)
+MAX_FULL_SCANS = 16
+"""Scans of the largest image that is allowed; encoders make about ten, and each costs as much as a whole image."""
+_START_OF_SCAN = b"\xff\xda"
 _TIFF_PHOTOMETRIC = 262
 # Colour spaces of an ICC profile, each with a mode of image that it converts.
 _PROFILED_MODES = {("RGB", "RGB"), ("RGB", "RGBA"), ("CMYK", "CMYK"), ("GRAY", "L"), ("GRAY", "LA")}
@@ -80,12 +83,16 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def load_rgb(
+    source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS, check: Callable[[int, int], object] | None = None
+) -> Image.Image:
     """Decode ``source`` to an RGB image of 8 bits a channel.
 
     EXIF orientation is applied, an embedded ICC profile is converted to sRGB, transparency is composited on white,
     16-bit samples are scaled. Arrays are ``[H, W]``, ``[H, W, 1]`` (grey), ``[H, W, 2]`` (grey, alpha),
     ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA) of uint8, uint16, bool, floats in 0..1, or other integers in 0..255.
+
+    ``check`` gets width and height of a file before its pixels are decoded, and may raise.
 
     Raises:
         ImageTooLarge, TooManyPixels, TooManyFrames: beyond a limit.
@@ -102,7 +109,7 @@ def load_rgb(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image
         source = read_file(source, limits)
     if not isinstance(source, bytes):
         raise InvalidImage(f"an image is a PIL image, an array, a path or bytes, not {type(source).__name__}")
-    return _from_bytes(source, limits)
+    return _from_bytes(source, limits, check)
 
 
 def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -117,7 +124,7 @@ def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     return data
 
 
-def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
+def _from_bytes(data: bytes, limits: ImageLimits, check: Callable[[int, int], object] | None) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(f"the image has {len(data)} bytes; {limits.max_bytes} are allowed")
     if not data:
@@ -141,6 +148,9 @@ def _from_bytes(data: bytes, limits: ImageLimits) -> Image.Image:
     with image:
         _check_dimensions(image.width, image.height, limits)
         _check_frames(image, limits)
+        _check_scans(image, data, limits)
+        if check is not None:
+            check(image.width, image.height)
         return _decode(image)
 
 
@@ -200,6 +210,18 @@ def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
         frames = getattr(image, "n_frames", 1)
     if frames > limits.max_frames:
         raise TooManyFrames(f"the image has {frames} frames or pages; {limits.max_frames} are allowed")
+
+
+def _check_scans(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
+    """Refuse a progressive JPEG whose scans, each as large as the picture, exceed what ``max_pixels`` stands for."""
+    if not image.info.get("progressive"):
+        return
+    scans = data.count(_START_OF_SCAN)  # in coded data 0xff is followed by 0x00 or a restart marker
+    if scans * image.width * image.height > limits.max_pixels * MAX_FULL_SCANS:
+        raise TooManyPixels(
+            f"the progressive JPEG has {scans} scans of {image.width}x{image.height} pixels; together "
+            f"{limits.max_pixels * MAX_FULL_SCANS} are allowed"
+        )
 
 
 def _decode(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ import struct
 
 from PIL import Image
 
+DIGEST_BYTES = 32
 _STRIP_PIXELS = 1 << 20
 
 

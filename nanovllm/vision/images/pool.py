@@ -24,9 +24,13 @@ from nanovllm.errors import (
 )
 from nanovllm.vision.images.child import LENGTH, frame, settings_frame
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits
-from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+from nanovllm.vision.images.digest import DIGEST_BYTES
+from nanovllm.vision.images.fair_turns import FairTurns
+from nanovllm.vision.images.preprocess import MAX_RESIZED_PIXELS, ImageTransform, PreparedImage
 
 START_TIMEOUT_S = 60.0
+MAX_HEADER_BYTES = 64 << 10
+MAX_MESSAGE_CHARS = 1_000
 DYING_TIMEOUT_S = 5.0
 
 _ERRORS: dict[str, type[NanoVLLMError]] = {
@@ -53,8 +57,8 @@ class DecoderPool:
         self._limits = limits
         self._timeout_s = timeout_s
         settings = settings_frame(transform, limits, memory_bytes, timeout_s)
-        self._decoders = [_Decoder(settings) for _ in range(workers)]
-        self._idle: asyncio.LifoQueue[_Decoder] = asyncio.LifoQueue()
+        self._decoders = [_Decoder(settings, 3 * max(limits.max_pixels, MAX_RESIZED_PIXELS)) for _ in range(workers)]
+        self._turns: FairTurns[_Decoder] = FairTurns()
         self._exchanges: set[asyncio.Task[PreparedImage]] = set()
         self._is_open = False
 
@@ -64,7 +68,7 @@ class DecoderPool:
         Raises:
             SystemicError: a process does not come up.
         """
-        self._idle = asyncio.LifoQueue()
+        self._turns = FairTurns()
         self._is_open = True
         try:
             await asyncio.gather(*(decoder.ensure_started() for decoder in self._decoders))
@@ -72,9 +76,9 @@ class DecoderPool:
             await self.close()
             raise
         for decoder in self._decoders:
-            self._idle.put_nowait(decoder)
+            self._turns.add(decoder)
 
-    async def prepare(self, data: bytes) -> PreparedImage:
+    async def prepare(self, data: bytes, tenant: str = "") -> PreparedImage:
         """Decode and transform one encoded image, waiting for a free process.
 
         A cancelled call gives up its answer only: the process finishes the image and is then free.
@@ -86,7 +90,9 @@ class DecoderPool:
         """
         if len(data) > self._limits.max_bytes:
             raise ImageTooLarge(f"the image has {len(data)} bytes; {self._limits.max_bytes} are allowed")
-        decoder = await self._take_idle()
+        if not self._is_open:
+            raise _closed()
+        decoder = await self._turns.take(tenant)
         exchange = asyncio.create_task(self._decode(decoder, data))
         self._exchanges.add(exchange)
         exchange.add_done_callback(self._forget)
@@ -95,19 +101,11 @@ class DecoderPool:
     async def close(self) -> None:
         """Kill all processes; calls under way are cancelled."""
         self._is_open = False
+        self._turns.refuse_all(_closed())
         for exchange in self._exchanges:
             exchange.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
         await asyncio.gather(*(decoder.kill() for decoder in self._decoders))
-
-    async def _take_idle(self) -> _Decoder:
-        if self._is_open:
-            decoder = await self._idle.get()
-            if self._is_open:
-                return decoder
-            # Closed meanwhile: the next waiting call needs the decoder to find that out.
-            self._idle.put_nowait(decoder)
-        raise RuntimeError("the decoder pool is not started, or closed")
 
     async def _decode(self, decoder: _Decoder, data: bytes) -> PreparedImage:
         try:
@@ -119,13 +117,18 @@ class DecoderPool:
                 except TimeoutError:
                     await decoder.kill()
                     raise DecoderFailed(f"decoding the image took longer than {self._timeout_s:g} s") from None
+                except NanoVLLMError:
+                    raise
+                except (ValueError, KeyError, TypeError):
+                    await decoder.kill()
+                    raise DecoderFailed("the image made a decoder process answer what is no image") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
                     # One death may have another cause (out of memory, a node that drains): the image gets a second try.
                     cause = await decoder.reap()
                     if is_last_try:
                         raise DecoderFailed(f"the image ended two decoder processes ({cause})") from None
         finally:
-            self._idle.put_nowait(decoder)
+            self._turns.give_back(decoder)
         raise AssertionError("unreachable: the second try returns or raises")
 
     def _forget(self, exchange: asyncio.Task[PreparedImage]) -> None:
@@ -135,11 +138,16 @@ class DecoderPool:
             exchange.exception()
 
 
+def _closed() -> RuntimeError:
+    return RuntimeError("the decoder pool is not started, or closed")
+
+
 class _Decoder:
     """One decoder process and its pipes; started when it is needed."""
 
-    def __init__(self, settings: bytes) -> None:
+    def __init__(self, settings: bytes, max_payload_bytes: int) -> None:
         self._settings = settings
+        self._max_payload_bytes = max_payload_bytes
         self.process: asyncio.subprocess.Process | None = None
         self.starts = 0
 
@@ -176,10 +184,8 @@ class _Decoder:
         if header.get("is_last"):
             await self.kill()
         if "error" in header:
-            raise _ERRORS[header["error"]](header["message"])
-        pixels = np.frombuffer(payload, np.uint8).reshape(header["shape"])
-        size = (pixels.shape[0], pixels.shape[1])
-        return PreparedImage(pixels, bytes.fromhex(header["digest"]), header["width"], header["height"], size)
+            raise _ERRORS[header["error"]](str(header["message"])[:MAX_MESSAGE_CHARS])
+        return _prepared(header, payload)
 
     async def reap(self) -> str:
         """Wait for the end of a process whose pipes broke, and say how it ended.
@@ -214,5 +220,30 @@ class _Decoder:
         assert self.process is not None
         assert self.process.stdout is not None
         (length,) = LENGTH.unpack(await self.process.stdout.readexactly(LENGTH.size))
+        if length > MAX_HEADER_BYTES:
+            raise _WrongAnswer
         header = json.loads(await self.process.stdout.readexactly(length))
+        if not 0 <= header["payload_bytes"] <= self._max_payload_bytes:
+            raise _WrongAnswer
         return header, await self.process.stdout.readexactly(header["payload_bytes"])
+
+
+class _WrongAnswer(ValueError):
+    """An answer that no decoder process of ours gives: what an image has done to it is unknown."""
+
+
+def _prepared(header: dict[str, Any], payload: bytes) -> PreparedImage:
+    """The image of an answer; the process that gave it has worked on foreign bytes, and is not trusted."""
+    height, width, channels = header["shape"]
+    digest = bytes.fromhex(header["digest"])
+    original = header["width"], header["height"]
+    is_sound = (
+        all(type(side) is int and side > 0 for side in (height, width, *original))
+        and channels == 3
+        and len(payload) == height * width * channels
+        and len(digest) == DIGEST_BYTES
+    )
+    if not is_sound:
+        raise _WrongAnswer
+    pixels = np.frombuffer(payload, np.uint8).reshape(height, width, channels)
+    return PreparedImage(pixels, digest, *original, (height, width))

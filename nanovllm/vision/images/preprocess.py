@@ -146,16 +146,12 @@ class ImageTransform:
         """Resize and crop: uint8 ``[H, W, 3]``, before rescaling and normalisation.
 
         Raises:
-            TooManyPixels: the image is so narrow that resizing its shortest edge would exceed ``MAX_RESIZED_PIXELS``.
+            TooManyPixels, InvalidImage: as `check`.
         """
         if self.pad_to_square:
             rgb = self._padded_to_square(rgb)
         if self.resize is not None:
-            height, width = self._target(rgb.height, rgb.width)
-            if height * width > MAX_RESIZED_PIXELS and height * width > rgb.height * rgb.width:
-                raise TooManyPixels(
-                    f"the image of {rgb.width}x{rgb.height} pixels is too narrow: it would become {width}x{height}"
-                )
+            height, width = self.check(rgb.width, rgb.height)
             # A side shorter than half a pixel rounds to zero there, which no filter can produce.
             rgb = rgb.resize((max(width, 1), max(height, 1)), resample=Image.Resampling(self.resample))
         if self.crop is not None:
@@ -164,6 +160,22 @@ class ImageTransform:
             # Pillow fills what lies outside the image with zeros.
             rgb = rgb.crop((left, top, left + width, top + height))
         return np.array(rgb)
+
+    def check(self, width: int, height: int) -> tuple[int, int]:
+        """The height and width after resizing. Sides may be swapped, as EXIF orientation does: both are refused then.
+
+        Raises:
+            TooManyPixels: the image is so narrow that resizing its shortest edge would exceed ``MAX_RESIZED_PIXELS``.
+            InvalidImage: it is narrower than a pixel budget allows.
+        """
+        if self.resize is None:
+            return height, width
+        if self.pad_to_square:
+            height = width = max(height, width)
+        rows, columns = self._target(height, width)
+        if rows * columns > MAX_RESIZED_PIXELS and rows * columns > height * width:
+            raise TooManyPixels(f"the image of {width}x{height} pixels is too narrow: it would become {columns}x{rows}")
+        return rows, columns
 
     def lookup_table(self) -> np.ndarray:
         """Normalised float32 value of each byte in each channel, ``[3, 256]``."""
@@ -231,7 +243,7 @@ def prepare_image(
     source: ImageSource, transform: ImageTransform, limits: ImageLimits = DEFAULT_LIMITS
 ) -> PreparedImage:
     """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
-    rgb = load_rgb(source, limits)
+    rgb = load_rgb(source, limits, transform.check)
     pixels = transform.apply(rgb)
     return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
 
