@@ -105,7 +105,7 @@ def dlq_replay(
 ) -> None:
     """Send the original messages to the topic that they came from: the same bytes, key and headers."""
     wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
-    if wanted.excludes_nothing and not everything:
+    if wanted == LetterFilter() and not everything:
         raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
     settings = client_settings(config, bootstrap_servers)
     topics = topic or settings.topics.job_topics

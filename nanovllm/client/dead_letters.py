@@ -63,7 +63,7 @@ class DeadLetterRecord:
 
 @dataclass(frozen=True)
 class LetterFilter:
-    """Which dead letters are meant; what is empty or None excludes nothing.
+    """A selection of dead letters; what is empty or None excludes nothing.
 
     ``since`` and ``until`` bound ``failed_at``; ``positions`` are those of ``DeadLetterRecord.position``.
     """
@@ -77,13 +77,8 @@ class LetterFilter:
     until: datetime | None = None
     only_retryable: bool = False
 
-    @property
-    def excludes_nothing(self) -> bool:
-        """Whether every dead letter matches."""
-        return self == LetterFilter()
-
     def matches(self, entry: DeadLetterRecord) -> bool:
-        """Whether ``entry`` is meant."""
+        """Whether ``entry`` is selected."""
         letter = entry.letter
         return (
             (not self.codes or letter.code in self.codes)
@@ -123,7 +118,7 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIt
 
 @dataclass(frozen=True)
 class Replay:
-    """What became of one dead letter."""
+    """The outcome of one dead letter's replay."""
 
     entry: DeadLetterRecord
     state: Literal["replayed", "would be replayed", "skipped"]

@@ -40,7 +40,7 @@ class AllowList:
     A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``.
     """
 
-    def __init__(self, uris: Sequence[str]) -> None:
+    def __init__(self, uris: Sequence[str] = ()) -> None:
         # S3Settings refuses entries of another form.
         self._entries = [(bucket, prefix.rstrip("/")) for bucket, prefix in filter(None, map(split_s3_uri, uris))]
 

@@ -87,8 +87,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1})" if mark else ""
         raise ConfigurationError(f"configuration file {path} is not valid {path.suffix[1:].upper()}{place}") from None
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"configuration file {path} must hold a mapping of settings")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigurationError(f"configuration file {path} must hold a mapping of settings, by their names")
     return values
 
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -210,11 +210,15 @@ def _examples(data: str | Path, seed: int) -> Callable[[int], Example | syntheti
         return partial(synthetic.sample, seed=seed, split="train")
     examples = read_examples(Path(data))
 
-    def shuffled(index: int) -> Example:
-        epoch, place = divmod(index, len(examples))
+    @lru_cache(2)  # a batch may begin in one pass and end in the next
+    def order_of(epoch: int) -> list[int]:
         order = list(range(len(examples)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        return examples[order[place]]
+        return order
+
+    def shuffled(index: int) -> Example:
+        epoch, number = divmod(index, len(examples))
+        return examples[order_of(epoch)[number]]
 
     return shuffled
 

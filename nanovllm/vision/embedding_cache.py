@@ -251,9 +251,10 @@ class EmbeddingCache(Generic[Note]):
         with self._lock:
             for (index, flight), entry in zip(led.items(), entries, strict=True):
                 del self._flights[keys[index]]
+                flight.set_result(entry)  # all of them first: a copy to another device may fail
+            for index, entry in zip(led, entries, strict=True):
                 # Another object: threads that joined read theirs outside the lock.
                 self._store(keys[index], Entry(entry.embedding, entry.seconds))
-                flight.set_result(entry)
 
     def _store(self, key: bytes, entry: Entry) -> None:
         """Under the lock: put an entry into the first tier that can hold it, and what it evicts into the next."""

@@ -128,7 +128,7 @@ def test_what_kubernetes_injects_for_a_service_of_our_name_is_no_setting() -> No
     assert list(unknown_variables(["NANOVLLM_KAFKA__SERVICE_HOST"])) == ["NANOVLLM_KAFKA__SERVICE_HOST"]
 
 
-@pytest.mark.parametrize("text", ["kafka: {nope: 1}", "nope: 1", "[1]", "kafka: [", "kafka: {group_id: }"])
+@pytest.mark.parametrize("text", ["kafka: {nope: 1}", "nope: 1", "[1]", "kafka: [", "kafka: {group_id: }", "1: 2"])
 def test_a_wrong_file_is_a_configuration_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "w.yaml").write_text(text)
     with pytest.raises(ConfigurationError):

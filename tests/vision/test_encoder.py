@@ -105,6 +105,12 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         VisionEncoder(64, text)
     with pytest.raises(ModelNotFound, match="no checkpoint called 'nobody/has-this'"):
         VisionEncoder(64, "nobody/has-this")
+    make_llava(tmp_path / "llava", **SMALL_CLIP)
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    config["vision_config"] = {"model_type": "pixtral"}
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="vision tower of type 'pixtral'"):
+        VisionEncoder.from_llava(tmp_path / "llava")
 
 
 def test_a_preprocessor_of_another_size_than_the_tower_is_refused_naming_both(tmp_path: Path) -> None:

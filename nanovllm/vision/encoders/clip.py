@@ -140,7 +140,8 @@ class VisionEncoder(ImageEncoder):
         config = LlavaConfig.from_dict(fields)
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
-        encoder._build_tower(config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy)
+        tower = _tower_config(config.vision_config.to_dict())
+        encoder._build_tower(tower, config.vision_feature_layer, config.vision_feature_select_strategy)
         side = encoder.tower.config.image_size
         transform = ImageTransform.from_preprocessor_config(directory)
         if max_image_size is not None and transform.output_size != (max_image_size, max_image_size):
