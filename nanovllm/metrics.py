@@ -43,6 +43,9 @@ class Metrics:
             "Images read, images prepared and answers computed: for another job already, or not.",
             ("stage", "reuse"),
         )
+        self.clamped_priorities = self._counter(
+            "priorities_clamped", "Jobs whose priority was outside of the range that the settings allow."
+        )
         self.retries = self._counter("retries", "Attempts that failed and were repeated in place.", ("stage",))
         self.consumer_lag = self._gauge(
             "consumer_lag_records", "Records of a partition that are not finished.", ("topic", "partition")

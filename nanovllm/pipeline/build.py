@@ -93,7 +93,7 @@ def build_worker(
 
     # A quarter more slots than run at once: a finished job's successor is in the engine's very next step.
     slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
-    queue = EngineQueue(slots, FairShares(settings.tenants.weights))
+    queue = EngineQueue(slots, FairShares(settings.tenants.weights, are_configured=settings.tenants.are_configured))
     infer: Infer = CallEngine(engine)
     if crash_guard is not None:
         infer = GuardCrashes(infer, crash_guard, retry)
@@ -109,7 +109,7 @@ def build_worker(
     stages = Stages(
         receive=receive,
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
-        admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes),
+        admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics),
         fetch=Fetch(images, breaker, retry, engine, max_attempts=settings.s3.max_attempts),
         prepare=Prepare(images, retry),
         infer=MeterTokens(infer, queue, rates),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel
 
@@ -21,6 +21,12 @@ class AdmissionSettings(SettingsModel):
     per_key_order: bool = Field(
         False, description="Jobs of a partition with equal record keys run one after another, in the topic's order."
     )
+    min_priority: int = Field(
+        -10, description="Most urgent `priority` that a job may have; a lower one counts as this."
+    )
+    max_priority: int = Field(
+        10, description="Least urgent `priority` that a job may have; a higher one counts as this."
+    )
     max_tokens: int = Field(4_096, ge=1, description="Largest `max_tokens` that a job may ask for.")
     ttl_s: Seconds | None = Field(
         None,
@@ -33,3 +39,13 @@ class AdmissionSettings(SettingsModel):
         5.0,
         description="With --exit-when-drained: leave when every partition is read and this long was idle. Deprecated.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> AdmissionSettings:
+        if self.min_priority > self.max_priority:
+            raise ValueError("min_priority is at most max_priority")
+        return self
+
+    def clamped_priority(self, priority: int) -> int:
+        """``priority`` within ``min_priority`` and ``max_priority``."""
+        return min(max(priority, self.min_priority), self.max_priority)

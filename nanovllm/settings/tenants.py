@@ -40,6 +40,11 @@ class TenantSettings(SettingsModel):
             raise ValueError("weights are above 0, limits at least 1")
         return self
 
+    @property
+    def are_configured(self) -> bool:
+        """Whether jobs are told apart by tenant."""
+        return self.by_topic or self.header is not None
+
     def tenant_of(self, topic: str, headers: Iterable[tuple[str, bytes]]) -> str:
         """The tenant of a job that came in ``topic`` with ``headers``; the empty one where nothing names it."""
         if self.by_topic:

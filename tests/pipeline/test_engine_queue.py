@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -191,8 +193,42 @@ async def test_the_worker_gives_the_engine_jobs_in_that_order_and_keeps_tenants_
         assert engine.order == ["x1", "x2"]
         engine.open(*(name for name, _, _ in names))
         await bench.results(6)
-    assert engine.order == ["x1", "x2", "z", "y1", "x3", "x4"]
+    # The other tenant's share comes before the priority that a job asks for; inside a tenant priority decides.
+    assert engine.order == ["x1", "x2", "y1", "z", "x3", "x4"]
+    assert {request.priority for request in engine.requests} == {0}
     assert {job_id_of(request): request.cache_salt for request in engine.requests}["y1"] == b"y"
+
+
+async def test_a_priority_outside_of_the_range_is_clamped_and_counted(bench: Bench) -> None:
+    engine = OneAtATime()
+    asked = {"a": 0, "b": 0, "low": 10**6, "ten": 10, "high": -(2**31), "minus-ten": -10}
+    async with bench.working(engine):
+        for job_id, priority in asked.items():
+            await bench.send({"job_id": job_id, "prompt": "p", "priority": priority})
+        await eventually(lambda: reached_window(bench, 6))
+        engine.open(*asked)
+        await bench.results(6)
+    assert engine.order == ["a", "b", "high", "minus-ten", "low", "ten"]
+    assert [request.priority for request in engine.requests] == [0, 0, -10, -10, 10, 10]
+    assert "nanovllm_priorities_clamped_total 2.0" in bench.metrics.exposition().decode()
+
+
+def test_a_job_costs_the_same_however_many_tenants_are_remembered() -> None:
+    class Counted(OrderedDict[str, float]):
+        steps = 0
+
+        def __iter__(self) -> Iterator[str]:
+            for name in super().__iter__():
+                Counted.steps += 1
+                yield name
+
+    shares = FairShares()
+    shares._served = Counted()
+    for number in range(MAX_REMEMBERED + 50):
+        shares.join(f"tenant-{number}")
+        shares.leave(f"tenant-{number}")
+    assert len(shares._served) == MAX_REMEMBERED
+    assert Counted.steps < 200
 
 
 def reached_window(bench: Bench, jobs: int) -> bool:

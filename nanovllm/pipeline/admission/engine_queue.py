@@ -17,7 +17,8 @@ from nanovllm.pipeline.admission.tenant_shares import FairShares
 class QueuedJob:
     """One job that waits for a slot, or has one.
 
-    ``tokens`` estimates what it will use; a lower ``lane`` goes first, and in a lane a lower ``priority``.
+    ``tokens`` estimates what it will use; a lower ``lane`` goes first. ``engine_priority`` orders those that wait
+    inside the engine, and says which of them is preempted last.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class QueuedJob:
     tenant: str = ""
     deadline: datetime | None = None
     lane: int = 0
+    engine_priority: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,7 @@ class _Waiting:
 class EngineQueue:
     """Grants ``slots`` of the engine.
 
-    By lane, in turns; in a lane by priority, lower first; in a priority by the tenant with the fewest tokens for its
-    weight; in a tenant by deadline, jobs without one last; then by arrival.
+    By lane, in turns; in a lane by `FairShares.place`; then by deadline, jobs without one last; then by arrival.
     """
 
     def __init__(self, slots: int, shares: FairShares) -> None:
@@ -96,7 +97,8 @@ class EngineQueue:
             self._shares.charge(chosen.queued.tenant, chosen.queued.tokens)
             chosen.granted.set_result(None)
 
-    def _order(self, waiting: _Waiting) -> tuple[int, float, bool, float, int]:
+    def _order(self, waiting: _Waiting) -> tuple[tuple[float, float], bool, float, int]:
         queued = waiting.queued
         deadline = queued.deadline.timestamp() if queued.deadline else 0.0
-        return queued.priority, self._shares.served(queued.tenant), queued.deadline is None, deadline, waiting.arrival
+        place = self._shares.place(queued.tenant, queued.priority)
+        return place, queued.deadline is None, deadline, waiting.arrival

@@ -12,20 +12,30 @@ CHARS_PER_TOKEN = 4
 
 
 class FairShares:
-    """Tokens that each tenant has had, over its weight: the one with the least is next.
+    """Tokens that each tenant has had, over its weight, and a job's place among tenants by them.
 
     A tenant that comes back from idleness starts level with the least served of those at work: it has saved up
     nothing. Tenants that were idle longest are forgotten beyond ``MAX_REMEMBERED``.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, *, are_configured: bool = False) -> None:
+        """``are_configured``: whether jobs are told apart by tenant, so that a job's own priority comes second."""
         self._weights = dict(weights or {})
+        self._are_configured = are_configured
         self._served: OrderedDict[str, float] = OrderedDict()
         self._jobs: dict[str, int] = {}
 
     def served(self, tenant: str) -> float:
         """Tokens over weight so far."""
         return self._served.get(tenant, 0.0)
+
+    def place(self, tenant: str, priority: int) -> tuple[float, float]:
+        """A job's place, the lowest first: the tenant with the least share, and in a tenant the lower priority.
+
+        Without tenants the priority comes first.
+        """
+        share = self.served(tenant)
+        return (share, priority) if self._are_configured else (priority, share)
 
     def join(self, tenant: str) -> None:
         """The tenant has one more job waiting or running."""
@@ -40,9 +50,10 @@ class FairShares:
         self._jobs[tenant] -= 1
         if not self._jobs[tenant]:
             del self._jobs[tenant]
-        idle = [name for name in self._served if name not in self._jobs]
-        for name in idle[: max(0, len(self._served) - MAX_REMEMBERED)]:
-            del self._served[name]
+        if len(self._served) > MAX_REMEMBERED:  # a call of ``join`` has added at most one
+            idle = next((name for name in self._served if name not in self._jobs), None)
+            if idle is not None:
+                del self._served[idle]
 
     def charge(self, tenant: str, tokens: int) -> None:
         """The tenant got ``tokens`` (a negative number gives some back)."""

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.job import ImageRef, Job
+from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.admission.engine_queue import QueuedJob
@@ -42,6 +43,7 @@ class Admit:
     fetcher: ObjectFetcher
     rates: TokenRates
     lanes: dict[str, int]
+    metrics: Metrics
 
     async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
         """Wait for the tenant's token rate and for the bytes of the job's images.
@@ -53,7 +55,7 @@ class Admit:
             sampling = job.sampling_params(self.settings.sampling, self.settings.admission.max_tokens)
             tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
             lane = self.lanes.get(context.record.topic, 0)
-            queued = QueuedJob(tokens, job.priority, context.tenant, context.expires_at, lane)
+            queued = self._queued(tokens, job.priority, lane, context)
             if self.rates.wait_s(queued.tenant):
                 with reservation.without_slot():
                     await self.rates.pass_through(queued.tenant, queued.tokens)
@@ -67,6 +69,16 @@ class Admit:
                 await reservation.acquire_bytes(encoded + decoded_bytes(self.engine.image_transform, len(refs)))
         reuse = job.reuse or self.settings.reuse.level
         return Grant(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
+
+    def _queued(self, tokens: int, asked: int, lane: int, context: JobContext) -> QueuedJob:
+        bounds = self.settings.admission
+        priority = bounds.clamped_priority(asked)
+        if priority != asked:
+            self.metrics.clamped_priorities.inc()
+        # Inside the engine nothing knows of tenants: their jobs are equal there.
+        own = 0 if self.settings.tenants.are_configured else priority
+        in_engine = lane * (bounds.max_priority - bounds.min_priority + 1) + own
+        return QueuedJob(tokens, priority, context.tenant, context.expires_at, lane, in_engine)
 
     def _check(self, refs: tuple[ImageRef, ...]) -> None:
         if refs and self.engine.image_transform is None:

@@ -47,7 +47,7 @@ class CallEngine:
                 messages=job.message_dicts(),
                 images=images,
                 sampling=grant.sampling,
-                priority=grant.queued.lane + job.priority,
+                priority=grant.queued.engine_priority,
                 cache_salt=grant.context.salt,
             )
         )
