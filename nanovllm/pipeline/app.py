@@ -10,6 +10,7 @@ import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import ConfigurationError, NanoVLLMError
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.settings.engine import EngineSettings
@@ -35,6 +36,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     that cannot work.
     """
     signals = StopSignals()
+    forbid_debugging()
     prepare_threads()
     _log_to_stderr(settings.log_level)
     try:

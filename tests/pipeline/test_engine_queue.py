@@ -184,17 +184,25 @@ class OneAtATime(GatedEngine):
 async def test_the_worker_gives_the_engine_jobs_in_that_order_and_keeps_tenants_caches_apart(bench: Bench) -> None:
     engine = OneAtATime()
     tenants = TenantSettings(header="tenant")
-    names = [("x1", "x", 0), ("x2", "x", 0), ("x3", "x", 0), ("x4", "x", 0), ("y1", "y", 0), ("z", "x", -5)]
+    names = [
+        ("x1", "x", 0),
+        ("x2", "x", 0),
+        ("x3", "x", 0),
+        ("x4", "x", 0),
+        ("y1", "y", 0),
+        ("z", "x", -5),
+        ("z2", "x", -5),
+    ]
     async with bench.working(engine, tenants=tenants):
         for job_id, tenant, priority in names:
             job = {"job_id": job_id, "prompt": "p", "priority": priority, "metadata": {"tenant": "forged"}}
             await bench.send(job, headers=[("Tenant", tenant.encode())])
-        await eventually(lambda: reached_window(bench, 6))
+        await eventually(lambda: reached_window(bench, 7))
         assert engine.order == ["x1", "x2"]
         engine.open(*(name for name, _, _ in names))
-        await bench.results(6)
-    # The other tenant's share comes before the priority that a job asks for; inside a tenant priority decides.
-    assert engine.order == ["x1", "x2", "y1", "z", "x3", "x4"]
+        await bench.results(7)
+    # Both had equal shares when y1 came; then its share comes before the priority that the other tenant asks for.
+    assert engine.order == ["x1", "x2", "z", "y1", "z2", "x3", "x4"]
     assert {request.priority for request in engine.requests} == {0}
     assert {job_id_of(request): request.cache_salt for request in engine.requests}["y1"] == b"y"
 

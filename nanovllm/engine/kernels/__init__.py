@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -35,6 +36,8 @@ def missing() -> str | None:
         return f"there are none for a CPU of the kind {capability}, only for {' and '.join(FLAGS)}"
     library = kept(capability)
     try:
+        for path in (library.parent, library):
+            check_ownership(path)
         if library.exists():
             torch.ops.load_library(str(library))
             return None
@@ -53,6 +56,23 @@ def kept(capability: str) -> Path:
     parts = "\0".join((*texts, torch.__version__, capability, *FLAGS[capability]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
     return folder / f"cpu-{hashlib.sha256(parts.encode()).hexdigest()[:24]}.so"
+
+
+def check_ownership(path: Path) -> None:
+    """Refuse a folder or a library that another user could have written: loading it runs its code.
+
+    Raises PermissionError, which names the remedy. What does not exist passes.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return
+    if found.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(
+            f"{path} belongs to user {found.st_uid}: remove it, or set XDG_CACHE_HOME to another folder"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} is writable by other users: chmod go-w {path}")
 
 
 def compile_for(capability: str, library: Path) -> None:
@@ -87,7 +107,7 @@ def compile_for(capability: str, library: Path) -> None:
 def _keep(built: Path, library: Path) -> Path:
     """Move a library to its place in one go, as another process may be looking for it; returns where it is."""
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
             file.write(built.read_bytes())
         os.replace(file.name, library)

@@ -21,7 +21,7 @@ from nanovllm.vision.images.preprocess import ImageTransform
 
 
 @dataclass(frozen=True)
-class Grant:
+class AdmittedJob:
     """An admitted job: what it may hold and reuse, and how it stands in the engine queue."""
 
     context: JobContext
@@ -45,7 +45,7 @@ class Admit:
     lanes: dict[str, int]
     metrics: Metrics
 
-    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
+    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> AdmittedJob:
         """Wait for the tenant's token rate and for the bytes of the job's images.
 
         Raises:
@@ -68,7 +68,7 @@ class Admit:
                 encoded = sum(self.settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
                 await reservation.acquire_bytes(encoded + decoded_bytes(self.engine.image_transform, len(refs)))
         reuse = job.reuse or self.settings.reuse.level
-        return Grant(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
+        return AdmittedJob(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
 
     def _queued(self, tokens: int, asked: int, lane: int, context: JobContext) -> QueuedJob:
         bounds = self.settings.admission
@@ -95,9 +95,9 @@ class AfterKeyTurn:
     """The admit stage behind every earlier job of the same record key (``admission.per_key_order``)."""
 
     turn: KeyTurn
-    admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]
+    admit: Callable[[Job, JobContext, Reservation], Awaitable[AdmittedJob]]
 
-    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> Grant:
+    async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> AdmittedJob:
         """Wait until the earlier jobs of the key have ended, then admit."""
         with context.progress.stage("admit"):
             await self.turn.wait()

@@ -156,8 +156,10 @@ class ImageCache:
         self._metrics.reuse.labels("fetch", reuse).inc()
         return self._fetcher.checked(ref, image)
 
-    async def prepare(self, image: FetchedImage, salt: bytes, *, may_reuse: bool = True) -> PreparedImage:
-        """Decode and transform an image, as ``DecoderPool.prepare`` and with its errors."""
+    async def prepare(
+        self, image: FetchedImage, salt: bytes, tenant: str = "", *, may_reuse: bool = True
+    ) -> PreparedImage:
+        """Decode and transform an image in the tenant's turn, as ``DecoderPool.prepare`` and with its errors."""
         decoders = self._decoders
         assert decoders is not None  # jobs with images were refused without
 
@@ -165,7 +167,7 @@ class ImageCache:
 
         async def decode() -> tuple[PreparedImage, int]:
             # The digest is ours: a decoder process is trusted with nothing that another file could be found by.
-            prepared = replace(await decoders.prepare(image.data), file_digest=digest)
+            prepared = replace(await decoders.prepare(image.data, tenant), file_digest=digest)
             return prepared, prepared.nbytes
 
         if not may_reuse:

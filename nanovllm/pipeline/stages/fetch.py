@@ -9,7 +9,7 @@ from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
-from nanovllm.pipeline.stages.admit import Grant, decoded_bytes
+from nanovllm.pipeline.stages.admit import AdmittedJob, decoded_bytes
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.retry import Retry, gather
 
@@ -28,23 +28,23 @@ class Fetch:
         self._engine = engine
         self._max_attempts = max_attempts
 
-    async def __call__(self, job: Job, grant: Grant) -> list[FetchedImage]:
+    async def __call__(self, job: Job, admitted: AdmittedJob) -> list[FetchedImage]:
         """The encoded images of ``job``, in order; its reservation shrinks to their size.
 
         Raises:
             NanoVLLMError, ExceptionGroup: an object cannot be had, or is not what the job names.
         """
-        context = grant.context
+        context = admitted.context
         with context.progress.stage("fetch"):
 
             def attempt(ref: ImageRef) -> Awaitable[FetchedImage]:
-                fetch = partial(self._images.fetch, ref, context.salt, may_reuse=grant.reuses_images)
+                fetch = partial(self._images.fetch, ref, context.salt, may_reuse=admitted.reuses_images)
                 return self._breaker.call(ref.identity, fetch)
 
             fetched = await gather(
                 self._retry(partial(attempt, ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts)
-                for ref in grant.refs
+                for ref in admitted.refs
             )
-            pixels = decoded_bytes(self._engine.image_transform, len(grant.refs))
-            grant.reservation.resize(sum(len(image.data) for image in fetched) + pixels)
+            pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
+            admitted.reservation.resize(sum(len(image.data) for image in fetched) + pixels)
             return fetched

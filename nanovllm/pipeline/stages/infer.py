@@ -17,14 +17,14 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
-from nanovllm.pipeline.stages.admit import Grant
+from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.caches import SingleFlightCache
 from nanovllm.pipeline.stages.context import Inference
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.vision.images.preprocess import PreparedImage
 
 Images = tuple[PreparedImage, ...]
-Infer = Callable[[Job, Images, Grant], Awaitable[Inference]]
+Infer = Callable[[Job, Images, AdmittedJob], Awaitable[Inference]]
 
 _BYTES_A_TOKEN = 64  # its number, its text, and what Python puts around them
 _BYTES_AN_ANSWER = 2_048
@@ -37,7 +37,7 @@ class CallEngine:
         self._engine = engine
         self._numbers = count(1)
 
-    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
         """The engine's output."""
         generation = self._engine.submit(
             Request(
@@ -46,9 +46,9 @@ class CallEngine:
                 prompt=job.prompt,
                 messages=job.message_dicts(),
                 images=images,
-                sampling=grant.sampling,
-                priority=grant.queued.engine_priority,
-                cache_salt=grant.context.salt,
+                sampling=admitted.sampling,
+                priority=admitted.queued.engine_priority,
+                cache_salt=admitted.context.salt,
             )
         )
         try:
@@ -65,12 +65,12 @@ class GuardCrashes:
         self._guard = guard
         self._retry = retry
 
-    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
         """As ``infer``. Raises CrashedWorker where the job has ended as many workers as are allowed."""
-        record = grant.context.record
+        record = admitted.context.record
         async with self._guard.enter(record):
-            await self._retry(lambda: self._guard.recorded(record), "kafka producer", grant.context.progress)
-            return await self._infer(job, images, grant)
+            await self._retry(lambda: self._guard.recorded(record), "kafka producer", admitted.context.progress)
+            return await self._infer(job, images, admitted)
 
 
 class WaitForSlot:
@@ -80,10 +80,10 @@ class WaitForSlot:
         self._infer = infer
         self._queue = queue
 
-    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
         """As ``infer``."""
-        async with self._queue.slot(grant.queued):
-            return await self._infer(job, images, grant)
+        async with self._queue.slot(admitted.queued):
+            return await self._infer(job, images, admitted)
 
 
 class ReuseResponses:
@@ -95,19 +95,19 @@ class ReuseResponses:
         self._metrics = metrics
         self._cache = SingleFlightCache(max_bytes)
 
-    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
         """As ``infer``, or an equal job's output, which has no timings of its own."""
-        if not (grant.reuses_responses and grant.sampling.is_greedy):
-            return await self._infer(job, images, grant)
+        if not (admitted.reuses_responses and admitted.sampling.is_greedy):
+            return await self._infer(job, images, admitted)
 
         async def make() -> tuple[RequestOutput, int]:
-            output = (await self._infer(job, images, grant)).output
+            output = (await self._infer(job, images, admitted)).output
             tokens = sum(len(one.token_ids) for one in output.outputs)
             return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
-        sampling = grant.sampling.model_dump(mode="json", exclude={"seed"})
+        sampling = admitted.sampling.model_dump(mode="json", exclude={"seed"})
         asked = json.dumps([job.prompt, job.message_dicts(), sampling])
-        key = (self._model, grant.context.salt, asked, tuple(image.digest for image in images))
+        key = (self._model, admitted.context.salt, asked, tuple(image.digest for image in images))
         output, reuse = await self._cache.get(key, make)
         self._metrics.reuse.labels("answer", reuse).inc()
         if reuse == "miss":
@@ -124,11 +124,11 @@ class MeterTokens:
         self._queue = queue
         self._rates = rates
 
-    async def __call__(self, job: Job, images: Images, grant: Grant) -> Inference:
+    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
         """As ``infer``."""
-        with grant.context.progress.stage("infer"):
-            inference = await self._infer(job, images, grant)
-            queued, used = grant.queued, 0
+        with admitted.context.progress.stage("infer"):
+            inference = await self._infer(job, images, admitted)
+            queued, used = admitted.queued, 0
             if inference.reused is None:
                 used = inference.output.usage.input_tokens + inference.output.usage.output_tokens
                 self._queue.settle(queued, used)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nanovllm.objects.fetch import FetchedImage
-from nanovllm.pipeline.stages.admit import Grant
+from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.retry import Retry, gather
 from nanovllm.vision.images.preprocess import PreparedImage
@@ -19,17 +19,19 @@ class Prepare:
         self._images = images
         self._retry = retry
 
-    async def __call__(self, fetched: Sequence[FetchedImage], grant: Grant) -> tuple[PreparedImage, ...]:
+    async def __call__(self, fetched: Sequence[FetchedImage], admitted: AdmittedJob) -> tuple[PreparedImage, ...]:
         """The prepared images, in order; the job's reservation changes to their size.
 
         Raises:
             NanoVLLMError, ExceptionGroup: an image is broken or beyond the limits.
         """
-        context = grant.context
+        context = admitted.context
         with context.progress.stage("prepare"):
-            prepare = partial(self._images.prepare, salt=context.salt, may_reuse=grant.reuses_images)
+            prepare = partial(
+                self._images.prepare, salt=context.salt, tenant=context.tenant, may_reuse=admitted.reuses_images
+            )
             images = await gather(
                 self._retry(partial(prepare, image), "image decoders", context.progress) for image in fetched
             )
-            grant.reservation.resize(sum(image.nbytes for image in images))
+            admitted.reservation.resize(sum(image.nbytes for image in images))
             return tuple(images)

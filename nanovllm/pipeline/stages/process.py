@@ -9,7 +9,7 @@ from nanovllm.messages.job import Job
 from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.stages.admit import Grant
+from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.context import Inference, JobContext, Outcome
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord, InvalidRecords
 from nanovllm.pipeline.stages.receive import Received
@@ -26,10 +26,10 @@ class Stages:
 
     receive: Callable[[ConsumedRecord], Received | InvalidRecord]
     invalid_records: InvalidRecords
-    admit: Callable[[Job, JobContext, Reservation], Awaitable[Grant]]
-    fetch: Callable[[Job, Grant], Awaitable[list[FetchedImage]]]
-    prepare: Callable[[Sequence[FetchedImage], Grant], Awaitable[tuple[PreparedImage, ...]]]
-    infer: Callable[[Job, tuple[PreparedImage, ...], Grant], Awaitable[Inference]]
+    admit: Callable[[Job, JobContext, Reservation], Awaitable[AdmittedJob]]
+    fetch: Callable[[Job, AdmittedJob], Awaitable[list[FetchedImage]]]
+    prepare: Callable[[Sequence[FetchedImage], AdmittedJob], Awaitable[tuple[PreparedImage, ...]]]
+    infer: Callable[[Job, tuple[PreparedImage, ...], AdmittedJob], Awaitable[Inference]]
     answer: Callable[[Job, JobContext, Sequence[FetchedImage], Inference], Awaitable[Outcome]]
     failure: Callable[[JobContext, Exception], Outcome]
     publish: Callable[[Outcome, JobContext, Reservation], Awaitable[Outcome]]
@@ -45,10 +45,10 @@ async def process_job(job: Job, context: JobContext, reservation: Reservation, s
     """
     try:
         async with context.deadline():
-            grant = await stages.admit(job, context, reservation)
-            fetched = await stages.fetch(job, grant)
-            images = await stages.prepare(fetched, grant)
-            inference = await stages.infer(job, images, grant)
+            admitted = await stages.admit(job, context, reservation)
+            fetched = await stages.fetch(job, admitted)
+            images = await stages.prepare(fetched, admitted)
+            inference = await stages.infer(job, images, admitted)
         # Outside the deadline: an inferred job is answered.
         outcome = await stages.answer(job, context, fetched, inference)
     except Exception as error:
