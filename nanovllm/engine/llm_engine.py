@@ -6,6 +6,7 @@ A step is ``schedule → prepare → forward → sample → commit``. A caller's
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import abc
 from concurrent.futures import Future
@@ -35,10 +36,12 @@ from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
 from nanovllm.engine.text.output_processor import RequestState, extend, output_of
-from nanovllm.errors import EngineDead, EngineFault, InvalidInput, UnsupportedConstraint
+from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class LLMEngine:
         request = self._requests.get(request_id)
         for sequence in request.sequences if request is not None else ():
             if not sequence.is_finished:
-                self._ended.append(self._finish(sequence, "abort", "", ()))
+                self._ended.append(self._finish(sequence, "abort", self._detokenizer(sequence).finish(), ()))
 
     def has_unfinished(self) -> bool:
         """Whether a further step has something to do or to report."""
@@ -225,7 +228,11 @@ class LLMEngine:
         known = len(sequence)
         try:
             text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
-        except UnsupportedConstraint as error:
+            if reason is not None:
+                text += self._detokenizer(sequence).finish()
+        except MemoryError:
+            raise
+        except Exception as error:  # the work of one request: the others of the step are not at fault
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
@@ -239,18 +246,20 @@ class LLMEngine:
         return self._requests[sequence.request_id].detokenizers[sequence.index]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str, new: tuple[int, ...]) -> StepOutput:
-        """End one output, whose last step has brought ``text``; the last one of a request ends the request."""
+        """End one output, whose last text is ``text``; the last one of a request ends the request."""
         self.scheduler.finish(sequence)
         sequence.finish_reason = reason
         request = self._requests[sequence.request_id]
-        text += self._detokenizer(sequence).finish()
         finished = None
         if all(one.is_finished for one in request.sequences):
             del self._requests[sequence.request_id]
             finished = output_of(request)
         return StepOutput(sequence.request_id, TokenChunk(text, new, reason, sequence.index), finished)
 
-    def _fail(self, request_id: str, error: UnsupportedConstraint) -> StepOutput:
+    def _fail(self, request_id: str, error: Exception) -> StepOutput:
+        if not isinstance(error, NanoVLLMError):
+            logger.error("request %r failed in a step", request_id, exc_info=error)
+            error = NanoVLLMError(f"internal error of the engine: {type(error).__name__}")
         for sequence in self._requests.pop(request_id).sequences:
             if not sequence.is_finished:
                 self.scheduler.finish(sequence)

@@ -15,7 +15,8 @@ from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import StepOutput, TokenChunk
-from nanovllm.errors import EngineDead, InvalidInput, PlaceholderMismatch, PromptTooLong
+from nanovllm.engine.text.detokenizer import Detokenizer
+from nanovllm.errors import EngineDead, InvalidInput, NanoVLLMError, PlaceholderMismatch, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
@@ -294,3 +295,34 @@ async def test_it_says_which_model_it_is_and_what_it_takes(engine: AsyncEngine, 
     assert engine.max_num_seqs == 8
     with pytest.raises(RuntimeError):
         await engine.start()
+
+
+@pytest.mark.parametrize("method", ["append", "finish"])
+async def test_an_error_in_the_text_of_one_request_ends_that_one_alone(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    works = getattr(Detokenizer, method)
+
+    def failing(self: Detokenizer, *tokens: int) -> str:
+        if self._stop == ("bad!",):
+            raise ZeroDivisionError("of this request")
+        return works(self, *tokens)
+
+    monkeypatch.setattr(Detokenizer, method, failing)
+    bad = engine.submit(Request("bad", prompt="hello", sampling=greedy(5, stop=["bad!"])))
+    good = engine.submit(ask("good"))
+    with pytest.raises(NanoVLLMError, match="internal error of the engine: ZeroDivisionError"):
+        await bad
+    assert len((await good).token_ids) == 12
+    assert engine.death is None
+    engine._engine.audit()
+
+
+async def test_memory_that_runs_out_is_the_engines_end(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Detokenizer, token: int) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(Detokenizer, "append", failing)
+    with pytest.raises(EngineDead):
+        await engine.submit(ask("any"))
+    assert engine.death is not None

@@ -10,7 +10,7 @@ from strategies import examples
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from nanovllm.engine.text.detokenizer import REPLACEMENT, Detokenizer
+from nanovllm.engine.text.detokenizer import MAX_UNREAD_TOKENS, REPLACEMENT, Detokenizer
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -111,3 +111,49 @@ def test_a_text_is_cut_where_a_stop_string_leaves_something_out() -> None:
 
 def test_overlapping_beginnings_of_a_stop_string_are_found() -> None:
     assert stream("xaaab", stop=("aab",))[1].text == "xa"
+
+
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
+@pytest.mark.parametrize("what", ["continuation bytes", "first bytes", "special tokens", "both"])
+def test_the_work_of_a_token_does_not_grow_with_those_that_are_no_text_yet(
+    kind: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = TOKENIZERS[kind]
+    byte = {"continuation bytes": b"\x80", "first bytes": b"\xc3"}.get(what, b"\xf0\x9f")
+    tokens = [token for value in byte for token in byte_tokens(tokenizer, value)]
+    if "special" in what or what == "both":
+        tokens = [tokenizer.eos_token_id, *(tokens if what == "both" else ())]
+    detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=True))
+    decode, decoded = detokenizer._decode, 0
+
+    def counted(window: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(window)
+        return decode(window)
+
+    monkeypatch.setattr(detokenizer, "_decode", counted)
+    count = 2_000
+    series = (tokens * count)[:count]
+    text = "".join(detokenizer.append(token) for token in series)
+    assert decoded < 200 * count
+    whole = tokenizer.decode(series, skip_special_tokens=True)
+    assert whole.startswith(text)
+    # What is held back is what a later token could still complete.
+    assert len(whole) - len(text) <= 2 * MAX_UNREAD_TOKENS
+    assert text + detokenizer.finish() == detokenizer.text
+
+
+def byte_tokens(tokenizer: PreTrainedTokenizerFast, value: int) -> list[int]:
+    """The token of one byte."""
+    named = tokenizer.get_vocab().get(f"<0x{value:02X}>")
+    if named is not None:
+        return [named]
+    alphabet = {byte: char for char, byte in bytes_of_chars().items()}
+    return [tokenizer.get_vocab()[alphabet[value]]]
+
+
+def bytes_of_chars() -> dict[str, int]:
+    """The alphabet of byte-level tokenizers: the printable bytes as themselves, the others from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {**{chr(byte): byte for byte in plain}, **{chr(256 + i): byte for i, byte in enumerate(others)}}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
+
+MAX_UNREAD_TOKENS = 16
+"""Tokens without a whole character at their end, from which on those that no later one can change are text."""
+_CHARACTER_BYTES = 4  # the most of UTF-8, so that as many tokens decide a character
+
+
+@lru_cache(8)
+def _special_tokens(backend: Any) -> frozenset[int]:
+    return frozenset(index for index, token in backend.get_added_tokens_decoder().items() if token.special)
 
 
 class Detokenizer:
@@ -23,6 +33,7 @@ class Detokenizer:
         """``tokenizer`` is a fast Hugging Face tokenizer."""
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = sampling.skip_special_tokens
+        self._skipped = _special_tokens(self._backend) if sampling.skip_special_tokens else frozenset[int]()
         self._stop = sampling.stop
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
@@ -41,25 +52,41 @@ class Detokenizer:
         Sets ``is_stopped`` at a stop string, and ``is_cut`` where text before the end of its tokens is then left out.
         """
         self._num_tokens += 1
+        if token_id in self._skipped:
+            return self._release("")
         self._window.append(token_id)
         fresh = self._unread()
         # An unfinished character is decoded to U+FFFD: wait for its other bytes.
-        if not fresh or fresh.endswith(REPLACEMENT):
-            return self._release("")
-        del self._window[: self._num_read]
-        self._num_read = len(self._window)
-        self._read = self._decode()
-        return self._release(fresh)
+        if fresh and not fresh.endswith(REPLACEMENT):
+            return self._release(self._advance(len(self._window)))
+        decided = self._num_decided() if len(self._window) - self._num_read > MAX_UNREAD_TOKENS else self._num_read
+        return self._release(self._advance(decided) if decided > self._num_read else "")
 
     def finish(self) -> str:
         """The rest of the text at the end of the output; bytes of an unfinished character are left out."""
         return "" if self.is_stopped else self._release(self._unread().rstrip(REPLACEMENT), final=True)
 
-    def _unread(self) -> str:
-        return self._decode()[len(self._read) :]
+    def _advance(self, end: int) -> str:
+        """The text of the window's tokens up to ``end``, which are context from then on."""
+        fresh = self._decode(self._window[:end])[len(self._read) :]
+        del self._window[: self._num_read]
+        self._num_read = end - self._num_read
+        self._read = self._decode(self._window[: self._num_read])
+        return fresh
 
-    def _decode(self) -> str:
-        return self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+    def _num_decided(self) -> int:
+        """How many tokens of the window have a text that no later token can change."""
+        text, decided = self._decode(self._window), len(self._window) - _CHARACTER_BYTES
+        for end in range(decided, decided - _CHARACTER_BYTES, -1):
+            if text.startswith(self._decode(self._window[:end])):
+                return end
+        return self._num_read
+
+    def _unread(self) -> str:
+        return self._decode(self._window)[len(self._read) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=self._skip_special_tokens)
 
     def _release(self, fresh: str, *, final: bool = False) -> str:
         if not self._stop:
