@@ -13,7 +13,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from nanovllm.errors import ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
+from nanovllm.errors import FetchFailed, ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.errors import status_of
@@ -72,6 +72,7 @@ class ObjectFetcher:
         self._max_bytes = max_bytes
         self._client = S3Client(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
+        self._timeout_s = settings.object_timeout_s
 
     def check(self, ref: ImageRef) -> None:
         """Refuse before anything is read what a job may not read.
@@ -97,8 +98,17 @@ class ObjectFetcher:
         self.check(ref)
         if ref.data is not None:
             return self.checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
-        await self._connections.acquire()
-        return await _in_daemon_thread(lambda: self._read(ref, held), self._connections.release)
+        async with self._connections:
+            body = _Body()
+            try:
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    return await _in_daemon_thread(lambda: self._read(ref, held, body))
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise FetchFailed(f"the object was not read within {self._timeout_s:g} s") from None
+            finally:
+                body.abandon()
 
     def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
         """``image``, if it is what the job has promised.
@@ -114,10 +124,10 @@ class ObjectFetcher:
         """Close idle connections; threads that still read end with their read timeout, or with the process."""
         self._client.close()
 
-    def _read(self, ref: ImageRef, held: FetchedImage | None) -> FetchedImage:
-        return self.checked(ref, self._client.call(lambda client: self._read_with(client, ref, held)))
+    def _read(self, ref: ImageRef, held: FetchedImage | None, body: _Body) -> FetchedImage:
+        return self.checked(ref, self._client.call(lambda client: self._read_with(client, ref, held, body)))
 
-    def _read_with(self, client: Any, ref: ImageRef, held: FetchedImage | None) -> FetchedImage:
+    def _read_with(self, client: Any, ref: ImageRef, held: FetchedImage | None, body: _Body) -> FetchedImage:
         bucket, key = ref.bucket_and_key
         which = {"VersionId": ref.version_id} if ref.version_id else {}
         if ref.etag is not None:
@@ -136,8 +146,10 @@ class ObjectFetcher:
             if answer.get("ETag") is None:
                 # A console, a proxy or a captive portal answers 200 to anything; every S3 server sends an entity tag.
                 raise StoreUnreachable("what answers at the endpoint of the object store is no S3 server: no ETag")
+            body.begin(answer["Body"])
             data = self._read_body(answer)
         finally:
+            body.end()
             answer["Body"].close()
         tag = answer["ETag"]
         if ref.etag is not None and tag.strip('"') != ref.etag:
@@ -160,12 +172,40 @@ class ObjectFetcher:
             raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
 
 
-async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[], None]) -> FetchedImage:
-    """What ``read`` returns or raises; ``ended`` is called in the event loop when the thread ends, also after a cancel.
+class _Body:
+    """The body that a thread reads, which the event loop can break off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stream: Any = None
+        self._is_abandoned = False
+
+    def begin(self, body: Any) -> None:
+        """Reading begins. Raises FetchFailed where nothing waits for it any more."""
+        with self._lock:
+            if self._is_abandoned:
+                raise FetchFailed("the job has ended")
+            self._stream = getattr(body, "_raw_stream", None)
+
+    def end(self) -> None:
+        """Reading has ended, and the connection may serve another request."""
+        with self._lock:
+            self._stream = None
+
+    def abandon(self) -> None:
+        """Break off what is being read: a body that comes byte by byte would hold its thread without end."""
+        with self._lock:
+            self._is_abandoned = True
+            if self._stream is not None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    self._stream.shutdown()  # urllib3 2.3; unlike close it wakes a thread that waits for data
+
+
+async def _in_daemon_thread(read: Callable[[], FetchedImage]) -> FetchedImage:
+    """What ``read`` returns or raises.
 
     Not an executor: the interpreter waits for its threads, and a store that hangs would outlast the drain's budget.
     """
-    loop = asyncio.get_running_loop()
     outcome: Future[FetchedImage] = Future()
     outcome.set_running_or_notify_cancel()  # a task that is cancelled does not end the thread
 
@@ -174,8 +214,6 @@ async def _in_daemon_thread(read: Callable[[], FetchedImage], ended: Callable[[]
             outcome.set_result(read())
         except BaseException as error:
             outcome.set_exception(error)
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, and no task waits any more
-            loop.call_soon_threadsafe(ended)
 
     threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
     return await asyncio.wrap_future(outcome)

@@ -21,6 +21,7 @@ class S3Settings(SettingsModel):
     allow: StrList = Field((), description="`s3://bucket/prefix` list that jobs may read; unset: nothing may be read.")
     connect_timeout_s: Seconds = Field(5.0, description="Longest wait for a connection.")
     read_timeout_s: Seconds = Field(20.0, description="Longest silence while an object is read.")
+    object_timeout_s: Seconds = Field(120.0, description="Longest time in which one object is read.")
     max_attempts: int = Field(4, ge=1, le=20, description="Attempts at one object before the job is a dead letter.")
     max_connections: int = Field(16, ge=1, description="Objects that are read at the same time.")
     large_results: str | None = Field(

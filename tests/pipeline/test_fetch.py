@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from bench import eventually
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from nanovllm.errors import (
@@ -29,6 +32,7 @@ from nanovllm.errors import (
     StoreUnreachable,
 )
 from nanovllm.messages.job import ImageRef
+from nanovllm.objects import fetch
 from nanovllm.objects.errors import classify
 from nanovllm.objects.fetch import AllowList, ObjectFetcher
 from nanovllm.settings.s3 import S3Settings
@@ -254,7 +258,7 @@ async def test_a_store_that_is_not_there_is_nobodys_fault(s3: Any) -> None:
     fetcher.close()
 
 
-async def test_a_cancelled_fetch_gives_its_place_to_the_next_when_its_thread_ends(s3: Any) -> None:
+async def test_a_cancelled_fetch_gives_its_place_to_the_next(s3: Any) -> None:
     bucket = s3.make_bucket()
     uri = s3.put(bucket, "k", b"bytes")
     fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_connections=1)
@@ -324,3 +328,63 @@ async def test_what_answers_without_an_entity_tag_is_no_store_and_no_objects_fau
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def dribbling(head: bytes) -> Iterator[str]:
+    """A server that answers ``head`` and then a byte every 50 ms, to any number of clients."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def dribble(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=dribble, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+OBJECT = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 500000\r\n\r\n'
+ERROR = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: 500000\r\n\r\n"
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("head", [OBJECT, ERROR], ids=["object", "error"])
+async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: bytes) -> None:
+    with dribbling(head) as url:
+        fetcher = fetcher_for(url, "s3://bucket", max_connections=1, object_timeout_s=0.5)
+        ref = ImageRef(uri="s3://bucket/k")
+        # Both wait for the one slot: the second has it as soon as the first is given up.
+        outcomes = await asyncio.gather(fetcher.fetch(ref), fetcher.fetch(ref), return_exceptions=True)
+        assert [str(error) for error in outcomes] == ["the object was not read within 0.5 s"] * 2
+        assert all(isinstance(error, FetchFailed) for error in outcomes)
+        fetcher.close()
+
+
+@pytest.mark.usefixtures("s3")
+async def test_the_thread_of_an_object_that_nothing_waits_for_ends() -> None:
+    with dribbling(OBJECT) as url:
+        fetcher, others = fetcher_for(url, "s3://bucket"), reading_threads()
+        with pytest.MonkeyPatch.context() as patch:
+            began = threading.Event()
+            begin = fetch._Body.begin
+            patch.setattr(fetch._Body, "begin", lambda self, body: (begin(self, body), began.set()))
+            reading = asyncio.create_task(fetcher.fetch(ImageRef(uri="s3://bucket/k")))
+            await eventually(began.is_set)
+        assert reading_threads() - others
+        reading.cancel()
+        await eventually(lambda: not reading_threads() - others)
+        fetcher.close()
+
+
+def reading_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "nanovllm-fetch"}
