@@ -53,6 +53,7 @@ class Metrics:
         self.watermark = self._gauge(
             "consumer_watermark_offset", "Offset up to which a partition is finished.", ("topic", "partition")
         )
+        self.tombstones = self._counter("tombstones", "Records of jobs topics without a value.", ("topic",))
         self.overtaken = self._counter(
             "records_overtaken", "Offsets that retention removed before they were read.", ("topic", "partition")
         )

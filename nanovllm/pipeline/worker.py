@@ -71,6 +71,7 @@ class Worker:
         self._is_draining = False
         self._reads_invalid_next = False
         self.has_taken = False
+        self._tombstones = 0
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
@@ -175,6 +176,8 @@ class Worker:
                 break  # a record without a task is not complete, and so not committed
             if not record.is_current:
                 continue
+            if self._passes_over(record):
+                continue
             received = self.stages.receive(record)
             source.put_off(record, is_invalid=isinstance(received, InvalidRecord))
             if isinstance(received, InvalidRecord):
@@ -183,6 +186,20 @@ class Worker:
                 self._begin_job(received)
         for ledger, some in invalid.items():
             self._begin_invalid(ledger, some)
+
+    def _passes_over(self, record: ConsumedRecord) -> bool:
+        """Whether ``record`` is a tombstone that is no job; it is complete then."""
+        if not record.is_tombstone or record.unreadable is not None:
+            return False
+        self.metrics.tombstones.labels(record.topic).inc()
+        if self.settings.dead_letters.tombstones:
+            return False
+        self._tombstones += 1
+        if self._tombstones.bit_count() == 1:  # the first, second, fourth, …
+            where = f"{record.topic}-{record.partition} offset {record.offset}"
+            logger.warning("%s has no value and is passed over; %d such records so far", where, self._tombstones)
+        record.complete()
+        return True
 
     def _begin_job(self, received: Received) -> None:
         context, stages = received.context, self.stages

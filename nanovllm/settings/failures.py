@@ -53,6 +53,11 @@ class DeadLetterSettings(SettingsModel):
         description="So many dead letters without an answer between them end the worker with exit code 1, before the "
         "next one; unset: no limit.",
     )
+    tombstones: bool = Field(
+        False,
+        description="A record without a value (a tombstone) in a topic of jobs is a dead letter; unset: it is counted, "
+        "logged and passed over.",
+    )
     crash_limit: int | None = Field(
         None,
         ge=1,

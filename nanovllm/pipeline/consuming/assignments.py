@@ -127,6 +127,7 @@ class Assignments:
             record.value or b"",
             tuple((name, value or b"") for name, value in record.headers),
             unreadable=record.unreadable if isinstance(record, RawRecord) else None,
+            is_tombstone=record.value is None,
             ledger=assignment.ledger,
             transactions=assignment.transactions,
         )

@@ -21,6 +21,8 @@ class ConsumedRecord:
     headers: tuple[tuple[str, bytes], ...] = ()
     unreadable: str | None = None
     """Why the Kafka client could not parse it; what could be read of it is in the other fields."""
+    is_tombstone: bool = False
+    """Whether it has no value, which deletes its key from a compacted topic."""
     ledger: PartitionLedger = field(kw_only=True, repr=False)
     transactions: PartitionTransactions | None = field(default=None, kw_only=True, repr=False)
 
