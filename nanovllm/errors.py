@@ -243,6 +243,13 @@ class BrokersUnavailable(SystemicError):
     remedy = "Check NANOVLLM_KAFKA__BOOTSTRAP_SERVERS, the TLS and SASL settings, and the user's rights."
 
 
+class GroupInstanceFenced(SystemicError):
+    """Another member of the consumer group has this worker's ``group_instance_id``, and has taken its place."""
+
+    code = "group_instance_fenced"
+    remedy = "Give every worker a NANOVLLM_KAFKA__GROUP_INSTANCE_ID of its own, or none."
+
+
 class CredentialsRefused(SystemicError):
     """The object store refuses the worker's credentials altogether, or the AWS SDK cannot get any."""
 

@@ -26,6 +26,27 @@ def is_fatal(error: KafkaError) -> bool:
     return isinstance(error, _FATAL) or type(error) is KafkaError
 
 
+class FencedInstanceIdError(errors.BrokerResponseError):
+    """Another member has joined with the same ``group.instance.id`` (KIP-345)."""
+
+    errno = 82
+    message = "FENCED_INSTANCE_ID"
+
+
+# aiokafka 0.14 does not know the code, and calls it UnknownError.
+errors.kafka_errors.setdefault(FencedInstanceIdError.errno, FencedInstanceIdError)
+
+
+def is_fenced_instance(error: KafkaError) -> bool:
+    """Whether another member has this one's ``group.instance.id``.
+
+    aiokafka's coordinator puts a broker's error into a plain KafkaError, as its text.
+    """
+    return isinstance(error, FencedInstanceIdError) or (
+        type(error) is KafkaError and FencedInstanceIdError.__name__ in str(error)
+    )
+
+
 # Retriable by their meaning, though aiokafka does not mark them so.
 _TRANSIENT = (
     errors.KafkaTimeoutError,

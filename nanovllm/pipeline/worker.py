@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.errors import EngineDead, SystemicError
+from nanovllm.errors import BrokersUnavailable, EngineDead
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.key_order import KeyOrder
@@ -135,7 +135,7 @@ class Worker:
             rooms = self.admission.rooms if takes_work else {}
             try:
                 records = await self._poll(source, rooms, takes_work)
-            except SystemicError as error:
+            except BrokersUnavailable as error:
                 failures += 1
                 self.faults.report("kafka consumer", error)
                 await asyncio.sleep(self.backoff.wait_s(failures))
@@ -279,7 +279,11 @@ class Worker:
             self.metrics.jobs_in_flight.set(self.admission.jobs)
             self.metrics.admitted_bytes.set(self.admission.bytes)
             if time.monotonic() - committed_at >= COMMIT_INTERVAL_S:
-                await source.commit()
+                try:
+                    await source.commit()
+                    self.faults.clear("offset commits")
+                except BrokersUnavailable as error:
+                    self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
                 self._observe_partitions(source)
 

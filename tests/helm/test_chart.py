@@ -252,6 +252,11 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
     ("values", "reason"),
     [
         ({"terminationGracePeriodSeconds": 25}, "drain_timeout_s"),
+        ({"settings": {"kafka": {"group_instance_id": "w"}}}, "of which there may be 8"),
+        (
+            {"settings": {"kafka": {"group_instance_id": "w"}}, "keda": {"enabled": False}, "replicaCount": 2},
+            "of which there may be 2",
+        ),
         ({"kafka": {"sasl": {"existingSecret": "kafka-user"}}}, "the password would never be used"),
         ({"kafka": {"tls": {"existingSecret": "kafka-tls"}}}, "would not be encrypted"),
         (VALUES["tls_only"] | {"kafka": {"tls": {"existingSecret": "t", "certKey": "tls.crt"}}}, "go together"),
@@ -269,6 +274,11 @@ def test_values_that_contradict_one_another_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(HelmRenderError, match=reason):
         render(values)
+
+
+def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
+    instance = {"settings": {"kafka": {"group_instance_id": "w"}}, "keda": {"enabled": False}}
+    assert "Deployment" in render(instance)
 
 
 @every_value_set

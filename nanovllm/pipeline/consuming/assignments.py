@@ -12,7 +12,8 @@ from dataclasses import KW_ONLY, dataclass
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from nanovllm.errors import BrokersUnavailable, NanoVLLMError
+from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, NanoVLLMError
+from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.raw_records import RawRecord
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
@@ -61,6 +62,7 @@ class Assignments:
         self._not_before: dict[TopicPartition, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._commit_lock = asyncio.Lock()
+        self.uncommitted_since: float | None = None  # monotonic time of the first commit that failed, none since
 
     def assign(self, tps: Iterable[TopicPartition]) -> None:
         """Mark what has come, for ``take_in``, and fence what has not come back."""
@@ -161,7 +163,11 @@ class Assignments:
     async def commit(
         self, consumer: AIOKafkaConsumer, assignments: dict[TopicPartition, AssignedPartition], failure: str
     ) -> None:
-        """Commit each watermark that has moved. ``failure`` is logged where it fails: the next commit covers it."""
+        """Commit each watermark that has moved. ``failure`` is logged where it fails: the next commit covers it.
+
+        Raises:
+            GroupInstanceFenced: another worker has this one's place in the group.
+        """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S), self._commit_lock:
                 if self.exactly_once:
@@ -169,7 +175,17 @@ class Assignments:
                 else:
                     await _commit_offsets(consumer, assignments)
         except (KafkaError, NanoVLLMError, TimeoutError) as error:
+            if isinstance(error, KafkaError) and is_fenced_instance(error):
+                raise self.fenced_instance() from error
+            self.uncommitted_since = self.uncommitted_since or time.monotonic()
             logger.warning("%s: %s", failure, type(error).__name__)
+        else:
+            self.uncommitted_since = None
+
+    def fenced_instance(self) -> GroupInstanceFenced:
+        """What ends a worker whose place in the group another one has."""
+        name = self.settings.group_instance_id
+        return GroupInstanceFenced(f"another member of group {self.settings.group_id} has group_instance_id {name!r}")
 
     async def part(self, leaving: Iterable[AssignedPartition]) -> None:
         """Clear the crash guard's records of partitions that leave."""

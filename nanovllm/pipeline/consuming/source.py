@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 
@@ -18,8 +19,9 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, SystemicError
 from nanovllm.kafka.client import consumer_kwargs
+from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.raw_records import PARSE_ERRORS, read_raw
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
@@ -35,6 +37,7 @@ _NOWHERE = TopicPartition("", -1)
 
 POSITION_INTERVAL_S = 0.1
 LEAVE_TIMEOUT_S = 3.0
+LOSSES_OF_A_FENCED_MEMBER = 3
 
 
 class JobSource(ConsumerRebalanceListener):
@@ -72,6 +75,9 @@ class JobSource(ConsumerRebalanceListener):
         self._has_joined = False
         self._takes_work = True
         self._positions_noted = 0.0
+        self._lost_memberships: deque[float] = deque(maxlen=LOSSES_OF_A_FENCED_MEMBER)
+        self._is_fenced = False
+        self._is_stopping = asyncio.Event()
 
     @property
     def has_put_off(self) -> bool:
@@ -192,8 +198,11 @@ class JobSource(ConsumerRebalanceListener):
 
         Raises:
             BrokersUnavailable: Kafka refuses or cannot be reached.
+            GroupInstanceFenced: another worker has this one's place in the group.
         """
         consumer, assignments = self._started(), self._assignments
+        if self._is_fenced:
+            raise assignments.fenced_instance()
         try:
             if await assignments.take_in(consumer, takes_work=self._takes_work):
                 timeout_ms = 0
@@ -212,6 +221,8 @@ class JobSource(ConsumerRebalanceListener):
                 positions = {tp: assignments.active[tp].ledger.position for tp in asked if tp in assignments.active}
                 batches = await read_raw(consumer, positions, min(asked.values()))
         except KafkaError as error:
+            if is_fenced_instance(error):
+                raise assignments.fenced_instance() from error
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
         if put_off:
             self._fair_poll.put_off -= asked.keys() - batches.keys()
@@ -238,9 +249,17 @@ class JobSource(ConsumerRebalanceListener):
         self._takes_work = False
 
     async def commit(self) -> None:
-        """Commit each partition's watermark where it has moved. A failure is logged: the next commit covers it."""
+        """Commit each partition's watermark where it has moved. A failure is logged: the next commit covers it.
+
+        Raises:
+            BrokersUnavailable: no commit has succeeded for longer than the group's session lasts.
+            GroupInstanceFenced: another worker has this one's place in the group.
+        """
         active = dict(self._assignments.active)
         await self._assignments.commit(self._started(), active, "offsets were not committed this time")
+        since = self._assignments.uncommitted_since
+        if since is not None and time.monotonic() - since > self._settings.session_timeout_ms / 1000:
+            raise BrokersUnavailable(f"no offset was committed for {time.monotonic() - since:.0f} s")
 
     async def is_drained(self) -> bool:
         """Whether every record that is in our partitions now is finished and committed."""
@@ -257,12 +276,14 @@ class JobSource(ConsumerRebalanceListener):
 
     async def stop(self) -> None:
         """Commit and leave the group."""
+        self._is_stopping.set()
         if self._consumer is None:
             return
         self._assignments.arriving = set()
         try:
             if self._assignments.active:
-                await self.commit()
+                with suppress(SystemicError):  # logged; what is not committed is done again
+                    await self.commit()
                 await self._assignments.part(self._assignments.active.values())
         finally:
             await asyncio.gather(self._assignments.close(), self._leave(self._consumer))
@@ -270,7 +291,11 @@ class JobSource(ConsumerRebalanceListener):
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Stop taking, let the jobs at work end within the budget, commit, and set the partitions aside."""
-        self._has_joined = False
+        was_member, self._has_joined = self._has_joined, False
+        if was_member and self._has_been_replaced():
+            self._is_fenced = True
+            await self._is_stopping.wait()  # joining again would replace the other member in turn
+            return
         self._fair_poll.put_off.difference_update(revoked)
         leaving = self._assignments.revoke(revoked)
         if not leaving:
@@ -278,8 +303,23 @@ class JobSource(ConsumerRebalanceListener):
         if any(assignment.ledger.in_flight for assignment in leaving.values()):
             await self._drain()
         # The embedded broker refuses every commit in a rebalance; what is not committed is done again.
-        await self._assignments.commit(self._started(), leaving, "offsets of leaving partitions were not committed")
+        with suppress(GroupInstanceFenced):  # the next poll raises it
+            await self._assignments.commit(self._started(), leaving, "offsets of leaving partitions were not committed")
         await self._assignments.part(leaving.values())
+
+    def _has_been_replaced(self) -> bool:
+        """Whether another member goes on taking this one's place.
+
+        aiokafka 0.14 sends ``group.instance.id`` with JoinGroup and SyncGroup alone, so that the broker tells a member
+        that was replaced of an unknown member id, as after a session that timed out. It forgets its id then.
+        """
+        coordinator = self._consumer._coordinator if self._consumer is not None else None
+        if self._settings.group_instance_id is None or coordinator is None or coordinator.member_id:
+            return False
+        now, lost = time.monotonic(), self._lost_memberships
+        lost.append(now)
+        within_s = 2 * LOSSES_OF_A_FENCED_MEMBER * self._settings.session_timeout_ms / 1000
+        return len(lost) == lost.maxlen and now - lost[0] < within_s
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Mark what came, and fence what did not come back."""
