@@ -29,6 +29,7 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
@@ -84,7 +85,9 @@ def build_worker(
     builder = RecordBuilder(settings, engine.model_info, sink.max_record_bytes, retry_topics)
     receive, failure = Receive(settings, retry_topics), Failure(builder, limit)
     rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
-    images = ImageCache(fetcher, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
+    holds = BucketHolds(health.set_held_buckets)
+    watched = WatchedFetcher(fetcher, holds)
+    images = ImageCache(watched, decoders, engine.find_image, metrics, max_bytes=settings.reuse.image_bytes)
     breaker = CircuitBreaker(
         threshold=settings.retries.breaker_objects,
         waits=Backoff(settings.retries.breaker_wait_s, settings.retries.breaker_max_wait_s),
@@ -110,7 +113,7 @@ def build_worker(
         receive=receive,
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
         admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics),
-        fetch=Fetch(images, breaker, retry, engine, max_attempts=settings.s3.max_attempts),
+        fetch=Fetch(images, breaker, holds, retry, engine, max_attempts=settings.s3.max_attempts),
         prepare=Prepare(images, retry),
         infer=MeterTokens(infer, queue, rates),
         answer=answer,

@@ -44,12 +44,12 @@ async def test_a_worker_whose_commits_fail_for_longer_than_its_session_is_not_re
     async with bench.working(EchoEngine(), kafka=kafka):
         await bench.send({"job_id": "a", "prompt": "p"})
         await bench.results(1)
-        await eventually(lambda: not bench.health.unready)
+        await eventually(lambda: bench.health.systemic is None)
         monkeypatch.setattr(AIOKafkaConsumer, "commit", failing)
         await bench.send({"job_id": "b", "prompt": "p"})
-        await eventually(lambda: "offset commits: no offset was committed for" in str(bench.health.unready))
+        await eventually(lambda: "offset commits: no offset was committed for" in str(bench.health.systemic))
         monkeypatch.setattr(AIOKafkaConsumer, "commit", works)
-        await eventually(lambda: not bench.health.unready)
+        await eventually(lambda: bench.health.systemic is None)
 
 
 def test_the_coordinators_error_is_known_by_its_text() -> None:

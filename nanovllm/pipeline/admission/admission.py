@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
 
@@ -168,8 +168,21 @@ class Reservation:
         finally:
             self._admission._take(self._use, 0, jobs=1)
 
+    @contextlib.asynccontextmanager
+    async def set_aside(self) -> AsyncIterator[None]:
+        """Give the job's slot and its reserved bytes up inside, while it waits for what others do not; then both back.
+
+        The slot is taken again as `without_slot` does; the bytes are waited for.
+        """
+        reserved, self._reserved_bytes = self._reserved_bytes, None
+        self._admission._give_back(self._use, reserved or 0, reservations=int(reserved is not None))
+        with self.without_slot():
+            yield
+        if reserved is not None:
+            await self.acquire_bytes(reserved)
+
     async def acquire_bytes(self, nbytes: int) -> None:
-        """Wait until ``nbytes`` more may be held. Once for each job.
+        """Wait until ``nbytes`` more may be held, by a job that has reserved none.
 
         Raises:
             RuntimeError: the job has reserved before.

@@ -25,6 +25,7 @@ class Health:
         self.has_joined = False
         self.is_draining = False
         self.systemic: str | None = None
+        self.held_buckets: tuple[str, ...] = ()
         self._waits_for: str | None = None
         self._last_tick = time.monotonic()
 
@@ -35,6 +36,10 @@ class Health:
     def wait_for(self, what: str | None) -> None:
         """The start waits for ``what``; None: it is over."""
         self._waits_for = what
+
+    def set_held_buckets(self, reasons: tuple[str, ...]) -> None:
+        """What is held back of the object store, and why."""
+        self.held_buckets = reasons
 
     @property
     def troubles(self) -> tuple[str, ...]:
@@ -57,6 +62,7 @@ class Health:
             f"waiting for {self._waits_for}" if self._waits_for else None,
             "draining" if self.is_draining else None,
             self.systemic,
+            *self.held_buckets,
         )
         return tuple(reason for reason in reasons if reason)
 

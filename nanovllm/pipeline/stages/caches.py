@@ -12,12 +12,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from nanovllm.errors import NanoVLLMError
 from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
+from nanovllm.objects.fetch import FetchedImage
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import PreparedImage
 
@@ -101,6 +101,19 @@ class SingleFlightCache:
                 del self._flights[key]
 
 
+class Fetcher(Protocol):
+    """What reads images: an `ObjectFetcher`, or one that is watched."""
+
+    def check(self, ref: ImageRef) -> None:
+        """As `ObjectFetcher.check`."""
+
+    def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
+        """As `ObjectFetcher.checked`."""
+
+    async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None) -> FetchedImage:
+        """As `ObjectFetcher.fetch`."""
+
+
 class ImageCache:
     """Reads and prepares images through ``fetcher`` and ``decoders``, each distinct one once as long as it is kept.
 
@@ -110,7 +123,7 @@ class ImageCache:
 
     def __init__(
         self,
-        fetcher: ObjectFetcher,
+        fetcher: Fetcher,
         decoders: DecoderPool | None,
         find_image: Callable[[bytes, bytes], PreparedImage | None],
         metrics: Metrics,

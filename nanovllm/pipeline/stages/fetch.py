@@ -1,13 +1,13 @@
-"""The fetch stage: a job's images as encoded bytes, through the image cache and the circuit breaker."""
+"""The fetch stage: a job's images as encoded bytes, through the image cache, the circuit breaker and bucket holds."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.objects.fetch import FetchedImage
+from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.stages.admit import AdmittedJob, decoded_bytes
 from nanovllm.pipeline.stages.caches import ImageCache
@@ -20,10 +20,18 @@ class Fetch:
     """Fetches the images of jobs; each object is attempted ``max_attempts`` times."""
 
     def __init__(
-        self, images: ImageCache, breaker: CircuitBreaker, retry: Retry, engine: EngineBackend, *, max_attempts: int
+        self,
+        images: ImageCache,
+        breaker: CircuitBreaker,
+        holds: BucketHolds,
+        retry: Retry,
+        engine: EngineBackend,
+        *,
+        max_attempts: int,
     ) -> None:
         self._images = images
         self._breaker = breaker
+        self._holds = holds
         self._retry = retry
         self._engine = engine
         self._max_attempts = max_attempts
@@ -34,17 +42,32 @@ class Fetch:
         Raises:
             NanoVLLMError, ExceptionGroup: an object cannot be had, or is not what the job names.
         """
-        context = admitted.context
-        with context.progress.stage("fetch"):
-
-            def attempt(ref: ImageRef) -> Awaitable[FetchedImage]:
-                fetch = partial(self._images.fetch, ref, context.salt, may_reuse=admitted.reuses_images)
-                return self._breaker.call(ref.identity, fetch)
-
-            fetched = await gather(
-                self._retry(partial(attempt, ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts)
-                for ref in admitted.refs
-            )
+        with admitted.context.progress.stage("fetch"):
+            fetched = await self._fetch(admitted)
             pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
             admitted.reservation.resize(sum(len(image.data) for image in fetched) + pixels)
             return fetched
+
+    async def _fetch(self, admitted: AdmittedJob) -> list[FetchedImage]:
+        progress = admitted.context.progress
+        buckets = {ref.bucket_and_key[0] for ref in admitted.refs if ref.data is None}
+        while True:
+            if any(map(self._holds.is_held, buckets)):
+                # The jobs of other buckets need what this one would hold meanwhile.
+                async with admitted.reservation.set_aside():
+                    await self._holds.wait(buckets)
+            try:
+                return await gather(
+                    self._retry(
+                        partial(self._read, ref, admitted), OBJECT_STORE, progress, max_attempts=self._max_attempts
+                    )
+                    for ref in admitted.refs
+                )
+            except ExceptionGroup as group:
+                _, others = group.split(BucketHeldError)
+                if others is not None:
+                    raise others from None
+
+    async def _read(self, ref: ImageRef, admitted: AdmittedJob) -> FetchedImage:
+        fetch = partial(self._images.fetch, ref, admitted.context.salt, may_reuse=admitted.reuses_images)
+        return await self._breaker.call(ref.identity, fetch)

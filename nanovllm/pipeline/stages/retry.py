@@ -53,6 +53,16 @@ class Retry:
 
 async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """What they return, in order; the first failure cancels the others and is raised in an ExceptionGroup."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    caller = asyncio.current_task()
+    assert caller is not None
+    cancelling = caller.cancelling()
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup:
+        # In CPython 3.11 the group's own request to cancel its caller stays: a timeout around it that expires later
+        # would take itself for a cancel from outside.
+        if caller.cancelling() > cancelling:
+            caller.uncancel()
+        raise
     return [task.result() for task in tasks]
