@@ -43,7 +43,9 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
     # A job that its topic takes fits, with what is added to it, what a worker may send.
     largest = settings.kafka.max_request_bytes
     carries_jobs = {"max.message.bytes": str(largest)}
-    largest_job = {"max.message.bytes": str(max(1, largest - ENVELOPE_BYTES))}
+    # A consumer unpacks a batch whole, whatever it becomes. With `uncompressed` the broker unpacks it piece by piece,
+    # and max.message.bytes bounds what it has become.
+    largest_job = {"max.message.bytes": str(max(1, largest - ENVELOPE_BYTES)), "compression.type": "uncompressed"}
     needs = [
         *(TopicNeed(name, "jobs", ("READ", *described), largest_job) for name in (topics.jobs, *topics.lanes)),
         TopicNeed(topics.results, "results", writes),
@@ -112,6 +114,12 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
 def _jobs_findings(settings: Settings, need: TopicNeed, state: TopicState, workers: int | None) -> Iterator[Finding]:
     if workers is not None and state.partitions < workers:
         yield Finding(need.name, "error", f"has {state.partitions} partitions: of {workers} workers some stay idle")
+    if state.configs.get("compression.type", "producer") != "uncompressed":
+        yield Finding(
+            need.name,
+            "warning",
+            "compression.type is not `uncompressed`: a small batch may unpack to gigabytes in every worker",
+        )
     ttl_s = settings.admission.ttl_s
     if ttl_s is not None and state.retention_ms < ttl_s * 1000:
         yield Finding(need.name, "warning", "retention.ms is below admission.ttl_s: jobs go before they expire")
