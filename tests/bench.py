@@ -15,6 +15,7 @@ from PIL import Image
 
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -194,9 +195,13 @@ class FaultySink(KafkaSink):
         super().__init__(producer)
         self._before = before
 
-    async def publish(self, records: Sequence[OutgoingRecord]) -> None:
+    async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         await self._before(records)
-        await super().publish(records)
+        return await super().publish_each(records)
+
+    async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
+        await self._before(records)
+        await super()._send_batches(records)
 
 
 class FaultyFetcher(ObjectFetcher):

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.confinement import forbid_debugging
@@ -92,6 +93,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
 
         # The probes answer by now: these imports take seconds.
         from nanovllm.kafka.admin import message_limits
+        from nanovllm.kafka.topic_limits import TopicLimits
         from nanovllm.objects.s3_client import check_settings
         from nanovllm.pipeline import build
         from nanovllm.sinks.kafka import KafkaSink
@@ -114,8 +116,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
 
         health.wait_for("the brokers")
-        limits_by_topic = await message_limits(settings.kafka, build.written_topics(settings))
-        producer = build.build_producer(settings, limits_by_topic)
+        read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
+        limits = TopicLimits(await read_limits(), read=read_limits)
+        producer = build.build_producer(settings, limits)
         stack.push_async_callback(producer.stop)
         await producer.start()
         worker, source = build.build_worker(
@@ -123,7 +126,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             engine=engine,
             decoders=decoders,
             fetcher=fetcher,
-            sink=KafkaSink(producer, limits_by_topic),
+            sink=KafkaSink(producer, limits),
             crash_guard=build.build_crash_guard(settings, producer),
             metrics=metrics,
             health=health,

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaProducer
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.recovering_producer import RecoveringProducer
+from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client
@@ -160,12 +161,15 @@ def written_topics(settings: Settings) -> list[str]:
     return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).delays_s]
 
 
-def build_producer(settings: Settings, max_record_bytes: dict[str, int]) -> RecoveringProducer:
-    """The producer of a worker, not started; ``max_record_bytes``: the limit of each topic that it writes."""
+def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
+    """The producer of a worker, not started; ``limits``: those of the topics that it writes."""
     options = producer_kwargs(settings.kafka)
-    # A topic's limit is one for whole batches: small records that exceed it together would be refused together.
-    options["max_batch_size"] = min(options["max_batch_size"], *max_record_bytes.values())
-    return RecoveringProducer(lambda: AIOKafkaProducer(**options))
+
+    def connect() -> AIOKafkaProducer:
+        # A topic's limit is one for whole batches: small records that exceed it together are refused together.
+        return AIOKafkaProducer(**options | {"max_batch_size": min(options["max_batch_size"], limits.batch_bytes)})
+
+    return RecoveringProducer(connect)
 
 
 def build_crash_guard(settings: Settings, producer: RecoveringProducer) -> CrashGuard | None:

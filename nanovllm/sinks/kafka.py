@@ -10,11 +10,12 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
-from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError
+from nanovllm.errors import ErrorClass, MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.errors import publish_error
-from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, OutgoingRecord
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.kafka.recovering_producer import RecoveringProducer
+from nanovllm.kafka.topic_limits import TopicLimits
 
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
@@ -22,20 +23,19 @@ BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more
 class KafkaSink:
     """Publishes records and returns when all of them are acknowledged.
 
-    ``max_record_bytes`` holds each topic's own limit. A record above it is refused here, before anything is sent:
-    aiokafka's idempotent producer has counted a record that the broker then refuses, and could not send to that
-    partition again.
+    ``limits`` holds each topic's own limit. A record above it is refused here, before anything is sent: aiokafka's
+    idempotent producer has counted a record that the broker then refuses, and could not send to that partition again.
+    A limit that is lowered later refuses whole batches: they become smaller, and what fits is sent again.
     """
 
     def __init__(
-        self, producer: AIOKafkaProducer | RecoveringProducer, max_record_bytes: Mapping[str, int] | None = None
+        self,
+        producer: AIOKafkaProducer | RecoveringProducer,
+        limits: TopicLimits | Mapping[str, int] | None = None,
     ) -> None:
         self._producer = producer
-        self._max_record_bytes = dict(max_record_bytes or {})
-
-    def max_record_bytes(self, topic: str) -> int:
-        """The largest record that ``topic`` takes."""
-        return self._max_record_bytes.get(topic, DEFAULT_MAX_RECORD_BYTES)
+        self._limits = limits if isinstance(limits, TopicLimits) else TopicLimits(limits)
+        self.max_record_bytes = self._limits.record_bytes
 
     def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Refuse what a topic would refuse.
@@ -64,22 +64,52 @@ class KafkaSink:
         if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
             await self._send_batches(records)
             return
-        sends = (send_record(self._producer, record) for record in records)
-        outcomes = await asyncio.gather(*sends, return_exceptions=True)
+        raise_worst(await self.publish_each(records))
+
+    async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
+        """As ``publish`` without its check; returns the error of each record, None where it is acknowledged."""
+        outcomes = await asyncio.gather(*map(self._send, records), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
             if not isinstance(error, NanoVLLMError):
                 raise error
-        if errors:
-            raise max(errors, key=lambda error: getattr(error, "error_class", None) is ErrorClass.SYSTEMIC)
+        return [outcome if isinstance(outcome, NanoVLLMError) else None for outcome in outcomes]
+
+    async def _send(self, record: OutgoingRecord) -> None:
+        batch_bytes = self._limits.batch_bytes
+        try:
+            await send_record(self._producer, record)
+        except MessageTooLarge as error:
+            raise await self._refused(record.topic, record.size_bytes, batch_bytes, error) from error
 
     async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
-        producer, topic = self._producer, records[0].topic
+        producer, topic, batch_bytes = self._producer, records[0].topic, self._limits.batch_bytes
         send = producer.send_batches if isinstance(producer, RecoveringProducer) else partial(send_batches, producer)
         try:
-            await send(topic, records, self.max_record_bytes(topic))
+            await send(topic, records, min(batch_bytes, self.max_record_bytes(topic)))
         except KafkaError as error:
-            raise publish_error(error, topic) from error
+            meaning = publish_error(error, topic)
+            if isinstance(meaning, MessageTooLarge):
+                largest = max(record.size_bytes for record in records)
+                meaning = await self._refused(topic, largest, batch_bytes, meaning)
+            raise meaning from error
+
+    async def _refused(
+        self, topic: str, record_bytes: int, batch_bytes: int, error: MessageTooLarge
+    ) -> MessageTooLarge | TransientError:
+        """What a broker's refusal of a size means for a record, which was alone in its batch or one of several."""
+        are_smaller = await self._limits.lower(batch_bytes)
+        if record_bytes > self.max_record_bytes(topic) or record_bytes >= batch_bytes or not are_smaller:
+            return error
+        if isinstance(self._producer, RecoveringProducer):
+            await self._producer.renew()
+        return TransientError(f"topic {topic} takes smaller batches than it did: the record is sent again")
+
+
+def raise_worst(errors: Sequence[NanoVLLMError | None]) -> None:
+    """Raise one of ``errors``, if there are any: a systemic one before others."""
+    if found := [error for error in errors if error is not None]:
+        raise max(found, key=lambda error: error.error_class is ErrorClass.SYSTEMIC)
 
 
 async def send_record(producer: AIOKafkaProducer | RecoveringProducer, record: OutgoingRecord) -> RecordMetadata:

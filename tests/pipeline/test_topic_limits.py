@@ -1,10 +1,12 @@
-"""A topic whose limit is below what the producer would put into one batch."""
+"""A topic whose limit is below what the producer would put into one batch, from the start or later."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from parts import create_topic
 from world import World
 
@@ -32,3 +34,45 @@ async def test_small_results_are_not_refused_together_for_their_batch_is_too_lar
             worker.kill()
     assert not world.dead_letters
     assert len(world.results) == JOBS
+
+
+async def lower_limit(broker: str, topic: str, max_bytes: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker)
+    await admin.start()
+    try:
+        limit = {"max.message.bytes": str(max_bytes)}
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, limit)])
+    finally:
+        await admin.close()
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_a_limit_that_is_lowered_while_the_worker_runs_refuses_only_what_is_too_large(
+    kafka_broker, s3, tmp_path, delivery: str
+):
+    world = World(kafka_broker, s3, tmp_path, {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_DELIVERY": delivery})
+    topics = world.topics
+    await create_topic(kafka_broker, topics.jobs, topics.metrics, topics.dead_letters)
+    await create_topic(kafka_broker, topics.results, partitions=1)
+    worker = world.worker("w")
+    async with world.producer() as producer, world.reader() as reader:
+
+        async def outcomes(count: int) -> None:
+            async with asyncio.timeout(100):
+                while len(world.results) + len(world.dead_letters) < count:
+                    await world.read(reader)
+
+        worker.start()
+        try:
+            await producer.send_job(Job(job_id="before", prompt="Say so"))
+            await outcomes(1)
+            await lower_limit(kafka_broker, topics.results, 3_000)
+            await asyncio.gather(
+                *(producer.send_job(Job(job_id=f"j-{n}", prompt="Say so")) for n in range(JOBS)),
+                producer.send_job(Job(job_id="large", prompt="x" * 6_000)),
+            )
+            await outcomes(JOBS + 2)
+        finally:
+            worker.kill()
+    assert [letter.job_id for letter in world.dead_letters.values()] == ["large"], world.dead_letters
+    assert len(world.results) == JOBS + 1

@@ -38,7 +38,7 @@ from nanovllm.sinks.dead_letter_record import (
     read_dead_letter,
     without_url_queries,
 )
-from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.sinks.kafka import KafkaSink, send_record
 
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
@@ -271,7 +271,7 @@ async def test_a_producer_whose_numbers_the_broker_no_longer_takes_is_replaced(
         await sink.publish([OutgoingRecord(topic, b"k", b"small")])
         # aiokafka has counted the record that the broker refuses; whatever follows is out of order.
         with pytest.raises(MessageTooLarge):
-            await sink.publish([OutgoingRecord(topic, b"k", b"x" * 5_000)])
+            await send_record(producer, OutgoingRecord(topic, b"k", b"x" * 5_000))
         with pytest.raises(TransientError, match="replaced"):
             await sink.publish([OutgoingRecord(topic, b"k", b"small")])
         await asyncio.gather(*(sink.publish([OutgoingRecord(topic, b"k", b"small")]) for _ in range(5)))

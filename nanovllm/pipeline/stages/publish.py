@@ -17,7 +17,7 @@ from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.sinks.claim_check import S3ResultStore
-from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.sinks.kafka import KafkaSink, raise_worst
 
 
 class Answer:
@@ -90,10 +90,19 @@ class Publish:
 
     async def _send(self, records: Sequence[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
         record, transactions = context.record, context.record.transactions
-        if transactions is None:
-            await self._retry(lambda: self._sink.publish(records), "kafka producer", context.progress)
-            return
         self._sink.check(records)
+        if transactions is None:
+            unsent = list(records)
+
+            async def send() -> None:
+                nonlocal unsent
+                outcomes = await self._sink.publish_each(unsent)
+                # What a broker has acknowledged is not sent again because another topic refuses.
+                unsent = [one for one, error in zip(unsent, outcomes, strict=True) if error is not None]
+                raise_worst(outcomes)
+
+            await self._retry(send, "kafka producer", context.progress)
+            return
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
         reservation.release_slot(sum(one.size_bytes for one in records))
         await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)
