@@ -104,6 +104,8 @@ class Worker:
                 task.result()
             self._stop_taking(source)
             await self.drain()
+            if self._breach.done():
+                self._breach.result()  # a record came to no outcome while the worker drained
         finally:
             self._stop_taking(source)
             await self._give_back()

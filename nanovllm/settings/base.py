@@ -17,7 +17,10 @@ def _split_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        return yaml.safe_load(value)
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError("is neither a,b nor a list in brackets") from None  # the parser quotes what it fell on
     return [item.strip() for item in value.split(",") if item.strip()]
 
 

@@ -233,6 +233,8 @@ def _batches(
     def batch(step: int, tower_only: bool) -> Batch:
         chosen = [examples(index) for index in range(step * size, (step + 1) * size)]
         images = [load_rgb(image) for example in chosen for image in example.images]
+        if not images:
+            raise InvalidInput("a batch has no image: leave lines without images out, or raise the batch size")
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         image_tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         indices = iter(range(len(images)))

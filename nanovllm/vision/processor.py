@@ -70,24 +70,24 @@ def shape_of(value: object) -> str:
 class VisionProcessor:
     """Images and their placeholders for one encoder.
 
-    ``image_token_id`` unset is the placeholder's of the Hugging Face ``tokenizer``. Without a ``cache`` nothing is kept
+    ``image_token_id`` unset is ``image_token``'s of the Hugging Face ``tokenizer``. Without a ``cache`` nothing is kept
     between calls.
     """
-
-    image_token = IMAGE_PLACEHOLDER
 
     def __init__(
         self,
         encoder: ImageEncoder,
         *,
         tokenizer: Any = None,
+        image_token: str = IMAGE_PLACEHOLDER,
         image_token_id: int | None = None,
         cache: EmbeddingCache[PreparedImage] | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if image_token_id is None and tokenizer is not None:
-            image_token_id = tokenizer.get_vocab().get(self.image_token)
+            image_token_id = tokenizer.get_vocab().get(image_token)
         self.encoder = encoder
+        self.image_token = image_token
         self.image_token_id = image_token_id
         self.cache: EmbeddingCache[PreparedImage] = cache if cache is not None else EmbeddingCache(0)
         self.limits = limits

@@ -83,6 +83,16 @@ def test_a_list_may_also_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().s3.allow == ("s3://abc/with,comma",)
 
 
+@pytest.mark.parametrize("name", ["RETRIES__DELAYS_S", "S3__ALLOW", "TOPICS__REPLY_TO"])
+def test_a_list_that_does_not_end_is_a_configuration_error_and_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"NANOVLLM_{name}", "[5,60")
+    with pytest.raises(ConfigurationError, match="neither a,b nor a list in brackets") as caught:
+        load_settings()
+    assert "[5,60" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgpack
 import pytest
@@ -427,3 +429,20 @@ async def test_the_event_loop_turns_between_records_that_take_long_to_read(
         await bench.dead_letters(40)
     counting.cancel()
     assert len(set(received_in)) == len(received_in) == 40
+
+
+async def test_a_fault_of_the_worker_while_it_drains_is_not_a_clean_end(bench: Bench) -> None:
+    engine = GatedEngine()
+
+    async def broken(*_: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    async with bench.working(engine) as (worker, running):
+        worker.stages = replace(worker.stages, publish=broken)
+        await bench.send({"job_id": "j", "prompt": "p"})
+        await engine.submitted("j")
+        worker.stop()
+        engine.open("j")
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            await running
+    assert await bench.committed() in (None, 0)

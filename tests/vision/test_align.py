@@ -369,3 +369,13 @@ def test_an_evaluation_counts_every_sample_once_by_kind(
     kinds = {name: group for name, group in result["groups"].items() if name.startswith("kind: ")}
     assert sum(group["n"] for group in kinds.values()) == 6
     assert "lower95" in capsys.readouterr().out
+
+
+def test_a_batch_without_any_image_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    data = pairs(tmp_path / "data")
+    data.write_text("\n".join([json.dumps({"prompt": "Hello", "images": [], "answer": "hi"})] * 3), encoding="utf-8")
+    with pytest.raises(InvalidInput, match="raise the batch size"):
+        align(
+            text_model(tmp_path / "text"), tower(tmp_path / "tower"), data, tmp_path / "llava",
+            images=6, batch_size=2, report=lambda _: None, device="cpu",
+        )  # fmt: skip

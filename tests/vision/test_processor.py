@@ -64,6 +64,7 @@ def test_token_ids_come_from_the_tokenizer_or_the_number_given(encoder: VisionEn
     from_tokenizer = VisionProcessor(encoder, tokenizer=tokenizer)
     assert from_tokenizer.get_image_token_ids(2) == [tokenizer.convert_tokens_to_ids("<|image|>")] * 32
     assert VisionProcessor(encoder, image_token_id=7).get_image_token_ids(1) == [7] * 16
+    assert VisionProcessor(encoder, image_token="<img>", image_token_id=7).image_token == "<img>"
     for unknowing in (VisionProcessor(encoder), VisionProcessor(encoder, tokenizer=make_tokenizer(image_token=False))):
         with pytest.raises(ConfigurationError, match="needs image_token_id="):
             unknowing.get_image_token_ids(1)
