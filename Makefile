@@ -30,7 +30,7 @@ test-all: .venv/.dev ## All that CI runs (20 minutes on 2 quiet cores)
 proof: .venv/.dev ## Held-out accuracy, 20,000 new examples of every property, and whatever else takes long
 	$(PY) -m pytest -m "proof or hypothesis" --hypothesis-profile thorough --timeout 7200
 
-chaos: .venv/.dev ## Faults by seed against three workers, detached and resumable: SEED=1 SEEDS=1 JOBS=2000 FAULTS=40 BROKERS=1 BACKEND=echo
+chaos: .venv/.dev ## Faults by seed against three workers, detached and resumable: SEED=1 SEEDS=1 JOBS=2000 FAULTS=40 BROKERS=1 BACKEND=echo OUT=build/chaos
 	@PYTHON=$(PY) tools/chaos.sh
 
 check: .venv/.dev ## Lint, format, types, arrows between the rooms

@@ -26,6 +26,7 @@ from typing import Any
 
 from checkpoints import checkpoint
 from machine import busy_seconds, describe_machine
+from output import DIRECTORY, write_text
 from plot import draw_bars
 from transformers import AutoTokenizer
 from workloads import Maker, Workload, make_decode, make_images, make_schema, make_text
@@ -109,8 +110,7 @@ def main() -> int:
     for precision in args.precisions:
         for model, names in group_by_model(args.size, args.workloads).items():
             report["results"] += compare(args, precision, model, names)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(args.output, json.dumps(report, indent=1) + "\n")
     draw_bars(report, args.output.with_suffix(".svg"))
     print(f"written to {args.output} and {args.output.with_suffix('.svg')}")
     return 1 if any(row.get("different") for row in report["results"]) else 0
@@ -135,7 +135,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=32, help="sequences at once")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanovllm-peers")
-    parser.add_argument("--output", type=Path, help="default: results/peers-SIZE.json")
+    parser.add_argument(
+        "--output", type=Path, help=f"default: {DIRECTORY}/peers-SIZE.json; benchmarks/results/…: published"
+    )
     args = parser.parse_args()
     args.peers = {name: sys.executable for name in ("nanovllm", "transformers") if name not in args.without}
     for peer in args.peer:
@@ -143,7 +145,7 @@ def read_arguments() -> argparse.Namespace:
         if name not in RUNNERS or not (Path(directory) / "bin" / "python").exists():
             parser.error(f"--peer {peer}: not one of {', '.join(RUNNERS)} with an environment; see peers/setup.sh")
         args.peers[name] = str(Path(directory).absolute() / "bin" / "python")
-    args.output = args.output or HERE / "results" / f"peers-{args.size}.json"
+    args.output = args.output or DIRECTORY / f"peers-{args.size}.json"
     return args
 
 

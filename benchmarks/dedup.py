@@ -5,7 +5,7 @@
 Apache Kafka, a real S3 server, the shipped tiny model. The more a picture repeats, the more jobs a second. Beside it
 the same jobs with every memory off: none for objects, pixels, embeddings and prefixes. Objects have no version, so that
 each job asks the store whether its picture is still the same. The script fails when the encoder has not run once
-for each distinct picture, or an object was downloaded more than once. It writes results/dedup.json and a plot.
+for each distinct picture, or an object was downloaded more than once. It writes a JSON file (``--output``) and a plot.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from machine import describe_machine
+from output import add_output, write_text
 from parts import KafkaNode, VersityNode, create_topic
 from plot import draw_curves
 from world import World
@@ -49,14 +50,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.6, 0.9, 1.2, 1.6])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "dedup.json")
+    add_output(parser, "dedup.json")
     args = parser.parse_args()
     report: dict[str, Any] = {
         "machine": describe_machine(" ".join(["python benchmarks/dedup.py", *sys.argv[1:]])),
         "jobs": args.jobs,
         "runs": asyncio.run(measure(args.jobs, args.exponents)),
     }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(args.output, json.dumps(report, indent=1) + "\n")
     curves = {
         name: [(run["share_of_repeats"], run[name]["jobs_per_second"]) for run in report["runs"]]
         for name in ("with reuse", "without")

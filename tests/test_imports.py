@@ -1,11 +1,13 @@
-"""What may be imported where: producing jobs needs no torch, and the package stands beside a user's own rooms."""
+"""What may be imported where: the rooms by the table of ARCHITECTURE.md, and producing jobs without torch."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL", "jinja2", "tqdm")
 REFUSE_HEAVY = f"""
 import sys
+import tomllib
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in {HEAVY!r}:
@@ -153,3 +156,64 @@ def test_the_package_has_no_import_circle() -> None:
 def test_the_engine_has_no_import_circle_even_through_functions() -> None:
     eager, lazy = import_graph()
     assert find_circle({name: eager[name] | lazy[name] for name in eager if name.startswith("nanovllm.engine")}) == []
+
+
+PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+OUTSIDE_THE_TABLE = ("nanovllm.layers", "nanovllm.vision.align")
+
+
+def table_of_rooms() -> dict[str, set[str]]:
+    """What each room of ARCHITECTURE.md may import: the first row's modules, and what its row names."""
+    rows = re.findall(r"^\| (`[^|]+) \| [^|]+ \| ([^|]+) \|$", PAGE.split("## Rooms")[1], re.MULTILINE)
+    first, *others = [(re.findall(r"`(\w+)(?:\.py|/)`", names), cell) for names, cell in rows]
+    may_import: dict[str, set[str]] = {name: set() for name in first[0]} | {"metrics": {"statistics"}}
+    basic = set(first[0])
+    for (room,), cell in others:
+        named = set(may_import) if cell == "every row above" else set(re.findall(r"`(\w+)`", cell))
+        may_import[room] = basic | named
+    return may_import
+
+
+def test_each_room_imports_what_its_row_of_the_table_names() -> None:
+    may_import = table_of_rooms()
+    assert len(may_import) > 15
+    eager, lazy = import_graph()
+    unlisted = set()
+    for name in eager:
+        if name == "nanovllm" or name.startswith(OUTSIDE_THE_TABLE):
+            continue
+        room = name.split(".")[1]
+        for target in eager[name] | lazy[name]:
+            if target.split(".")[1:2] not in ([room], *([one] for one in may_import[room])):
+                unlisted.add(f"{name} -> {target}")
+    assert not unlisted
+
+
+def test_the_contracts_refuse_whatever_the_table_does_not_name() -> None:
+    """A pair of rooms may be refused by a layer, by a line that both are in, or by name."""
+    refused = set()
+    for contract in CONTRACTS:
+        if contract["type"] == "layers" and "containers" not in contract:
+            lines = [[name.strip() for name in line.split("|")] for line in contract["layers"]]
+            for at, line in enumerate(lines):
+                above = [name for upper in lines[: at + 1] for name in upper]
+                refused |= {(one, other) for one in line for other in above if one != other}
+        elif contract["type"] == "forbidden":
+            refused |= {(one, other) for one in contract["source_modules"] for other in contract["forbidden_modules"]}
+        elif contract["type"] == "independence":
+            refused |= {(one, other) for one in contract["modules"] for other in contract["modules"] if one != other}
+    may_import = table_of_rooms()
+    for room, named in may_import.items():
+        for other in may_import.keys() - {room}:
+            pair = (f"nanovllm.{room}", f"nanovllm.{other}")
+            assert (pair in refused) == (other not in named), f"{pair}: the table and the contracts differ"
+
+
+def test_the_lines_inside_a_room_are_those_of_the_contracts() -> None:
+    rows = re.findall(r"^\| ([^|]*)\| ([^|]*)\|$", PAGE.split("Inside a room")[1].split("## ")[0], re.MULTILINE)[1:]
+    for column, room in enumerate(("pipeline", "engine")):
+        (contract,) = (one for one in CONTRACTS if one.get("containers") == [f"nanovllm.{room}"])
+        shown = [{name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", row[column])} for row in rows]
+        lines = [{name.strip() for name in line.split("|")} for line in contract["layers"]]
+        assert [line for line in shown if line] == lines

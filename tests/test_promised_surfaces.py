@@ -66,7 +66,9 @@ def test_what_scripts_rely_on_is_what_was_promised() -> None:
     now = json.loads(json.dumps(surfaces()))
     assert now.keys() == promised.keys()
     for surface, entries in promised.items():
-        assert now[surface] == entries, f"{surface}: after an addition run python tests/test_promised_surfaces.py"
+        assert now[surface] == entries, (
+            f"{surface}: after an addition run PYTHONPATH=. python tests/test_promised_surfaces.py"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs the drills of the seeds SEED to SEED+SEEDS-1 in both delivery modes, detached; a seed whose JSON is there is left alone.
+# Runs the drills of the seeds SEED to SEED+SEEDS-1 in both delivery modes, detached; a drill whose JSON is in OUT already is not run again.
 #   SEED=1 SEEDS=10 JOBS=2000 FAULTS=40 tools/chaos.sh
+#   OUT=benchmarks/results/chaos writes where the results of this repository are kept; build/chaos is the default.
 #   BROKERS=3 and BACKEND=native make a cluster of three, and let the shipped model answer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${OUT:-benchmarks/results/chaos}
+out=${OUT:-build/chaos}
 mkdir -p build "$out"
 export PYTHONPATH=$PWD SEED=${SEED:-1} SEEDS=${SEEDS:-1} JOBS=${JOBS:-2000} FAULTS=${FAULTS:-40} OUT=$out BROKERS=${BROKERS:-1} BACKEND=${BACKEND:-echo} PYTHON=${PYTHON:-.venv/bin/python}
 # shellcheck disable=SC2016  # the inner shell expands it

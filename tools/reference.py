@@ -1,12 +1,12 @@
 """The generated references: JSON Schemas of the messages, and the pages of all settings and dead-letter codes.
 
-``python tools/reference.py`` writes them into ``docs/``; a test fails while they differ from the models.
+``PYTHONPATH=. .venv/bin/python tools/reference.py`` writes them into ``docs/``; a test fails while they differ.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ Credentials for S3 are the AWS SDK's own (`AWS_ACCESS_KEY_ID`, profiles, roles).
 
 A deprecated setting goes with the next major version: its default is right, or follows from others.
 
-This page is generated from the settings themselves (`python tools/reference.py`).
+This page is generated from the settings themselves (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
 """
 
 
@@ -60,7 +60,7 @@ A dead letter is the original message; why it failed stands in its headers
 means that the same message can succeed once the remedy was applied;
 `nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …` sends it again.
 
-This page is generated from the errors themselves (`python tools/reference.py`).
+This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
 
 | code | class | retryable | what it means | remedy |
 |---|---|---|---|---|
@@ -171,4 +171,6 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("docs", type=Path, nargs="?", default=Path("docs"), help="where to; default: docs")
+    write(parser.parse_args().docs)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanovllm.checkpoints.resolve import checkpoint_name, weight_files
-from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel, counted
 
 _LFS = b"version https://git-lfs"
 
@@ -66,7 +66,7 @@ def load_parameters(
             place.copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UnsupportedModel(f"the checkpoint lacks {len(missing)} tensors, among them {min(missing)!r}")
+        raise UnsupportedModel(f"the checkpoint lacks {counted(len(missing), 'tensor')}, among them {min(missing)!r}")
 
 
 @torch.no_grad()
@@ -99,4 +99,4 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> Non
         parameters[name].copy_(tensor)
         missing.discard(name)
     if missing:
-        raise ModelNotFound(f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}")
+        raise ModelNotFound(f"the checkpoint lacks {counted(len(missing), 'tensor')}, such as {min(missing)}")

@@ -22,6 +22,7 @@ from nanovllm.terminal import plain, print_json, print_table
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
 T = TypeVar("T")
+COLUMNS = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "job_id", "message")
 _CLASSES, _STAGES = get_args(DeadLetterClass), get_args(Stage)
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -59,8 +60,7 @@ def dlq_list(
         rows = [(*kind, str(number)) for kind, number in kinds.most_common()]
         print_table(("class", "code", "stage", "count"), rows, as_json=as_json)
         return
-    columns = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "job_id", "message")
-    print_table(columns, map(_row, letters), as_json=as_json)
+    print_table(COLUMNS, map(_row, letters), as_json=as_json)
 
 
 @dlq_app.command("show")

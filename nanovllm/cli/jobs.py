@@ -15,7 +15,7 @@ from nanovllm.cli.sources import Submission, plan_submissions, send_all
 from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
 from nanovllm.client.results import ResultReader
-from nanovllm.errors import InvalidInput, SystemicError
+from nanovllm.errors import InvalidInput, SystemicError, counted
 from nanovllm.messages.result import Result
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
 from nanovllm.settings.worker import Settings
@@ -38,7 +38,7 @@ def submit(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text; <|image|> marks the image's place.")
+        str | None, typer.Option("--prompt", "-p", help="Text; <|image|> marks an image's place.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt.")] = None,
     topic: Annotated[
@@ -54,7 +54,10 @@ def submit(
     config: ConfigOption = None,
     bootstrap_servers: BrokersOption = None,
 ) -> None:
-    """Send jobs: one for each image, or those of a file."""
+    """Send jobs: one for each image, or those of a file.
+
+    A prompt with several <|image|> takes so many images a job; one without any gets one added at its end.
+    """
     settings = client_settings(config, bootstrap_servers)
     topic = topic or settings.topics.jobs
     if topic not in settings.topics.job_topics:
@@ -124,8 +127,7 @@ async def _send(producer: JobProducer, submissions: list[Submission], as_json: b
             if as_json:
                 print_json({"topic": producer.topic, "jobs": len(job_ids), "job_ids": job_ids})
             else:
-                jobs = "job" if len(job_ids) == 1 else "jobs"
-                print(f"{len(job_ids)} {jobs} sent to {producer.topic}", file=sys.stderr)
+                print(f"{counted(len(job_ids), 'job')} sent to {producer.topic}", file=sys.stderr)
                 for job_id in job_ids:
                     print(plain(job_id).plain)
     return job_ids
@@ -136,7 +138,7 @@ async def _wait_for(reader: ResultReader, missing: set[str], rows: ResultRows, w
     failed = False
     while missing:
         if time.monotonic() > deadline:
-            raise SystemicError(f"{len(missing)} answers did not come within {wait_s:g} s")
+            raise SystemicError(f"{counted(len(missing), 'answer')} did not come within {wait_s:g} s")
         for outcome in await reader.read():
             if outcome.job_id in missing:
                 missing.discard(outcome.job_id)

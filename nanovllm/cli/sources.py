@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.client.producer import JobProducer
-from nanovllm.errors import InvalidInput, InvalidJob
+from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
 
@@ -56,7 +56,8 @@ def plan_submissions(sources: Sequence[str], prompt: str | None, sampling: dict[
     places = prompt.count(IMAGE_PLACEHOLDER)
     if len(images) % places:
         raise InvalidInput(
-            f"the prompt has {places} image placeholders; {len(images)} images cannot be dealt out evenly"
+            f"the prompt has {counted(places, 'image placeholder')}; "
+            f"{counted(len(images), 'image')} cannot be dealt out evenly"
         )
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
     return jobs + [Submission(prompt=prompt, images=group, sampling=sampling) for group in groups]

@@ -1,8 +1,9 @@
-"""Results as rows in columns on a terminal, or as JSON lines, as they come."""
+"""Results as rows in columns on a terminal, as two lines each on a narrow one, or as JSON lines, as they come."""
 
 from __future__ import annotations
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +12,8 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.terminal import plain, print_json
 
 _WIDTHS = {"job": 24, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
+NARROW_COLUMNS = 100
+"""A terminal of fewer columns leaves the text less than a third of a row."""
 
 
 class ResultRows:
@@ -26,12 +29,25 @@ class ResultRows:
         if self._as_json:
             print_json(outcome.model_dump(mode="json", exclude_none=True))
             return
+        if self._console.width < NARROW_COLUMNS:
+            self._show_narrow(outcome)
+            return
         table = Table(box=None, show_header=not self._has_head, expand=True, pad_edge=False)
         for name, width in _WIDTHS.items():
             table.add_column(name, width=width, overflow="fold", ratio=None if width else 1)
         table.add_row(*_cells(outcome))
         self._console.print(table)
         self._has_head = True
+
+    def _show_narrow(self, outcome: Outcome) -> None:
+        job, status, text, tokens, cache, ms = _cells(outcome)
+        head = [job, status]
+        if not isinstance(outcome, DeadLetter):
+            head += [Text(f"{tokens} tokens"), Text(f"{ms} ms")]
+            if outcome.inputs:
+                head.append(Text(f"cache {cache}"))
+        self._console.print(Text("  ").join(head), overflow="fold")
+        self._console.print(Padding(text, (0, 0, 0, 2)), overflow="fold")
 
 
 def _cells(outcome: Outcome) -> tuple[Text, ...]:

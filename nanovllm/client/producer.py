@@ -155,7 +155,7 @@ class JobProducer:
             record = self._encode(job, key)
         if record.size_bytes > self._max_bytes:
             held = any(image.data is not None for image in job.images)
-            hint = "; give a place for large images (--upload s3://bucket/prefix)" if held else ""
+            hint = "; give large images a place by upload='s3://bucket/prefix' (in a shell --upload)" if held else ""
             raise MessageTooLarge(
                 f"the job takes {record.size_bytes} bytes, topic {self.topic} takes {self._max_bytes}{hint}"
             )

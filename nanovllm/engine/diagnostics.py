@@ -18,6 +18,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
 
 _MIB = 1 << 20
@@ -86,7 +87,7 @@ def _threads() -> Finding:
     spins = os.environ.get("GOMP_SPINCOUNT") != "0" and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE"
     notes = [f"more than the {cores} cores: set OMP_NUM_THREADS={cores}"] if threads > cores else []
     notes += ["they spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"] if spins else []
-    return Finding("threads", f"{threads} on {cores} cores", "; ".join(notes))
+    return Finding("threads", f"{threads} on {counted(cores, 'core')}", "; ".join(notes))
 
 
 def _weights(engine: LLMEngine) -> Finding:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import InvalidReplicationFactorError, KafkaError, TopicAlreadyExistsError, for_code
 
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, TooFewBrokers
 from nanovllm.kafka.client import client_kwargs
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -50,7 +50,7 @@ async def create_topics(
     ``configs`` are topic settings by name of the topic.
 
     Raises:
-        BrokersUnavailable: the brokers cannot be reached, or refuse.
+        BrokersUnavailable: the brokers cannot be reached, or refuse; TooFewBrokers for so many copies.
     """
     created, settings = [], configs or {}
     async with _admin(kafka) as admin:
@@ -62,7 +62,8 @@ async def create_topics(
                 created.append(name)
             elif error is not TopicAlreadyExistsError:
                 why = reason[0] if reason and reason[0] else error.__name__
-                raise BrokersUnavailable(f"topic {name} cannot be created: {why}")
+                kind = TooFewBrokers if error is InvalidReplicationFactorError else BrokersUnavailable
+                raise kind(f"topic {name} cannot be created: {why}")
     return created
 
 

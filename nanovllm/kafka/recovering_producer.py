@@ -93,22 +93,14 @@ class RecoveringProducer:
             yield producer
         except KafkaError as error:
             if is_fatal(error):
-                await self._replace(producer, "the Kafka producer broke down and is replaced")
+                await self._replace(producer)
             raise
 
-    async def renew(self) -> None:
-        """Replace the producer: the settings that ``connect`` gives it have changed.
-
-        Raises KafkaError where no other one can be started.
-        """
-        if self._producer is not None:
-            await self._replace(self._producer, "the Kafka producer is replaced by one with smaller batches")
-
-    async def _replace(self, producer: AIOKafkaProducer, why: str) -> None:
+    async def _replace(self, producer: AIOKafkaProducer) -> None:
         async with self._renewal:
             is_in_use = self._producer is producer
             if is_in_use:
-                logger.error("%s", why)
+                logger.error("the Kafka producer broke down and is replaced")
                 self._producer = await self._started()
                 await producer.stop()
 

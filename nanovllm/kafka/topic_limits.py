@@ -10,7 +10,7 @@ from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES
 
 logger = logging.getLogger(__name__)
 
-MIN_BATCH_BYTES = 4 << 10
+MIN_BATCH_BYTES = 1 << 10
 
 
 class TopicLimits:
@@ -29,15 +29,24 @@ class TopicLimits:
         self._record_bytes = dict(record_bytes or {})
         self._read = read
         self.batch_bytes = min(self._record_bytes.values(), default=DEFAULT_MAX_RECORD_BYTES)
+        self.in_use_bytes = self.batch_bytes  # of the producer that sends now
+
+    def for_new_producer(self) -> int:
+        """The largest batch, for a producer that is made now."""
+        self.in_use_bytes = self.batch_bytes
+        return self.batch_bytes
 
     def record_bytes(self, topic: str) -> int:
         """The largest record that ``topic`` takes."""
         return self._record_bytes.get(topic, DEFAULT_MAX_RECORD_BYTES)
 
     async def lower(self, batch_bytes: int) -> bool:
-        """A broker refused a batch while batches had up to ``batch_bytes``; returns whether they are smaller now."""
+        """A broker refused a batch of a producer whose batches have up to ``batch_bytes``: the next one's are smaller.
+
+        Returns whether they can be.
+        """
         if self.batch_bytes < batch_bytes:
-            return True  # another refusal of the same batches has lowered them
+            return True  # another refusal of the same producer has lowered them
         if self._read is not None:
             try:
                 self._record_bytes |= await self._read()

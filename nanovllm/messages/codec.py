@@ -100,7 +100,9 @@ def _parse_json(value: bytes) -> Any:
     except RecursionError:
         raise InvalidJob("the message is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise InvalidJob(f"the message is not valid JSON: {error.msg} at character {error.pos}") from None
+        # Some of Python's messages end with the word: "Unterminated string starting at".
+        what = error.msg.removesuffix(" at")
+        raise InvalidJob(f"the message is not valid JSON: {what} at character {error.pos}") from None
 
 
 def _parse_msgpack(value: bytes) -> Any:

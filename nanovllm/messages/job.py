@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from nanovllm.errors import InvalidJob, PlaceholderMismatch
+from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
 from nanovllm.messages.s3_uri import split_object_uri
@@ -299,7 +299,7 @@ class Job(_Strict):
         places = (self.prompt or "").count(IMAGE_PLACEHOLDER) + sum(isinstance(part, ImagePart) for part in parts)
         if places != len(self.images):
             raise PlaceholderMismatch(
-                f"the text has {places} image placeholders, the job has {len(self.images)} images"
+                f"the text has {counted(places, 'image placeholder')}, the job has {counted(len(self.images), 'image')}"
             )
         if self.messages is None:
             return self.images

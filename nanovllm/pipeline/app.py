@@ -93,6 +93,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
 
         # The probes answer by now: these imports take seconds.
         from nanovllm.kafka.admin import message_limits
+        from nanovllm.kafka.client import client_kwargs
         from nanovllm.kafka.topic_limits import TopicLimits
         from nanovllm.objects.s3_client import check_settings
         from nanovllm.pipeline import build
@@ -102,6 +103,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
         if settings.s3.allow or settings.s3.large_results:
             check_settings(settings.s3)
+        # What can be known of the settings without a broker: certificates, keys, the signer of a login.
+        client_kwargs(settings.kafka)
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
         engine = await _load_engine(settings.engine)
         stack.push_async_callback(engine.close)

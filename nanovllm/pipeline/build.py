@@ -167,7 +167,8 @@ def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProduce
 
     def connect() -> AIOKafkaProducer:
         # A topic's limit is one for whole batches: small records that exceed it together are refused together.
-        return AIOKafkaProducer(**options | {"max_batch_size": min(options["max_batch_size"], limits.batch_bytes)})
+        batch_bytes = min(options["max_batch_size"], limits.for_new_producer())
+        return AIOKafkaProducer(**{**options, "max_batch_size": batch_bytes})
 
     return RecoveringProducer(connect)
 

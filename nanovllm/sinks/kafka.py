@@ -76,7 +76,7 @@ class KafkaSink:
         return [outcome if isinstance(outcome, NanoVLLMError) else None for outcome in outcomes]
 
     async def _send(self, record: OutgoingRecord) -> None:
-        batch_bytes = self._limits.batch_bytes
+        batch_bytes = self._limits.in_use_bytes
         try:
             await send_record(self._producer, record)
         except MessageTooLarge as error:
@@ -97,12 +97,16 @@ class KafkaSink:
     async def _refused(
         self, topic: str, record_bytes: int, batch_bytes: int, error: MessageTooLarge
     ) -> MessageTooLarge | TransientError:
-        """What a broker's refusal of a size means for a record, which was alone in its batch or one of several."""
+        """What a broker's refusal of a size means for a record, which was alone in its batch or one of several.
+
+        The idempotent producer breaks down at the next record of the partition, and the one that replaces it makes
+        smaller batches.
+        """
+        is_replaced = isinstance(self._producer, RecoveringProducer)
         are_smaller = await self._limits.lower(batch_bytes)
-        if record_bytes > self.max_record_bytes(topic) or record_bytes >= batch_bytes or not are_smaller:
+        was_alone = record_bytes >= batch_bytes
+        if record_bytes > self.max_record_bytes(topic) or was_alone or not (is_replaced and are_smaller):
             return error
-        if isinstance(self._producer, RecoveringProducer):
-            await self._producer.renew()
         return TransientError(f"topic {topic} takes smaller batches than it did: the record is sent again")
 
 

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from nanovllm.checkpoints.resolve import resolve_checkpoint
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.training import evaluate as evaluate_tiny
 from nanovllm.training import synthetic, tiny_model
@@ -109,7 +109,7 @@ def align(
     trainer = Trainer(model, schedule, state, scales=scales, report=report)
     batches = _batches(examples, processor, batch_size, raw_prompt)
     progress = trainer.run(batches, lambda averaged: export(averaged, processor, output, dtype))
-    report(f"aligned on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
+    report(f"aligned on {counted(progress.images, 'image')} in {progress.seconds / 60:.1f} minutes: {output}")
     shutil.rmtree(state)
     return output
 
@@ -196,7 +196,9 @@ def _example(line: str, number: int, path: Path) -> Example:
     if not is_text or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidInput(f"{where}: prompt and answer must be strings, images a list of paths")
     if prompt.count(IMAGE_PLACEHOLDER) != len(names):
-        raise InvalidInput(f"{where} has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} for {len(names)} images")
+        raise InvalidInput(
+            f"{where} has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} for {counted(len(names), 'image')}"
+        )
     images = tuple(path.parent / name for name in names)
     missing = [image.name for image in images if not image.is_file()]
     if missing:
@@ -373,7 +375,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     trainer = Trainer(model, schedule, _state_directory(output), head=head, bf16=True, report=_say)
     progress = trainer.run(batches.batch, snapshot)
     if rank == 0:
-        _say(f"trained on {progress.images} images in {progress.seconds / 60:.1f} minutes: {output}")
+        _say(f"trained on {counted(progress.images, 'image')} in {progress.seconds / 60:.1f} minutes: {output}")
 
 
 if __name__ == "__main__":

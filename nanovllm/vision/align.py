@@ -1,4 +1,4 @@
-"""The guide's path to the projector's training: ``python -m nanovllm.vision.align`` is ``nanovllm align``."""
+"""The former path of the projector's training: ``python -m nanovllm.vision.align`` is ``nanovllm align``."""
 
 import sys
 

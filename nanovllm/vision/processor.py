@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch
+from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import CacheOutcome, EmbeddingCache, embedding_key
 from nanovllm.vision.encoders.base import ImageEncoder
@@ -134,7 +134,8 @@ class VisionProcessor:
         """Raise `PlaceholderMismatch`, naming both numbers, unless they are equal."""
         if num_placeholders != num_images:
             raise PlaceholderMismatch(
-                f"the prompt has {num_placeholders} {self.image_token} placeholders for {num_images} images"
+                f"the prompt has {counted(num_placeholders, f'{self.image_token} placeholder')} "
+                f"for {counted(num_images, 'image')}"
             )
 
     def prepare(self, source: OneImage, salt: bytes = b"") -> PreparedImage:

@@ -1,6 +1,6 @@
 """One drill: a seed, so many jobs, so many faults, three workers on Apache Kafka, and what came of every job.
 
-    python tests/chaos/drill.py --seed 1 --jobs 2000 --faults 40 --delivery exactly_once --out benchmarks/results/chaos
+    python tests/chaos/drill.py --seed 1 --jobs 2000 --faults 40 --delivery exactly_once --out build/chaos
 
 ``--brokers 3``: a cluster with replication 3, one broker at a time restarted or killed. ``--backend native``: the
 shipped model answers. Writes one JSON a seed, mode, number of brokers and backend, and leaves alone what is there.
@@ -364,7 +364,7 @@ def main() -> int:
     parser.add_argument("--delivery", choices=["at_least_once", "exactly_once"], required=True)
     parser.add_argument("--brokers", type=int, default=1)
     parser.add_argument("--backend", choices=["echo", "native"], default="echo")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos"))
+    parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="a drill whose JSON is there is not run")
     options = parser.parse_args()
     kinds = [f"{options.brokers}-brokers"] * (options.brokers > 1) + [options.backend] * (options.backend != "echo")
     file = options.out / ("-".join([f"seed-{options.seed}-{options.delivery}", *kinds]) + ".json")

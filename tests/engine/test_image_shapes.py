@@ -138,7 +138,7 @@ def test_a_stack_of_images_is_refused_with_the_list_to_write(engine: MultiModalL
 def test_a_wrong_number_of_images_names_both(engine: MultiModalLLM) -> None:
     with pytest.raises(PlaceholderMismatch, match=r"2 .* placeholders for 3 images"):
         tokens(engine, [TWO], [FIRST, SECOND, FIRST])
-    with pytest.raises(PlaceholderMismatch, match=r"2 .* placeholders for 1 images"):
+    with pytest.raises(PlaceholderMismatch, match=r"2 .* placeholders for 1 image$"):
         tokens(engine, TWO, FIRST)
 
 

@@ -206,7 +206,7 @@ def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
     written = json.loads((chart_path / "values.schema.json").read_text())["properties"]["settings"]
-    assert written == tool.settings_schema(), "run python tools/chart_schema.py"
+    assert written == tool.settings_schema(), "run PYTHONPATH=. python tools/chart_schema.py"
     assert written["properties"].keys() == Settings.model_fields.keys()
 
 

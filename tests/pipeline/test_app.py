@@ -161,6 +161,20 @@ async def test_answers_what_is_there_and_leaves_when_drained(setup: Setup) -> No
     assert await setup.committed() == 30
 
 
+async def test_a_certificate_that_is_missing_is_told_before_the_model_is_loaded(setup: Setup) -> None:
+    environment = {
+        "NANOVLLM_KAFKA__SECURITY_PROTOCOL": "SSL",
+        "NANOVLLM_KAFKA__SSL_CAFILE": "/nowhere/ca.pem",
+        "NANOVLLM_ENGINE__BACKEND": "native",
+        "NANOVLLM_ENGINE__MODEL": "/nowhere/model",
+    }
+    async with setup.worker(**environment) as worker:
+        _, errors = await asyncio.wait_for(worker.communicate(), 60)
+        assert worker.returncode == 2
+    assert b"kafka.ssl_cafile" in errors
+    assert b"/nowhere/model" not in errors
+
+
 async def test_is_ready_once_in_the_group_and_shows_its_metrics(setup: Setup) -> None:
     async with setup.worker() as worker:
         await setup.until_readyz(200)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import NewTopic
 from sample_messages import dead_letter, result
 
 from nanovllm.cli.main import main
@@ -56,6 +59,18 @@ def test_topics_are_created_once_and_shown(topics: dict[str, str], capsys: Captu
     )
     assert main(["topics", "create"]) == 0
     assert capsys.readouterr().out.count("exists") == 4
+
+
+def test_more_copies_than_brokers_are_refused_by_the_options_name(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    class OneBroker:
+        async def create_topics(self, new: list[NewTopic]) -> SimpleNamespace:
+            return SimpleNamespace(topic_errors=[(one.name, 38, "larger than available brokers: 1") for one in new])
+
+    monkeypatch.setattr("nanovllm.kafka.admin._admin", lambda kafka: contextlib.nullcontext(OneBroker()))
+    assert main(["topics", "create", "--replication", "3"]) == 1
+    assert "--replication" in capsys.readouterr().err
 
 
 def test_submit_says_how_many_and_which(topics: dict[str, str], tmp_path: Path, capsys: Capture) -> None:

@@ -193,3 +193,15 @@ def test_an_invalid_job_keeps_the_id_that_its_sender_gave_it(wrong: dict[str, An
         with pytest.raises(InvalidJob) as refused:
             decode_job(pack({**fields, "job_id": job_id}))
         assert refused.value.job_id == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (b'{"prompt":"a', "Unterminated string starting at character 10"),
+        (b'{"prompt":"\x01"}', "Invalid control character at character 11"),
+        (b'{"prompt":}', "Expecting value at character 10"),
+    ],
+)
+def test_a_fault_in_json_is_named_with_its_place_in_one_sentence(value: bytes, says: str) -> None:
+    assert outcome(value) == f"the message is not valid JSON: {says}"

@@ -21,17 +21,17 @@ JOB_SCHEMA = jsonschema.Draft202012Validator(json.loads(reference.schemas()["job
 
 def test_the_published_schemas_are_those_of_the_models() -> None:
     published = {file.name: file.read_text() for file in (DOCS / "schemas").glob("*.json")}
-    assert published == reference.schemas(), "run: python tools/reference.py"
+    assert published == reference.schemas(), "run: PYTHONPATH=. python tools/reference.py"
 
 
 def test_the_settings_page_is_that_of_the_settings() -> None:
     page = (DOCS / "settings.md").read_text()
-    assert page == reference.settings_page(), "run: python tools/reference.py"
+    assert page == reference.settings_page(), "run: PYTHONPATH=. python tools/reference.py"
 
 
 def test_the_page_of_dead_letter_codes_is_that_of_the_errors() -> None:
     page = (DOCS / "dead-letters.md").read_text()
-    assert page == reference.codes_page(), "run: python tools/reference.py"
+    assert page == reference.codes_page(), "run: PYTHONPATH=. python tools/reference.py"
 
 
 @pytest.mark.parametrize("name", list(reference.schemas()))

@@ -15,8 +15,9 @@ from bench import Bench, FaultyFetcher, eventually, png, reached
 from parts import create_topic
 
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.errors import FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
+from nanovllm.errors import BrokersUnavailable, FetchFailed, ObjectNotFound, ObjectUnavailable, TransientError
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
@@ -24,6 +25,7 @@ from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.settings.failures import RetrySettings
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.kafka import KafkaSink
 
 TIERS = (1, 2)
 
@@ -308,3 +310,27 @@ async def test_forged_headers_in_a_retry_topic_make_a_job_like_any_other(tiered:
         ((envelope, value),) = await tiered.dead_letters(1)
     assert value == b"{not json"
     assert (envelope["nanovllm_source_topic"], envelope["nanovllm_source_offset"]) == (first, "0")
+
+
+async def test_what_one_topic_has_acknowledged_is_not_sent_again_because_another_one_refuses(bench: Bench) -> None:
+    refusals = 0
+
+    class NoMetrics(KafkaSink):
+        """No right to write to the metrics topic, for a while."""
+
+        async def _send(self, record: OutgoingRecord) -> None:
+            nonlocal refusals
+            if record.topic == bench.settings.topics.metrics and refusals < 12:
+                refusals += 1
+                raise BrokersUnavailable("the brokers refuse what is sent to topic metrics")
+            await super()._send(record)
+
+    async with bench.working(EchoEngine(), sink=NoMetrics(bench.producer)):
+        for number in range(5):
+            await bench.send({"job_id": f"j{number}", "prompt": "p"})
+        await eventually(lambda: refusals == 12)
+        await bench.read(bench.settings.topics.metrics, 5)
+        await eventually(lambda: reached(bench, 5))
+        assert len(await bench.read(bench.settings.topics.results, 5)) == 5
+        with pytest.raises(TimeoutError):
+            await bench.read(bench.settings.topics.results, 6, timeout_s=2)

@@ -8,7 +8,7 @@ import torch
 from checkpoints import make_clip, make_llava, make_tokenizer
 from PIL import Image
 
-from nanovllm.errors import ConfigurationError, PlaceholderMismatch, TooManyPixels
+from nanovllm.errors import ConfigurationError, PlaceholderMismatch, TooManyPixels, counted
 from nanovllm.layers.vision import VisionEncoder, VisionProcessor
 from nanovllm.vision.embedding_cache import EmbeddingCache
 from nanovllm.vision.images.decode import ImageLimits
@@ -55,8 +55,8 @@ def test_placeholders_are_repeated_and_their_places_told(encoder: VisionEncoder)
 def test_a_mismatch_names_both_numbers(encoder: VisionEncoder, prompt: str, num_images: int) -> None:
     with pytest.raises(PlaceholderMismatch) as caught:
         VisionProcessor(encoder).replace_image_placeholders(prompt, [image(0)] * num_images)
-    placeholders = prompt.count("<|image|>")
-    assert f"{placeholders} <|image|> placeholders for {num_images} images" in str(caught.value)
+    placeholders = counted(prompt.count("<|image|>"), "<|image|> placeholder")
+    assert f"{placeholders} for {counted(num_images, 'image')}" in str(caught.value)
 
 
 def test_token_ids_come_from_the_tokenizer_or_the_number_given(encoder: VisionEncoder) -> None:

@@ -19,7 +19,7 @@ from nanovllm.engine.outputs import (
     TokenChunk,
     Usage,
 )
-from nanovllm.errors import EngineDead, PlaceholderMismatch
+from nanovllm.errors import EngineDead, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.statistics import EngineStats
 
@@ -125,7 +125,8 @@ class EchoEngine(EngineBackend):
         text, num_placeholders = _text_and_num_placeholders(request)
         if num_placeholders != len(request.images):
             raise PlaceholderMismatch(
-                f"the prompt has {num_placeholders} image placeholders for {len(request.images)} images"
+                f"the prompt has {counted(num_placeholders, 'image placeholder')} "
+                f"for {counted(len(request.images), 'image')}"
             )
         words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
         kept = words[: request.sampling.max_tokens]

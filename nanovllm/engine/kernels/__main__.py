@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 from nanovllm.engine.kernels import FLAGS, compile_for, kept
 
+argparse.ArgumentParser(prog="python -m nanovllm.engine.kernels", description=__doc__).parse_args()
 for capability in FLAGS:
     library = kept(capability)
     library.parent.mkdir(parents=True, exist_ok=True)

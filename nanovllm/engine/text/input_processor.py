@@ -13,7 +13,7 @@ from typing import Any
 from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
-from nanovllm.errors import InvalidInput, PromptTooLong
+from nanovllm.errors import InvalidInput, PromptTooLong, counted
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import (
     OneImage,
@@ -168,11 +168,13 @@ class InputProcessor:
             raise InvalidInput("the prompt is empty")
         if self.processor is None:
             if images:
-                raise InvalidInput(f"{len(images)} images, but this engine has no vision model; see enable_multimodal")
+                raise InvalidInput(
+                    f"{counted(len(images), 'image')}, but this engine has no vision model; see enable_multimodal"
+                )
             return token_ids, ()
         self.processor.check_placeholders(token_ids.count(self._image_token_id), len(images))
         if len(images) > self._max_images:
-            raise InvalidInput(f"{len(images)} images, at most {self._max_images} are allowed")
+            raise InvalidInput(f"{counted(len(images), 'image')}, at most {self._max_images} are allowed")
         expanded: list[int] = []
         spans: list[ImageSpan] = []
         waiting = iter(images)

@@ -19,11 +19,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from aiokafka import AIOKafkaProducer, OffsetAndMetadata, TopicPartition
-from aiokafka.errors import IllegalOperation, InvalidProducerEpoch, KafkaError, ProducerFenced
+from aiokafka.errors import (
+    IllegalOperation,
+    InvalidProducerEpoch,
+    KafkaError,
+    MessageSizeTooLargeError,
+    ProducerFenced,
+)
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
-from nanovllm.kafka.errors import publish_error
+from nanovllm.kafka.errors import is_fatal, publish_error
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
@@ -61,7 +67,7 @@ class PartitionTransactions:
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
         self._releasing: asyncio.Task[None] | None = None
-        self._max_jobs = MAX_JOBS
+        self._max_jobs = self._jobs_bound = MAX_JOBS
         self.committed: int | None = None
         self.is_fenced = False
 
@@ -149,7 +155,9 @@ class PartitionTransactions:
             await self._transact([record for output in outputs for record in output.records], behind)
         except NanoVLLMError as error:
             if isinstance(error, MessageTooLarge) and len(outputs) > 1:
-                error = TransientError("a record of another job in the transaction was refused")
+                # A topic's limit is one for whole batches, and may have been lowered.
+                self._jobs_bound = len(outputs) // 2
+                error = TransientError("records of several jobs were refused together for their size")
             # One by one for a while: what is refused for one job's sake must not be held against the others.
             self._max_jobs = 1
             if not self.is_fenced:
@@ -157,7 +165,7 @@ class PartitionTransactions:
                     if not output.released.done():
                         output.released.set_exception(error)
             return
-        self._max_jobs = min(MAX_JOBS, 2 * self._max_jobs)
+        self._max_jobs = min(self._jobs_bound, 2 * self._max_jobs)
         for offset, output in zip(offsets, outputs, strict=True):
             ledger.complete(offset)
             if not output.released.done():
@@ -200,6 +208,8 @@ class PartitionTransactions:
         failure = meaning or TransientError(f"a transaction of {self._tp} failed ({type(error).__name__})")
         before = self.committed
         try:
+            if isinstance(error, KafkaError) and (is_fatal(error) or isinstance(error, MessageSizeTooLargeError)):
+                raise error  # an aborted transaction would leave the producer's numbers ahead of the broker's
             if self._producer is not None:
                 await self._producer.abort_transaction()
         except _FAILURES:

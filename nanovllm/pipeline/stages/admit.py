@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, counted
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -85,7 +85,7 @@ class Admit:
             raise InvalidInput(f"the model {self.engine.model_info.id} takes no images")
         limit = self.settings.engine.max_images_per_request
         if len(refs) > limit:
-            raise InvalidInput(f"the job has {len(refs)} images, above the limit of {limit}")
+            raise InvalidInput(f"the job has {counted(len(refs), 'image')}, above the limit of {limit}")
         for ref in refs:
             self.fetcher.check(ref)
 

@@ -1,0 +1,92 @@
+"""Tables on terminals of several widths: nothing that a reader needs is cut."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from sample_messages import dead_letter, result
+
+from nanovllm.cli.dlq import COLUMNS, _row
+from nanovllm.cli.tables import ResultRows
+from nanovllm.client.dead_letters import DeadLetterRecord
+from nanovllm.terminal import print_table
+
+Capture = pytest.CaptureFixture[str]
+JOB_ID = "0f6a1c52-8f0e-4a55-9c1c-2f2b8d1f7a10"
+ANSWER = '{"vendor": "VELVET SOFA", "number": "873849", "date": "07 JUL 2024", "total": "1,204.50"}'
+
+
+@pytest.fixture
+def letters() -> list[DeadLetterRecord]:
+    failed_at = datetime(2030, 1, 31, 12, 0, 5, tzinfo=UTC)
+    fields = {"code": "unsupported_image_format", "message": "the PNG image is truncated or corrupt"}
+    one = dead_letter(job_id=JOB_ID, failed_at=failed_at, **fields)
+    other = dead_letter(job_id=None, failed_at=failed_at, code="invalid_job", message="x" * 150)
+    return [DeadLetterRecord(3, 1041, one, None, b"", ()), DeadLetterRecord(3, 1042, other, None, b"", ())]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_results_at_80_columns_have_the_whole_width_for_their_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = ResultRows(as_json=False)
+    rows.show(result(job_id=JOB_ID, text=ANSWER))
+    rows.show(dead_letter(job_id=JOB_ID, code="unsupported_image_format", message="the image is an SVG"))
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert all(len(line) <= 80 for line in shown)
+    assert shown[0] == f"{JOB_ID}  ok  60+3 tokens  20 ms  cache hit"
+    assert words("".join(shown[1:3])) == words(ANSWER)
+    assert shown[-2:] == [f"{JOB_ID}  invalid", "  unsupported_image_format: the image is an SVG"]
+
+
+def test_results_at_a_wide_terminal_are_columns_under_one_head(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    rows = ResultRows(as_json=False)
+    rows.show(result())
+    rows.show(result(job_id="r-2"))
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["job", "status", "text", "tokens", "cache", "ms"]
+    assert lines == [["r-1", "ok", "12.50", "60+3", "hit", "20"], ["r-2", "ok", "12.50", "60+3", "hit", "20"]]
+
+
+def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
+    letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(COLUMNS, map(_row, letters), as_json=False)
+    shown = capsys.readouterr().out
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    one, other = ([line.split(None, 1) for line in block.splitlines()] for block in shown.split("\n\n"))
+    assert [name for name, _ in one] == list(COLUMNS)
+    found = {name: value.strip() for name, value in one}
+    assert (found["place"], found["code"], found["job_id"]) == ("3:1041", "unsupported_image_format", JOB_ID)
+    assert found["message"] == "the PNG image is truncated or corrupt"
+    assert "job_id" not in [line[0] for line in other], "an empty cell takes no line"
+    assert shown.count("x") >= 150, "a long word is folded, not cut"
+
+
+@pytest.mark.parametrize("columns", [170, 200])
+def test_dead_letters_at_a_wide_terminal_are_one_table_that_folds_no_name(
+    columns: int, letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_table(COLUMNS, map(_row, letters), as_json=False)
+    shown = capsys.readouterr().out
+    assert all(len(line.rstrip()) <= columns for line in shown.splitlines())
+    assert shown.splitlines()[1].replace("┃", " ").split() == list(COLUMNS)
+    assert {"3:1041", "unsupported_image_format", JOB_ID, "3:1042", "invalid_job"} <= set(shown.split())
+    assert "…" not in shown
+    assert shown.count("x") >= 150
+
+
+def test_a_table_that_fits_80_columns_stays_a_table(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(("topic", "state"), [("nanovllm.jobs", "created")], as_json=False)
+    assert capsys.readouterr().out.splitlines()[1].split("┃")[1].strip() == "topic"
