@@ -21,7 +21,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
-from nanovllm.pipeline.stages.caches import ImageCache, SingleFlightCache
+from nanovllm.pipeline.stages.caches import ENTRY_BYTES, ImageCache, SingleFlightCache
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.images import ReuseSettings
 from nanovllm.settings.s3 import S3Settings
@@ -38,7 +38,11 @@ def test_shared_work_does_what_a_plain_model_does(operations: list[tuple[str, in
     """``operations``: key, size, whether making it fails; one after the other against a list in order of use."""
 
     async def check() -> None:
-        work, model = SingleFlightCache(bound), list[tuple[str, int, int]]()  # key, value, size; the last was used last
+        bytes_bound = bound + 2 * ENTRY_BYTES  # what an entry takes beside its value leaves room for two of them
+        work, model = (
+            SingleFlightCache(bytes_bound),
+            list[tuple[str, int, int]](),
+        )  # key, value, size; the last was used last
         for number, (key, size, fails) in enumerate(operations):
 
             async def make(number: int = number, size: int = size, fails: bool = fails) -> tuple[int, int]:
@@ -58,11 +62,10 @@ def test_shared_work_does_what_a_plain_model_does(operations: list[tuple[str, in
                 model.append(kept)
             else:
                 assert (value, reuse) == (number, "miss")
-                if size <= bound:
-                    model.append((key, number, size))
-                    while sum(entry[2] for entry in model) > bound:
-                        model.pop(0)
-            assert work.bytes == sum(entry[2] for entry in model) <= bound
+                model.append((key, number, size + ENTRY_BYTES))
+                while sum(entry[2] for entry in model) > bytes_bound:
+                    model.pop(0)
+            assert work.bytes == sum(entry[2] for entry in model) <= bytes_bound
         for key in KEYS:
             assert work.peek(key) == next((entry[1] for entry in model if entry[0] == key), None)
 
@@ -296,11 +299,12 @@ async def test_tenants_share_nothing_and_a_job_may_ask_for_a_fresh_copy(s3: Any)
 
 
 async def test_what_is_larger_than_the_memory_is_used_and_not_kept(s3: Any) -> None:
-    store = Store(s3, max_bytes=10)
+    store = Store(s3, max_bytes=ENTRY_BYTES + 200)  # with the key, whose bytes count too
+    large = bytes(300)
     store.put(b"small", "small")
-    store.put(b"larger than ten", "large")
+    store.put(large, "large")
     await store.read(store.ref("small"))
-    assert await store.read(store.ref("large")) == b"larger than ten"
+    assert await store.read(store.ref("large")) == large
     await store.read(store.ref("large"))
     await store.read(store.ref("small"))
     assert (store.downloads, store.reused("hit")) == (3, 1)
@@ -460,3 +464,15 @@ class CountingEngine(EchoEngine):
     def submit(self, request: Any) -> Generation:
         self.answered += 1
         return super().submit(request)
+
+
+async def test_the_bytes_of_keys_are_bounded_too() -> None:
+    cache = SingleFlightCache(100_000)
+
+    async def nothing() -> tuple[None, int]:
+        return None, 0
+
+    for number in range(1_000):
+        await cache.get(("object", b"tenant", f"s3://bucket/{number:01000}"), nothing)
+    assert cache.bytes <= 100_000
+    assert len(cache._kept) < 100

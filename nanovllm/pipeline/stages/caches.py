@@ -25,6 +25,9 @@ Reuse = Literal["hit", "joined", "miss"]
 
 T = TypeVar("T")
 
+ENTRY_BYTES = 512
+"""What an entry of a cache takes beside its key and its value."""
+
 
 @dataclass
 class _Flight:
@@ -79,7 +82,8 @@ class SingleFlightCache:
                 flight.task.cancel()
 
     def keep(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep ``value`` of ``size`` bytes in place of whatever was kept under ``key``."""
+        """Keep ``value`` of ``size`` bytes in place of whatever was kept under ``key``, whose bytes count too."""
+        size += ENTRY_BYTES + _bytes_of(key)
         if key in self._kept:
             self.bytes -= self._kept.pop(key)[1]
         if size > self._max_bytes:
@@ -112,6 +116,10 @@ class Fetcher(Protocol):
 
     async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None) -> FetchedImage:
         """As `ObjectFetcher.fetch`."""
+
+
+def _bytes_of(key: Hashable) -> int:
+    return sum(len(part) for part in key if isinstance(part, (str, bytes))) if isinstance(key, tuple) else 0
 
 
 class ImageCache:

@@ -5,6 +5,7 @@ The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -106,8 +107,9 @@ class ReuseResponses:
             return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
         sampling = admitted.sampling.model_dump(mode="json", exclude={"seed"})
-        asked = json.dumps([job.prompt, job.message_dicts(), sampling])
-        key = (self._model, admitted.context.salt, asked, tuple(image.digest for image in images))
+        asked = json.dumps([job.prompt, job.message_dicts(), sampling, [image.digest.hex() for image in images]])
+        # A digest: a job's schema alone may have 256 K characters.
+        key = (self._model, admitted.context.salt, hashlib.sha256(asked.encode()).digest())
         output, reuse = await self._cache.get(key, make)
         self._metrics.reuse.labels("answer", reuse).inc()
         if reuse == "miss":
