@@ -38,11 +38,9 @@ def test_shared_work_does_what_a_plain_model_does(operations: list[tuple[str, in
     """``operations``: key, size, whether making it fails; one after the other against a list in order of use."""
 
     async def check() -> None:
-        bytes_bound = bound + 2 * ENTRY_BYTES  # what an entry takes beside its value leaves room for two of them
-        work, model = (
-            SingleFlightCache(bytes_bound),
-            list[tuple[str, int, int]](),
-        )  # key, value, size; the last was used last
+        bytes_bound = bound + 2 * ENTRY_BYTES  # room for two
+        work = SingleFlightCache(bytes_bound)
+        model: list[tuple[str, int, int]] = []  # key, value, size; the last was used last
         for number, (key, size, fails) in enumerate(operations):
 
             async def make(number: int = number, size: int = size, fails: bool = fails) -> tuple[int, int]:
