@@ -57,6 +57,8 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({"nanovllm.dead-letters": {"max.message.bytes": "1000"}}) == {("nanovllm.dead-letters", "warning")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "4"}}) == {("nanovllm.metrics", "error")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
+    assert found({"nanovllm.replayed": None}) == set()
+    assert found({"nanovllm.replayed": {"cleanup.policy": "delete"}}) == {("nanovllm.replayed", "warning")}
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
 
 
@@ -65,14 +67,14 @@ def test_what_is_created_passes_the_check_on_apache_kafka(
     kafka_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", kafka_broker)
-    for name in ("jobs", "results", "metrics", "dead_letters"):
+    for name in ("jobs", "results", "metrics", "dead_letters", "replayed"):
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", unique(name))
     monkeypatch.setenv("NANOVLLM_RETRIES__DELAYS_S", "1209600")
     assert main(["topics", "check", "--json"]) == 1
     missing = json.loads(capsys.readouterr().out)
     assert {row["finding"] for row in missing} == {"does not exist; nanovllm topics create makes it"}
     assert main(["topics", "create", "--partitions", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert len(json.loads(capsys.readouterr().out)) == 6
     assert main(["topics", "check", "--workers", "3", "--json"]) == 0
     # One broker holds one replica: said, and no error.
     assert {row["finding"] for row in json.loads(capsys.readouterr().out)} == {
@@ -122,7 +124,7 @@ async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
 
         admin, worker = login_as("admin", "admin"), login_as("worker", "secret")
         settings = bench.settings.model_copy(update={"kafka": worker})
-        names = [need.name for need in topic_needs(settings)]
+        names = [need.name for need in topic_needs(settings) if need.operations]
         await create_topics(admin, [*names, "others"], partitions=2)
         await grant(admin, "User:worker", implied_acls(settings))
         assert set(await topic_states(worker, [*names, "others"])) == set(names)
