@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -88,19 +88,22 @@ class LetterFilter:
         )
 
 
-async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncIterator[DeadLetterRecord]:
+async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncGenerator[DeadLetterRecord, None]:
     """The dead letters that are there now and match, each partition in its order; records of others are skipped.
 
     Raises:
         BrokersUnavailable: the brokers do not answer or refuse, or there is no such topic.
     """
-    async for record in read_topic(settings.kafka, settings.topics.dead_letters):
-        with suppress(ValueError):
-            if wanted.matches(entry := DeadLetterRecord.from_record(record)):
-                yield entry
+    async with aclosing(read_topic(settings.kafka, settings.topics.dead_letters)) as records:
+        async for record in records:
+            with suppress(ValueError):
+                if wanted.matches(entry := DeadLetterRecord.from_record(record)):
+                    yield entry
 
 
-async def read_topic(kafka: KafkaSettings, topic: str, *, in_full: bool = False) -> AsyncIterator[ConsumerRecord]:
+async def read_topic(
+    kafka: KafkaSettings, topic: str, *, in_full: bool = False
+) -> AsyncGenerator[ConsumerRecord, None]:
     """The committed records that are in ``topic`` now, each partition in its order.
 
     Raises:

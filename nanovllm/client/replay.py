@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -43,7 +43,7 @@ class ReplayMark(Message):
 async def replay(
     settings: Settings,
     topics: Iterable[str],
-    letters: AsyncIterator[DeadLetterRecord],
+    letters: AsyncGenerator[DeadLetterRecord, None],
     *,
     per_second: float,
     send: bool,
@@ -68,7 +68,8 @@ async def replay(
     allowed = frozenset(topics)
     marks = await _read_marks(settings, create=send)
     seen: set[bytes] = set()
-    async with recovering_producer(settings.kafka) as producer, connected_consumer(settings.kafka) as consumer:
+    kafka = settings.kafka
+    async with recovering_producer(kafka) as producer, connected_consumer(kafka) as consumer, aclosing(letters):
         async for entry in letters:
             source = entry.letter.source
             place = _mark_key(source)

@@ -14,14 +14,17 @@ from parts import create_topic
 from sample_messages import dead_letter
 
 from nanovllm.cli.main import main
+from nanovllm.client import replay
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.errors import FetchFailed
+from nanovllm.errors import FetchFailed, TransientError
 from nanovllm.kafka.admin import topic_states
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.base import Source
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.sinks.dead_letter_record import dead_letter_record
+from nanovllm.sinks.kafka import send_record
 
 Command = Callable[..., Awaitable[list[dict[str, Any]]]]
 
@@ -174,6 +177,29 @@ async def test_what_is_too_large_is_skipped_and_the_others_go_on(
         assert [row["state"] for row in rows] == ["skipped" if size > 2_000 else expected for size in sizes]
         assert all("of this size" in row["reason"] for row in rows if int(row["job_id"]) > 2_000)
     assert [len(record.value) for record in await bench.read(topic, 3)] == [10, 11, 12]
+
+
+async def test_a_replay_that_breaks_off_is_taken_up_where_it_stopped(
+    bench: Bench, dlq: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sends = 0
+
+    async def breaks_off(producer: Any, record: OutgoingRecord) -> Any:
+        nonlocal sends
+        sends += 1
+        if sends == 4:  # each is sent with its mark behind it
+            raise TransientError("the mark of the second one could not be written")
+        return await send_record(producer, record)
+
+    for offset, job_id in enumerate("abc"):
+        await bury(bench, job_id, offset, job_id.encode())
+    with monkeypatch.context() as broken:
+        broken.setattr(replay, "send_record", breaks_off)
+        assert await asyncio.to_thread(main, ["dlq", "replay", "--all"]) == 1
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert states(await dlq("replay", "--all", "--json")) == {"a": "skipped", "b": "replayed", "c": "replayed"}
+    # The one without a mark was sent twice.
+    assert await sent(bench) == [b"a", b"b", b"b", b"c"]
 
 
 async def test_a_mark_that_was_deleted_and_a_record_that_is_no_mark_hold_nothing_back(
