@@ -18,6 +18,7 @@ from nanovllm.errors import MessageTooLarge
 from nanovllm.kafka.admin import COMPACTED, create_topics, topic_states
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Message, Source
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import send_record
@@ -65,62 +66,64 @@ async def replay(
     Raises:
         TransientError, BrokersUnavailable: the brokers did not take one; those before it are sent.
     """
-    allowed = frozenset(topics)
-    marks = await _read_marks(settings, create=send)
-    seen: set[bytes] = set()
-    kafka = settings.kafka
+    kafka, allowed = settings.kafka, frozenset(topics)
+    has_marks = await _has_topic_of_marks(settings, create=send)
+    reasons = await _replayed_before(settings) if has_marks and not again else {}
     async with recovering_producer(kafka) as producer, connected_consumer(kafka) as consumer, aclosing(letters):
         async for entry in letters:
             source = entry.letter.source
-            place = _mark_key(source)
+            key = _mark_key(source)
             if source.topic not in allowed:
                 yield Replay(entry, "skipped", f"it came from topic {source.topic}: allow it with --topic")
-                continue
-            if place in marks and not again:
-                yield Replay(entry, "skipped", f"replayed at {rfc3339(marks[place])}: send it with --again")
-                continue
-            if place in seen:
-                yield Replay(entry, "skipped", "the same record as a dead letter before")
-                continue
-            seen.add(place)
-            record = await _record_of(entry, consumer)
-            if record is None:
-                yield Replay(entry, "skipped", "only its beginning is here, and its source holds it no longer")
-                continue
-            if not send:
-                yield Replay(entry, "would be replayed")
-                continue
-            try:
-                await send_record(producer, record)
-            except MessageTooLarge as error:
-                await producer.replace()
-                yield Replay(entry, "skipped", str(error))
-                continue
-            mark = ReplayMark(replayed_at=datetime.now(UTC), dead_letter=entry.position)
-            value = mark.model_dump_json().encode()
-            await send_record(producer, OutgoingRecord(settings.topics.replayed, place, value))
-            yield Replay(entry, "replayed")
-            await asyncio.sleep(1.0 / per_second)
-
-
-async def _read_marks(settings: Settings, *, create: bool) -> dict[bytes, datetime]:
-    """When each record was replayed, by the keys of the marks. ``create``: make the topic where it is missing."""
-    kafka, topic, letters = settings.kafka, settings.topics.replayed, settings.topics.dead_letters
-    # Looked up first: brokers that make topics by themselves would make it at the first read, and not compacted.
-    states = await topic_states(kafka, (topic, letters))
-    marks: dict[bytes, datetime] = {}
-    if topic in states:
-        async for record in read_topic(kafka, topic, in_full=True):
-            if record.value is None:
-                marks.pop(record.key, None)
+            elif key in reasons:
+                yield Replay(entry, "skipped", reasons[key])
             else:
-                with suppress(ValueError):
-                    marks[record.key] = ReplayMark.model_validate_json(record.value).replayed_at
-    elif create and letters in states:
+                reasons[key] = "the same record as a dead letter before"
+                record = await _record_of(entry, consumer)
+                if record is None:
+                    yield Replay(entry, "skipped", "only its beginning is here, and its source holds it no longer")
+                elif not send:
+                    yield Replay(entry, "would be replayed")
+                else:
+                    yield await _send(entry, record, producer, settings.topics.replayed)
+                    await asyncio.sleep(1.0 / per_second)
+
+
+async def _send(entry: DeadLetterRecord, record: OutgoingRecord, producer: RecoveringProducer, marks: str) -> Replay:
+    """Send ``record``, and behind it its mark to the topic ``marks``."""
+    try:
+        await send_record(producer, record)
+    except MessageTooLarge as error:
+        await producer.replace()
+        return Replay(entry, "skipped", str(error))
+    mark = ReplayMark(replayed_at=datetime.now(UTC), dead_letter=entry.position)
+    await send_record(producer, OutgoingRecord(marks, _mark_key(entry.letter.source), mark.model_dump_json().encode()))
+    return Replay(entry, "replayed")
+
+
+async def _has_topic_of_marks(settings: Settings, *, create: bool) -> bool:
+    """Whether the topic of the marks is there; with ``create`` it is made where there are dead letters."""
+    kafka, marks, letters = settings.kafka, settings.topics.replayed, settings.topics.dead_letters
+    # Looked up before it is read: brokers that make topics by themselves would make one that is not compacted.
+    states = await topic_states(kafka, (marks, letters))
+    if create and marks not in states and letters in states:
         copies = states[letters].replication
         configs = COMPACTED | ({"min.insync.replicas": "2"} if copies > 2 else {})
-        await create_topics(kafka, [topic], partitions=1, replication=copies, configs={topic: configs})
-    return marks
+        await create_topics(kafka, [marks], partitions=1, replication=copies, configs={marks: configs})
+    return marks in states
+
+
+async def _replayed_before(settings: Settings) -> dict[bytes, str]:
+    """What earlier replays have sent, in words, by the keys of their marks; a mark without a value takes one back."""
+    replayed: dict[bytes, str] = {}
+    async for record in read_topic(settings.kafka, settings.topics.replayed, in_full=True):
+        if record.value is None:
+            replayed.pop(record.key, None)
+            continue
+        with suppress(ValueError):
+            at = ReplayMark.model_validate_json(record.value).replayed_at
+            replayed[record.key] = f"replayed at {rfc3339(at)}: send it with --again"
+    return replayed
 
 
 def _mark_key(source: Source) -> bytes:

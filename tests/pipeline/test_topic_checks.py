@@ -61,6 +61,7 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({"nanovllm.metrics": {"min.insync.replicas": "4"}}) == {("nanovllm.metrics", "error")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
     assert found({"nanovllm.replayed": None}) == set()
+    assert "nanovllm.replayed" not in {name for _, name, _, _ in implied_acls(SETTINGS)}
     assert found({"nanovllm.replayed": {"cleanup.policy": "delete"}}) == {("nanovllm.replayed", "warning")}
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
 
