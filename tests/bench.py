@@ -77,6 +77,13 @@ class Bench:
     health: Health = field(default_factory=Health)
     polls: int = 0
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that give the command line the bench's topics and brokers."""
+        topics = self.settings.topics.model_dump().items()
+        names = {f"NANOVLLM_TOPICS__{name.upper()}": topic for name, topic in topics if isinstance(topic, str)}
+        return names | {"NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers}
+
     async def send(self, *jobs: Mapping[str, Any] | bytes, partition: int = 0, **record: Any) -> None:
         """``record``: key, headers and whatever else the producer takes."""
         for job in jobs:

@@ -13,7 +13,8 @@ from typing import Annotated, TypeVar, get_args
 import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
-from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters, replay
+from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters
+from nanovllm.client.replay import replay
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
@@ -22,7 +23,7 @@ from nanovllm.terminal import plain, print_json, print_table
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
 T = TypeVar("T")
-COLUMNS = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "job_id", "message")
+COLUMNS = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "replays", "job_id", "message")
 _CLASSES, _STAGES = get_args(DeadLetterClass), get_args(Stage)
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -77,7 +78,7 @@ def dlq_show(
     if not letters:
         raise InvalidInput(f"no dead letter has the job id or the place {plain(which).plain}")
     if value:
-        sys.stdout.buffer.write(letters[-1].value)
+        sys.stdout.buffer.write(letters[-1].value or b"")
         return
     for record in letters:
         print_json(_details(record))
@@ -94,6 +95,7 @@ def dlq_replay(
     retryable: RetryableOption = False,
     everything: Annotated[bool, typer.Option("--all", help="Without a filter: really all of them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also what was replayed before.")] = False,
     rate: Annotated[float, typer.Option(min=0.001, help="Most messages a second.")] = 50.0,
     topic: Annotated[
         list[str] | None,
@@ -103,14 +105,14 @@ def dlq_replay(
     config: ConfigOption = None,
     bootstrap_servers: BrokersOption = None,
 ) -> None:
-    """Send the original messages to the topic that they came from: the same bytes, key and headers."""
+    """Send the original messages, each once, to the topic that they came from: the same bytes, key and headers."""
     wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
     if wanted == LetterFilter() and not everything:
         raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
     settings = client_settings(config, bootstrap_servers)
     topics = topic or settings.topics.job_topics
     letters = read_dead_letters(settings, wanted)
-    replays = asyncio.run(_all(replay(settings.kafka, topics, letters, per_second=rate, send=not dry_run)))
+    replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))
     rows = [(one.entry.position, one.entry.letter.job_id or "", one.state, one.reason) for one in replays]
     print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
 
@@ -169,6 +171,7 @@ def _row(record: DeadLetterRecord) -> tuple[str, ...]:
         letter.stage,
         "yes" if letter.retryable else "no",
         str(letter.attempts),
+        str(letter.replays or 0),
         letter.job_id or "",
         letter.message,
     )
@@ -181,6 +184,6 @@ def _details(record: DeadLetterRecord) -> dict[str, object]:
         "key": None if record.key is None else record.key.decode(errors="backslashreplace"),
         # Their values may be secrets that an operator has chosen to keep.
         "headers": [name for name, _ in record.headers],
-        "value_bytes": len(record.value),
+        "value_bytes": None if record.value is None else len(record.value),
         "value_is_cut": record.cut_sha256 is not None,
     }

@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaError
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
+from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.settings.kafka import KafkaSettings
 
 
@@ -30,6 +31,13 @@ async def connected_consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterato
 async def connected_producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
     """A started producer. Raises as ``connected_consumer`` does."""
     async with _connected(AIOKafkaProducer(**producer_kwargs(kafka)), kafka) as producer:
+        yield producer
+
+
+@asynccontextmanager
+async def recovering_producer(kafka: KafkaSettings) -> AsyncIterator[RecoveringProducer]:
+    """As ``connected_producer``; one that breaks down is replaced."""
+    async with _connected(RecoveringProducer(lambda: AIOKafkaProducer(**producer_kwargs(kafka))), kafka) as producer:
         yield producer
 
 

@@ -15,6 +15,7 @@ from nanovllm.kafka.client import client_kwargs
 from nanovllm.settings.kafka import KafkaSettings
 
 DAY_MS = 24 * 3600 * 1000
+COMPACTED = {"cleanup.policy": "compact"}
 DEFAULTS = {"max.message.bytes": 1_048_588, "retention.ms": 7 * DAY_MS, "min.insync.replicas": 1}
 
 

@@ -18,11 +18,11 @@ class OutgoingRecord:
 
     topic: str
     key: bytes | None
-    value: bytes
+    value: bytes | None
     headers: Headers = ()
 
     @cached_property
     def size_bytes(self) -> int:
         """At least what the record takes in a batch of its own."""
         headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
-        return _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value) + headers
+        return _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value or b"") + headers

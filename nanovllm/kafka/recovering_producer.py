@@ -80,6 +80,17 @@ class RecoveringProducer:
         async with self._replacing(self._producer) as producer:
             await send_batches(producer, topic, records, max_bytes)
 
+    async def replace(self) -> None:
+        """Use another producer from now on: aiokafka has counted a record that a broker then refused as too large.
+
+        Without it the next send to the same partition fails, and only the one after that goes through.
+
+        Raises:
+            KafkaError: the brokers do not take another one.
+        """
+        if self._producer is not None:
+            await self._replace(self._producer, logging.DEBUG)
+
     async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
         async with self._replacing(producer):
             await sent
@@ -93,16 +104,16 @@ class RecoveringProducer:
             yield producer
         except KafkaError as error:
             if is_fatal(error):
-                await self._replace(producer)
+                await self._replace(producer, logging.ERROR)
             raise
 
-    async def _replace(self, producer: AIOKafkaProducer) -> None:
+    async def _replace(self, broken: AIOKafkaProducer, level: int) -> None:
         async with self._renewal:
-            is_in_use = self._producer is producer
+            is_in_use = self._producer is broken
             if is_in_use:
-                logger.error("the Kafka producer broke down and is replaced")
+                logger.log(level, "the Kafka producer broke down and is replaced")
                 self._producer = await self._started()
-                await producer.stop()
+                await broken.stop()
 
     async def _started(self) -> AIOKafkaProducer:
         producer = self._connect()

@@ -32,6 +32,9 @@ class DeadLetter(Message):
         None, description="Name of the innermost error, and for the worker's own faults its place."
     )
     attempts: int = Field(1, ge=0, description="Attempts at the stage that failed, delayed retries among them.")
+    replays: int | None = Field(
+        None, ge=1, description="How often `dlq replay` had sent the job again before it failed; unset: never."
+    )
     source: Source
     worker: str
     received_at: datetime

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanovllm.kafka.admin import DAY_MS, TopicState
+from nanovllm.kafka.admin import COMPACTED, DAY_MS, TopicState
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.settings.worker import Settings
 
@@ -17,10 +17,10 @@ HOUR_MS = 3600 * 1000
 
 @dataclass(frozen=True)
 class TopicNeed:
-    """One topic that the settings name, and how it is created. ``operations`` are the worker's rights on it."""
+    """One topic that the settings name, and how it is created. ``operations`` are the worker's rights on it, if any."""
 
     name: str
-    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply", "in flight"]
+    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply", "in flight", "replayed"]
     operations: tuple[str, ...]
     configs: Mapping[str, str] = field(default_factory=dict)
     delay_ms: int = 0
@@ -36,7 +36,7 @@ class Finding:
 
 
 def topic_needs(settings: Settings) -> list[TopicNeed]:
-    """Every topic that a worker with ``settings`` reads or writes."""
+    """Every topic that a worker with ``settings`` reads or writes, and that of `dlq replay`."""
     topics, retry_topics = settings.topics, RetryTopics.of(settings)
     described = ("DESCRIBE", "DESCRIBE_CONFIGS")
     writes = ("WRITE", *described)
@@ -57,8 +57,9 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
         needs.append(TopicNeed(name, "retry", ("READ", *writes), carries_jobs | retention, delay_s * 1000))
     if settings.dead_letters.crash_limit:
         # Short segments: only closed ones are compacted, and a new owner reads back over the rest.
-        compacted = {"cleanup.policy": "compact", "segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
+        compacted = COMPACTED | {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         needs.append(TopicNeed(topics.in_flight, "in flight", ("READ", "WRITE", "DESCRIBE"), compacted))
+    needs.append(TopicNeed(topics.replayed, "replayed", (), COMPACTED))
     needs += [TopicNeed(name, "reply", writes) for name in topics.reply_to]
     return needs
 
@@ -84,6 +85,8 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
     largest_job = max((state.number("max.message.bytes") for state in jobs), default=0)
     for need in topic_needs(settings):
         state = states.get(need.name)
+        if state is None and need.purpose == "replayed":
+            continue  # the first replay makes it; and a worker's user does not see it
         if state is None:
             yield Finding(need.name, "error", "does not exist; nanovllm topics create makes it")
             continue
@@ -93,6 +96,8 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
             yield Finding(need.name, "warning", "has one replica: a broker killed at a commit may show outputs twice")
         if need.purpose in ("jobs", "retry", "dead letters") and "compact" in state.configs.get("cleanup.policy", ""):
             yield Finding(need.name, "error", "cleanup.policy compacts: of records with one key all but the last go")
+        if need.purpose == "replayed" and state.configs.get("cleanup.policy", "compact") != "compact":
+            yield Finding(need.name, "warning", "cleanup.policy is not `compact`: what it forgets is replayed again")
         if need.purpose == "jobs":
             yield from _jobs_findings(settings, need, state, workers)
         elif need.purpose == "retry" and state.retention_ms < need.delay_ms + HOUR_MS:

@@ -191,7 +191,7 @@ class Worker:
 
     def _passes_over(self, record: ConsumedRecord) -> bool:
         """Whether ``record`` is a tombstone that is no job; it is complete then."""
-        if not record.is_tombstone or record.unreadable is not None:
+        if not record.is_tombstone:
             return False
         self.metrics.tombstones.labels(record.topic).inc()
         if self.settings.dead_letters.tombstones:

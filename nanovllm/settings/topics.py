@@ -16,6 +16,10 @@ class TopicSettings(SettingsModel):
     metrics: TopicName = Field("nanovllm.metrics", description="One record of figures for each job goes here.")
     dead_letters: TopicName = Field("nanovllm.dead-letters", description="Jobs that failed for good go here.")
     in_flight: TopicName = Field("nanovllm.in-flight", description="Record of the jobs in the engines.")
+    replayed: TopicName = Field(
+        "nanovllm.replayed",
+        description="Record of the dead letters that `dlq replay` has sent again; workers never use it.",
+    )
     lanes: dict[TopicName, int] = Field(
         default_factory=dict,
         description="More topics of jobs, each with a priority (JSON object): lower goes first, `topics.jobs` has 0. "

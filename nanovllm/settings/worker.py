@@ -101,7 +101,8 @@ class Settings(BaseSettings):
         uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
         uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in topics.job_topics for delay_s in delays_s]
         uses += [
-            (getattr(topics, name), f"topics.{name}") for name in ("results", "metrics", "dead_letters", "in_flight")
+            (getattr(topics, name), f"topics.{name}")
+            for name in ("results", "metrics", "dead_letters", "in_flight", "replayed")
         ]
         uses += [(name, "topics.reply_to") for name in dict.fromkeys(topics.reply_to) if name != topics.results]
         first: dict[str, str] = {}

@@ -41,20 +41,21 @@ def dead_letter_record(
 
     What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
     partition for good. The value is cut first, and keeps its beginning; its digest, its size and where it still lies
-    are headers. Then the original headers, the key and the end of the error's message go, in this order.
+    are headers. Then the original headers, the key and the end of the error's message go, in this order. A tombstone
+    stays one: a record without a value deletes its key from a compacted topic, an empty value does not.
     """
-    original = value or b""
     kept = tuple(kept_headers(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
     envelope = list(_envelope_headers(letter))
     left_out = len(original_headers) - len(kept)
-    record = OutgoingRecord(topic, key, original, (*kept, *envelope, *_left_out(left_out)))
+    record = OutgoingRecord(topic, key, value, (*kept, *envelope, *_left_out(left_out)))
     if record.size_bytes <= max_bytes:
         return record
-    envelope += [
-        (TRUNCATED_HEADER, b"true"),
-        (SHA256_HEADER, hashlib.sha256(original).hexdigest().encode()),
-        (f"{OWN_PREFIX}value_size", str(len(original)).encode()),
-    ]
+    if value is not None:
+        envelope += [
+            (TRUNCATED_HEADER, b"true"),
+            (SHA256_HEADER, hashlib.sha256(value).hexdigest().encode()),
+            (f"{OWN_PREFIX}value_size", str(len(value)).encode()),
+        ]
     without_headers = (*envelope, *_left_out(len(original_headers)))
     for kept_key, headers in (
         (key, (*kept, *envelope, *_left_out(left_out))),
@@ -63,13 +64,13 @@ def dead_letter_record(
     ):
         without_value = OutgoingRecord(topic, kept_key, b"", headers)
         if (room := max_bytes - without_value.size_bytes) >= 0:
-            return OutgoingRecord(topic, kept_key, original[:room], headers)
+            return OutgoingRecord(topic, kept_key, None if value is None else value[:room], headers)
     shortest = tuple((name, field[:room] if name == MESSAGE_HEADER else field) for name, field in without_headers)
-    return OutgoingRecord(topic, None, b"", shortest)
+    return OutgoingRecord(topic, None, None if value is None else b"", shortest)
 
 
 def dead_letter_like(
-    like: OutgoingRecord, differing: Mapping[str, str | int | None], *, key: bytes | None, value: bytes
+    like: OutgoingRecord, differing: Mapping[str, str | int | None], *, key: bytes | None, value: bytes | None
 ) -> OutgoingRecord | None:
     """A dead letter whose envelope differs from that of ``like`` in these fields alone.
 

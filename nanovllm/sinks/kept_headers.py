@@ -11,6 +11,8 @@ from nanovllm.kafka.records import Headers
 # unless the settings name it.
 TRACE_HEADERS = ("traceparent", "tracestate")
 OWN_PREFIX = "nanovllm_"
+REPLAYS_HEADER = f"{OWN_PREFIX}replays"
+MAX_REPLAYS = 9_999
 MAX_HEADER_BYTES = 1_024
 MAX_HEADERS = 32
 MAX_HEADERS_BYTES = 8_192

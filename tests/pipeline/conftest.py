@@ -24,7 +24,7 @@ async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> Asy
     settings = Settings.model_validate(
         {
             "kafka": {"bootstrap_servers": broker, "group_id": unique("group")},
-            "topics": topics,
+            "topics": topics | {"replayed": unique("replayed")},  # made by the first replay
             "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
             "images": {"max_bytes": 100_000},
             "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},

@@ -25,10 +25,8 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line's settings are the bench's."""
-    for name, topic in bench.settings.topics.model_dump().items():
-        if isinstance(topic, str):
-            monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", topic)
-    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", bench.bootstrap_servers)
+    for name, value in bench.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -101,7 +99,7 @@ async def test_a_job_that_was_repaired_is_replayed_as_it_was(
     records = await bench.read(bench.settings.topics.jobs, 2)
     original, again = sorted(records, key=lambda record: record.timestamp)
     assert (again.key, again.value) == (original.key, original.value)
-    assert dict(again.headers) == {"traceparent": b"00-ab", "Tenant": b"acme"}
+    assert dict(again.headers) == {"traceparent": b"00-ab", "Tenant": b"acme", "nanovllm_replays": b"1"}
 
 
 async def test_nothing_is_replayed_unasked_twice_or_into_a_topic_that_only_the_letter_names(

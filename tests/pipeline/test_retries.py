@@ -84,12 +84,12 @@ async def test_after_the_last_tier_it_is_a_dead_letter_that_counts_all_attempts(
 ) -> None:
     bad = images("bad.png", png())
     fetcher = SpoiltObject(tiered.settings, bad)
-    await tiered.send(image_job("j", bad), key=b"k", headers=[("traceparent", b"00-ab")])
+    await tiered.send(image_job("j", bad), key=b"k", headers=[("traceparent", b"00-ab"), ("nanovllm_replays", b"2")])
     async with tiered.working(EchoEngine(), fetcher):
         ((headers, value),) = await tiered.dead_letters(1)
         await eventually(lambda: reached(tiered, 1))
     assert value == image_job("j", bad)
-    assert headers["traceparent"] == "00-ab"
+    assert (headers["traceparent"], headers["nanovllm_replays"]) == ("00-ab", "2")
     assert (headers["nanovllm_class"], headers["nanovllm_attempts"]) == ("retries_exhausted", "12")
     assert (headers["nanovllm_source_topic"], headers["nanovllm_source_offset"]) == (tiered.settings.topics.jobs, "0")
     waited = datetime.fromisoformat(headers["nanovllm_failed_at"]) - datetime.fromisoformat(

@@ -311,6 +311,7 @@ def test_a_reply_topic_must_be_allowed() -> None:
         ({"topics": {"results": ".."}}, "topics.results: is no name of a topic"),
         ({"topics": {"metrics": ""}}, "topics.metrics: is no name of a topic"),
         ({"topics": {"dead_letters": "é"}}, "topics.dead_letters: is no name of a topic"),
+        ({"topics": {"replayed": "nanovllm.jobs"}}, "topics.jobs and topics.replayed name the same topic"),
         ({"topics": {"in_flight": "n" * 250}}, "topics.in_flight: is no name of a topic"),
         ({"topics": {"lanes": {"a b": 1}}}, "is no name of a topic"),
         ({"topics": {"reply_to": ["ok", "not\nok"]}}, "is no name of a topic"),

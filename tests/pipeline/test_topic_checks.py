@@ -14,12 +14,15 @@ from bench import Bench
 from parts import KafkaNode, kafka_node_program
 
 from nanovllm.cli.main import main
+from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
+from nanovllm.client.replay import replay
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import create_topics, message_limits, topic_states
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
 from nanovllm.pipeline.topic_checks import DAY_MS, TopicState, findings, implied_acls, topic_needs
 from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings
 
 SETTINGS = Settings.model_validate(
@@ -57,6 +60,9 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({"nanovllm.dead-letters": {"max.message.bytes": "1000"}}) == {("nanovllm.dead-letters", "warning")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "4"}}) == {("nanovllm.metrics", "error")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
+    assert found({"nanovllm.replayed": None}) == set()
+    assert "nanovllm.replayed" not in {name for _, name, _, _ in implied_acls(SETTINGS)}
+    assert found({"nanovllm.replayed": {"cleanup.policy": "delete"}}) == {("nanovllm.replayed", "warning")}
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
 
 
@@ -65,14 +71,14 @@ def test_what_is_created_passes_the_check_on_apache_kafka(
     kafka_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", kafka_broker)
-    for name in ("jobs", "results", "metrics", "dead_letters"):
+    for name in ("jobs", "results", "metrics", "dead_letters", "replayed"):
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", unique(name))
     monkeypatch.setenv("NANOVLLM_RETRIES__DELAYS_S", "1209600")
     assert main(["topics", "check", "--json"]) == 1
     missing = json.loads(capsys.readouterr().out)
     assert {row["finding"] for row in missing} == {"does not exist; nanovllm topics create makes it"}
     assert main(["topics", "create", "--partitions", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert len(json.loads(capsys.readouterr().out)) == 6
     assert main(["topics", "check", "--workers", "3", "--json"]) == 0
     # One broker holds one replica: said, and no error.
     assert {row["finding"] for row in json.loads(capsys.readouterr().out)} == {
@@ -105,7 +111,7 @@ async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:admin;User:ANONYMOUS",
     }
-    scram = {"admin": "admin", "worker": "secret"}
+    scram = {"admin": "admin", "worker": "secret", "operator": "secret"}
     async with KafkaNode(tmp_path, settings=broker, scram=scram, probe=False) as node:
 
         def login_as(user: str, password: str) -> KafkaSettings:
@@ -120,12 +126,12 @@ async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
                 }
             )
 
-        admin, worker = login_as("admin", "admin"), login_as("worker", "secret")
+        admin, worker, operator = (login_as("admin", "admin"), *(login_as(u, "secret") for u in ("worker", "operator")))
         settings = bench.settings.model_copy(update={"kafka": worker})
-        names = [need.name for need in topic_needs(settings)]
-        await create_topics(admin, [*names, "others"], partitions=2)
+        names = [need.name for need in topic_needs(settings) if need.operations]
+        await create_topics(admin, [*names, settings.topics.replayed, "others"], partitions=2)
         await grant(admin, "User:worker", implied_acls(settings))
-        assert set(await topic_states(worker, [*names, "others"])) == set(names)
+        assert set(await topic_states(worker, [*names, settings.topics.replayed, "others"])) == set(names)
         limits = await message_limits(worker, names)
         assert len(limits) == len(names)
         producer = AIOKafkaProducer(**producer_kwargs(admin))
@@ -140,11 +146,23 @@ async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
             async with there.working(EchoEngine()):
                 await read_as(admin, settings.topics.results, 1)
                 await read_as(admin, settings.topics.dead_letters, 1)
+            await grant(admin, "User:operator", [("TOPIC", *right) for right in replay_rights(settings.topics)])
+            replaying = settings.model_copy(update={"kafka": operator})
+            for state in ("replayed", "skipped"):
+                letters = read_dead_letters(replaying, LetterFilter())
+                replays = replay(replaying, [jobs], letters, per_second=100, send=True)
+                assert [one.state async for one in replays] == [state]
             with pytest.raises(Exception, match="Authorization"):
                 await own.send_and_wait(jobs, b"a worker need not write jobs")
         finally:
             await producer.stop()
             await own.stop()
+
+
+def replay_rights(topics: TopicSettings) -> list[tuple[str, str, str]]:
+    """As docs/retries.md lists them, for topics that are there."""
+    rights = {topics.jobs: ("READ", "WRITE"), topics.dead_letters: ("READ",), topics.replayed: ("READ", "WRITE")}
+    return [(topic, "LITERAL", right) for topic, some in rights.items() for right in some]
 
 
 async def grant(kafka: KafkaSettings, principal: str, acls: list[tuple[str, str, str, str]]) -> None:

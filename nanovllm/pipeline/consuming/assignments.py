@@ -120,6 +120,7 @@ class Assignments:
                 assignment.transactions.follow(assignment.ledger)
             self.active[tp] = assignment
         assignment.ledger.deliver(record.offset)
+        unreadable = record.unreadable if isinstance(record, RawRecord) else None
         return ConsumedRecord(
             tp.topic,
             tp.partition,
@@ -128,8 +129,8 @@ class Assignments:
             record.key,
             record.value or b"",
             tuple((name, value or b"") for name, value in record.headers),
-            unreadable=record.unreadable if isinstance(record, RawRecord) else None,
-            is_tombstone=record.value is None,
+            unreadable=unreadable,
+            is_tombstone=record.value is None and unreadable is None,
             ledger=assignment.ledger,
             transactions=assignment.transactions,
         )

@@ -22,7 +22,7 @@ class ConsumedRecord:
     unreadable: str | None = None
     """Why the Kafka client could not parse it; what could be read of it is in the other fields."""
     is_tombstone: bool = False
-    """Whether it has no value, which deletes its key from a compacted topic."""
+    """Whether it has no value, which deletes its key from a compacted topic; ``value`` is empty then."""
     ledger: PartitionLedger = field(kw_only=True, repr=False)
     transactions: PartitionTransactions | None = field(default=None, kw_only=True, repr=False)
 
@@ -30,6 +30,11 @@ class ConsumedRecord:
     def is_current(self) -> bool:
         """Whether its partition is still assigned; if not, the next owner gets the record again."""
         return not self.ledger.is_fenced
+
+    @property
+    def original_value(self) -> bytes | None:
+        """Its value as it lies in the topic: None for a tombstone."""
+        return None if self.is_tombstone else self.value
 
     def complete(self) -> bool:
         """Mark its offset complete in the ledger; False where its partition has left meanwhile."""

@@ -17,20 +17,21 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
-from nanovllm.sinks.kept_headers import OWN_PREFIX
+from nanovllm.sinks.kept_headers import MAX_REPLAYS, OWN_PREFIX, REPLAYS_HEADER
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a job came from first, and what has been tried before this record.
 
-    ``headers`` are the job's own, without what retries added.
+    ``headers`` are the job's own, without what retries and replays added.
     """
 
     source: Source
     headers: Headers
     attempts: int = 0
     first_failed_at: datetime | None = None
+    replays: int = 0
 
     def retry_headers(self, attempts: int, failed_at: datetime, error: NanoVLLMError) -> Headers:
         """The headers of the record that waits for its next attempt."""
@@ -43,6 +44,7 @@ class Origin:
             "attempts": attempts,
             "first_failed_at": failed_at.isoformat(),
             "code": error.code,
+            "replays": self.replays or None,
         }
         ours = ((f"{OWN_PREFIX}{name}", str(value).encode()) for name, value in carried.items() if value is not None)
         return (*self.headers, *ours)
@@ -80,7 +82,10 @@ class RetryTopics:
         return following if left_s > self.delays_s[following] else None
 
     def origin_of(self, record: ConsumedRecord) -> Origin:
-        """Where the job of ``record`` came from. Only records of retry topics are believed what their headers say."""
+        """Where the job of ``record`` came from. Only records of retry topics are believed what their headers say.
+
+        The number of replays is read from every topic: it decides nothing, and is shown to operators.
+        """
         others = tuple(header for header in record.headers if not header[0].startswith(OWN_PREFIX))
         here = Source(
             topic=record.topic,
@@ -88,12 +93,13 @@ class RetryTopics:
             offset=record.offset,
             timestamp_ms=record.timestamp_ms,
         )
+        replays = _replays(record.headers)
         if record.topic not in self.delays_s:
-            return Origin(here, others)
+            return Origin(here, others, replays=replays)
         own = (header for header in record.headers if header[0].startswith(OWN_PREFIX))
         carried = {name.removeprefix(OWN_PREFIX): value.decode(errors="replace") for name, value in own}
         if any(len(value) > MAX_TOPIC_CHARS for value in carried.values()):
-            return Origin(here, others)
+            return Origin(here, others, replays=replays)
         try:
             return Origin(
                 Source(
@@ -105,7 +111,14 @@ class RetryTopics:
                 others,
                 int(carried["attempts"]),
                 datetime.fromisoformat(carried["first_failed_at"]).astimezone(UTC),
+                replays,
             )
         except (KeyError, ValueError, OverflowError):
             # Not a record of a worker: a job like any other.
-            return Origin(here, others)
+            return Origin(here, others, replays=replays)
+
+
+def _replays(headers: Headers) -> int:
+    """How often the record was replayed, as a header says that anybody can send; 0 for what is no small number."""
+    text = next((value for name, value in headers if name == REPLAYS_HEADER), b"")
+    return int(text) if len(text) <= len(str(MAX_REPLAYS)) and text.isdigit() else 0

@@ -58,7 +58,9 @@ class AnswerByClaimCheck(Answer):
             return record
         name, fmt = builder.stored_name(context), builder.format_of(context)
         with context.progress.stage("publish"):
-            stored = await self._retry(lambda: store.put(name, record.value, fmt), "result store", context.progress)
+            stored = await self._retry(
+                lambda: store.put(name, record.value or b"", fmt), "result store", context.progress
+            )
         return builder.result(context, result.referring_to(stored))
 
 

@@ -123,6 +123,7 @@ class RecordBuilder:
             retryable=error.retryable,
             cause=root_cause(error),
             attempts=context.total_attempts,
+            replays=context.origin.replays or None,
             source=context.origin.source,
             worker=self.settings.worker_id,
             received_at=progress.received_at,
@@ -134,7 +135,7 @@ class RecordBuilder:
             letter,
             topic,
             key=record.key,
-            value=record.value,
+            value=record.original_value,
             original_headers=context.origin.headers,
             keep_headers=self.settings.dead_letters.keep_headers,
             max_bytes=self.max_record_bytes(topic),
@@ -152,7 +153,7 @@ class RecordBuilder:
             "source_offset": consumed.offset,
             "source_timestamp_ms": consumed.timestamp_ms,
         }
-        record = dead_letter_like(like, source, key=consumed.key, value=consumed.value)
+        record = dead_letter_like(like, source, key=consumed.key, value=consumed.original_value)
         return record if record and record.size_bytes <= self.max_record_bytes(record.topic) else None
 
     def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
