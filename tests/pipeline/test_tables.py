@@ -72,7 +72,7 @@ def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
     assert shown.count("x") >= 150, "a long word is folded, not cut"
 
 
-@pytest.mark.parametrize("columns", [170, 200])
+@pytest.mark.parametrize("columns", [180, 200])
 def test_dead_letters_at_a_wide_terminal_are_one_table_that_folds_no_name(
     columns: int, letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
