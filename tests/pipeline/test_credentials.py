@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from parts import S3Part
 from prometheus_client import Counter
 from world import World
 
+from nanovllm.client.producer import JobProducer
 from nanovllm.client.upload import ImageUploader
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.echo import EchoEngine
@@ -40,6 +42,7 @@ class TokenService:
         self.code: str | None = None
         self.status = 400
         self.lasts_s = 86_400
+        self.refused_at: list[float] = []
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,6 +61,7 @@ class TokenService:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def answer(self) -> tuple[int, bytes]:
+        self.refused_at += [time.monotonic()] if self.code is not None else []
         namespace = 'xmlns="https://sts.amazonaws.com/doc/2011-06-15/"'
         if self.code is not None:
             said = f"<Type>Sender</Type><Code>{self.code}</Code><Message>{ROLE} may not</Message>"
@@ -346,6 +350,69 @@ async def test_a_worker_process_without_credentials_says_so_and_answers_all_once
     finally:
         worker.kill()
     assert ROLE not in worker.tail(10_000)
+
+
+@pytest.mark.kafka
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+async def test_a_token_service_that_dies_three_times_costs_no_job_and_readiness_follows(
+    kafka_broker: str, s3: S3Part, sts: TokenService, tmp_path: Path
+) -> None:
+    """2,000 jobs, credentials that live for 30 s: not ready within 5 s of a refusal, ready within 10 s of its end."""
+    port, jobs = free_port(), 2_000
+    static = {name: "" for name in s3.environment if "KEY" in name}
+    settings = {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_HTTP__PORT": str(port), "NANOVLLM_IMAGES__DECODERS": "1"}
+    world = World(kafka_broker, s3, tmp_path, {**settings, **static, **web_identity(sts, tmp_path)})
+    await world.create_topics()
+    sts.lasts_s = 30
+    uris = [s3.put(world.bucket, f"{number}.png", png()) for number in range(40)]
+    changes: list[tuple[float, str]] = []  # of readiness
+
+    async def watch() -> None:
+        while True:
+            said = await asyncio.to_thread(unready, port)
+            if not changes or bool(changes[-1][1]) != bool(said):
+                changes.append((time.monotonic(), said))
+            await asyncio.sleep(0.1)
+
+    async def send(producer: JobProducer, first: int, last: int) -> None:
+        for number in range(first, last):
+            await producer.send("<|image|>", images=[uris[number % len(uris)]], job_id=f"j{number}", reuse="none")
+            await asyncio.sleep(0.02)
+
+    worker = world.worker("worker")
+    worker.start()
+    watching = asyncio.create_task(watch())
+    delays: list[tuple[float, float]] = []
+    try:
+        async with world.producer() as producer, world.reader() as reader:
+            await eventually(lambda: unready(port) == "", 120)
+            for outage in range(3):
+                sending = asyncio.create_task(send(producer, outage * jobs // 3, (outage + 1) * jobs // 3))
+                await asyncio.sleep(4)
+                sts.refused_at.clear()
+                begun = len(changes)
+                sts.code = "ExpiredTokenException"
+                await asyncio.sleep(15)
+                sts.code, ended = None, time.monotonic()
+                await eventually(lambda begun=begun: len(changes) >= begun + 2, 60)
+                (fell, said), (rose, _) = changes[begun : begun + 2]
+                assert "ExpiredTokenException" in said
+                delays.append((fell - sts.refused_at[0], rose - ended))
+                await sending
+
+            async def all_are_answered() -> bool:
+                await world.read(reader)
+                return len(world.results) + len(world.dead_letters) >= jobs
+
+            await eventually(all_are_answered, 300)
+    finally:
+        watching.cancel()
+        worker.kill()
+    assert not world.dead_letters
+    assert len(world.results) == jobs
+    assert max(fell for fell, _ in delays) < 5, delays
+    assert max(rose for _, rose in delays) < 10, delays
 
 
 def unready(port: int) -> str:
