@@ -119,9 +119,9 @@ def grammar_of(constraint: Constraint) -> str:
             case "grammar":
                 return str(matcher.grammar_from_lark(constraint.text))
     except RecursionError:
-        raise UnsupportedConstraint(f"{constraint.kind}: nested too deeply") from None
+        raise UnsupportedConstraint("nested too deeply") from None
     except Exception as error:  # a schema may hold anything under any keyword
-        raise UnsupportedConstraint(f"{constraint.kind}: {_first_line([str(error)])}") from None
+        raise UnsupportedConstraint(_first_line([str(error)])) from None
 
 
 def compile_grammar(vocabulary: Vocabulary, grammar: str) -> Any:
