@@ -23,6 +23,7 @@ from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
+from nanovllm.pipeline.consuming.topic_watch import TopicWatch
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
@@ -46,7 +47,8 @@ def source_of(
     exactly_once: bool = False,
 ) -> JobSource:
     """A source of one topic without a worker."""
-    start_offsets = StartOffsets(kafka.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
+    metrics = metrics or Metrics()
+    start_offsets = StartOffsets(kafka.auto_offset_reset, metrics, read_in_full=delays_s or {})
     assignments = Assignments(
         kafka,
         start_offsets,
@@ -55,7 +57,15 @@ def source_of(
         exactly_once=exactly_once,
         crash_guard=None,
     )
-    return JobSource(kafka, {topic: 0}, assignments, drain=drain, drain_timeout_s=0.0, delays_s=delays_s or {})
+    return JobSource(
+        kafka,
+        {topic: 0},
+        assignments,
+        drain=drain,
+        drain_timeout_s=0.0,
+        delays_s=delays_s or {},
+        watch=TopicWatch([topic], [], metrics),
+    )
 
 
 def png(color: str = "red") -> bytes:

@@ -24,6 +24,7 @@ from aiokafka.errors import IllegalOperation, InvalidProducerEpoch, KafkaError, 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.kafka.errors import publish_error
+from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
@@ -79,7 +80,9 @@ class PartitionTransactions:
             return self.committed == before and not was_fenced
 
     def follow(self, ledger: PartitionLedger) -> None:
-        """Release outputs in the order of ``ledger`` from now on."""
+        """Release outputs in the order of ``ledger`` from now on; what waits for another one is never released."""
+        if self._ledger is not ledger:
+            self._outputs = {}
         self._ledger = ledger
         self._changed.set()
         if self._releasing is None:
@@ -170,7 +173,13 @@ class PartitionTransactions:
             NanoVLLMError: not at all.
         """
         try:
-            await self._send(records, behind)
+            # aiokafka waits without end for an output partition that is gone; the broker aborts the transaction then.
+            async with asyncio.timeout(self._kafka.transaction_timeout_ms / 1000):
+                await self._send(records, behind)
+        except TimeoutError as error:
+            topics = ", ".join(sorted({record.topic for record in records})) or "the group's offsets"
+            logger.warning("a transaction of %s was not taken in time; it writes %s", self._tp, topics)
+            await self._clean_up(error, behind)
         except (ProducerFenced, InvalidProducerEpoch) as error:
             self._fence()
             raise TransientError(f"{self._tp} belongs to another worker") from error
@@ -201,8 +210,9 @@ class PartitionTransactions:
         before = self.committed
         try:
             if self._producer is not None:
-                await self._producer.abort_transaction()
-        except _FAILURES:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._producer.abort_transaction()
+        except (*_FAILURES, TimeoutError):
             # Whether it was committed is not known. A new producer ends it either way, and then the offset tells.
             try:
                 await self._renew()
@@ -223,6 +233,7 @@ class PartitionTransactions:
         await _stop(self._producer)
         self._producer = None
         producer = AIOKafkaProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
+        pace_metadata(producer.client)
         try:
             await producer.start()
         except BaseException:
