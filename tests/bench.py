@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from parts import S3Part, create_topic
 from PIL import Image
 
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -30,6 +32,7 @@ from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
 
 PARTITIONS = 2
@@ -85,6 +88,7 @@ class Bench:
     metrics: Metrics = field(default_factory=Metrics)
     health: Health = field(default_factory=Health)
     polls: int = 0
+    source: JobSource | None = None
 
     async def send(self, *jobs: Mapping[str, Any] | bytes, partition: int = 0, **record: Any) -> None:
         """``record``: key, headers and whatever else the producer takes."""
@@ -109,6 +113,7 @@ class Bench:
             health=self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),
         )
+        self.source = source
         poll = source.poll
 
         async def counted(*arguments: Any, **options: Any) -> Any:
@@ -259,3 +264,27 @@ class GatedEngine(EchoEngine):
 
 def job_id_of(request: Request) -> str:
     return request.request_id.rpartition("#")[0]
+
+
+@asynccontextmanager
+async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    await create_topic(broker, *topics.values(), partitions=PARTITIONS)
+    settings = Settings.model_validate(
+        {
+            "kafka": {"bootstrap_servers": broker, "group_id": unique("group")},
+            "topics": topics,
+            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
+            "images": {"max_bytes": 100_000},
+            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
+        }
+    )
+    producer = AIOKafkaProducer(**producer_kwargs(settings.kafka))
+    await producer.start()
+    echo = EchoEngine()
+    assert echo.image_transform is not None
+    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
+    await decoders.start()
+    yield Bench(broker, settings, producer, decoders)
+    await decoders.close()
+    await producer.stop()

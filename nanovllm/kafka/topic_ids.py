@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 from aiokafka import AIOKafkaClient
-from aiokafka.errors import IncompatibleBrokerVersion, UnknownTopicOrPartitionError, for_code
+from aiokafka.errors import IncompatibleBrokerVersion, UnknownTopicOrPartitionError
 from aiokafka.protocol.abstract import AbstractType
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import (
@@ -110,20 +110,22 @@ class ListedTopic:
     partitions: int
 
 
-async def listed_topics(client: AIOKafkaClient, names: Iterable[str]) -> dict[str, ListedTopic] | None:
-    """Those of ``names`` that a broker lists now; None where it is too old to tell ids. It creates none.
+async def listed_topics(client: AIOKafkaClient, names: Iterable[str]) -> dict[str, ListedTopic | None]:
+    """What a broker says of ``names`` now: None of a topic that is not there, nothing of one that it may not tell of.
+
+    A broker before Kafka 3.1 tells nothing. No topic is created.
 
     Raises:
-        KafkaError: no broker answers, or it may not tell of one of them.
+        KafkaError: no broker answers.
     """
     try:
         answer = await client.send(client.get_random_node(), _MetadataRequest(names))
     except (IncompatibleBrokerVersion, NotImplementedError):
-        return None
-    listed = {}
+        return {}
+    listed: dict[str, ListedTopic | None] = {}
     for code, name, topic_id, _, partitions, *_ in answer.topics:
         if code == 0:
             listed[name] = ListedTopic(topic_id, len(partitions))
-        elif code != UnknownTopicOrPartitionError.errno:
-            raise for_code(code)(f"metadata of topic {name}")
+        elif code == UnknownTopicOrPartitionError.errno:
+            listed[name] = None
     return listed

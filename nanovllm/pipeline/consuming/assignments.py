@@ -323,6 +323,8 @@ async def _commit_offsets(consumer: AIOKafkaConsumer, assignments: dict[TopicPar
         tp: assignment.ledger.watermark
         for tp, assignment in assignments.items()
         if assignment.ledger.watermark != assignment.committed
+        # Of a topic that was deleted: aiokafka repeats such a commit until its time is over, and no other one passes.
+        and tp.partition in (consumer.partitions_for_topic(tp.topic) or ())
     }
     if not watermarks:
         return

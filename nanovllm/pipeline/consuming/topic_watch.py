@@ -47,11 +47,9 @@ class TopicWatch:
             KafkaError: no broker answers.
         """
         listed = await listed_topics(consumer._client, self._topics)
-        if listed is None:  # a broker before Kafka 3.1
-            return
         missing = []
-        for topic in self._topics:
-            now, known = listed.get(topic), self._ids.get(topic)
+        for topic, now in listed.items():
+            known = self._ids.get(topic)
             if now is None:
                 if topic in self._read or known is not None:
                     missing.append(topic)

@@ -208,11 +208,8 @@ class PartitionTransactions:
         meaning = publish_error(error, "of a transaction") if isinstance(error, KafkaError) else None
         failure = meaning or TransientError(f"a transaction of {self._tp} failed ({type(error).__name__})")
         before = self.committed
-        try:
-            if self._producer is not None:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._producer.abort_transaction()
-        except (*_FAILURES, TimeoutError):
+        # What is not taken in time is not aborted in time either.
+        if isinstance(error, TimeoutError) or not await self._abort():
             # Whether it was committed is not known. A new producer ends it either way, and then the offset tells.
             try:
                 await self._renew()
@@ -224,6 +221,16 @@ class PartitionTransactions:
             if self.committed != before:
                 self._fence()  # another owner
         raise failure from error
+
+    async def _abort(self) -> bool:
+        """Abort the transaction; returns whether it is certain that nothing of it is there."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if self._producer is not None:
+                    await self._producer.abort_transaction()
+        except (*_FAILURES, TimeoutError):
+            return False
+        return True
 
     def _fence(self) -> None:
         self.is_fenced = True

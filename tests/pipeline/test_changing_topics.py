@@ -1,0 +1,207 @@
+"""Topics that are deleted, made anew or given partitions, and offsets that are deleted, while a worker runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.new_partitions import NewPartitions
+from aiokafka.protocol.admin import DeleteGroupsRequest
+from bench import Bench, GatedEngine, bench_on
+from parts import KafkaNode, S3Part, create_topic, eventually, kafka_node_program
+
+from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.pipeline.consuming import source
+
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka"),
+]
+
+MODES = pytest.mark.parametrize("mode", ["at_least_once", "exactly_once"])
+WITHIN_S = 45.0
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A node that makes no topic by itself."""
+    node = KafkaNode(tmp_path_factory.mktemp("kafka"), settings={"auto.create.topics.enable": "false"})
+    asyncio.run(node.start())
+    yield node.bootstrap_servers
+    node.stop()
+
+
+@pytest.fixture
+async def kafka(
+    node: str, unique: Callable[[str], str], s3: S3Part, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Bench]:
+    monkeypatch.setattr(source, "INTERVAL_S", 0.3)
+    async with bench_on(node, unique, s3) as bench:
+        yield bench
+
+
+async def administer(bench: Bench, act: Callable[[AIOKafkaAdminClient], Awaitable[Any]]) -> Any:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bench.bootstrap_servers)
+    await admin.start()
+    try:
+        return await act(admin)
+    finally:
+        await admin.close()
+
+
+async def delete(bench: Bench, topic: str) -> None:
+    await administer(bench, lambda admin: admin.delete_topics([topic]))
+
+
+async def make_anew(bench: Bench, topic: str, partitions: int) -> None:
+    """Create a topic whose deletion was asked for."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            try:
+                return await create_topic(bench.bootstrap_servers, topic, partitions=partitions)
+            except AssertionError:  # it is still being deleted
+                await asyncio.sleep(0.05)
+
+
+def jobs(name: str, count: int) -> list[dict[str, str]]:
+    return [{"job_id": f"{name}{number}", "prompt": "p"} for number in range(count)]
+
+
+async def answered(bench: Bench, *ids: str) -> list[str]:
+    """Return all answers so far, in order, as soon as ``ids`` are among them."""
+    seen: list[str] = []
+    async with AIOKafkaConsumer(
+        bench.settings.topics.results,
+        bootstrap_servers=bench.bootstrap_servers,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+    ) as consumer:
+        async with asyncio.timeout(WITHIN_S):
+            while not set(ids) <= set(seen):
+                for records in (await consumer.getmany(timeout_ms=100)).values():
+                    seen += [record.key.decode() for record in records]
+    return seen
+
+
+def overtaken(bench: Bench) -> float:
+    samples = (sample for metric in bench.metrics.overtaken.collect() for sample in metric.samples)
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+
+
+@MODES
+@pytest.mark.parametrize("partitions", [1, 2])
+async def test_a_topic_that_is_made_anew_is_read_and_the_worker_is_unready_until_then(
+    kafka: Bench, caplog: pytest.LogCaptureFixture, mode: str, partitions: int
+) -> None:
+    topic = kafka.settings.topics.jobs
+    kafka.health.is_model_loaded = True
+    async with kafka.working(EchoEngine(), delivery=mode) as (_, running):
+        kafka.health.is_model_loaded = True
+        await kafka.send(*jobs("old", 5))
+        await kafka.send(*jobs("other", 3), partition=1)
+        await answered(kafka, "old4", "other2")
+        await eventually(lambda: not kafka.health.unready)
+        await delete(kafka, topic)
+        await eventually(lambda: any(topic in reason for reason in kafka.health.unready), within_s=WITHIN_S)
+        assert f"topic {topic} is missing" in caplog.text
+        await make_anew(kafka, topic, partitions)
+        await kafka.send(*jobs("new", 3))
+        await answered(kafka, "new0", "new1", "new2")
+        await eventually(lambda: not kafka.health.unready)
+        assert not running.done()
+    assert f"topic {topic} is there again" in caplog.text
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) < 60
+
+
+@MODES
+async def test_records_of_the_new_topic_below_the_old_position_are_not_skipped(
+    kafka: Bench, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    topic = kafka.settings.topics.jobs
+    engine = GatedEngine()
+    # The window is full: nothing is fetched, and no fetch tells that the topic has gone.
+    narrow = kafka.settings.admission.model_copy(update={"max_jobs": 2})
+    async with kafka.working(engine, delivery=mode, admission=narrow):
+        await kafka.send(*jobs("old", 4))
+        await engine.submitted("old0", "old1")
+        await asyncio.sleep(1.5)  # the worker has looked at the topic, and knows how much waits
+        await delete(kafka, topic)
+        await make_anew(kafka, topic, 2)
+        await kafka.send(*jobs("new", 12))
+        engine.open(*(f"{name}{number}" for name in ("old", "new") for number in range(12)))
+        await answered(kafka, *(f"new{number}" for number in range(12)))
+    assert "was deleted and made anew" in caplog.text or "is missing" in caplog.text
+    assert overtaken(kafka) > 0
+
+
+@MODES
+async def test_partitions_that_are_added_under_load_are_read(kafka: Bench, mode: str) -> None:
+    topic = kafka.settings.topics.jobs
+    async with kafka.working(EchoEngine(), delivery=mode):
+        loading = asyncio.create_task(kafka.send(*jobs("load", 150)))
+        await administer(kafka, lambda admin: admin.create_partitions({topic: NewPartitions(8)}))
+        await loading
+        await eventually(lambda: len(kafka.producer._metadata.partitions_for_topic(topic) or ()) in (2, 8))
+        await kafka.producer.client.force_metadata_update()
+        for partition in range(8):
+            await kafka.send({"job_id": f"late{partition}", "prompt": "p"}, partition=partition)
+        seen = await answered(kafka, *(f"load{number}" for number in range(150)), *(f"late{n}" for n in range(8)))
+    if mode == "exactly_once":
+        assert len(seen) == len(set(seen))
+
+
+@MODES
+async def test_a_group_whose_offsets_are_deleted_skips_nothing(
+    kafka: Bench, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    group = kafka.settings.kafka.group_id
+    latest = {"auto_offset_reset": "latest", "session_timeout_ms": 1_000, "heartbeat_interval_ms": 200}
+    settings = kafka.settings.kafka.model_copy(update=latest)
+
+    async def delete_group(admin: AIOKafkaAdminClient) -> None:
+        coordinator = await admin.find_coordinator(group)
+        for _ in range(300):
+            answer = await admin._client.send(coordinator, DeleteGroupsRequest([group]))
+            if answer.results[0][1] == 0:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"group {group} was never empty")
+
+    caplog.set_level(logging.INFO, "nanovllm")
+    async with kafka.working(EchoEngine(), delivery=mode, kafka=settings):
+        assert kafka.source is not None
+        await eventually(lambda: len(kafka.source.watermarks) == 2)
+        await kafka.send(*jobs("before", 3))
+        await answered(kafka, "before2")
+        # The coordinator takes it for dead, and an operator deletes the group; while it has members that is refused.
+        await kafka.source._consumer._coordinator._stop_heartbeat_task()  # type: ignore[union-attr]
+        await administer(kafka, delete_group)
+        await kafka.send(*jobs("after", 3))
+        await answered(kafka, "after0", "after1", "after2")
+        await kafka.send(*jobs("later", 3), partition=1)
+        await answered(kafka, "later2")
+
+
+@MODES
+@pytest.mark.parametrize("kind", ["results", "dead_letters"])
+async def test_an_output_topic_that_is_made_anew_gets_what_waits_for_it(kafka: Bench, mode: str, kind: str) -> None:
+    topic = getattr(kafka.settings.topics, kind)
+    async with kafka.working(EchoEngine(), delivery=mode) as (_, running):
+        kafka.health.is_model_loaded = True
+        await kafka.send(*jobs("old", 2), b"{")
+        await kafka.read(topic, 1)
+        await eventually(lambda: not kafka.health.unready)
+        await asyncio.sleep(1.5)  # the worker has seen the topic
+        await delete(kafka, topic)
+        await kafka.send(*jobs("new", 2), b"{")
+        await eventually(lambda: any(topic in reason for reason in kafka.health.unready), within_s=WITHIN_S)
+        await make_anew(kafka, topic, 2)
+        await kafka.read(topic, 2 if kind == "results" else 1)
+        await eventually(lambda: not kafka.health.unready)
+        assert not running.done()
