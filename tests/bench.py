@@ -17,6 +17,7 @@ from PIL import Image
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -280,6 +281,7 @@ async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> Asy
         }
     )
     producer = AIOKafkaProducer(**producer_kwargs(settings.kafka))
+    pace_metadata(producer.client)
     await producer.start()
     echo = EchoEngine()
     assert echo.image_transform is not None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.new_partitions import NewPartitions
 from aiokafka.protocol.admin import DeleteGroupsRequest
@@ -16,7 +16,9 @@ from bench import Bench, GatedEngine, bench_on
 from parts import KafkaNode, S3Part, create_topic, eventually, kafka_node_program
 
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.pipeline.consuming import source
+from nanovllm.pipeline.consuming.start_offset import GONE, StartOffsets
 
 pytestmark = [
     pytest.mark.kafka,
@@ -66,6 +68,22 @@ async def make_anew(bench: Bench, topic: str, partitions: int) -> None:
                 return await create_topic(bench.bootstrap_servers, topic, partitions=partitions)
             except AssertionError:  # it is still being deleted
                 await asyncio.sleep(0.05)
+
+
+async def delete_group(bench: Bench) -> None:
+    """Delete the group with its offsets, as soon as it has no members."""
+    group = bench.settings.kafka.group_id
+
+    async def is_deleted(admin: AIOKafkaAdminClient) -> None:
+        coordinator = await admin.find_coordinator(group)
+        for _ in range(300):
+            answer = await admin._client.send(coordinator, DeleteGroupsRequest([group]))
+            if answer.results[0][1] == 0:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"group {group} was never empty")
+
+    await administer(bench, is_deleted)
 
 
 def jobs(name: str, count: int) -> list[dict[str, str]]:
@@ -157,23 +175,10 @@ async def test_partitions_that_are_added_under_load_are_read(kafka: Bench, mode:
 
 
 @MODES
-async def test_a_group_whose_offsets_are_deleted_skips_nothing(
-    kafka: Bench, caplog: pytest.LogCaptureFixture, mode: str
-) -> None:
-    group = kafka.settings.kafka.group_id
+async def test_a_group_whose_offsets_are_deleted_skips_nothing(kafka: Bench, mode: str) -> None:
     latest = {"auto_offset_reset": "latest", "session_timeout_ms": 1_000, "heartbeat_interval_ms": 200}
     settings = kafka.settings.kafka.model_copy(update=latest)
 
-    async def delete_group(admin: AIOKafkaAdminClient) -> None:
-        coordinator = await admin.find_coordinator(group)
-        for _ in range(300):
-            answer = await admin._client.send(coordinator, DeleteGroupsRequest([group]))
-            if answer.results[0][1] == 0:
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"group {group} was never empty")
-
-    caplog.set_level(logging.INFO, "nanovllm")
     async with kafka.working(EchoEngine(), delivery=mode, kafka=settings):
         assert kafka.source is not None
         await eventually(lambda: len(kafka.source.watermarks) == 2)
@@ -181,16 +186,34 @@ async def test_a_group_whose_offsets_are_deleted_skips_nothing(
         await answered(kafka, "before2")
         # The coordinator takes it for dead, and an operator deletes the group; while it has members that is refused.
         await kafka.source._consumer._coordinator._stop_heartbeat_task()  # type: ignore[union-attr]
-        await administer(kafka, delete_group)
+        await delete_group(kafka)
         await kafka.send(*jobs("after", 3))
         await answered(kafka, "after0", "after1", "after2")
         await kafka.send(*jobs("later", 3), partition=1)
         await answered(kafka, "later2")
 
 
+async def test_a_partition_whose_offset_is_gone_is_read_from_its_beginning_and_the_log_says_so(
+    kafka: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    tp = TopicPartition(kafka.settings.topics.jobs, 0)
+    consumer = AIOKafkaConsumer(**consumer_kwargs(kafka.settings.kafka))
+    consumer.assign([tp])
+    async with consumer:
+        start_offsets = StartOffsets("latest", kafka.metrics)
+        await start_offsets.look(consumer, [tp.topic])
+        assert await start_offsets.committed(consumer, [tp]) == {tp: 0}
+        await kafka.send(*jobs("job", 1))
+        await delete_group(kafka)
+        assert await start_offsets.committed(consumer, [tp]) == {}
+    assert GONE in caplog.text
+
+
 @MODES
 @pytest.mark.parametrize("kind", ["results", "dead_letters"])
-async def test_an_output_topic_that_is_made_anew_gets_what_waits_for_it(kafka: Bench, mode: str, kind: str) -> None:
+async def test_an_output_topic_that_is_made_anew_gets_what_waits_for_it(
+    kafka: Bench, caplog: pytest.LogCaptureFixture, mode: str, kind: str
+) -> None:
     topic = getattr(kafka.settings.topics, kind)
     async with kafka.working(EchoEngine(), delivery=mode) as (_, running):
         kafka.health.is_model_loaded = True
@@ -205,3 +228,5 @@ async def test_an_output_topic_that_is_made_anew_gets_what_waits_for_it(kafka: B
         await kafka.read(topic, 2 if kind == "results" else 1)
         await eventually(lambda: not kafka.health.unready)
         assert not running.done()
+    assert f"topic {topic} is there again" in caplog.text
+    assert len([record for record in caplog.records if "not found" in record.message]) < 100  # it was 700 a second
