@@ -11,14 +11,19 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.new_partitions import NewPartitions
+from aiokafka.errors import ProducerFenced
 from aiokafka.protocol.admin import DeleteGroupsRequest
 from bench import Bench, GatedEngine, bench_on
 from parts import KafkaNode, S3Part, create_topic, eventually, kafka_node_program
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.kafka.client import consumer_kwargs
+from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming import source
+from nanovllm.pipeline.consuming.assignments import Assignments
+from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.start_offset import GONE, StartOffsets
+from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
 pytestmark = [
     pytest.mark.kafka,
@@ -230,3 +235,51 @@ async def test_an_output_topic_that_is_made_anew_gets_what_waits_for_it(
         assert not running.done()
     assert f"topic {topic} is there again" in caplog.text
     assert len([record for record in caplog.records if "not found" in record.message]) < 100  # it was 700 a second
+
+
+async def test_a_partition_that_is_assigned_anew_while_it_is_taken_in_is_taken_in_again(
+    kafka: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tp = TopicPartition(kafka.settings.topics.jobs, 0)
+    lost: list[PartitionLedger] = []
+    start_offsets = StartOffsets("earliest", kafka.metrics)
+    assignments = Assignments(
+        kafka.settings.kafka, start_offsets, max_out_of_order=10, lost=lost.append, exactly_once=False, crash_guard=None
+    )
+    near = start_offsets.near
+
+    async def rebalance_meanwhile(*wanted: Any) -> int:
+        monkeypatch.setattr(start_offsets, "near", near)
+        assignments.revoke([tp])
+        assignments.assign([tp])
+        return await near(*wanted)
+
+    monkeypatch.setattr(start_offsets, "near", rebalance_meanwhile)
+    consumer = AIOKafkaConsumer(**consumer_kwargs(kafka.settings.kafka))
+    consumer.assign([tp])
+    async with consumer:
+        assignments.assign([tp])
+        await assignments.take_in(consumer, takes_work=True)
+        assert not assignments.active
+        assert len(lost) == 1
+        await assignments.take_in(consumer, takes_work=True)
+        assert assignments.active.keys() == {tp}
+
+
+async def test_a_producer_that_is_renewed_after_its_end_fences_nobody(kafka: Bench) -> None:
+    tp = TopicPartition(kafka.settings.topics.jobs, 0)
+
+    async def committed(_: TopicPartition) -> int | None:
+        return None
+
+    before, after = (PartitionTransactions(tp, kafka.settings.kafka, committed) for _ in range(2))
+    await before.open()
+    await before.close()
+    await after.open()
+    with pytest.raises(ProducerFenced):
+        await before.open()
+    after.follow(ledger := PartitionLedger(0, max_out_of_order=10))
+    ledger.deliver(0)
+    await after.release({0: [OutgoingRecord(kafka.settings.topics.results, b"k", b"v")]})
+    assert len(await kafka.read(kafka.settings.topics.results, 1)) == 1
+    await after.close()

@@ -99,8 +99,8 @@ class Assignments:
             due = [tp for tp in due if tp in self._parted]
         if not due:
             return False
+        arriving = self.arriving
         if self._committed is None:
-            arriving = self.arriving
             try:
                 committed = await self.start_offsets.committed(consumer, arriving)
             except (CommitFailedError, IllegalStateError):
@@ -110,7 +110,8 @@ class Assignments:
             self._committed = {tp: offset for tp, offset in committed.items() if tp not in self._made_anew}
         committed = self._committed
         outcomes = await asyncio.gather(
-            *(self._take_in_one(consumer, tp, committed.get(tp)) for tp in due[:AT_ONCE]), return_exceptions=True
+            *(self._take_in_one(consumer, tp, committed.get(tp), arriving) for tp in due[:AT_ONCE]),
+            return_exceptions=True,
         )
         _raise_first(outcomes)
         return len(due) > AT_ONCE
@@ -248,7 +249,9 @@ class Assignments:
                 self.arriving.add(tp)
                 self._not_before[tp] = time.monotonic() + 2 * self.settings.heartbeat_interval_ms / 1000
 
-    async def _take_in_one(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> None:
+    async def _take_in_one(
+        self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None, arriving: set[TopicPartition]
+    ) -> None:
         try:
             if self.exactly_once:
                 assignment = await self._adopt_or_fence(consumer, tp)
@@ -262,7 +265,8 @@ class Assignments:
             except NanoVLLMError as error:
                 self._let_go(assignment)
                 raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
-        if tp in self.arriving and tp not in self.active:
+        # Another set: the partition was assigned anew meanwhile, and its seek was forgotten with the assignment before.
+        if self.arriving is arriving and tp in arriving and tp not in self.active:
             self.arriving.discard(tp)
             self._made_anew.discard(tp)
             self.active[tp] = assignment

@@ -65,6 +65,7 @@ class PartitionTransactions:
         self._max_jobs = MAX_JOBS
         self.committed: int | None = None
         self.is_fenced = False
+        self._is_closed = False
 
     async def open(self) -> bool:
         """Fence the partition's previous owner, then read the committed offset.
@@ -126,6 +127,7 @@ class PartitionTransactions:
 
     async def close(self) -> None:
         """Stop, after the transaction that is under way."""
+        self._is_closed = True
         if self._releasing is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S), self._turn:
@@ -239,10 +241,14 @@ class PartitionTransactions:
     async def _renew(self) -> None:
         await _stop(self._producer)
         self._producer = None
+        if self._is_closed:
+            raise ProducerFenced()  # a new producer would fence the partition's next owner
         producer = AIOKafkaProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
         pace_metadata(producer.client)
         try:
             await producer.start()
+            if self._is_closed:  # meanwhile, by one who could not wait: nobody would stop this producer
+                raise ProducerFenced()
         except BaseException:
             await _stop(producer)
             raise
