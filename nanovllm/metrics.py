@@ -55,7 +55,9 @@ class Metrics:
         )
         self.tombstones = self._counter("tombstones", "Records of jobs topics without a value.", ("topic",))
         self.overtaken = self._counter(
-            "records_overtaken", "Offsets that retention removed before they were read.", ("topic", "partition")
+            "records_overtaken",
+            "Offsets that retention, or the deletion of their topic, removed before they were finished.",
+            ("topic", "partition"),
         )
         self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
         self.event_loop_lag_seconds = self._gauge(

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from parts import S3Part, create_topic
 from PIL import Image
 
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import NanoVLLMError
+from nanovllm.kafka.client import producer_kwargs
+from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -24,12 +27,14 @@ from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
+from nanovllm.pipeline.consuming.topic_watch import TopicWatch
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
 
 PARTITIONS = 2
@@ -47,7 +52,8 @@ def source_of(
     exactly_once: bool = False,
 ) -> JobSource:
     """A source of one topic without a worker."""
-    start_offsets = StartOffsets(kafka.auto_offset_reset, metrics or Metrics(), read_in_full=delays_s or {})
+    metrics = metrics or Metrics()
+    start_offsets = StartOffsets(kafka.auto_offset_reset, metrics, read_in_full=delays_s or {})
     assignments = Assignments(
         kafka,
         start_offsets,
@@ -56,7 +62,15 @@ def source_of(
         exactly_once=exactly_once,
         crash_guard=None,
     )
-    return JobSource(kafka, {topic: 0}, assignments, drain=drain, drain_timeout_s=0.0, delays_s=delays_s or {})
+    return JobSource(
+        kafka,
+        {topic: 0},
+        assignments,
+        drain=drain,
+        drain_timeout_s=0.0,
+        delays_s=delays_s or {},
+        watch=TopicWatch([topic], [], metrics),
+    )
 
 
 def png(color: str = "red") -> bytes:
@@ -76,6 +90,7 @@ class Bench:
     metrics: Metrics = field(default_factory=Metrics)
     health: Health = field(default_factory=Health)
     polls: int = 0
+    source: JobSource | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -107,6 +122,7 @@ class Bench:
             health=self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),
         )
+        self.source = source
         poll = source.poll
 
         async def counted(*arguments: Any, **options: Any) -> Any:
@@ -261,3 +277,28 @@ class GatedEngine(EchoEngine):
 
 def job_id_of(request: Request) -> str:
     return request.request_id.rpartition("#")[0]
+
+
+@asynccontextmanager
+async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
+    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    await create_topic(broker, *topics.values(), partitions=PARTITIONS)
+    settings = Settings.model_validate(
+        {
+            "kafka": {"bootstrap_servers": broker, "group_id": unique("group")},
+            "topics": topics | {"replayed": unique("replayed")},  # made by the first replay
+            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
+            "images": {"max_bytes": 100_000},
+            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
+        }
+    )
+    producer = AIOKafkaProducer(**producer_kwargs(settings.kafka))
+    pace_metadata(producer.client)
+    await producer.start()
+    echo = EchoEngine()
+    assert echo.image_transform is not None
+    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
+    await decoders.start()
+    yield Bench(broker, settings, producer, decoders)
+    await decoders.close()
+    await producer.stop()

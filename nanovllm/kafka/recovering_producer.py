@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError, ProducerClosed
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.errors import is_fatal
+from nanovllm.kafka.paced_metadata import pace_metadata
 
 if TYPE_CHECKING:
     from nanovllm.kafka.records import OutgoingRecord
@@ -117,6 +118,7 @@ class RecoveringProducer:
 
     async def _started(self) -> AIOKafkaProducer:
         producer = self._connect()
+        pace_metadata(producer.client)
         try:
             await producer.start()
         except BaseException:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import ConfigurationError, NanoVLLMError
+from nanovllm.pipeline.operations.repeated_lines import RepeatedLines
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.worker import Settings
@@ -66,6 +67,8 @@ def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RepeatedLines())
     # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
     for name in ("aiokafka", "botocore", "boto3", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

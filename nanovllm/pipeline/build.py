@@ -29,6 +29,7 @@ from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
+from nanovllm.pipeline.consuming.topic_watch import TopicWatch
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
@@ -151,6 +152,7 @@ def build_worker(
         drain=worker.drain,
         drain_timeout_s=settings.admission.drain_timeout_s,
         delays_s=retry_topics.delays_s,
+        watch=TopicWatch(lanes, written_topics(settings), metrics),
     )
     return worker, source
 

@@ -90,6 +90,7 @@ class Worker:
         polling = asyncio.create_task(self._consume(source), name="poll")
         others: list[asyncio.Future[Any]] = [
             asyncio.create_task(self._commit_and_observe(source), name="commit"),
+            asyncio.create_task(source.watch_topics(), name="topics"),
             asyncio.create_task(self._stop.wait(), name="stop"),
             asyncio.create_task(self.engine.dead.wait(), name="engine"),
             self._breach,
@@ -275,6 +276,8 @@ class Worker:
             await asyncio.sleep(TICK_S)
             self.metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
             self.health.has_joined = source.has_joined
+            missing = ", ".join(source.missing_topics)
+            self.health.wait_for(f"topic {missing}, which the brokers do not list" if missing else None)
             self.health.is_engine_alive = not self.engine.dead.is_set()
             self.engine_stats = self.engine.stats()
             self.faults.observe()

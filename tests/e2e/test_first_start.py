@@ -16,17 +16,28 @@ pytestmark = [
 
 JOBS = 30
 TOPICS = {name: f"first.{name}" for name in ("jobs", "results", "metrics", "dead_letters", "in_flight")}
-CASES = [
-    pytest.param(partitions, mode, marks=() if (partitions, mode) == (120, "exactly_once") else pytest.mark.slow)
-    for partitions in (1, 12, 120)
-    for mode in ("at_least_once", "exactly_once")
-]
+MODES = pytest.mark.parametrize("mode", ["at_least_once", "exactly_once"])
 
 
-@pytest.mark.parametrize(("partitions", "mode"), CASES)
+@MODES
+@pytest.mark.parametrize("partitions", [1, 12, pytest.param(120, marks=pytest.mark.proof)])
 async def test_the_first_worker_of_a_cluster_answers_and_stops_in_order(
     tmp_path: Path, partitions: int, mode: str
 ) -> None:
+    await first_start(tmp_path, partitions, mode)
+
+
+@pytest.mark.proof
+@MODES
+@pytest.mark.parametrize("partitions", [1, 12, 120])
+@pytest.mark.parametrize("repetition", range(10))
+async def test_the_first_worker_of_a_cluster_starts_every_time(
+    tmp_path: Path, partitions: int, mode: str, repetition: int
+) -> None:
+    await first_start(tmp_path, partitions, mode)
+
+
+async def first_start(tmp_path: Path, partitions: int, mode: str) -> None:
     async with KafkaNode(tmp_path) as node:
         await create_topic(node.bootstrap_servers, TOPICS["jobs"], partitions=partitions)
         await create_topic(node.bootstrap_servers, TOPICS["results"], TOPICS["metrics"], TOPICS["dead_letters"])

@@ -175,6 +175,35 @@ async def test_a_worker_whose_brokers_do_not_answer_is_alive_says_so_and_hears_s
         await worker.stops()
 
 
+@pytest.mark.kafka
+@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
+@pytest.mark.parametrize("mode", ["at_least_once", pytest.param("exactly_once", marks=pytest.mark.slow)])
+async def test_a_listener_that_does_not_resolve_is_named_and_asked_for_with_pauses(tmp_path: Path, mode: str) -> None:
+    advertised = {"advertised.listeners": "PLAINTEXT://kafka-0.nowhere.invalid:{port}"}
+    async with KafkaNode(tmp_path / "node", settings=advertised) as node:
+        worker = Worker(tmp_path, node.bootstrap_servers, {"NANOVLLM_DELIVERY": mode}, program=("-c", IMPATIENT))
+        with started(worker):
+            await worker.says("waiting for the brokers")
+            waiting_since = time.monotonic()
+            while time.monotonic() - waiting_since < 10:
+                assert (await asyncio.to_thread(worker.probe, "/healthz")) == (200, [])
+                await asyncio.sleep(0.5)
+            log = await worker.stops()
+    assert f"no broker answers at kafka-0.nowhere.invalid:{node.port}" in log
+    assert "advertised.listeners" in log
+    assert len(log.splitlines()) < 60
+
+
+async def test_a_broker_that_is_down_at_the_start_is_named_by_the_error(tmp_path: Path) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    worker = Worker(tmp_path, nobody, {})
+    with started(worker):
+        await eventually(lambda: not worker.process.is_running)
+        assert worker.process.exit_code == 1
+        assert nobody in worker.process.tail(30)
+        assert len(worker.process.tail(1_000).splitlines()) < 20
+
+
 async def test_brokers_that_never_answer_end_the_worker_with_an_error_in_the_end(
     tmp_path: Path, silent_broker: str
 ) -> None:
@@ -193,7 +222,9 @@ async def test_a_topic_that_is_missing_is_named_by_the_probe_and_by_the_error(tm
         worker = Worker(tmp_path / "waits", node.bootstrap_servers, {})
         with started(worker):
             await worker.says(f"waiting for topic {worker.topics['jobs']}")
-            await worker.stops()
+            await asyncio.sleep(5)
+            log = await worker.stops()
+            assert log.count("not found in cluster metadata") < 10
         # As short as the settings allow: the consumer's own limit follows the longest rebalance.
         short = {
             "NANOVLLM_KAFKA__REQUEST_TIMEOUT_MS": "1000",

@@ -3,42 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 
 import pytest
-from aiokafka import AIOKafkaProducer
-from bench import PARTITIONS, Bench
-from parts import S3Part, create_topic
-
-from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.kafka.client import producer_kwargs
-from nanovllm.settings.worker import Settings
-from nanovllm.vision.images.decode import ImageLimits
-from nanovllm.vision.images.pool import DecoderPool
-
-
-@asynccontextmanager
-async def bench_on(broker: str, unique: Callable[[str], str], s3: S3Part) -> AsyncIterator[Bench]:
-    topics = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters")}
-    await create_topic(broker, *topics.values(), partitions=PARTITIONS)
-    settings = Settings.model_validate(
-        {
-            "kafka": {"bootstrap_servers": broker, "group_id": unique("group")},
-            "topics": topics | {"replayed": unique("replayed")},  # made by the first replay
-            "s3": {"endpoint_url": s3.endpoint_url, "addressing_style": "path", "allow": ("s3://images",)},
-            "images": {"max_bytes": 100_000},
-            "admission": {"drain_timeout_s": 20, "idle_exit_s": 0.5, "max_jobs": 16},
-        }
-    )
-    producer = AIOKafkaProducer(**producer_kwargs(settings.kafka))
-    await producer.start()
-    echo = EchoEngine()
-    assert echo.image_transform is not None
-    decoders = DecoderPool(echo.image_transform, ImageLimits(max_bytes=100_000), workers=1)
-    await decoders.start()
-    yield Bench(broker, settings, producer, decoders)
-    await decoders.close()
-    await producer.stop()
+from bench import Bench, bench_on
+from parts import S3Part
 
 
 @pytest.fixture

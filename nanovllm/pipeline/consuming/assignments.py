@@ -59,14 +59,22 @@ class Assignments:
         self._parted: dict[TopicPartition, AssignedPartition] = {}
         # The committed offsets of what arrives; None: not asked for yet.
         self._committed: dict[TopicPartition, int] | None = None
+        # To be read from their beginning whatever is committed: that offset is of a topic that was deleted.
+        self._made_anew: set[TopicPartition] = set()
         self._not_before: dict[TopicPartition, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._commit_lock = asyncio.Lock()
         self.uncommitted_since: float | None = None  # monotonic time of the first commit that failed, none since
 
+    @property
+    def are_new(self) -> bool:
+        """Whether partitions have come whose committed offsets were not asked for yet."""
+        return bool(self.arriving) and self._committed is None
+
     def assign(self, tps: Iterable[TopicPartition]) -> None:
         """Mark what has come, for ``take_in``, and fence what has not come back."""
         self.arriving, self._committed = set(tps), None
+        self._made_anew &= self.arriving
         for tp in self._parted.keys() - self.arriving:
             self._let_go(self._parted.pop(tp))
 
@@ -91,18 +99,19 @@ class Assignments:
             due = [tp for tp in due if tp in self._parted]
         if not due:
             return False
+        arriving = self.arriving
         if self._committed is None:
-            arriving = self.arriving
             try:
                 committed = await self.start_offsets.committed(consumer, arriving)
             except (CommitFailedError, IllegalStateError):
                 return False  # a rebalance has begun meanwhile
             if self.arriving is not arriving:
                 return False
-            self._committed = committed
+            self._committed = {tp: offset for tp, offset in committed.items() if tp not in self._made_anew}
         committed = self._committed
         outcomes = await asyncio.gather(
-            *(self._take_in_one(consumer, tp, committed.get(tp)) for tp in due[:AT_ONCE]), return_exceptions=True
+            *(self._take_in_one(consumer, tp, committed.get(tp), arriving) for tp in due[:AT_ONCE]),
+            return_exceptions=True,
         )
         _raise_first(outcomes)
         return len(due) > AT_ONCE
@@ -134,6 +143,17 @@ class Assignments:
             ledger=assignment.ledger,
             transactions=assignment.transactions,
         )
+
+    def begin_anew(self, topic: str) -> None:
+        """Take in ``topic`` from its beginning: it was deleted and made anew; its jobs at work are of the old one."""
+        active = {tp for tp in self.active if tp.topic == topic}
+        parted = {tp for tp in self._parted if tp.topic == topic}
+        self._made_anew |= active | parted | {tp for tp in self.arriving if tp.topic == topic}
+        for tp in parted:
+            self._let_go(self._parted.pop(tp))
+        for tp in active:
+            self._let_go(self.active.pop(tp))
+        self.arriving, self._committed = self.arriving | active, None
 
     async def reset_positions(self, consumer: AIOKafkaConsumer, tps: Iterable[TopicPartition]) -> None:
         """The log has nothing where ``tps`` stand: retention passed them, or the log was cut or made anew.
@@ -230,7 +250,9 @@ class Assignments:
                 self.arriving.add(tp)
                 self._not_before[tp] = time.monotonic() + 2 * self.settings.heartbeat_interval_ms / 1000
 
-    async def _take_in_one(self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None) -> None:
+    async def _take_in_one(
+        self, consumer: AIOKafkaConsumer, tp: TopicPartition, committed: int | None, arriving: set[TopicPartition]
+    ) -> None:
         try:
             if self.exactly_once:
                 assignment = await self._adopt_or_fence(consumer, tp)
@@ -244,8 +266,10 @@ class Assignments:
             except NanoVLLMError as error:
                 self._let_go(assignment)
                 raise BrokersUnavailable(f"the record of jobs at work is out of reach: {error}") from error
-        if tp in self.arriving and tp not in self.active:
+        # Another set: the partition was assigned anew meanwhile, and its seek was forgotten with the assignment before.
+        if self.arriving is arriving and tp in arriving and tp not in self.active:
             self.arriving.discard(tp)
+            self._made_anew.discard(tp)
             self.active[tp] = assignment
         else:
             self._let_go(assignment)
@@ -263,7 +287,8 @@ class Assignments:
         transactions = PartitionTransactions(tp, self.settings, consumer.committed)
         try:
             await transactions.open()
-            position = await self.start_offsets.near(consumer, tp, transactions.committed)
+            wanted = None if tp in self._made_anew else transactions.committed
+            position = await self.start_offsets.near(consumer, tp, wanted)
             consumer.seek(tp, position)
         except BaseException:
             await transactions.close()
@@ -303,6 +328,8 @@ async def _commit_offsets(consumer: AIOKafkaConsumer, assignments: dict[TopicPar
         tp: assignment.ledger.watermark
         for tp, assignment in assignments.items()
         if assignment.ledger.watermark != assignment.committed
+        # Of a topic that was deleted: aiokafka repeats such a commit until its time is over, and no other one passes.
+        and tp.partition in (consumer.partitions_for_topic(tp.topic) or ())
     }
     if not watermarks:
         return

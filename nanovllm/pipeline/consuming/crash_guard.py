@@ -68,7 +68,8 @@ class CrashGuard:
             written = self._records.get(ledger)
             if written is not None and written.is_dirty and not self._is_engine_dead:
                 async with written.turn:
-                    await self._send(written.key, b"{}")
+                    if not written.is_lost:  # the record is the next owner's by now
+                        await self._send(written.key, b"{}")
 
     def forget(self, ledger: PartitionLedger) -> None:
         """Drop the record of a partition that has left: it belongs to another worker."""
@@ -166,21 +167,15 @@ class CrashGuard:
         """The last record of ``key``, sought from the end backwards: it is among the last unless others write more."""
         consumer = AIOKafkaConsumer(**client_kwargs(self._kafka), enable_auto_commit=False)
         try:
-            await consumer.start()
-            await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
-            numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
-            tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
-            consumer.assign([tp])
-            beginning = (await consumer.beginning_offsets([tp]))[tp]
-            start = end = (await consumer.end_offsets([tp]))[tp]
-            length, value = READ_BACK, None
-            while value is None and start > beginning:
-                start = max(beginning, end - length)
-                consumer.seek(tp, start)
-                value = await _last_between(consumer, tp, end, key)
-                length *= 8
-            return value
-        except KafkaError as error:
+            # A topic that is deleted while it is read has no such end any more. The poll waits for this.
+            async with asyncio.timeout(2 * self._kafka.request_timeout_ms / 1000):
+                await consumer.start()
+                await consumer._client._wait_on_metadata(self._topic)  # a consumer without subscription knows no topic
+                numbers = sorted(consumer.partitions_for_topic(self._topic) or ())
+                tp = TopicPartition(self._topic, DefaultPartitioner()(key, numbers, numbers))
+                consumer.assign([tp])
+                return await _last_in(consumer, tp, key)
+        except (KafkaError, TimeoutError) as error:
             raise BrokersUnavailable(f"topic {self._topic} cannot be read ({type(error).__name__})") from error
         finally:
             await consumer.stop()
@@ -197,6 +192,18 @@ class _WrittenRecord:
     done: int = 0
     is_dirty: bool = False
     is_lost: bool = False
+
+
+async def _last_in(consumer: AIOKafkaConsumer, tp: TopicPartition, key: bytes) -> bytes | None:
+    beginning = (await consumer.beginning_offsets([tp]))[tp]
+    start = end = (await consumer.end_offsets([tp]))[tp]
+    length, value = READ_BACK, None
+    while value is None and start > beginning:
+        start = max(beginning, end - length)
+        consumer.seek(tp, start)
+        value = await _last_between(consumer, tp, end, key)
+        length *= 8
+    return value
 
 
 async def _last_between(consumer: AIOKafkaConsumer, tp: TopicPartition, end: int, key: bytes) -> bytes | None:

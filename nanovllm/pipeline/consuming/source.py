@@ -22,11 +22,13 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, SystemicError
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.errors import is_fenced_instance
+from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.raw_records import PARSE_ERRORS, read_raw
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.fair_poll import FairPoll
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.topic_watch import INTERVAL_S, TopicWatch
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class JobSource(ConsumerRebalanceListener):
         drain: awaited when partitions are about to leave; ends when the jobs at work are done or its budget is spent.
         drain_timeout_s: that budget; the group's timeouts are derived from it.
         delays_s: topics whose records are handed over so many seconds after they were written.
+        watch: tells which topics are missing or were made anew.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class JobSource(ConsumerRebalanceListener):
         drain: Callable[[], Awaitable[None]],
         drain_timeout_s: float,
         delays_s: Mapping[str, int],
+        watch: TopicWatch,
     ) -> None:
+        self._watch = watch
         self._settings = settings
         self.topics = tuple(topics)
         self._fair_poll = FairPoll(topics)
@@ -105,6 +110,11 @@ class JobSource(ConsumerRebalanceListener):
         return self._has_joined and coordinator is not None and coordinator.coordinator_id is not None
 
     @property
+    def missing_topics(self) -> tuple[str, ...]:
+        """Topics of ours that the brokers do not list."""
+        return self._watch.missing
+
+    @property
     def watermarks(self) -> dict[tuple[str, int], int]:
         """The offset up to which each partition of ours is finished."""
         return {(tp.topic, tp.partition): held.ledger.watermark for tp, held in self._assignments.active.items()}
@@ -131,6 +141,7 @@ class JobSource(ConsumerRebalanceListener):
             **consumer_kwargs(self._settings, drain_timeout_s=self._drain_timeout_s),
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
+        pace_metadata(consumer._client)
         try:
             await self._join(consumer, on_wait)
         except BaseException as error:
@@ -204,6 +215,11 @@ class JobSource(ConsumerRebalanceListener):
         if self._is_fenced:
             raise assignments.fenced_instance()
         try:
+            if assignments.are_new:
+                # A topic that was made anew before is not taken for one that is made anew later, and read twice.
+                await self._watch.look(consumer, self.lags)
+            while self._watch.made_anew:
+                assignments.begin_anew(self._watch.made_anew.pop())
             if await assignments.take_in(consumer, takes_work=self._takes_work):
                 timeout_ms = 0
             asked = self._asked(max_records, put_off=put_off) if self._takes_work else {}
@@ -243,6 +259,13 @@ class JobSource(ConsumerRebalanceListener):
             self._positions_noted = time.monotonic()
             await assignments.note_positions(consumer)
         return deliveries
+
+    async def watch_topics(self) -> None:
+        """Look at the topics again and again; ``missing_topics`` and the next ``poll`` follow what was found."""
+        while True:
+            with suppress(KafkaError):  # the poll and the commits tell of brokers that do not answer
+                await self._watch.look(self._started(), self.lags)
+            await asyncio.sleep(INTERVAL_S)
 
     def stop_taking(self) -> None:
         """Take no more records; polls go on keeping the membership alive."""

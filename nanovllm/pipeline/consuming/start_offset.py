@@ -14,6 +14,8 @@ from nanovllm.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+GONE = "the offset that the group had there is gone, what the log still has is answered again"
+
 
 class StartOffsets:
     """Resolves start offsets. The consumer's own reset would skip records without telling.
@@ -31,6 +33,7 @@ class StartOffsets:
         self._read_in_full = read_in_full
         self._read_before: set[str] = set()
         self._partitions: dict[str, int] = {}
+        self._read_here: set[TopicPartition] = set()
 
     async def look(self, consumer: AIOKafkaConsumer, topics: Iterable[str]) -> None:
         """Note which of ``topics`` the group has read and how many partitions each has.
@@ -68,11 +71,15 @@ class StartOffsets:
             ends: dict[TopicPartition, int] = await consumer.end_offsets(at_end)
             await consumer.commit({tp: OffsetAndMetadata(offset, "") for tp, offset in ends.items()})
             offsets |= ends
+        self._read_here.update(tps)
         for (topic, where, why), numbers in begins.items():
-            logger.info("%s: partitions %s are read from their %s: %s", topic, _ranges(numbers), where, why)
+            level = logging.WARNING if why is GONE else logging.INFO
+            logger.log(level, "%s: partitions %s are read from their %s: %s", topic, _ranges(numbers), where, why)
         return offsets
 
     def _begin(self, tp: TopicPartition) -> tuple[str, str]:
+        if tp in self._read_here:
+            return "beginning", GONE
         if self._policy == "earliest":
             return "beginning", "the group has committed no offset there"
         if tp.topic in self._read_in_full:

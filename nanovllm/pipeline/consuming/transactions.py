@@ -30,6 +30,7 @@ from aiokafka.errors import (
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.kafka.errors import is_fatal, publish_error
+from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
@@ -70,6 +71,7 @@ class PartitionTransactions:
         self._max_jobs = self._jobs_bound = MAX_JOBS
         self.committed: int | None = None
         self.is_fenced = False
+        self._is_closed = False
 
     async def open(self) -> bool:
         """Fence the partition's previous owner, then read the committed offset.
@@ -85,7 +87,9 @@ class PartitionTransactions:
             return self.committed == before and not was_fenced
 
     def follow(self, ledger: PartitionLedger) -> None:
-        """Release outputs in the order of ``ledger`` from now on."""
+        """Release outputs in the order of ``ledger`` from now on; what waits for another one is never released."""
+        if self._ledger is not ledger:
+            self._outputs = {}
         self._ledger = ledger
         self._changed.set()
         if self._releasing is None:
@@ -129,6 +133,7 @@ class PartitionTransactions:
 
     async def close(self) -> None:
         """Stop, after the transaction that is under way."""
+        self._is_closed = True
         if self._releasing is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S), self._turn:
@@ -178,7 +183,13 @@ class PartitionTransactions:
             NanoVLLMError: not at all.
         """
         try:
-            await self._send(records, behind)
+            # aiokafka waits without end for an output partition that is gone; the broker aborts the transaction then.
+            async with asyncio.timeout(self._kafka.transaction_timeout_ms / 1000):
+                await self._send(records, behind)
+        except TimeoutError as error:
+            topics = ", ".join(sorted({record.topic for record in records})) or "the group's offsets"
+            logger.warning("a transaction of %s was not taken in time; it writes %s", self._tp, topics)
+            await self._clean_up(error, behind)
         except (ProducerFenced, InvalidProducerEpoch) as error:
             self._fence()
             raise TransientError(f"{self._tp} belongs to another worker") from error
@@ -207,12 +218,10 @@ class PartitionTransactions:
         meaning = publish_error(error, "of a transaction") if isinstance(error, KafkaError) else None
         failure = meaning or TransientError(f"a transaction of {self._tp} failed ({type(error).__name__})")
         before = self.committed
-        try:
-            if isinstance(error, KafkaError) and (is_fatal(error) or isinstance(error, MessageSizeTooLargeError)):
-                raise error  # an aborted transaction would leave the producer's numbers ahead of the broker's
-            if self._producer is not None:
-                await self._producer.abort_transaction()
-        except _FAILURES:
+        # What is not taken in time is not aborted in time either. After a refusal the producer's numbers are ahead of
+        # the broker's: another producer has to begin anew.
+        is_broken = isinstance(error, KafkaError) and (is_fatal(error) or isinstance(error, MessageSizeTooLargeError))
+        if isinstance(error, TimeoutError) or is_broken or not await self._abort():
             # Whether it was committed is not known. A new producer ends it either way, and then the offset tells.
             try:
                 await self._renew()
@@ -225,6 +234,16 @@ class PartitionTransactions:
                 self._fence()  # another owner
         raise failure from error
 
+    async def _abort(self) -> bool:
+        """Abort the transaction; returns whether it is certain that nothing of it is there."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if self._producer is not None:
+                    await self._producer.abort_transaction()
+        except (*_FAILURES, TimeoutError):
+            return False
+        return True
+
     def _fence(self) -> None:
         self.is_fenced = True
         logger.warning("%s was fenced: another worker has it; what is at work for it is dropped", self._tp)
@@ -232,9 +251,14 @@ class PartitionTransactions:
     async def _renew(self) -> None:
         await _stop(self._producer)
         self._producer = None
+        if self._is_closed:
+            raise ProducerFenced()  # a new producer would fence the partition's next owner
         producer = AIOKafkaProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
+        pace_metadata(producer.client)
         try:
             await producer.start()
+            if self._is_closed:  # meanwhile, by one who could not wait: nobody would stop this producer
+                raise ProducerFenced()
         except BaseException:
             await _stop(producer)
             raise

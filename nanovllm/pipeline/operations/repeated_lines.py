@@ -1,0 +1,37 @@
+"""Log lines that repeat: the same warning is shown at a falling rate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+FORGET_S = 60.0
+AT_MOST = 256
+
+
+class RepeatedLines(logging.Filter):
+    """Passes a warning or error the first, second, fourth, eighth, … time, until it has been silent for ``FORGET_S``.
+
+    aiokafka logs each attempt at a broker or topic that is not there: hundreds of lines a minute.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether ``record`` is shown; one that repeats says how often it has come."""
+        if record.levelno < logging.WARNING or record.exc_info:
+            return True
+        now, key = self._clock(), (record.name, record.getMessage())
+        count, last = self._seen.pop(key, (0, now))
+        count = count + 1 if now - last < FORGET_S else 1
+        self._seen[key] = count, now
+        if len(self._seen) > AT_MOST:
+            self._seen.popitem(last=False)
+        if count > 2 and count.bit_count() == 1:
+            record.msg, record.args = f"{key[1]} ({count} times so far)", None
+        return count.bit_count() == 1
