@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from parts import S3Part, create_topic
 from PIL import Image
 
+from nanovllm.client.results import ResultReader
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import NanoVLLMError
@@ -194,6 +195,14 @@ class Bench:
             return (await consumer.end_offsets([tp]))[tp]
         finally:
             await consumer.stop()
+
+
+async def answered(bench: Bench, job_ids: set[str]) -> None:
+    """Return when each of ``job_ids`` has a result."""
+    missing = set(job_ids)
+    async with ResultReader(bench.settings, from_beginning=True) as reader, asyncio.timeout(60):
+        while missing:
+            missing -= {result.job_id for result in await reader.read()}
 
 
 async def eventually(holds: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 30) -> None:

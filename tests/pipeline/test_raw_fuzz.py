@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
 from collections import Counter
@@ -10,10 +9,9 @@ from random import Random
 
 import pytest
 from aiokafka.client import AIOKafkaClient
-from bench import PARTITIONS, Bench, eventually, reached
+from bench import PARTITIONS, Bench, answered, eventually, reached
 from raw_kafka import BATCH_HEADER_BYTES, CODECS, Record, produce, raw_batch, signed, with_attributes
 
-from nanovllm.client.results import ResultReader
 from nanovllm.engine.backends.echo import EchoEngine
 
 HEADER_NAMES = [
@@ -110,14 +108,6 @@ async def answers_all(bench: Bench, *, raw_records: int, delivery: str) -> Count
     finally:
         await client.close()
     return taken
-
-
-async def answered(bench: Bench, job_ids: set[str]) -> None:
-    """Return when each of ``job_ids`` has a result."""
-    missing = set(job_ids)
-    async with ResultReader(bench.settings, from_beginning=True) as reader, asyncio.timeout(60):
-        while missing:
-            missing -= {result.job_id for result in await reader.read()}
 
 
 @pytest.mark.kafka
