@@ -29,7 +29,12 @@ async def test_of_two_workers_with_one_instance_id_the_fenced_one_ends_and_says_
             with pytest.raises(GroupInstanceFenced, match="has group_instance_id 'same'"):
                 fenced.result()
             await bench.send({"job_id": "behind", "prompt": "p"})
-            assert set(await bench.results(2)) == {"before", "behind"}
+            # "before" comes again where the second one joined before its offset was committed.
+            for count in range(2, 8):
+                seen = set(await bench.results(count))
+                if "behind" in seen:
+                    break
+            assert seen == {"before", "behind"}
 
 
 async def test_a_worker_whose_commits_fail_for_longer_than_its_session_is_not_ready(
