@@ -278,6 +278,9 @@ class JobSource(ConsumerRebalanceListener):
             BrokersUnavailable: no commit has succeeded for longer than the group's session lasts.
             GroupInstanceFenced: another worker has this one's place in the group.
         """
+        if self._is_fenced:
+            # A poll that waits for the group's offsets is not told: aiokafka reads them after the rebalance.
+            raise self._assignments.fenced_instance()
         active = dict(self._assignments.active)
         await self._assignments.commit(self._started(), active, "offsets were not committed this time")
         since = self._assignments.uncommitted_since

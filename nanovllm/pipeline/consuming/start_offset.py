@@ -33,7 +33,7 @@ class StartOffsets:
         self._read_in_full = read_in_full
         self._read_before: set[str] = set()
         self._partitions: dict[str, int] = {}
-        self._read_here: set[TopicPartition] = set()
+        self._had_offset: set[TopicPartition] = set()
 
     async def look(self, consumer: AIOKafkaConsumer, topics: Iterable[str]) -> None:
         """Note which of ``topics`` the group has read and how many partitions each has.
@@ -71,14 +71,14 @@ class StartOffsets:
             ends: dict[TopicPartition, int] = await consumer.end_offsets(at_end)
             await consumer.commit({tp: OffsetAndMetadata(offset, "") for tp, offset in ends.items()})
             offsets |= ends
-        self._read_here.update(tps)
+        self._had_offset.update(offsets)
         for (topic, where, why), numbers in begins.items():
             level = logging.WARNING if why is GONE else logging.INFO
             logger.log(level, "%s: partitions %s are read from their %s: %s", topic, _ranges(numbers), where, why)
         return offsets
 
     def _begin(self, tp: TopicPartition) -> tuple[str, str]:
-        if tp in self._read_here:
+        if tp in self._had_offset:
             return "beginning", GONE
         if self._policy == "earliest":
             return "beginning", "the group has committed no offset there"
