@@ -46,10 +46,10 @@ def take_over_streams() -> tuple[BinaryIO, BinaryIO]:
     return sys.stdin.buffer, answers
 
 
-def confine(memory_bytes: int) -> None:
+def confine(memory_bytes: int | None) -> None:
     """Bound this process's address space and open files; no core dumps, no writes to files, no capabilities."""
     for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
+        *([] if memory_bytes is None else [(resource.RLIMIT_AS, memory_bytes)]),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),

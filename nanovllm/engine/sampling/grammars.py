@@ -209,13 +209,14 @@ def _try(vocabulary: Vocabulary, trial: Trial) -> Verdict:
 def _compile_and_exit(vocabulary: Vocabulary, trial: Trial, write_end: int) -> None:
     """In the fork. The kernel ends it with SIGPROF after ``cpu_s``; Rust aborts where memory is refused."""
     try:
-        pages, resident = _memory_pages()
-        confine(pages * resource.getpagesize() + trial.memory_bytes)
+        before = _memory_bytes()
+        confine(None if before is None else before[0] + trial.memory_bytes)
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_s)
         try:
             matcher = compile_grammar(vocabulary, trial.grammar)
             matcher.compute_bitmask()
-            verdict = Verdict((_memory_pages()[1] - resident) * resource.getpagesize())
+            after = _memory_bytes()
+            verdict = Verdict(max(0, after[1] - before[1]) if before and after else 0)
         except UnsupportedConstraint as error:
             verdict = Verdict(refused=str(error))
         with os.fdopen(write_end, "wb") as pipe:
@@ -224,10 +225,13 @@ def _compile_and_exit(vocabulary: Vocabulary, trial: Trial, write_end: int) -> N
         os._exit(0)
 
 
-def _memory_pages() -> tuple[int, int]:
-    """The process's address space and resident set, in pages."""
-    with open("/proc/self/statm") as file:
-        size, resident, *_ = map(int, file.read().split())
+def _memory_bytes() -> tuple[int, int] | None:
+    """The process's address space and resident set; None outside Linux, where no limit of them would hold."""
+    try:
+        with open("/proc/self/statm") as file:
+            size, resident, *_ = (int(pages) * resource.getpagesize() for pages in file.read().split())
+    except OSError:
+        return None
     return size, resident
 
 
