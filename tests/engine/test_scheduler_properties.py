@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from strategies import examples
 
+from nanovllm.engine.sampling.structured_output import Matcher
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
@@ -34,7 +35,7 @@ class _Text:
 
 
 class _Counting:
-    """Stands where a constraint's matcher would: after an odd token the next two are forced."""
+    """Stands where llguidance's matcher would: after an odd token the next two are forced."""
 
     def __init__(self) -> None:
         self.pending: list[int] = []
@@ -171,7 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(prompt=tokens, length=st.integers(1, 12), salt=st.sampled_from([b"", b"tenant"]))
     def arrive_constrained(self, prompt: list[int], length: int, salt: bytes) -> None:
-        self.world.add(make_sequence(prompt, length, cache_salt=salt, matcher=_Counting()))
+        self.world.add(make_sequence(prompt, length, cache_salt=salt, matcher=Matcher(_Counting())))
 
     @rule(before=tokens, keys=st.lists(st.sampled_from([b"a" * 32, b"b" * 32]), min_size=1, max_size=2))
     def arrive_with_images(self, before: list[int], keys: list[bytes]) -> None:
@@ -229,7 +230,7 @@ def draw_work(seed: int, count: int) -> list[Sequence]:
             [draw.randrange(2) for _ in range(draw.randint(1, 24))],
             draw.randint(1, 16),
             priority=draw.randint(-1, 1),
-            matcher=_Counting() if draw.random() < 0.2 else None,
+            matcher=Matcher(_Counting()) if draw.random() < 0.2 else None,
         )
         for _ in range(count)
     ]

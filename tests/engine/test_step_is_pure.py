@@ -15,6 +15,7 @@ from checkpoints import make_llava
 from engine_parts import drain, greedy, noise_image
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sampling.structured_output import Matcher
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
@@ -28,6 +29,8 @@ def snapshot(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     """All that can be reached from ``value``, copied; what repeats inside itself, by its identity."""
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, Matcher):
+        return id(value)  # its time account falls while masks are computed in another thread
     if id(value) in seen:
         return id(value)
     seen |= {id(value)}
