@@ -85,6 +85,15 @@ def test_the_compiled_grammars_are_bounded_in_bytes(compiler: GrammarCompiler, m
     assert len(again) < 20
 
 
+def test_a_process_that_is_killed_is_replaced_and_the_constraint_compiled(compiler: GrammarCompiler) -> None:
+    compiler.matcher(Constraint("choice", '["a"]'))
+    process = compiler._quick._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert compiler.matcher(Constraint("choice", '["b"]')).failure is None
+
+
 async def test_bombs_do_not_hold_up_an_innocent_constraint_nor_the_end(text: Path) -> None:
     async def end_of(generation: Generation) -> object:
         return await generation

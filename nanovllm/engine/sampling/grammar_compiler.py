@@ -145,12 +145,14 @@ class _TrialProcess:
         self._is_closed = False
 
     def run(self, trial: Trial) -> Verdict:
-        try:
-            process = self._process if self._process is not None else self._start()
-            return self._exchange(process, trial.line())
-        except OSError as error:
-            self._kill()
-            raise UnsupportedConstraint(f"the process that compiles constraints ended ({error})") from None
+        for _ in range(2):  # one death may have another cause, such as memory that runs out on the machine
+            try:
+                process = self._process if self._process is not None else self._start()
+                return self._exchange(process, trial.line())
+            except OSError as error:
+                self._kill()
+                cause = error
+        raise UnsupportedConstraint(f"it ended two processes that compile constraints ({cause})")
 
     def close(self) -> None:
         self._is_closed = True
