@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import KafkaError
 
-from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
+from nanovllm.kafka.errors import refusals_of
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -44,10 +43,8 @@ async def recovering_producer(kafka: KafkaSettings) -> AsyncIterator[RecoveringP
 @asynccontextmanager
 async def _connected(client: Any, kafka: KafkaSettings) -> AsyncIterator[Any]:
     try:
-        await client.start()
-        yield client
-    except KafkaError as error:
-        why = type(error).__name__
-        raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
+        with refusals_of(kafka.bootstrap_servers):
+            await client.start()
+            yield client
     finally:
         await client.stop()

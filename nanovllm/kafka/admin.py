@@ -12,6 +12,7 @@ from aiokafka.errors import InvalidReplicationFactorError, KafkaError, TopicAlre
 
 from nanovllm.errors import BrokersUnavailable, TooFewBrokers
 from nanovllm.kafka.client import client_kwargs
+from nanovllm.kafka.errors import refusals_of
 from nanovllm.settings.kafka import KafkaSettings
 
 DAY_MS = 24 * 3600 * 1000
@@ -122,13 +123,11 @@ async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str
 async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
     admin = AIOKafkaAdminClient(**client_kwargs(kafka))
     try:
-        await admin.start()
-        if admin._client.cluster.controller is None:
-            # aiokafka takes a refused OAUTHBEARER token for a login, and the broker then tells it nothing.
-            raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse the login")
-        yield admin
-    except KafkaError as error:
-        why = type(error).__name__
-        raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse or do not answer ({why})") from error
+        with refusals_of(kafka.bootstrap_servers):
+            await admin.start()
+            if admin._client.cluster.controller is None:
+                # aiokafka takes a refused OAUTHBEARER token for a login, and the broker then tells it nothing.
+                raise BrokersUnavailable(f"the brokers at {kafka.bootstrap_servers} refuse the login")
+            yield admin
     finally:
         await admin.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from aiokafka import errors
 from aiokafka.errors import KafkaError
 
@@ -54,6 +57,16 @@ _TRANSIENT = (
     errors.BrokerNotAvailableError,
     errors.ReplicaNotAvailableError,
 )
+
+
+@contextmanager
+def refusals_of(bootstrap_servers: str) -> Iterator[None]:
+    """Raise BrokersUnavailable, which names the brokers, for a KafkaError inside."""
+    try:
+        yield
+    except KafkaError as error:
+        why = type(error).__name__
+        raise BrokersUnavailable(f"the brokers at {bootstrap_servers} refuse or do not answer ({why})") from error
 
 
 def publish_error(error: KafkaError, topic: str) -> NanoVLLMError:

@@ -257,7 +257,7 @@ class PartitionTransactions:
         pace_metadata(producer.client)
         try:
             await producer.start()
-            if self._is_closed:  # meanwhile, by one who could not wait: nobody would stop this producer
+            if self._is_closed:  # meanwhile: a close that timed out has not stopped this producer
                 raise ProducerFenced()
         except BaseException:
             await _stop(producer)

@@ -104,7 +104,7 @@ class WatchedFetcher:
             return await self._fetcher.fetch(ref)
         bucket, _ = ref.bucket_and_key
         try:
-            image = await (self._fetcher.fetch(ref, held=held) if held is not None else self._fetcher.fetch(ref))
+            image = await self._fetcher.fetch(ref, held=held)
         except (ObjectForbidden, ObjectUnavailable) as error:
             if self._holds.refused(bucket, ref.identity, error):
                 raise BucketHeldError from error
