@@ -51,8 +51,8 @@ class SpoiltObject(FaultyFetcher):
         super().__init__(settings, FetchFailed("the object store answered 503 SlowDown"), failures=failures)
         self.uri = uri
 
-    async def fetch(self, ref: Any) -> Any:
-        return await (super().fetch(ref) if ref.uri == self.uri else ObjectFetcher.fetch(self, ref))
+    async def fetch(self, ref: Any, **held: Any) -> Any:
+        return await (super().fetch(ref) if ref.uri == self.uri else ObjectFetcher.fetch(self, ref, **held))
 
 
 async def test_a_job_that_fails_for_long_waits_aside_and_holds_up_nobody(

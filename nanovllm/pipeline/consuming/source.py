@@ -82,7 +82,6 @@ class JobSource(ConsumerRebalanceListener):
         self._positions_noted = 0.0
         self._lost_memberships: deque[float] = deque(maxlen=LOSSES_OF_A_FENCED_MEMBER)
         self._is_fenced = False
-        self._is_stopping = asyncio.Event()
 
     @property
     def has_put_off(self) -> bool:
@@ -170,6 +169,8 @@ class JobSource(ConsumerRebalanceListener):
 
     async def _leave(self, consumer: AIOKafkaConsumer) -> None:
         """Leave the group and disconnect; gives up after ``LEAVE_TIMEOUT_S``."""
+        if self._is_fenced and consumer._coordinator is not None:
+            consumer._coordinator._coordination_task.cancel()
         # stop() first: aiokafka would join again when its JoinGroup ends and it is not being closed.
         ending = [asyncio.create_task(consumer.stop()), asyncio.create_task(self._end_join(consumer))]
         _, late = await asyncio.wait(ending, timeout=LEAVE_TIMEOUT_S)
@@ -302,7 +303,6 @@ class JobSource(ConsumerRebalanceListener):
 
     async def stop(self) -> None:
         """Commit and leave the group."""
-        self._is_stopping.set()
         if self._consumer is None:
             return
         self._assignments.arriving = set()
@@ -320,8 +320,7 @@ class JobSource(ConsumerRebalanceListener):
         was_member, self._has_joined = self._has_joined, False
         if was_member and self._has_been_replaced():
             self._is_fenced = True
-            await self._is_stopping.wait()  # joining again would replace the other member in turn
-            return
+            await asyncio.Event().wait()  # joining again would replace the other member in turn: _leave cancels this
         self._fair_poll.put_off.difference_update(revoked)
         leaving = self._assignments.revoke(revoked)
         if not leaving:
