@@ -8,6 +8,7 @@ import itertools
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from world import World
 
 from nanovllm.training import synthetic
 
-SECONDS = 300.0
+ALONE_S = 300.0
+BESIDE_S = 600.0
 GOOD_PER_S = 4.0
 PILL_EVERY_S = 2.0
 TENANTS = ("red", "green", "blue")
@@ -40,7 +42,10 @@ def progressive(number: int) -> bytes:
 
 
 def pills(uri_of: Callable[[str, bytes], str]) -> Iterator[tuple[str, bytes | None, list[tuple[bytes, bytes | None]]]]:
-    """Kind, value and headers of what hurts, without end; constraints and images are new each time."""
+    """Kind, value and headers of what hurts, without end; constraints and images are new each time.
+
+    Most are refused. Slow and narrow images are within the limits and are answered.
+    """
 
     def job(**fields: Any) -> bytes:
         return json.dumps({"prompt": "p", "sampling": {"max_tokens": 50}, **fields}).encode()
@@ -75,10 +80,10 @@ def resident_pages(pid: int) -> int:
 
 @pytest.mark.kafka
 @pytest.mark.proof
-@pytest.mark.timeout(1_500)
+@pytest.mark.timeout(2_400)
 async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path: Path) -> None:
-    """p99 of the good jobs at most 3 times that without pills; resident memory of the last minute at most 1.1 times
-    that of the third; no restart, no good job without an answer."""
+    """p99 of the good jobs beside pills for ten minutes at most 3 times that without; resident memory of the last
+    of these minutes at most 1.1 times that of the third; no restart, no good job without an answer."""
     settings = {
         "NANOVLLM_TENANTS__HEADER": "tenant",
         "NANOVLLM_SAMPLING__MAX_TOKENS": "64",
@@ -98,6 +103,7 @@ async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path:
         pictures.append(s3.put(world.bucket, f"{number}.png", buffer.getvalue()))
     sent: dict[str, float] = {}
     latencies: dict[str, list[float]] = {"warm": [], "alone": [], "beside": []}
+    behind: defaultdict[str, list[float]] = defaultdict(list)
     resident: list[tuple[float, int]] = []
 
     async def good(producer: AIOKafkaProducer, phase: str, seconds: float) -> None:
@@ -108,10 +114,19 @@ async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path:
             await producer.send_and_wait(topics.jobs, json.dumps(job).encode(), headers=[("tenant", tenant.encode())])
             await asyncio.sleep(1 / GOOD_PER_S)
 
+    # Made before: making them takes more of the machine than refusing them.
+    made = pills(lambda key, body: s3.put(world.bucket, key, body))
+    batches = []
+    for kind, value, headers in itertools.islice(made, int(BESIDE_S / PILL_EVERY_S)):
+        path = tmp_path / f"pill-{len(batches)}"
+        path.write_bytes(raw_batch((None, value, [*headers, (b"tenant", b"black")]), codec=CODECS["gzip"]))
+        batches.append((kind, path))
+    hurt: list[tuple[float, str]] = []
+
     async def bad(client: AIOKafkaClient) -> None:
-        for number, (_, value, headers) in enumerate(pills(lambda key, body: s3.put(world.bucket, key, body))):
-            batch = raw_batch((None, value, [*headers, (b"tenant", b"black")]), codec=CODECS["gzip"])
-            await produce(client, topics.jobs, number % 4, batch)
+        for number, (kind, path) in enumerate(batches):
+            hurt.append((time.monotonic(), kind))
+            await produce(client, topics.jobs, number % 4, path.read_bytes())
             await asyncio.sleep(PILL_EVERY_S)
 
     async def watch(pid: int, begun: float) -> None:
@@ -131,20 +146,25 @@ async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path:
                     began = sent.pop(outcome.job_id or "", None)
                     if began is not None:
                         assert not hasattr(outcome, "code"), f"{outcome.job_id} is a dead letter: {outcome}"
-                        latencies[str(outcome.job_id).split("-")[0]].append(time.monotonic() - began)
+                        phase = str(outcome.job_id).split("-")[0]
+                        latencies[phase].append(time.monotonic() - began)
+                        if phase == "beside":
+                            behind[next((kind for at, kind in reversed(hurt) if at < began), "none")].append(
+                                time.monotonic() - began
+                            )
 
         reading = asyncio.create_task(read())
         assert worker.pid is not None
-        tasks = [reading, asyncio.create_task(watch(worker.pid, time.monotonic()))]
+        tasks = [reading]
         try:
             await good(producer, "warm", 1)
             await asyncio.sleep(60)
             sent.clear()
             latencies["alone"].clear()
-            await good(producer, "alone", SECONDS)
+            await good(producer, "alone", ALONE_S)
             hurting = asyncio.create_task(bad(client))
-            tasks.append(hurting)
-            await good(producer, "beside", SECONDS)
+            tasks += [hurting, asyncio.create_task(watch(worker.pid, time.monotonic()))]
+            await good(producer, "beside", BESIDE_S)
             hurting.cancel()
             async with asyncio.timeout(120):
                 while sent:
@@ -157,8 +177,10 @@ async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path:
             await client.close()
             worker.kill()
     p99 = {phase: statistics.quantiles(latencies[phase], n=100)[98] for phase in ("alone", "beside")}
-    minutes = [[pages for at, pages in resident if minute * 60 <= at < (minute + 1) * 60] for minute in range(30)]
-    full = [statistics.median(pages) for pages in minutes if len(pages) > 30]
-    print(f"p99 {p99}, memory of the last minute over that of the third {full[-1] / full[2]:.3f}")
+    minutes = [[pages for at, pages in resident if minute * 60 <= at < (minute + 1) * 60] for minute in range(10)]
+    memory = [statistics.median(pages) for pages in minutes]
+    print(f"p99 {p99}, resident pages of each minute {memory}")
+    for kind, seconds in sorted(behind.items(), key=lambda item: -max(item[1])):
+        print(f"behind {kind!r}: median {statistics.median(seconds):.3f} s, longest {max(seconds):.3f} s")
     assert p99["beside"] <= 3 * p99["alone"], p99
-    assert full[-1] <= 1.1 * full[2], full
+    assert memory[-1] <= 1.1 * memory[2], memory

@@ -217,7 +217,7 @@ async def test_children_have_no_credentials_no_settings_and_no_torch(monkeypatch
         limits = proc(pid, "limits")
         assert "1073741824" in next(line for line in limits.splitlines() if line.startswith("Max address space"))
         assert len(os.listdir(f"/proc/{pid}/fd")) <= 5
-        assert os.getsid(pid) == pid
+        assert os.getpgid(pid) == pid
 
 
 async def test_closing_ends_every_child_and_every_call() -> None:

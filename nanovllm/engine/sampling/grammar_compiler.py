@@ -21,6 +21,8 @@ from nanovllm.sampling_params import Constraint
 
 FIRST_TRIAL_CPU_S = 0.25
 """A grammar that takes longer waits for the second trial, behind others that do; quick ones pass it."""
+SLOW_TRIAL_NICENESS = 19
+"""The engine and what decodes for it come first."""
 MAX_COMPILED_BYTES = 256 << 20
 _OVERHEAD_BYTES = 16 << 10  # of a cached entry beside what it holds
 
@@ -80,7 +82,8 @@ class GrammarCompiler:
         def attempt(process: _TrialProcess, cpu_s: float) -> None:
             try:
                 grammar = grammar_of(constraint)
-                verdict = process.run(Trial(grammar, cpu_s, self._memory_bytes))
+                niceness = 0 if process is self._quick else SLOW_TRIAL_NICENESS
+                verdict = process.run(Trial(grammar, cpu_s, self._memory_bytes, niceness))
                 if verdict.ran_out == "time" and process is self._quick and cpu_s < self._cpu_s:
                     self._slow_thread.submit(attempt, self._slow, self._cpu_s)
                     return
@@ -164,8 +167,9 @@ class _TrialProcess:
         process = self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "nanovllm.engine.sampling.grammars"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(), cwd="/",
-            # Ctrl-C goes to the whole process group: the worker needs it until it has drained.
-            start_new_session=True,
+            # Ctrl-C goes to the whole process group: the worker needs it until it has drained. In another session
+            # niceness would have no effect (sched_autogroup).
+            process_group=0,
         )  # fmt: skip
         verdict = self._exchange(process, json.dumps(asdict(self._compiler.vocabulary)).encode() + b"\n")
         if verdict.refused is not None:

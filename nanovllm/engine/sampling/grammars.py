@@ -157,6 +157,7 @@ class Trial:
     grammar: str
     cpu_s: float
     memory_bytes: int
+    niceness: int
 
     def line(self) -> bytes:
         """As one line of JSON."""
@@ -210,6 +211,7 @@ def _compile_and_exit(vocabulary: Vocabulary, trial: Trial, write_end: int) -> N
     """In the fork. The kernel ends it with SIGPROF after ``cpu_s``; Rust aborts where memory is refused."""
     try:
         before = _memory_bytes()
+        os.nice(trial.niceness)
         confine(None if before is None else before[0] + trial.memory_bytes)
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_s)
         try:

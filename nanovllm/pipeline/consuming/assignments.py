@@ -91,7 +91,8 @@ class Assignments:
         Raises:
             KafkaError, BrokersUnavailable: the brokers refuse, or cannot be reached.
         """
-        self._give_up_fenced()
+        if self.exactly_once:
+            self._give_up_fenced()
         now = time.monotonic()
         due = [tp for tp in sorted(self.arriving) if self._not_before.get(tp, 0.0) <= now]
         if not takes_work:

@@ -2,74 +2,77 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord, TopicPartition
 
+from nanovllm.kafka.prefetched import Prefetched
+from nanovllm.kafka.raw_records import PARSE_ERRORS
 from nanovllm.pipeline.admission.lanes import LaneTurns
 
 Batches = dict[TopicPartition, list[ConsumerRecord]]
+RoomOf = Callable[[TopicPartition], int]
 
 
 class FairPoll:
-    """Takes records from a consumer, so that no partition keeps others waiting.
+    """Takes records that are at hand, so that no partition keeps others waiting.
 
     ``lanes``: the lane of each topic; a lower one goes first. ``put_off``: partitions that have polls of their own.
+    ``unparsed``: those whose next record the client cannot parse.
     """
 
     def __init__(self, lanes: Mapping[str, int]) -> None:
         self._lanes = lanes
+        self._all_lanes = sorted(set(lanes.values()))
         self._turns = LaneTurns()
-        self._had_their_turn: set[TopicPartition] = set()
         self.put_off: set[TopicPartition] = set()
+        self.unparsed: set[TopicPartition] = set()
 
-    def rooms(
-        self, free: Mapping[TopicPartition, int], max_records: int | Mapping[int, int], *, put_off: bool
-    ) -> dict[TopicPartition, int]:
-        """How many records each of the partitions may give now that are put off, or that are not.
+    async def take(self, prefetched: Prefetched, room_of: RoomOf, max_records: int | Mapping[int, int]) -> Batches:
+        """Records of the lane whose turn it is, or of the next one that has any.
 
-        ``free``: how many they may give by themselves; ``max_records``: altogether, or those of each lane.
-        """
-        rooms = {}
-        for tp, room in free.items():
-            bound = max_records if isinstance(max_records, int) else max_records.get(self._lanes[tp.topic], 0)
-            if (tp in self.put_off) is put_off and min(bound, room) > 0:
-                rooms[tp] = min(bound, room)
-        return rooms
-
-    async def take(self, consumer: AIOKafkaConsumer, rooms: Mapping[TopicPartition, int], timeout_ms: int) -> Batches:
-        """Records of the lane whose turn it is, or of the next one that has any, within the ``rooms``.
+        Args:
+            room_of: how many records a partition may give now.
+            max_records: how many may be taken, altogether or of each lane.
 
         Raises:
-            KafkaError: as ``getmany`` does.
+            KafkaError: what the broker said of one of the partitions.
         """
-        lanes: defaultdict[int, dict[TopicPartition, int]] = defaultdict(dict)
-        for tp, room in rooms.items():
-            lanes[self._lanes[tp.topic]][tp] = room
-        if len(lanes) > 1:
-            first = self._turns.next(lanes)
-            for lane in sorted(lanes, key=lambda lane: (lane != first, lane)):
-                if batches := await self._take_from(consumer, lanes[lane], 0):
-                    self._turns.serve(lane, lanes)
-                    return batches
-        return await self._take_from(consumer, rooms, timeout_ms)
-
-    async def _take_from(
-        self, consumer: AIOKafkaConsumer, rooms: Mapping[TopicPartition, int], timeout_ms: int
-    ) -> Batches:
-        """The partitions in their turns.
-
-        aiokafka hands out what it has of one partition before it looks at the next: a partition full of small records
-        would keep the others waiting until it is empty.
-        """
-        share = max(1, min(rooms.values()) // len(rooms))
-        batches: Batches
-        if others := [tp for tp in rooms if tp not in self._had_their_turn]:
-            batches = await consumer.getmany(*others, timeout_ms=0, max_records=share)
-            if batches:
-                self._had_their_turn |= batches.keys()
+        bounds = {
+            lane: max_records if isinstance(max_records, int) else max_records.get(lane, 0) for lane in self._all_lanes
+        }
+        waiting = [lane for lane in self._all_lanes if bounds[lane] and self._has_any(prefetched, lane, room_of)]
+        if not waiting:
+            return {}
+        first = self._turns.next(waiting)
+        for lane in sorted(waiting, key=lambda lane: (lane != first, lane)):
+            if batches := await self._take_from(prefetched, lane, room_of, bounds[lane]):
+                self._turns.serve(lane, waiting)
                 return batches
-        batches = await consumer.getmany(*rooms, timeout_ms=timeout_ms, max_records=share)
-        self._had_their_turn = set(batches)
+        return {}
+
+    def _has_any(self, prefetched: Prefetched, lane: int, room_of: RoomOf) -> bool:
+        return any(self._lanes.get(tp.topic) == lane and room_of(tp) > 0 for tp in prefetched.partitions)
+
+    async def _take_from(self, prefetched: Prefetched, lane: int, room_of: RoomOf, left: int) -> Batches:
+        batches: Batches = {}
+        share = max(1, left // len(prefetched.partitions))
+        for tp in list(prefetched.partitions):
+            if self._lanes.get(tp.topic) != lane or (room := room_of(tp)) <= 0:
+                continue
+            if prefetched.is_error(tp):
+                if batches:
+                    continue  # it comes first the next time
+                await prefetched.raise_error(tp)
+                continue
+            try:
+                records = prefetched.take(tp, min(share, room, left))
+            except PARSE_ERRORS:
+                self.unparsed.add(tp)
+                continue
+            if records:
+                batches[tp] = records
+                left -= len(records)
+            if left <= 0:
+                break
         return batches

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
     KafkaError,
@@ -23,7 +23,8 @@ from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, SystemicErr
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.paced_metadata import pace_metadata
-from nanovllm.kafka.raw_records import PARSE_ERRORS, read_raw
+from nanovllm.kafka.prefetched import Prefetched
+from nanovllm.kafka.raw_records import RawRecord, read_raw
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.fair_poll import FairPoll
@@ -32,10 +33,6 @@ from nanovllm.pipeline.consuming.topic_watch import INTERVAL_S, TopicWatch
 from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
-
-# getmany() without partitions means all of them; asked for this one it returns nothing and still counts as a poll, so
-# that a worker whose window is full is not taken for dead (max_poll_interval_ms).
-_NOWHERE = TopicPartition("", -1)
 
 POSITION_INTERVAL_S = 0.1
 LEAVE_TIMEOUT_S = 3.0
@@ -91,7 +88,7 @@ class JobSource(ConsumerRebalanceListener):
     @property
     def can_read_put_off(self) -> bool:
         """Whether one of them has room for records."""
-        return bool(self._asked(1, put_off=True))
+        return any(self._room(tp) > 0 for tp in self._fair_poll.put_off)
 
     def put_off(self, last: ConsumedRecord, *, is_invalid: bool) -> None:
         """Read the partition of ``last`` by polls of its own after an invalid record, and as others after a job."""
@@ -223,26 +220,17 @@ class JobSource(ConsumerRebalanceListener):
                 assignments.begin_anew(self._watch.made_anew.pop())
             if await assignments.take_in(consumer, takes_work=self._takes_work):
                 timeout_ms = 0
-            asked = self._asked(max_records, put_off=put_off) if self._takes_work else {}
             try:
-                if asked:
-                    batches = await self._fair_poll.take(consumer, asked, timeout_ms)
-                else:
-                    batches = await consumer.getmany(_NOWHERE, timeout_ms=timeout_ms)
+                batches = await self._take(consumer, max_records, timeout_ms, put_off=put_off)
             except OffsetOutOfRangeError as error:
                 await assignments.reset_positions(consumer, error.args[0])
                 return []
             except NoOffsetForPartitionError:
                 return []  # raised before the seek: the offset is known by now
-            except PARSE_ERRORS:
-                positions = {tp: assignments.active[tp].ledger.position for tp in asked if tp in assignments.active}
-                batches = await read_raw(consumer, positions, min(asked.values()))
         except KafkaError as error:
             if is_fenced_instance(error):
                 raise assignments.fenced_instance() from error
             raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
-        if put_off:
-            self._fair_poll.put_off -= asked.keys() - batches.keys()
         deliveries: list[ConsumedRecord] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -358,7 +346,30 @@ class JobSource(ConsumerRebalanceListener):
             raise RuntimeError("start() comes first")
         return self._consumer
 
-    def _asked(self, max_records: int | Mapping[int, int], *, put_off: bool) -> dict[TopicPartition, int]:
-        active = self._assignments.active
-        free = {tp: held.ledger.room for tp, held in active.items() if self._delayed.is_over(tp)}
-        return self._fair_poll.rooms(free, max_records, put_off=put_off)
+    async def _take(
+        self, consumer: AIOKafkaConsumer, max_records: int | Mapping[int, int], timeout_ms: int, *, put_off: bool
+    ) -> Mapping[TopicPartition, Sequence[ConsumerRecord | RawRecord]]:
+        prefetched, fair_poll = Prefetched(consumer), self._fair_poll
+        if not (self._takes_work and max_records):
+            await prefetched.idle(timeout_ms)
+            return {}
+        await prefetched.look()
+
+        def room_of(tp: TopicPartition) -> int:
+            return self._room(tp) if (tp in fair_poll.put_off) is put_off else 0
+
+        if unparsed := {tp: room for tp in fair_poll.unparsed if (room := room_of(tp)) > 0}:
+            fair_poll.unparsed -= unparsed.keys()
+            positions = {tp: self._assignments.active[tp].ledger.position for tp in unparsed}
+            return await read_raw(consumer, positions, min(unparsed.values()))
+        batches = await fair_poll.take(prefetched, room_of, max_records)
+        if not batches and timeout_ms and not fair_poll.unparsed:
+            await prefetched.wait(timeout_ms)
+            batches = await fair_poll.take(prefetched, room_of, max_records)
+        if put_off:
+            fair_poll.put_off.intersection_update(batches)
+        return batches
+
+    def _room(self, tp: TopicPartition) -> int:
+        held = self._assignments.active.get(tp)
+        return held.ledger.room if held is not None and self._delayed.is_over(tp) else 0

@@ -164,8 +164,9 @@ class _Decoder:
             stderr=asyncio.subprocess.DEVNULL,
             env=environment(),
             cwd="/",
-            # Ctrl-C goes to the whole process group: the worker needs its decoders until it has drained.
-            start_new_session=True,
+            # Ctrl-C goes to the whole process group: the worker needs its decoders until it has drained. A session of
+            # its own would get as large a share of the CPUs as the worker (sched_autogroup).
+            process_group=0,
         )
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
