@@ -45,7 +45,7 @@ from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
-from nanovllm.pipeline.stages.receive import Receive
+from nanovllm.pipeline.stages.receive import GuardReceive, Receive
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
@@ -112,7 +112,7 @@ def build_worker(
         answer = AnswerByClaimCheck(builder, engine, limit, store, retry)
 
     stages = Stages(
-        receive=receive,
+        receive=receive if crash_guard is None else GuardReceive(receive, crash_guard),
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
         admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics),
         fetch=Fetch(images, breaker, holds, retry, engine, max_attempts=settings.s3.max_attempts),

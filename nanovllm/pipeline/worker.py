@@ -181,7 +181,9 @@ class Worker:
                 continue
             if self._passes_over(record):
                 continue
-            received = self.stages.receive(record)
+            received = await self.stages.receive(record)
+            if not record.is_current or self._is_draining:
+                continue
             source.put_off(record, is_invalid=isinstance(received, InvalidRecord))
             if isinstance(received, InvalidRecord):
                 invalid[record.ledger].append(received)

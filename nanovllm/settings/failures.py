@@ -62,6 +62,6 @@ class DeadLetterSettings(SettingsModel):
         None,
         ge=1,
         description="What the engine is about to start is recorded in `topics.in_flight`; after a worker died, what it "
-        "had at work runs alone, and a job that was alone at so many deaths is a dead letter (`crashed_worker`); "
-        "unset: nothing is recorded.",
+        "had at work runs alone, what it may have taken is decoded alone, and a job that was alone at so many deaths "
+        "is a dead letter (`crashed_worker`); unset: nothing is recorded.",
     )

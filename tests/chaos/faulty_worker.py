@@ -3,7 +3,7 @@
     python faulty_worker.py FOLDER NAME worker …
 
 ``NAME.out-of-memory`` kills the engine at its next request, ``NAME.crash`` the whole process. A prompt with ``POISON``
-in it crashes whichever process starts it.
+in it crashes whichever process starts it, and a record with ``UNDECODABLE`` the one that decodes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from nanovllm.cli import main as cli
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead
+from nanovllm.messages.codec import decode_job
 from nanovllm.pipeline import app
 from nanovllm.pipeline.build import build_engine
+from nanovllm.pipeline.stages import receive
 
 POISON = "segmentation fault, please"
+UNDECODABLE = "segmentation fault while it is decoded, please"
 HUNGER = "all the memory, please"
 SPARE_BYTES = 256 * 2**20
 WORK_S = 0.03
@@ -65,6 +68,12 @@ class FaultyEcho(EchoEngine):
         await super()._answer(request, generation)
 
 
+def crash_decoding(data: bytes, **options: Any) -> Any:
+    if UNDECODABLE.encode() in data:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode_job(data, **options)
+
+
 def exhaust_memory() -> None:
     """Take memory until there is none, and end as the kernel ends a process that took it all."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -104,6 +113,7 @@ def main() -> None:
         return FaultyEcho(orders, max_num_seqs=settings.max_num_seqs)
 
     app._load_engine = load_engine
+    receive.decode_job = crash_decoding  # type: ignore[assignment]
     sys.argv = ["nanovllm", *sys.argv[3:]]
     sys.exit(cli.main())
 

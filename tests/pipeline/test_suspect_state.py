@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -48,7 +49,21 @@ def test_jobs_that_are_committed_are_no_suspects() -> None:
 
 @pytest.mark.parametrize("value", [None, b"", b"[1]", b'{"a": 1}', b'{"1": 2}', b"\xff", b"null"])
 def test_a_record_that_is_none_of_ours_accuses_nobody(value: bytes | None) -> None:
-    assert SuspectState.after(value, 0).encode() == b"{}"
+    after = SuspectState.after(value, 0)
+    assert json.loads(after.encode()) == {"owned": True}
+    assert not after.follows_death
+
+
+def test_who_ends_while_a_record_is_decoded_is_counted_by_the_next_owners() -> None:
+    record = SuspectState()
+    for deaths in range(3):
+        assert record.deaths_receiving(7) == deaths
+        record.receive(7)
+        record = SuspectState.after(record.encode(), 5)
+        assert record.follows_death
+    assert SuspectState.after(record.encode(), 8).deaths_receiving(7) == 0
+    record.receive(None)
+    assert SuspectState.after(record.encode(), 5).deaths_receiving(7) == 0
 
 
 async def settled() -> None:

@@ -4,6 +4,10 @@ Before the engine starts a job, its offset stands in a compacted topic, one reco
 local disk: the next owner is on another machine). The record outlives its worker. The partition's next owner suspects
 all jobs in it, and runs them alone. A crash counts against a job only where it was alone in the engine; a job that
 reaches the limit is a dead letter.
+
+What ends the process while a record is decoded stands in no such record. But a partition's record says that it is
+owned until its owner leaves alive: after a death, the records that the dead owner may have taken are decoded one by
+one, each recorded before.
 """
 
 from __future__ import annotations
@@ -53,14 +57,15 @@ class CrashGuard:
 
         Raises:
             BrokersUnavailable: the topic cannot be read.
+            TransientError: it could not be written now.
         """
         written = self._records.get(ledger)
         if written is None:
             key = f"{self._kafka.group_id}/{tp.topic}/{tp.partition}".encode()
             record = SuspectState.after(await self._last_value(key), ledger.position)
-            self._records[ledger] = _WrittenRecord(key, record)
-        else:
-            await self._write(written)
+            taken = ledger.room if record.follows_death else 0
+            written = self._records[ledger] = _WrittenRecord(key, record, ledger.position + taken)
+        await self._write(written)
 
     async def part(self, ledgers: Iterable[PartitionLedger]) -> None:
         """Clear the records of partitions that leave a live worker: their next owner suspects no job."""
@@ -75,6 +80,31 @@ class CrashGuard:
         """Drop the record of a partition that has left: it belongs to another worker."""
         if written := self._records.pop(ledger, None):
             written.is_lost = True
+
+    @asynccontextmanager
+    async def receiving(self, consumed: ConsumedRecord) -> AsyncIterator[None]:
+        """Hold what may end the process by being decoded: that it is, is recorded before.
+
+        Raises:
+            CrashedWorker: as many workers as are allowed have ended while they decoded it.
+        """
+        written = self._records.get(consumed.ledger)
+        if written is None or consumed.offset >= written.suspected_until:
+            yield
+            return
+        deaths = written.record.deaths_receiving(consumed.offset)
+        if deaths >= self._limit:
+            raise CrashedWorker(f"{deaths} workers died while they decoded the record")
+        await self._note_receiving(written, consumed.offset)
+        yield
+        await self._note_receiving(written, None)
+
+    async def _note_receiving(self, written: _WrittenRecord, offset: int | None) -> None:
+        written.record.receive(offset)
+        try:
+            await self._write(written)
+        except NanoVLLMError as error:
+            logger.warning("what is decoded could not be recorded: %s", error)
 
     @asynccontextmanager
     async def enter(self, consumed: ConsumedRecord) -> AsyncIterator[None]:
@@ -183,10 +213,14 @@ class CrashGuard:
 
 @dataclass
 class _WrittenRecord:
-    """A partition's record, and how much of it the topic has."""
+    """A partition's record, and how much of it the topic has.
+
+    ``suspected_until``: records below may have ended the last owner while it decoded them.
+    """
 
     key: bytes
     record: SuspectState
+    suspected_until: int
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     wanted: int = 0
     done: int = 0

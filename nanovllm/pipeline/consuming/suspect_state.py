@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+_OWNED = "owned"
+_RECEIVING = "receiving"
+
 
 @dataclass(frozen=True)
 class InFlightRecord:
@@ -17,27 +20,54 @@ class InFlightRecord:
 class SuspectState:
     """The jobs of one partition that are in the engine, and the suspects that have not run yet.
 
-    ``suspects``: deaths by offset, of jobs that were in the engine of a worker that died.
+    Args:
+        suspects: deaths by offset, of jobs that were in the engine of a worker that died.
+        follows_death: the last owner has not left the partition alive.
+        received: deaths by offset, of the record that the last owner was decoding.
     """
 
-    def __init__(self, suspects: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        suspects: dict[int, int] | None = None,
+        *,
+        follows_death: bool = False,
+        received: dict[int, int] | None = None,
+    ) -> None:
         self._suspects = dict(suspects or {})
         self._running: dict[int, InFlightRecord] = {}
+        self.follows_death = follows_death
+        self._received = dict(received or {})
+        self._receiving: int | None = None
 
     @classmethod
     def after(cls, value: bytes | None, position: int) -> SuspectState:
         """The state of the next owner, which reads from ``position`` on: every recorded job is a suspect, and one that
         was alone has one death more. Unknown values count as an empty record."""
         try:
-            jobs = {int(offset): record for offset, record in json.loads(value or b"{}").items()}
+            fields = json.loads(value or b"{}")
+            was_owned = bool(fields.pop(_OWNED, False))
+            received = {int(offset): int(count) + 1 for offset, count in fields.pop(_RECEIVING, {}).items()}
+            jobs = {int(offset): record for offset, record in fields.items()}
             deaths = {offset: int(count) + bool(is_alone) for offset, (count, is_alone) in jobs.items()}
         except (ValueError, TypeError, AttributeError):
-            deaths = {}
-        return cls({offset: count for offset, count in deaths.items() if offset >= position})
+            return cls()
+        return cls(
+            {offset: count for offset, count in deaths.items() if offset >= position},
+            follows_death=was_owned,
+            received={offset: count for offset, count in received.items() if offset >= position},
+        )
 
     def deaths_of(self, offset: int) -> int | None:
         """How many workers ended with the job alone in their engine; None: it is no suspect."""
         return self._suspects.get(offset)
+
+    def deaths_receiving(self, offset: int) -> int:
+        """How many workers ended while they decoded the record."""
+        return self._received.get(offset, 0)
+
+    def receive(self, offset: int | None) -> None:
+        """Record that this record is decoded next; None: none is."""
+        self._receiving = offset
 
     def start(self, offset: int) -> InFlightRecord:
         """Record a job before it starts; a suspect is alone."""
@@ -52,7 +82,10 @@ class SuspectState:
             self._suspects.pop(offset, None)
 
     def encode(self) -> bytes:
-        """``{offset: [deaths, is_alone]}``."""
+        """``{offset: [deaths, is_alone], "owned": true, "receiving": {offset: deaths}}``."""
         records = {offset: InFlightRecord(deaths) for offset, deaths in self._suspects.items()} | self._running
-        fields = {str(offset): [record.deaths, record.is_alone] for offset, record in records.items()}
+        fields: dict[str, object] = {str(offset): [one.deaths, one.is_alone] for offset, one in records.items()}
+        fields[_OWNED] = True
+        if self._receiving is not None:
+            fields[_RECEIVING] = {str(self._receiving): self.deaths_receiving(self._receiving)}
         return json.dumps(fields).encode()

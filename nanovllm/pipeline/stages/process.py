@@ -24,7 +24,7 @@ class Stages:
     that the brokers acknowledged.
     """
 
-    receive: Callable[[ConsumedRecord], Received | InvalidRecord]
+    receive: Callable[[ConsumedRecord], Awaitable[Received | InvalidRecord]]
     invalid_records: InvalidRecords
     admit: Callable[[Job, JobContext, Reservation], Awaitable[AdmittedJob]]
     fetch: Callable[[Job, AdmittedJob], Awaitable[list[FetchedImage]]]

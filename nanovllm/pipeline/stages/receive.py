@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from nanovllm.errors import InvalidJob
+from nanovllm.errors import CrashedWorker, InvalidJob
 from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.job import Job, derive_job_id
+from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import JobContext, Progress
@@ -32,7 +33,7 @@ class Receive:
         self._settings = settings
         self._retry_topics = retry_topics
 
-    def __call__(self, record: ConsumedRecord) -> Received | InvalidRecord:
+    async def __call__(self, record: ConsumedRecord) -> Received | InvalidRecord:
         """Decode ``record``. Raises SystemicError where that is no fault of the record."""
         settings = self._settings
         began, context = time.monotonic(), None
@@ -80,3 +81,19 @@ class Receive:
         except (OverflowError, ValueError, OSError):
             return job.deadline  # beyond the calendar: a producer that writes microseconds
         return end if job.deadline is None else min(end, job.deadline)
+
+
+class GuardReceive:
+    """Records what is decoded before it is, where the partition's last owner died."""
+
+    def __init__(self, receive: Receive, guard: CrashGuard) -> None:
+        self._receive = receive
+        self._guard = guard
+
+    async def __call__(self, record: ConsumedRecord) -> Received | InvalidRecord:
+        """As ``receive``; an invalid record where decoding it has ended as many workers as are allowed."""
+        try:
+            async with self._guard.receiving(record):
+                return await self._receive(record)
+        except CrashedWorker as error:
+            return InvalidRecord(record, error, None)
