@@ -62,8 +62,18 @@ def test_who_ends_while_a_record_is_decoded_is_counted_by_the_next_owners() -> N
         record = SuspectState.after(record.encode(), 5)
         assert record.follows_death
     assert SuspectState.after(record.encode(), 8).deaths_receiving(7) == 0
-    record.receive(None)
+    left = SuspectState.after(record.encode_left(follows_death=True), 5)
+    assert (left.deaths_receiving(7), left.follows_death) == (3, True)
+    record.end_receive(7)
     assert SuspectState.after(record.encode(), 5).deaths_receiving(7) == 0
+    assert record.encode_left(follows_death=False) == b"{}"
+
+
+def test_a_suspect_that_has_not_run_yet_stays_one_when_its_partition_leaves_alive() -> None:
+    record = SuspectState({3: 1})
+    record.start(4)
+    left = SuspectState.after(record.encode_left(follows_death=False), 0)
+    assert (left.deaths_of(3), left.deaths_of(4)) == (1, None)
 
 
 async def settled() -> None:

@@ -68,13 +68,14 @@ class CrashGuard:
         await self._write(written)
 
     async def part(self, ledgers: Iterable[PartitionLedger]) -> None:
-        """Clear the records of partitions that leave a live worker: their next owner suspects no job."""
+        """Record of partitions that leave a live worker that it did: their next owner suspects none of its jobs."""
         for ledger in ledgers:
             written = self._records.get(ledger)
             if written is not None and written.is_dirty and not self._is_engine_dead:
                 async with written.turn:
                     if not written.is_lost:  # the record is the next owner's by now
-                        await self._send(written.key, b"{}")
+                        follows_death = ledger.watermark < written.suspected_until
+                        await self._send(written.key, written.record.encode_left(follows_death=follows_death))
 
     def forget(self, ledger: PartitionLedger) -> None:
         """Drop the record of a partition that has left: it belongs to another worker."""
@@ -95,12 +96,13 @@ class CrashGuard:
         deaths = written.record.deaths_receiving(consumed.offset)
         if deaths >= self._limit:
             raise CrashedWorker(f"{deaths} workers died while they decoded the record")
-        await self._note_receiving(written, consumed.offset)
+        written.record.receive(consumed.offset)
+        await self._write_if_possible(written)
         yield
-        await self._note_receiving(written, None)
+        written.record.end_receive(consumed.offset)
+        await self._write_if_possible(written)
 
-    async def _note_receiving(self, written: _WrittenRecord, offset: int | None) -> None:
-        written.record.receive(offset)
+    async def _write_if_possible(self, written: _WrittenRecord) -> None:
         try:
             await self._write(written)
         except NanoVLLMError as error:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 _OWNED = "owned"
-_RECEIVING = "receiving"
+_RECEIVED = "received"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class SuspectState:
         try:
             fields = json.loads(value or b"{}")
             was_owned = bool(fields.pop(_OWNED, False))
-            received = {int(offset): int(count) + 1 for offset, count in fields.pop(_RECEIVING, {}).items()}
+            received = {
+                int(offset): int(count) + bool(is_now) for offset, (count, is_now) in fields.pop(_RECEIVED, {}).items()
+            }
             jobs = {int(offset): record for offset, record in fields.items()}
             deaths = {offset: int(count) + bool(is_alone) for offset, (count, is_alone) in jobs.items()}
         except (ValueError, TypeError, AttributeError):
@@ -65,9 +67,14 @@ class SuspectState:
         """How many workers ended while they decoded the record."""
         return self._received.get(offset, 0)
 
-    def receive(self, offset: int | None) -> None:
-        """Record that this record is decoded next; None: none is."""
+    def receive(self, offset: int) -> None:
+        """Record that this record is decoded next."""
         self._receiving = offset
+
+    def end_receive(self, offset: int) -> None:
+        """The record is decoded."""
+        self._receiving = None
+        self._received.pop(offset, None)
 
     def start(self, offset: int) -> InFlightRecord:
         """Record a job before it starts; a suspect is alone."""
@@ -82,10 +89,23 @@ class SuspectState:
             self._suspects.pop(offset, None)
 
     def encode(self) -> bytes:
-        """``{offset: [deaths, is_alone], "owned": true, "receiving": {offset: deaths}}``."""
-        records = {offset: InFlightRecord(deaths) for offset, deaths in self._suspects.items()} | self._running
-        fields: dict[str, object] = {str(offset): [one.deaths, one.is_alone] for offset, one in records.items()}
-        fields[_OWNED] = True
+        """``{offset: [deaths, is_alone], "owned": true, "received": {offset: [deaths, is_now]}}``."""
+        running = {offset: [record.deaths, record.is_alone] for offset, record in self._running.items()}
+        return self._encode(running, is_owned=True)
+
+    def encode_left(self, *, follows_death: bool) -> bytes:
+        """As ``encode``, for the next owner of a partition that leaves alive: what was suspected still is."""
+        self._receiving = None
+        return self._encode({}, is_owned=follows_death)
+
+    def _encode(self, running: dict[int, list[int | bool]], *, is_owned: bool) -> bytes:
+        jobs = {offset: [deaths, False] for offset, deaths in self._suspects.items()} | running
+        fields: dict[str, object] = {str(offset): job for offset, job in jobs.items()}
+        if is_owned:
+            fields[_OWNED] = True
+        received = {offset: [deaths, False] for offset, deaths in self._received.items()}
         if self._receiving is not None:
-            fields[_RECEIVING] = {str(self._receiving): self.deaths_receiving(self._receiving)}
+            received[self._receiving] = [self.deaths_receiving(self._receiving), True]
+        if received:
+            fields[_RECEIVED] = {str(offset): record for offset, record in received.items()}
         return json.dumps(fields).encode()
