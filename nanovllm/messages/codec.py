@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from typing import Any, NoReturn
 
 import msgpack
@@ -21,7 +20,6 @@ MAX_VALUES = 100_000
 """Most values in a message. Reading that many holds the event loop for about a tenth of a second."""
 _JOB_ID: TypeAdapter[str] = TypeAdapter(JobId)
 _JSON_SPACE = b" \t\r\n"
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _MAX_DIGITS = len(str(MAX_INTEGER))
 
 
@@ -91,7 +89,7 @@ def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:
 
 def _parse_json(value: bytes) -> Any:
     # By its commas, before any value becomes an object.
-    if value.count(b",") >= MAX_VALUES and _JSON_STRING.sub(b"", value).count(b",") >= MAX_VALUES:
+    if value.count(b",") >= MAX_VALUES and _outside_strings(value).count(b",") >= MAX_VALUES:
         raise InvalidJob(_TOO_MANY_VALUES)
     try:
         return _STRICT_JSON.decode(value.decode())
@@ -103,6 +101,10 @@ def _parse_json(value: bytes) -> Any:
         # Some of Python's messages end with the word: "Unterminated string starting at".
         what = error.msg.removesuffix(" at")
         raise InvalidJob(f"the message is not valid JSON: {what} at character {error.pos}") from None
+
+
+def _outside_strings(value: bytes) -> bytes:
+    return b"".join(value.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
 
 
 def _parse_msgpack(value: bytes) -> Any:

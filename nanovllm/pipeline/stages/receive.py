@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from nanovllm.errors import CrashedWorker, InvalidJob
 from nanovllm.messages.codec import decode_job, message_format
@@ -16,6 +18,9 @@ from nanovllm.pipeline.stages.context import JobContext, Progress
 from nanovllm.pipeline.stages.failure import dead_letter_reason
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.settings.worker import Settings
+
+MAX_BYTES_AT_ONCE = 64 << 10
+"""Longest message that is decoded in the event loop: a few milliseconds at the worst."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Receive:
         try:
             if record.unreadable is not None:
                 raise InvalidJob(f"the record cannot be read: {record.unreadable}")
-            job = decode_job(record.value, max_bytes=settings.admission.max_job_bytes)
+            decode = partial(decode_job, record.value, max_bytes=settings.admission.max_job_bytes)
+            # In a thread the event loop gets the interpreter back every few milliseconds.
+            job = await asyncio.to_thread(decode) if len(record.value) > MAX_BYTES_AT_ONCE else decode()
             context = self.context_of(record, began)
             context = replace(
                 context,
