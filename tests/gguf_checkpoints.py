@@ -15,11 +15,13 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
-def write_gguf(file: Path, checkpoint: Path, *, tensors_a_part: int = 0, **extra: Any) -> Path:
+def write_gguf(
+    file: Path, checkpoint: Path, *, tensors_a_part: int = 0, metadata: dict[str, Any] | None = None, **extra: Any
+) -> Path:
     """A text checkpoint in float32; the first part where ``tensors_a_part`` splits it.
 
     Rotary scaling is written where llama.cpp has it: linear and YaRN in the metadata, Llama 3's as a tensor of factors.
-    ``extra`` are tensors by name, None leaves one out.
+    ``extra`` are tensors by name, None leaves one out; ``metadata`` are token ids and flags of the tokenizer.
     """
     config: Any = AutoConfig.from_pretrained(checkpoint)
     architecture = config.model_type
@@ -36,7 +38,7 @@ def write_gguf(file: Path, checkpoint: Path, *, tensors_a_part: int = 0, **extra
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tensors = _tensors(checkpoint, config) | _rotary(writer, config, head_dim)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, metadata or {})
     for name, tensor in {**tensors, **extra}.items():
         if tensor is not None:
             writer.add_tensor(name, np.ascontiguousarray(tensor))
@@ -77,7 +79,7 @@ def _rotary(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> dict[str, An
     return {}
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> None:
     tokenizer = make_tokenizer()
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -87,5 +89,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([3 if index in added else 1 for index in range(len(tokens))])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    usual = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.pad_token_id, "add_bos_token": False}
+    for name, value in {**usual, **metadata}.items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{name}", value)
     writer.add_chat_template(tokenizer.chat_template)

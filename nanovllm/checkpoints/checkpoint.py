@@ -109,7 +109,7 @@ class Checkpoint:
             )
         own = self.directory / "chat_template.json"
         if not tokenizer.chat_template and own.is_file():
-            tokenizer.chat_template = read_json_object(own, missing=own.name).get("chat_template")
+            tokenizer.chat_template = json.loads(own.read_text()).get("chat_template")
         return tokenizer
 
     def eos_token_ids(self, vocab_size: int) -> frozenset[int]:

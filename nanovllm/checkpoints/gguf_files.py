@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,41 @@ def check_tensors(file: Path, parameters: Iterable[str], num_layers: int) -> Non
             f"{file.name!r} holds {counted(len(unknown), 'tensor')} that transformers has no place for in a model "
             f"of architecture {architecture!r}: {_listed(unknown)}"
         )
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Tokens that a GGUF file says more of than their text."""
+
+    control: dict[int, str]  # never the outcome of plain text
+    user_defined: dict[int, str]  # matched before the text around them is split
+    bos: int | None
+    pad: int | None
+    ends: tuple[int, ...]  # of a text, of a turn, of a message: the first is the tokenizer's eos_token
+    adds_bos: bool | None  # None: the file leaves it to the reader
+
+
+def special_tokens(file: Path) -> SpecialTokens:
+    """Special tokens of a GGUF file; transformers takes some releases' own list, and the family's default ids."""
+    reader = _open(file)
+
+    def value(key: str, default: Any = None) -> Any:
+        return _value(reader, f"tokenizer.ggml.{key}", default)
+
+    texts, kinds = value("tokens", []), value("token_type", [])
+
+    def of_kind(kind: gguf.TokenType) -> dict[int, str]:
+        return {token: texts[token] for token, found in enumerate(kinds[: len(texts)]) if found == kind}
+
+    ends = [value(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    return SpecialTokens(
+        of_kind(gguf.TokenType.CONTROL),
+        of_kind(gguf.TokenType.USER_DEFINED),
+        value("bos_token_id"),
+        value("padding_token_id"),
+        tuple(dict.fromkeys(token for token in ends if token is not None)),
+        value("add_bos_token"),
+    )
 
 
 def head_dim(file: Path) -> int:

@@ -182,6 +182,8 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _what_is_missing(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return "holds an adapter (adapter_config.json), not a model: merge it into its base model first"
     if directory.is_dir():
         return "holds no config.json"
     return "is a file, not a directory" if directory.exists() else "does not exist"

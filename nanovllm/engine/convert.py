@@ -18,11 +18,13 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +35,9 @@ from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.rotary import known_positions
 from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES, load_text_model, text_architecture
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel, counted
+
+if TYPE_CHECKING:
+    from nanovllm.checkpoints.gguf_files import SpecialTokens
 
 _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -165,7 +170,14 @@ def _convert_gguf(file: Path, made: Path, scratch: Path) -> Tensor:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(f"reading GGUF needs {', '.join(missing)}: pip install '.[convert]' in a clone")
-    from nanovllm.checkpoints.gguf_files import check_tensors, head_dim, join_parts, parts_of, rope_parameters
+    from nanovllm.checkpoints.gguf_files import (
+        check_tensors,
+        head_dim,
+        join_parts,
+        parts_of,
+        rope_parameters,
+        special_tokens,
+    )
 
     _refuse_pointer(file)
     parts = parts_of(file)
@@ -182,14 +194,17 @@ def _convert_gguf(file: Path, made: Path, scratch: Path) -> Tensor:
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
     check_tensors(file, names, config.num_hidden_layers)
-    _from_gguf(AutoTokenizer, file).save_pretrained(made)
+    tokenizer, special = _from_gguf(AutoTokenizer, file), special_tokens(file)
+    _complete_tokenizer(tokenizer, special)
+    tokenizer.save_pretrained(made)
     model = _complete(file, _from_gguf(AutoModelForCausalLM, file, config=config, dtype=torch.float32, **_REPORTING))
     config = model.config
     del config.quantization_config  # what transformers says of the file, not of what is written here
     config.architectures = [architecture]
-    config.save_pretrained(made)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(made)
+    for fields in filter(None, (config, model.generation_config)):
+        fields.bos_token_id, fields.pad_token_id = special.bos, special.pad
+        fields.eos_token_id = special.ends[0] if len(special.ends) == 1 else list(special.ends) or None
+        fields.save_pretrained(made)
     _save(model.state_dict(), made)
     return _logits(model, architecture)
 
@@ -249,6 +264,24 @@ def _sample(config: Any) -> tuple[Tensor, Tensor]:
     plain = [token for token in range(min(text.vocab_size, 50_000)) if token not in special]
     ids = torch.tensor([plain[number * 7919 % len(plain)] for number in range(1, _COMPARED_TOKENS + 1)])
     return ids, torch.linspace(0, known_positions(text) - 1, len(ids)).long()
+
+
+def _complete_tokenizer(tokenizer: Any, special: SpecialTokens) -> None:
+    """Give a tokenizer that transformers made of a GGUF file the special tokens which that file names."""
+    for texts, is_control in ((special.control, True), (special.user_defined, False)):
+        known = tokenizer.added_tokens_decoder
+        lost = [text for token, text in texts.items() if token not in known]
+        lost = [text for text in lost if tokenizer.convert_tokens_to_ids(text) in texts]
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lost], special_tokens=is_control)
+    if special.ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(special.ends[0])
+    if special.adds_bos is None or special.bos is None:
+        return
+    bos, backend = tokenizer.convert_ids_to_tokens(special.bos), tokenizer.backend_tokenizer
+    tokenizer.bos_token = bos
+    if backend.encode("").ids != [special.bos] * special.adds_bos:
+        before = f"{bos} " * special.adds_bos
+        backend.post_processor = TemplateProcessing(single=f"{before}$A", special_tokens=[(bos, special.bos)])
 
 
 def _from_gguf(kind: Any, file: Path, **options: Any) -> Any:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import as_lfs_pointer, edit_tensors
-from checkpoints import make_clip, make_llava, make_qwen_vl, make_text
+from checkpoints import Family, make_clip, make_llava, make_qwen_vl, make_text, make_tokenizer
 from engine_parts import Reference, assert_all_same, drain, draw_cases, greedy, recording_engine
 from gguf_checkpoints import write_gguf
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.cli.main import DONE, MISUSE, main
 from nanovllm.engine import convert as conversion
 from nanovllm.engine.convert import convert
@@ -119,6 +120,22 @@ def rotary_of(directory: Path) -> torch.Tensor:
     config: Any = AutoConfig.from_pretrained(directory)
     dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return rotary_table(config, dimensions, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_special_tokens_of_a_gguf_file_are_those_of_its_checkpoint(tmp_path: Path, family: Family) -> None:
+    original = make_text(tmp_path / "original", family=family)
+    tokens = make_tokenizer()
+    think, end = tokens.convert_tokens_to_ids(["<think>", "</think>"])
+    metadata = {"eos_token_id": end, "eot_token_id": think, "bos_token_id": 0, "add_bos_token": True}
+    convert(write_gguf(tmp_path / "model.gguf", original, metadata=metadata), tmp_path / "out")
+    tokenizer = Checkpoint(tmp_path / "out").tokenizer()
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / "out" / name).read_text())
+        assert (fields["eos_token_id"], fields["bos_token_id"]) == ([end, think], 0)
+        assert fields.get("pad_token_id") is None
+    assert tokenizer.eos_token_id == end
+    assert tokenizer("the total </think> it").input_ids == [0, *tokens("the total </think> it").input_ids]
 
 
 @pytest.mark.parametrize("named", ["first part", "last part", "directory"])
