@@ -242,3 +242,16 @@ def test_a_release_of_transformers_outside_the_tested_ones_is_said(version: str,
 def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:
     bounds = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert f"transformers>={OLDEST},<6" in bounds["optional-dependencies"]["worker"]
+
+
+def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> None:
+    directory = make_llava(tmp_path)
+    as_lfs_pointer(directory / "processor_config.json")
+    with pytest.raises(ModelNotFound, match=r"processor_config\.json is a Git LFS pointer: `git lfs pull`"):
+        recording_engine(directory)
+
+
+def test_an_adapter_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match=r"holds an adapter .* merge it into its base model first"):
+        recording_engine(tmp_path)
