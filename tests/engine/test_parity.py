@@ -261,6 +261,17 @@ def test_a_scaling_of_the_model_card_extends_the_context_and_equals_transformers
         recording_engine(tmp_path, max_model_len=longest + 1)
 
 
+def test_a_scaling_of_the_model_card_extends_qwen_vl_too(tmp_path: Path) -> None:
+    make_qwen_vl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config["text_config"]
+    text["max_position_embeddings"] = 64
+    text["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert recording_engine(tmp_path).max_model_len == 256
+    check_some(tmp_path, sees=True)
+
+
 def test_a_sliding_window_is_full_attention_up_to_its_length_and_refused_beyond(tmp_path: Path) -> None:
     make_text(tmp_path, family="qwen2", use_sliding_window=True, sliding_window=256, max_window_layers=1)
     with pytest.raises(UnsupportedModel, match=r"sliding_window=256 .* max_model_len=2048; up to max_model_len=256"):
