@@ -9,15 +9,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from nanovllm.checkpoints.resolve import checkpoint_name, read_config, weight_files
+from nanovllm.checkpoints.resolve import (
+    checkpoint_name,
+    is_lfs_pointer,
+    read_config,
+    read_json_object,
+    weight_files,
+    why_unreadable,
+)
 from nanovllm.checkpoints.tensors import open_tensors
-from nanovllm.errors import ModelNotFound
+from nanovllm.errors import ModelNotFound, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json",
+)  # fmt: skip
+
+
+def _lost_its_bytes(file: Path, tokenizer: Any) -> bool:
+    """Whether tokenizer.json works on bytes, and what transformers made of it does not.
+
+    transformers 5 gives every LlamaTokenizerFast the pre-tokeniser of SentencePiece, whatever its file says (DeepSeek's
+    and Llama 3's descendants): spaces and letters beyond ASCII are then lost without an error.
+    """
+    made = getattr(tokenizer, "backend_tokenizer", None)
+    if made is None or not file.is_file() or "ByteLevel" in repr((made.pre_tokenizer, made.decoder)):
+        return False
+    stored = read_json_object(file, missing=file.name)
+    return "ByteLevel" in json.dumps([stored.get("pre_tokenizer"), stored.get("decoder")])
 
 
 class Checkpoint:
@@ -33,8 +56,15 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Configuration, with the defaults of its family."""
-        return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        """Configuration, with the defaults of its family; UnsupportedModel for one that transformers does not know."""
+        try:
+            return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a validator of a family raises whatever it likes
+            name, kind = checkpoint_name(self.directory), self.fields.get("model_type")
+            raise UnsupportedModel(
+                f"config.json of {name!r} (model_type {kind!r}) is not understood by transformers: "
+                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+            ) from error
 
     @property
     def architecture(self) -> str:
@@ -57,11 +87,21 @@ class Checkpoint:
             ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
         """
         name, why = checkpoint_name(self.directory), "it has no vocabulary"
+        files = [file for pattern in _TOKENIZER_FILES for file in sorted(self.directory.glob(pattern))]
+        for file in files:
+            if is_lfs_pointer(file) or file.stat().st_size == 0:
+                raise ModelNotFound(f"{file.name} of checkpoint {name!r} {why_unreadable(file)}")
+        tokenizer = None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            tokenizer, why = None, type(error).__name__
-        # Without its files transformers 5 builds some families' tokenizers of their control tokens alone.
+            # Without its files transformers 5 builds the tokenizers of some families of their control tokens alone.
+            if any(not file.name.startswith(("tokenizer_config", "special_tokens")) for file in files):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.directory, local_files_only=True, trust_remote_code=False
+                )
+                if _lost_its_bytes(self.directory / "tokenizer.json", tokenizer):
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+            why = f"{type(error).__name__}: a file of it may be cut or damaged"
         if tokenizer is None or tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
             raise ModelNotFound(
                 f"{name!r} ({self.architecture or 'no architecture'}) has no tokenizer that can be read ({why}): the "

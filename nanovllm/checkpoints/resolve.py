@@ -34,6 +34,8 @@ _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _FILES_OF_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
+_LFS_POINTER = b"version https://git-lfs"
+
 _aliases: dict[str, Path] = {"tiny-receipts": Path(__file__).resolve().parent / "assets" / "tiny-receipts"}
 
 
@@ -88,13 +90,13 @@ def repository_of(directory: Path) -> str | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Safetensors files of a checkpoint: its only one, or the shards of its index.
+    """Safetensors files of a checkpoint: model.safetensors, else the shards of the index, as in transformers.
 
     Raises:
         ModelNotFound: files are missing, or the index is damaged; says the command that gets them.
     """
     names: Any = [_SAFETENSORS]
-    if (directory / _SAFETENSORS_INDEX).is_file():
+    if not (directory / _SAFETENSORS).is_file() and (directory / _SAFETENSORS_INDEX).is_file():
         names = read_json_object(directory / _SAFETENSORS_INDEX, missing=_SAFETENSORS_INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ModelNotFound(f"{_SAFETENSORS_INDEX} of {checkpoint_name(directory)!r} holds no weight_map of files")
@@ -105,6 +107,19 @@ def weight_files(directory: Path) -> list[Path]:
         name = checkpoint_name(directory)
         raise ModelNotFound(f"checkpoint {name!r} lacks {missing[0]}{more}{remedy_for(directory)}")
     return [directory / name for name in names]
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the pointer that Git LFS leaves in place of a file which it has not downloaded."""
+    with file.open("rb") as start:
+        return start.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def why_unreadable(file: Path) -> str:
+    """What is wrong with a file that cannot be parsed, and the command that mends it, to end a message."""
+    if is_lfs_pointer(file):
+        return "is a Git LFS pointer: `git lfs pull` gets the file"
+    return "is cut or damaged: get it again"
 
 
 def remedy_for(place: Path) -> str:
@@ -155,7 +170,8 @@ def read_json_object(path: Path, *, missing: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelNotFound(missing) from error
     except ValueError as error:
-        raise ModelNotFound(f"{path} is not valid JSON: {error}") from error
+        why = why_unreadable(path) if is_lfs_pointer(path) else f"is not valid JSON: {error}"
+        raise ModelNotFound(f"{path} {why}") from error
     if not isinstance(fields, dict):
         raise ModelNotFound(f"{path} holds no JSON object")
     return fields
@@ -166,6 +182,8 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _what_is_missing(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return "holds an adapter (adapter_config.json), not a model: merge it into its base model first"
     if directory.is_dir():
         return "holds no config.json"
     return "is a file, not a directory" if directory.exists() else "does not exist"

@@ -11,10 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nanovllm.checkpoints.resolve import checkpoint_name, weight_files
+from nanovllm.checkpoints.resolve import checkpoint_name, weight_files, why_unreadable
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel, counted
 
-_LFS = b"version https://git-lfs"
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NAMED_TENSORS = 5  # in a message
+
+# What transformers ignores too, because it follows from the configuration: stored by its releases before 4.32.
+_COMPUTED = "rotary_emb.inv_freq"
 
 
 @contextmanager
@@ -27,22 +31,28 @@ def open_tensors(file: Path) -> Iterator[Any]:
     try:
         tensors = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        with file.open("rb") as start:
-            is_pointer = start.read(len(_LFS)) == _LFS
-        why = "is a Git LFS pointer: `git lfs pull` gets the file" if is_pointer else "is cut or damaged: get it again"
+        why = why_unreadable(file)
         raise ModelNotFound(f"{file.name} of checkpoint {checkpoint_name(file.parent)!r} {why}") from error
     with tensors:
         yield tensors
 
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None]) -> Iterator[tuple[str, str, Tensor]]:
-    """Stored name, new name and tensor, on the CPU in the stored type, where ``rename`` gives a name."""
+    """Stored name, new name and tensor, on the CPU in the stored type, where ``rename`` gives a name.
+
+    Raises UnsupportedModel for a tensor of a type that no weight has: it is quantised, or not what its name says.
+    """
     for file in files:
         with open_tensors(file) as tensors:
             for stored in tensors.keys():  # noqa: SIM118 (not a mapping)
                 name = rename(stored)
-                if name is not None:
-                    yield stored, name, tensors.get_tensor(stored)
+                if name is None:
+                    continue
+                tensor = tensors.get_tensor(stored)
+                if tensor.dtype not in _WEIGHT_DTYPES:
+                    kind, known = _plain(tensor.dtype), ", ".join(map(_plain, _WEIGHT_DTYPES))
+                    raise UnsupportedModel(f"checkpoint tensor {stored!r} is of type {kind}; weights are {known}")
+                yield stored, name, tensor
 
 
 @torch.no_grad()
@@ -52,10 +62,13 @@ def load_parameters(
     """Copy all stored tensors to their ``places``, except those that ``rename`` gives no name.
 
     Raises:
-        UnsupportedModel: a tensor is missing, is unknown, or has another shape.
+        UnsupportedModel: a tensor is missing, is unknown, is there twice with different values, or has another shape
+            or type.
     """
-    missing = set(places)
+    loaded: dict[str, str] = {}
     for stored, name, tensor in read_tensors(files, rename):
+        if name.endswith(_COMPUTED):
+            continue
         if name not in places:
             raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this model")
         for place in places[name]:
@@ -63,10 +76,9 @@ def load_parameters(
                 raise UnsupportedModel(
                     f"checkpoint tensor {stored!r} is {list(tensor.shape)}, expected {list(place.shape)}"
                 )
-            place.copy_(tensor)
-        missing.discard(name)
-    if missing:
-        raise UnsupportedModel(f"the checkpoint lacks {counted(len(missing), 'tensor')}, among them {min(missing)!r}")
+            _copy_once(place, tensor, stored, loaded.get(name))
+        loaded[name] = stored
+    _check_complete(places, loaded, UnsupportedModel)
 
 
 @torch.no_grad()
@@ -78,6 +90,7 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> Non
     Raises:
         ModelNotFound: a file or tensor is missing.
         ConfigurationError: a tensor has another shape.
+        UnsupportedModel: a tensor has another type, or is there twice with different values.
     """
     # Releases of transformers differ in whether a lone tower keeps its parts under "vision_model".
     parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
@@ -87,16 +100,42 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> Non
         name = None if prefix is None else stored.removeprefix(prefix).removeprefix("vision_model.")
         return name if name in parameters else None
 
-    files = [path] if path.is_file() else [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
-    if not files or (path / "model.safetensors.index.json").is_file():
-        files = weight_files(path)
-    missing = set(parameters)
-    for _, name, tensor in read_tensors(files, rename):
+    loaded: dict[str, str] = {}
+    for stored, name, tensor in read_tensors(_files_of(path), rename):
         if parameters[name].shape != tensor.shape:
             raise ConfigurationError(
                 f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
             )
-        parameters[name].copy_(tensor)
-        missing.discard(name)
+        _copy_once(parameters[name], tensor, stored, loaded.get(name))
+        loaded[name] = stored
+    _check_complete(parameters, loaded, ModelNotFound)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The weight files of a checkpoint's directory, or all safetensors of one that is named otherwise."""
+    if path.is_file():
+        return [path]
+    others = [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
+    is_named_so = (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
+    return weight_files(path) if is_named_so or not others else others
+
+
+def _copy_once(place: Tensor, tensor: Tensor, stored: str, earlier: str | None) -> None:
+    """Copy a tensor; a second one for the same place (in another shard, or under an older name) must be equal."""
+    if earlier is None:
+        place.copy_(tensor)
+    elif not torch.equal(place, tensor.to(place)):
+        also = "in another file" if earlier == stored else f"as {earlier!r}"
+        raise UnsupportedModel(f"checkpoint tensor {stored!r} is stored {also} too, with other values")
+
+
+def _check_complete(wanted: Iterable[str], loaded: Iterable[str], error: type[ConfigurationError]) -> None:
+    missing = sorted(set(wanted).difference(loaded))
     if missing:
-        raise ModelNotFound(f"the checkpoint lacks {counted(len(missing), 'tensor')}, such as {min(missing)}")
+        more = ", …" if len(missing) > _NAMED_TENSORS else ""
+        names = ", ".join(missing[:_NAMED_TENSORS]) + more
+        raise error(f"the checkpoint lacks {counted(len(missing), 'tensor')}, such as {names}")
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

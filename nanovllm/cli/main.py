@@ -121,7 +121,9 @@ def convert(
     _require("worker", "torch", "transformers")
     from nanovllm.engine.convert import convert, how_to_use
 
-    convert(source, output)
+    difference = convert(source, output)
+    if difference is not None:
+        print(f"compared with its source: logits differ by {difference:.1g} of the largest at most")
     print(f"{output} is ready: {how_to_use(output.resolve())}")
 
 

@@ -2,7 +2,8 @@
 
 This is the only place that opens either format. A ``.bin`` file is a pickle: it is read as weights only, so that
 nothing in it runs. GGUF is dequantised by transformers, which also takes configuration, tokenizer and chat template
-out of it.
+out of it; what it leaves out of account is checked or read in ``checkpoints/gguf_files.py``. A conversion ends with the
+comparison of the source's logits in transformers with the result's in this engine.
 """
 
 from __future__ import annotations
@@ -10,39 +11,59 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import re
 import shlex
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
-from nanovllm.checkpoints.resolve import read_config, read_json_object, resolve_checkpoint
-from nanovllm.engine.models.registry import TEXT_FAMILIES, text_architecture
-from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+from nanovllm.checkpoints.resolve import is_lfs_pointer, read_config, read_json_object, resolve_checkpoint
+from nanovllm.engine.attention.base import AttentionBatch
+from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.layers.rotary import known_positions
+from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES, load_text_model, text_architecture
+from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel, counted
+
+if TYPE_CHECKING:
+    from nanovllm.checkpoints.gguf_files import SpecialTokens
 
 _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration, tokenizer, chat template, preprocessing
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_REPORTING = {"output_loading_info": True}
+_COMPARED_TOKENS = 24
+_TOLERANCE = {torch.float32: 1e-3}  # of the largest logit; narrower types round in every layer
+_NARROW_TOLERANCE = 5e-2
 
 
-def convert(source: Path, output: Path) -> None:
+def convert(source: Path, output: Path) -> float | None:
     """Write the checkpoint of ``source`` (a directory of ``.bin`` files, a GGUF file) to the new directory ``output``.
 
-    A ``source`` that is no path is a name that ``resolve_checkpoint`` knows. ``output`` appears complete or not at all.
+    A ``source`` that is no path is a name that ``resolve_checkpoint`` knows; of a split GGUF any part is named, or the
+    directory. ``output`` appears complete or not at all. Needs memory for the model once, in the type it is written in.
+
+    Returns:
+        The largest difference between the logits of source and result, as a part of the largest logit; None for a
+        vision tower, which has none.
 
     Raises:
         ConfigurationError: ``output`` exists, or a package for GGUF is missing.
-        ModelNotFound: ``source`` leads nowhere or holds no weights in either format.
-        UnsupportedModel: an architecture that the engine does not implement, or a file that is not what it says.
+        ModelNotFound: ``source`` leads nowhere, or holds no weights in either format, or not all of them.
+        UnsupportedModel: an architecture that the engine does not implement, a file that is not what it says, or a
+            result whose logits are not the source's.
     """
     if output.exists() or output.is_symlink():
         raise ConfigurationError(f"the output {str(output)!r} exists already; name a directory that does not")
@@ -53,12 +74,10 @@ def convert(source: Path, output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         made = Path(scratch) / output.name
         made.mkdir()
-        if gguf is not None:
-            _convert_gguf(gguf, made)
-        else:
-            _convert_bin(source, made)
-        Checkpoint(made)  # complete, as the engine sees it
+        expected = _convert_bin(source, made) if gguf is None else _convert_gguf(gguf, made, Path(scratch))
+        difference = None if expected is None else _compare(expected, Checkpoint(made))
         made.rename(output)
+    return difference
 
 
 def how_to_use(directory: Path) -> str:
@@ -80,7 +99,8 @@ def _find_gguf(source: Path) -> Path | None:
     if (source / _BIN).is_file() or (source / _BIN_INDEX).is_file():
         return None
     found = sorted(source.glob("*.gguf"))
-    if len(found) > 1:
+    wholes = {re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in found}
+    if len(wholes) > 1 or (len(found) > 1 and found[0].stem in wholes):
         names = ", ".join(file.name for file in found)
         raise ConfigurationError(f"{str(source)!r} holds {len(found)} GGUF files ({names}); name the one to convert")
     if not found:
@@ -88,8 +108,9 @@ def _find_gguf(source: Path) -> Path | None:
     return found[0]
 
 
-def _convert_bin(source: Path, made: Path) -> None:
-    read_config(source)  # without it the weights are of no use
+def _convert_bin(source: Path, made: Path) -> Tensor | None:
+    """Write the tensors as they are, with all that stands beside them; returns the source's logits."""
+    architecture = next(iter(read_config(source).get("architectures") or ()), "")
     state: dict[str, Tensor] = {}
     for file in _bin_files(source):
         state |= _read_bin(file)
@@ -97,9 +118,16 @@ def _convert_bin(source: Path, made: Path) -> None:
         for file in source.glob(pattern):
             if file.name != _BIN_INDEX:
                 shutil.copyfile(file, made / file.name)
+    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     _save(state, made)
     if not (made / "tokenizer.json").is_file() and any((made / name).is_file() for name in _TOKENIZER_FILES):
         _save_tokenizer(source, made)
+    if architecture not in (*TEXT_FAMILIES, LLAVA, *QWEN_VL):
+        return None
+    model = getattr(transformers, architecture).from_pretrained(
+        None, config=Checkpoint(made).config, state_dict=state, dtype=dtype, **_REPORTING
+    )
+    return _logits(_complete(source, model), architecture)
 
 
 def _bin_files(source: Path) -> list[Path]:
@@ -119,6 +147,7 @@ def _bin_files(source: Path) -> list[Path]:
 
 
 def _read_bin(file: Path) -> Mapping[str, Tensor]:
+    _refuse_pointer(file)
     try:
         # Mapped, the tensors of a large checkpoint pass through memory one shard of output at a time.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -136,22 +165,123 @@ def _read_bin(file: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _convert_gguf(file: Path, made: Path) -> None:
+def _convert_gguf(file: Path, made: Path, scratch: Path) -> Tensor:
+    """Write what transformers reads out of the file, in float32; returns the source's logits."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(f"reading GGUF needs {', '.join(missing)}: pip install '.[convert]' in a clone")
-    architecture = text_architecture(_from_gguf(AutoConfig, file))
+    from nanovllm.checkpoints.gguf_files import (
+        check_tensors,
+        head_dim,
+        join_parts,
+        parts_of,
+        rope_parameters,
+        special_tokens,
+    )
+
+    _refuse_pointer(file)
+    parts = parts_of(file)
+    if len(parts) > 1:
+        file = scratch / file.name.replace(f"-of-{len(parts):05}", "")
+        join_parts(parts, file)
+    config = _from_gguf(AutoConfig, file)
+    architecture = text_architecture(config)
     if architecture not in TEXT_FAMILIES:
         raise UnsupportedModel(f"{file.name!r} is a {architecture}; supported are {', '.join(TEXT_FAMILIES)}")
-    _from_gguf(AutoTokenizer, file).save_pretrained(made)
-    model = _from_gguf(AutoModelForCausalLM, file, dtype=torch.float32)
+    if hasattr(config, "head_dim"):  # transformers reads it for Llama only, and else takes its family's default
+        config.head_dim = head_dim(file)
+    config.rope_parameters = rope_parameters(file)
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
+    check_tensors(file, names, config.num_hidden_layers)
+    tokenizer, special = _from_gguf(AutoTokenizer, file), special_tokens(file)
+    _complete_tokenizer(tokenizer, special)
+    tokenizer.save_pretrained(made)
+    model = _complete(file, _from_gguf(AutoModelForCausalLM, file, config=config, dtype=torch.float32, **_REPORTING))
     config = model.config
     del config.quantization_config  # what transformers says of the file, not of what is written here
     config.architectures = [architecture]
-    config.save_pretrained(made)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(made)
+    for fields in filter(None, (config, model.generation_config)):
+        fields.bos_token_id, fields.pad_token_id = special.bos, special.pad
+        fields.eos_token_id = special.ends[0] if len(special.ends) == 1 else list(special.ends) or None
+        fields.save_pretrained(made)
     _save(model.state_dict(), made)
+    return _logits(model, architecture)
+
+
+def _refuse_pointer(file: Path) -> None:
+    if is_lfs_pointer(file):
+        raise ModelNotFound(f"{file.name!r} is a Git LFS pointer: `git lfs pull` gets the file")
+
+
+def _complete(source: Path, loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """A model that transformers has loaded; UnsupportedModel where it drew tensors that the source lacks."""
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModel(f"{source.name!r} lacks {counted(len(missing), 'tensor')}, such as {missing[0]}")
+    return model
+
+
+@torch.inference_mode()
+def _logits(model: Any, architecture: str) -> Tensor:
+    """Logits [tokens, vocab] of a model of transformers for the sample that ``_compare`` takes."""
+    ids, positions = _sample(model.config)
+    # Those of Qwen-VL are three-dimensional, and of text alone those that it counts itself.
+    located = {} if architecture in QWEN_VL else {"position_ids": positions[None]}
+    return model.eval()(input_ids=ids[None], **located).logits[0].clone()
+
+
+@torch.inference_mode()
+def _compare(expected: Tensor, made: Checkpoint) -> float:
+    """The largest difference of the result's logits from ``expected``, as a part of the largest; UnsupportedModel."""
+    device, dtype = torch.device("cpu"), expected.dtype
+    model = load_text_model(made, dtype, device)
+    ids, positions = _sample(made.config)
+    attention, config = SdpaAttention(device, dtype), model.config
+    blocks = -(-len(ids) // attention.block_size)
+    caches = [
+        attention.allocate(blocks, config.num_key_value_heads, config.head_dim, dtype)
+        for _ in range(config.num_hidden_layers)
+    ]
+    if config.position_axes is not None:
+        positions = torch.arange(len(ids))[:, None].expand(-1, 3)
+    batch = AttentionBatch([len(ids)], [len(ids)], [list(range(blocks))])
+    hidden = model(model.embed(ids), positions, caches, attention, attention.metadata(batch))
+    difference = float((model.logits(hidden) - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE.get(dtype, _NARROW_TOLERANCE):
+        raise UnsupportedModel(
+            f"the converted checkpoint's logits differ from its source's by {difference:.2g} of the largest: nothing "
+            "is written"
+        )
+    return difference
+
+
+def _sample(config: Any) -> tuple[Tensor, Tensor]:
+    """Tokens of text [n], and positions [n] over the whole context: short distances hide how positions are scaled."""
+    text = config.get_text_config()
+    fields = config.to_dict().items()
+    special = {value for name, value in fields if name.endswith(("_token_id", "_token_index")) and type(value) is int}
+    plain = [token for token in range(min(text.vocab_size, 50_000)) if token not in special]
+    ids = torch.tensor([plain[number * 7919 % len(plain)] for number in range(1, _COMPARED_TOKENS + 1)])
+    return ids, torch.linspace(0, known_positions(text) - 1, len(ids)).long()
+
+
+def _complete_tokenizer(tokenizer: Any, special: SpecialTokens) -> None:
+    """Give a tokenizer that transformers made of a GGUF file the special tokens which that file names."""
+    for texts, is_control in ((special.control, True), (special.user_defined, False)):
+        known = tokenizer.added_tokens_decoder
+        lost = [text for token, text in texts.items() if token not in known]
+        lost = [text for text in lost if tokenizer.convert_tokens_to_ids(text) in texts]
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lost], special_tokens=is_control)
+    if special.ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(special.ends[0])
+    if special.adds_bos is None or special.bos is None:
+        return
+    bos, backend = tokenizer.convert_ids_to_tokens(special.bos), tokenizer.backend_tokenizer
+    tokenizer.bos_token = bos
+    if backend.encode("").ids != [special.bos] * special.adds_bos:
+        before = f"{bos} " * special.adds_bos
+        backend.post_processor = TemplateProcessing(single=f"{before}$A", special_tokens=[(bos, special.bos)])
 
 
 def _from_gguf(kind: Any, file: Path, **options: Any) -> Any:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
+from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.linear import Linear
@@ -42,6 +44,7 @@ def describe(engine: LLMEngine) -> Iterator[Finding]:
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
+    yield Finding("transformers", transformers.__version__, untested_version())
     yield _weights(engine)
     yield _attention(engine)
     yield _graphs(engine)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
+from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
@@ -61,6 +62,7 @@ class LLMEngine:
         Raises:
             ModelNotFound, UnsupportedModel, ConfigurationError: what cannot be loaded or contradicts itself.
         """
+        warn_untested_version()
         self.config = EngineConfig.from_options(model, options)
         self.checkpoint = Checkpoint(resolve_checkpoint(model))
         self.tokenizer = self.checkpoint.tokenizer()

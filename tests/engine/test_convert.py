@@ -10,15 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from checkpoints import make_clip, make_llava, make_text, make_tokenizer
+from checkpoint_files import as_lfs_pointer, edit_tensors
+from checkpoints import Family, make_clip, make_llava, make_qwen_vl, make_text, make_tokenizer
 from engine_parts import Reference, assert_all_same, drain, draw_cases, greedy, recording_engine
+from gguf_checkpoints import write_gguf
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.cli.main import DONE, MISUSE, main
+from nanovllm.engine import convert as conversion
 from nanovllm.engine.convert import convert
+from nanovllm.engine.layers.rotary import rotary_table
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 from nanovllm.vision.encoders.clip import VisionEncoder
 
@@ -36,7 +41,7 @@ def as_bin(directory: Path, num_shards: int = 1, *, tied: bool = False, legacy: 
     if num_shards == 1:
         save(state, directory / "pytorch_model.bin")
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(num_shards):
         names = sorted(state)[shard::num_shards]
         file_name = f"pytorch_model-{shard + 1:05}-of-{num_shards:05}.bin"
@@ -44,40 +49,6 @@ def as_bin(directory: Path, num_shards: int = 1, *, tied: bool = False, legacy: 
         weight_map |= dict.fromkeys(names, file_name)
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
-
-
-def write_gguf(file: Path, checkpoint: Path) -> Path:
-    """A Qwen2 checkpoint as one GGUF file in float32, written by the format's own library."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    tokenizer = make_tokenizer()
-    writer = gguf.GGUFWriter(file, "qwen2")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if index in added else 1 for index in range(len(tokens))])
-    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        kind = "." + name.rsplit(".", 1)[1]
-        writer.add_tensor(names.get_name(name.removesuffix(kind)) + kind, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def assert_answers_equal(original: Path, converted: Path, *, sees: bool = False) -> None:
@@ -115,11 +86,144 @@ def test_a_tower_converts_too(tmp_path: Path) -> None:
     assert VisionEncoder(64, tmp_path / "out").num_vision_tokens == 49
 
 
-def test_a_gguf_file_answers_as_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
-    original = make_text(tmp_path / "original", family="qwen2")
-    convert(write_gguf(tmp_path / "model.gguf", original), tmp_path / "made" / "out")
+def rope(kind: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 2e4, **parameters}}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+GGUF: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "qwen2"},
+    "qwen3, tied": {"family": "qwen3", "tie_word_embeddings": True},
+    "llama, another theta": {"family": "llama", **rope("default")},
+    "linear": {"family": "llama", **rope("linear", factor=4.0)},
+    "yarn": {"family": "qwen2", **rope("yarn", factor=4.0, original_max_position_embeddings=512)},
+    "llama3": {"family": "llama", **rope("llama3", factor=8.0, **LLAMA3)},
+    "llama3 of other parameters": {
+        "family": "llama", **rope("llama3", factor=32.0, **{**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 9.0})
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", list(GGUF.values()), ids=list(GGUF))
+def test_a_gguf_file_answers_as_the_checkpoint_it_was_made_of(tmp_path: Path, options: dict[str, Any]) -> None:
+    original = make_text(tmp_path / "original", **options)
+    difference = convert(write_gguf(tmp_path / "model.gguf", original), tmp_path / "made" / "out")
+    assert difference is not None
+    assert difference < 1e-4
     assert_answers_equal(original, tmp_path / "made" / "out")
     assert sorted(file.name for file in (tmp_path / "made").iterdir()) == ["out"]
+    scaled, source = (rotary_of(directory) for directory in (tmp_path / "made" / "out", original))
+    assert float((scaled - source).abs().max()) < 1e-3  # at every position of the context
+
+
+def rotary_of(directory: Path) -> torch.Tensor:
+    config: Any = AutoConfig.from_pretrained(directory)
+    dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return rotary_table(config, dimensions, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_special_tokens_of_a_gguf_file_are_those_of_its_checkpoint(tmp_path: Path, family: Family) -> None:
+    original = make_text(tmp_path / "original", family=family)
+    tokens = make_tokenizer()
+    think, end = tokens.convert_tokens_to_ids(["<think>", "</think>"])
+    metadata = {"eos_token_id": end, "eot_token_id": think, "bos_token_id": 0, "add_bos_token": True}
+    convert(write_gguf(tmp_path / "model.gguf", original, metadata=metadata), tmp_path / "out")
+    tokenizer = Checkpoint(tmp_path / "out").tokenizer()
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / "out" / name).read_text())
+        assert (fields["eos_token_id"], fields["bos_token_id"]) == ([end, think], 0)
+        assert fields.get("pad_token_id") is None
+    assert tokenizer.eos_token_id == end
+    assert tokenizer("the total </think> it").input_ids == [0, *tokens("the total </think> it").input_ids]
+
+
+@pytest.mark.parametrize("named", ["first part", "last part", "directory"])
+def test_a_split_gguf_converts_whole_whichever_part_is_named(tmp_path: Path, named: str) -> None:
+    original, source = make_text(tmp_path / "original", family="qwen2"), tmp_path / "source"
+    source.mkdir()
+    first = write_gguf(source / "model.gguf", original, tensors_a_part=7)
+    parts = sorted(source.iterdir())
+    assert len(parts) > 2
+    place = {"first part": first, "last part": parts[-1], "directory": source}[named]
+    convert(place, tmp_path / "out")
+    assert_answers_equal(original, tmp_path / "out")
+
+
+def test_a_split_gguf_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "model.gguf", make_text(tmp_path / "it", family="qwen2"), tensors_a_part=7)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    second = parts[1].read_bytes()
+    parts[1].unlink()
+    for source in (first, parts[2], tmp_path):
+        with pytest.raises(ModelNotFound, match=f"one of {len(parts)} parts, and beside it is no {parts[1].name}"):
+            convert(source, tmp_path / "out")
+    shutil.copyfile(parts[2], parts[1])
+    with pytest.raises(UnsupportedModel, match=f"'{parts[1].name}' is by its metadata part 3 of {len(parts)}"):
+        convert(first, tmp_path / "out")
+    parts[1].write_bytes(second)
+    renamed = first.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UnsupportedModel, match=r"'renamed.gguf' is one of \d parts by its metadata"):
+        convert(renamed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"blk.1.ffn_up.weight": None}, r"lacks 1 tensor: blk\.1\.ffn_up\.weight"),
+        ({"token_embd.weight": None}, r"lacks 1 tensor: token_embd\.weight"),
+        ({"blk.0.attn_q.bias": torch.ones(128)}, r"holds 1 tensor that .* 'llama': blk\.0\.attn_q\.bias"),
+        ({"rope_factors_long.weight": torch.ones(16)}, r"rope_factors_long"),
+        ({"rope_freqs.weight": torch.linspace(1, 3, 16)}, r"not those of Llama 3's scaling"),
+        ({"rope_freqs.weight": torch.ones(8)}, r"8 factors for 16 pairs"),
+    ],
+)
+def test_a_gguf_whose_tensors_are_not_its_models_is_refused_by_their_names(
+    tmp_path: Path, extra: dict[str, Any], message: str
+) -> None:
+    source = write_gguf(tmp_path / "model.gguf", make_text(tmp_path / "it", family="llama"), **extra)
+    with pytest.raises(UnsupportedModel, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [make_text, make_llava, make_qwen_vl])
+def test_a_head_of_its_own_stays_where_the_configuration_ties_it(tmp_path: Path, make: Callable[..., Path]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+        return {**tensors, "lm_head.weight": tensors[embedding].flip(0)}  # as merging a LoRA of the head leaves it
+
+    for name in ("original", "bin"):
+        edit_tensors(make(tmp_path / name, tie_word_embeddings=True), change)
+    convert(as_bin(tmp_path / "bin"), tmp_path / "out")
+    assert_answers_equal(tmp_path / "original", tmp_path / "out", sees=make is not make_text)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_checkpoints_are_compared_in_their_own_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    difference = convert(as_bin(make_text(tmp_path / "bin", dtype=dtype)), tmp_path / "out")
+    assert difference is not None
+    assert 0 < difference < 5e-2
+
+
+def test_a_result_with_other_logits_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = conversion._save
+    monkeypatch.setattr(
+        conversion,
+        "_save",
+        lambda state, made: save({name: value * 1.05 for name, value in state.items()}, made),
+    )
+    with pytest.raises(UnsupportedModel, match=r"logits differ from its source's by .* nothing is written"):
+        convert(as_bin(make_text(tmp_path / "bin")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bin_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
+    source = make_text(tmp_path / "bin")
+    edit_tensors(source, lambda stored: {name: value for name, value in stored.items() if "1.mlp.up" not in name})
+    with pytest.raises(UnsupportedModel, match=r"lacks 1 tensor, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        convert(as_bin(source), tmp_path / "out")
 
 
 class Mischief:
@@ -162,6 +266,10 @@ def spoilt(directory: Path, kind: str) -> Path:
             write_gguf(source / "a.gguf", make_text(directory / "model", family="qwen2"))
             (source / "a.gguf").write_bytes((source / "a.gguf").read_bytes()[:-4000])
             shutil.rmtree(directory / "model")
+        case "pointer":
+            as_lfs_pointer(binary)
+        case "gguf pointer":
+            as_lfs_pointer(source / "a.gguf")
         case "text file":
             return source / "config.json"
         case "missing":
@@ -183,6 +291,8 @@ def spoilt(directory: Path, kind: str) -> Path:
         ("two", ConfigurationError, r"holds 2 GGUF files \(a.gguf, b.gguf\); name the one"),
         ("no gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
         ("cut gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
+        ("pointer", ModelNotFound, "'pytorch_model.bin' is a Git LFS pointer: `git lfs pull`"),
+        ("gguf pointer", ModelNotFound, "'a.gguf' is a Git LFS pointer: `git lfs pull`"),
         ("text file", UnsupportedModel, "is not a .gguf file; give the directory"),
         ("missing", ModelNotFound, "does not exist"),
         ("empty", ModelNotFound, "holds neither"),

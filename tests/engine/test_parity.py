@@ -36,7 +36,7 @@ from nanovllm.engine.execution.model_runner import StepInputs, StepResult
 from nanovllm.engine.layers import linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
-from nanovllm.errors import UnsupportedModel
+from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 HEAD_DIM = 32  # of every checkpoint here, so that a KV cache of a number of bytes has as many blocks in each
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -224,6 +224,52 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
 def test_what_a_family_leaves_to_its_checkpoints_equals_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     make_text(tmp_path, **options)
     check_some(tmp_path, sees=False)
+
+
+EXTENDED: dict[str, dict[str, Any]] = {
+    # As the model card of Qwen2.5 has it, of Qwen3, whose own positions are more than it was trained on, of Vicuna 16k.
+    "qwen2.5": {"family": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "qwen3": {
+        "family": "qwen3",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
+    },
+    "vicuna": {"family": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(EXTENDED))
+def test_a_scaling_of_the_model_card_extends_the_context_and_equals_transformers_there(
+    tmp_path: Path, name: str
+) -> None:
+    options = dict(EXTENDED[name])
+    scaling = options.pop("rope_scaling")
+    make_text(tmp_path, max_position_embeddings=32, **options)
+    config = json.loads((tmp_path / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": scaling}))
+    longest = 96 if name == "qwen3" else 128
+    assert recording_engine(tmp_path).max_model_len == longest
+    prompt = random_prompt(1, 12)
+    case = Reference(tmp_path, sees=False).answer(prompt, max_tokens=40)
+    for max_model_len in (None, 90):
+        engine = recording_engine(tmp_path, max_model_len=max_model_len)
+        engine.add_request(prompt, greedy(40), request_id="it")
+        outputs = drain(engine)
+        assert outputs["it"].usage.input_tokens + 40 > 64
+        assert_all_same(engine, {"it": case}, outputs)
+    with pytest.raises(ConfigurationError, match=f"max_model_len={longest + 1}, but the model's positions end at"):
+        recording_engine(tmp_path, max_model_len=longest + 1)
+
+
+def test_a_scaling_of_the_model_card_extends_qwen_vl_too(tmp_path: Path) -> None:
+    make_qwen_vl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config["text_config"]
+    text["max_position_embeddings"] = 64
+    text["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert recording_engine(tmp_path).max_model_len == 256
+    check_some(tmp_path, sees=True)
 
 
 def test_a_sliding_window_is_full_attention_up_to_its_length_and_refused_beyond(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.layers import huge_pages
 from nanovllm.engine.layers.linear import Linear, Quantization
-from nanovllm.engine.layers.rotary import check_rope, rotary_table
+from nanovllm.engine.layers.rotary import check_rope, known_positions, rotary_table
 from nanovllm.engine.layers.token_ops import Rotary, gated_silu, rms_norm, rotate_heads
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
@@ -33,7 +33,7 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_positions: int
     rms_norm_eps: float
     sliding_window: int | None  # the tokens that a layer sees at most; None: all
     source: Any  # transformers' own configuration, which knows about rotary positions
@@ -64,7 +64,7 @@ class DecoderConfig:
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            max_position_embeddings=config.max_position_embeddings,
+            max_positions=known_positions(config),
             rms_norm_eps=config.rms_norm_eps,
             sliding_window=config.sliding_window if "sliding_attention" in kinds else None,
             source=config,
@@ -76,10 +76,11 @@ class DecoderConfig:
 
         Raises ConfigurationError beyond those, and UnsupportedModel beyond a sliding window.
         """
-        limit = asked or self.max_position_embeddings
-        if limit > self.max_position_embeddings:
+        limit = asked or self.max_positions
+        if limit > self.max_positions:
             raise ConfigurationError(
-                f"max_model_len={limit}, but the model's positions end at {self.max_position_embeddings}"
+                f"max_model_len={limit}, but the model's positions end at {self.max_positions}; where its authors "
+                "extend them (YaRN), config.json needs the rope_scaling of their model card"
             )
         if self.sliding_window is not None and limit > self.sliding_window:
             raise UnsupportedModel(

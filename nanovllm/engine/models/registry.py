@@ -42,6 +42,12 @@ def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     """The text model of any supported checkpoint, alone or behind a tower; raises UnsupportedModel for others."""
     text: Any = checkpoint.config.get_text_config()
     architecture = checkpoint.architecture
+    if quantization := checkpoint.fields.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModel(
+            f"the checkpoint's weights are quantised ({method!r}), which is not supported: take the unquantised "
+            "checkpoint; quantization='int8' quantises it at start"
+        )
     prefixes: Sequence[tuple[str, str | None]] = (("", ""),)
     if architecture == LLAVA:
         architecture, prefixes = text_architecture(text), llava.TEXT_PREFIXES
@@ -60,7 +66,8 @@ def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     return load_decoder(
         checkpoint,
         {**TEXT_FAMILIES, **QWEN_VL}[architecture](text),
-        tied=bool(checkpoint.config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False)),
+        # transformers reads it at the outermost level, to which some families' configurations lift it from the text's.
+        tied=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
         prefixes=prefixes,
         dtype=dtype,
         device=device,

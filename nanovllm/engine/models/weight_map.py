@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.checkpoints.tensors import load_parameters
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
 
+logger = logging.getLogger(__name__)
 
-def parameter_places(model: Decoder, *, tied: bool) -> dict[str, list[Tensor]]:
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+def parameter_places(model: Decoder) -> dict[str, list[Tensor]]:
     """Where each tensor of a ``…ForCausalLM`` checkpoint goes: views of this model's parameters."""
     config = model.config
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
     targets: dict[str, list[Tensor]] = {
-        "model.embed_tokens.weight": [model.embed_tokens.data],
+        _EMBEDDING: [model.embed_tokens.data],
+        _HEAD: [model.lm_head.weight.data],
         "model.norm.weight": [model.norm.weight.data],
     }
-    if not tied:
-        targets["lm_head.weight"] = [model.lm_head.weight.data]
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer)
         prefix = f"model.layers.{index}."
@@ -61,10 +67,14 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decoder:
-    """The text model of a checkpoint.
+    """The text model of a checkpoint: every parameter of it is a stored tensor.
 
+    ``tied`` is the configuration's word on head and embedding, and means what it means in transformers: where one of
+    them is stored, it serves as both; where both are, with different values, each is used.
     ``prefixes`` are those of stored names, each with its replacement in a ``…ForCausalLM``; the first that fits counts.
     None, or no prefix that fits, marks a tensor of the vision model.
+
+    Raises UnsupportedModel for tensors that are missing, unknown, or not what the configuration says; names them.
     """
 
     def rename(stored: str) -> str | None:
@@ -80,15 +90,21 @@ def load_decoder(
             model = Decoder(config)
     finally:
         torch.set_default_dtype(default)
-    tied = tied or all(rename(name) != "lm_head.weight" for name in checkpoint.names)
-    if tied:
+    places = parameter_places(model)
+    stored = {rename(name) for name in checkpoint.names}
+    is_shared = tied and not {_HEAD, _EMBEDDING} <= stored
+    if is_shared:
         model.lm_head.weight = model.embed_tokens
-
-    def wanted(stored: str) -> str | None:
-        name = rename(stored)
-        # Old releases of transformers stored the rotary frequencies too; they follow from the configuration.
-        computed = name is not None and name.endswith("rotary_emb.inv_freq")
-        return None if computed or (tied and name == "lm_head.weight") else name
-
-    load_parameters(checkpoint.files, parameter_places(model, tied=tied), wanted)
+        del places[_HEAD]
+        places[_HEAD if _HEAD in stored else _EMBEDDING] = places.pop(_EMBEDDING)
+    load_parameters(checkpoint.files, places, rename)
+    if tied and not is_shared:
+        if torch.equal(model.lm_head.weight, model.embed_tokens):
+            model.lm_head.weight = model.embed_tokens
+        else:
+            logger.warning(
+                "config.json of %r ties the output head to the embedding, and the checkpoint stores both with "
+                "different values: both are used. Its tie_word_embeddings should be false",
+                checkpoint_name(checkpoint.directory),
+            )
     return model.eval()

@@ -1,0 +1,257 @@
+"""A checkpoint comes in as transformers loads it, or not at all: then the error names the tensor or the file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import as_lfs_pointer, as_shards, cut, edit_json, edit_tensors, empty
+from checkpoints import make_llava, make_qwen3, make_qwen_vl, make_text
+from engine_parts import Reference, drain, greedy, noise_image, recording_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.transformers_version import OLDEST, untested_version
+from nanovllm.cli.main import MISUSE, main
+from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3": make_qwen3,
+    "qwen2, tied": functools.partial(make_text, family="qwen2", tie_word_embeddings=True),
+    "llama, biases": functools.partial(make_text, family="llama", attention_bias=True, mlp_bias=True),
+    "llava, clip": make_llava,
+    "llava, siglip, tied": functools.partial(make_llava, tower="siglip", patch=16, size=64, tie_word_embeddings=True),
+    "qwen2.5-vl": make_qwen_vl,
+    "qwen3-vl, tied": functools.partial(make_qwen_vl, family="qwen3_vl", tie_word_embeddings=True),
+}
+SEE = ("llava", "qwen2.5-vl", "qwen3-vl")
+
+
+def assert_loads_as_transformers_does(directory: Path, *, sees: bool, reference: Path | None = None) -> None:
+    prompt = "the total" + " <|image|> and" * sees
+    images = [noise_image(1, 90, 70)] * sees
+    engine = recording_engine(directory, kv_cache_bytes=1 << 20)
+    engine.add_request(prompt, greedy(1), images=images, request_id="it")
+    drain(engine)
+    ours = engine.sampler.logits["it"][0]  # type: ignore[attr-defined]
+    expected = Reference(reference or directory, sees=sees).answer(prompt, images, max_tokens=1).logits[0]
+    assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-4
+
+
+def drop(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+CHANGES: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
+    "drop": drop,
+    "rename": lambda tensors, name: {**drop(tensors, name), f"{name}_old": tensors[name]},
+    "more rows": lambda tensors, name: {**tensors, name: torch.cat([tensors[name], tensors[name][:1]])},
+    "fewer rows": lambda tensors, name: {**tensors, name: tensors[name][:-1].clone()},
+    "half": lambda tensors, name: {**tensors, name: tensors[name].half()},
+    "double": lambda tensors, name: {**tensors, name: tensors[name].double()},
+    "int8": lambda tensors, name: {**tensors, name: tensors[name].to(torch.int8)},
+    "float8": lambda tensors, name: {**tensors, name: tensors[name].to(torch.float8_e4m3fn)},
+    "bool": lambda tensors, name: {**tensors, name: tensors[name] > 0},
+}
+DUPLICATES: dict[str, Callable[[Tensor], Tensor]] = {"equal": torch.clone, "other": lambda tensor: tensor + 1}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("original") / "it") for name, make in MAKERS.items()}
+
+
+@settings(max_examples=60)
+@given(data=st.data(), kind=st.sampled_from(sorted(MAKERS)), change=st.sampled_from([*CHANGES, *DUPLICATES]))
+def test_any_tensor_that_is_changed_is_named_or_means_what_it_means_in_transformers(
+    originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, change: str
+) -> None:
+    directory = tmp_path_factory.mktemp("changed") / "it"
+    shutil.copytree(originals[kind], directory)
+    tensors = load_file(directory / "model.safetensors")
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    if change in DUPLICATES:
+        as_shards(directory, tensors, {name: DUPLICATES[change](tensors[name])})
+    else:
+        edit_tensors(directory, lambda stored: CHANGES[change](stored, name))
+    refusal = None
+    try:
+        recording_engine(directory, kv_cache_bytes=1 << 20).close()
+    except ConfigurationError as error:
+        refusal = str(error)
+    if refusal is None:
+        # transformers refuses another shape of a tensor that no feature depends on: layers behind the selected one.
+        reference = originals[kind] if "rows" in change else directory
+        assert_loads_as_transformers_does(directory, sees=kind.startswith(SEE), reference=reference)
+    else:
+        assert ".".join(name.split(".")[-2:]) in refusal
+        assert change not in ("half", "double", "equal")
+    shutil.rmtree(directory)
+
+
+HEADS: dict[str, tuple[Callable[..., Path], str, bool]] = {
+    "text": (functools.partial(make_text, family="llama"), "model.embed_tokens.weight", False),
+    "llava": (make_llava, "model.language_model.embed_tokens.weight", True),
+    "qwen2.5-vl": (make_qwen_vl, "model.language_model.embed_tokens.weight", True),
+    "qwen3-vl": (functools.partial(make_qwen_vl, family="qwen3_vl"), "model.language_model.embed_tokens.weight", True),
+}
+
+
+def embedding_of(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in tensors if name.endswith("embed_tokens.weight"))
+
+
+def head_of(tensors: dict[str, Tensor]) -> str:
+    """Its name in the layout that the embedding's name is of."""
+    embedding = embedding_of(tensors)
+    return "language_model.lm_head.weight" if embedding.startswith("language_model.model.") else "lm_head.weight"
+
+
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_a_stored_head_that_differs_is_used_whatever_the_configuration_says(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, _, sees = HEADS[kind]
+    directory = make(tmp_path, tie_word_embeddings=True)
+    edit_tensors(directory, lambda stored: {**stored, head_of(stored): stored[embedding_of(stored)].flip(0)})
+    assert_loads_as_transformers_does(directory, sees=sees)
+    assert "stores both with different values" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
+def test_a_text_configuration_that_ties_alone_discards_no_head(tmp_path: Path, kind: str) -> None:
+    directory = HEADS[kind][0](tmp_path)
+    config = directory / "config.json"
+    text = {**json.loads(config.read_text())["text_config"], "tie_word_embeddings": True}
+    edit_json(config, text_config=text, tie_word_embeddings=None)
+    assert_loads_as_transformers_does(directory, sees=True)
+
+
+@pytest.mark.parametrize("stored", ["head", "both"])
+def test_a_tied_checkpoint_may_store_either_or_both(tmp_path: Path, stored: str) -> None:
+    directory = make_qwen3(tmp_path, tie_word_embeddings=True)
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        embedding = tensors["model.embed_tokens.weight"]
+        rest = drop(tensors, "model.embed_tokens.weight") if stored == "head" else tensors
+        return {**rest, "lm_head.weight": embedding.clone()}
+
+    edit_tensors(directory, change)
+    assert_loads_as_transformers_does(directory, sees=False)
+
+
+def test_an_untied_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
+    edit_tensors(make_qwen3(tmp_path), lambda stored: drop(stored, "lm_head.weight"))
+    with pytest.raises(UnsupportedModel, match=r"lacks 1 tensor, such as lm_head\.weight"):
+        recording_engine(tmp_path)
+
+
+def test_quantised_checkpoints_are_refused_by_their_method(tmp_path: Path) -> None:
+    edit_json(make_qwen3(tmp_path) / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(UnsupportedModel, match=r"quantised \('awq'\).*quantization='int8'"):
+        recording_engine(tmp_path)
+
+
+def test_one_file_counts_before_the_shards_of_an_index_as_in_transformers(tmp_path: Path) -> None:
+    directory = make_qwen3(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    whole = (directory / "model.safetensors").read_bytes()
+    as_shards(directory, {name: tensor + 1 for name, tensor in tensors.items()})
+    (directory / "model.safetensors").write_bytes(whole)
+    assert_loads_as_transformers_does(directory, sees=False)
+
+
+@pytest.mark.parametrize("damage", [as_lfs_pointer, cut, empty])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_did_not_come_whole_is_named_with_its_remedy_at_load(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    directory = make_text(tmp_path / "it", family="llama")
+    damage(directory / name)
+    with pytest.raises((ModelNotFound, UnsupportedModel)) as caught:
+        recording_engine(directory)
+    assert name in str(caught.value) or (damage is cut and "tokenizer" in str(caught.value))
+    assert ("`git lfs pull`" in str(caught.value)) == (damage is as_lfs_pointer)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_checkpoint_without_tokenizer_files_is_refused_at_load(tmp_path: Path, family: Any) -> None:
+    directory = make_text(tmp_path / "it", family=family)
+    for file in directory.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelNotFound, match=r"'it' .* has no tokenizer that can be read .* tokenizer.json"):
+        recording_engine(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("model.safetensors", as_lfs_pointer), ("tokenizer.json", cut), ("config.json", cut)]
+)
+def test_the_doctor_names_a_broken_checkpoint_without_a_traceback(
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(make_text(tmp_path / "it", family="llama") / name)
+    monkeypatch.setenv("NANOVLLM_ENGINE__MODEL", str(tmp_path / "it"))
+    capsys.readouterr()
+    assert main(["doctor", "--seconds", "0"]) == MISUSE
+    error = capsys.readouterr().err
+    assert error.startswith("nanovllm: ")
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 2
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_byte_level_tokenizer_keeps_its_spaces_whatever_class_its_configuration_names(
+    tmp_path: Path, named: str
+) -> None:
+    directory = make_text(tmp_path, family="llama")
+    stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    edit_json(directory / "tokenizer_config.json", tokenizer_class=named)
+    tokenizer = Checkpoint(directory).tokenizer()
+    text = "a b : ℕ, the total is 18.40"
+    assert tokenizer.encode(text, add_special_tokens=False) == stored.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(stored.encode(text, add_special_tokens=False).ids) == text
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("5.17.0", ""), ("5.24.1", ""), ("5.20.0.dev0", ""), ("5.2.0", "older"), ("5.16.9", "older"), ("5.25.0", "newer")],
+)
+def test_a_release_of_transformers_outside_the_tested_ones_is_said(version: str, said: str) -> None:
+    note = untested_version(version)
+    assert bool(note) == bool(said)
+    assert said in note
+
+
+def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:
+    bounds = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert f"transformers>={OLDEST},<6" in bounds["optional-dependencies"]["worker"]
+
+
+def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> None:
+    directory = make_llava(tmp_path)
+    as_lfs_pointer(directory / "processor_config.json")
+    with pytest.raises(ModelNotFound, match=r"processor_config\.json is a Git LFS pointer: `git lfs pull`"):
+        recording_engine(directory)
+
+
+def test_an_adapter_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match=r"holds an adapter .* merge it into its base model first"):
+        recording_engine(tmp_path)
