@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
 DEFAULT_MODEL = "tiny-receipts"
+_WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_chat_template_kwargs"}
 
 
 def build_worker(
@@ -206,5 +207,5 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))
-    options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    options = settings.model_dump(exclude=_WORKER_OPTIONS)
     return LLMEngine(settings.model or DEFAULT_MODEL, **options)
