@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class EngineConfig:
     max_image_tokens: int | None = None  # and the most tokens of one, which lowers max_pixels
     projector: str | Path | None = None
     generation_config: Literal["auto", "vllm"] = "auto"  # "vllm": the checkpoint's sampling defaults are not read
-    chat_template_kwargs: Mapping[str, Any] | None = None  # of every request: {"enable_thinking": False} for Qwen3
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of every request's chat template
     freeze_vision_weights: bool = True
 
     def __post_init__(self) -> None:

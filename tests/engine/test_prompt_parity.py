@@ -12,6 +12,8 @@ from checkpoints import make_tokenizer as make_byte_level
 from sentencepiece_tokenizers import LLAMA2, PHI, TEMPLATES, THINKING, VICUNA, make_sentencepiece_tokenizer
 from transformers import AutoProcessor, AutoTokenizer
 
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import ConfigurationError, InvalidInput
@@ -148,6 +150,28 @@ def test_variables_of_the_template_are_the_engine_s_or_the_request_s() -> None:
     assert prompts.messages(talk) == prompts.untrusted("the") == quiet
     assert prompts.messages(talk, chat_template_kwargs={"enable_thinking": True}) == loud
     assert prompts.untrusted("the", chat_template_kwargs={"enable_thinking": True}) == loud
+
+
+async def test_a_request_to_the_async_engine_sets_variables_of_its_own(tmp_path: Path) -> None:
+    tokenizer = make_sentencepiece_tokenizer(chat_template=THINKING)
+    directory = make_text(tmp_path, family="llama", tokenizer=tokenizer, num_layers=1)
+    llm = LLMEngine(str(directory), kv_cache_bytes=2 << 20, chat_template_kwargs={"enable_thinking": False})
+    talk = ({"role": "user", "content": "the"},)
+    sampling = SamplingParams(max_tokens=1)
+    async with AsyncEngine(llm) as engine:
+        asked: list[dict[str, Any]] = [
+            {},
+            {"chat_template_kwargs": {}},
+            {"chat_template_kwargs": {"enable_thinking": True}},
+        ]
+        used = [
+            (await engine.submit(Request(f"{form}{number}", sampling=sampling, **options, **text))).usage.input_tokens
+            for number, options in enumerate(asked)
+            for form, text in (("p", {"prompt": "the"}), ("m", {"messages": talk}))
+        ]
+        with pytest.raises(InvalidInput, match="has no variable 'enable_thought'"):
+            await engine.submit(Request("x", prompt="the", chat_template_kwargs={"enable_thought": True}))
+    assert used[0] == used[1] == used[2] == used[3] > used[4] == used[5]
 
 
 @pytest.mark.parametrize("name", ["enable_thinkin", "tokenize", "messages", "add_generation_prompt", "x y"])
