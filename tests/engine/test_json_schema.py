@@ -213,6 +213,16 @@ def test_what_is_taken_is_kept(engine: LLMEngine, schema: dict[str, Any], seed: 
             assert len(output.token_ids) == 500
 
 
+def test_an_exclusive_bound_of_draft_4_is_one(engine: LLMEngine) -> None:
+    schema = {"type": "integer", "minimum": 3, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": True}
+    texts = {
+        engine.generate("JSON:", SamplingParams(json_schema=schema, seed=seed), use_tqdm=False)[0].text
+        for seed in range(4)
+    }
+    assert texts == {"4"}
+    assert enforceable({"maximum": 5, "exclusiveMaximum": False}) == {"maximum": 5}
+
+
 class Tags(BaseModel):
     tags: set[int]
 

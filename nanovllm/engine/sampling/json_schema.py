@@ -104,6 +104,11 @@ def _enforceable(schema: Any, root: Any) -> Any:
             rewritten[key] = _PATTERNS.get(value, value)
         elif key != "format" or value in _FORMATS:
             rewritten[key] = value
+    for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if rewritten.get(exclusive) is True:  # draft 4, which llguidance reads over
+            del rewritten[exclusive]
+            if bound in rewritten:
+                rewritten[exclusive] = rewritten.pop(bound)
     _take_property_names(rewritten, root)
     _share_patterns(rewritten)
     choices = [choice for key in CONDITIONS for choice in _take_conditions(rewritten, key, root)]
