@@ -111,10 +111,11 @@ def make_text(
     chat_template: bool = True,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
     **config: Any,
 ) -> Path:
     """A text checkpoint with its tokenizer; ``config`` as ``_text_config`` takes it."""
-    tokenizer = make_tokenizer(chat_template=chat_template)
+    tokenizer = tokenizer or make_tokenizer(chat_template=chat_template)
     model = AutoModelForCausalLM.from_config(
         _text_config(
             family,
@@ -210,6 +211,8 @@ def make_llava(
     chat_template: bool = True,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    image_token: str = IMAGE_TOKEN,
     **config: Any,
 ) -> Path:
     """A LLaVA checkpoint (tower, projector, text) with tokenizer and processor; loads as it is in transformers.
@@ -218,7 +221,7 @@ def make_llava(
     ``full`` for SigLIP, which has no class token. ``config`` is the text's, as ``_text_config`` takes it.
     """
     strategy = vision_feature_select_strategy or ("default" if tower == "clip" else "full")
-    tokenizer = make_tokenizer(chat_template=chat_template)
+    tokenizer = tokenizer or make_tokenizer(chat_template=chat_template)
     vision_config = (
         _clip_config(patch, size, vision_hidden_size, vision_layers, 4)
         if tower == "clip"
@@ -235,7 +238,7 @@ def make_llava(
     llava_config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.convert_tokens_to_ids(image_token),
         image_seq_length=(size // patch) ** 2 + class_tokens - (1 if strategy == "default" else 0),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=strategy,
@@ -253,7 +256,7 @@ def make_llava(
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy=strategy,
-        image_token=IMAGE_TOKEN,
+        image_token=image_token,
         num_additional_image_tokens=class_tokens,
         chat_template=tokenizer.chat_template,
     )

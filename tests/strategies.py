@@ -99,6 +99,8 @@ def values_of(schema: Schema, own: Mapping[str, Values]) -> Values:
                 return st.fixed_dictionaries(required, optional=fields)
             case {"type": "object", "additionalProperties": True}:
                 return json_objects
+            case {"type": "object", "additionalProperties": dict(values)}:
+                return st.dictionaries(st.text(), of(values), max_size=min(4, part.get("maxProperties", 4)))
         raise NotImplementedError(f"no strategy for {part}")
 
     return of(schema)

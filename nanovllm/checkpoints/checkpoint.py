@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from nanovllm.checkpoints.resolve import (
     checkpoint_name,
@@ -28,6 +29,17 @@ _GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json",
 )  # fmt: skip
+_PREPROCESSOR = "preprocessor_config.json"
+_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_JSON = "chat_template.json"
+_GENERATION_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 
 
 def _lost_its_bytes(file: Path, tokenizer: Any) -> bool:
@@ -81,7 +93,7 @@ class Checkpoint:
         return frozenset(names)
 
     def tokenizer(self) -> Any:
-        """Tokenizer with the chat template, which older checkpoints have in chat_template.json, for the processor.
+        """Tokenizer with the chat template: the processor's where it has one, else its own.
 
         Raises:
             ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
@@ -107,31 +119,67 @@ class Checkpoint:
                 f"{name!r} ({self.architecture or 'no architecture'}) has no tokenizer that can be read ({why}): the "
                 "directory of a model holds tokenizer.json or tokenizer.model; a vision tower goes with vision_model="
             )
-        own = self.directory / "chat_template.json"
-        if not tokenizer.chat_template and own.is_file():
-            tokenizer.chat_template = json.loads(own.read_text()).get("chat_template")
+        template = self.processor_template
+        if template is None and not tokenizer.chat_template:
+            template = _json_fields(self.directory / _TEMPLATE_JSON).get("chat_template")
+        if template is not None:
+            tokenizer.chat_template = template
         return tokenizer
 
-    def eos_token_ids(self, vocab_size: int) -> frozenset[int]:
-        """End-of-sequence tokens: of generation_config.json where it names any, else of the configuration.
+    @cached_property
+    def processor_template(self) -> str | None:
+        """Chat template of the checkpoint's processor; None where it has no processor, or one without a template.
+
+        Read in the order of ``ProcessorMixin.from_pretrained`` (transformers 5): processor_config.json,
+        chat_template.json, chat_template.jinja. The processor itself is not made: some need torchvision.
+        """
+        own = _json_fields(self.directory / "processor_config.json")
+        is_named = any("processor_class" in fields for fields in (own, _json_fields(self.directory / _PREPROCESSOR)))
+        if not is_named and self.config.model_type not in PROCESSOR_MAPPING_NAMES:
+            return None
+        template = own.get("chat_template") or _json_fields(self.directory / _TEMPLATE_JSON).get("chat_template")
+        if template is None and (self.directory / _TEMPLATE).is_file():
+            template = (self.directory / _TEMPLATE).read_text(encoding="utf-8")
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def generation_defaults(self) -> dict[str, Any]:
+        """Sampling parameters that generation_config.json sets, under the names of SamplingParams, as vLLM reads it."""
+        fields = _json_fields(self.directory / _GENERATION)
+        return {ours: fields[name] for name, ours in _GENERATION_SAMPLING.items() if fields.get(name) is not None}
+
+    def eos_token_ids(self, vocab_size: int, tokenizer: Any) -> frozenset[int]:
+        """End-of-sequence tokens: all that generation_config.json, the configuration or the tokenizer names.
 
         Ids outside the model's vocabulary can never be sampled: they are left out with a warning.
+
+        Raises:
+            UnsupportedModel: none is left, so that no output would end by itself.
         """
         text: Any = self.config.get_text_config()
-        file, found = "config.json", getattr(text, "eos_token_id", None)
-        if (self.directory / _GENERATION).is_file():
-            generation = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
-            if generation.eos_token_id is not None:
-                file, found = _GENERATION, generation.eos_token_id
-        named = found if isinstance(found, list) else [] if found is None else [found]
-        known = [token for token in named if type(token) is int and 0 <= token < vocab_size]
-        if len(known) < len(named):
-            logger.warning(
-                "eos_token_id is %r in %s, and the model has the tokens 0 to %d: the others are ignored, so that %s",
-                found,
-                file,
-                vocab_size - 1,
-                f"an output ends with {known}" if known else "an output ends at max_tokens or its own stop only",
+        own, outer = getattr(text, "eos_token_id", None), self.fields.get("eos_token_id")
+        named = [
+            (_GENERATION, _json_fields(self.directory / _GENERATION).get("eos_token_id")),
+            ("config.json", own),
+            ("config.json", None if outer == own else outer),
+            ("the tokenizer", tokenizer.eos_token_id),
+        ]
+        known: set[int] = set()
+        for file, found in named:
+            ids = _listed(found)
+            usable = {token for token in ids if type(token) is int and 0 <= token < vocab_size}
+            known |= usable
+            if len(usable) < len(set(map(repr, ids))):
+                logger.warning(
+                    "eos_token_id is %r in %s, and the model has the tokens 0 to %d: the others are ignored",
+                    found,
+                    file,
+                    vocab_size - 1,
+                )
+        if not known:
+            raise UnsupportedModel(
+                f"checkpoint {checkpoint_name(self.directory)!r} names no token that ends a text: set eos_token_id in "
+                f"{_GENERATION}, or eos_token in tokenizer_config.json, to one of the model's {vocab_size} tokens"
             )
         return frozenset(known)
 
@@ -150,3 +198,11 @@ class Checkpoint:
         if self.directory.parent.name == "snapshots":
             return self.directory.name
         return self.parameter_digest[:12]
+
+
+def _json_fields(file: Path) -> dict[str, Any]:
+    return read_json_object(file, missing="") if file.is_file() else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

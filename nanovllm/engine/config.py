@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class EngineConfig:
     max_pixels: int | None = None  # and the largest; None: the checkpoint's
     max_image_tokens: int | None = None  # and the most tokens of one, which lowers max_pixels
     projector: str | Path | None = None
+    generation_config: Literal["auto", "vllm"] = "auto"  # "vllm": the checkpoint's sampling defaults are not read
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of every request's chat template
     freeze_vision_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class EngineConfig:
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
         if self.kv_cache_dtype not in ("auto", "bfloat16"):
             raise ConfigurationError(f"kv_cache_dtype={self.kv_cache_dtype!r} is neither 'auto' nor 'bfloat16'")
+        if self.generation_config not in ("auto", "vllm"):
+            raise ConfigurationError(f"generation_config={self.generation_config!r} is neither 'auto' nor 'vllm'")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ConfigurationError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16, float16")
 

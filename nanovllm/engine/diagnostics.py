@@ -45,6 +45,7 @@ def describe(engine: LLMEngine) -> Iterator[Finding]:
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
     yield Finding("transformers", transformers.__version__, untested_version())
+    yield _sampling_defaults(engine)
     yield _weights(engine)
     yield _attention(engine)
     yield _graphs(engine)
@@ -91,6 +92,17 @@ def _threads() -> Finding:
     notes = [f"more than the {cores} cores: set OMP_NUM_THREADS={cores}"] if threads > cores else []
     notes += ["they spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"] if spins else []
     return Finding("threads", f"{threads} on {counted(cores, 'core')}", "; ".join(notes))
+
+
+def _sampling_defaults(engine: LLMEngine) -> Finding:
+    found, used = engine.checkpoint.generation_defaults, engine.generation_defaults
+    value = ", ".join(f"{name} {number}" for name, number in used.items()) or "temperature 1, as in vLLM"
+    note = ""
+    if used:
+        note = "generation_config.json, for requests without sampling parameters; generation_config='vllm' ignores it"
+    elif found:
+        note = f"generation_config='vllm' ignores what generation_config.json sets: {', '.join(found)}"
+    return Finding("sampling defaults", value, note)
 
 
 def _weights(engine: LLMEngine) -> Finding:

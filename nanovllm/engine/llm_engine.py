@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
 from nanovllm.engine.text.output_processor import RequestState, extend, output_of
-from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
+from nanovllm.errors import ConfigurationError, EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
@@ -89,8 +90,11 @@ class LLMEngine:
             max_images=self.config.max_images_per_request,
             image_token_id=self.model_runner.image_token_id,
             around_image=self.model_runner.around_image,
-            eos_token_ids=self.checkpoint.eos_token_ids(vocab_size),
+            eos_token_ids=self.checkpoint.eos_token_ids(vocab_size, self.tokenizer),
+            is_processor_template=self.checkpoint.processor_template is not None,
+            chat_template_kwargs=self.config.chat_template_kwargs,
         )
+        self._default_sampling = self._read_default_sampling()
         self._masks = TokenMasks(vocab_size)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
@@ -113,6 +117,29 @@ class LLMEngine:
             self.checkpoint.parameter_digest,
         )
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without sampling parameters gets: generation_config.json's over vLLM's defaults.
+
+        As in vLLM: a request that has sampling parameters takes all of them from there. ``generation_config="vllm"``
+        leaves the file out.
+        """
+        return self._default_sampling
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """The sampling parameters that are taken from generation_config.json."""
+        return self.checkpoint.generation_defaults if self.config.generation_config == "auto" else {}
+
+    def _read_default_sampling(self) -> SamplingParams:
+        try:
+            return SamplingParams(**self.generation_defaults)
+        except ValidationError as error:
+            name, reason = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+            raise ConfigurationError(
+                f"generation_config.json asks for {name} {self.generation_defaults[str(name)]!r}: {reason}; "
+                "generation_config='vllm' leaves the file out"
+            ) from None
+
     def add_request(
         self,
         prompt: Prompt,
@@ -122,12 +149,13 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: bytes = b"",
+        chat_template_kwargs: abc.Mapping[str, Any] | None = None,
     ) -> str:
         """Queue a request and return its id.
 
         A string is trusted: special tokens in it are parsed, and no chat template is applied. Messages go through the
-        checkpoint's chat template. In a list of token ids every image token stands for one image. The output is cut
-        (``finish_reason`` "length") where context or KV cache end.
+        checkpoint's chat template, with ``chat_template_kwargs`` over the engine's own. In a list of token ids every
+        image token stands for one image. The output is cut (``finish_reason`` "length") where context or KV cache end.
 
         Raises:
             PlaceholderMismatch: more or fewer placeholders than images.
@@ -140,12 +168,18 @@ class LLMEngine:
         """
         if self._is_closed:
             raise EngineDead("the engine is closed: make another one")
-        sampling = sampling_params or SamplingParams()
+        sampling = sampling_params or self._default_sampling
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
         sequences = self.input_processor.sequences(
-            request_id, prompt, sampling, images, priority=priority, salt=cache_salt
+            request_id,
+            prompt,
+            sampling,
+            images,
+            priority=priority,
+            salt=cache_salt,
+            chat_template_kwargs=chat_template_kwargs,
         )
         self._requests[request_id] = RequestState(sequences, [Detokenizer(self.tokenizer, sampling) for _ in sequences])
         for sequence in sequences:
@@ -273,23 +307,26 @@ class LLMEngine:
         sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         images: Images = None,
         use_tqdm: bool = True,
+        *,
+        chat_template_kwargs: abc.Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts and return their outputs in the same order; one prompt may stand without a list.
 
-        ``sampling_params`` are one for all prompts, or one for each. ``images`` are one list for each prompt; a single
-        prompt's may be a flat list, and a single image may stand without one. Raises what ``add_request`` raises, and
-        then none of the prompts runs on.
+        ``sampling_params`` are one for all prompts, or one for each; without any, ``get_default_sampling_params``.
+        ``chat_template_kwargs`` are for all prompts that are messages. ``images`` are one list for each prompt; a
+        single prompt's may be a flat list, and a single image may stand without one. Raises what ``add_request``
+        raises, and then none of the prompts runs on.
         """
         batch = prompt_list(prompts)
         images_of_prompts = self.input_processor.images_of(batch, images)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(batch)
+            sampling_params = [sampling_params or self._default_sampling] * len(batch)
         if len(sampling_params) != len(batch):
             raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
         outputs: dict[str, RequestOutput | None] = {}
         try:
             for prompt, params, pictures in zip(batch, sampling_params, images_of_prompts, strict=True):
-                outputs[self.add_request(prompt, params, pictures)] = None
+                outputs[self.add_request(prompt, params, pictures, chat_template_kwargs=chat_template_kwargs)] = None
             with tqdm(total=len(batch), disable=not use_tqdm, desc="Generating", unit="request") as bar:
                 while any(output is None for output in outputs.values()):
                     for output in self.step():

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -243,6 +243,11 @@ class Job(_Strict):
     sampling: Annotated[
         dict[str, Any], WithJsonSchema({"allOf": [SamplingParams.model_json_schema()], "type": "object"})
     ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")
+    chat_template_kwargs: dict[str, bool | int | float | None] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Variables of the chat template, where the worker allows them (`engine.job_chat_template_kwargs`).",
+    )
     deadline: Deadline | None = Field(None, description="RFC 3339; a job that is not done by then is a dead letter.")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower goes first.")
     reuse: Reuse | None = Field(
@@ -338,6 +343,15 @@ class Job(_Strict):
             }
             for message in self.messages
         )
+
+    def check_template_kwargs(self, allowed: Collection[str]) -> None:
+        """Raise InvalidJob for a variable of the chat template that is not ``allowed``."""
+        refused = sorted(self.chat_template_kwargs.keys() - set(allowed))
+        if refused:
+            raise InvalidJob(
+                f"chat_template_kwargs: {refused[0][:64]!r} is not among the names that this worker lets jobs set "
+                "(engine.job_chat_template_kwargs)"
+            )
 
     def sampling_params(self, defaults: SamplingParams, max_tokens: int | None = None) -> SamplingParams:
         """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
 DEFAULT_MODEL = "tiny-receipts"
+WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_chat_template_kwargs"}
+"""Settings of ``engine`` that are no options of the engine itself."""
 
 
 def build_worker(
@@ -206,5 +208,5 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))
-    options = settings.model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    options = settings.model_dump(exclude=WORKER_OPTIONS)
     return LLMEngine(settings.model or DEFAULT_MODEL, **options)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.settings.base import Bytes, Seconds, SettingsModel
+from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
 
 class EngineSettings(SettingsModel):
@@ -63,6 +63,18 @@ class EngineSettings(SettingsModel):
     )
     deterministic: bool = Field(
         False, description="The same bits of a text whatever is computed beside it; on a CPU with a C++ compiler."
+    )
+    generation_config: Literal["auto", "vllm"] = Field(
+        "vllm",
+        description="`auto`: sampling parameters that the checkpoint's generation_config.json sets count where neither "
+        "a job nor `NANOVLLM_SAMPLING__*` sets them; `vllm`: they do not.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Variables of the chat template (JSON object), such as `{"enable_thinking": false}` for Qwen3.',
+    )
+    job_chat_template_kwargs: StrList = Field(
+        (), description="Names of those variables that a job may set in its own `chat_template_kwargs`."
     )
     step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
 

@@ -50,7 +50,9 @@ WRITTEN = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMEN
 @given(text=st.text(st.one_of(WRITTEN, st.sampled_from("日é👩🏽 ")), max_size=30))
 def test_chunks_join_to_the_text_and_hold_whole_characters(kind: str, text: str) -> None:
     chunks, detokenizer = stream(text, TOKENIZERS[kind], skip_special_tokens=False)
-    assert "".join(chunks) == text == detokenizer.text
+    # The tokenizer begins each string with a space, which an output that continues a prompt keeps.
+    expected = f" {text}" if text and kind == "byte fallback" else text
+    assert "".join(chunks) == expected == detokenizer.text
     assert not any(REPLACEMENT in chunk for chunk in chunks)
 
 

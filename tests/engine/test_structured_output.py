@@ -166,13 +166,8 @@ def test_a_constraint_outweighs_bad_words_and_min_tokens(engine: LLMEngine) -> N
     assert (output.text, output.finish_reason) == ("yes", "stop")
 
 
-DEAD_END = {
-    "type": "object",
-    "properties": {"score": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "patternProperties": {"^score$": {"type": "integer"}},  # llguidance allows a comma, and then no other property
-    "additionalProperties": False,
-    "required": ["score"],
-}
+# After the comma no rule can end, and so no token is allowed.
+DEAD_END = 'start: "{" /[0-9]/ ("}" | "," endless "}")\nendless: endless "x"'
 
 
 @pytest.mark.parametrize(
@@ -192,9 +187,9 @@ def test_a_dead_end_is_an_error_and_no_whole_text(
 ) -> None:
     comma = engine.tokenizer.convert_tokens_to_ids(",")
     for one in (engine, unforced):
-        assert ask(one, json_schema=DEAD_END, logit_bias={comma: -100.0}).text.startswith('{"score": ')
+        assert ask(one, grammar=DEAD_END, logit_bias={comma: -100.0}).text.startswith("{")
         with pytest.raises(UnsupportedConstraint, match="allows no token after the text so far"):
-            ask(one, json_schema=DEAD_END, logit_bias={comma: 100.0}, **options)
+            ask(one, grammar=DEAD_END, logit_bias={comma: 100.0}, **options)
         assert not one.has_unfinished()
         one.audit()
 
@@ -202,7 +197,7 @@ def test_a_dead_end_is_an_error_and_no_whole_text(
 async def test_a_dead_end_fails_its_own_request_alone(text: Path) -> None:
     async with AsyncEngine(LLMEngine(str(text), kv_cache_bytes=4 << 20)) as engine:
         comma = {engine._engine.tokenizer.convert_tokens_to_ids(","): 100.0}
-        dead = SamplingParams(temperature=0.0, max_tokens=200, json_schema=DEAD_END, logit_bias=comma)
+        dead = SamplingParams(temperature=0.0, max_tokens=200, grammar=DEAD_END, logit_bias=comma)
         free = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
         neighbour, lost = (
             engine.submit(Request("n", PROMPT, sampling=free)),
@@ -223,6 +218,7 @@ def test_a_stop_inside_a_constraint_is_reported_as_a_cut(engine: LLMEngine, unfo
         {"choice": ["yes.no"], "stop": [".no"]},
         {"choice": ["yes.no"], "stop": ["."]},
         {"regex": '[a-z]"[a-z]+', "stop_token_ids": [quote]},
+        {"regex": '[a-z]"', "stop_token_ids": [quote]},  # the stop token is no part of the text
         {"grammar": 'start: "a" <[2]> "b"'},  # the end of the sequence as a part of the text
     ]
     whole: list[dict[str, Any]] = [
@@ -230,7 +226,8 @@ def test_a_stop_inside_a_constraint_is_reported_as_a_cut(engine: LLMEngine, unfo
         {"choice": ["yes", "yes, it is"], "stop": ["is"], "include_stop_str_in_output": True},
         {"choice": ["yes.no"], "stop": [".no"], "include_stop_str_in_output": True},
         {"choice": ["yes", "yes, it is"], "stop": ["maybe"]},
-        {"regex": '[a-z]"', "stop_token_ids": [quote]},
+        {"regex": '[a-z]"', "stop_token_ids": [quote], "include_stop_str_in_output": True},
+        {"regex": '[a-z]"?', "stop_token_ids": [quote]},
         {"regex": "(ab)*", "min_tokens": 20},
         {"grammar": 'start: "a" <[2]>?'},
     ]
@@ -266,7 +263,12 @@ def test_with_logprobs_every_token_is_computed(engine: LLMEngine) -> None:
         {"regex": "("},
         {"regex": r"(?=a)b"},
         {"grammar": "start: nothing"},
+        {"grammar": "start: start"},
+        {"regex": r"[^\s\S]"},
+        {"regex": "[a&&b]x"},
+        {"grammar": "start: X\nX: /b/ & /c/"},
     ],
+    ids=str,
 )
 def test_what_cannot_be_enforced_is_refused(engine: LLMEngine, options: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedConstraint, match=next(iter(options))):

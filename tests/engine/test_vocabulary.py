@@ -52,12 +52,12 @@ GENERATION = "generation_config.json"
         *(
             (file, named, kept)
             for file in (GENERATION, "config.json")
-            for named, kept in ((2, {2}), ([2, 9999], {2}), (9999, set()), ([-1, 2], {2}), (-9999, set()))
+            for named, kept in ((2, {2}), ([3, 9999], {2, 3}), (9999, {2}), ([-1, 3], {2, 3}), (-9999, {2}))
         ),
-        (GENERATION, "2", set()),
-        (GENERATION, [[2]], set()),
-        (GENERATION, True, set()),
-        ("config.json", None, set()),
+        (GENERATION, "3", {2}),
+        (GENERATION, [[3]], {2}),
+        (GENERATION, True, {2}),
+        ("config.json", None, {2}),
     ],
     ids=str,
 )

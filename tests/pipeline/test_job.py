@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
 from nanovllm.messages.job import ImageRef, Job, derive_job_id
+from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.settings.engine import SamplingSettings
+from nanovllm.settings.worker import Settings
 
 DIGEST = "ab" * 32
 
@@ -183,3 +186,26 @@ def test_a_job_may_not_ask_for_more_tokens_than_the_worker_allows() -> None:
 
 def test_a_derived_job_id_is_the_same_at_every_delivery() -> None:
     assert derive_job_id("nanovllm.jobs", 3, 17) == "nanovllm.jobs:3:17"
+
+
+def test_variables_of_the_chat_template_are_numbers_and_need_leave() -> None:
+    asked = job(chat_template_kwargs={"enable_thinking": False, "budget": 3, "share": 0.5, "other": None})
+    asked.check_template_kwargs(["enable_thinking", "budget", "share", "other", "more"])
+    for allowed in ([], ["budget", "share", "other"]):
+        with pytest.raises(InvalidJob, match=r"'.*' is not among the names .*engine\.job_chat_template_kwargs"):
+            asked.check_template_kwargs(allowed)
+    for value in ("text", ["text"], {"text": "text"}):
+        with pytest.raises(ValidationError, match="chat_template_kwargs"):
+            job(chat_template_kwargs={"enable_thinking": value})
+    job().check_template_kwargs([])
+
+
+def test_what_the_settings_leave_unset_is_the_checkpoint_s_where_that_counts() -> None:
+    engine = EchoEngine()
+    settings = Settings(sampling={"top_p": 0.5}, admission={"max_tokens": 300})
+    assert sampling_defaults(settings, engine) == settings.sampling
+    engine.generation_defaults = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 2048}
+    found = sampling_defaults(settings, engine)
+    assert (found.temperature, found.top_p, found.max_tokens) == (0.6, 0.5, 300)
+    asked = job(sampling={"temperature": 1.5}).sampling_params(found, 300)
+    assert (asked.temperature, asked.top_p, asked.max_tokens) == (1.5, 0.5, 300)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nanovllm.engine.config import EngineConfig
 from nanovllm.errors import ConfigurationError, ForbiddenUri
 from nanovllm.kafka.client import client_kwargs, consumer_kwargs, producer_kwargs, ssl_context, transactional_kwargs
+from nanovllm.pipeline.build import WORKER_OPTIONS
 from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.loading import load_settings, unknown_variables
@@ -177,10 +178,11 @@ def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
 
 
 def test_the_engines_own_defaults_are_those_of_the_settings() -> None:
-    options = EngineSettings().model_dump(exclude={"backend", "model", "model_aliases", "step_timeout_s"})
+    options = EngineSettings().model_dump(exclude=WORKER_OPTIONS)
     config = EngineConfig("m")
     differing = {name: value for name, value in options.items() if value != getattr(config, name)}
-    assert differing == {"dtype": "auto"}, "for which the engine takes None as well"
+    # The engine takes None for `auto` as well. A job without sampling is greedy, whatever the checkpoint says.
+    assert differing == {"dtype": "auto", "generation_config": "vllm"}
 
 
 def test_each_input_partition_has_a_transactional_id_of_its_own() -> None:

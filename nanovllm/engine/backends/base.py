@@ -27,7 +27,8 @@ class Request:
     Exactly one of ``prompt`` (``<|image|>`` marks each image's position) and ``messages`` (OpenAI chat form, images as
     parts) is set. ``images`` are in the order of their positions. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
-    out. Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
+    out; ``chat_template_kwargs`` are variables of the template, and no text, which the template would write as its own.
+    Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     raw_prompt: bool = False
+    chat_template_kwargs: Mapping[str, bool | int | float | None] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -137,6 +139,7 @@ class EngineBackend(ABC):
         self.model_info = model_info
         self.image_transform = image_transform
         self.max_num_seqs = max_num_seqs
+        self.generation_defaults: Mapping[str, Any] = {}  # sampling parameters of the checkpoint, where they count
         self.dead = asyncio.Event()
         self.death: EngineDead | None = None
         self._generations: dict[str, Generation] = {}  # the unfinished ones

@@ -37,6 +37,7 @@ class AsyncEngine(EngineBackend):
     def __init__(self, engine: LLMEngine, *, step_timeout_s: float | None = 300.0) -> None:
         transform = engine.processor.encoder.transform if engine.processor is not None else None
         super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
+        self.generation_defaults = engine.generation_defaults
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         # A request to add, the id of one to abort, or None, which ends the thread.
@@ -190,9 +191,11 @@ class AsyncEngine(EngineBackend):
     def _add(self, request: Request) -> None:
         prompts = self._engine.input_processor.prompts
         if request.prompt is not None:
-            tokens = prompts.untrusted(request.prompt, raw_prompt=request.raw_prompt)
+            tokens = prompts.untrusted(
+                request.prompt, raw_prompt=request.raw_prompt, chat_template_kwargs=request.chat_template_kwargs
+            )
         else:
-            tokens = prompts.messages(request.messages or ())
+            tokens = prompts.messages(request.messages or (), chat_template_kwargs=request.chat_template_kwargs)
         self._engine.add_request(
             tokens,
             request.sampling,

@@ -17,7 +17,8 @@ from functools import cached_property
 from typing import Any, BinaryIO, Self
 
 from nanovllm.confinement import confine, take_over_streams
-from nanovllm.engine.sampling.json_schema import enforceable
+from nanovllm.engine.sampling.json_schema import enforceable, unwrapped
+from nanovllm.engine.sampling.schema_refusals import check_schema
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
 from nanovllm.sampling_params import Constraint
 
@@ -109,8 +110,9 @@ def grammar_of(constraint: Constraint) -> str:
     try:
         match constraint.kind:
             case "json_schema":
-                schema = json.dumps(enforceable(json.loads(constraint.text)))
-                return str(matcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
+                schema = enforceable(unwrapped(json.loads(constraint.text)))
+                check_schema(schema)
+                return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE))
             case "regex":
                 return str(matcher.grammar_from_regex(constraint.text))
             case "choice":
@@ -217,6 +219,8 @@ def _compile_and_exit(vocabulary: Vocabulary, trial: Trial, write_end: int) -> N
         try:
             matcher = compile_grammar(vocabulary, trial.grammar)
             matcher.compute_bitmask()
+            if matcher.is_error():
+                raise UnsupportedConstraint("no text conforms to it")
             after = _memory_bytes()
             verdict = Verdict(max(0, after[1] - before[1]) if before and after else 0)
         except UnsupportedConstraint as error:

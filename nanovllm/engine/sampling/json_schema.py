@@ -5,16 +5,18 @@ What cannot be rewritten stays as it is, and llguidance refuses it.
 
 from __future__ import annotations
 
+import re
 from typing import Any
+from urllib.parse import unquote
 
 # Keywords whose value is a schema, a list of schemas, or schemas by name. What else a schema holds (`enum`, `const`,
 # `default`, …) is data, which may look like a schema.
-_NESTED = frozenset(
+NESTED = frozenset(
     {"additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then"}
 )
-_BRANCHES = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
-_NAMED = frozenset({"$defs", "definitions", "patternProperties", "properties"})
-_CONDITIONS = ("dependencies", "dependentRequired", "dependentSchemas")
+BRANCHES = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
+NAMED = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+CONDITIONS = ("dependencies", "dependentRequired", "dependentSchemas")
 
 # The formats of any draft; every other one asserts nothing.
 _FORMATS = frozenset(
@@ -24,34 +26,151 @@ _FORMATS = frozenset(
 )  # fmt: skip
 
 # Each is a choice of its own, and a grammar holds every combination of choices.
-_MAX_CONDITIONS = 4
+_MAXCONDITIONS = 4
 _MAX_ALTERNATIVES = 8
 
 
+# OpenAI's `response_format` has the schema in an object of its own.
+_WRAPPER = frozenset({"name", "description", "schema", "strict"})
+
+# pydantic's Decimal. llguidance has no look-ahead, which here only asks for a digit.
+_PATTERNS = {r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$"}
+
+# Values with which a keyword asserts nothing.
+_IDLE: dict[str, tuple[Any, ...]] = {
+    "dependencies": ({},),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "exclusiveMaximum": (False,),  # draft 4
+    "exclusiveMinimum": (False,),
+    "not": (False,),
+    "patternProperties": ({},),
+    "propertyNames": (True, {}, {"type": "string"}),
+    "unevaluatedItems": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "uniqueItems": (False,),
+}
+
+
+def unwrapped(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema inside OpenAI's ``{"name", "strict", "schema"}`` or ``{"type": "json_schema", "json_schema"}``."""
+    inner = schema.get("json_schema")
+    if schema.get("type") == "json_schema" and isinstance(inner, dict):
+        schema = inner
+    inner = schema.get("schema")
+    return inner if isinstance(inner, dict) and "name" in schema and schema.keys() <= _WRAPPER else schema
+
+
 def enforceable(schema: Any) -> Any:
-    """The same schema for llguidance: without formats that assert nothing, with conditions on a property as choices.
+    """The same schema for llguidance: without what asserts nothing, with conditions on a property as choices.
 
     Raises RecursionError for one that is nested too deeply, and ValueError where llguidance would take a name that
     comes twice for two properties.
     """
+    return _enforceable(schema, schema)
+
+
+def resolve(root: Any, ref: str) -> Any:
+    """What a reference inside ``root`` names; None where it names nothing, or something outside."""
+    if not ref.startswith("#"):
+        return None
+    found = root
+    for name in ref[1:].split("/")[1:]:
+        key = unquote(name).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(key)
+        elif isinstance(found, list) and key.isdigit() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found
+
+
+def _enforceable(schema: Any, root: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     _check_least_properties(schema)
     rewritten: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):
-            rewritten[key] = {name: enforceable(part) for name, part in value.items()}
-        elif key in _BRANCHES and isinstance(value, list):
-            rewritten[key] = [enforceable(part) for part in value]
-        elif key in _NESTED:
-            rewritten[key] = enforceable(value)
+        if any(value == idle and type(value) is type(idle) for idle in _IDLE.get(key, ())):
+            continue
+        if key in NAMED and isinstance(value, dict):
+            rewritten[key] = {name: _enforceable(part, root) for name, part in value.items()}
+        elif key in BRANCHES and isinstance(value, list):
+            rewritten[key] = [_enforceable(part, root) for part in value]
+        elif key in NESTED:
+            rewritten[key] = _enforceable(value, root)
+        elif key == "pattern" and isinstance(value, str):
+            rewritten[key] = _PATTERNS.get(value, value)
         elif key != "format" or value in _FORMATS:
             rewritten[key] = value
-    choices = [choice for key in _CONDITIONS for choice in _take_conditions(rewritten, key)]
+    for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if rewritten.get(exclusive) is True:  # draft 4, which llguidance reads over
+            del rewritten[exclusive]
+            if bound in rewritten:
+                rewritten[exclusive] = rewritten.pop(bound)
+    _take_property_names(rewritten, root)
+    _share_patterns(rewritten)
+    choices = [choice for key in CONDITIONS for choice in _take_conditions(rewritten, key, root)]
     choices += _take_exclusive_properties(rewritten)
     if choices:
         rewritten["allOf"] = [*rewritten.get("allOf", ()), *choices]
     return rewritten
+
+
+def _take_property_names(schema: dict[str, Any], root: Any) -> None:
+    """``propertyNames`` out of an object that names no properties: its names become properties, or its pattern."""
+    names = schema.get("propertyNames")
+    if isinstance(names, dict) and isinstance(names.get("$ref"), str) and names.keys() == {"$ref"}:
+        names = resolve(root, names["$ref"])
+    if not isinstance(names, dict) or not {"properties", "patternProperties"}.isdisjoint(schema):
+        return
+    asserted = {key: value for key, value in names.items() if key not in ("title", "description")}
+    if asserted.get("type") == "string":
+        del asserted["type"]
+    values = schema.get("additionalProperties", True)
+    required = schema.get("required", [])
+    if "const" in asserted and isinstance(asserted["const"], str) and len(asserted) == 1:
+        asserted = {"enum": [asserted["const"]]}
+    if asserted.keys() == {"enum"} and _is_names(asserted["enum"]) and _is_names(required):
+        if not set(required) <= set(asserted["enum"]):
+            return
+        schema["properties"] = dict.fromkeys(asserted["enum"], values)
+    elif asserted.keys() == {"pattern"} and isinstance(asserted["pattern"], str) and not required:
+        schema["patternProperties"] = {asserted["pattern"]: values}
+    else:
+        return
+    del schema["propertyNames"]
+    schema["additionalProperties"] = False
+
+
+def _share_patterns(schema: dict[str, Any]) -> None:
+    """Let a property conform to the patterns that match its name; a pattern that is that name alone goes.
+
+    llguidance 1.9 takes the property's schema only, and then waits for a name that such a pattern cannot give.
+    """
+    properties, patterns = schema.get("properties"), schema.get("patternProperties")
+    if not isinstance(properties, dict) or not isinstance(patterns, dict):
+        return
+    for name, own in properties.items():
+        shared = [part for pattern, part in patterns.items() if matches(pattern, name) and part not in (True, {}, own)]
+        if shared:
+            properties[name] = {"allOf": [own, *shared]}
+    left = {
+        pattern: part for pattern, part in patterns.items() if pattern not in {f"^{re.escape(n)}$" for n in properties}
+    }
+    if left:
+        schema["patternProperties"] = left
+    else:
+        del schema["patternProperties"]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of a schema finds itself in ``name``; False for one that Python does not read."""
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def _check_least_properties(schema: dict[str, Any]) -> None:
@@ -66,10 +185,10 @@ def _check_least_properties(schema: dict[str, Any]) -> None:
         )
 
 
-def _take_conditions(schema: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _take_conditions(schema: dict[str, Any], key: str, root: Any) -> list[dict[str, Any]]:
     """``{a: needs}`` out of ``schema``: either there is no ``a``, or what it needs holds."""
     conditions = schema.get(key)
-    if not isinstance(conditions, dict) or len(conditions) > _MAX_CONDITIONS:
+    if not isinstance(conditions, dict) or len(conditions) > _MAXCONDITIONS:
         return []
     if not all(isinstance(needs, (dict, bool)) or _is_names(needs) for needs in conditions.values()):
         return []
@@ -78,7 +197,7 @@ def _take_conditions(schema: dict[str, Any], key: str) -> list[dict[str, Any]]:
         {
             "anyOf": [
                 {"properties": {name: False}},
-                {"required": needs} if isinstance(needs, list) else enforceable(needs),
+                {"required": needs} if isinstance(needs, list) else _enforceable(needs, root),
             ]
         }
         for name, needs in conditions.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
@@ -11,6 +13,7 @@ REPLACEMENT = "\ufffd"
 
 MAX_UNREAD_TOKENS = 16
 """Tokens without a whole character at their end, from which on those that no later one can change are text."""
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _CHARACTER_BYTES = 4  # the most of UTF-8, so that as many tokens decide a character
 
 
@@ -19,8 +22,19 @@ def _special_tokens(backend: Any) -> frozenset[int]:
     return frozenset(index for index, token in backend.get_added_tokens_decoder().items() if token.special)
 
 
+@lru_cache(8)
+def _context(backend: Any) -> tuple[int, ...]:
+    """A token whose text is letters: the sentencepiece decoders take a space away from the first token of all."""
+    added = backend.get_added_tokens_decoder()
+    for token, index in sorted(backend.get_vocab(with_added_tokens=False).items(), key=itemgetter(1)):
+        # Neighbouring byte tokens are decoded together, so that none may stand here.
+        if index not in added and not _BYTE_TOKEN.fullmatch(token) and backend.decode([index]).strip().isalpha():
+            return (index,)
+    return ()
+
+
 class Detokenizer:
-    """The text of one output.
+    """The text of one output, as it continues a text.
 
     Text is held back while it may still become a stop string, and while its last character lacks bytes. Returned text
     is final: the chunks joined are the text of the output.
@@ -38,9 +52,9 @@ class Detokenizer:
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
-        self._window: list[int] = []  # tokens already in the text, as context for decoding, then newer ones
-        self._num_read = 0  # tokens of the window that are in the text
-        self._read = ""  # their text
+        self._window = list(_context(self._backend))  # tokens before, as context for decoding, then newer ones
+        self._num_read = len(self._window)  # tokens of the window that are not, or already, in the text
+        self._read = self._decode(self._window)  # their text
         self._held = ""
         self.text = ""
         self.is_stopped = False

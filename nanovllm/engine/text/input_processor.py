@@ -54,14 +54,21 @@ class InputProcessor:
         image_token_id: int,
         around_image: tuple[int, int] | None,
         eos_token_ids: frozenset[int],
+        is_processor_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """``vocab_size`` is the model's; ``around_image`` are the tokens before and behind an image, if any."""
+        """``vocab_size`` is the model's; ``around_image`` are the tokens before and behind an image, if any.
+
+        The last two are PromptEncoder's.
+        """
         self.processor = processor
         self.prompts = PromptEncoder(
             tokenizer,
             max_model_len=max_model_len,
             image_token_id=image_token_id if processor else None,
             around_image=around_image,
+            is_processor_template=is_processor_template,
+            chat_template_kwargs=chat_template_kwargs,
         )
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
@@ -80,10 +87,11 @@ class InputProcessor:
         *,
         priority: int,
         salt: bytes,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Sequence]:
         """The ``n`` sequences of a request, all of one prompt; raises what ``LLMEngine.add_request`` says."""
         arrived = time.perf_counter()
-        token_ids = self._encode(prompt)
+        token_ids = self._encode(prompt, chat_template_kwargs)
         pictures = image_list(images, token_ids.count(self._image_token_id))
         token_ids, spans = self._expand(token_ids, pictures, salt)
         self._check_length(len(token_ids))
@@ -138,11 +146,11 @@ class InputProcessor:
             f"each prompt has its own list of images: images=[{', '.join(wanted)}], not {shape_of(given)}"
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         if isinstance(prompt, str):
             token_ids = self.prompts.trusted(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
-            token_ids = self.prompts.messages(prompt)  # type: ignore[arg-type]
+            token_ids = self.prompts.messages(prompt, chat_template_kwargs=chat_template_kwargs)  # type: ignore[arg-type]
         else:
             self._check_length(len(prompt))
             try:

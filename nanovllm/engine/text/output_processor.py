@@ -15,6 +15,7 @@ from nanovllm.engine.outputs import (
     TokenLogprobs,
     Usage,
 )
+from nanovllm.engine.sampling.structured_output import Matcher
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.text.detokenizer import Detokenizer
@@ -65,16 +66,14 @@ def _extend(
     sequence: Sequence, detokenizer: Detokenizer, token: int, *, force: bool
 ) -> tuple[str, FinishReason | None]:
     matcher = sequence.matcher
-    text, reason = _add(sequence, detokenizer, token)
     if matcher is None:
-        return text, reason
-    matcher.consume(token)
+        return _add(sequence, detokenizer, token)
+    text, reason, is_whole = _add_matched(sequence, detokenizer, matcher, token)
     # A forced token has no logits, so there would be no log probability.
     if force and reason is None and sequence.sampling.logprobs is None:
         for forced in matcher.forced_tokens():
-            more, reason = _add(sequence, detokenizer, forced)
+            more, reason, is_whole = _add_matched(sequence, detokenizer, matcher, forced)
             text += more
-            matcher.consume(forced)
             if reason is not None:
                 break
     if (failure := matcher.failure) is not None:
@@ -82,17 +81,30 @@ def _extend(
         if reason in (None, "stop"):
             raise UnsupportedConstraint(failure)
         return text, reason
-    if detokenizer.is_cut or (reason == "stop" and not (matcher.is_stopped or matcher.is_accepting)):
+    if detokenizer.is_cut or (reason == "stop" and not is_whole):
         return text, "length"  # a stop string or a stop token inside what the constraint demands
     # An output that is complete with its last token has not been cut by max_tokens.
     return text, "stop" if matcher.is_stopped else reason
 
 
+def _add_matched(
+    sequence: Sequence, detokenizer: Detokenizer, matcher: Matcher, token: int
+) -> tuple[str, FinishReason | None, bool]:
+    """As ``_add``, and whether the text is all that the constraint demands."""
+    text, reason = _add(sequence, detokenizer, token)
+    is_left_out = not sequence.sampling.include_stop_str_in_output and token in sequence.sampling.stop_token_ids
+    was_whole = reason == "stop" and is_left_out and matcher.is_accepting
+    matcher.consume(token)
+    return text, reason, was_whole if is_left_out else matcher.is_stopped or matcher.is_accepting
+
+
 def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:
     sequence.token_ids.append(token)
-    text = detokenizer.append(token)
     count, sampling = sequence.num_output_tokens, sequence.sampling
-    if detokenizer.is_stopped or (token in sequence.stop_token_ids and count > sampling.min_tokens):
+    is_end = token in sequence.stop_token_ids and count > sampling.min_tokens
+    # As in vLLM: the token that ends an output is one of its tokens, and no part of its text.
+    text = "" if is_end and not sampling.include_stop_str_in_output else detokenizer.append(token)
+    if detokenizer.is_stopped or is_end:
         return text, "stop"
     if count >= sequence.max_tokens:
         return text, "length"

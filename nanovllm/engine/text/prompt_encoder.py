@@ -1,14 +1,16 @@
 """The prompt encoder: text to token ids, trusted or untrusted.
 
-A *trusted* prompt (Python API) is tokenised as the tokenizer itself would: special tokens are parsed, no template is
-applied. An *untrusted* one (a job) is data: it is placed into the checkpoint's chat template as a user turn, and no
-added token of the tokenizer, marked special or not, can come out of it. ``<|image|>`` in a prompt marks an image
-under both; inside a text part of ``messages`` it is text. The result holds ``image_token_id`` once an image; the
-engine expands it to as many tokens as the image takes.
+A *trusted* prompt (Python API) is tokenised as the checkpoint's processor tokenises that string: special tokens are
+parsed, no template is applied. An *untrusted* one (a job) is data: it is placed into the checkpoint's chat template as
+a user turn, and no added token of the tokenizer, marked special or not, can come out of it. ``<|image|>`` in a prompt
+marks an image under both; inside a text part of ``messages`` it is text. The result holds ``image_token_id`` once an
+image; the engine expands it to as many tokens as the image takes.
 
-The chat template never sees an untrusted text. It is rendered with stand-ins, its own text is searched for special
-tokens, and only then are the stand-ins replaced by the texts: so a text can neither produce a control token nor change
-what the template does.
+The chat template never sees an untrusted text. It is rendered with stand-ins, and only then are these replaced by the
+texts: so a text cannot change what the template does. The whole string is tokenised at once, because sentencepiece
+tokenizers treat the beginning of a string otherwise than the text behind a special token. Its control tokens must be
+those that it has with stand-ins, and each text alone must have none. Where that does not hold, the template's control
+tokens are hidden behind an anchor, and the rest is tokenised without added tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
+from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -37,10 +39,26 @@ Where every character becomes part of a token, no longer text can fit. Tokenizer
 one token of any unknown word, could take one: it is refused too.
 """
 
+_RESERVED_VARIABLES = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+     "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+     "tokenize", "tokenizer_kwargs", "tools", "truncation"}
+)  # fmt: skip
+"""Parameters of ``apply_chat_template``, which are no variables of a template."""
+
 _ALWAYS_ENCODED_CHARS = 1 << 16  # a shorter text is never refused unencoded; a longer one is counted in such slices
 _USUAL_CHARS_PER_TOKEN = 8  # slices are counted of texts with more than these for each token of the context
 
 Piece = str | None  # untrusted text, or None for an image
+
+
+class _Untrusted(str):
+    """Untrusted text in a rendered prompt, whose other strings are the template's own."""
+
+    __slots__ = ()
+
+
+Part = str | _Untrusted | None
 
 
 @dataclass(frozen=True)
@@ -50,15 +68,6 @@ class _Turn:
     role: str
     pieces: tuple[Piece, ...]
     is_parts: bool
-
-
-class _Parts(list[dict[str, str]]):
-    """A content list that refuses to be printed: a template that knows no parts must fail, not show their repr."""
-
-    def __str__(self) -> str:
-        raise TypeError("this chat template takes strings only")
-
-    __repr__ = __str__
 
 
 class PromptEncoder:
@@ -81,15 +90,35 @@ class PromptEncoder:
         max_model_len: int,
         image_token_id: int | None = None,
         around_image: tuple[int, int] | None = None,
+        is_processor_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises UnsupportedModel for a tokenizer without a ``tokenizers`` backend."""
+        """``is_processor_template``: the chat template is that of a processor of transformers.
+
+        Raises:
+            UnsupportedModel: a tokenizer without a ``tokenizers`` backend.
+            ConfigurationError: ``chat_template_kwargs`` that the chat template does not take.
+        """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UnsupportedModel("the checkpoint's tokenizer has no tokenizer.json form")
         self._tokenizer = tokenizer
-        self._backend: Tokenizer = backend
         self.image_token_id = image_token_id
-        self._around_image = around_image
+        before, behind = (around_image[:1], around_image[1:]) if around_image is not None else ((), ())
+        self._image_ids = () if image_token_id is None else (*before, image_token_id, *behind)
+        # As the call of a tokenizer of transformers does.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend: Tokenizer = backend
+        self._ids_of_own: dict[int, int] = {}  # tokens that only `_backend` has -> what they stand for
+        self._image_text = self._add_image_tokens()
+        self._is_processor_template = is_processor_template
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        if self._template_kwargs:
+            try:
+                self._check_template_kwargs(self._template_kwargs)
+            except InvalidInput as error:
+                raise ConfigurationError(str(error)) from None
         self._max_model_len = max_model_len
         longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
         self._max_chars = max(max_model_len * max(longest, CHARS_PER_TOKEN), _ALWAYS_ENCODED_CHARS)
@@ -103,21 +132,27 @@ class PromptEncoder:
         """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
         pieces = _split_images(prompt)
         self._check_length(pieces, self._backend)
-        ids = list(self._leading_ids)
-        for piece in pieces:
-            ids += self._image_ids() if piece is None else _encode(piece, self._backend)
-        return ids
+        text = "".join(self._image_text_or_raise() if piece is None else piece for piece in pieces)
+        ids = self._encode_whole(text)
+        return ids if self._starts_with_bos(text) else self._with_special_tokens(ids)
 
-    def untrusted(self, prompt: str, *, raw_prompt: bool = False) -> list[int]:
+    def untrusted(
+        self, prompt: str, *, raw_prompt: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out."""
         pieces = _split_images(prompt)
         self._check_length(pieces, self._plain_backend)
-        if raw_prompt or not self.has_chat_template:
-            return self._leading_ids + self._encode_pieces(pieces)
-        return self._render([_Turn("user", pieces, is_parts=False)])
+        if raw_prompt:
+            return self._without_template(pieces)
+        return self._render([_Turn("user", pieces, is_parts=False)], chat_template_kwargs)
 
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def messages(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """The tokens of a conversation in the OpenAI form, followed by the opening of the assistant's turn.
+
+        Those of the processor's ``apply_chat_template``, or the tokenizer's, where no text has a control token.
+        ``chat_template_kwargs`` are further variables of the template; their values are trusted.
 
         A content is a string, or a list of parts ``{"type": "text", "text": …}`` and ``{"type": "image"}`` or
         ``{"type": "image_url"}``; an image part is the place of the next image. Without a chat template only a single
@@ -129,11 +164,7 @@ class PromptEncoder:
         if not turns:
             raise InvalidInput("messages is empty")
         self._check_length([piece for turn in turns for piece in turn.pieces], self._plain_backend)
-        if self.has_chat_template:
-            return self._render(turns)
-        if len(turns) > 1 or turns[0].role != "user":
-            raise InvalidInput("the checkpoint has no chat template: it takes a prompt, or a single user message")
-        return self._leading_ids + self._encode_pieces(turns[0].pieces)
+        return self._render(turns, chat_template_kwargs)
 
     def _check_length(self, pieces: Sequence[Piece], backend: Tokenizer) -> None:
         """Refuse what is too long for certain, before anything is encoded; PromptTooLong.
@@ -162,140 +193,223 @@ class PromptEncoder:
                     f"tokens; a context of {room} tokens is all there is"
                 )
 
-    def _render(self, turns: Sequence[_Turn]) -> list[int]:
+    def _render(self, turns: Sequence[_Turn], chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
         """Render ``turns`` in the first form of content that the template takes without losing anything."""
+        if chat_template_kwargs:
+            self._check_template_kwargs(chat_template_kwargs)
+        if not self.has_chat_template:
+            if len(turns) > 1 or turns[0].role != "user":
+                raise InvalidInput("the checkpoint has no chat template: it takes a prompt, or a single user message")
+            return self._without_template(turns[0].pieces)
         import jinja2
 
         num_images = sum(turn.pieces.count(None) for turn in turns)
         if num_images:
-            self._image_ids()
+            self._image_text_or_raise()
+        variables = {**self._template_kwargs, **(chat_template_kwargs or {})}
         refusal = "it leaves out or rewrites the text of a message"
         for as_parts in (None, False, True):
             stand_ins = _StandIns()
             conversation = [_to_template(turn, stand_ins, as_parts) for turn in turns]
             try:
-                rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+                rendered = self._tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True, **variables
+                )
             except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
                 refusal = str(error)
                 continue
-            pieces = stand_ins.restore(str(rendered), self._split_literal)
-            if pieces is None:
+            parts = stand_ins.restore(str(rendered))
+            if parts is None:
                 continue
-            if not num_images or pieces.count(None) + pieces.count(self.image_token_id) == num_images:
-                return self._encode_pieces(pieces)
+            ids = self._encode_parts(parts)
+            if self.image_token_id is not None and num_images and ids.count(self.image_token_id) != num_images:
+                continue
+            # ProcessorMixin.apply_chat_template adds the tokenizer's special tokens, unless BOS is there.
+            adds = self._is_processor_template and not self._starts_with_bos(str(rendered))
+            return self._with_special_tokens(ids) if adds else ids
         raise InvalidInput(f"the checkpoint's chat template refuses the messages: {refusal}")
 
-    def _split_literal(self, literal: str) -> Iterator[str | int]:
-        """What the template itself wrote: its added tokens as ids, the text between them as strings."""
-        encoding = self._backend.encode(literal, add_special_tokens=False)
-        end = 0
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self._added_ids:
-                yield literal[end:start]
-                yield token
-                end = stop
-        yield literal[end:]
+    def _without_template(self, pieces: Sequence[Piece]) -> list[int]:
+        if None in pieces:
+            self._image_text_or_raise()
+        return self._with_special_tokens(
+            self._encode_parts([None if piece is None else _Untrusted(piece) for piece in pieces])
+        )
 
-    def _encode_pieces(self, pieces: Sequence[str | int | None]) -> list[int]:
-        """Encode texts plainly, neighbours together, with ids as they are and an image's for None."""
-        ids: list[int] = []
-        run: list[str] = []
-        for piece in pieces:
-            if isinstance(piece, str):
-                run.append(piece)
-                continue
-            ids += self._encode_plain("".join(run))
-            run.clear()
-            ids += self._image_ids() if piece is None else [piece]
-        return ids + self._encode_plain("".join(run))
+    def _check_template_kwargs(self, given: Mapping[str, Any]) -> None:
+        """InvalidInput for a name that the template does not read, or that is not the template's."""
+        templates = self._tokenizer.chat_template or ""
+        text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        for name in given:
+            if name in _RESERVED_VARIABLES or not re.search(rf"\b{re.escape(str(name))}\b", text):
+                raise InvalidInput(
+                    f"chat_template_kwargs: the checkpoint's chat template has no variable {str(name)[:64]!r}"
+                )
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """The tokens of ``text`` with no added token among them.
+    def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """The tokens of a rendered prompt, without the special tokens that the tokenizer adds.
+
+        As its processor tokenises the whole string, unless an untrusted text would make a control token.
+        """
+        image, stand_in = self._image_text, self._anchors[0]
+        texts = [part for part in parts if isinstance(part, _Untrusted)]
+        ids = self._encode_whole("".join(image if part is None else part for part in parts))
+        skeleton = "".join(
+            image if part is None else stand_in if isinstance(part, _Untrusted) else part for part in parts
+        )
+        is_plain = all(self._forbidden_ids.isdisjoint(self._encode_whole(text)) for text in texts)
+        if is_plain and self._controls(ids) == self._controls(self._encode_whole(skeleton)):
+            return ids
+        return self._encode_apart(skeleton, texts)
+
+    def _encode_apart(self, skeleton: str, texts: Sequence[str]) -> list[int]:
+        """The tokens of ``skeleton``, whose stand-ins are ``texts``, with no control token but the skeleton's own.
 
         A model whose own vocabulary holds the text of an added token (unigram models do) can still produce it without
-        the list of added tokens; the text is then cut inside the token and encoded again.
+        the list of added tokens; the text is then cut inside the token and tokenised again.
         """
-        ids: list[int] = []
-        stack = [text]
-        while stack:
-            part = stack.pop()
-            part_ids = _encode(part, self._plain_backend)
-            if self._forbidden_ids.isdisjoint(part_ids):
-                ids += part_ids
-                continue
-            encoding = self._plain_backend.encode(part, add_special_tokens=False)
+        stand_in, control, cut = self._anchors
+        encoding = self._backend.encode(skeleton, add_special_tokens=False)
+        found = [
+            (token, span)
+            for token, span in zip(encoding.ids, encoding.offsets, strict=True)
+            if self._ids_of_own.get(token, token) in self._forbidden_ids
+        ]
+        for _, (start, end) in reversed(found):
+            skeleton = skeleton[:start] + control + skeleton[end:]
+        between = skeleton.split(stand_in)
+        text = between[0] + "".join(part for pair in zip(texts, between[1:], strict=True) for part in pair)
+        backend = self._plain_backend
+        of_control, of_cut = backend.token_to_id(control), backend.token_to_id(cut)
+        forbidden = self._forbidden_ids - {of_control, of_cut}
+        ids = _encode(text, backend)
+        while not forbidden.isdisjoint(ids):
+            encoding = backend.encode(text, add_special_tokens=False)
             spans = zip(encoding.ids, encoding.offsets, strict=True)
-            offenders = [span for token, span in spans if token in self._forbidden_ids]
+            offenders = [span for token, span in spans if token in forbidden]
             if any(stop - start < 2 for start, stop in offenders):
                 raise InvalidInput("the text holds a character that the tokenizer writes as a control token only")
-            cuts = [0, *(start + 1 for start, _ in offenders), len(part)]
-            stack += [part[a:b] for a, b in zip(cuts[-2::-1], cuts[:0:-1], strict=True)]
-        return ids
+            for start, _ in reversed(offenders):
+                text = text[: start + 1] + cut + text[start + 1 :]
+            ids = _encode(text, backend)
+        controls = iter([self._ids_of_own.get(token, token) for token, _ in found])
+        return [next(controls) if token == of_control else token for token in ids if token != of_cut]
 
-    def _image_ids(self) -> list[int]:
+    def _encode_whole(self, text: str) -> list[int]:
+        """The tokens of ``text`` with its control tokens, without those that the tokenizer adds."""
+        ids = _encode(text, self._backend)
+        return [self._ids_of_own.get(token, token) for token in ids] if self._ids_of_own else ids
+
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self._forbidden_ids]
+
+    def _with_special_tokens(self, ids: list[int]) -> list[int]:
+        before, behind = self._special_tokens_around
+        return [*before, *ids, *behind]
+
+    def _starts_with_bos(self, text: str) -> bool:
+        bos = self._tokenizer.bos_token
+        return bool(bos) and text.startswith(bos)
+
+    def _image_text_or_raise(self) -> str:
         """What an image's placeholder becomes; PlaceholderMismatch for a model that takes no images."""
         if self.image_token_id is None:
             raise PlaceholderMismatch(
                 f"the prompt has a {IMAGE_PLACEHOLDER} placeholder, and this engine takes no images: MultiModalLLM "
                 "wants enable_multimodal=True, and a text model a vision_model beside it"
             )
-        if self._around_image is None:
-            return [self.image_token_id]
-        before, behind = self._around_image
-        return [before, self.image_token_id, behind]
+        return self._image_text
+
+    def _add_image_tokens(self) -> str:
+        """The string of an image: the texts of its tokens. One that has none gets it in a copy of the backend."""
+        known = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
+        unknown = [token for token in self._image_ids if token not in known]
+        if unknown:
+            from tokenizers import AddedToken
+
+            self._backend = type(self._backend).from_str(self._backend.to_str())
+            for token in unknown:
+                known[token] = IMAGE_PLACEHOLDER if token == self.image_token_id else f"<|image|{token}|>"
+                self._backend.add_special_tokens([AddedToken(known[token], normalized=False)])
+                if (own := self._backend.token_to_id(known[token])) is not None:
+                    self._ids_of_own[own] = token
+        return "".join(known[token] for token in self._image_ids)
 
     @cached_property
-    def _leading_ids(self) -> list[int]:
-        """What the tokenizer puts before any text: a beginning-of-sequence token, or nothing."""
-        return list(self._backend.encode("", add_special_tokens=True).ids)
+    def _special_tokens_around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind any text: a beginning-of-sequence token, or nothing."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        text = self._backend.encode("a", add_special_tokens=False).ids
+        for start in range(len(ids) - len(text) + 1):
+            if ids[start : start + len(text)] == text:
+                return ids[:start], ids[start + len(text) :]
+        return [], []
 
     @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self._backend.get_added_tokens_decoder())
+    def _anchors(self) -> tuple[str, str, str]:
+        """Strings that no text can hold: in the place of a text, of a control token, and of a cut."""
+        nonce = secrets.token_hex(12)
+        return f"x{nonce}tx", f"x{nonce}cx", f"x{nonce}sx"
 
     @cached_property
     def _forbidden_ids(self) -> frozenset[int]:
-        """What plain text must not become: every added token but the one for unknown characters."""
-        forbidden = set(self._added_ids)
+        """What plain text must not become: every added token but white space and the one for unknown characters."""
+        added = self._backend.get_added_tokens_decoder().items()
+        forbidden = {self._ids_of_own.get(index, index) for index, token in added if not token.content.isspace()}
         if self._tokenizer.unk_token_id != self._tokenizer.eos_token_id:
             forbidden.discard(self._tokenizer.unk_token_id)
-        if self.image_token_id is not None:
-            forbidden.add(self.image_token_id)
-        return frozenset(forbidden)
+        return frozenset(forbidden.union(self._image_ids))
 
     @cached_property
     def _plain_backend(self) -> Tokenizer:
-        """The same tokenizer without its added tokens: its model and pre-tokeniser alone."""
+        """The same tokenizer with the anchors as its only added tokens: its model and pre-tokeniser alone."""
+        from tokenizers import AddedToken
+
         state = json.loads(self._backend.to_str())
         state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        return type(self._backend).from_str(json.dumps(state))
+        backend = type(self._backend).from_str(json.dumps(state))
+        backend.add_special_tokens([AddedToken(anchor, normalized=False) for anchor in self._anchors[1:]])
+        return backend
 
 
 class _StandIns:
     """Stand-ins for untrusted pieces in one rendering of a template."""
 
     def __init__(self) -> None:
-        # Letters and digits only: nothing that a template trims, escapes or looks for.
+        # Letters and digits only: nothing that a template escapes or looks for.
         self._nonce = f"x{secrets.token_hex(12)}x"
         self._pieces: list[tuple[Piece, ...]] = []
 
-    def put(self, *pieces: Piece) -> str:
-        """A stand-in for ``pieces``."""
-        self._pieces.append(pieces)
-        return f"{self._nonce}{len(self._pieces) - 1}x"
+    @property
+    def mark(self) -> str:
+        """What must not be rendered: in a part beside its text, it tells a list that a template printed."""
+        return f"{self._nonce}x"
 
-    def restore(self, rendered: str, split_literal: Any) -> list[str | int | None] | None:
+    def put(self, *pieces: Piece) -> str:
+        """A stand-in for ``pieces``, with the white space around them, which some templates trim."""
+        first, last = (piece or "" for piece in (pieces[0], pieces[-1]))
+        before = first[: len(first) - len(first.lstrip())]
+        behind = last[len(last.rstrip()) :] if last.strip() or len(pieces) > 1 else ""
+        inner = list(pieces)
+        if inner[0] is not None:
+            inner[0] = inner[0][len(before) :]
+        if inner[-1] is not None and behind:
+            inner[-1] = inner[-1][: -len(behind)]
+        self._pieces.append(tuple(inner))
+        return f"{before}{self._nonce}{len(self._pieces) - 1}x{behind}"
+
+    def restore(self, rendered: str) -> list[Part] | None:
         """The rendered text with the stand-ins replaced by the pieces; None when one is missing or was rewritten."""
-        restored: list[str | int | None] = []
+        restored: list[Part] = []
         seen: set[int] = set()
         for number, part in enumerate(re.split(rf"{self._nonce}(\d+)x", rendered)):
             if number % 2:
                 seen.add(int(part))
-                restored += self._pieces[int(part)]
+                restored += [None if piece is None else _Untrusted(piece) for piece in self._pieces[int(part)]]
             elif self._nonce in part.lower():
                 return None
             else:
-                restored += split_literal(part)
+                restored.append(part)
         return restored if seen == set(range(len(self._pieces))) else None
 
 
@@ -307,13 +421,14 @@ def _split_images(prompt: str) -> tuple[Piece, ...]:
 def _to_template(turn: _Turn, stand_ins: _StandIns, as_parts: bool | None) -> dict[str, Any]:
     """The message as the template gets it; ``as_parts`` None keeps the form in which it came."""
     if not (turn.is_parts if as_parts is None else as_parts):
-        return {"role": turn.role, "content": stand_ins.put(*turn.pieces)}
-    parts = _Parts()
+        return {"role": turn.role, "content": stand_ins.put(*turn.pieces) if turn.pieces != ("",) else ""}
+    parts = []
     for piece in turn.pieces:
         if piece is None:
-            parts.append({"type": "image"})
-        elif piece:
-            parts.append({"type": "text", "text": stand_ins.put(piece)})
+            parts.append({"type": "image", "mark": stand_ins.mark})
+        elif piece or turn.is_parts or len(turn.pieces) == 1:
+            text = stand_ins.put(piece) if piece else ""
+            parts.append({"type": "text", "text": text, "mark": stand_ins.mark})
     return {"role": turn.role, "content": parts}
 
 

@@ -52,7 +52,9 @@ class Admit:
             NanoVLLMError: the job asks for what the model or the settings do not allow.
         """
         with context.progress.stage("admit"):
-            sampling = job.sampling_params(self.settings.sampling, self.settings.admission.max_tokens)
+            job.check_template_kwargs(self.settings.engine.job_chat_template_kwargs)
+            defaults = sampling_defaults(self.settings, self.engine)
+            sampling = job.sampling_params(defaults, self.settings.admission.max_tokens)
             tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
             lane = self.lanes.get(context.record.topic, 0)
             queued = self._queued(tokens, job.priority, lane, context)
@@ -102,6 +104,15 @@ class AfterKeyTurn:
         with context.progress.stage("admit"):
             await self.turn.wait()
         return await self.admit(job, context, reservation)
+
+
+def sampling_defaults(settings: Settings, engine: EngineBackend) -> SamplingParams:
+    """What counts where a job says nothing: ``settings.sampling``, and the checkpoint's where that is unset."""
+    own = settings.sampling
+    unset = {name: value for name, value in engine.generation_defaults.items() if name not in own.model_fields_set}
+    if "max_tokens" in unset:
+        unset["max_tokens"] = min(unset["max_tokens"], settings.admission.max_tokens)
+    return own.model_copy(update=unset)
 
 
 def decoded_bytes(transform: ImageTransform | None, images: int) -> int:

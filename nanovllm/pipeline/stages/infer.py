@@ -50,6 +50,7 @@ class CallEngine:
                 sampling=admitted.sampling,
                 priority=admitted.queued.engine_priority,
                 cache_salt=admitted.context.salt,
+                chat_template_kwargs=job.chat_template_kwargs,
             )
         )
         try:
@@ -107,7 +108,8 @@ class ReuseResponses:
             return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
         sampling = admitted.sampling.model_dump(mode="json", exclude={"seed"})
-        asked = json.dumps([job.prompt, job.message_dicts(), sampling, [image.digest.hex() for image in images]])
+        digests = [image.digest.hex() for image in images]
+        asked = json.dumps([job.prompt, job.message_dicts(), job.chat_template_kwargs, sampling, digests])
         # A digest: a job's schema alone may have 256 K characters.
         key = (self._model, admitted.context.salt, hashlib.sha256(asked.encode()).digest())
         output, reuse = await self._cache.get(key, make)
