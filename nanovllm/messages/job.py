@@ -343,7 +343,7 @@ class Job(_Strict):
         """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.
 
         Args:
-            max_tokens: the largest number that the job may ask for.
+            max_tokens: the largest number that the job may ask for, and gets where it asks for no limit.
 
         Raises:
             InvalidJob: the job asks for more tokens than allowed, or for more at least than at most.
@@ -351,11 +351,13 @@ class Job(_Strict):
         values = {name: getattr(defaults, name) for name in SamplingParams.model_fields} | self.sampling
         if values["seed"] is None and self.job_id is not None:
             values["seed"] = int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:8], "big") >> 1
+        if values["max_tokens"] is None:
+            values["max_tokens"] = max_tokens
         try:
             params = SamplingParams(**values)
         except ValidationError as error:
             raise InvalidJob(describe_errors(error, "sampling")) from None
-        if max_tokens is not None and params.max_tokens > max_tokens:
+        if max_tokens is not None and params.max_tokens is not None and params.max_tokens > max_tokens:
             raise InvalidJob(f"sampling.max_tokens: {params.max_tokens} is above this worker's limit of {max_tokens}")
         return params
 

@@ -52,8 +52,9 @@ class Admit:
             NanoVLLMError: the job asks for what the model or the settings do not allow.
         """
         with context.progress.stage("admit"):
-            sampling = job.sampling_params(self.settings.sampling, self.settings.admission.max_tokens)
-            tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
+            limit = self.settings.admission.max_tokens
+            sampling = job.sampling_params(self.settings.sampling, limit)
+            tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
             lane = self.lanes.get(context.record.topic, 0)
             queued = self._queued(tokens, job.priority, lane, context)
             if self.rates.wait_s(queued.tenant):
