@@ -39,6 +39,8 @@ MAX_METADATA_BYTES = 65_536
 MAX_ITEMS = 4_096
 """Most images, messages, or parts of a message; every item costs validation in Python."""
 
+MAX_UNKNOWN_NAMES = 64
+"""Most unknown fields that are compared with the known ones: each comparison holds the event loop."""
 MAX_NAME_CHARS = 1_024
 MAX_URI_CHARS = 2_048
 
@@ -274,7 +276,7 @@ class Job(_Strict):
         names = list(fields) if isinstance(fields, Mapping) else []
         unknown = [name for name in names if isinstance(name, str) and name not in cls.model_fields]
         absent = [name for name in cls.model_fields if name not in names] if unknown else []
-        for name in unknown:
+        for name in unknown[:MAX_UNKNOWN_NAMES]:
             for known in absent:
                 if is_one_edit(name, known):
                     raise ValueError(f"unknown name {printable(name)}: did you mean {known}?")

@@ -13,11 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 from nanovllm.messages.job import JobId
 
 MAX_TOKENS = 10_000
-"""Most strings and punctuation marks of a JSON message, or keys of a msgpack map, that are looked at: milliseconds."""
+"""Most tokens of a JSON message, or keys of a msgpack map, that are looked at: milliseconds."""
+
+MAX_BYTES = 1 << 20
+"""Bytes of a JSON message that are looked at: the expression holds the interpreter while it reads one long string."""
 
 _JOB_ID: TypeAdapter[str] = TypeAdapter(JobId)
 # The closing quote is optional: a string that does not end would be searched again from each quote within it.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]:,]', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]:,]|[^"{}\[\]:,]++', re.DOTALL)
 _BROKEN_MSGPACK = (msgpack.exceptions.UnpackException, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -30,15 +33,17 @@ def valid_job_id(value: Any) -> str | None:
 
 
 def sent_job_id(value: bytes) -> str | None:
-    """The ``job_id`` of a JSON or msgpack message of any size, complete or not; None where none is found."""
+    """The ``job_id`` of a JSON or msgpack message, complete or not; None where none is found near its beginning."""
     return _in_msgpack(value) if value and value[0] >= 0x80 else job_id_in_json(value)
 
 
 def job_id_in_json(value: bytes) -> str | None:
     """As ``sent_job_id``, for JSON alone: by a regular expression, which no message can bring down."""
     depth, before = 0, (b"", b"")
-    for found in islice(_TOKEN.finditer(value), MAX_TOKENS):
+    for found in islice(_TOKEN.finditer(value, 0, MAX_BYTES), MAX_TOKENS):
         token = found[0]
+        if token.isspace():
+            continue
         if depth == 1 and before == (b'"job_id"', b":"):
             return _from_json(token)
         depth += (token in b"{[") - (token in b"}]")
