@@ -54,10 +54,10 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
-def _params_of_each(params: Any, num_prompts: int) -> abc.Sequence[SamplingParams]:
+def _params_of_each(params: Any, num_prompts: int, default: SamplingParams) -> abc.Sequence[SamplingParams]:
     """The sampling parameters of each prompt; InvalidInput for another type or number."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+        return [params or default] * num_prompts
     if not isinstance(params, abc.Sequence) or not all(isinstance(one, SamplingParams) for one in params):
         raise InvalidInput(f"sampling_params is a SamplingParams, or a list with one a prompt, not {shape_of(params)}")
     if len(params) != num_prompts:
@@ -152,7 +152,7 @@ class LLMEngine:
         """
         if self._is_closed:
             raise EngineDead("the engine is closed: make another one")
-        (sampling,) = _params_of_each(sampling_params, 1)
+        (sampling,) = _params_of_each(sampling_params, 1, SamplingParams())
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
@@ -294,7 +294,7 @@ class LLMEngine:
         """
         batch = read_prompts(prompts)
         images_of_prompts = self.input_processor.images_of(batch, images)
-        params_of_prompts = _params_of_each(sampling_params, len(batch))
+        params_of_prompts = _params_of_each(sampling_params, len(batch), SamplingParams())
         outputs: dict[str, RequestOutput | None] = {}
         try:
             for prompt, params, pictures in zip(batch, params_of_prompts, images_of_prompts, strict=True):
