@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+
+def _listed(value: Any) -> Any:
+    """One string as a list of one, None as an empty list."""
+    if value is None:
+        return ()
+    # A tuple: behind a validator in Python, strict JSON takes no list for one.
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _by_number(value: Any) -> Any:
+    """None as no bias, and token ids as numbers: JSON has text for keys, which strict validation would refuse."""
+    if not isinstance(value, dict):
+        return {} if value is None else value
+    return {int(key) if isinstance(key, str) and _TOKEN_ID.fullmatch(key) else key: bias for key, bias in value.items()}
+
+
+def _seed(value: int) -> int | None:
+    return None if value == -1 else value
+
+
+_TOKEN_ID = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+_StopStrings = Annotated[tuple[StopString, ...], Field(max_length=16)]
+_BadWords = Annotated[tuple[StopString, ...], Field(max_length=64)]
+_TokenIds = Annotated[tuple[int, ...], Field(max_length=64)]
+_Biases = Annotated[dict[int, Bias], Field(max_length=1024)]
 
 MAX_CONSTRAINT_CHARS = 65_536
 MAX_SCHEMA_CHARS = 262_144  # most of a large schema is prose
@@ -26,7 +52,8 @@ class Constraint(NamedTuple):
 class SamplingParams(BaseModel):
     """Sampling parameters of one request, under vLLM's names and with vLLM's defaults.
 
-    An unknown name is an error, here and in a job's ``sampling``: an ignored constraint would be a lie.
+    None means none, as in vLLM: no stop, no bias, no seed, no limit of tokens but the context's. An unknown name is an
+    error, here and in a job's ``sampling``: an ignored constraint would be a lie.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,18 +76,29 @@ class SamplingParams(BaseModel):
     frequency_penalty: float = Field(
         default=0.0, ge=-2.0, le=2.0, description="Taken from a token's logit once for each time the output has it."
     )
-    logit_bias: dict[int, Bias] = Field(
-        default_factory=dict, max_length=1024, description="Added to the logits of these token ids."
+    logit_bias: Annotated[_Biases, BeforeValidator(_by_number, json_schema_input_type=_Biases | None)] = Field(
+        default_factory=dict, description="Added to the logits of these token ids."
     )
-    bad_words: tuple[StopString, ...] = Field(
-        default=(), max_length=64, description="Words that the output must not have, by their tokens."
+    bad_words: Annotated[_BadWords, BeforeValidator(_listed, json_schema_input_type=StopString | _BadWords | None)] = (
+        Field(default=(), description="Words that the output must not have, by their tokens.")
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Makes the request reproducible in any batch.")
-    max_tokens: int = Field(default=16, ge=1, le=1_000_000, description="Most tokens to generate.")
+    seed: Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_seed)] | None = Field(
+        default=None, description="Makes the request reproducible in any batch; -1 is as unset."
+    )
+    max_tokens: int | None = Field(
+        default=16,
+        ge=1,
+        le=1_000_000,
+        description="Most tokens to generate; null: as many as context and worker allow.",
+    )
     min_tokens: int = Field(default=0, ge=0, description="Fewest tokens before an end or stop is honoured.")
-    stop: tuple[StopString, ...] = Field(default=(), max_length=16, description="Strings that end the text.")
+    stop: Annotated[_StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | _StopStrings | None)] = (
+        Field(default=(), description="Strings that end the text; one may stand alone.")
+    )
     include_stop_str_in_output: bool = Field(default=False, description="Leave the stop string in the text.")
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64, description="Tokens that end the text.")
+    stop_token_ids: Annotated[_TokenIds, BeforeValidator(_listed, json_schema_input_type=_TokenIds | None)] = Field(
+        default=(), description="Tokens that end the text."
+    )
     ignore_eos: bool = Field(default=False, description="Go on after the end-of-sequence token, up to max_tokens.")
     loop_tokens: int = Field(
         default=0,
@@ -104,7 +142,7 @@ class SamplingParams(BaseModel):
             raise ValueError(f"{constraints[0]} is longer than {limit} characters")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n is {self.n}, but temperature 0 makes all outputs equal")
-        if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         return self
 

@@ -112,7 +112,7 @@ def _consistent(sampling: dict[str, Any]) -> dict[str, Any]:
     excluded = constraints[1:]
     if sampling.get("temperature") == 0:
         excluded.append("n")
-    if sampling.get("min_tokens", 0) > sampling.get("max_tokens", MAX_INTEGER):
+    if sampling.get("min_tokens", 0) > (sampling.get("max_tokens") or MAX_INTEGER):
         excluded.append("min_tokens")
     return {name: value for name, value in sampling.items() if name not in excluded}
 

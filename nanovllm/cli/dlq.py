@@ -13,8 +13,9 @@ from typing import Annotated, TypeVar, get_args
 import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
+from nanovllm.cli.tables import few
 from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters
-from nanovllm.client.replay import replay
+from nanovllm.client.replay import Replay, replay
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
@@ -23,7 +24,10 @@ from nanovllm.terminal import plain, print_json, print_table
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
 T = TypeVar("T")
-COLUMNS = ("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "replays", "job_id", "message")
+COLUMNS = (
+    *("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "replays"),
+    *("job_id", "inputs", "message"),
+)
 _CLASSES, _STAGES = get_args(DeadLetterClass), get_args(Stage)
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -113,8 +117,8 @@ def dlq_replay(
     topics = topic or settings.topics.job_topics
     letters = read_dead_letters(settings, wanted)
     replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))
-    rows = [(one.entry.position, one.entry.letter.job_id or "", one.state, one.reason) for one in replays]
-    print_table(("place", "job_id", "state", "reason"), rows, as_json=as_json)
+    rows = [_replay_row(one) for one in replays]
+    print_table(("place", "job_id", "inputs", "state", "reason"), rows, as_json=as_json)
 
 
 def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:
@@ -173,14 +177,21 @@ def _row(record: DeadLetterRecord) -> tuple[str, ...]:
         str(letter.attempts),
         str(letter.replays or 0),
         letter.job_id or "",
+        few(record.inputs),
         letter.message,
     )
+
+
+def _replay_row(one: Replay) -> tuple[str, ...]:
+    letter = one.entry.letter
+    return one.entry.position, letter.job_id or "", few(one.entry.inputs), one.state, one.reason
 
 
 def _details(record: DeadLetterRecord) -> dict[str, object]:
     envelope = record.letter.model_dump(mode="json", exclude_none=True)
     return envelope | {
         "place": record.position,
+        "inputs": record.inputs,
         "key": None if record.key is None else record.key.decode(errors="backslashreplace"),
         # Their values may be secrets that an operator has chosen to keep.
         "headers": [name for name, _ in record.headers],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -11,9 +13,10 @@ from nanovllm.client.results import Outcome
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.terminal import plain, print_json
 
-_WIDTHS = {"job": 24, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
-NARROW_COLUMNS = 100
+_WIDTHS = {"job": 24, "inputs": 20, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
+NARROW_COLUMNS = 140
 """A terminal of fewer columns leaves the text less than a third of a row."""
+MAX_INPUTS_SHOWN = 3
 
 
 class ResultRows:
@@ -40,24 +43,34 @@ class ResultRows:
         self._has_head = True
 
     def _show_narrow(self, outcome: Outcome) -> None:
-        job, status, text, tokens, cache, ms = _cells(outcome)
+        job, inputs, status, text, tokens, cache, ms = _cells(outcome)
         head = [job, status]
         if not isinstance(outcome, DeadLetter):
             head += [Text(f"{tokens} tokens"), Text(f"{ms} ms")]
             if outcome.inputs:
                 head.append(Text(f"cache {cache}"))
+        if inputs.plain != "-":
+            head.append(inputs)
         self._console.print(Text("  ").join(head), overflow="fold")
         self._console.print(Padding(text, (0, 0, 0, 2)), overflow="fold")
 
 
+def few(names: Sequence[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    more = [f"and {len(names) - MAX_INPUTS_SHOWN} more"] if len(names) > MAX_INPUTS_SHOWN else []
+    return ", ".join([*names[:MAX_INPUTS_SHOWN], *more])
+
+
 def _cells(outcome: Outcome) -> tuple[Text, ...]:
     job = plain(outcome.job_id or "?")
+    inputs = plain(few(outcome.inputs if isinstance(outcome, DeadLetter) else outcome.input_names) or "-")
     if isinstance(outcome, DeadLetter):
         status = Text(outcome.error_class, style="red")
-        return job, status, plain(f"{outcome.code}: {outcome.message}"), Text("-"), Text("-"), Text("-")
+        return job, inputs, status, plain(f"{outcome.code}: {outcome.message}"), Text("-"), Text("-"), Text("-")
     usage = outcome.usage
     return (
         job,
+        inputs,
         Text(outcome.status, style="green" if outcome.status == "ok" else "yellow"),
         plain(outcome.text if outcome.stored is None else outcome.stored.uri),
         Text(f"{usage.input_tokens}+{usage.output_tokens}"),

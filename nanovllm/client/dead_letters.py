@@ -14,6 +14,7 @@ from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.kafka.records import Headers
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.input_names import input_names
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.dead_letter_record import SHA256_HEADER, TRUNCATED_HEADER, read_dead_letter
@@ -41,6 +42,11 @@ class DeadLetterRecord:
     def position(self) -> str:
         """Where it lies in the dead-letter topic: ``partition:offset``."""
         return f"{self.partition}:{self.offset}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the job's sender calls its images; decodes ``value``, which holds them."""
+        return input_names(self.value)
 
     @classmethod
     def from_record(cls, record: ConsumerRecord) -> DeadLetterRecord:

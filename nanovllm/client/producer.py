@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from pydantic import ValidationError
@@ -24,7 +24,7 @@ from nanovllm.kafka.admin import message_limits
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
-from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id
+from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id, image_name
 from nanovllm.messages.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.kafka import KafkaSettings
@@ -33,7 +33,7 @@ from nanovllm.sinks.kafka import send_record
 
 T = TypeVar("T")
 JobKey = Literal["image", "job_id", "none"]
-JobImage = str | Path | bytes | ImageRef
+JobImage = str | Path | bytes | bytearray | memoryview | IO[bytes] | ImageRef
 
 
 class JobProducer:
@@ -95,7 +95,7 @@ class JobProducer:
         self,
         prompt: str | None = None,
         *,
-        images: Sequence[JobImage] = (),
+        images: JobImage | Sequence[JobImage] = (),
         messages: Sequence[Mapping[str, Any]] | None = None,
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         job_id: str | None = None,
@@ -110,7 +110,8 @@ class JobProducer:
         Give a ``job_id`` of your own where the call may be repeated: the result's identity depends on it alone.
 
         Args:
-            images: ``s3://`` URIs, paths of local files, encoded bytes, or ImageRef; one for each ``<|image|>``.
+            images: ``s3://`` URIs, paths of local files, encoded bytes, open files, or ImageRef; one for each
+                ``<|image|>``, and a single one may stand without a list. The result names each by its path or URI.
             sampling: only what is set is sent; the worker's defaults stand for the rest.
 
         Raises:
@@ -124,7 +125,7 @@ class JobProducer:
             "job_id": job_id,
             "prompt": prompt,
             "messages": None if messages is None else list(messages),
-            "images": [await _image_ref(image) for image in images],
+            "images": [await _image_ref(image) for image in _as_list(images)],
             "sampling": _with_text_keys(explicit or {}),
             "deadline": deadline,
             "priority": priority,
@@ -150,7 +151,10 @@ class JobProducer:
         record = self._encode(job, key)
         if record.size_bytes > self._max_bytes and self._uploader is not None:
             upload = self._uploader.upload
-            images = [image if image.data is None else await upload(image.data) for image in job.images]
+            images = [
+                image if image.data is None else (await upload(image.data)).model_copy(update={"name": image.name})
+                for image in job.images
+            ]
             job = job.model_copy(update={"images": tuple(images)})
             record = self._encode(job, key)
         if record.size_bytes > self._max_bytes:
@@ -206,18 +210,38 @@ class SyncJobProducer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
+def _as_list(images: JobImage | Sequence[JobImage]) -> Sequence[JobImage]:
+    is_one = isinstance(images, (str, Path, bytes, bytearray, memoryview, ImageRef)) or hasattr(images, "read")
+    return [images] if is_one else images  # type: ignore[list-item,return-value]
+
+
 async def _image_ref(image: JobImage) -> dict[str, Any] | ImageRef | str:
     if isinstance(image, ImageRef):
         return image
-    if isinstance(image, bytes):
-        return {"data": image}
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return {"data": bytes(image)}
     if isinstance(image, str) and "://" in image:
         return image
-    path = Path(image)
+    name = image if isinstance(image, (str, Path)) else getattr(image, "name", "")
+    name = str(name) if isinstance(name, (str, Path)) else ""  # the name of a file that has none is a number
     try:
-        return {"data": await asyncio.to_thread(path.read_bytes)}
-    except OSError as error:
-        raise InvalidInput(f"the image {path} cannot be read: {error.strerror or type(error).__name__}") from None
+        data = await asyncio.to_thread(_read, image)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InvalidInput(f"the image {name} cannot be read: {reason}") from None
+    return {"data": data, "name": image_name(name)}
+
+
+def _read(image: str | Path | IO[bytes]) -> bytes:
+    """The bytes of a file; one that is open is read from its beginning where it can be rewound."""
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes()
+    with suppress(OSError, AttributeError):
+        image.seek(0)
+    data = image.read()
+    if not isinstance(data, bytes):
+        raise OSError(0, "it is not open for reading bytes: open it with mode 'rb'")
+    return data
 
 
 def _with_text_keys(sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ResultReader:
         try:
             if record.topic == self._results:
                 return Result.model_validate(decode_fields(record.value or b""))
-            return read_dead_letter(record.headers)
+            return read_dead_letter(record.headers, record.value)
         except (InvalidJob, ValidationError):
             self.unreadable += 1
             return None

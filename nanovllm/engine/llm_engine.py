@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import abc
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,12 +37,13 @@ from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.text.detokenizer import Detokenizer
-from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt, prompt_list
+from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
 from nanovllm.engine.text.output_processor import RequestState, extend, output_of
-from nanovllm.errors import ConfigurationError, EngineDead, EngineFault, InvalidInput, NanoVLLMError
+from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
+from nanovllm.errors import ConfigurationError, EngineDead, EngineFault, InvalidInput, NanoVLLMError, counted
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
-from nanovllm.vision.processor import PromptImages, VisionProcessor
+from nanovllm.vision.processor import PromptImages, VisionProcessor, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,17 @@ class SampledTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+
+
+def _params_of_each(params: Any, num_prompts: int, default: SamplingParams) -> abc.Sequence[SamplingParams]:
+    """The sampling parameters of each prompt; InvalidInput for another type or number."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * num_prompts
+    if not isinstance(params, abc.Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InvalidInput(f"sampling_params is a SamplingParams, or a list with one a prompt, not {shape_of(params)}")
+    if len(params) != num_prompts:
+        raise InvalidInput(f"{len(params)} sampling_params for {counted(num_prompts, 'prompt')}")
+    return params
 
 
 class LLMEngine:
@@ -155,20 +168,22 @@ class LLMEngine:
 
         A string is trusted: special tokens in it are parsed, and no chat template is applied. Messages go through the
         checkpoint's chat template, with ``chat_template_kwargs`` over the engine's own. In a list of token ids every
-        image token stands for one image. The output is cut (``finish_reason`` "length") where context or KV cache end.
+        image token stands for one image. ``{"prompt": …}`` and ``{"prompt_token_ids": …}`` may hold their images:
+        ``"multi_modal_data": {"image": …}``. The output is cut (``finish_reason`` "length") where context or KV cache
+        end.
 
         Raises:
             PlaceholderMismatch: more or fewer placeholders than images.
             PromptTooLong: a prompt after which not a single token fits.
             UnsupportedConstraint: a schema, expression, grammar or choice that cannot be enforced.
-            InvalidInput: an empty prompt, a token outside the vocabulary, a request id in use, images without a tower
-                or in another shape than a flat sequence or one image.
+            InvalidInput: an empty prompt or one of another form, a token outside the vocabulary, a request id in use,
+                images without a tower or in another shape than a flat sequence or one image.
             InvalidImage: an image that cannot be read.
             EngineDead: the engine is closed.
         """
         if self._is_closed:
             raise EngineDead("the engine is closed: make another one")
-        sampling = sampling_params or self._default_sampling
+        (sampling,) = _params_of_each(sampling_params, 1, self._default_sampling)
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
@@ -317,15 +332,12 @@ class LLMEngine:
         single prompt's may be a flat list, and a single image may stand without one. Raises what ``add_request``
         raises, and then none of the prompts runs on.
         """
-        batch = prompt_list(prompts)
+        batch = read_prompts(prompts)
         images_of_prompts = self.input_processor.images_of(batch, images)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or self._default_sampling] * len(batch)
-        if len(sampling_params) != len(batch):
-            raise InvalidInput(f"{len(sampling_params)} sampling_params for {len(batch)} prompts")
+        params_of_prompts = _params_of_each(sampling_params, len(batch), self._default_sampling)
         outputs: dict[str, RequestOutput | None] = {}
         try:
-            for prompt, params, pictures in zip(batch, sampling_params, images_of_prompts, strict=True):
+            for prompt, params, pictures in zip(batch, params_of_prompts, images_of_prompts, strict=True):
                 outputs[self.add_request(prompt, params, pictures, chat_template_kwargs=chat_template_kwargs)] = None
             with tqdm(total=len(batch), disable=not use_tqdm, desc="Generating", unit="request") as bar:
                 while any(output is None for output in outputs.values()):
@@ -343,6 +355,29 @@ class LLMEngine:
             self._ended = [output for output in self._ended if output.request_id not in outputs]
             raise
         return [output for output in outputs.values() if output is not None]
+
+    def chat(
+        self,
+        messages: abc.Sequence[Mapping[str, Any]] | abc.Sequence[abc.Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        images: Images = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many, through the checkpoint's chat template; as ``generate`` otherwise.
+
+        The content of a message is a string or a list of parts. An image part holds its image (``{"type": "image",
+        "image": …}``, ``{"type": "image_pil", "image_pil": …}``, or ``{"type": "image_url", "image_url": {"url": …}}``
+        with a data: URL), or is the place of the next one of ``images``. Text in it can write no control token.
+        """
+        return self.generate(
+            read_conversations(messages),
+            sampling_params,
+            images,
+            use_tqdm,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, caches and counters."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from typing import Any, NoReturn
 
 import msgpack
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from nanovllm.errors import InvalidJob, UnsupportedVersion
 from nanovllm.messages.encoding import MAX_INTEGER, MessageFormat, check_json_value, encode
-from nanovllm.messages.job import Job, JobId
+from nanovllm.messages.job import Job
+from nanovllm.messages.sent_job_id import sent_job_id, valid_job_id
 from nanovllm.messages.validation import describe_errors
 
 VERSION = 1
 MAX_VALUES = 100_000
 """Most values in a message. Reading that many holds the event loop for about a tenth of a second."""
-_JOB_ID: TypeAdapter[str] = TypeAdapter(JobId)
 _JSON_SPACE = b" \t\r\n"
 _MAX_DIGITS = len(str(MAX_INTEGER))
 
@@ -43,13 +42,17 @@ def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
 
     Raises:
         InvalidJob: whatever else the bytes are, or more than ``max_bytes`` of them; the message names the field, never
-            its value.
+            its value. It has the job's id where that can be found.
         UnsupportedVersion: a job of another major version.
     """
-    if max_bytes is not None and len(value) > max_bytes:
-        # Before it is read: parsing holds the event loop, and with it the heartbeats.
-        raise InvalidJob(f"the message has {len(value)} bytes, above the limit of {max_bytes}")
-    fields = decode_fields(value)
+    try:
+        if max_bytes is not None and len(value) > max_bytes:
+            # Before it is read: parsing holds the event loop, and with it the heartbeats.
+            raise InvalidJob(f"the message has {len(value)} bytes, above the limit of {max_bytes}")
+        fields = decode_fields(value)
+    except InvalidJob as error:
+        error.job_id = sent_job_id(value)
+        raise
     version = fields.get("version", VERSION)
     if type(version) is not int:  # True and 1.0 equal 1
         raise _of_job(fields, InvalidJob("version: is not an integer"))
@@ -62,8 +65,7 @@ def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
 
 
 def _of_job(fields: dict[str, Any], error: InvalidJob) -> InvalidJob:
-    with contextlib.suppress(ValidationError):
-        error.job_id = _JOB_ID.validate_python(fields.get("job_id"), strict=True)
+    error.job_id = valid_job_id(fields.get("job_id"))
     return error
 
 

@@ -16,13 +16,16 @@ Stage = Literal["receive", "admit", "fetch", "prepare", "infer", "publish"]
 class DeadLetter(Message):
     """Why a job failed for good: the envelope of a dead letter, whose value is the original message.
 
-    Schema `dead-letter.v1`; in Kafka every field is a header, ``nanovllm_`` and its name.
+    Schema `dead-letter.v1`; in Kafka every field is a header, ``nanovllm_`` and its name, but ``inputs``.
     """
 
     schema_name: ClassVar[str] = "dead-letter.v1"
 
     version: Literal[1] = 1
     job_id: str | None = Field(None, description="Unset when it could not be read and not be derived.")
+    inputs: tuple[str, ...] = Field(
+        (), description="Names or URIs of the job's images, as readers find them in the original message; no header."
+    )
     code: str = Field(description="Stable name of the error.")
     error_class: DeadLetterClass
     stage: Stage = Field(description="Where it failed.")

@@ -32,18 +32,24 @@ from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
 from nanovllm.messages.s3_uri import split_object_uri
-from nanovllm.messages.validation import describe_errors
+from nanovllm.messages.validation import describe_errors, is_one_edit, printable
 from nanovllm.sampling_params import SamplingParams
 
 MAX_METADATA_BYTES = 65_536
 MAX_ITEMS = 4_096
 """Most images, messages, or parts of a message; every item costs validation in Python."""
 
+MAX_UNKNOWN_NAMES = 64
+"""Most unknown fields that are compared with the known ones: each comparison holds the event loop."""
+MAX_NAME_CHARS = 1_024
+MAX_URI_CHARS = 2_048
+
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _BARE_TAG = re.compile(r"[!#-~]+")
 TOPIC_PATTERN = r"^[A-Za-z0-9._-]{1,249}$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def _bytes_from_base64(value: Any) -> Any:
@@ -75,6 +81,12 @@ def _datetime_from_text(value: Any) -> Any:
     raise ValueError("is not an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
 
 
+def image_name(text: str) -> str | None:
+    """``text`` as the name of an image: its end where it is long, without what cannot be printed or encoded."""
+    printable = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text.encode(errors="replace").decode())
+    return printable[-MAX_NAME_CHARS:] or None
+
+
 ImageBytes = Annotated[
     bytes,
     BeforeValidator(_bytes_from_base64),
@@ -82,9 +94,10 @@ ImageBytes = Annotated[
     PlainSerializer(_bytes_to_base64, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
-S3Uri = Annotated[str, StringConstraints(max_length=2048), BeforeValidator(_check_s3_uri)]
+S3Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARS), BeforeValidator(_check_s3_uri)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Reuse = Literal["none", "images", "answers"]
+ImageName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_PRINTABLE)]
 JobId = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=_PRINTABLE)]
 Deadline = Annotated[
     datetime, BeforeValidator(_datetime_from_text), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -115,6 +128,9 @@ class ImageRef(_Strict):
     etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
     data: ImageBytes | None = Field(None, description="The encoded image: base64 in JSON, bytes in msgpack.")
+    name: ImageName | None = Field(
+        None, description="What the sender calls the image, such as its path; comes back in the result."
+    )
 
     @model_validator(mode="after")
     def _check_one_source(self) -> ImageRef:
@@ -222,8 +238,9 @@ class ChatMessage(_Strict):
 class Job(_Strict):
     """What a producer asks for: one prompt or chat, its images, and how to answer.
 
-    Unknown top-level fields are tolerated (a newer producer may send them); unknown names in ``sampling`` or in an
-    image are refused, because an ignored constraint would be a lie.
+    Unknown top-level fields are tolerated (a newer producer may send them), unless they are one letter from a known one
+    that is absent; unknown names in ``sampling`` or in an image are refused, because an ignored constraint would be a
+    lie.
     """
 
     model_config = ConfigDict(
@@ -257,6 +274,18 @@ class Job(_Strict):
     reply_to: str | None = Field(
         None, pattern=TOPIC_PATTERN, description="Topic of the result, where the worker allows it."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        names = list(fields) if isinstance(fields, Mapping) else []
+        unknown = [name for name in names if isinstance(name, str) and name not in cls.model_fields]
+        absent = [name for name in cls.model_fields if name not in names] if unknown else []
+        for name in unknown[:MAX_UNKNOWN_NAMES]:
+            for known in absent:
+                if is_one_edit(name, known):
+                    raise ValueError(f"unknown name {printable(name)}: did you mean {known}?")
+        return fields
 
     @field_validator("sampling")
     @classmethod
@@ -357,7 +386,7 @@ class Job(_Strict):
         """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.
 
         Args:
-            max_tokens: the largest number that the job may ask for.
+            max_tokens: the largest number that the job may ask for, and gets where it asks for no limit.
 
         Raises:
             InvalidJob: the job asks for more tokens than allowed, or for more at least than at most.
@@ -365,11 +394,13 @@ class Job(_Strict):
         values = {name: getattr(defaults, name) for name in SamplingParams.model_fields} | self.sampling
         if values["seed"] is None and self.job_id is not None:
             values["seed"] = int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:8], "big") >> 1
+        if values["max_tokens"] is None:
+            values["max_tokens"] = max_tokens
         try:
             params = SamplingParams(**values)
         except ValidationError as error:
             raise InvalidJob(describe_errors(error, "sampling")) from None
-        if max_tokens is not None and params.max_tokens > max_tokens:
+        if max_tokens is not None and params.max_tokens is not None and params.max_tokens > max_tokens:
             raise InvalidJob(f"sampling.max_tokens: {params.max_tokens} is above this worker's limit of {max_tokens}")
         return params
 

@@ -30,6 +30,7 @@ class InputUse(Message):
 
     uri: str | None = Field(None, description="Unset for an image that came inside the message.")
     version_id: str | None = None
+    name: str | None = Field(None, description="What the job calls the image, such as its path at the sender.")
     sha256: str = Field(description="Digest of the encoded bytes.")
     width: int = Field(ge=1, description="Pixels, EXIF orientation applied.")
     height: int = Field(ge=1)
@@ -124,6 +125,11 @@ class Result(Message):
         description="The whole result is in S3, because it is too large for a message: `text`, `token_ids`, `outputs`, "
         "log-probabilities, `inputs` and `metadata` are empty here.",
     )
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What the sender calls the images: a name, or else a URI; images that have neither are left out."""
+        return tuple(name for image in self.inputs if (name := image.name or image.uri))
 
     def referring_to(self, stored: StoredResult) -> Result:
         """This result without whatever may be large, and with the place where all of it is."""

@@ -31,6 +31,16 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
+def is_one_edit(name: str, known: str) -> bool:
+    """Whether one letter more, less or other, or two neighbours exchanged, makes ``known`` of another ``name``."""
+    if abs(len(name) - len(known)) > 1 or name == known:
+        return False
+    pairs = enumerate(zip(name, known, strict=False))
+    start = next((at for at, (one, other) in pairs if one != other), min(len(name), len(known)))
+    one, other = name[start:], known[start:]
+    return one[1:] in (other[1:], other) or one == other[1:] or (one[:2] == other[:2][::-1] and one[2:] == other[2:])
+
+
 def printable(name: str) -> str:
     """``name`` cut to a readable length, control and non-ASCII characters escaped."""
     cut = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"

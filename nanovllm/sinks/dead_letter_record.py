@@ -15,6 +15,7 @@ from typing import Any
 from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, Headers, OutgoingRecord
 from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.input_names import input_names
 from nanovllm.sinks.kept_headers import OWN_PREFIX, TRACE_HEADERS, kept_headers, rfc3339
 
 DEAD_LETTER_HEADERS = (*TRACE_HEADERS, "content-type")
@@ -83,8 +84,8 @@ def dead_letter_like(
     return OutgoingRecord(like.topic, key, value, headers)
 
 
-def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
-    """The envelope of a dead letter from its record's headers.
+def read_dead_letter(headers: Iterable[tuple[str, bytes]], value: bytes | None = None) -> DeadLetter:
+    """The envelope of a dead letter from its record's headers, with the names of images that its ``value`` has.
 
     Raises:
         ValueError: the record is no dead letter of ours.
@@ -97,7 +98,7 @@ def read_dead_letter(headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
     source = {name: fields.get(f"source_{name}") for name in Source.model_fields}
     fields["error_class"] = fields.pop("class", "")
     fields.pop("version", None)
-    return DeadLetter.model_validate(fields | {"source": source})
+    return DeadLetter.model_validate(fields | {"source": source, "inputs": input_names(value)})
 
 
 def without_url_queries(text: str) -> str:
@@ -109,7 +110,10 @@ def without_url_queries(text: str) -> str:
 def _envelope_headers(letter: DeadLetter) -> Iterator[tuple[str, bytes]]:
     """A header for each field that is set: ``class`` for ``error_class``, ``source_topic`` for ``source.topic``."""
     message = _CONTROL.sub(" ", without_url_queries(letter.message))[:MAX_MESSAGE_CHARS]
-    for name, field in (dict(letter) | {"message": message}).items():
+    fields = dict(letter) | {"message": message}
+    # Names of images are the sender's words, which headers never repeat; the value has them.
+    del fields["inputs"]
+    for name, field in fields.items():
         if isinstance(field, Source):
             yield from (_header(f"source_{part}", value) for part, value in field if value is not None)
         elif field is not None:

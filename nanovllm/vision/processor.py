@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from io import IOBase
-from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import CacheOutcome, EmbeddingCache, embedding_key
 from nanovllm.vision.encoders.base import ImageEncoder
-from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, read_file
+from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, is_image_source, read_source
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
 OneImage = ImageSource | PreparedImage
@@ -28,12 +24,12 @@ PromptImages = OneImage | Iterable[OneImage] | None
 
 def is_image(value: object) -> TypeGuard[OneImage]:
     """Whether ``value`` has the type of an image."""
-    return isinstance(value, (Image.Image, np.ndarray, str, Path, bytes, PreparedImage))
+    return isinstance(value, PreparedImage) or is_image_source(value)
 
 
 def as_list(values: Any) -> list[Any] | None:
-    """Items of a sequence or iterator; None for an image, an open file and other values without an order of items."""
-    if is_image(values) or isinstance(values, IOBase) or not isinstance(values, (Sequence, Iterator)):
+    """Items of a sequence or iterator; None for an image and other values without an order of items."""
+    if is_image(values) or not isinstance(values, (Sequence, Iterator)):
         return None
     return list(values)
 
@@ -149,8 +145,7 @@ class VisionProcessor:
             if not self.encoder.accepts(source.size):
                 raise InvalidInput(f"an image was prepared as {source.size} pixels, which this model does not take")
             return source
-        if isinstance(source, (str, Path)):
-            source = read_file(source, self.limits)
+        source = read_source(source, self.limits)
         if not isinstance(source, bytes):
             return prepare_image(source, self.encoder.transform, self.limits)
         digest = hashlib.sha256(source).digest()

@@ -312,7 +312,7 @@ def test_generate_keeps_the_order_and_leaves_nothing_after_an_error(text: Path) 
     with pytest.raises(InvalidInput):
         engine.generate(["fine", ""], use_tqdm=False)
     assert not engine.has_unfinished()
-    with pytest.raises(InvalidInput, match="2 sampling_params for 1 prompts"):
+    with pytest.raises(InvalidInput, match="2 sampling_params for 1 prompt"):
         engine.generate(["fine"], lengths[:2], use_tqdm=False)
     assert engine.generate([], use_tqdm=False) == []
 

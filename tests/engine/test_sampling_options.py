@@ -103,8 +103,40 @@ def test_tokens_outside_the_vocabulary_are_refused(engine: LLMEngine, options: d
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"stop": "\n"}, {"stop": ("\n",)}),
+        ({"stop": None}, {}),
+        ({"stop": ["a", "b"]}, {"stop": ("a", "b")}),
+        ({"stop_token_ids": None, "bad_words": None, "logit_bias": None}, {}),
+        ({"bad_words": "the"}, {"bad_words": ("the",)}),
+        ({"logit_bias": {"7": 1}}, {"logit_bias": {7: 1.0}}),
+        ({"seed": -1}, {}),
+        ({"seed": None}, {}),
+    ],
+)
+def test_sampling_parameters_may_be_written_as_for_vllm(written: dict[str, Any], meant: dict[str, Any]) -> None:
+    assert SamplingParams(**written) == SamplingParams(**meant)
+
+
+def test_no_limit_of_tokens_is_that_of_the_context(text: Path) -> None:
+    with LLMEngine(str(text), kv_cache_bytes=4 << 20, max_model_len=48) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=None, min_tokens=20, ignore_eos=True)
+        output = engine.generate([[5] * 8], params, use_tqdm=False)[0]
+    assert (output.finish_reason, output.usage.output_tokens) == ("length", 40)
+
+
+@pytest.mark.parametrize(
     "options",
     [
+        {"stop": ""},
+        {"stop": [""]},
+        {"stop": 7},
+        {"seed": -2},
+        {"max_tokens": 0},
+        {"temperature": None},
+        {"logit_bias": {"x": 1.0}},
+        {"logit_bias": [7]},
         {"n": 2, "temperature": 0.0},
         {"min_tokens": 9, "max_tokens": 8},
         {"regex": "a", "choice": ["a"]},

@@ -11,6 +11,7 @@ from strategies import jobs, json_values
 
 from nanovllm.errors import InvalidJob
 from nanovllm.messages.codec import decode_job, encode_job, message_format
+from nanovllm.messages.input_names import input_names
 from nanovllm.messages.job import Job
 
 
@@ -193,6 +194,86 @@ def test_an_invalid_job_keeps_the_id_that_its_sender_gave_it(wrong: dict[str, An
         with pytest.raises(InvalidJob) as refused:
             decode_job(pack({**fields, "job_id": job_id}))
         assert refused.value.job_id == kept
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'{"job_id": "mine", "prompt": "cut of',
+        b'{"prompt": "a", "job_id" : "mine",}',
+        b'{"job_id":"mine","prompt":NaN}',
+        b'{"job_id":"mine","prompt":"a","prompt":"b"}',
+        b'{"job_id":"mine","prompt":"a","priority":12345678901234567890}',
+        b'{"metadata":{"job_id":"inner","l":[{"job_id":"in a list"}]},"job_id":"mine","x":1e999}',
+        b'{"prompt":"say \\"job_id\\": \\"quoted\\"","job_id":"mine","x":-Infinity}',
+        b'{"a":"job_id","b":":","job_id":"m\\u0069ne",}',
+        b' \n{"job_id":"mine","prompt":"\xff"}',
+        b'{"prompt":"a","images":[' + b"[" * 100 + b'],"job_id":"inner"]',
+        b'{"job_id":"mine","prompt":' + b'{"a":' * 200_000,
+        msgpack.packb({"prompt": float("nan"), "job_id": "mine"}),
+        msgpack.packb({"x": {"job_id": "inner"}, "y": [["job_id", "listed"]], "job_id": "mine", "z": 2**60}),
+        msgpack.packb({"job_id": "mine", "images": [b"x" * 100]})[:-50],
+        msgpack.packb({"job_id": "mine", "prompt": "p"}) + b"more",
+        msgpack.packb({7: "number", "job_id": "mine"}),
+        b"\x82\xa6prompt\xa1\xff\xa6job_id\xa4mine",
+        b"\x82\xa6job_id\xa4mine\xa1x\xdd\xff\xff\xff\xff",
+    ],
+)
+def test_a_message_that_cannot_be_read_keeps_the_id_that_its_sender_gave_it(value: bytes) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        decode_job(value)
+    assert refused.value.job_id == (None if b"[[[[" in value else "mine")
+    with pytest.raises(InvalidJob, match="above the limit") as refused:
+        decode_job(value, max_bytes=3)
+    assert refused.value.job_id == (None if b"[[[[" in value else "mine")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"{no job",
+        b'{"job_id": 7, "prompt": "a"',
+        b'{"job_id": "", "prompt": NaN}',
+        b'{"job_id": "' + b"x" * 513 + b'",}',
+        b'{"job_id": "a\\nb",}',
+        b'{"job_id": "\\ud800",}',
+        b'{"job_id": ["mine"],}',
+        b'["job_id", ":", "mine"]',
+        b'"job_id": "mine"',
+        b'{"prompt": "\\' + b'\\"' * 2_000_000,
+        b'{"x":' + b"[" * 4_000_000,
+        msgpack.packb({"job_id": 7, "x": float("nan")}),
+        msgpack.packb({"job_id": ["mine"], "x": float("nan")}),
+        msgpack.packb(["job_id", "mine"]),
+        b"\xdf\xff\xff\xff\xff" + b"\xc0" * 10,
+        b"\x81\xc6\xff\xff\xff\xff",
+    ],
+    ids=lambda value: repr(value[:24]),
+)
+def test_an_unreadable_message_without_a_valid_id_has_none(value: bytes) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        decode_job(value, max_bytes=None if value.startswith(b'{"x"') else 0)
+    assert refused.value.job_id is None
+
+
+@pytest.mark.parametrize("pack", [lambda fields: json.dumps(fields).encode(), msgpack.packb])
+def test_the_images_of_a_message_have_names_whether_it_is_a_job_or_not(pack: Any) -> None:
+    images = ["s3://bucket/a.png", {"uri": "s3://bucket/b.png"}, {"data": "!", "name": "c.png"}, {"data": "QQ=="}, 7]
+    assert input_names(pack({"images": images})) == ("s3://bucket/a.png", "s3://bucket/b.png", "c.png")
+    urls = [{"type": "image_url", "image_url": {"url": url}} for url in ("s3://bucket/d.png", "data:image/png;,", 7)]
+    messages = [{"role": "user", "content": [*urls, {"type": "image_url", "image_url": 7}, 7]}, 7, {"content": 7}]
+    assert input_names(pack({"messages": messages})) == ("s3://bucket/d.png",)
+    for nothing in ({}, {"images": 7, "messages": {}}, {"images": [{"name": ["x"], "uri": 7}, "", "x" * 2_049]}):
+        assert input_names(pack(nothing)) == ()
+    for value in (None, b"", b"{no job", pack({"images": images})[:-9]):
+        assert input_names(value) == ()
+
+
+@pytest.mark.parametrize("pack", [lambda fields: json.dumps(fields).encode(), msgpack.packb])
+def test_a_misspelt_field_is_named_with_the_one_that_is_meant(pack: Any) -> None:
+    with pytest.raises(InvalidJob, match=r"^job: unknown name samplng: did you mean sampling\?$"):
+        decode_job(pack({"prompt": "p", "samplng": {"max_tokens": 3}}))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
-from nanovllm.messages.job import ImageRef, Job, derive_job_id
+from nanovllm.messages.codec import decode_job, encode_job
+from nanovllm.messages.encoding import MessageFormat
+from nanovllm.messages.job import ImageRef, Job, derive_job_id, image_name
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.settings.engine import SamplingSettings
 from nanovllm.settings.worker import Settings
@@ -51,6 +53,51 @@ def test_the_design_documents_example_is_a_job() -> None:
 
 def test_unknown_top_level_fields_are_tolerated() -> None:
     assert job(of_the_future={"x": 1}) == job()
+    assert job(job="x", prio=1, meta={}, reply=None, version_2=2) == job()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("samplng", "sampling"),
+        ("imagess", "images"),
+        ("image", "images"),
+        ("metdata", "metadata"),
+        ("Deadline", "deadline"),
+        ("job-id", "job_id"),
+        ("jobid", "job_id"),
+        ("priroity", "priority"),
+        ("message", "messages"),
+        ("reply_tp", "reply_to"),
+    ],
+)
+def test_an_unknown_field_one_letter_from_an_absent_one_is_refused(name: str, meant: str) -> None:
+    with pytest.raises(ValidationError, match=f"unknown name {name}: did you mean {meant}\\?"):
+        job(**{name: None})
+    present = {"sampling": {}, "images": [], "metadata": {}, "deadline": None, "job_id": "a", "priority": 0}
+    present |= {"messages": None, "reply_to": None}
+    assert job(**{name: None, meant: present[meant]}) == job(**{meant: present[meant]}), "what it may mean is there"
+
+
+def test_a_prompt_by_another_name_is_named_before_it_is_missed() -> None:
+    with pytest.raises(ValidationError, match="did you mean prompt"):
+        Job.model_validate({"promt": "What is the total?"})
+
+
+def test_an_image_has_the_name_that_its_sender_gave_it() -> None:
+    assert job(images=[{"data": b"png", "name": "scans/a.png"}]).images[0].name == "scans/a.png"
+    for name in ("", "a\nb", "x" * 1_025, 7):
+        with pytest.raises(ValidationError, match="name"):
+            job(images=[{"data": b"png", "name": name}])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("scans/ü.png", "scans/ü.png"), ("a\nb.png", "a\ufffdb.png"), ("\udcff.png", "?.png"), ("", None)],
+)
+def test_any_path_makes_a_name(text: str, name: str | None) -> None:
+    assert image_name(text) == name
+    assert image_name("x" * 2_000 + "/end.png") == ("x" * 2_000 + "/end.png")[-1_024:]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +216,32 @@ def test_explicit_sampling_wins_over_the_workers_defaults_and_nothing_else_does(
     defaults = SamplingSettings(max_tokens=99, top_k=5)
     params = job(job_id="a", sampling={"top_k": 0, "stop": ["\n"]}).sampling_params(defaults)
     assert (params.max_tokens, params.top_k, params.stop, params.temperature) == (99, 0, ("\n",), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"stop": "\n"}, {"stop": ("\n",)}),
+        ({"stop": None}, {"stop": ()}),
+        ({"stop_token_ids": None, "bad_words": None, "logit_bias": None}, {"stop_token_ids": (), "bad_words": ()}),
+        ({"seed": -1}, {}),
+        ({"seed": None}, {}),
+        ({"max_tokens": None}, {"max_tokens": 500}),
+        ({"max_tokens": None, "min_tokens": 300}, {"max_tokens": 500, "min_tokens": 300}),
+    ],
+)
+@pytest.mark.parametrize("fmt", ["json", "msgpack"])
+def test_sampling_may_be_written_as_for_vllm(
+    written: dict[str, Any], meant: dict[str, Any], fmt: MessageFormat
+) -> None:
+    defaults = SamplingSettings(stop=("#",), logit_bias={7: 1.0})
+    params = decode_job(encode_job(job(job_id="a", sampling=written), fmt)).sampling_params(defaults, 500)
+    expected = (
+        job(job_id="a")
+        .sampling_params(defaults, 500)
+        .model_copy(update=meant | ({"logit_bias": {}} if "logit_bias" in written else {}))
+    )
+    assert params == expected
 
 
 def test_without_a_seed_it_depends_on_the_job_id_alone() -> None:

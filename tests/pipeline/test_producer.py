@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
@@ -60,6 +61,39 @@ async def test_a_job_that_was_sent_is_the_job_that_is_read(embedded_broker: str,
     assert [image.data for image in job.images] == [None, PNG, PNG]
     assert record.key == b"s3://bucket/a.png"
     assert ("content-type", b"application/json") in record.headers
+
+
+Files = tuple[IO[bytes], IO[str], IO[bytes]]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """``a.png`` open for bytes and for text, and its bytes in memory, read to their end."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(PNG)
+    behind = io.BytesIO(PNG)
+    behind.seek(0, io.SEEK_END)
+    with Path("a.png").open("rb") as file, Path("a.png").open(encoding="utf-8") as text:
+        yield file, text, behind
+
+
+async def test_a_local_image_is_sent_under_the_name_that_it_was_given(
+    embedded_broker: str, topic: str, files: Files
+) -> None:
+    file, text, behind = files
+    async with JobProducer(bootstrap_servers=embedded_broker, topic=topic) as producer:
+        images = ["a.png", Path("a.png"), file, behind, bytearray(PNG), memoryview(PNG), "s3://bucket/a.png"]
+        await producer.send("<|image|>" * 7, images=images)
+        for alone in ("a.png", PNG, io.BytesIO(PNG), "s3://bucket/a.png"):
+            await producer.send("<|image|>", images=alone, job_id="alone")
+        with pytest.raises(InvalidInput, match=r"a\.png cannot be read"):
+            await producer.send("<|image|>", images=text)  # type: ignore[arg-type]
+    jobs = [decode_job(record.value) for record in await read(embedded_broker, topic, 5)]
+    (listed,) = [job for job in jobs if job.job_id is None]
+    assert [image.data for image in listed.images] == [PNG] * 6 + [None]
+    assert [image.name for image in listed.images] == ["a.png", "a.png", "a.png", None, None, None, None]
+    alone = [job.images for job in jobs if job.job_id]
+    assert sorted(str(image.name or image.uri) for (image,) in alone) == ["None", "None", "a.png", "s3://bucket/a.png"]
 
 
 async def test_without_an_id_the_job_has_the_one_that_the_worker_derives(embedded_broker: str, topic: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 
 import pytest
 from sample_messages import dead_letter, result
 
 from nanovllm.cli.dlq import COLUMNS, _row
-from nanovllm.cli.tables import ResultRows
+from nanovllm.cli.tables import ResultRows, few
 from nanovllm.client.dead_letters import DeadLetterRecord
+from nanovllm.messages.result import InputUse
 from nanovllm.terminal import print_table
 
 Capture = pytest.CaptureFixture[str]
@@ -22,8 +24,9 @@ def letters() -> list[DeadLetterRecord]:
     failed_at = datetime(2030, 1, 31, 12, 0, 5, tzinfo=UTC)
     fields = {"code": "unsupported_image_format", "message": "the PNG image is truncated or corrupt"}
     one = dead_letter(job_id=JOB_ID, failed_at=failed_at, **fields)
+    value = b'{"images": [{"data": "QQ==", "name": "scans/a.png"}]}'
     other = dead_letter(job_id=None, failed_at=failed_at, code="invalid_job", message="x" * 150)
-    return [DeadLetterRecord(3, 1041, one, None, b"", ()), DeadLetterRecord(3, 1042, other, None, b"", ())]
+    return [DeadLetterRecord(3, 1041, one, None, value, ()), DeadLetterRecord(3, 1042, other, None, b"", ())]
 
 
 def words(text: str) -> str:
@@ -36,12 +39,13 @@ def test_results_at_80_columns_have_the_whole_width_for_their_text(
     monkeypatch.setenv("COLUMNS", "80")
     rows = ResultRows(as_json=False)
     rows.show(result(job_id=JOB_ID, text=ANSWER))
-    rows.show(dead_letter(job_id=JOB_ID, code="unsupported_image_format", message="the image is an SVG"))
+    fields = {"code": "unsupported_image_format", "message": "the image is an SVG", "inputs": ("scans/a.svg", "b.svg")}
+    rows.show(dead_letter(job_id=JOB_ID, **fields))
     shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert all(len(line) <= 80 for line in shown)
-    assert shown[0] == f"{JOB_ID}  ok  60+3 tokens  20 ms  cache hit"
-    assert words("".join(shown[1:3])) == words(ANSWER)
-    assert shown[-2:] == [f"{JOB_ID}  invalid", "  unsupported_image_format: the image is an SVG"]
+    assert words(" ".join(shown[:2])) == f"{JOB_ID} ok 60+3 tokens 20 ms cache hit s3://bucket/k"
+    assert words("".join(shown[2:4])) == words(ANSWER)
+    assert shown[-2:] == [f"{JOB_ID}  invalid  scans/a.svg, b.svg", "  unsupported_image_format: the image is an SVG"]
 
 
 def test_results_at_a_wide_terminal_are_columns_under_one_head(
@@ -52,8 +56,22 @@ def test_results_at_a_wide_terminal_are_columns_under_one_head(
     rows.show(result())
     rows.show(result(job_id="r-2"))
     head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert head == ["job", "status", "text", "tokens", "cache", "ms"]
-    assert lines == [["r-1", "ok", "12.50", "60+3", "hit", "20"], ["r-2", "ok", "12.50", "60+3", "hit", "20"]]
+    assert head == ["job", "inputs", "status", "text", "tokens", "cache", "ms"]
+    assert lines == [[job, "s3://bucket/k", "ok", "12.50", "60+3", "hit", "20"] for job in ("r-1", "r-2")]
+
+
+def test_a_row_names_a_few_of_many_images_and_json_names_all(capsys: Capture) -> None:
+    uses = tuple(
+        InputUse(name=f"{number}.png", sha256="0a" * 32, width=1, height=1, cache="hit") for number in range(5)
+    )
+    assert few(result(inputs=uses).input_names) == "0.png, 1.png, 2.png, and 2 more"
+    assert few(result(inputs=()).input_names) == few(dead_letter().inputs) == ""
+    rows = ResultRows(as_json=True)
+    rows.show(result(inputs=uses))
+    rows.show(dead_letter(inputs=("a.png", "s3://bucket/b.png")))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [use["name"] for use in first["inputs"]] == [f"{number}.png" for number in range(5)]
+    assert second["inputs"] == ["a.png", "s3://bucket/b.png"]
 
 
 def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
@@ -67,12 +85,13 @@ def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
     assert [name for name, _ in one] == list(COLUMNS)
     found = {name: value.strip() for name, value in one}
     assert (found["place"], found["code"], found["job_id"]) == ("3:1041", "unsupported_image_format", JOB_ID)
+    assert found["inputs"] == "scans/a.png"
     assert found["message"] == "the PNG image is truncated or corrupt"
     assert "job_id" not in [line[0] for line in other], "an empty cell takes no line"
     assert shown.count("x") >= 150, "a long word is folded, not cut"
 
 
-@pytest.mark.parametrize("columns", [180, 200])
+@pytest.mark.parametrize("columns", [200, 220])
 def test_dead_letters_at_a_wide_terminal_are_one_table_that_folds_no_name(
     columns: int, letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,9 +18,11 @@ from bench import Bench, FaultyFetcher, FaultySink, GatedEngine, eventually, png
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
 from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.messages.result import Result
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.receive import Receive
 from nanovllm.pipeline.worker import INVALID_POLL_RECORDS_IDLE
+from nanovllm.sinks.dead_letter_record import read_dead_letter
 from nanovllm.sinks.kafka import KafkaSink
 
 
@@ -77,6 +80,46 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     text = bench.metrics.exposition().decode()
     assert 'nanovllm_jobs_total{outcome="result"} 2.0' in text
     assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
+
+
+async def test_every_outcome_has_its_jobs_id_and_the_names_of_its_images(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    good, missing = images("good.png", png()), "s3://images/nowhere.png"
+    local = {"data": base64.b64encode(png("blue")).decode(), "name": "scans/local.png"}
+    named = {"uri": good, "name": "invoice 7"}
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": missing}}]}]
+    await bench.send(
+        {"job_id": "answered", "prompt": "<|image|>" * 4, "images": [good, local, named, {"data": local["data"]}]},
+        {"job_id": "misspelt", "prompt": "<|image|>", "images": [good], "samplng": {}},
+        {"job_id": "mismatch", "prompt": "none", "images": [local]},
+        {"job_id": "missing", "messages": chat},
+        {"prompt": "<|image|>", "images": [good], "sampling": {"x": 1}},
+        b'{"job_id": "cut", "images": ["' + good.encode(),
+        b'{"prompt": NaN}',
+    )
+    async with bench.working(EchoEngine()):
+        result = Result.model_validate((await bench.results(1))["answered"])
+        records = await bench.read(bench.settings.topics.dead_letters, 6)
+    letters = [read_dead_letter(record.headers, record.value) for record in records]
+    assert [(use.uri, use.name) for use in result.inputs] == [
+        (good, None),
+        (None, "scans/local.png"),
+        (good, "invoice 7"),
+        (None, None),
+    ]
+    assert result.input_names == (good, "scans/local.png", "invoice 7")
+    jobs = bench.settings.topics.jobs
+    assert {letter.job_id: letter.inputs for letter in letters} == {
+        "misspelt": (good,),
+        "mismatch": ("scans/local.png",),
+        "missing": (missing,),
+        f"{jobs}:0:4": (good,),
+        "cut": (),
+        f"{jobs}:0:6": (),
+    }
+    says = {letter.job_id: letter.message for letter in letters}
+    assert says["misspelt"] == "job: unknown name samplng: did you mean sampling?"
 
 
 async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(

@@ -42,7 +42,10 @@ def test_one_image_is_the_same_from_pil_array_path_and_bytes(tmp_path: Path) -> 
     image = Image.fromarray(array)
     path = tmp_path / "image.png"
     path.write_bytes(encoded(image))
-    sources = [image, array, path, str(path), path.read_bytes(), Image.open(path)]
+    data = path.read_bytes()
+    behind = io.BytesIO(data)
+    behind.seek(0, io.SEEK_END)
+    sources = [image, array, path, str(path), data, Image.open(path), bytearray(data), memoryview(data), behind]
     digests = set()
     for source in sources:
         assert np.array_equal(pixels(source), array)
@@ -98,6 +101,81 @@ def test_arrays_of_every_kind_mean_the_same_picture() -> None:
 def test_an_array_that_is_no_image_is_refused_with_what_is_wrong(array: np.ndarray, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
         load_rgb(array)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *(noise(6, 9, 1)[..., 0].astype(kind) for kind in ("u1", "i2", ">i2", "i4", ">i4", "i8", "u4", "u8")),
+        np.arange(54, dtype="i1").reshape(6, 9),
+        *((noise(6, 9, 1)[..., 0] * np.uint16(200)).astype(kind) for kind in ("u2", ">u2")),
+        *((noise(6, 9, 1)[..., 0] / 255).astype(kind) for kind in ("f4", ">f4", "f8")),
+        noise(6, 9, 1)[..., 0] > 99,
+    ],
+    ids=lambda array: array.dtype.str,
+)
+def test_a_pil_image_and_an_array_of_the_same_numbers_give_the_same_pixels(numbers: np.ndarray) -> None:
+    if numbers.dtype.itemsize < 8:  # Pillow has no 8-byte integers
+        image = Image.fromarray(numbers)
+        assert np.array_equal(np.asarray(image), numbers)
+        assert np.array_equal(pixels(image), pixels(numbers))
+        assert np.array_equal(pixels(image), pixels(np.asarray(image)))
+    assert np.array_equal(pixels(numbers), pixels(numbers[..., None]))
+    assert np.array_equal(pixels(numbers), pixels(np.repeat(numbers[..., None], 3, axis=2)))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I", "I;16"])
+def test_a_pil_image_of_every_mode_is_the_picture_of_its_numbers(mode: str) -> None:
+    image = Image.fromarray(noise()).convert("L" if mode == "I;16" else "RGB").convert(mode)
+    assert image.mode == mode
+    assert np.array_equal(pixels(image), pixels(np.asarray(image)))
+    if mode == "I":
+        assert np.array_equal(pixels(image), pixels(Image.fromarray(noise()).convert("L"))), "not 257 times as dark"
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "g", ">f4"])
+def test_floats_of_any_width_are_0_to_1_up_to_rounding(kind: str) -> None:
+    rgb = noise()
+    assert np.array_equal(pixels((rgb / 255).astype(kind)), rgb)
+    assert np.all(pixels(np.full((4, 4, 3), 1.001).astype(kind)) == 255)
+    assert np.all(pixels(np.full((4, 4, 3), -0.001).astype(kind)) == 0)
+    for beyond in (1.01, -0.01, 255.0, np.nan, np.inf):
+        with pytest.raises(InvalidImage, match=r"0..1, not .*; for 0..255 pass uint8, or divide by 255"):
+            load_rgb(np.full((4, 4, 3), beyond).astype(kind))
+
+
+@pytest.mark.parametrize("format", ["PPM", "TIFF"])
+def test_integers_of_a_file_are_16_bit_samples_whatever_mode_they_open_in(format: str) -> None:
+    samples = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(samples.astype(np.int32) if format == "TIFF" else samples).save(buffer, format)
+    limits = ImageLimits(formats=("PPM", "TIFF"))
+    opened = Image.open(buffer)
+    assert pixels(buffer, limits)[..., 0].tolist() == pixels(opened, limits)[..., 0].tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize("numbers", [np.full((4, 4), 256, np.int32), np.full((4, 4), 65535, np.int64)])
+def test_wider_integers_beyond_a_byte_are_refused_with_the_type_to_pass(numbers: np.ndarray) -> None:
+    for source in (numbers, Image.fromarray(numbers.astype(np.int32))):
+        with pytest.raises(InvalidImage, match=r"holds 0..255, not .*; for 0..65535 pass uint16"):
+            load_rgb(source)
+
+
+def test_a_file_that_gives_no_bytes_is_refused_with_the_way_to_open_it(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(noise())))
+    (tmp_path / "a.txt").write_text("no picture")
+    for name in ("a.png", "a.txt"):
+        with (tmp_path / name).open(encoding="utf-8") as file, pytest.raises(InvalidImage, match="mode 'rb'"):
+            load_rgb(file)  # type: ignore[arg-type]
+    with pytest.raises(InvalidImage, match="closed"):
+        load_rgb(file)  # type: ignore[arg-type]
+
+
+def test_a_file_is_read_no_further_than_the_limit() -> None:
+    file = io.BytesIO(bytes(10_000))
+    with pytest.raises(ImageTooLarge, match="100 bytes"):
+        load_rgb(file, ImageLimits(max_bytes=100))
+    assert file.tell() == 101
 
 
 def test_other_types_are_refused_without_their_representation() -> None:

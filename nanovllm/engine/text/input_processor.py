@@ -6,13 +6,13 @@ import time
 from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from numbers import Integral
 from operator import index
 from typing import Any
 
 from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
+from nanovllm.engine.text.prompt_forms import ReadPrompt, read_prompt, refusal
 from nanovllm.errors import InvalidInput, PromptTooLong, counted
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.processor import (
@@ -26,18 +26,11 @@ from nanovllm.vision.processor import (
     written,
 )
 
-Prompt = str | abc.Sequence[int] | abc.Sequence[Mapping[str, Any]]
+Prompt = str | abc.Sequence[int] | abc.Sequence[Mapping[str, Any]] | Mapping[str, Any] | ReadPrompt
 Images = PromptImages | Iterable[PromptImages]
 """Of many prompts: one entry for each. Of one prompt: its images, or a list with them."""
 
 _MAX_PROMPTS_IN_MESSAGE = 4
-
-
-def prompt_list(prompts: Prompt | abc.Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list, where one may stand alone: text, token ids or messages."""
-    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    is_alone = bool(listed) and not isinstance(prompts, str) and isinstance(listed[0], (Mapping, Integral))
-    return [listed] if is_alone else listed
 
 
 class InputProcessor:
@@ -91,8 +84,9 @@ class InputProcessor:
     ) -> list[Sequence]:
         """The ``n`` sequences of a request, all of one prompt; raises what ``LLMEngine.add_request`` says."""
         arrived = time.perf_counter()
-        token_ids = self._encode(prompt, chat_template_kwargs)
-        pictures = image_list(images, token_ids.count(self._image_token_id))
+        read = read_prompt(prompt)
+        token_ids = self._encode(read, chat_template_kwargs)
+        pictures = read.images_with(image_list(images, token_ids.count(self._image_token_id)))
         token_ids, spans = self._expand(token_ids, pictures, salt)
         self._check_length(len(token_ids))
         stop_token_ids = self._stop_token_ids(sampling)
@@ -100,13 +94,14 @@ class InputProcessor:
         self._check_tokens("logit_bias", sampling.logit_bias)
         constraint = sampling.constraint
         sequences = []
+        room = self.max_model_len - len(token_ids)
         for number in range(sampling.n):
             sequence = Sequence(
                 request_id=request_id,
                 token_ids=list(token_ids),
                 num_prompt_tokens=len(token_ids),
                 sampling=sampling,
-                max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)),
+                max_tokens=min(sampling.max_tokens or room, room),
                 index=number,
                 images=tuple(replace(span) for span in spans),
                 priority=priority,
@@ -119,8 +114,8 @@ class InputProcessor:
             sequences.append(sequence)
         return sequences
 
-    def images_of(self, prompts: abc.Sequence[Prompt], images: Images) -> list[list[OneImage]]:
-        """The images of each prompt.
+    def images_of(self, prompts: abc.Sequence[ReadPrompt], images: Images) -> list[list[OneImage]]:
+        """The images beside each prompt.
 
         InvalidInput, where these are not one list for each prompt, nor a flat list or an image for a single prompt,
         writes the shape that the prompts' placeholders call for.
@@ -137,26 +132,28 @@ class InputProcessor:
         except InvalidInput:
             raise self._wrong_shape(prompts, listed) from None
 
-    def _wrong_shape(self, prompts: abc.Sequence[Prompt], given: object) -> InvalidInput:
-        wanted = [
-            written(self._encode(prompt).count(self._image_token_id)) for prompt in prompts[:_MAX_PROMPTS_IN_MESSAGE]
-        ]
+    def _wrong_shape(self, prompts: abc.Sequence[ReadPrompt], given: object) -> InvalidInput:
+        wanted = []
+        for prompt in prompts[:_MAX_PROMPTS_IN_MESSAGE]:
+            within = sum(image is not None for image in prompt.own_images)
+            wanted.append(written(self._encode(prompt).count(self._image_token_id) - within))
         wanted += ["…"] * (len(prompts) > _MAX_PROMPTS_IN_MESSAGE)
         return InvalidInput(
             f"each prompt has its own list of images: images=[{', '.join(wanted)}], not {shape_of(given)}"
         )
 
-    def _encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids = self.prompts.trusted(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            token_ids = self.prompts.messages(prompt, chat_template_kwargs=chat_template_kwargs)  # type: ignore[arg-type]
+    def _encode(self, prompt: ReadPrompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        content = prompt.content
+        if isinstance(content, str):
+            token_ids = self.prompts.trusted(content)
+        elif content and isinstance(content[0], Mapping):
+            token_ids = self.prompts.messages(content, chat_template_kwargs=chat_template_kwargs)  # type: ignore[arg-type]
         else:
-            self._check_length(len(prompt))
+            self._check_length(len(content))
             try:
-                token_ids = [index(part) for part in prompt]  # type: ignore[arg-type]
+                token_ids = [index(part) for part in content]  # type: ignore[arg-type]
             except TypeError:
-                raise InvalidInput("a prompt is a string, a list of token ids, or a list of messages") from None
+                raise refusal(content) from None
         # Not of lists alone: a tokenizer may have more tokens than the model.
         image_token_id = self._image_token_id if self.processor else None
         self._check_tokens("prompt", {token_id for token_id in token_ids if token_id != image_token_id})

@@ -53,9 +53,9 @@ class Admit:
         """
         with context.progress.stage("admit"):
             job.check_template_kwargs(self.settings.engine.job_chat_template_kwargs)
-            defaults = sampling_defaults(self.settings, self.engine)
-            sampling = job.sampling_params(defaults, self.settings.admission.max_tokens)
-            tokens = job.text_chars // CHARS_PER_TOKEN + sampling.max_tokens
+            limit = self.settings.admission.max_tokens
+            sampling = job.sampling_params(sampling_defaults(self.settings, self.engine), limit)
+            tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
             lane = self.lanes.get(context.record.topic, 0)
             queued = self._queued(tokens, job.priority, lane, context)
             if self.rates.wait_s(queued.tenant):

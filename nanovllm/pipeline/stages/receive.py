@@ -11,6 +11,7 @@ from functools import partial
 from nanovllm.errors import CrashedWorker, InvalidJob
 from nanovllm.messages.codec import decode_job, message_format
 from nanovllm.messages.job import Job, derive_job_id
+from nanovllm.messages.sent_job_id import job_id_in_json
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
@@ -103,4 +104,7 @@ class GuardReceive:
             async with self._guard.receiving(record):
                 return await self._receive(record)
         except CrashedWorker as error:
-            return InvalidRecord(record, error, None)
+            # Not decoded to learn it: that has ended workers.
+            job_id = job_id_in_json(record.value)
+            context = replace(self._receive.context_of(record), job_id=job_id) if job_id else None
+            return InvalidRecord(record, error, context)

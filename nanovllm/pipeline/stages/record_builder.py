@@ -73,12 +73,13 @@ class RecordBuilder:
                 InputUse(
                     uri=image.uri,
                     version_id=image.version_id,
+                    name=ref.name,
                     sha256=image.sha256,
                     width=use.width,
                     height=use.height,
                     cache=use.outcome,
                 )
-                for image, use in zip(fetched, output.images, strict=True)
+                for ref, image, use in zip(job.image_refs(), fetched, output.images, strict=True)
             ),
             timings_ms=_timings(context, output),
             source=context.origin.source,

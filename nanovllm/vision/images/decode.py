@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -22,7 +24,8 @@ from nanovllm.errors import (
     UnsupportedImageFormat,
 )
 
-ImageSource = Image.Image | np.ndarray | str | Path | bytes
+ImageSource = Image.Image | np.ndarray | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
+"""A PIL image, an array, the path of a file, its bytes, or a file open for reading bytes."""
 
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -90,7 +93,9 @@ def load_rgb(
 
     EXIF orientation is applied, an embedded ICC profile is converted to sRGB, transparency is composited on white,
     16-bit samples are scaled. Arrays are ``[H, W]``, ``[H, W, 1]`` (grey), ``[H, W, 2]`` (grey, alpha),
-    ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA) of uint8, uint16, bool, floats in 0..1, or other integers in 0..255.
+    ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA). The type of an array's numbers says their range, black to white:
+    bool and every float 0..1, uint16 0..65535, every other integer 0..255; numbers outside it are refused, never
+    guessed at. PIL images of one number a pixel follow the same rule (modes ``1``, ``L``, ``I;16``, ``I`` and ``F``).
 
     ``check`` gets width and height of a file before its pixels are decoded, and may raise.
 
@@ -99,26 +104,55 @@ def load_rgb(
         UnsupportedImageFormat: a format that is not allowed.
         InvalidImage: not a readable image, or an array of another shape, type or range.
     """
+    source = read_source(source, limits)
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source, limits))
     if isinstance(source, Image.Image):
         _check_dimensions(source.width, source.height, limits)
         _check_frames(source, limits)
         return _decode(source)
-    if isinstance(source, (str, Path)):
-        source = read_file(source, limits)
-    if not isinstance(source, bytes):
-        raise InvalidImage(f"an image is a PIL image, an array, a path or bytes, not {type(source).__name__}")
     return _from_bytes(source, limits, check)
 
 
-def read_file(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Read an image file; raises ImageTooLarge above the limit, InvalidImage where it cannot be read."""
+def is_image_source(value: object) -> bool:
+    """Whether ``value`` has the type of an `ImageSource`."""
+    kinds = (Image.Image, np.ndarray, str, os.PathLike, bytes, bytearray, memoryview)
+    return isinstance(value, kinds) or callable(getattr(value, "read", None))
+
+
+def read_source(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image | np.ndarray | bytes:
+    """A PIL image or array as it is, and of everything else the bytes of the file.
+
+    An open file is read from its beginning, as Pillow does it, where it can be rewound.
+
+    Raises:
+        ImageTooLarge: above the limit in bytes.
+        InvalidImage: it cannot be read, or is no source of an image.
+    """
+    if isinstance(source, (Image.Image, np.ndarray, bytes)):
+        return source
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if not is_image_source(source):
+        raise InvalidImage(
+            f"an image is a PIL image, an array, a path, bytes, or an open file, not {type(source).__name__}"
+        )
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(limits.max_bytes + 1)
+        if isinstance(source, (str, os.PathLike)):
+            with Path(source).open("rb") as file:
+                data = file.read(limits.max_bytes + 1)
+        else:
+            with suppress(OSError, AttributeError):  # io.UnsupportedOperation is an OSError
+                source.seek(0)
+            data = source.read(limits.max_bytes + 1)
     except OSError as error:
-        raise InvalidImage(f"the image file cannot be read: {error.strerror}") from error
+        raise InvalidImage(f"the image file cannot be read: {error.strerror or type(error).__name__}") from error
+    except UnicodeDecodeError:
+        raise InvalidImage("the image file is open for reading text: open it with mode 'rb'") from None
+    except ValueError:  # of a closed file, and of a path with a NUL
+        raise InvalidImage("the image file cannot be read: it is closed, or its path holds a NUL") from None
+    if not isinstance(data, bytes):
+        raise InvalidImage(f"the image file gives {type(data).__name__}, not bytes: open it with mode 'rb'")
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(f"the image has more than the {limits.max_bytes} bytes allowed")
     return data
@@ -229,7 +263,9 @@ def _decode(image: Image.Image) -> Image.Image:
         frame = _first_frame_box(image)
         _scale_colour_key(image)
         image.load()
-        rgb = _flatten(_to_srgb(_oriented(_upright_light(image))))
+        # Integers of a file are 16-bit samples, also where Pillow's mode for them is I (PGM, TIFF).
+        is_16_bit = image.mode.startswith("I;16") or image.format is not None
+        rgb = _flatten(_to_srgb(_oriented(_upright_light(image))), is_16_bit=is_16_bit)
     if frame is None:
         return rgb
     canvas = Image.new("RGB", rgb.size, WHITE)
@@ -311,10 +347,10 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, on white where it is transparent."""
+def _flatten(image: Image.Image, *, is_16_bit: bool = False) -> Image.Image:
+    """Convert any mode to RGB, on white where it is transparent; ``is_16_bit`` is about integer samples."""
     if image.mode.startswith("I"):
-        image = _scale_16_bit(image)
+        image = _integers_to_grey(image, is_16_bit=is_16_bit)
     elif image.mode == "F":
         image = Image.fromarray(_unit_to_bytes(np.asarray(image)))
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -329,11 +365,11 @@ def _flatten(image: Image.Image) -> Image.Image:
     return flat
 
 
-def _scale_16_bit(image: Image.Image) -> Image.Image:
+def _integers_to_grey(image: Image.Image, *, is_16_bit: bool) -> Image.Image:
     samples = np.asarray(image)
-    if samples.size and (samples.min() < 0 or samples.max() > 65535):
+    if is_16_bit and samples.size and (samples.min() < 0 or samples.max() > 65535):
         raise InvalidImage("the image's integer samples are not within 16 bits")
-    grey = Image.fromarray(_wide_to_bytes(samples))
+    grey = Image.fromarray(_wide_to_bytes(samples) if is_16_bit else _array_to_bytes(samples))
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
@@ -362,13 +398,15 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return _wide_to_bytes(array)
     if np.issubdtype(array.dtype, np.floating):
         return _unit_to_bytes(array)
     if np.issubdtype(array.dtype, np.integer):
         if array.min() < 0 or array.max() > 255:
-            raise InvalidImage(f"an {array.dtype} image array holds 0..255, not {array.min()}..{array.max()}")
+            raise InvalidImage(
+                f"an {array.dtype} image holds 0..255, not {array.min()}..{array.max()}; for 0..65535 pass uint16"
+            )
         return array.astype(np.uint8)
     raise InvalidImage(f"an image array holds integers or floats, not {array.dtype}")
 
@@ -379,7 +417,11 @@ def _wide_to_bytes(samples: np.ndarray) -> np.ndarray:
 
 
 def _unit_to_bytes(samples: np.ndarray) -> np.ndarray:
-    low, high = float(samples.min()), float(samples.max())
-    if not (low >= 0.0 and high <= 1.0):
-        raise InvalidImage(f"a float image holds values in 0..1, not {low:g}..{high:g}; for 0..255 pass uint8")
-    return np.rint(samples * 255.0).astype(np.uint8)
+    # float16 has no room for the product of a number beyond 257.
+    levels = np.rint(samples.astype(np.promote_types(samples.dtype, np.float32), copy=False) * 255.0)
+    if not (levels.min() >= 0.0 and levels.max() <= 255.0):  # false for NaN
+        low, high = float(samples.min()), float(samples.max())
+        raise InvalidImage(
+            f"a float image holds values in 0..1, not {low:g}..{high:g}; for 0..255 pass uint8, or divide by 255"
+        )
+    return levels.astype(np.uint8)

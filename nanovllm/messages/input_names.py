@@ -1,0 +1,38 @@
+"""The names of a job's images in its message, which need not be a valid job: a dead letter holds such messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nanovllm.errors import InvalidJob
+from nanovllm.messages.codec import decode_fields
+from nanovllm.messages.job import MAX_ITEMS, MAX_URI_CHARS
+
+
+def input_names(value: bytes | None) -> tuple[str, ...]:
+    """What the sender calls each image: its name, or else its URI; none of a message that cannot be read."""
+    try:
+        fields = decode_fields(value or b"")
+    except InvalidJob:
+        return ()
+    found = [*_of_images(fields.get("images")), *_of_messages(fields.get("messages"))]
+    return tuple(name for name in found if isinstance(name, str) and 0 < len(name) <= MAX_URI_CHARS)
+
+
+def _of_images(images: Any) -> Iterator[Any]:
+    for image in _items(images):
+        yield (image.get("name") or image.get("uri")) if isinstance(image, dict) else image
+
+
+def _of_messages(messages: Any) -> Iterator[Any]:
+    for message in _items(messages):
+        for part in _items(message.get("content") if isinstance(message, dict) else None):
+            image = part.get("image_url") if isinstance(part, dict) else None
+            url = image.get("url") if isinstance(image, dict) else None
+            if isinstance(url, str) and url.startswith("s3://"):  # others hold the image itself
+                yield url
+
+
+def _items(value: Any) -> list[Any]:
+    return value[:MAX_ITEMS] if isinstance(value, list) else []
