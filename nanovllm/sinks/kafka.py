@@ -28,6 +28,8 @@ class KafkaSink:
     A limit that is lowered later refuses whole batches: they become smaller, and what fits is sent again.
     """
 
+    part = "kafka producer"
+
     def __init__(
         self,
         producer: AIOKafkaProducer | RecoveringProducer,

@@ -25,7 +25,7 @@ from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
-from nanovllm.sinks.kafka import KafkaSink
+from nanovllm.sinks.base import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class InvalidRecords:
     """
 
     builder: RecordBuilder
-    sink: KafkaSink
+    sink: Sink
     metrics: Metrics
     limit: DeadLetterLimit
     retry: Retry
@@ -117,7 +117,7 @@ class InvalidRecords:
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         try:
-            await self.retry(lambda: self.sink.publish(letters), "kafka producer", first.progress)
+            await self.retry(lambda: self.sink.publish(letters), self.sink.part, first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise
