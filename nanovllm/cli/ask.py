@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
 
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
+from nanovllm.cli.sources import IMAGE_SUFFIXES
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job
 from nanovllm.messages.result import Result
-from nanovllm.terminal import plain, print_json
+from nanovllm.terminal import long_work, plain, print_json
 
 
 def ask(
@@ -30,6 +31,8 @@ def ask(
 ) -> None:
     """Answer one question on this machine: nanovllm ask receipt.png 'What is the total?'"""
     *images, question = words
+    if _is_picture(question):
+        raise InvalidInput(f"the question is missing: nanovllm ask {plain(question).plain} 'What is the total?'")
     if IMAGE_PLACEHOLDER not in question:
         question = " ".join([question, *[IMAGE_PLACEHOLDER] * len(images)])
     settings = engine_settings(config, model)
@@ -40,7 +43,7 @@ def ask(
         sampling={} if max_tokens is None else {"max_tokens": max_tokens},
     )
     require_engine(settings)
-    from nanovllm.pipeline.consuming.line_source import LineSource
+    from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource
     from nanovllm.pipeline.run import run_lines
     from nanovllm.sinks.outcomes import OutcomeSink
 
@@ -49,11 +52,12 @@ def ask(
     admission = settings.admission.model_copy(update={"max_job_bytes": len(line)})
     results: list[bytes] = []
     refused: list[DeadLetter] = []
-    run_lines(
-        settings.model_copy(update={"admission": admission}),
-        LineSource([(0, line)], "ask"),
-        OutcomeSink(settings.topics, results.append, refused.append),
-    )
+    with long_work("answering"):
+        run_lines(
+            settings.model_copy(update={"admission": admission}),
+            LineSource([(0, line)], FinishedJobs("ask")),
+            OutcomeSink(settings.topics, results.append, refused.append),
+        )
     if refused:
         letter = refused[0]
         print(f"nanovllm: {letter.code}: {plain(letter.message).plain}", file=sys.stderr)
@@ -66,6 +70,11 @@ def ask(
         return
     for line_of_text in result.text.split("\n"):
         print(plain(line_of_text).plain)
+
+
+def _is_picture(word: str) -> bool:
+    has_suffix = PurePath(word).suffix.lower() in IMAGE_SUFFIXES
+    return word.startswith("s3://") or (has_suffix and (len(word.split()) == 1 or Path(word).exists()))
 
 
 def _image(source: str) -> ImageRef:

@@ -134,11 +134,12 @@ def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -
             {"jobs": len(left), "images": images, "bytes": sum(known), "unknown_sizes": unknown, "sent_before": before}
         )
         return
-    print(f"{len(left):,} jobs, {images:,} images, {sum(known):,} bytes{f' ({decimal(sum(known))})' if known else ''}")
+    size = f" ({decimal(sum(known))})" if known else ""
+    print(f"{counted(len(left), 'job')}, {counted(images, 'image')}, {sum(known):,} bytes{size}")
     if unknown:
-        print(f"{unknown:,} jobs name objects that were not listed: their sizes are unknown")
+        print(f"not counted: the bytes of {counted(unknown, 'job')} with objects that were not listed")
     if before:
-        print(f"{before:,} jobs were sent before")
+        print(f"{counted(before, 'job')} were sent before")
 
 
 async def _submit(

@@ -46,28 +46,30 @@ def run(
     dead_letters = dead_letters or output.with_name(f"{output.stem}.dead-letters.jsonl")
     _check_paths(input, output, dead_letters)
     require_engine(settings)
-    from nanovllm.pipeline.consuming.line_source import LineSource, read_lines
+    from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource, read_lines
     from nanovllm.pipeline.run import run_lines
     from nanovllm.pipeline.run_output import RunOutput
     from nanovllm.sinks.outcomes import OutcomeSink
 
     max_bytes = settings.admission.max_job_bytes
-    total = sum(1 for _ in read_lines(input, max_bytes))
-    with RunOutput(output, dead_letters) as outcomes, long_work(f"answering {input}", total) as show:
+    with RunOutput(output, dead_letters) as outcomes:
         before = outcomes.results + outcomes.dead_letters
-        source = LineSource(read_lines(input, max_bytes), input.name, finished=frozenset(outcomes.finished))
+        finished = FinishedJobs(input.name, frozenset(outcomes.finished))
+        left = finished.left(read_lines(input, max_bytes))
         if before:
-            print(f"{output} goes on: {counted(before, 'job')} are in it and not computed again", file=sys.stderr)
-        print(f"loading {settings.engine.model or 'the shipped model'}", file=sys.stderr)
-        is_finished = run_lines(
-            settings,
-            source,
-            OutcomeSink(settings.topics, outcomes.add_result, outcomes.add_dead_letter),
-            decode=outcomes.decode,
-            on_tick=lambda: show(source.passed_over + outcomes.results + outcomes.dead_letters - before),
-        )
-    summary = {"jobs": total, "results": outcomes.results, "dead_letters": outcomes.dead_letters}
-    _show_summary(summary | {"is_finished": is_finished}, output, dead_letters, as_json)
+            print(f"{output} goes on: {before:,} done, {left:,} left", file=sys.stderr)
+        is_finished = not left
+        if left:
+            with long_work(f"answering {input}", left) as show:
+                is_finished = run_lines(
+                    settings,
+                    LineSource(read_lines(input, max_bytes), finished),
+                    OutcomeSink(settings.topics, outcomes.add_result, outcomes.add_dead_letter),
+                    decode=outcomes.decode,
+                    on_tick=lambda: show(outcomes.results + outcomes.dead_letters - before),
+                )
+    summary = {"results": outcomes.results, "dead_letters": outcomes.dead_letters, "is_finished": is_finished}
+    _show_summary(summary, output, dead_letters, as_json)
     raise typer.Exit(0 if is_finished and not outcomes.dead_letters else 1)
 
 

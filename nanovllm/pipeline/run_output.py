@@ -51,8 +51,9 @@ class RunOutput:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
-        if not self.dead_letters and self._dead_letters.path.is_file():
-            self._dead_letters.path.unlink()
+        for path in (self._results.path, self._dead_letters.path):
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
 
     def decode(self, line: bytes, *, max_bytes: int | None = None) -> Job:
         """The job of a line, which is a job or a request. Raises InvalidJob where it is neither."""

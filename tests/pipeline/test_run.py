@@ -23,7 +23,7 @@ from nanovllm.messages.result import Result, result_id_for
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.build import build_bare_worker, build_decoders
-from nanovllm.pipeline.consuming.line_source import LineSource, read_lines
+from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource, read_lines
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.run import without_kafka
@@ -52,15 +52,16 @@ class Run:
         self.results, self.dead_letters = directory / "results.jsonl", directory / "dead-letters.jsonl"
         self.settings = without_kafka(load_settings(None, settings))
 
-    async def __call__(self, *lines: Mapping[str, Any] | str, **engine: Any) -> LineSource:
+    async def __call__(self, *lines: Mapping[str, Any] | str, **engine: Any) -> None:
         write_lines(self.input, *lines)
         echo = EchoEngine(max_num_seqs=4, **engine)
         decoders = build_decoders(self.settings, echo)
         assert decoders is not None
         with RunOutput(self.results, self.dead_letters) as output:
-            source = LineSource(
-                read_lines(self.input, self.settings.admission.max_job_bytes), "jobs.jsonl", finished=output.finished
-            )
+            finished = FinishedJobs("jobs.jsonl", frozenset(output.finished))
+            limit = self.settings.admission.max_job_bytes
+            self.left = finished.left(read_lines(self.input, limit))
+            source = LineSource(read_lines(self.input, limit), finished)
             worker = build_bare_worker(
                 self.settings,
                 engine=echo,
@@ -78,7 +79,6 @@ class Run:
             finally:
                 await decoders.close()
         assert await source.is_drained()
-        return source
 
     def answers(self) -> dict[str, Result]:
         results = [Result.model_validate(fields) for fields in read_objects(self.results)]
@@ -120,10 +120,11 @@ async def test_a_run_that_is_repeated_computes_nothing_again(tmp_path: Path) -> 
     lines: list[Mapping[str, Any] | str] = [{"job_id": "a", "prompt": "one"}, {"prompt": "two"}, "no JSON", {"x": 1}]
     await run(*lines)
     before = run.results.read_bytes(), run.dead_letters.read_bytes()
-    source = await run(*lines)
-    assert source.passed_over == 4
+    await run(*lines)
+    assert run.left == 0
     assert (run.results.read_bytes(), run.dead_letters.read_bytes()) == before
     await run(*lines, {"job_id": "b", "prompt": "new"})
+    assert run.left == 1
     assert run.answers().keys() == {"a", "jobs.jsonl:0:1", "b"}
 
 
@@ -187,8 +188,8 @@ async def test_requests_of_openai_batch_files_are_answered_in_their_form(tmp_pat
         assert said in by_id[custom_id]["error"]["message"]
     assert "response" not in by_id["own"]
     assert run.letters().keys() == {"r-3", "r-4"}
-    source = await run(*lines)
-    assert source.passed_over == 5
+    await run(*lines)
+    assert run.left == 0
 
 
 async def test_an_output_that_takes_no_more_keeps_no_part_of_a_line_and_is_waited_for(
@@ -312,14 +313,27 @@ def test_a_picture_that_is_none_is_one_line_and_misuse(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert "invalid_image" in err
     assert len(err.splitlines()) == 1
-    assert nanovllm("ask", tmp_path / "none.png", "What?")[0] == 2
+    for words in ((tmp_path / "none.png", "What?"), (tmp_path / "notes.png",), ("s3://bucket/notes.png",)):
+        assert nanovllm("ask", *words)[0] == 2
 
 
 def test_a_run_without_answers_to_all_ends_with_1_and_counts_in_json(tmp_path: Path) -> None:
     jobs = write_lines(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": 1})
     code, out, _ = nanovllm("run", "-i", jobs, "-o", tmp_path / "out" / "results.jsonl", "--json")
     assert code == 1
-    assert json.loads(out) == {"jobs": 2, "results": 1, "dead_letters": 1, "is_finished": True}
+    assert json.loads(out) == {"results": 1, "dead_letters": 1, "is_finished": True}
     assert (tmp_path / "out" / "results.dead-letters.jsonl").exists()
     for wrong in (("-i", tmp_path / "none", "-o", tmp_path / "x"), ("-i", jobs, "-o", jobs)):
         assert nanovllm("run", *wrong)[0] == 2
+
+
+def test_without_work_that_is_left_no_model_is_loaded(tmp_path: Path) -> None:
+    jobs, results = write_lines(tmp_path / "jobs.jsonl", {"prompt": "a"}), tmp_path / "results.jsonl"
+    run = ("run", "-i", jobs, "-o", results)
+    without_model = {"NANOVLLM_ENGINE__BACKEND": "native", "NANOVLLM_ENGINE__MODEL": "no-such-model"}
+    assert nanovllm(*run, **without_model)[0] == 2
+    assert not results.exists(), "a run that did not begin leaves no files"
+    assert nanovllm(*run)[0] == 0
+    code, _, err = nanovllm(*run, **without_model)
+    assert code == 0, err
+    assert "1 done, 0 left" in err

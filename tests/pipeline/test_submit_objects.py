@@ -121,7 +121,7 @@ def test_a_dry_run_counts_jobs_and_bytes_and_sends_nothing(
     assert main([*command, f"s3://{bucket}/in/000.png"]) == 0
     shown = capsys.readouterr().out
     assert "5 jobs, 5 images, 32 bytes" in shown
-    assert "1 jobs name objects that were not listed" in shown
+    assert "the bytes of 1 job with objects that were not listed" in shown
 
 
 @pytest.mark.parametrize(

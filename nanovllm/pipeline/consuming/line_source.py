@@ -43,11 +43,27 @@ def read_lines(path: Path, max_bytes: int) -> Iterator[NumberedLine]:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
 
 
-class LineSource:
-    """Lines as the records of one partition, whose topic is ``name``: a `RecordSource`.
+class FinishedJobs:
+    """The jobs of a file called ``name`` that need not be computed any more, by the ids of their lines."""
 
-    Lines whose job is among ``finished`` are passed over, so that work goes on where it stopped. A line with the job id
-    of an earlier one is an invalid record: two results with one id could not be told apart.
+    def __init__(self, name: str, finished: Container[str] = frozenset()) -> None:
+        self.name = printable(name)
+        self._finished = finished
+
+    def has(self, number: int, job_id: str | None) -> bool:
+        """Whether the job of a line is among them, by the line's own id or by the one that its number gives it."""
+        return job_id in self._finished or derive_job_id(self.name, 0, number) in self._finished
+
+    def left(self, lines: Iterable[NumberedLine]) -> int:
+        """How many of ``lines`` are to be computed."""
+        return sum(not self.has(number, job_id_in(line)) for number, line in lines)
+
+
+class LineSource:
+    """Lines as the records of one partition, whose topic is the file's name: a `RecordSource`.
+
+    Lines whose job is finished are passed over, so that work goes on where it stopped. A line with the job id of an
+    earlier one is an invalid record: two results with one id could not be told apart.
     """
 
     has_joined = True
@@ -55,16 +71,15 @@ class LineSource:
     has_put_off = False
     can_read_put_off = False
 
-    def __init__(self, lines: Iterable[NumberedLine], name: str, *, finished: Container[str] = frozenset()) -> None:
+    def __init__(self, lines: Iterable[NumberedLine], finished: FinishedJobs) -> None:
         self._lines = iter(lines)
-        self._name = printable(name)
+        self._name = finished.name
         self._finished = finished
         self._first_lines: dict[str, int] = {}
         # Nothing is committed, so nothing bounds what runs ahead of the oldest unfinished line.
         self._ledger = PartitionLedger(0, max_out_of_order=sys.maxsize)
         self._is_at_end = False
         self._takes_work = True
-        self.passed_over = 0
 
     @property
     def lags(self) -> Mapping[tuple[str, int], int]:
@@ -124,8 +139,7 @@ class LineSource:
                 return
             number, line = numbered
             job_id = job_id_in(line)
-            if derive_job_id(self._name, 0, number) in self._finished or job_id in self._finished:
-                self.passed_over += 1
+            if self._finished.has(number, job_id):
                 continue
             first = number if job_id is None else self._first_lines.setdefault(job_id, number)
             yield ConsumedRecord(
