@@ -231,10 +231,6 @@ class FaultySink(KafkaSink):
         await self._before(records)
         return await super().publish_each(records)
 
-    async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
-        await self._before(records)
-        await super()._send_batches(records)
-
 
 class FaultyFetcher(ObjectFetcher):
     """Fails in ways that a healthy store cannot be brought to, until ``heal``."""

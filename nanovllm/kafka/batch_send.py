@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 if TYPE_CHECKING:
@@ -18,25 +19,32 @@ YIELD_EVERY_RECORDS = 16
 
 async def send_batches(
     producer: AIOKafkaProducer, topic: str, records: Sequence[OutgoingRecord], max_bytes: int
-) -> None:
-    """Return when all replicas have ``records`` of ``topic``, each in the partition that ``send`` would choose.
+) -> list[KafkaError | None]:
+    """Send ``records`` of ``topic``, each to the partition that ``send`` would choose.
+
+    Returns the error of each record, None where all replicas have it.
 
     Those of a partition keep their order. Those without a key share one partition, which differs from call to call: the
     more records a batch holds, the less each one costs. No batch exceeds ``max_bytes``, for a topic's limit is meant
     for whole batches.
 
     Raises:
-        KafkaError: some of them are not there.
+        KafkaError: the topic's partitions cannot be asked for; none was sent.
     """
     await producer.partitions_for(topic)
     partitions: dict[bytes | None, int] = {}
     batches: dict[int, BatchBuilder] = {}
-    sent: list[asyncio.Future[object]] = []
+    batch_of: list[BatchBuilder] = []
+    sent: dict[BatchBuilder, asyncio.Future[object]] = {}
+    errors: dict[BatchBuilder, KafkaError] = {}
 
     async def send(partition: int) -> None:
         batch = batches.pop(partition)
         batch.close()
-        sent.append(await producer.send_batch(batch, topic, partition=partition))
+        try:
+            sent[batch] = await producer.send_batch(batch, topic, partition=partition)
+        except KafkaError as error:
+            errors[batch] = error
 
     try:
         for number, record in enumerate(records, 1):
@@ -50,15 +58,19 @@ async def send_batches(
                 await send(partition)
                 batches[partition] = producer.create_batch()
                 _append(batches[partition], record, max_bytes)
+            batch_of.append(batches[partition])
             if number % YIELD_EVERY_RECORDS == 0:
                 await asyncio.sleep(0)
         for partition in list(batches):
             await send(partition)
     finally:
-        outcomes = await asyncio.gather(*sent, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
+        outcomes = await asyncio.gather(*sent.values(), return_exceptions=True)
+    for batch, outcome in zip(sent, outcomes, strict=True):
+        if isinstance(outcome, KafkaError):
+            errors[batch] = outcome
+        elif isinstance(outcome, BaseException):
             raise outcome
+    return [errors.get(batch) for batch in batch_of]
 
 
 def _append(batch: BatchBuilder, record: OutgoingRecord, max_bytes: int) -> bool:

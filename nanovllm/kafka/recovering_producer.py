@@ -76,10 +76,21 @@ class RecoveringProducer:
             sent = await producer.send(topic, value, key=key, headers=list(headers))
         return self._acknowledged(sent, producer)
 
-    async def send_batches(self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int) -> None:
-        """As ``nanovllm.kafka.batch_send.send_batches``. Raises KafkaError as ``send_and_wait`` does."""
-        async with self._replacing(self._producer) as producer:
-            await send_batches(producer, topic, records, max_bytes)
+    async def send_batches(
+        self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int
+    ) -> list[KafkaError | None]:
+        """As ``nanovllm.kafka.batch_send.send_batches``."""
+        errors: list[KafkaError | None] = []
+        try:
+            async with self._replacing(self._producer) as producer:
+                errors = await send_batches(producer, topic, records, max_bytes)
+                for error in errors:
+                    if error is not None and is_fatal(error):
+                        raise error
+        except KafkaError as error:
+            if error not in errors:
+                raise
+        return errors
 
     async def replace(self) -> None:
         """Use another producer from now on: aiokafka has counted a record that a broker then refused as too large.

@@ -21,13 +21,5 @@ class Sink(Protocol):
     def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Raise MessageTooLarge where a topic would refuse one of ``records``."""
 
-    async def publish(self, records: Sequence[OutgoingRecord]) -> None:
-        """Publish all of ``records``.
-
-        Raises:
-            MessageTooLarge: one exceeds its topic's limit.
-            TransientError, SystemicError: nothing is taken now.
-        """
-
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
-        """As ``publish``; returns the error of each record, None where it was published."""
+        """Publish ``records``; returns the error of each, None where it is there to stay."""

@@ -16,6 +16,7 @@ from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
+from nanovllm.sinks.base import Sink
 
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
@@ -63,13 +64,12 @@ class KafkaSink:
             BrokersUnavailable: the brokers refuse, whatever is sent.
         """
         self.check(records)
-        if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
-            await self._send_batches(records)
-            return
         raise_worst(await self.publish_each(records))
 
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         """As ``publish`` without its check; returns the error of each record, None where it is acknowledged."""
+        if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
+            return await self._send_batches(records)
         outcomes = await asyncio.gather(*map(self._send, records), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
@@ -84,17 +84,24 @@ class KafkaSink:
         except MessageTooLarge as error:
             raise await self._refused(record.topic, record.size_bytes, batch_bytes, error) from error
 
-    async def _send_batches(self, records: Sequence[OutgoingRecord]) -> None:
+    async def _send_batches(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         producer, topic, batch_bytes = self._producer, records[0].topic, self._limits.batch_bytes
         send = producer.send_batches if isinstance(producer, RecoveringProducer) else partial(send_batches, producer)
+        errors: list[KafkaError | None]
         try:
-            await send(topic, records, min(batch_bytes, self.max_record_bytes(topic)))
+            errors = await send(topic, records, min(batch_bytes, self.max_record_bytes(topic)))
         except KafkaError as error:
-            meaning = publish_error(error, topic)
+            errors = [error] * len(records)
+        # One batch has one error, which all its records share.
+        meanings: dict[KafkaError, NanoVLLMError] = {}
+        for failure in dict.fromkeys(one for one in errors if one is not None):
+            meaning = publish_error(failure, topic)
             if isinstance(meaning, MessageTooLarge):
                 largest = max(record.size_bytes for record in records)
                 meaning = await self._refused(topic, largest, batch_bytes, meaning)
-            raise meaning from error
+            meaning.__cause__ = failure
+            meanings[failure] = meaning
+        return [None if one is None else meanings[one] for one in errors]
 
     async def _refused(
         self, topic: str, record_bytes: int, batch_bytes: int, error: MessageTooLarge
@@ -110,6 +117,20 @@ class KafkaSink:
         if record_bytes > self.max_record_bytes(topic) or was_alone or not (is_replaced and are_smaller):
             return error
         return TransientError(f"topic {topic} takes smaller batches than it did: the record is sent again")
+
+
+class Unsent:
+    """Records to publish; each call sends those that no call before had acknowledged."""
+
+    def __init__(self, sink: Sink, records: Sequence[OutgoingRecord]) -> None:
+        self._sink = sink
+        self.records = list(records)
+
+    async def __call__(self) -> None:
+        """Raises one of the errors, a systemic one before others."""
+        errors = await self._sink.publish_each(self.records)
+        self.records = [record for record, error in zip(self.records, errors, strict=True) if error is not None]
+        raise_worst(errors)
 
 
 def raise_worst(errors: Sequence[NanoVLLMError | None]) -> None:

@@ -10,7 +10,6 @@ from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.sinks.dead_letter_record import read_dead_letter
-from nanovllm.sinks.kafka import raise_worst
 
 
 class OutcomeSink:
@@ -38,12 +37,8 @@ class OutcomeSink:
     def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Nothing is too large."""
 
-    async def publish(self, records: Sequence[OutgoingRecord]) -> None:
-        """Hand over ``records``. Raises SystemicError as the functions do."""
-        raise_worst(await self.publish_each(records))
-
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
-        """As ``publish``; returns the error of each record."""
+        """Hand over ``records``; returns the error of each, None where it was taken."""
         return [self._hand_over(record) for record in records]
 
     def _hand_over(self, record: OutgoingRecord) -> SystemicError | None:

@@ -89,6 +89,11 @@ async def test_good_jobs_beside_every_pill(kafka_broker: str, s3: Any, tmp_path:
         "NANOVLLM_SAMPLING__MAX_TOKENS": "64",
         "NANOVLLM_KAFKA__MAX_REQUEST_BYTES": str(16 << 20),
         "OMP_NUM_THREADS": "1",
+        # Bounds that are reached within the first minutes: what grows after that is a leak.
+        "NANOVLLM_REUSE__IMAGE_BYTES": str(32 << 20),
+        "NANOVLLM_REUSE__ANSWER_BYTES": str(8 << 20),
+        "NANOVLLM_ENGINE__EMBEDDING_CACHE_BYTES": str(32 << 20),
+        "NANOVLLM_ENGINE__KV_CACHE_BYTES": str(64 << 20),
     }
     world = World(kafka_broker, s3, tmp_path, settings)
     topics = world.topics

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
@@ -38,7 +40,7 @@ from nanovllm.sinks.dead_letter_record import (
     read_dead_letter,
     without_url_queries,
 )
-from nanovllm.sinks.kafka import KafkaSink, send_record
+from nanovllm.sinks.kafka import KafkaSink, Unsent, send_record
 
 
 @pytest.mark.parametrize(("fmt", "content_type"), [("json", b"application/json"), ("msgpack", b"application/msgpack")])
@@ -278,6 +280,45 @@ async def test_a_producer_whose_numbers_the_broker_no_longer_takes_is_replaced(
     finally:
         await producer.stop()
     assert len(made) == 2
+
+
+@pytest.mark.kafka
+async def test_of_records_sent_together_those_that_are_acknowledged_are_not_sent_again(
+    kafka_broker: str, unique: Callable[[str], str]
+) -> None:
+    topic = unique("dead")
+    await create_topic(kafka_broker, topic, partitions=4, settings={"max.message.bytes": "4000"})
+    records = [OutgoingRecord(topic, b"key-%d" % (n % 7), b"%d" % n) for n in range(40)]
+    records.append(OutgoingRecord(topic, b"key-0", random.Random(1).randbytes(5_000)))
+    producer = RecoveringProducer(lambda: AIOKafkaProducer(bootstrap_servers=kafka_broker, enable_idempotence=True))
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka_broker, auto_offset_reset="earliest")
+    await producer.start()
+    await consumer.start()
+    try:
+        unsent = Unsent(KafkaSink(producer), records)
+
+        async def send_again_and_again() -> None:
+            while True:
+                with suppress(TransientError):  # whole batches are refused until the limit is known
+                    await unsent()
+
+        with pytest.raises(MessageTooLarge):
+            await asyncio.wait_for(send_again_and_again(), timeout=60)
+        refused = {record.value for record in unsent.records}
+        assert records[-1].value in refused
+        assert len(refused) < len(records)
+        parts = [TopicPartition(topic, number) for number in range(4)]
+        consumer.assign(parts)
+        ends = await consumer.end_offsets(parts)
+        seen: list[bytes] = []
+        while any([await consumer.position(tp) < end for tp, end in ends.items()]):
+            for batch in (await consumer.getmany(timeout_ms=500)).values():
+                seen += [record.value for record in batch if record.value is not None]
+    finally:
+        await consumer.stop()
+        await producer.stop()
+    assert len(seen) == len(set(seen))
+    assert {record.value for record in records} - refused <= set(seen)
 
 
 def test_a_dead_letter_made_like_another_one_is_the_one_made_by_itself() -> None:

@@ -26,6 +26,7 @@ from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.sinks.base import Sink
+from nanovllm.sinks.kafka import Unsent
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +117,15 @@ class InvalidRecords:
         self._observe(invalid, first, letters[0].topic)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
+        unsent = Unsent(self.sink, letters)
         try:
-            await self.retry(lambda: self.sink.publish(letters), self.sink.part, first.progress)
+            self.sink.check(letters)
+            await self.retry(unsent, self.sink.part, first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise
             # A topic whose limit the brokers do not tell may take each of them alone.
-            for letter in letters:
+            for letter in unsent.records:
                 await self._publish([letter], first)
 
     async def _letters(self, invalid: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:

@@ -18,7 +18,7 @@ from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
-from nanovllm.sinks.kafka import raise_worst
+from nanovllm.sinks.kafka import Unsent
 
 
 class Answer:
@@ -95,16 +95,7 @@ class Publish:
         record, transactions = context.record, context.record.transactions
         self._sink.check(records)
         if transactions is None:
-            unsent = list(records)
-
-            async def send() -> None:
-                nonlocal unsent
-                outcomes = await self._sink.publish_each(unsent)
-                # What a broker has acknowledged is not sent again because another topic refuses.
-                unsent = [one for one, error in zip(unsent, outcomes, strict=True) if error is not None]
-                raise_worst(outcomes)
-
-            await self._retry(send, self._sink.part, context.progress)
+            await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
         reservation.release_slot(sum(one.size_bytes for one in records))
