@@ -24,10 +24,18 @@ ModelOption = Annotated[
 def run(
     input: Annotated[
         Path,
-        typer.Option("--input", "-i", help="JSON lines: jobs, or requests of OpenAI's batch files (chat completions)."),
+        typer.Option(
+            "--input",
+            "--input-file",
+            "-i",
+            help="JSON lines: jobs, or requests of OpenAI's batch files (chat completions).",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the results go, in the order in which they are ready.")
+        Path,
+        typer.Option(
+            "--output", "--output-file", "-o", help="Where the results go, in the order in which they are ready."
+        ),
     ],
     dead_letters: Annotated[
         Path | None,
