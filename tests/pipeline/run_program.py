@@ -1,10 +1,14 @@
 """``nanovllm`` with an engine that echoes slowly and writes down what it computes: for runs that are killed.
 
 python run_program.py LOG DELAY_S run -i jobs.jsonl -o results.jsonl
+
+A delay below 0 is SIGINT while the engine is loaded.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ def main() -> None:
     log, delay_s = Path(sys.argv[1]), float(sys.argv[2])
 
     async def load_engine(settings: Any) -> Any:
+        if delay_s < 0:
+            os.kill(os.getpid(), signal.SIGINT)
         return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.max_num_seqs)
 
     app._load_engine = load_engine

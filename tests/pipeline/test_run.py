@@ -53,7 +53,8 @@ class Run:
         self.settings = without_kafka(load_settings(None, settings))
 
     async def __call__(self, *lines: Mapping[str, Any] | str, **engine: Any) -> None:
-        write_lines(self.input, *lines)
+        if lines:
+            write_lines(self.input, *lines)
         echo = EchoEngine(max_num_seqs=4, **engine)
         decoders = build_decoders(self.settings, echo)
         assert decoders is not None
@@ -126,6 +127,32 @@ async def test_a_run_that_is_repeated_computes_nothing_again(tmp_path: Path) -> 
     await run(*lines, {"job_id": "b", "prompt": "new"})
     assert run.left == 1
     assert run.answers().keys() == {"a", "jobs.jsonl:0:1", "b"}
+
+
+async def test_whatever_a_line_holds_it_has_one_outcome(tmp_path: Path) -> None:
+    lines = [
+        b"\x82\xa6prompt\xa1a",
+        b'{"custom_id": "\xff", "body": {}}',
+        b'{"custom_id": {}, "body": {}}',
+        b'{"custom_id": "r-1", "body": []}',
+        b'{"custom_id": "r-2", "custom_id": "r-3"}',
+        b'{"custom_id": "r-4", "body": ' + b"[" * 5_000,
+        b'{"job_id": 1, "prompt": "a"}',
+        b'{"job_id": "", "prompt": "a"}',
+        b'{"job_id": "\\ud800", "prompt": "a"}',
+        b'{"prompt": 1' + b"0" * 5_000 + b"}",
+        b"[" * 100_000,
+        b"{}",
+        b"null",
+        "\u2028".encode(),
+    ]
+    run = Run(tmp_path)
+    run.input.write_bytes(b"\n".join(lines))
+    await run()
+    outcomes = [*read_objects(run.dead_letters)]
+    assert sorted(letter["source"]["offset"] for letter in outcomes) == list(range(len(lines)))
+    await run()
+    assert run.left == 0
 
 
 async def test_half_a_line_that_a_killed_run_left_is_computed_again(tmp_path: Path) -> None:
@@ -281,6 +308,14 @@ async def test_a_run_that_is_stopped_finishes_what_is_at_work_and_says_how_to_go
     command.process.start()
     assert await command.ended() == 0, command.process.tail()
     assert len(command.log.read_text().splitlines()) == command.lines == 200
+
+
+async def test_a_run_that_is_interrupted_before_its_engine_is_there_has_failed_and_begins_anew(tmp_path: Path) -> None:
+    for delay_s, code in ((-1, 1), (0, 0)):
+        command = Command(tmp_path, [{"prompt": "a"}], delay_s=delay_s)
+        command.process.start()
+        assert await command.ended() == code, command.process.tail()
+    assert command.lines == 1
 
 
 def nanovllm(*arguments: str | Path, **variables: str) -> tuple[int, str, str]:
