@@ -146,8 +146,10 @@ def _listed(source: str, pattern: ObjectPattern, list_objects: ListObjects | Non
     if not images:
         if not found:
             raise InvalidInput(f"{source}: no object is found there")
-        others = f"{counted(len(found), 'object')}, none of them with an image's suffix"
-        raise InvalidInput(f"{source}: there are {others}; {source.rstrip('/')}/** takes all of them")
+        what = f"{counted(len(found), 'object')}, none of them with an image's suffix"
+        raise InvalidInput(f"{source}: there are {what}; {source.rstrip('/')}/** takes all of them")
+    if others := len(found) - len(images):
+        print(f"{source}: {counted(others, 'object')} without an image's suffix left out", file=sys.stderr)
     return list(images)
 
 

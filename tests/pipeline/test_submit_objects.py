@@ -74,6 +74,7 @@ def test_each_object_below_a_prefix_becomes_a_job_for_the_version_that_was_liste
     s3.put(bucket, "in/notes.txt", b"no image")
     assert main(["submit", f"s3://{bucket}/in/", "-p", "Total?"]) == 0
     shown = capsys.readouterr()
+    assert "1 object without an image's suffix left out" in shown.err
     jobs = {job.images[0].uri: job for job in jobs_in(embedded_broker, topic)}
     assert jobs.keys() == {f"s3://{bucket}/in/{number:03}.png" for number in range(5)}
     assert {job.job_id for job in jobs.values()} == set(shown.out.split())
