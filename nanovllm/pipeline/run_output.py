@@ -37,13 +37,15 @@ class RunOutput:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for sink in (self._results, self._dead_letters):
-                stack.enter_context(sink)
+            stack.enter_context(self._results)
+            # A run without dead letters makes no file of them.
+            if self._dead_letters.path.exists():
+                stack.enter_context(self._dead_letters)
             for fields in _objects(self._results):
                 if fields.get("error") is None:
                     self.results += 1
                     self.finished.add(_id_in(fields, self._results.path))
-            for fields in _objects(self._dead_letters):
+            for fields in _objects(self._dead_letters) if self._dead_letters.is_open else ():
                 self.dead_letters += 1
                 self.finished.add(_finished_by(fields, self._dead_letters.path))
             self._files = stack.pop_all()
@@ -51,9 +53,6 @@ class RunOutput:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
-        for path in (self._results.path, self._dead_letters.path):
-            if path.is_file() and not path.stat().st_size:
-                path.unlink()
 
     def decode(self, line: bytes, *, max_bytes: int | None = None) -> Job:
         """The job of a line, which is a job or a request. Raises InvalidJob where it is neither."""
@@ -80,6 +79,8 @@ class RunOutput:
         if letter.job_id in self._request_ids:
             _append(self._results, _encoded(error_line(letter)))
             self._request_ids.discard(letter.job_id)
+        if not self._dead_letters.is_open:
+            self._files.enter_context(self._dead_letters)
         _append(self._dead_letters, encode(letter, "json"))
         self.dead_letters += 1
 

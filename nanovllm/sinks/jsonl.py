@@ -53,6 +53,11 @@ class JsonLinesSink:
             os.close(self._file)
             self._file = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether lines can be appended."""
+        return self._file is not None
+
     def lines(self) -> Iterator[bytes]:
         """The lines that are in the file, without their ends."""
         with self.path.open("rb") as file:

@@ -367,7 +367,7 @@ def test_without_work_that_is_left_no_model_is_loaded(tmp_path: Path) -> None:
     run = ("run", "-i", jobs, "-o", results)
     without_model = {"NANOVLLM_ENGINE__BACKEND": "native", "NANOVLLM_ENGINE__MODEL": "no-such-model"}
     assert nanovllm(*run, **without_model)[0] == 2
-    assert not results.exists(), "a run that did not begin leaves no files"
+    assert not (tmp_path / "results.dead-letters.jsonl").exists()
     assert nanovllm(*run)[0] == 0
     code, _, err = nanovllm(*run, **without_model)
     assert code == 0, err
