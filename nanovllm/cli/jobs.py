@@ -6,15 +6,21 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.filesize import decimal
 
-from nanovllm.cli.sources import Submission, plan_submissions, send_all
+from nanovllm.cli.journal import Journal
+from nanovllm.cli.sending import Sent, listing_of, send_all
+from nanovllm.cli.sources import Submission, plan_submissions
 from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
 from nanovllm.client.results import ResultReader
+from nanovllm.client.upload import ImageUploader
 from nanovllm.errors import InvalidInput, SystemicError, counted
 from nanovllm.messages.result import Result
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
@@ -34,7 +40,8 @@ def submit(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, directories, globs, s3:// URIs, or .jsonl files of whole jobs (- reads them from stdin)."
+            help="Images, directories, globs, s3:// URIs of objects, of prefixes (s3://bucket/prefix/) and globs, or "
+            ".jsonl files of whole jobs (- reads them from stdin)."
         ),
     ] = None,
     prompt: Annotated[
@@ -45,9 +52,14 @@ def submit(
         str | None, typer.Option(help="One of topics.lanes, for jobs of its priority; topics.jobs if unset.")
     ] = None,
     key: Annotated[JobKey, typer.Option(help="Record key; image: equal images meet one worker's cache.")] = "image",
-    upload: Annotated[str | None, typer.Option(help="s3://bucket/prefix for files too large for a message.")] = None,
+    upload: Annotated[str | None, typer.Option(help="s3://bucket/prefix that every local image is put below.")] = None,
     format: Annotated[Literal["json", "msgpack"], typer.Option(help="Encoding of the jobs.")] = "json",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of each answer.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many jobs and bytes, and send nothing.")] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="File that remembers what was sent: the same command again goes on where it stopped."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answers and print them.")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to --wait.")] = 300.0,
     as_json: JsonOption = False,
@@ -63,9 +75,16 @@ def submit(
     if topic not in settings.topics.job_topics:
         raise InvalidInput(f"no worker of these settings reads jobs from {topic}: topics.lanes does not name it")
     sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
-    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling)
-    producer = JobProducer(settings.kafka, topic=topic, key=key, fmt=format, upload=upload, s3=settings.s3)
-    failed = asyncio.run(_submit(settings, producer, submissions, timeout if wait else None, as_json))
+    lister = listing_of(settings.s3)
+    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling, lister)
+    uploader = ImageUploader(upload, settings.s3) if upload else None
+    with Journal(journal) as sent_before:
+        if dry_run:
+            _show_plan(submissions, sent_before, as_json)
+            return
+        producer = JobProducer(settings.kafka, topic=topic, key=key, fmt=format, upload=upload, s3=settings.s3)
+        send = partial(_send, producer, submissions, sent_before, uploader, as_json)
+        failed = asyncio.run(_submit(settings, send, timeout if wait else None, as_json))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -104,33 +123,68 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
         raise InvalidInput(f"the prompt file {prompt_file} cannot be read ({type(error).__name__})") from None
 
 
+def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -> None:
+    left = [one for one in submissions if not journal.passes_over(one.fingerprint)]
+    sizes = [one.image_bytes for one in left]
+    known = [size for size in sizes if size is not None]
+    images = sum(len(one.images if one.job is None else one.job.images) for one in left)
+    before, unknown = len(submissions) - len(left), len(sizes) - len(known)
+    if as_json:
+        print_json(
+            {"jobs": len(left), "images": images, "bytes": sum(known), "unknown_sizes": unknown, "sent_before": before}
+        )
+        return
+    size = f" ({decimal(sum(known))})" if known else ""
+    print(f"{counted(len(left), 'job')}, {counted(images, 'image')}, {sum(known):,} bytes{size}")
+    if unknown:
+        print(f"not counted: the bytes of {counted(unknown, 'job')} with objects that were not listed")
+    if before:
+        print(f"{counted(before, 'job')} were sent before")
+
+
 async def _submit(
-    settings: Settings, producer: JobProducer, submissions: list[Submission], wait_s: float | None, as_json: bool
+    settings: Settings, send: Callable[[], Coroutine[Any, Any, Sent]], wait_s: float | None, as_json: bool
 ) -> bool:
     """Send everything, wait where asked; whether something failed or did not come."""
     if wait_s is None:
-        await _send(producer, submissions, as_json)
-        return False
+        return (await send()).is_interrupted
     # Before the first job is sent, so that no answer can be missed.
     async with ResultReader(settings, dead_letters=True) as reader:
-        job_ids = await _send(producer, submissions, as_json)
-        return await _wait_for(reader, set(job_ids), ResultRows(as_json=as_json), wait_s)
+        sent = await send()
+        if sent.is_interrupted:
+            return True
+        return await _wait_for(reader, set(sent.job_ids), ResultRows(as_json=as_json), wait_s)
 
 
-async def _send(producer: JobProducer, submissions: list[Submission], as_json: bool) -> list[str]:
-    job_ids: list[str] = []
+async def _send(
+    producer: JobProducer,
+    submissions: list[Submission],
+    journal: Journal,
+    uploader: ImageUploader | None,
+    as_json: bool,
+) -> Sent:
     async with producer:
-        try:
-            async for job_id in send_all(producer, submissions):
-                job_ids.append(job_id)
-        finally:
-            if as_json:
-                print_json({"topic": producer.topic, "jobs": len(job_ids), "job_ids": job_ids})
-            else:
-                print(f"{counted(len(job_ids), 'job')} sent to {producer.topic}", file=sys.stderr)
-                for job_id in job_ids:
-                    print(plain(job_id).plain)
-    return job_ids
+        sent = await send_all(producer, submissions, journal, uploader)
+    if as_json:
+        uploads = {"uploads": sent.uploads} if uploader else {}
+        print_json({"topic": producer.topic, "jobs": len(sent.job_ids), "job_ids": sent.job_ids, **uploads})
+    else:
+        for path, uri in sent.uploads.items():
+            print(plain(f"{path} uploaded to {uri}").plain, file=sys.stderr)
+        before = f", {sent.before:,} were sent before" if sent.before else ""
+        print(f"{counted(len(sent.job_ids), 'job')} sent to {producer.topic}{before}", file=sys.stderr)
+        for job_id in sent.job_ids:
+            print(plain(job_id).plain)
+    if sent.failure is not None:
+        raise sent.failure
+    if sent.is_interrupted:
+        left = len(submissions) - sent.before - len(sent.job_ids)
+        how = "the same command with --journal FILE would go on from here"
+        print(
+            f"interrupted: {counted(left, 'job')} not sent; {'run it again' if journal.has_file else how}",
+            file=sys.stderr,
+        )
+    return sent
 
 
 async def _wait_for(reader: ResultReader, missing: set[str], rows: ResultRows, wait_s: float) -> bool:

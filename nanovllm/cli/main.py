@@ -19,8 +19,10 @@ from typing import Annotated
 
 import typer
 
+from nanovllm.cli.ask import ask
 from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.jobs import ConfigOption, results, submit
+from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
@@ -38,6 +40,8 @@ app = typer.Typer(
 )
 app.command("submit")(submit)
 app.command("results")(results)
+app.command("run")(run)
+app.command("ask")(ask)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 

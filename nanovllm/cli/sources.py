@@ -1,23 +1,26 @@
-"""Sources of ``nanovllm submit``: images, globs, URIs and job files, as jobs."""
+"""Sources of ``nanovllm submit``: images, globs, URIs, listed objects and job files, as jobs."""
 
 from __future__ import annotations
 
-import asyncio
 import glob
+import hashlib
+import json
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nanovllm.client.producer import JobProducer
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
+from nanovllm.messages.validation import printable
+from nanovllm.objects.listing import ListedObject, ObjectPattern
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-MAX_IN_FLIGHT = 64
+Image = str | Path | ListedObject
+ListObjects = Callable[[ObjectPattern], Iterable[ListedObject]]
 
 
 @dataclass(frozen=True)
@@ -26,23 +29,58 @@ class Submission:
 
     job: Job | None = None
     prompt: str = ""
-    images: tuple[str | Path, ...] = ()
+    images: tuple[Image, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def job_id(self) -> str | None:
+        """The job's own id, or one that derives from its listed objects, their versions, the prompt and the sampling.
 
-def plan_submissions(sources: Sequence[str], prompt: str | None, sampling: dict[str, Any]) -> list[Submission]:
+        Two commands that ask different things of one object are different jobs; one that is repeated is the same.
+        """
+        if self.job is not None:
+            return self.job.job_id
+        objects = [image for image in self.images if isinstance(image, ListedObject)]
+        if not objects or len(objects) < len(self.images):
+            return None
+        return f"{printable(PurePosixPath(objects[0].uri).name)}-{self.fingerprint[:20]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that the job is made of; of local files by path, size and time of change."""
+        if self.job is not None:
+            asked: Any = self.job.model_dump_json(exclude_none=True)
+        else:
+            asked = [self.prompt, self.sampling, *map(_identity, self.images)]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
+    def image_bytes(self) -> int | None:
+        """Bytes of the encoded images; None where one is an object that was not listed, or has no size."""
+        if self.job is not None:
+            sizes = [None if image.data is None else len(image.data) for image in self.job.images]
+        else:
+            sizes = [_size(image) for image in self.images]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+
+def plan_submissions(
+    sources: Sequence[str], prompt: str | None, sampling: dict[str, Any], list_objects: ListObjects | None = None
+) -> list[Submission]:
     """The jobs that ``sources`` and ``prompt`` ask for.
 
-    A source is an image, a directory of images, a glob, an ``s3://`` URI, or a file of JSON lines (``-``: standard
-    input) whose lines are whole jobs. Each image becomes a job with ``prompt``; a prompt with several ``<|image|>``
-    takes as many images a job, one without any gets one at its end. No source at all: one job of text.
+    A source is an image, a directory of images, a glob, an ``s3://`` URI of an object, of a prefix (with a slash at
+    its end) or with wildcards, or a file of JSON lines (``-``: standard input) whose lines are whole jobs. Each image
+    becomes a job with ``prompt``; a prompt with several ``<|image|>`` takes as many images a job, one without any gets
+    one at its end. No source at all: one job of text. Prefixes are listed by ``list_objects``.
 
     Raises:
         InvalidInput: a source that is not there, images without a prompt, a number of images that does not go up.
         InvalidJob: a line that is no job, named by its file and number.
     """
     jobs = [Submission(job=job) for source in sources if _is_job_file(source) for job in _read_jobs(source)]
-    images = [image for source in sources if not _is_job_file(source) for image in _expand(source)]
+    images = [image for source in sources if not _is_job_file(source) for image in _expand(source, list_objects)]
     if not sources:
         if not prompt:
             raise InvalidInput("nothing to send: name images, a .jsonl file of jobs, or a --prompt")
@@ -63,28 +101,6 @@ def plan_submissions(sources: Sequence[str], prompt: str | None, sampling: dict[
     return jobs + [Submission(prompt=prompt, images=group, sampling=sampling) for group in groups]
 
 
-async def send_all(producer: JobProducer, submissions: Sequence[Submission]) -> AsyncIterator[str]:
-    """Send ``submissions``, some at a time; yields each job's id, in their order, when all replicas have it.
-
-    Raises what ``JobProducer.send`` raises, after the ids of those that were sent beside the one that failed.
-    """
-    for start in range(0, len(submissions), MAX_IN_FLIGHT):
-        window = (_send(producer, submission) for submission in submissions[start : start + MAX_IN_FLIGHT])
-        outcomes = await asyncio.gather(*window, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, str):
-                yield outcome
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-
-async def _send(producer: JobProducer, submission: Submission) -> str:
-    if submission.job is not None:
-        return await producer.send_job(submission.job)
-    return await producer.send(submission.prompt, images=submission.images, sampling=submission.sampling)
-
-
 def _is_job_file(source: str) -> bool:
     return source == "-" or Path(source).suffix.lower() in JOB_SUFFIXES
 
@@ -103,16 +119,15 @@ def _read_jobs(source: str) -> Iterator[Job]:
                 raise InvalidJob(f"{source}, line {number}: {error}") from None
 
 
-def _expand(source: str) -> list[str | Path]:
+def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
     if "://" in source:
         if not source.startswith("s3://"):
             raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
-        if source.endswith("/"):
-            raise InvalidInput(f"{source} names a prefix; name the objects, one by one or in a .jsonl file of jobs")
-        return [source]
+        pattern = ObjectPattern.of(source)
+        return [source] if pattern is None else _listed(source, pattern, list_objects)
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if _is_image(file.name) and file.is_file())
     elif path.exists():
         found = [path]
     else:
@@ -120,3 +135,38 @@ def _expand(source: str) -> list[str | Path]:
     if not found:
         raise InvalidInput(f"{source}: no such file, and no images are found there")
     return list(found)
+
+
+def _listed(source: str, pattern: ObjectPattern, list_objects: ListObjects | None) -> list[Image]:
+    if list_objects is None:
+        raise InvalidInput(f"{source} names a prefix; name the objects one by one")
+    found = list(list_objects(pattern))
+    # A glob says by itself which objects are meant; below a prefix, as in a directory, lies other than images too.
+    images = [one for one in found if not pattern.is_prefix or _is_image(one.uri)]
+    if not images:
+        if not found:
+            raise InvalidInput(f"{source}: no object is found there")
+        what = f"{counted(len(found), 'object')}, none of them with an image's suffix"
+        raise InvalidInput(f"{source}: there are {what}; {source.rstrip('/')}/** takes all of them")
+    if others := len(found) - len(images):
+        print(f"{source}: {counted(others, 'object')} without an image's suffix left out", file=sys.stderr)
+    return list(images)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _identity(image: Image) -> list[Any]:
+    if isinstance(image, ListedObject):
+        return [image.uri, image.etag]
+    if isinstance(image, Path) and image.exists():
+        about = image.stat()
+        return [str(image), about.st_size, about.st_mtime_ns]
+    return [str(image)]
+
+
+def _size(image: Image) -> int | None:
+    if isinstance(image, ListedObject):
+        return image.size
+    return image.stat().st_size if isinstance(image, Path) and image.exists() else None

@@ -8,7 +8,7 @@ from functools import partial
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.messages.job import ImageRef
-from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.s3_client import S3Client, check_settings, make_client
 from nanovllm.settings.s3 import S3Settings
 
@@ -21,7 +21,7 @@ class ImageUploader:
     """
 
     def __init__(self, target: str, s3: S3Settings) -> None:
-        parts = split_s3_uri(target)
+        parts = split_prefix_uri(target)
         if parts is None:
             raise ConfigurationError("the target of uploads must have the form s3://bucket or s3://bucket/prefix")
         self._bucket, self._prefix = parts[0], parts[1].strip("/")

@@ -20,7 +20,7 @@ from nanovllm.errors import (
 )
 
 # CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
-_OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession"})
+_OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession", "ListObjectsV2"})
 
 # Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status; an unknown code is transient, so that the
 # circuit breaker holds the queue when every object gets it.

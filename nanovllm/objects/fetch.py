@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from nanovllm.errors import FetchFailed, ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
 from nanovllm.messages.job import ImageRef
-from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
@@ -37,12 +37,13 @@ class FetchedImage:
 class AllowList:
     """Buckets and prefixes that jobs may read, from ``s3://bucket`` and ``s3://bucket/prefix`` entries; none: nothing.
 
-    A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``.
+    A prefix ends at a path boundary: ``s3://bucket/in`` allows ``in`` and ``in/…``, never ``internal/…``;
+    ``s3://bucket/in/*`` is the same.
     """
 
     def __init__(self, uris: Sequence[str] = ()) -> None:
         # S3Settings refuses entries of another form.
-        self._entries = [(bucket, prefix.rstrip("/")) for bucket, prefix in filter(None, map(split_s3_uri, uris))]
+        self._entries = list(filter(None, map(split_prefix_uri, uris)))
 
     def check(self, bucket: str, key: str) -> None:
         """Return when a job may read the object.

@@ -45,12 +45,13 @@ from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
-from nanovllm.pipeline.stages.receive import GuardReceive, Receive
+from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.images.decode import ImageLimits
@@ -64,21 +65,23 @@ WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_ch
 """Settings of ``engine`` that are no options of the engine itself."""
 
 
-def build_worker(
+def build_bare_worker(
     settings: Settings,
     *,
     engine: EngineBackend,
     decoders: DecoderPool | None,
     fetcher: ObjectFetcher,
-    sink: KafkaSink,
+    sink: Sink,
     metrics: Metrics,
     health: Health,
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
-) -> tuple[Worker, JobSource]:
-    """A worker and its source, neither of them started; engine, decoders and the sink's producer are.
+    decode: DecodeJob | None = None,
+) -> Worker:
+    """A worker without a source, which is not started; engine, decoders and whatever the sink needs are.
 
-    ``decoders`` is None for an engine that takes no images; ``backoff`` is between attempts in place.
+    ``decoders`` is None for an engine that takes no images; ``backoff`` is between attempts in place. ``decode`` in
+    place of `decode_job` makes jobs of records.
     """
     backoff = backoff or Backoff()
     retry_topics = RetryTopics.of(settings)
@@ -87,7 +90,7 @@ def build_worker(
     retry = Retry(faults, backoff, metrics)
     limit = DeadLetterLimit(settings.dead_letters.poison_limit)
     builder = RecordBuilder(settings, engine.model_info, sink.max_record_bytes, retry_topics)
-    receive, failure = Receive(settings, retry_topics), Failure(builder, limit)
+    receive, failure = Receive(settings, retry_topics, decode), Failure(builder, limit)
     rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
     holds = BucketHolds(health.set_held_buckets)
     watched = WatchedFetcher(fetcher, holds)
@@ -125,7 +128,7 @@ def build_worker(
         publish=Publish(sink, retry, failure, metrics),
         observe=partial(observe, metrics),
     )
-    worker = Worker(
+    return Worker(
         settings,
         stages=stages,
         admission=Admission(
@@ -139,6 +142,34 @@ def build_worker(
         lanes=lanes,
         key_order=KeyOrder() if settings.admission.per_key_order else None,
     )
+
+
+def build_worker(
+    settings: Settings,
+    *,
+    engine: EngineBackend,
+    decoders: DecoderPool | None,
+    fetcher: ObjectFetcher,
+    sink: KafkaSink,
+    metrics: Metrics,
+    health: Health,
+    crash_guard: CrashGuard | None = None,
+    backoff: Backoff | None = None,
+) -> tuple[Worker, JobSource]:
+    """A worker as ``build_bare_worker`` makes it, and the consumer group member that is its source, not started."""
+    worker = build_bare_worker(
+        settings,
+        engine=engine,
+        decoders=decoders,
+        fetcher=fetcher,
+        sink=sink,
+        metrics=metrics,
+        health=health,
+        crash_guard=crash_guard,
+        backoff=backoff,
+    )
+    retry_topics = RetryTopics.of(settings)
+    lanes = retry_topics.lanes
     assignments = Assignments(
         settings.kafka,
         StartOffsets(settings.kafka.auto_offset_reset, metrics, read_in_full=retry_topics.delays_s),

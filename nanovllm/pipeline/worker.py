@@ -17,7 +17,7 @@ from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.consuming.source import JobSource
+from nanovllm.pipeline.consuming.record_source import RecordSource
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
@@ -80,7 +80,7 @@ class Worker:
         """Take no more jobs, finish those at work within the drain's budget, and let ``run`` return."""
         self._stop.set()
 
-    async def run(self, source: JobSource, *, exit_when_drained: bool = False) -> None:
+    async def run(self, source: RecordSource, *, exit_when_drained: bool = False) -> None:
         """Work until ``stop`` is called, or until nothing is left with ``exit_when_drained``.
 
         Raises:
@@ -131,7 +131,7 @@ class Worker:
             if record.ledger is ledger:
                 task.cancel()
 
-    async def _consume(self, source: JobSource) -> None:
+    async def _consume(self, source: RecordSource) -> None:
         failures = 0
         while self._is_polling:
             takes_work = not (self.faults.are_present or self._is_draining)
@@ -149,7 +149,7 @@ class Worker:
             if takes_work:
                 await self.admission.wait_for_room(POLL_MS / 1000)
 
-    async def _poll(self, source: JobSource, rooms: dict[int, int], takes_work: bool) -> list[ConsumedRecord]:
+    async def _poll(self, source: RecordSource, rooms: dict[int, int], takes_work: bool) -> list[ConsumedRecord]:
         has_room = any(rooms.values())
         if not (has_room and source.has_put_off):
             # Without a free slot it polls without waiting, then waits for a slot.
@@ -164,7 +164,7 @@ class Worker:
         at_most = INVALID_POLL_RECORDS if self.admission.jobs else INVALID_POLL_RECORDS_IDLE
         return await source.poll({lane: min(room, at_most) for lane, room in rooms.items()}, 0, put_off=True)
 
-    async def _begin(self, records: list[ConsumedRecord], source: JobSource) -> None:
+    async def _begin(self, records: list[ConsumedRecord], source: RecordSource) -> None:
         """Start a task for each job; partitions whose last record was invalid are read when the event loop is idle."""
         self.has_taken |= bool(records)
         for topic, count in Counter(record.topic for record in records).items():
@@ -253,7 +253,7 @@ class Worker:
             # A record without an outcome would hold its partition's watermark for ever: the worker ends instead.
             self._breach.set_exception(error)
 
-    def _stop_taking(self, source: JobSource) -> None:
+    def _stop_taking(self, source: RecordSource) -> None:
         self._is_draining = self.health.is_draining = True
         source.stop_taking()
 
@@ -264,14 +264,14 @@ class Worker:
                 task.cancel()
             await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
 
-    async def _leave(self, source: JobSource) -> None:
+    async def _leave(self, source: RecordSource) -> None:
         try:
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 await source.stop()
         except TimeoutError:
             logger.warning("the consumer group was not left in time")
 
-    async def _commit_and_observe(self, source: JobSource) -> None:
+    async def _commit_and_observe(self, source: RecordSource) -> None:
         committed_at = time.monotonic()
         while True:
             planned = time.monotonic() + TICK_S
@@ -294,7 +294,7 @@ class Worker:
                 committed_at = time.monotonic()
                 self._observe_partitions(source)
 
-    def _observe_partitions(self, source: JobSource) -> None:
+    def _observe_partitions(self, source: RecordSource) -> None:
         # Cleared first: partitions that left must not go on showing their last lag.
         self.metrics.consumer_lag.clear()
         self.metrics.watermark.clear()
@@ -303,7 +303,7 @@ class Worker:
         for (topic, partition), offset in source.watermarks.items():
             self.metrics.watermark.labels(topic, partition).set(offset)
 
-    async def _wait_until_drained(self, source: JobSource) -> None:
+    async def _wait_until_drained(self, source: RecordSource) -> None:
         idle_since: float | None = None
         while idle_since is None or time.monotonic() - idle_since < self.settings.admission.idle_exit_s:
             await asyncio.sleep(TICK_S)

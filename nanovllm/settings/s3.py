@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
 
@@ -18,7 +18,11 @@ class S3Settings(SettingsModel):
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="`path` for most other S3 servers."
     )
-    allow: StrList = Field((), description="`s3://bucket/prefix` list that jobs may read; unset: nothing may be read.")
+    allow: StrList = Field(
+        (),
+        description="`s3://bucket/prefix` list that jobs may read, `s3://bucket/prefix/*` being the same; unset: "
+        "nothing may be read.",
+    )
     connect_timeout_s: Seconds = Field(5.0, description="Longest wait for a connection.")
     read_timeout_s: Seconds = Field(20.0, description="Longest silence while an object is read.")
     object_timeout_s: Seconds = Field(120.0, description="Longest time in which one object is read.")
@@ -36,6 +40,9 @@ class S3Settings(SettingsModel):
         if self.large_result_bytes is not None and self.large_results is None:
             raise ValueError("large_result_bytes is set without large_results, the place where they go")
         for entry in (*self.allow, *([self.large_results] if self.large_results else [])):
-            if split_s3_uri(entry) is None:
-                raise ValueError("allow and large_results have the form s3://bucket or s3://bucket/prefix")
+            if split_prefix_uri(entry) is None:
+                raise ValueError(
+                    "allow and large_results have the form s3://bucket, s3://bucket/prefix or s3://bucket/prefix/*; "
+                    "a prefix ends at a slash, and a wildcard elsewhere would match nothing"
+                )
         return self

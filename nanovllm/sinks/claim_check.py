@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable, SystemicError
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.result import StoredResult
-from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.messages.s3_uri import split_prefix_uri
 
 _EXISTS = frozenset({"PreconditionFailed", "412"})
 
@@ -27,7 +27,7 @@ class S3ResultStore:
     """
 
     def __init__(self, target: str, call: Callable[[Callable[[Any], StoredResult]], StoredResult]) -> None:
-        parts = split_s3_uri(target)
+        parts = split_prefix_uri(target)
         if parts is None:
             raise ConfigurationError("s3.large_results must have the form s3://bucket or s3://bucket/prefix")
         self._bucket, self._prefix = parts[0], parts[1].strip("/")

@@ -16,6 +16,7 @@ from nanovllm.kafka.errors import publish_error
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
+from nanovllm.sinks.base import Sink
 
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
@@ -27,6 +28,8 @@ class KafkaSink:
     idempotent producer has counted a record that the broker then refuses, and could not send to that partition again.
     A limit that is lowered later refuses whole batches: they become smaller, and what fits is sent again.
     """
+
+    part = "kafka producer"
 
     def __init__(
         self,
@@ -119,12 +122,12 @@ class KafkaSink:
 class Unsent:
     """Records to publish; each call sends those that no call before had acknowledged."""
 
-    def __init__(self, sink: KafkaSink, records: Sequence[OutgoingRecord]) -> None:
+    def __init__(self, sink: Sink, records: Sequence[OutgoingRecord]) -> None:
         self._sink = sink
         self.records = list(records)
 
     async def __call__(self) -> None:
-        """Raises what ``KafkaSink.publish`` does, without its check."""
+        """Raises one of the errors, a systemic one before others."""
         errors = await self._sink.publish_each(self.records)
         self.records = [record for record, error in zip(self.records, errors, strict=True) if error is not None]
         raise_worst(errors)

@@ -84,6 +84,21 @@ def test_a_list_may_also_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().s3.allow == ("s3://abc/with,comma",)
 
 
+def test_an_allowed_prefix_may_end_in_a_wildcard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ALLOW", "s3://abc/in/*, s3://def/*")
+    assert load_settings().s3.allow == ("s3://abc/in/*", "s3://def/*")
+
+
+@pytest.mark.parametrize(
+    "entry", ["s3://abc/in*", "s3://abc/*.png", "s3://abc/*/in", "s3://abc/in/?", "s3://*", "s3://a*c/in"]
+)
+@pytest.mark.parametrize("name", ["ALLOW", "LARGE_RESULTS"])
+def test_a_wildcard_that_would_match_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, entry: str) -> None:
+    monkeypatch.setenv(f"NANOVLLM_S3__{name}", entry)
+    with pytest.raises(ConfigurationError, match="wildcard"):
+        load_settings()
+
+
 @pytest.mark.parametrize("name", ["RETRIES__DELAYS_S", "S3__ALLOW", "TOPICS__REPLY_TO"])
 def test_a_list_that_does_not_end_is_a_configuration_error_and_not_quoted(
     monkeypatch: pytest.MonkeyPatch, name: str

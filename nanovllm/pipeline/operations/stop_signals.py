@@ -24,12 +24,13 @@ IDLE_STOP_S = 1.5
 class StopSignals:
     """The first signal stops the worker, the second one ends the process at once with exit code 1.
 
-    Until ``hand_to``, the first signal ends the process at once with exit code 0: no job was taken. The handlers are
-    Python's own (``signal.signal``), not the event loop's: they run between two byte codes of the main thread, also
-    while modules are imported. PID 1 of a container ignores every signal without a handler.
+    Until ``hand_to``, the first signal ends the process at once with ``code_before_work``: no job was taken. The
+    handlers are Python's own (``signal.signal``), not the event loop's: they run between two byte codes of the main
+    thread, also while modules are imported. PID 1 of a container ignores every signal without a handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, code_before_work: int = DONE) -> None:
+        self._code_before_work = code_before_work
         self._received = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Callable[[], object] | None = None
@@ -54,7 +55,7 @@ class StopSignals:
         if self._received > 1:
             _end_at_once(FAILED)
         if self._loop is None:
-            _end_at_once(DONE)
+            _end_at_once(self._code_before_work)
         with suppress(RuntimeError):  # the loop is closed: the process ends anyway
             # Neither logging nor threads here: the main thread may hold the locks that they need.
             self._loop.call_soon_threadsafe(self._begin)
@@ -69,7 +70,7 @@ class StopSignals:
 
     def _end_if_idle(self) -> None:
         if not self._has_taken():
-            _end_at_once(DONE)
+            _end_at_once(self._code_before_work)
 
 
 def _end_at_once(code: int) -> NoReturn:

@@ -25,7 +25,8 @@ from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
-from nanovllm.sinks.kafka import KafkaSink, Unsent
+from nanovllm.sinks.base import Sink
+from nanovllm.sinks.kafka import Unsent
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class InvalidRecords:
     """
 
     builder: RecordBuilder
-    sink: KafkaSink
+    sink: Sink
     metrics: Metrics
     limit: DeadLetterLimit
     retry: Retry
@@ -119,7 +120,7 @@ class InvalidRecords:
         unsent = Unsent(self.sink, letters)
         try:
             self.sink.check(letters)
-            await self.retry(unsent, "kafka producer", first.progress)
+            await self.retry(unsent, self.sink.part, first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
                 raise

@@ -16,8 +16,9 @@ from nanovllm.pipeline.stages.context import Answered, Inference, JobContext, Ou
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
-from nanovllm.sinks.kafka import KafkaSink, Unsent
+from nanovllm.sinks.kafka import Unsent
 
 
 class Answer:
@@ -67,7 +68,7 @@ class AnswerByClaimCheck(Answer):
 class Publish:
     """Publishes outcomes; an offset may be committed after that, and not before."""
 
-    def __init__(self, sink: KafkaSink, retry: Retry, failure: Failure, metrics: Metrics) -> None:
+    def __init__(self, sink: Sink, retry: Retry, failure: Failure, metrics: Metrics) -> None:
         self._sink = sink
         self._retry = retry
         self._failure = failure
@@ -94,7 +95,7 @@ class Publish:
         record, transactions = context.record, context.record.transactions
         self._sink.check(records)
         if transactions is None:
-            await self._retry(Unsent(self._sink, records), "kafka producer", context.progress)
+            await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
         reservation.release_slot(sum(one.size_bytes for one in records))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,6 +25,10 @@ MAX_BYTES_AT_ONCE = 64 << 10
 """Longest message that is decoded in the event loop: a few milliseconds at the worst."""
 
 
+DecodeJob = Callable[..., Job]
+"""As `decode_job`: the bytes, and ``max_bytes`` by its name."""
+
+
 @dataclass(frozen=True)
 class Received:
     """A job, and its context."""
@@ -33,11 +38,15 @@ class Received:
 
 
 class Receive:
-    """Decodes records, and resolves what the settings say about each: tenant, expiry, result topic."""
+    """Decodes records, and resolves what the settings say about each: tenant, expiry, result topic.
 
-    def __init__(self, settings: Settings, retry_topics: RetryTopics) -> None:
+    ``decode`` in place of `decode_job` takes other forms of a job too.
+    """
+
+    def __init__(self, settings: Settings, retry_topics: RetryTopics, decode: DecodeJob | None = None) -> None:
         self._settings = settings
         self._retry_topics = retry_topics
+        self._decode = decode or decode_job
 
     async def __call__(self, record: ConsumedRecord) -> Received | InvalidRecord:
         """Decode ``record``. Raises SystemicError where that is no fault of the record."""
@@ -46,7 +55,7 @@ class Receive:
         try:
             if record.unreadable is not None:
                 raise InvalidJob(f"the record cannot be read: {record.unreadable}")
-            decode = partial(decode_job, record.value, max_bytes=settings.admission.max_job_bytes)
+            decode = partial(self._decode, record.value, max_bytes=settings.admission.max_job_bytes)
             # In a thread the event loop gets the interpreter back every few milliseconds.
             job = await asyncio.to_thread(decode) if len(record.value) > MAX_BYTES_AT_ONCE else decode()
             context = self.context_of(record, began)
