@@ -14,7 +14,7 @@ from nanovllm.cli.sources import IMAGE_SUFFIXES
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
-from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job
+from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job, image_name
 from nanovllm.messages.result import Result
 from nanovllm.terminal import long_work, plain, print_json
 
@@ -81,6 +81,6 @@ def _image(source: str) -> ImageRef:
     if source.startswith("s3://"):
         return ImageRef(uri=source)
     try:
-        return ImageRef(data=Path(source).read_bytes())
+        return ImageRef(data=Path(source).read_bytes(), name=image_name(source))
     except OSError as error:
         raise InvalidInput(f"the picture {source} cannot be read: {error.strerror or type(error).__name__}") from None

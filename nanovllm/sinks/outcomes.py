@@ -44,7 +44,7 @@ class OutcomeSink:
     def _hand_over(self, record: OutgoingRecord) -> SystemicError | None:
         try:
             if record.topic == self._topics.dead_letters:
-                self._on_dead_letter(read_dead_letter(record.headers))
+                self._on_dead_letter(read_dead_letter(record.headers, record.value))
             elif record.topic != self._topics.metrics:
                 self._on_result(record.value or b"")
         except SystemicError as error:
