@@ -150,7 +150,8 @@ class InputProcessor:
         if isinstance(prompt, str):
             token_ids = self.prompts.trusted(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
-            token_ids = self.prompts.messages(prompt, chat_template_kwargs=chat_template_kwargs)  # type: ignore[arg-type]
+            messages: Any = prompt
+            token_ids = self.prompts.messages(messages, chat_template_kwargs=chat_template_kwargs)
         else:
             self._check_length(len(prompt))
             try:
