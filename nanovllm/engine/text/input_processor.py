@@ -147,7 +147,8 @@ class InputProcessor:
         if isinstance(content, str):
             token_ids = self.prompts.trusted(content)
         elif content and isinstance(content[0], Mapping):
-            token_ids = self.prompts.messages(content, chat_template_kwargs=chat_template_kwargs)  # type: ignore[arg-type]
+            messages: Any = content
+            token_ids = self.prompts.messages(messages, chat_template_kwargs=chat_template_kwargs)
         else:
             self._check_length(len(content))
             try:

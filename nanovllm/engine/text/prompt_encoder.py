@@ -19,18 +19,25 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.text.chat_messages import (
+    Part,
+    Piece,
+    StandIns,
+    Turn,
+    Untrusted,
+    read_turn,
+    split_images,
+    to_template,
+)
 from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 CHARS_PER_TOKEN = 128
 """The most characters that a prompt may have for each token of the context, unless the vocabulary has a longer token.
@@ -48,26 +55,6 @@ _RESERVED_VARIABLES = frozenset(
 
 _ALWAYS_ENCODED_CHARS = 1 << 16  # a shorter text is never refused unencoded; a longer one is counted in such slices
 _USUAL_CHARS_PER_TOKEN = 8  # slices are counted of texts with more than these for each token of the context
-
-Piece = str | None  # untrusted text, or None for an image
-
-
-class _Untrusted(str):
-    """Untrusted text in a rendered prompt, whose other strings are the template's own."""
-
-    __slots__ = ()
-
-
-Part = str | _Untrusted | None
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """One message; ``is_parts`` tells whether its content came as a list of parts."""
-
-    role: str
-    pieces: tuple[Piece, ...]
-    is_parts: bool
 
 
 class PromptEncoder:
@@ -130,7 +117,7 @@ class PromptEncoder:
 
     def trusted(self, prompt: str) -> list[int]:
         """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
-        pieces = _split_images(prompt)
+        pieces = split_images(prompt)
         self._check_length(pieces, self._backend)
         text = "".join(self._image_text_or_raise() if piece is None else piece for piece in pieces)
         ids = self._encode_whole(text)
@@ -140,11 +127,11 @@ class PromptEncoder:
         self, prompt: str, *, raw_prompt: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> list[int]:
         """The tokens of ``prompt`` as one user turn; ``raw_prompt``, or no chat template, leaves the turn out."""
-        pieces = _split_images(prompt)
+        pieces = split_images(prompt)
         self._check_length(pieces, self._plain_backend)
         if raw_prompt:
             return self._without_template(pieces)
-        return self._render([_Turn("user", pieces, is_parts=False)], chat_template_kwargs)
+        return self._render([Turn("user", pieces, is_parts=False)], chat_template_kwargs)
 
     def messages(
         self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Mapping[str, Any] | None = None
@@ -160,7 +147,7 @@ class PromptEncoder:
         """
         if len(messages) > self._max_model_len:
             raise PromptTooLong(f"{len(messages)} messages for a context of {self._max_model_len} tokens")
-        turns = [_read_turn(number, message) for number, message in enumerate(messages)]
+        turns = [read_turn(number, message) for number, message in enumerate(messages)]
         if not turns:
             raise InvalidInput("messages is empty")
         self._check_length([piece for turn in turns for piece in turn.pieces], self._plain_backend)
@@ -193,7 +180,7 @@ class PromptEncoder:
                     f"tokens; a context of {room} tokens is all there is"
                 )
 
-    def _render(self, turns: Sequence[_Turn], chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    def _render(self, turns: Sequence[Turn], chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
         """Render ``turns`` in the first form of content that the template takes without losing anything."""
         if chat_template_kwargs:
             self._check_template_kwargs(chat_template_kwargs)
@@ -209,8 +196,8 @@ class PromptEncoder:
         variables = {**self._template_kwargs, **(chat_template_kwargs or {})}
         refusal = "it leaves out or rewrites the text of a message"
         for as_parts in (None, False, True):
-            stand_ins = _StandIns()
-            conversation = [_to_template(turn, stand_ins, as_parts) for turn in turns]
+            stand_ins = StandIns()
+            conversation = [to_template(turn, stand_ins, as_parts) for turn in turns]
             try:
                 rendered = self._tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=True, **variables
@@ -233,7 +220,7 @@ class PromptEncoder:
         if None in pieces:
             self._image_text_or_raise()
         return self._with_special_tokens(
-            self._encode_parts([None if piece is None else _Untrusted(piece) for piece in pieces])
+            self._encode_parts([None if piece is None else Untrusted(piece) for piece in pieces])
         )
 
     def _check_template_kwargs(self, given: Mapping[str, Any]) -> None:
@@ -252,10 +239,10 @@ class PromptEncoder:
         As its processor tokenises the whole string, unless an untrusted text would make a control token.
         """
         image, stand_in = self._image_text, self._anchors[0]
-        texts = [part for part in parts if isinstance(part, _Untrusted)]
+        texts = [part for part in parts if isinstance(part, Untrusted)]
         ids = self._encode_whole("".join(image if part is None else part for part in parts))
         skeleton = "".join(
-            image if part is None else stand_in if isinstance(part, _Untrusted) else part for part in parts
+            image if part is None else stand_in if isinstance(part, Untrusted) else part for part in parts
         )
         is_plain = all(self._forbidden_ids.isdisjoint(self._encode_whole(text)) for text in texts)
         if is_plain and self._controls(ids) == self._controls(self._encode_whole(skeleton)):
@@ -370,95 +357,6 @@ class PromptEncoder:
         backend = type(self._backend).from_str(json.dumps(state))
         backend.add_special_tokens([AddedToken(anchor, normalized=False) for anchor in self._anchors[1:]])
         return backend
-
-
-class _StandIns:
-    """Stand-ins for untrusted pieces in one rendering of a template."""
-
-    def __init__(self) -> None:
-        # Letters and digits only: nothing that a template escapes or looks for.
-        self._nonce = f"x{secrets.token_hex(12)}x"
-        self._pieces: list[tuple[Piece, ...]] = []
-
-    @property
-    def mark(self) -> str:
-        """What must not be rendered: in a part beside its text, it tells a list that a template printed."""
-        return f"{self._nonce}x"
-
-    def put(self, *pieces: Piece) -> str:
-        """A stand-in for ``pieces``, with the white space around them, which some templates trim."""
-        first, last = (piece or "" for piece in (pieces[0], pieces[-1]))
-        before = first[: len(first) - len(first.lstrip())]
-        behind = last[len(last.rstrip()) :] if last.strip() or len(pieces) > 1 else ""
-        inner = list(pieces)
-        if inner[0] is not None:
-            inner[0] = inner[0][len(before) :]
-        if inner[-1] is not None and behind:
-            inner[-1] = inner[-1][: -len(behind)]
-        self._pieces.append(tuple(inner))
-        return f"{before}{self._nonce}{len(self._pieces) - 1}x{behind}"
-
-    def restore(self, rendered: str) -> list[Part] | None:
-        """The rendered text with the stand-ins replaced by the pieces; None when one is missing or was rewritten."""
-        restored: list[Part] = []
-        seen: set[int] = set()
-        for number, part in enumerate(re.split(rf"{self._nonce}(\d+)x", rendered)):
-            if number % 2:
-                seen.add(int(part))
-                restored += [None if piece is None else _Untrusted(piece) for piece in self._pieces[int(part)]]
-            elif self._nonce in part.lower():
-                return None
-            else:
-                restored.append(part)
-        return restored if seen == set(range(len(self._pieces))) else None
-
-
-def _split_images(prompt: str) -> tuple[Piece, ...]:
-    """The texts between placeholders, with None for each placeholder."""
-    return tuple(piece for text in prompt.split(IMAGE_PLACEHOLDER) for piece in (None, text))[1:]
-
-
-def _to_template(turn: _Turn, stand_ins: _StandIns, as_parts: bool | None) -> dict[str, Any]:
-    """The message as the template gets it; ``as_parts`` None keeps the form in which it came."""
-    if not (turn.is_parts if as_parts is None else as_parts):
-        return {"role": turn.role, "content": stand_ins.put(*turn.pieces) if turn.pieces != ("",) else ""}
-    parts = []
-    for piece in turn.pieces:
-        if piece is None:
-            parts.append({"type": "image", "mark": stand_ins.mark})
-        elif piece or turn.is_parts or len(turn.pieces) == 1:
-            text = stand_ins.put(piece) if piece else ""
-            parts.append({"type": "text", "text": text, "mark": stand_ins.mark})
-    return {"role": turn.role, "content": parts}
-
-
-def _read_turn(number: int, message: Mapping[str, Any]) -> _Turn:
-    """Check message ``number`` and read it; InvalidInput names what is wrong, never its text."""
-    if not isinstance(message, Mapping):
-        raise InvalidInput(f"messages[{number}] is not an object")
-    unknown = sorted(str(key) for key, value in message.items() if key not in ("role", "content") and value is not None)
-    if unknown:
-        raise InvalidInput(f"messages[{number}] has fields that are not supported: {', '.join(unknown)[:200]}")
-    role = message.get("role")
-    # The template writes the role as it is: only known ones may reach it.
-    if not isinstance(role, str) or role not in ROLES:
-        raise InvalidInput(f"messages[{number}].role is none of {', '.join(ROLES)}")
-    content = message.get("content")
-    if isinstance(content, str):
-        return _Turn(ROLES[role], (content,), is_parts=False)
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise InvalidInput(f"messages[{number}].content is neither a string nor a list of parts")
-    pieces = tuple(_read_part(f"messages[{number}].content[{index}]", part) for index, part in enumerate(content))
-    return _Turn(ROLES[role], pieces, is_parts=True)
-
-
-def _read_part(name: str, part: Any) -> Piece:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("image", "image_url"):
-        return None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise InvalidInput(f"{name} is neither a text part nor an image part")
 
 
 def _encode(text: str, backend: Tokenizer) -> list[int]:
