@@ -82,7 +82,10 @@ class KafkaSink:
         try:
             await send_record(self._producer, record)
         except MessageTooLarge as error:
-            raise await self._refused(record.topic, record.size_bytes, batch_bytes, error) from error
+            meaning = await self._refused(record.topic, record.size_bytes, batch_bytes, error)
+            if meaning is error:
+                raise
+            raise meaning from error
 
     async def _send_batches(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         producer, topic, batch_bytes = self._producer, records[0].topic, self._limits.batch_bytes

@@ -292,6 +292,8 @@ def test_retry_topics_and_order_by_key_exclude_each_other() -> None:
         {"source_topic": "t" * 100_000},
         {"source_offset": "9" * 5_000},
         {"attempts": "many"},
+        {"attempts": "-5"},
+        {"attempts": "9" * 200},
     ],
 )
 async def test_forged_headers_in_a_retry_topic_make_a_job_like_any_other(tiered: Bench, forged: dict[str, str]) -> None:

@@ -76,3 +76,32 @@ async def test_a_limit_that_is_lowered_while_the_worker_runs_refuses_only_what_i
             worker.kill()
     assert set(world.dead_letters) == {"large"}
     assert len(world.results) == JOBS + 1
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.parametrize("lowered", ["results", "metrics"])
+async def test_the_first_record_after_a_limit_was_lowered_is_refused_alone_and_the_worker_goes_on(
+    kafka_broker, s3, tmp_path, delivery: str, lowered: str
+):
+    world = World(kafka_broker, s3, tmp_path, {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_DELIVERY": delivery})
+    topics = world.topics
+    await create_topic(kafka_broker, topics.jobs, topics.results, topics.metrics, topics.dead_letters)
+    worker = world.worker("w")
+    async with world.producer() as producer, world.reader() as reader:
+        worker.start()
+        try:
+            await producer.send_job(Job(job_id="before", prompt="Say so"))
+            async with asyncio.timeout(100):
+                while not world.results:
+                    await world.read(reader)
+            await lower_limit(kafka_broker, getattr(topics, lowered), 600)
+            await producer.send_job(Job(job_id="large", prompt="x" * 2_000))
+            async with asyncio.timeout(100):
+                while not world.dead_letters:
+                    await world.read(reader)
+            await lower_limit(kafka_broker, getattr(topics, lowered), 1 << 20)
+            await producer.send_job(Job(job_id="behind", prompt="Say so"))
+            assert worker.is_running
+        finally:
+            worker.kill()
+    assert {job: letters[0].code for job, letters in world.dead_letters.items()} == {"large": "message_too_large"}

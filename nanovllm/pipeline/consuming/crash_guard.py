@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 READ_BACK = 64
 RETRY_S = 0.5
+ALONE_TIMEOUT_S = 20.0
 
 
 class CrashGuard:
@@ -96,11 +97,16 @@ class CrashGuard:
         deaths = written.record.deaths_receiving(consumed.offset)
         if deaths >= self._limit:
             raise CrashedWorker(f"{deaths} workers died while they decoded the record")
-        written.record.receive(consumed.offset)
-        await self._write_if_possible(written)
-        yield
-        written.record.end_receive(consumed.offset)
-        await self._write_if_possible(written)
+        async with AsyncExitStack() as stack:
+            # A death while a suspect is alone in the engine would be charged to it. The poll waits for this.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALONE_TIMEOUT_S):
+                    await stack.enter_async_context(self._exclusive.shared())
+            written.record.receive(consumed.offset)
+            await self._write_if_possible(written)
+            yield
+            written.record.end_receive(consumed.offset)
+            await self._write_if_possible(written)
 
     async def _write_if_possible(self, written: _WrittenRecord) -> None:
         try:

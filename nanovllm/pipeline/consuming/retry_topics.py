@@ -19,6 +19,8 @@ from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kept_headers import MAX_REPLAYS, OWN_PREFIX, REPLAYS_HEADER
 
+MAX_ATTEMPTS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -101,6 +103,9 @@ class RetryTopics:
         if any(len(value) > MAX_TOPIC_CHARS for value in carried.values()):
             return Origin(here, others, replays=replays)
         try:
+            attempts = int(carried["attempts"])
+            if not 0 <= attempts <= MAX_ATTEMPTS:
+                raise ValueError(attempts)
             return Origin(
                 Source(
                     topic=carried["source_topic"],
@@ -109,7 +114,7 @@ class RetryTopics:
                     timestamp_ms=int(carried["source_timestamp_ms"]) if "source_timestamp_ms" in carried else None,
                 ),
                 others,
-                int(carried["attempts"]),
+                attempts,
                 datetime.fromisoformat(carried["first_failed_at"]).astimezone(UTC),
                 replays,
             )

@@ -230,8 +230,10 @@ def root_cause(failure: NanoVLLMError) -> str:
     Never its text: it may hold what the job said, an address or a path.
     """
     error: BaseException = failure
-    while error.__cause__ is not None:
+    causes = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in causes:
         error = error.__cause__
+        causes.add(id(error))
     name = type(error).__name__
     if failure.code != NanoVLLMError.code:
         return name
