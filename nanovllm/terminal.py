@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+Cell = str | bool
+
 LAST_COLUMN_CELLS = 20
 """The last column holds sentences: its long words may be folded, as long as it has so much room."""
+
+LINE_S = 5.0
+"""Off a terminal, long work says so often how far it is."""
 
 # Control characters (ESC among them), and those that reverse or hide what stands beside them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -25,16 +36,22 @@ def plain(text: str) -> Text:
     return Text(_UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_json: bool) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, as_json: bool, console: Console | None = None
+) -> None:
     """``rows`` as a table, or as one JSON array of objects named by ``columns``.
 
     Where the terminal is too narrow for the longest word of each column, a row becomes a block of lines, one for each
-    cell that is not empty: nothing is cut.
+    cell that is not empty: nothing is cut. Off a terminal each row is one plain line, whatever its length. Booleans are
+    ``yes`` and ``no`` for people, and JSON's own in JSON.
     """
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    console, cells = Console(), [[plain(cell) for cell in row] for row in rows]
+    console, cells = console or Console(), [[plain(_in_words(cell)) for cell in row] for row in rows]
+    if not console.is_terminal:
+        _print_lines([list(columns), *([cell.plain for cell in row] for row in cells)])
+        return
     if cells and _least_width(columns, cells) > console.width:
         _print_blocks(console, columns, cells)
         return
@@ -46,6 +63,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_jso
     for row in cells:
         table.add_row(*row)
     console.print(table)
+
+
+def _in_words(cell: Cell) -> str:
+    return ("no", "yes")[cell] if isinstance(cell, bool) else cell
+
+
+def _print_lines(rows: Sequence[Sequence[str]]) -> None:
+    """Each row in one line, its columns below one another and two spaces apart."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
 
 
 def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> int:
@@ -72,3 +101,33 @@ def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Seque
 def print_json(value: Any) -> None:
     """``value`` as one line of JSON; everything beyond ASCII is escaped, so a terminal has nothing to obey."""
     print(json.dumps(value))
+
+
+@contextmanager
+def long_work(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show on stderr that ``what`` goes on: a bar or a spinner on a terminal, elsewhere a line every ``LINE_S``.
+
+    Yields a function that takes how much of ``total`` is done.
+    """
+    console, done, started = Console(stderr=True), [0], time.monotonic()
+    if console.is_terminal:
+        bar = (BarColumn(), MofNCompleteColumn()) if total else (SpinnerColumn(),)
+        columns = (TextColumn("{task.description}"), *bar, TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(escape(what), total=total)
+            yield lambda count: progress.update(task, completed=count)
+        return
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(LINE_S):
+            far = f", {done[0]} of {total}" if total else ""
+            print(f"{what}: {time.monotonic() - started:.0f} s{far}", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, name="nanovllm-progress", daemon=True)
+    teller.start()
+    try:
+        yield lambda count: done.__setitem__(0, count)
+    finally:
+        ended.set()
+        teller.join()

@@ -27,6 +27,7 @@ KEDA_CRDS = REPOSITORY.parent / "shared" / "k8s" / "keda-crds.json.xz"
 # Each of the chart's alternatives is taken in one of these.
 VALUES: dict[str, dict[str, Any]] = {
     "default": {},
+    "example": yaml.safe_load((REPOSITORY / "examples" / "values.yaml").read_text(encoding="utf-8")),
     "scram_tls": {
         "settings": {
             "kafka": {
