@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
-from nanovllm.cli.doctor import doctor
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.topics import topics_app

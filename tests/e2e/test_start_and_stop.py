@@ -223,20 +223,20 @@ async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_b
 
 @pytest.mark.kafka
 @pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
-@pytest.mark.parametrize("missing", ["jobs", "results", "dead_letters"])
-async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path, missing: str) -> None:
+async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path) -> None:
     async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "false"}) as node:
-        worker = Worker(tmp_path, node.bootstrap_servers, {"NANOVLLM_ENGINE__BACKEND": "native"})
-        there = [topic for name, topic in worker.topics.items() if name != missing]
-        await create_topic(node.bootstrap_servers, *there)
-        with started(worker):
-            await eventually(lambda: not worker.process.is_running)
-        log = worker.process.tail(1_000)
-        assert worker.process.exit_code == 2, log
-        assert f"do not list topic {worker.topics[missing]}" in log
-        assert log.count("not found in cluster metadata") < 10
-        assert "loading the model" not in log
-        assert "Traceback" not in log
+        for missing in ("jobs", "dead_letters"):
+            worker = Worker(tmp_path / missing, node.bootstrap_servers, {})
+            there = [topic for name, topic in worker.topics.items() if name != missing]
+            await create_topic(node.bootstrap_servers, *there)
+            with started(worker):
+                await eventually(lambda process=worker.process: not process.is_running)
+            log = worker.process.tail(1_000)
+            assert worker.process.exit_code == 2, log
+            assert f"do not list topic {worker.topics[missing]}" in log
+            assert log.count("not found in cluster metadata") < 10
+            assert "loading the model" not in log
+            assert "Traceback" not in log
 
 
 class _Draining(ConsumerRebalanceListener):

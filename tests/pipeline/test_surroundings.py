@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from parts import S3Part, create_topic, unique_name
 
-from nanovllm.cli.doctor import surroundings
+from nanovllm.cli.diagnostics import surroundings
 from nanovllm.settings.worker import Settings
 
 
