@@ -10,6 +10,7 @@ RUN pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<3"
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nanovllm ./nanovllm
+COPY docs/schemas ./docs/schemas
 RUN pip install ".[worker]"
 # The image runs without a compiler, so the kernels come compiled, for every kind of CPU that a node may have.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*

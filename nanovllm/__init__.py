@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.client.producer import JobProducer
+    from nanovllm.client.results import ResultReader
     from nanovllm.engine.llm_engine import LLMEngine as LLM  # noqa: N814
     from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
     from nanovllm.messages.dead_letter import DeadLetter
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from nanovllm.messages.result import Result
     from nanovllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "DeadLetter", "Job", "JobProducer", "MultiModalLLM", "Result", "SamplingParams"]
+__all__ = ["LLM", "DeadLetter", "Job", "JobProducer", "MultiModalLLM", "Result", "ResultReader", "SamplingParams"]
 
 _HOMES = {
     "LLM": ("nanovllm.engine.llm_engine", "LLMEngine"),
     "MultiModalLLM": ("nanovllm.engine.multimodal_llm_engine", "MultiModalLLM"),
     "SamplingParams": ("nanovllm.sampling_params", "SamplingParams"),
     "JobProducer": ("nanovllm.client.producer", "JobProducer"),
+    "ResultReader": ("nanovllm.client.results", "ResultReader"),
     "Job": ("nanovllm.messages.job", "Job"),
     "Result": ("nanovllm.messages.result", "Result"),
     "DeadLetter": ("nanovllm.messages.dead_letter", "DeadLetter"),

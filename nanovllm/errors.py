@@ -16,16 +16,20 @@ worker or object representations, because it travels into dead letters.
         FetchFailed, ObjectUnavailable
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
-        BrokersUnavailable (TooFewBrokers), CredentialsRefused, StoreUnreachable, PoisonLimitReached
+        BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached
         EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
-        ModelNotFound, UnsupportedModel
+        ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 from typing import ClassVar
+
+_CORRECT_THE_INPUT = "Correct the input named in the message."
+_CORRECT_THE_SETTING = "Correct the setting named in the message."
+_SAYS_NO_MORE = (_CORRECT_THE_INPUT, _CORRECT_THE_SETTING)
 
 
 class ErrorClass(StrEnum):
@@ -51,13 +55,19 @@ class NanoVLLMError(Exception):
     remedy: ClassVar[str] = "Report this with the log around it."
     retryable: ClassVar[bool] = True
 
+    @property
+    def in_one_line(self) -> str:
+        """The message, and the remedy where it says more than that the message is to be heeded."""
+        message = " ".join(str(self).split("\n")).strip()
+        return message if self.remedy in _SAYS_NO_MORE else f"{message.rstrip('.')}. {self.remedy}"
+
 
 class InvalidInput(NanoVLLMError, ValueError):
     """Input that can never be accepted as it is."""
 
     code = "invalid_input"
     error_class = ErrorClass.INVALID
-    remedy = "Correct the input named in the message."
+    remedy = _CORRECT_THE_INPUT
     retryable = False
 
 
@@ -256,12 +266,6 @@ class GroupInstanceFenced(SystemicError):
     remedy = "Give every worker a NANOVLLM_KAFKA__GROUP_INSTANCE_ID of its own, or none."
 
 
-class TooFewBrokers(BrokersUnavailable):
-    """A new topic is to have more copies than there are brokers."""
-
-    remedy = "Ask for no more copies than there are brokers: nanovllm topics create --replication."
-
-
 class CredentialsRefused(SystemicError):
     """The object store refuses the worker's credentials altogether, or the AWS SDK cannot get any."""
 
@@ -300,7 +304,7 @@ class ConfigurationError(NanoVLLMError, ValueError):
     """Settings or arguments that contradict one another or name what does not exist."""
 
     code = "configuration"
-    remedy = "Correct the setting named in the message."
+    remedy = _CORRECT_THE_SETTING
 
 
 class ModelNotFound(ConfigurationError):
@@ -315,3 +319,16 @@ class UnsupportedModel(ConfigurationError):
 
     code = "unsupported_model"
     remedy = "Use a checkpoint of a supported architecture and options: README.md lists them under Models."
+
+
+class MissingTopic(ConfigurationError):
+    """A topic that the brokers do not list, and do not create by themselves."""
+
+    code = "missing_topic"
+    remedy = "`nanovllm topics create` makes every topic of a worker but those of reply_to."
+
+
+class TooFewBrokers(ConfigurationError):
+    """A new topic is to have more copies than there are brokers."""
+
+    remedy = "Ask for no more copies than there are brokers: nanovllm topics create --replication."

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+Cell = str | bool
+
 LAST_COLUMN_CELLS = 20
 """The last column holds sentences: its long words may be folded, as long as it has so much room."""
 
@@ -34,16 +36,22 @@ def plain(text: str) -> Text:
     return Text(_UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_json: bool) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, as_json: bool, console: Console | None = None
+) -> None:
     """``rows`` as a table, or as one JSON array of objects named by ``columns``.
 
     Where the terminal is too narrow for the longest word of each column, a row becomes a block of lines, one for each
-    cell that is not empty: nothing is cut.
+    cell that is not empty: nothing is cut. Off a terminal each row is one plain line, whatever its length. Booleans are
+    ``yes`` and ``no`` for people, and JSON's own in JSON.
     """
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    console, cells = Console(), [[plain(cell) for cell in row] for row in rows]
+    console, cells = console or Console(), [[plain(_in_words(cell)) for cell in row] for row in rows]
+    if not console.is_terminal:
+        _print_lines([list(columns), *([cell.plain for cell in row] for row in cells)])
+        return
     if cells and _least_width(columns, cells) > console.width:
         _print_blocks(console, columns, cells)
         return
@@ -55,6 +63,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_jso
     for row in cells:
         table.add_row(*row)
     console.print(table)
+
+
+def _in_words(cell: Cell) -> str:
+    return ("no", "yes")[cell] if isinstance(cell, bool) else cell
+
+
+def _print_lines(rows: Sequence[Sequence[str]]) -> None:
+    """Each row in one line, its columns below one another and two spaces apart."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
 
 
 def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> int:

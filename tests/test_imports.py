@@ -40,7 +40,7 @@ def run(script: str, cwd: Path) -> str:
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     script = f"import sys, nanovllm\nprint([name for name in {HEAVY!r} if name in sys.modules], len(nanovllm.__all__))"
-    assert run(script, tmp_path) == "[] 7\n"
+    assert run(script, tmp_path) == "[] 8\n"
 
 
 def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) -> None:

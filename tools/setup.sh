@@ -18,7 +18,19 @@ if [ ! -x "$venv/bin/python" ]; then
     say "Creating the virtual environment $venv with $("$python" --version)"
     "$python" -m venv "$venv" || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 fi
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Off a terminal pip says nothing for minutes: a line every 5 s tells how long it has been, and how much is there.
+pip() {
+    started=$(date +%s)
+    while sleep 5 >/dev/null 2>&1; do
+        printf '    %d s, %s MB in %s\n' "$(($(date +%s) - started))" "$(du -sm "$venv" | cut -f 1)" "$venv"
+    done &
+    ticker=$!
+    "$venv/bin/python" -m pip --disable-pip-version-check "$@" || { kill "$ticker"; return 1; }
+    kill "$ticker"
+}
+ticker=
+trap '[ -z "$ticker" ] || kill "$ticker" 2>/dev/null || :' EXIT
+trap 'exit 130' INT TERM
 
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then

@@ -19,7 +19,7 @@ from nanovllm.client.replay import Replay, replay
 from nanovllm.errors import InvalidInput
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
-from nanovllm.terminal import plain, print_json, print_table
+from nanovllm.terminal import Cell, long_work, plain, print_json, print_table
 
 dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
@@ -28,6 +28,8 @@ COLUMNS = (
     *("place", "failed_at", "class", "code", "stage", "retryable", "attempts", "replays"),
     *("job_id", "inputs", "message"),
 )
+"""What `dlq list --json` tells of each dead letter; a table for people has ``SHORT_COLUMNS``."""
+SHORT_COLUMNS = ("which", "code", "when", "why")
 _CLASSES, _STAGES = get_args(DeadLetterClass), get_args(Stage)
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -57,7 +59,10 @@ def dlq_list(
     config: ConfigOption = None,
     bootstrap_servers: BrokersOption = None,
 ) -> None:
-    """List dead letters, the oldest first."""
+    """List dead letters, the oldest first: which job, the code, when it failed, and why.
+
+    `dlq show` tells the rest of one, and takes what stands under `which`; --json tells more of all.
+    """
     wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
     letters = _collect(client_settings(config, bootstrap_servers), wanted)
     if count:
@@ -65,7 +70,10 @@ def dlq_list(
         rows = [(*kind, str(number)) for kind, number in kinds.most_common()]
         print_table(("class", "code", "stage", "count"), rows, as_json=as_json)
         return
-    print_table(COLUMNS, map(_row, letters), as_json=as_json)
+    if as_json:
+        print_table(COLUMNS, map(_row, letters), as_json=True)
+    else:
+        print_table(SHORT_COLUMNS, map(_short_row, letters), as_json=False)
 
 
 @dlq_app.command("show")
@@ -116,7 +124,8 @@ def dlq_replay(
     settings = client_settings(config, bootstrap_servers)
     topics = topic or settings.topics.job_topics
     letters = read_dead_letters(settings, wanted)
-    replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))
+    with long_work("replaying dead letters"):
+        replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))
     rows = [_replay_row(one) for one in replays]
     print_table(("place", "job_id", "inputs", "state", "reason"), rows, as_json=as_json)
 
@@ -165,7 +174,13 @@ def _time(option: str, text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _row(record: DeadLetterRecord) -> tuple[str, ...]:
+def _short_row(record: DeadLetterRecord) -> tuple[Cell, ...]:
+    letter = record.letter
+    when = letter.failed_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return letter.job_id or record.position, letter.code, when, letter.message
+
+
+def _row(record: DeadLetterRecord) -> tuple[Cell, ...]:
     letter = record.letter
     return (
         record.position,
@@ -173,7 +188,7 @@ def _row(record: DeadLetterRecord) -> tuple[str, ...]:
         letter.error_class,
         letter.code,
         letter.stage,
-        "yes" if letter.retryable else "no",
+        letter.retryable,
         str(letter.attempts),
         str(letter.replays or 0),
         letter.job_id or "",

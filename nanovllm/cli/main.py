@@ -12,38 +12,60 @@ if sys.argv[1:2] == ["worker"]:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 
-import importlib.util
+import logging
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nanovllm.cli.ask import ask
+from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
+from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
-from nanovllm.terminal import plain, print_table
+from nanovllm.terminal import long_work, plain
+
+# aiokafka logs each attempt at a broker, which without a handler would stand before the error's own line.
+logging.getLogger("aiokafka").addHandler(logging.NullHandler())
 
 MISUSE = 2
+# Typer's own, which newer releases bring with them and older ones take from click.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="nanovllm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Images and prompts from Kafka and S3 in, text out.",
 )
 app.command("submit")(submit)
+app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
 app.command("ask")(ask)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"nanovllm {version('nanovllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Images and prompts from Kafka and S3 in, text out."""
 
 
 @app.command()
@@ -61,7 +83,7 @@ def worker(
     if print_config:
         print(settings.masked_yaml(), end="")
         return
-    _require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
+    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
     from nanovllm.pipeline.app import run_worker
 
     raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))
@@ -74,7 +96,7 @@ def demo(
     jobs: Annotated[int | None, typer.Option(help="How many jobs, at least 24; unset: 48.")] = None,
 ) -> None:
     """Show the whole way on this machine: generated images in, text out, with a report."""
-    _require("demo", "torch", "transformers", "moto", "noida_db")
+    require("demo", "torch", "transformers", "moto", "noida_db")
     from nanovllm.demo.run import DEFAULT_JOBS, run_demo
 
     raise typer.Exit(run_demo(keep=keep, output=output, jobs=DEFAULT_JOBS if jobs is None else jobs))
@@ -86,31 +108,10 @@ def demo(
 )
 def align(context: typer.Context) -> None:
     """Train a projector between a vision tower and a language model (`nanovllm align --help`)."""
-    _require("worker", "torch", "transformers")
+    require("worker", "torch", "transformers")
     from nanovllm.training import align as tool
 
     raise typer.Exit(tool.main(context.args))
-
-
-@app.command()
-def doctor(
-    config: ConfigOption = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
-) -> None:
-    """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it."""
-    settings = load_settings(config)
-    _require("worker", "torch", "transformers")
-    from nanovllm.pipeline.app import prepare_threads
-
-    prepare_threads()
-    from nanovllm.engine.diagnostics import describe, measure
-    from nanovllm.pipeline.build import build_engine
-
-    with build_engine(settings.engine) as engine:
-        findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
-    rows = [(finding.subject, finding.value, finding.note) for finding in findings]
-    print_table(("what", "is", "why"), rows, as_json=as_json)
 
 
 @app.command()
@@ -122,41 +123,47 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
 ) -> None:
     """Turn a .bin or GGUF checkpoint into the directory of safetensors that the engine loads."""
-    _require("worker", "torch", "transformers")
+    require("convert", "torch", "transformers")
     from nanovllm.engine.convert import convert, how_to_use
 
-    difference = convert(source, output)
+    with long_work(f"converting {source}"):
+        difference = convert(source, output)
     if difference is not None:
         print(f"compared with its source: logits differ by {difference:.1g} of the largest at most")
     print(f"{output} is ready: {how_to_use(output.resolve())}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` (None: the process's own arguments) and return the exit code."""
+    """Run the command line on ``argv`` (None: the process's own arguments) and return the exit code.
+
+    A user's mistake is one line on stderr.
+    """
     try:
-        app(args=None if argv is None else list(argv), prog_name="nanovllm")
+        code = app(args=None if argv is None else list(argv), prog_name="nanovllm", standalone_mode=False)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else DONE
+    except typer.Abort:
+        return FAILED
+    except _USAGE_ERROR as error:
+        if str(error).startswith("Usage:") or not error.format_message():  # a command that cannot stand alone
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx else "nanovllm"
+            _print_error(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
+        return MISUSE
     except (ConfigurationError, InvalidInput) as error:
-        _print_error(error)
+        _print_error(error.in_one_line)
         return MISUSE
     except NanoVLLMError as error:
-        _print_error(error)
+        _print_error(error.in_one_line)
         return FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         return FAILED
-    return DONE
+    return code if isinstance(code, int) else DONE
 
 
-def _require(extra: str, *modules: str) -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ConfigurationError(f"this command needs {', '.join(missing)}: pip install '.[{extra}]' in a clone")
-
-
-def _print_error(error: NanoVLLMError) -> None:
-    print(f"nanovllm: {plain(str(error)).plain}", file=sys.stderr)
-    print(f"          {error.remedy}", file=sys.stderr)
+def _print_error(line: str) -> None:
+    print(f"nanovllm: {plain(line).plain}", file=sys.stderr)
 
 
 if __name__ == "__main__":

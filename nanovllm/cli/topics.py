@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
+from nanovllm.errors import InvalidInput, counted
 from nanovllm.kafka.admin import create_topics, topic_states
-from nanovllm.pipeline.topic_checks import findings, implied_acls, topic_needs
+from nanovllm.pipeline.topic_checks import findings, implied_acls, more_partitions, topic_needs
+from nanovllm.settings.worker import Settings
 from nanovllm.terminal import print_table
+
+DEFAULT_PARTITIONS = 4
 
 topics_app = typer.Typer(no_args_is_help=True, help="Create and check the topics that the settings imply.")
 
 
 @topics_app.command("create")
 def topics_create(
-    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic: the most workers at once.")] = 4,
+    partitions: Annotated[
+        int | None, typer.Option(min=1, help="Partitions of each new topic, the most workers at once; unset: 4.")
+    ] = None,
     replication: Annotated[int, typer.Option(min=1, help="Copies of each new topic; 3 in production.")] = 1,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -29,11 +36,28 @@ def topics_create(
     needs = [need for need in topic_needs(settings) if need.purpose != "reply"]
     safe = {"min.insync.replicas": "2"} if replication > 2 else {}
     configs = {need.name: {**need.configs, **safe} for need in needs}
-    created = asyncio.run(
-        create_topics(settings.kafka, list(configs), partitions=partitions, replication=replication, configs=configs)
-    )
+    created = asyncio.run(_create(settings, configs, partitions, replication))
     rows = [(name, "created" if name in created else "exists") for name in configs]
     print_table(("topic", "state"), rows, as_json=as_json)
+
+
+async def _create(
+    settings: Settings, configs: Mapping[str, Mapping[str, str]], partitions: int | None, replication: int
+) -> list[str]:
+    if partitions is not None:
+        states = await topic_states(settings.kafka, list(configs))
+        # That of the marks is made by the first replay, with one partition.
+        for name in sorted(states.keys() - {settings.topics.replayed}):
+            if (has := states[name].partitions) != partitions:
+                way = more_partitions(name, partitions) if has < partitions else "Kafka takes none away: make it anew"
+                raise InvalidInput(f"topic {name} has {counted(has, 'partition')}, not {partitions}; {way}")
+    return await create_topics(
+        settings.kafka,
+        list(configs),
+        partitions=DEFAULT_PARTITIONS if partitions is None else partitions,
+        replication=replication,
+        configs=configs,
+    )
 
 
 @topics_app.command("check")

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
 from nanovllm.kafka.errors import refusals_of
 from nanovllm.kafka.recovering_producer import RecoveringProducer
+from nanovllm.kafka.topic_presence import require_topics
 from nanovllm.settings.kafka import KafkaSettings
 
 
@@ -20,7 +21,10 @@ async def connected_consumer(kafka: KafkaSettings, *topics: str) -> AsyncIterato
 
     Raises:
         BrokersUnavailable: a KafkaError at its start, or inside the context.
+        MissingTopic: one of ``topics`` is missing, which aiokafka would wait for until its request timed out.
     """
+    if topics:
+        await require_topics(kafka, topics)
     options = {"enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
     async with _connected(AIOKafkaConsumer(*topics, **client_kwargs(kafka), **options), kafka) as consumer:
         yield consumer

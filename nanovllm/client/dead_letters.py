@@ -10,7 +10,7 @@ from datetime import datetime
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from nanovllm.client.connection import connected_consumer
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, MissingTopic
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.kafka.records import Headers
 from nanovllm.messages.dead_letter import DeadLetter
@@ -98,7 +98,8 @@ async def read_dead_letters(settings: Settings, wanted: LetterFilter) -> AsyncGe
     """The dead letters that are there now and match, each partition in its order; records of others are skipped.
 
     Raises:
-        BrokersUnavailable: the brokers do not answer or refuse, or there is no such topic.
+        BrokersUnavailable: the brokers do not answer or refuse.
+        MissingTopic: there is no such topic.
     """
     async with aclosing(read_topic(settings.kafka, settings.topics.dead_letters)) as records:
         async for record in records:
@@ -113,13 +114,14 @@ async def read_topic(
     """The committed records that are in ``topic`` now, each partition in its order.
 
     Raises:
-        BrokersUnavailable: the brokers do not answer or refuse, or there is no such topic; with ``in_full`` also when
-            the end of a partition was not reached.
+        BrokersUnavailable: the brokers do not answer or refuse; with ``in_full`` also when the end of a partition was
+            not reached.
+        MissingTopic: there is no such topic.
     """
     async with connected_consumer(kafka, topic) as consumer:
         partitions = consumer.assignment()
         if not partitions:
-            raise BrokersUnavailable(f"there is no topic {topic}; create it with: nanovllm topics create")
+            raise MissingTopic(f"there is no topic {topic}")
         ends = await consumer.end_offsets(partitions)
         idle = 0
         while not await _has_reached(consumer, ends):

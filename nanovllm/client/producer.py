@@ -2,6 +2,8 @@
 
 async with JobProducer(bootstrap_servers="localhost:9092") as producer:
     job_id = await producer.send("What is the total? <|image|>", images=["s3://receipts/0001.png"])
+
+With ``results=True`` it reads the results too: ``outcome = await producer.result(job_id)``.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Self, TypeVar
+from uuid import uuid4
 
 from aiokafka import AIOKafkaProducer
 from pydantic import ValidationError
 
 from nanovllm.client.connection import connected_producer
+from nanovllm.client.outcomes import Outcomes
+from nanovllm.client.results import Outcome, client_settings
 from nanovllm.client.upload import ImageUploader
 from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge
 from nanovllm.kafka.admin import message_limits
 from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.kafka.topic_presence import require_topics
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.job import ImageRef, Job, Reuse, derive_job_id, image_name
@@ -29,6 +35,7 @@ from nanovllm.messages.validation import describe_errors
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.topics import TopicSettings
 from nanovllm.sinks.kafka import send_record
 
 T = TypeVar("T")
@@ -47,6 +54,8 @@ class JobProducer:
         fmt: ``json``, or ``msgpack`` (images inside the message take a third less).
         upload: ``s3://bucket/prefix`` for images that are too large for a message; None refuses them.
         s3: how ``upload`` is reached; credentials are the AWS SDK's own.
+        results: read the results and dead letters of what is sent, for ``result``; topics where they are not the
+            default ones. Each such producer reads both topics in full while it runs.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class JobProducer:
         fmt: MessageFormat = "json",
         upload: str | None = None,
         s3: S3Settings | None = None,
+        results: bool | TopicSettings = False,
     ) -> None:
         kafka = kafka or KafkaSettings()
         self._kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}) if bootstrap_servers else kafka
@@ -69,15 +79,24 @@ class JobProducer:
         self._connection = AsyncExitStack()
         self._producer: AIOKafkaProducer | None = None
         self._max_bytes = 0
+        topics = results if isinstance(results, TopicSettings) else None
+        self._outcomes = Outcomes(client_settings(self._kafka, topics)) if results else None
 
     async def start(self) -> None:
         """Connect.
 
         Raises:
             BrokersUnavailable: the brokers cannot be reached, or refuse the login.
+            MissingTopic: the brokers do not list the topic, and do not create it by themselves.
         """
         self._max_bytes = (await message_limits(self._kafka, [self.topic]))[self.topic]
-        self._producer = await self._connection.enter_async_context(connected_producer(self._kafka))
+        await require_topics(self._kafka, [self.topic])
+        async with AsyncExitStack() as stack:
+            # Before the first job is sent, so that no result can be missed.
+            if self._outcomes is not None:
+                await stack.enter_async_context(self._outcomes)
+            self._producer = await stack.enter_async_context(connected_producer(self._kafka))
+            self._connection = stack.pop_all()
 
     async def stop(self) -> None:
         """Send what is waiting and disconnect."""
@@ -143,8 +162,27 @@ class JobProducer:
         """Send ``job`` and return its ``job_id`` when all replicas have it. Raises as ``send`` does."""
         if self._producer is None:
             raise InvalidInput("the producer is not started: use it as an async context manager")
-        sent = await send_record(self._producer, await self._record(job))
+        if self._outcomes is not None:
+            # An id that followed from the offset would be known after the result may have come.
+            job = job if job.job_id else job.model_copy(update={"job_id": uuid4().hex})
+        record = await self._record(job)
+        if self._outcomes is not None:
+            self._outcomes.expect(str(job.job_id))
+        sent = await send_record(self._producer, record)
         return job.job_id or derive_job_id(sent.topic, sent.partition, sent.offset)
+
+    async def result(self, job_id: str, *, timeout_s: float | None = None) -> Outcome:
+        """The first result or dead letter of a job that this producer has sent; each is given out once.
+
+        Raises:
+            InvalidInput: the producer does not read results, or has not sent such a job.
+            TimeoutError: nothing came within ``timeout_s``; the call may be repeated.
+            BrokersUnavailable: the brokers refuse.
+        """
+        if self._outcomes is None:
+            raise InvalidInput("this producer reads no results: JobProducer(…, results=True)")
+        async with asyncio.timeout(timeout_s):
+            return await self._outcomes.take(job_id)
 
     async def _record(self, job: Job) -> OutgoingRecord:
         key = self._record_key(job)
@@ -205,6 +243,10 @@ class SyncJobProducer:
     def send_job(self, job: Job) -> str:
         """As ``JobProducer.send_job``."""
         return self._run(self._producer.send_job(job))
+
+    def result(self, job_id: str, *, timeout_s: float | None = None) -> Outcome:
+        """As ``JobProducer.result``."""
+        return self._run(self._producer.result(job_id, timeout_s=timeout_s))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

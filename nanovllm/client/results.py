@@ -1,8 +1,14 @@
-"""Reader of results and dead letters, in the order in which they come."""
+"""Reader of results and dead letters, in the order in which they come; without torch and numpy.
+
+async with ResultReader(bootstrap_servers="localhost:9092", dead_letters=True) as reader:
+    async for outcome in reader:
+        print(outcome.job_id, outcome.text if isinstance(outcome, Result) else outcome.message)
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Self
 
@@ -11,11 +17,13 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from nanovllm.client.connection import connected_consumer
-from nanovllm.errors import BrokersUnavailable, InvalidJob
+from nanovllm.errors import BrokersUnavailable, InvalidJob, MissingTopic
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.dead_letter_record import read_dead_letter
 
@@ -25,17 +33,36 @@ Outcome = Result | DeadLetter
 class ResultReader:
     """Follows the result topic, and the dead letters where asked, without a consumer group. An async context manager.
 
-    From entry on nothing is missed: the offset in each partition is fixed before ``__aenter__`` returns.
+    From entry on nothing is missed: the offset in each partition is fixed before ``__aenter__`` returns. Every reader
+    reads the whole topics, and keeps no place in them: a service that must not miss a result across its restarts reads
+    the topic of results as a consumer group of its own.
+
+    Args:
+        settings: brokers and topics; ``bootstrap_servers`` alone will do for the default topics.
+        from_beginning: also what is there already.
+        dead_letters: the dead letters too.
     """
 
-    def __init__(self, settings: Settings, *, from_beginning: bool = False, dead_letters: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        bootstrap_servers: str | None = None,
+        from_beginning: bool = False,
+        dead_letters: bool = False,
+    ) -> None:
+        settings = settings or client_settings()
+        kafka = settings.kafka
+        if bootstrap_servers:
+            kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
         self._results = settings.topics.results
         self._topics = [self._results, *([settings.topics.dead_letters] if dead_letters else [])]
         self._from_beginning = from_beginning
-        self._kafka = settings.kafka
+        self._kafka = kafka
         self.unreadable = 0
 
     async def __aenter__(self) -> Self:
+        """Connect. Raises BrokersUnavailable, and MissingTopic where brokers do not create topics by themselves."""
         async with AsyncExitStack() as stack:
             # Not in __init__: aiokafka takes the running event loop when it is constructed. Partitions that are added
             # later are read from their beginning: nothing of theirs has been seen.
@@ -52,6 +79,12 @@ class ResultReader:
 
     async def __aexit__(self, *_: object) -> None:
         await self._connection.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[Outcome]:
+        """Each outcome as it comes, without end. Raises as ``read`` does."""
+        while True:
+            for outcome in await self.read():
+                yield outcome
 
     async def read(self, timeout_ms: int = 500) -> list[Outcome]:
         """What came within ``timeout_ms``; records that are not ours are counted in ``unreadable`` and skipped.
@@ -83,4 +116,9 @@ class ResultReader:
             if not missing:
                 return partitions
             await asyncio.sleep(0.1)
-        raise BrokersUnavailable(f"there is no topic {min(missing)}; create it with: nanovllm topics create")
+        raise MissingTopic(f"there is no topic {min(missing)}")
+
+
+def client_settings(kafka: KafkaSettings | None = None, topics: TopicSettings | None = None) -> Settings:
+    """Settings of these two sections, without a look at the environment."""
+    return Settings.model_construct(kafka=kafka or KafkaSettings(), topics=topics or TopicSettings())

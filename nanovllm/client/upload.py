@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from functools import partial
 
-from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
+from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError, ObjectNotFound, SystemicError
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.s3_client import S3Client, check_settings, make_client
@@ -32,6 +32,7 @@ class ImageUploader:
         """Put ``data`` and return how a job names it.
 
         Raises:
+            InvalidInput: there is no such bucket.
             SystemicError: the object store cannot be reached, or refuses.
         """
         digest = hashlib.sha256(data).hexdigest()
@@ -39,6 +40,8 @@ class ImageUploader:
         put = partial(self._client.call, lambda client: client.put_object(Bucket=self._bucket, Key=key, Body=data))
         try:
             await asyncio.to_thread(put)
+        except ObjectNotFound:
+            raise InvalidInput(f"there is no bucket {self._bucket}: make it, or upload to another") from None
         except NanoVLLMError as error:
             raise SystemicError(f"the image could not be uploaded to bucket {self._bucket}: {error}") from error
         return ImageRef(uri=f"s3://{self._bucket}/{key}", sha256=digest)

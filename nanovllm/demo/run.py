@@ -19,7 +19,6 @@ from pathlib import Path
 from aiokafka import AIOKafkaProducer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from nanovllm.client.producer import JobProducer
@@ -45,6 +44,15 @@ EXPECTED_DEAD_LETTERS = 2
 STALL_S = 180.0
 """Without any answer for so long, the run is given up: loading the model takes seconds."""
 
+LINE_S = 5.0
+"""Off a terminal, where no bar is drawn, a line so often says how far it is."""
+EXAMPLES = ("json", "total", "text", "describe", "compare")
+
+NEXT = (
+    ("README.md, Run it on your own", "your brokers, buckets and model"),
+    ("docs/guide.md", "the engine in Python"),
+)
+
 # Of the caller's own settings only these reach the worker: the demo never touches other brokers or buckets.
 _KEPT_SETTINGS = ("NANOVLLM_ENGINE__", "NANOVLLM_IMAGES__", "NANOVLLM_LOG_LEVEL")
 _COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
@@ -68,8 +76,6 @@ def run_demo(*, keep: bool = False, output: Path = Path("build/demo"), jobs: int
     for name in ("report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"):
         (output / name).unlink(missing_ok=True)
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
     return asyncio.run(_run(demo, keep, output, console))
 
 
@@ -120,6 +126,10 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
     outcome.write(output)
     (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
+    if not keep:
+        console.print("\n[bold]Next[/]:")
+        for command, what in ((f"{_program()} demo --keep", "all of it stays, for images of yours"), *NEXT):
+            _print_line(f"  {command:<32} {what}", console)
     if keep:
         await _wait_for_the_end(settings, worker, console)
     return 1 if outcome.complaints else 0
@@ -129,6 +139,8 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
 def _step(console: Console, title: str) -> Iterator[Callable[[str], None]]:
     started = time.monotonic()
     details: list[str] = []
+    if not console.is_terminal:
+        console.print(f"  {title} …")
     with console.status(title):
         yield details.append
     console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:5.1f} s[/]")
@@ -184,7 +196,7 @@ async def _collect(
     settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("The worker answers", total=len(demo.jobs) + EXPECTED_DEAD_LETTERS)
-        last_answer = time.monotonic()
+        began = last_answer = last_line = time.monotonic()
         async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
             while len(results) < len(demo.jobs) or len(dead_letters) < EXPECTED_DEAD_LETTERS:
                 answers = await reader.read()
@@ -194,6 +206,10 @@ async def _collect(
                     else:
                         dead_letters.append(answer)
                 progress.update(task, completed=len(results) + len(dead_letters))
+                if not console.is_terminal and time.monotonic() - last_line > LINE_S:
+                    last_line = time.monotonic()
+                    far = f"{len(results)} of {len(demo.jobs)} jobs" if results else "none yet: it loads its model"
+                    progress.console.print(f"  The worker has answered {far} ({last_line - began:.0f} s) …")
                 if answers:
                     last_answer = time.monotonic()
                 elif not worker.is_running:
@@ -208,41 +224,56 @@ def _ended_early(worker: LocalProcess) -> SystemicError:
 
 
 def _show(outcome: Outcome, output: Path, console: Console) -> None:
-    answers = Table("prompt", "text", "", title="Prompt → text", title_justify="left")
-    for job in sorted(outcome.demo.jobs, key=lambda job: (job.kind, job.job_id)):
-        mark = Text("✓", style="green") if outcome.is_exact(job) else Text("✗", style="bold red")
-        answers.add_row(Text(job.prompt), _answer(job, outcome), mark)
-    console.print(answers)
-    latencies = Table("stage", title="Latency of a job, ms", title_justify="left")
-    latencies.add_column("p50", justify="right")
-    latencies.add_column("p95", justify="right")
-    for latency in outcome.latencies:
-        latencies.add_row(latency.stage, f"{latency.p50_ms:,.1f}", f"{latency.p95_ms:,.1f}")
-    console.print(latencies)
-    summary, caches = outcome.summary, outcome.cache_outcomes
-    console.print(
-        f"[bold]Images[/]: {summary.images} in the answered jobs, {summary.distinct_images} different; "
-        f"the encoder ran {summary.encoder_runs} times, {summary.cache_hits} were answered from caches "
-        f"({caches['hit']} hit, {caches['joined']} joined, {caches['prefix']} prefix)"
+    """What happened, where the report is, what to do next: in few lines, and at most 80 columns."""
+    console.print("\n[bold]Some of the answers[/]")
+    for job in _examples(outcome):
+        mark, style = ("✓", "green") if outcome.is_exact(job) else ("✗", "bold red")
+        line = Text(f"{mark} ", style=style).append(Text(job.prompt, style="default"))
+        _print_line(line, console)
+        _print_line(Text("    ").append(_answer(job, outcome)), console)
+    summary, latencies = outcome.summary, {latency.stage: latency for latency in outcome.latencies}
+    console.print("\n[bold]What happened[/]")
+    _print_line(f"  Answered {summary.answered} of {summary.jobs} jobs in {summary.seconds:.1f} s", console)
+    _print_line(f"  Exactly right: {summary.exact} ({summary.exact / summary.jobs:.0%})", console)
+    _print_line(
+        f"  Images: {summary.images}, {summary.distinct_images} different; the encoder ran {summary.encoder_runs} "
+        f"times, caches gave {summary.cache_hits}",
+        console,
     )
-    console.print(f"[bold]Dead letters[/]: {summary.dead_letters}")
+    if total := latencies.get("total"):
+        _print_line(f"  A job took {total.p50_ms:,.0f} ms (p50), {total.p95_ms:,.0f} ms (p95)", console)
+    _print_line(f"  Dead letters: {summary.dead_letters}", console)
     for letter in outcome.dead_letters:
-        console.print(plain(f"  {letter.job_id or '–'}  {letter.code}: {letter.message}"))
-    console.print(
-        f"[bold]Answered[/] {summary.answered} of {summary.jobs}, [bold]exactly right[/] {summary.exact} "
-        f"({summary.exact / summary.jobs:.0%}), in {summary.seconds:.1f} s"
-    )
-    console.print(f"Report: {output / 'report.html'}")
+        _print_line(plain(f"    {letter.job_id or '–'}: {letter.code}"), console)
     for complaint in outcome.complaints:
-        console.print(Text(f"✗ {complaint}", style="bold red"))
+        _print_line(Text(f"✗ {complaint}", style="bold red"), console)
+    console.print("\n[bold]Report[/], with every image, answer and dead letter:")
+    console.print(Text(f"  {output / 'report.html'}"), soft_wrap=True)
+
+
+def _program() -> str:
+    """The command line program as it is called from here."""
+    program = os.path.relpath(Path(sys.executable).with_name("nanovllm"))
+    return "nanovllm" if program.startswith("..") or not os.path.exists(program) else program
+
+
+def _examples(outcome: Outcome) -> list[DemoJob]:
+    """One job of each kind, and the first one that is wrong in its place."""
+    jobs = sorted(outcome.demo.jobs, key=lambda job: (outcome.is_exact(job), job.job_id))
+    first = {job.kind: job for job in reversed(jobs)}
+    return [first[kind] for kind in EXAMPLES if kind in first]
+
+
+def _print_line(line: str | Text, console: Console) -> None:
+    """``line`` cut to the width, and to 80 columns where there is more or no terminal."""
+    text = Text(line) if isinstance(line, str) else line
+    text.truncate(min(console.width, 80), overflow="ellipsis")
+    console.print(text, no_wrap=True)
 
 
 def _answer(job: DemoJob, outcome: Outcome) -> Text:
     result = outcome.results.get(job.job_id)
-    if result is None:
-        return Text("no result", style="red")
-    text = plain(result.text)
-    return text if outcome.is_exact(job) else text.append("\ntruth: ", style="dim").append(plain(job.truth))
+    return Text("no result", style="red") if result is None else plain(result.text)
 
 
 async def _wait_for_the_end(settings: Mapping[str, str], worker: LocalProcess, console: Console) -> None:

@@ -52,7 +52,8 @@ async def create_topics(
     ``configs`` are topic settings by name of the topic.
 
     Raises:
-        BrokersUnavailable: the brokers cannot be reached, or refuse; TooFewBrokers for so many copies.
+        BrokersUnavailable: the brokers cannot be reached, or refuse.
+        TooFewBrokers: so many copies cannot be made.
     """
     created, settings = [], configs or {}
     async with _admin(kafka) as admin:
@@ -77,7 +78,8 @@ async def topic_states(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, 
     """
     async with _admin(kafka) as admin:
         there = set(await admin.list_topics())
-        described = await admin.describe_topics([name for name in names if name in there]) if there else []
+        known = [name for name in names if name in there]
+        described = await admin.describe_topics(known) if known else []  # an empty list would ask for every topic
         configs: dict[str, dict[str, str]] = {}
         for topic in described:
             resource = ConfigResource(ConfigResourceType.TOPIC, topic["topic"])

@@ -7,12 +7,14 @@ import gc
 import logging
 import os
 import sys
-from contextlib import AsyncExitStack
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
-from nanovllm.errors import ConfigurationError, NanoVLLMError
+from nanovllm.errors import BrokersUnavailable, ConfigurationError, NanoVLLMError
 from nanovllm.pipeline.operations.repeated_lines import RepeatedLines
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.settings.engine import EngineSettings
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nanovllm.worker")
 
+T = TypeVar("T")
 MISUSE = 2
 
 TICK_S = 1.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
 
 def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
@@ -35,7 +39,8 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     SIGTERM and SIGINT drain: jobs at work are finished within ``admission.drain_timeout_s``, the rest goes back to
     Kafka. Before the first job is taken they end the process within two seconds; a second signal ends it at once. 0:
     stopped or drained; 1: a second signal, or a failure, with the offsets of what was at work uncommitted; 2: settings
-    that cannot work.
+    that cannot work, or a topic that is missing, found before the model is loaded. Brokers that cannot be reached at
+    the start are waited for.
     """
     signals = StopSignals()
     forbid_debugging()
@@ -44,10 +49,10 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     try:
         asyncio.run(_run(settings, signals, exit_when_drained))
     except ConfigurationError as error:
-        logger.error("%s. %s", error, error.remedy)
+        logger.error("%s", error.in_one_line)
         return MISUSE
     except NanoVLLMError as error:
-        logger.error("%s: %s. %s", error.code, error, error.remedy)
+        logger.error("%s: %s", error.code, error.in_one_line)
         return FAILED
     except Exception:
         logger.exception("the worker failed")
@@ -87,7 +92,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
         except OSError as error:
             where = f"http.port {settings.http.port} of http.host {settings.http.host}"
-            raise ConfigurationError(f"{where} cannot be listened on: {error.strerror}") from error
+            raise ConfigurationError(f"{where} cannot be listened on: {error.strerror}; 0 takes a free port") from error
         stack.callback(server.close)
         server.start()
         logger.info("health and metrics on port %d", server.port)
@@ -98,6 +103,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.admin import message_limits
         from nanovllm.kafka.client import client_kwargs
         from nanovllm.kafka.topic_limits import TopicLimits
+        from nanovllm.kafka.topic_presence import require_topics
         from nanovllm.objects.s3_client import check_settings
         from nanovllm.pipeline import build
         from nanovllm.sinks.kafka import KafkaSink
@@ -106,16 +112,26 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
         if settings.s3.allow or settings.s3.large_results:
             check_settings(settings.s3)
-        # What can be known of the settings without a broker: certificates, keys, the signer of a login.
+        # What a user must change is found before the model is loaded, which takes minutes: first what can be known
+        # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
+        build.image_limits(settings.images)
+        await asyncio.to_thread(build.check_engine, settings.engine)
+        health.wait_for("the brokers")
+        with _phase("the brokers and topics are there"):
+            await _until_reachable(partial(require_topics, settings.kafka, build.required_topics(settings)))
+        health.wait_for(None)
+
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
-        engine = await _load_engine(settings.engine)
-        stack.push_async_callback(engine.close)
-        await engine.start()
-        decoders = build.build_decoders(settings, engine)
-        if decoders is not None:
-            stack.push_async_callback(decoders.close)
-            await decoders.start()
+        logger.info("loading the model")
+        with _phase("the model is loaded and the decoders are started"):
+            engine = await _load_engine(settings.engine)
+            stack.push_async_callback(engine.close)
+            await engine.start()
+            decoders = build.build_decoders(settings, engine)
+            if decoders is not None:
+                stack.push_async_callback(decoders.close)
+                await decoders.start()
         fetcher = build.ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
         stack.callback(fetcher.close)
         health.is_model_loaded = True
@@ -123,7 +139,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
 
         health.wait_for("the brokers")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
-        limits = TopicLimits(await read_limits(), read=read_limits)
+        limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
         producer = build.build_producer(settings, limits)
         stack.push_async_callback(producer.stop)
         await producer.start()
@@ -142,6 +158,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         gc.collect()
         gc.freeze()
         # From here on the worker leaves the group before anything above is closed.
+        joining_since = time.monotonic()
         joining = asyncio.create_task(source.start(health.wait_for), name="join")
         signals.hand_to(
             lambda: worker.stop() if joining.done() else joining.cancel(), has_taken=lambda: worker.has_taken
@@ -154,9 +171,33 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             raise
         health.wait_for(None)
         logger.info(
-            "consuming %s as %s in group %s", ", ".join(source.topics), settings.worker_id, settings.kafka.group_id
+            "consuming %s as %s in group %s, which took %.1f s to join",
+            ", ".join(source.topics),
+            settings.worker_id,
+            settings.kafka.group_id,
+            time.monotonic() - joining_since,
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
+
+
+async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:
+    """What ``ask`` returns, asked again with pauses for as long as it raises BrokersUnavailable."""
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return await ask()
+        except BrokersUnavailable as error:
+            logger.warning("waiting for the brokers: %s", error.in_one_line)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+@contextmanager
+def _phase(what: str) -> Iterator[None]:
+    """Log ``what`` with its seconds when the block has ended."""
+    started = time.monotonic()
+    yield
+    logger.info("%s: %.1f s", what, time.monotonic() - started)
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
@@ -196,6 +197,12 @@ def written_topics(settings: Settings) -> list[str]:
     return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).delays_s]
 
 
+def required_topics(settings: Settings) -> list[str]:
+    """The topics that must be there before a worker starts."""
+    in_flight = [settings.topics.in_flight] if settings.dead_letters.crash_limit else []
+    return list(dict.fromkeys([*RetryTopics.of(settings).lanes, *written_topics(settings), *in_flight]))
+
+
 def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
     """The producer of a worker, not started; ``limits``: those of the topics that it writes."""
     options = producer_kwargs(settings.kafka)
@@ -221,11 +228,32 @@ def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | N
         return None
     return DecoderPool(
         engine.image_transform,
-        ImageLimits(**{limit.name: getattr(images, limit.name) for limit in fields(ImageLimits)}),
+        image_limits(images),
         workers=images.decoders,
         timeout_s=images.decode_timeout_s,
         memory_bytes=images.decoder_memory_bytes,
     )
+
+
+def image_limits(images: ImageSettings) -> ImageLimits:
+    """The limits of an image. Raises ConfigurationError: a format that cannot be read here."""
+    return ImageLimits(**{limit.name: getattr(images, limit.name) for limit in fields(ImageLimits)})
+
+
+def check_engine(settings: EngineSettings) -> None:
+    """Find out what can be known of the engine's settings before weights are read; it imports torch, for seconds.
+
+    Raises:
+        ConfigurationError, ModelNotFound: the device or the model is not there.
+    """
+    if settings.backend == "echo":
+        return
+    from nanovllm.checkpoints.resolve import resolve_checkpoint
+    from nanovllm.engine.execution.loading import choose_device
+
+    _register_aliases(settings)
+    resolve_checkpoint(settings.model or DEFAULT_MODEL)
+    choose_device(settings.device)
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:
@@ -234,10 +262,15 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
     Raises:
         ConfigurationError, UnsupportedModel, ModelNotFound: it cannot be made.
     """
-    from nanovllm.checkpoints.resolve import register_alias
     from nanovllm.engine.llm_engine import LLMEngine
+
+    _register_aliases(settings)
+    options = settings.model_dump(exclude=WORKER_OPTIONS)
+    return LLMEngine(settings.model or DEFAULT_MODEL, **options)
+
+
+def _register_aliases(settings: EngineSettings) -> None:
+    from nanovllm.checkpoints.resolve import register_alias
 
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))
-    options = settings.model_dump(exclude=WORKER_OPTIONS)
-    return LLMEngine(settings.model or DEFAULT_MODEL, **options)

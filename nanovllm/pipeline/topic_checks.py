@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanovllm.errors import counted
 from nanovllm.kafka.admin import COMPACTED, DAY_MS, TopicState
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.settings.worker import Settings
@@ -88,7 +89,9 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
         if state is None and need.purpose == "replayed":
             continue  # the first replay makes it; and a worker's user does not see it
         if state is None:
-            yield Finding(need.name, "error", "does not exist; nanovllm topics create makes it")
+            # A topic of reply_to belongs to the service that waits there: `topics create` makes none.
+            way = "the service that reads it makes it" if need.purpose == "reply" else "nanovllm topics create makes it"
+            yield Finding(need.name, "error", f"does not exist; {way}")
             continue
         yield from _replication_findings(need, state)
         if settings.delivery == "exactly_once" and state.replication == 1 and "WRITE" in need.operations:
@@ -116,9 +119,15 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
                 )
 
 
+def more_partitions(topic: str, partitions: int) -> str:
+    """The command that adds partitions to ``topic``; none of ours changes a topic that is there."""
+    return f"kafka-topics.sh --bootstrap-server … --alter --topic {topic} --partitions {partitions} adds them"
+
+
 def _jobs_findings(settings: Settings, need: TopicNeed, state: TopicState, workers: int | None) -> Iterator[Finding]:
     if workers is not None and state.partitions < workers:
-        yield Finding(need.name, "error", f"has {state.partitions} partitions: of {workers} workers some stay idle")
+        few = f"has {counted(state.partitions, 'partition')}: of {workers} workers some stay idle"
+        yield Finding(need.name, "error", f"{few}; {more_partitions(need.name, workers)}")
     if state.configs.get("compression.type", "producer") != "uncompressed":
         yield Finding(
             need.name,

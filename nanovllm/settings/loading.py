@@ -9,6 +9,8 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
             the message: they may be secrets.
     """
     if unknown := list(unknown_variables(os.environ)):
-        raise ConfigurationError(f"unknown settings in the environment: {', '.join(unknown)}")
+        raise ConfigurationError(f"unknown settings in the environment: {', '.join(map(_with_guess, unknown))}")
     values = _read_config(config) if config else {}
     try:
         _merge(values, EnvSettingsSource(Settings)())
@@ -46,8 +48,28 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
         return Settings(**values)
     except ValidationError as error:
         raise ConfigurationError(describe_errors(error, "settings")) from None
-    except SettingsError as error:
-        raise ConfigurationError(str(error)) from None
+    except SettingsError:
+        raise ConfigurationError(_no_json()) from None
+
+
+def _with_guess(name: str) -> str:
+    near = get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0.8)
+    return f"{name} (did you mean {near[0]}?)" if near else name
+
+
+def _no_json() -> str:
+    """The message for variables whose JSON cannot be parsed; their values may be secrets."""
+    source, wrong = EnvSettingsSource(Settings), []
+    for name in sorted(name for name in os.environ if name.upper() in _VARIABLES):
+        source.env_vars = {name.lower(): os.environ[name]}  # each alone: the error names a section at most
+        try:
+            source()
+        except SettingsError as error:
+            mistake = error.__cause__
+            place = f" at character {mistake.pos + 1}: {mistake.msg}" if isinstance(mistake, JSONDecodeError) else ""
+            wrong.append(f"{name} is no valid JSON{place}")
+    example = 'an object is written {"name": value}, in single quotes in a shell'
+    return f"{'; '.join(wrong) or 'a variable is no valid JSON'} ({example})"
 
 
 def unknown_variables(names: Iterable[str]) -> Iterable[str]:

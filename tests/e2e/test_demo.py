@@ -68,8 +68,12 @@ def test_the_demo_answers_every_job_and_says_how_many_texts_are_right(tmp_path):
     letters = {letter.code: letter for letter in map(DeadLetter.model_validate_json, lines)}
     assert letters.keys() == {"invalid_image", "invalid_job"}
     assert letters["invalid_image"].job_id == "demo-broken-image"
-    for text in ("Prompt → text", "✓", "p95", "Dead letters: 2", "exactly right"):
+    for text in ("✓", "p95", "Dead letters: 2", "Exactly right"):
         assert text in ended.stdout
+    last = ended.stdout.splitlines()[-30:]
+    assert all(len(line) <= 80 for line in last if str(tmp_path) not in line)
+    said = [line.split(",")[0] for line in last]
+    assert said.index("What happened") < said.index("Report") < said.index("Next:")
 
 
 def test_a_demo_whose_texts_are_wrong_fails_and_never_touches_the_callers_own_brokers_and_buckets(tmp_path):

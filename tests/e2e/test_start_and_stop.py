@@ -21,6 +21,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from parts import KafkaNode, create_topic, eventually, kafka_node_program, unique_name, worker_process
 
+from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import LocalProcess, free_port
 
 # Two seconds are promised. What is tested is that nothing is waited for that takes longer than this.
@@ -129,10 +130,11 @@ def test_other_commands_end_by_sigterm_as_programs_do() -> None:
     assert ended.returncode == -signal.SIGTERM
 
 
-async def test_sigterm_while_the_model_loads_ends_the_process(tmp_path: Path) -> None:
-    worker = Worker(tmp_path, "127.0.0.1:9", {"NANOVLLM_ENGINE__BACKEND": "native"})
+async def test_sigterm_while_the_model_loads_ends_the_process(tmp_path: Path, embedded_broker: str) -> None:
+    worker = Worker(tmp_path, embedded_broker, {"NANOVLLM_ENGINE__BACKEND": "native"})
+    await create_topic(embedded_broker, *worker.topics.values())
     with started(worker):
-        await worker.says("the model is not loaded")
+        await eventually(lambda: "loading the model" in worker.process.tail(100), why=worker.process.tail(30))
         await worker.stops()
 
 
@@ -194,49 +196,47 @@ async def test_a_listener_that_does_not_resolve_is_named_and_asked_for_with_paus
     assert len(log.splitlines()) < 60
 
 
-async def test_a_broker_that_is_down_at_the_start_is_named_by_the_error(tmp_path: Path) -> None:
-    nobody = f"127.0.0.1:{free_port()}"
+async def test_a_broker_that_is_down_at_the_start_is_named_and_waited_for(tmp_path: Path) -> None:
+    broker = EmbeddedBroker(port=free_port())
+    nobody = broker.bootstrap_servers
     worker = Worker(tmp_path, nobody, {})
     with started(worker):
-        await eventually(lambda: not worker.process.is_running)
-        assert worker.process.exit_code == 1
-        assert nobody in worker.process.tail(30)
+        await worker.says("waiting for the brokers")
+        await eventually(lambda: f"no broker answers at {nobody}" in worker.process.tail(100))
         assert len(worker.process.tail(1_000).splitlines()) < 20
+        await broker.start()
+        try:
+            await worker.is_ready()
+            await worker.stops()
+        finally:
+            broker.stop()
 
 
-async def test_brokers_that_never_answer_end_the_worker_with_an_error_in_the_end(
-    tmp_path: Path, silent_broker: str
-) -> None:
+async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_broker: str) -> None:
     worker = Worker(tmp_path, silent_broker, {"NANOVLLM_KAFKA__REQUEST_TIMEOUT_MS": "1000"})
     with started(worker):
-        await eventually(lambda: not worker.process.is_running)
-        assert worker.process.exit_code == 1
+        await eventually(lambda: worker.process.tail(1_000).count("waiting for the brokers") >= 2)
+        await worker.says("waiting for the brokers")
         assert silent_broker in worker.process.tail(30)
-        assert "Traceback" not in worker.process.tail(1_000)
+        await worker.stops()
 
 
 @pytest.mark.kafka
 @pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
-async def test_a_topic_that_is_missing_is_named_by_the_probe_and_by_the_error(tmp_path: Path) -> None:
+async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path) -> None:
     async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "false"}) as node:
-        worker = Worker(tmp_path / "waits", node.bootstrap_servers, {})
-        with started(worker):
-            await worker.says(f"waiting for topic {worker.topics['jobs']}")
-            await asyncio.sleep(5)
-            log = await worker.stops()
+        for missing in ("jobs", "dead_letters"):
+            worker = Worker(tmp_path / missing, node.bootstrap_servers, {})
+            there = [topic for name, topic in worker.topics.items() if name != missing]
+            await create_topic(node.bootstrap_servers, *there)
+            with started(worker):
+                await eventually(lambda process=worker.process: not process.is_running)
+            log = worker.process.tail(1_000)
+            assert worker.process.exit_code == 2, log
+            assert f"do not list topic {worker.topics[missing]}" in log
             assert log.count("not found in cluster metadata") < 10
-        # As short as the settings allow: the consumer's own limit follows the longest rebalance.
-        short = {
-            "NANOVLLM_KAFKA__REQUEST_TIMEOUT_MS": "1000",
-            "NANOVLLM_ADMISSION__DRAIN_TIMEOUT_S": "0.1",
-            "NANOVLLM_KAFKA__REBALANCE_TIMEOUT_MS": "200",
-        }
-        worker = Worker(tmp_path / "ends", node.bootstrap_servers, short)
-        with started(worker):
-            await eventually(lambda: not worker.process.is_running)
-            assert worker.process.exit_code == 1
-            assert f"topic {worker.topics['jobs']} is missing" in worker.process.tail(30)
-            assert "Traceback" not in worker.process.tail(1_000)
+            assert "loading the model" not in log
+            assert "Traceback" not in log
 
 
 class _Draining(ConsumerRebalanceListener):

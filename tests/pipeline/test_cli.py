@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import dead_letter_record
-from nanovllm.terminal import plain
+from nanovllm.terminal import long_work, plain
 
 Capture = pytest.CaptureFixture[str]
 
@@ -69,7 +70,7 @@ def test_more_copies_than_brokers_are_refused_by_the_options_name(
             return SimpleNamespace(topic_errors=[(one.name, 38, "larger than available brokers: 1") for one in new])
 
     monkeypatch.setattr("nanovllm.kafka.admin._admin", lambda kafka: contextlib.nullcontext(OneBroker()))
-    assert main(["topics", "create", "--replication", "3"]) == 1
+    assert main(["topics", "create", "--replication", "3"]) == 2
     assert "--replication" in capsys.readouterr().err
 
 
@@ -185,9 +186,27 @@ def test_a_light_installation_says_what_the_worker_needs(
     topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for command in (["worker"], ["demo"], ["align"]):
-        assert main(command) == 2
-        assert "pip install '.[" in capsys.readouterr().err
+    extras = {"worker": "worker", "demo": "demo", "align": "worker", "doctor": "worker", "convert a b": "convert"}
+    for command, extra in extras.items():
+        assert main(command.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"pip install '.[{extra}]' in a clone")
+
+
+def test_the_version_is_told(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nanovllm {importlib.metadata.version('nanovllm')}\n"
+
+
+def test_long_work_off_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("nanovllm.terminal.LINE_S", 0.001)
+    said = ""
+    with long_work("converting it", 8) as show_done:
+        show_done(3)
+        while "3 of 8" not in said:
+            said += capsys.readouterr().err
+    assert said.startswith("converting it: 0 s")
+    assert "\x1b" not in said
 
 
 def test_the_demos_help_says_its_real_bounds(capsys: Capture) -> None:

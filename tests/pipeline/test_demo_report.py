@@ -190,3 +190,14 @@ def test_model_text_and_reasons_cannot_break_out_of_the_report(demo):
 def test_a_run_without_any_answer_still_has_a_report(demo):
     page = render_report(outcome(demo, [], []))
     assert "24 of 24 jobs have no result" in page
+
+
+def test_tables_of_many_columns_become_cards_at_phone_width(demo):
+    page = render_report(outcome(demo, perfect(demo)))
+    tables = re.findall(r"<table(.*?)>(.*?)</table>", page, re.DOTALL)
+    many = [attributes for attributes, body in tables if body.count("<th>") > 3]
+    assert many == [' class="wide"'] * 2
+    (phone,) = re.findall(r"@media \(max-width: 640px\) \{(.*?\}) \}", page, re.DOTALL)
+    assert re.search(r"table\.wide td \{ display: block", phone)
+    assert "table.wide thead { display: none }" in phone, "each cell that needs it names itself"
+    assert page.count('data-name="code"') == len(outcome(demo, perfect(demo)).dead_letters)

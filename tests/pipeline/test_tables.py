@@ -6,9 +6,10 @@ import json
 from datetime import UTC, datetime
 
 import pytest
+from rich.console import Console
 from sample_messages import dead_letter, result
 
-from nanovllm.cli.dlq import COLUMNS, _row
+from nanovllm.cli.dlq import COLUMNS, SHORT_COLUMNS, _row, _short_row
 from nanovllm.cli.tables import ResultRows, few
 from nanovllm.client.dead_letters import DeadLetterRecord
 from nanovllm.messages.result import InputUse
@@ -74,11 +75,42 @@ def test_a_row_names_a_few_of_many_images_and_json_names_all(capsys: Capture) ->
     assert second["inputs"] == ["a.png", "s3://bucket/b.png"]
 
 
-def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
-    letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def terminal(columns: int) -> Console:
+    """A terminal without colours, whose output is captured."""
+    return Console(force_terminal=True, color_system=None, width=columns)
+
+
+def test_dead_letters_at_80_columns_are_which_code_when_and_why(
+    letters: list[DeadLetterRecord], capsys: Capture
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    print_table(COLUMNS, map(_row, letters), as_json=False)
+    print_table(SHORT_COLUMNS, map(_short_row, letters), as_json=False, console=terminal(80))
+    shown = capsys.readouterr().out
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    assert {JOB_ID, "3:1042", "unsupported_image_format", "invalid_job"} <= set(shown.split())
+    assert "2030-01-31 12:00:05Z" in shown
+    assert "the PNG image is truncated or corrupt" in words(shown)
+    assert shown.count("x") >= 150, "a long word is folded, not cut"
+
+
+def test_off_a_terminal_each_row_is_one_plain_line(letters: list[DeadLetterRecord], capsys: Capture) -> None:
+    print_table(SHORT_COLUMNS, map(_short_row, letters), as_json=False)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == list(SHORT_COLUMNS)
+    assert [row.split()[0] for row in rows] == [JOB_ID, "3:1042"]
+    assert rows[1].endswith("x" * 150)
+    assert not set("┃│━─…") & set("".join(rows))
+
+
+def test_json_has_booleans_of_its_own(letters: list[DeadLetterRecord], capsys: Capture) -> None:
+    print_table(COLUMNS, map(_row, letters), as_json=True)
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["retryable"] is letters[0].letter.retryable
+    print_table(("job", "retryable"), [("a", True), ("b", False)], as_json=False)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [["a", "yes"], ["b", "no"]]
+
+
+def test_rows_that_do_not_fit_become_blocks(letters: list[DeadLetterRecord], capsys: Capture) -> None:
+    print_table(COLUMNS, map(_row, letters), as_json=False, console=terminal(80))
     shown = capsys.readouterr().out
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
     one, other = ([line.split(None, 1) for line in block.splitlines()] for block in shown.split("\n\n"))
@@ -93,10 +125,9 @@ def test_dead_letters_at_80_columns_keep_their_place_code_and_job(
 
 @pytest.mark.parametrize("columns", [200, 220])
 def test_dead_letters_at_a_wide_terminal_are_one_table_that_folds_no_name(
-    columns: int, letters: list[DeadLetterRecord], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    columns: int, letters: list[DeadLetterRecord], capsys: Capture
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    print_table(COLUMNS, map(_row, letters), as_json=False)
+    print_table(COLUMNS, map(_row, letters), as_json=False, console=terminal(columns))
     shown = capsys.readouterr().out
     assert all(len(line.rstrip()) <= columns for line in shown.splitlines())
     assert shown.splitlines()[1].replace("┃", " ").split() == list(COLUMNS)
@@ -105,7 +136,6 @@ def test_dead_letters_at_a_wide_terminal_are_one_table_that_folds_no_name(
     assert shown.count("x") >= 150
 
 
-def test_a_table_that_fits_80_columns_stays_a_table(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    print_table(("topic", "state"), [("nanovllm.jobs", "created")], as_json=False)
+def test_a_table_that_fits_80_columns_stays_a_table(capsys: Capture) -> None:
+    print_table(("topic", "state"), [("nanovllm.jobs", "created")], as_json=False, console=terminal(80))
     assert capsys.readouterr().out.splitlines()[1].split("┃")[1].strip() == "topic"

@@ -18,9 +18,10 @@ from parts import KafkaNode, kafka_node_program
 
 from nanovllm.client.producer import JobProducer
 from nanovllm.demo.child_process import free_port
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, ConfigurationError, MissingTopic
 from nanovllm.kafka.admin import create_topics
 from nanovllm.kafka.client import consumer_kwargs
+from nanovllm.kafka.topic_presence import require_topics
 from nanovllm.messages.codec import decode_job
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -89,6 +90,7 @@ async def secure(tmp_path: Path) -> AsyncIterator[SecureBroker]:
         "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": SCRAM.replace(
             ";", ' username="admin" password="admin";'
         ),
+        "auto.create.topics.enable": "false",
         "ssl.keystore.type": "PEM",
         "ssl.keystore.location": str(ca.with_suffix(".pem")),
         "ssl.truststore.type": "PEM",
@@ -131,3 +133,14 @@ async def test_a_login_over_tls_lets_the_right_client_in_and_nobody_else(secure:
         *(create_topics(secure.settings(**changes), ["jobs"]) for changes in wrong), return_exceptions=True
     )
     assert [type(refusal) for refusal in refusals] == [BrokersUnavailable] * len(wrong)
+
+    # What a start is told: these are for the user to change, and no wait mends them.
+    told = await asyncio.gather(
+        *(require_topics(secure.settings(**changes), ["jobs"]) for changes in wrong[:4]), return_exceptions=True
+    )
+    assert [type(refusal) for refusal in told] == [ConfigurationError] * 4
+    assert all("refuse the login" in str(refusal) for refusal in told[:3])
+    assert "ssl_cafile" in str(told[3])
+    await require_topics(secure.settings(), ["jobs"])
+    with pytest.raises(MissingTopic, match="topic absent"):
+        await require_topics(secure.settings(), ["jobs", "absent"], patience_s=0.5)

@@ -66,6 +66,20 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
 
 
+def test_a_finding_recommends_only_what_does_it() -> None:
+    def said(states: dict[str, TopicState], **more: int) -> dict[str, str]:
+        return {one.topic: one.what for one in findings(SETTINGS, states, **more)}
+
+    states = healthy()
+    del states["replies"], states[RETRY]
+    assert said(states)["replies"] == "does not exist; the service that reads it makes it"
+    assert said(states)[RETRY] == "does not exist; nanovllm topics create makes it"
+    # `topics create` changes no topic that is there.
+    few = said(healthy(), workers=9)["nanovllm.jobs"]
+    assert few.startswith("has 8 partitions: of 9 workers some stay idle; kafka-topics.sh")
+    assert "--alter --topic nanovllm.jobs --partitions 9" in few
+
+
 @pytest.mark.kafka
 def test_what_is_created_passes_the_check_on_apache_kafka(
     kafka_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 from itertools import groupby
 from pathlib import Path
 
@@ -256,6 +258,26 @@ def test_misuse_of_the_command_line_says_what_is_missing(capsys: pytest.CaptureF
         main(["--vision-model", "tower"])
     assert left.value.code == 2
     assert "--text-model is missing" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_run_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "align.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^nanovllm align (.+)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    text_model(tmp_path / "Qwen" / "Qwen3-0.6B")
+    tower(tmp_path / "openai" / "clip-vit-base-patch32")
+    data = pairs(tmp_path)
+    (tmp_path / "questions.jsonl").write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        short = re.sub(r"--images \d+ --batch-size \d+", "--images 6 --batch-size 3", command)
+        assert short != command
+        words = shlex.split(short)
+        assert main([*words, "--device", "cpu"]) == 0
+        assert LlavaForConditionalGeneration.from_pretrained(tmp_path / words[-1])
+    original = CLIPVisionModel.from_pretrained("openai/clip-vit-base-patch32")
+    assert same(tower_of(tmp_path / "aligned"), dict(original.state_dict()))
+    assert not same(text_of(tmp_path / "tuned"), text_of(tmp_path / "aligned"))
 
 
 def test_the_tiny_tokenizer_gives_every_answer_back() -> None:

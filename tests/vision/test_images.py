@@ -347,7 +347,7 @@ def test_formats_are_pillows_names_and_others_are_refused_at_once() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(buffer, "PPM")
     assert pixels(buffer.getvalue(), ImageLimits(formats=("PPM",)))[0, 0].tolist() == [255, 0, 0]
-    with pytest.raises(ConfigurationError, match="no image format called JPG"):
+    with pytest.raises(ConfigurationError, match="no format called JPG"):
         ImageLimits(formats=("PNG", "JPG"))
 
 

@@ -15,7 +15,7 @@ from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.registry import load_encoder, load_text_model
-from nanovllm.errors import ConfigurationError
+from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
@@ -28,8 +28,12 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ConfigurationError(f"device={name!r} is no device such as 'cpu', 'cuda' or 'cuda:1'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device={name!r}: this engine computes on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device={name!r}: torch sees no GPU here")
+        raise ConfigurationError(f"device={name!r}: torch sees no GPU here; 'cpu' computes without")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigurationError(f"device={name!r}: torch sees {counted(count, 'GPU')}, numbered from 0")
     return device
 
 

@@ -19,7 +19,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, SystemicError
+from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, MissingTopic, SystemicError
 from nanovllm.kafka.client import consumer_kwargs
 from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.paced_metadata import pace_metadata
@@ -131,7 +131,8 @@ class JobSource(ConsumerRebalanceListener):
         ``on_wait`` is told what is waited for, each time that it changes.
 
         Raises:
-            BrokersUnavailable: no broker answers, or it refuses the login; or a topic is missing.
+            BrokersUnavailable: no broker answers, or it refuses the login.
+            MissingTopic: a topic is missing.
         """
         consumer = AIOKafkaConsumer(
             **consumer_kwargs(self._settings, drain_timeout_s=self._drain_timeout_s),
@@ -155,9 +156,7 @@ class JobSource(ConsumerRebalanceListener):
             try:
                 await consumer._client._wait_on_metadata(topic)
             except UnknownTopicOrPartitionError as error:
-                raise BrokersUnavailable(
-                    f"topic {topic} is missing; create it, or let `nanovllm topics create` make all of them"
-                ) from error
+                raise MissingTopic(f"topic {topic} is missing") from error
         on_wait(f"the coordinator of group {self._settings.group_id}")
         await self._assignments.start_offsets.look(consumer, self.topics)
         on_wait(f"partitions from group {self._settings.group_id}")

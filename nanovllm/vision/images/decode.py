@@ -76,11 +76,14 @@ class ImageLimits:
 
     def __post_init__(self) -> None:
         if "HEIF" in self.formats and importlib.util.find_spec("pillow_heif") is None:
-            raise ConfigurationError(f"the image format HEIF is not installed: {_HEIF_HINT}")
+            raise ConfigurationError("images.formats: HEIF needs pillow-heif: pip install '.[heic]' in a clone")
         if unusual := set(self.formats) - {*DEFAULT_FORMATS, "HEIF"}:
             Image.init()
             if unknown := sorted(unusual - set(Image.OPEN)):
-                raise ConfigurationError(f"Pillow reads no image format called {', '.join(unknown)}")
+                known = ", ".join((*DEFAULT_FORMATS, "HEIF"))
+                raise ConfigurationError(
+                    f"images.formats: Pillow reads no format called {', '.join(unknown)}; usual ones are {known}"
+                )
 
 
 DEFAULT_LIMITS = ImageLimits()

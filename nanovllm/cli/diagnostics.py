@@ -1,0 +1,115 @@
+"""``nanovllm doctor``: the engine's choices, and whether the surroundings that the settings name answer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from botocore.exceptions import ClientError
+
+from nanovllm.cli.extras import require
+from nanovllm.cli.jobs import ConfigOption
+from nanovllm.errors import NanoVLLMError
+from nanovllm.kafka.admin import topic_states
+from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.objects.errors import status_of
+from nanovllm.objects.s3_client import S3Client, check_settings
+from nanovllm.settings.loading import load_settings
+from nanovllm.settings.worker import Settings
+from nanovllm.terminal import long_work, print_table
+
+Row = tuple[str, str, str]
+PATIENCE_MS = 5_000
+
+
+def doctor(
+    config: ConfigOption = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it.
+
+    Asks the brokers and the object store too; what does not answer there is a line of the table.
+    """
+    settings = load_settings(config)
+    require("worker", "torch", "transformers", "PIL")
+    from nanovllm.pipeline.app import prepare_threads
+
+    prepare_threads()
+    from nanovllm.engine.diagnostics import describe, measure
+    from nanovllm.pipeline import build
+
+    check_settings(settings.s3)
+    build.image_limits(settings.images)
+    with long_work("loading and measuring the engine"), build.build_engine(settings.engine) as engine:
+        findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
+    rows = [(finding.subject, finding.value, finding.note) for finding in findings]
+    print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
+
+
+def surroundings(settings: Settings) -> Iterator[Row]:
+    """What answers of all that a worker with ``settings`` speaks to; nothing is created, and a wait is short."""
+    yield _port(settings)
+    yield from _brokers(settings)
+    yield from _stores(settings)
+
+
+def _port(settings: Settings) -> Row:
+    host, port = settings.http.host, settings.http.port
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            return "http port", f"{port} is not free", f"{error.strerror}: a worker here, or set NANOVLLM_HTTP__PORT"
+    return "http port", f"{port or 'a free one'} on {host}", ""
+
+
+def _brokers(settings: Settings) -> Iterator[Row]:
+    from nanovllm.pipeline.build import required_topics
+
+    patience = {"request_timeout_ms": min(PATIENCE_MS, settings.kafka.request_timeout_ms)}
+    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings)
+    try:
+        states = asyncio.run(topic_states(kafka, names))
+    except NanoVLLMError as error:
+        yield "brokers", "do not answer", error.in_one_line
+        return
+    yield "brokers", f"answer at {kafka.bootstrap_servers}", ""
+    missing = [name for name in names if name not in states]
+    note = f"missing: {', '.join(missing)}; nanovllm topics create makes them" if missing else ""
+    yield "topics", f"{len(names) - len(missing)} of {len(names)} are there", note
+
+
+def _stores(settings: Settings) -> Iterator[Row]:
+    places = [*settings.s3.allow, *([settings.s3.large_results] if settings.s3.large_results else [])]
+    buckets = dict.fromkeys(place[0] for uri in places if (place := split_s3_uri(uri)))
+    if not buckets:
+        yield "object store", "not used", "s3.allow is not set: jobs that name objects become dead letters"
+        return
+    client = S3Client(settings.s3)
+    for bucket in buckets:
+        yield f"bucket {bucket}", *_bucket(client, bucket)
+    client.close()
+
+
+def _bucket(client: S3Client, bucket: str) -> tuple[str, str]:
+    def look(s3: Any) -> tuple[str, str]:
+        try:
+            s3.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if code == "AccessDenied":
+                return "answers", "it may not be listed, which a worker does not need"
+            if status_of(error) == 404:
+                return "does not exist", "create it, or correct NANOVLLM_S3__ALLOW"
+            raise
+        return "answers", ""
+
+    try:
+        return client.call(look)
+    except NanoVLLMError as error:
+        return "does not answer", error.in_one_line

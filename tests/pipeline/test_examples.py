@@ -1,0 +1,87 @@
+"""The programs of examples/ on real parts, and the Compose file as far as it can be read without Docker."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from bench import Bench, bench_on
+from parts import S3Part
+
+from nanovllm.demo.broker import EmbeddedBroker
+from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.settings.loading import unknown_variables
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NAMES = {"jobs": "nanovllm.jobs", "results": "nanovllm.results", "dead_letters": "nanovllm.dead-letters"}
+
+
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+async def bench(unique: Callable[[str], str], s3: S3Part, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    """A bench on a broker of its own, with the topics' default names."""
+    broker = EmbeddedBroker()
+    await broker.start()
+    monkeypatch.setenv("BROKERS", broker.bootstrap_servers)
+    async with bench_on(broker.bootstrap_servers, lambda name: NAMES.get(name) or unique(name), s3) as bench:
+        yield bench
+    broker.stop()
+
+
+async def test_the_producer_prints_each_result_and_fails_with_a_dead_letter(
+    bench: Bench, images: Callable[[str, bytes], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import png
+
+    good, broken = images("good.png", png()), images("broken.png", png()[:40])
+    async with bench.working(EchoEngine()):
+        assert await program("producer").main("Total? <|image|>", [good]) == 0
+        assert capsys.readouterr().out.startswith(f"{good} Total?")
+        assert await program("producer").main("Total? <|image|>", [good, broken]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{good} Total?")
+    assert shown.err.startswith(f"{broken} invalid_image")
+
+
+async def test_the_reader_shows_results_and_dead_letters_as_they_come(bench: Bench) -> None:
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    reading = asyncio.create_task(program("reader").main(lines.put_nowait))
+    async with bench.working(EchoEngine()):
+        seen: list[dict[str, object]] = []
+        number = 0
+        while {str(line.get("code", line.get("status"))) for line in seen} != {"ok", "invalid_job"}:
+            # The reader begins at the end of the topics, whenever it is ready.
+            await bench.send({"job_id": f"r-{number}", "prompt": "p"}, b"broken")
+            number += 1
+            await asyncio.sleep(0.2)
+            while not lines.empty():
+                seen.append(json.loads(lines.get_nowait()))
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+def test_the_compose_file_sets_what_a_worker_knows() -> None:
+    services = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    for service in services.values():
+        assert "image" in service or (EXAMPLES / service["build"] / "Dockerfile").is_file()
+        assert set(service.get("depends_on", ())) <= services.keys()
+        assert all(isinstance(value, str) for value in service.get("environment", {}).values())
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), "nothing is open to the network"
+    worker = services["worker"]["environment"]
+    assert not list(unknown_variables(worker))
+    brokers = services["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert f"INTERNAL://{worker['NANOVLLM_KAFKA__BOOTSTRAP_SERVERS']}" in brokers

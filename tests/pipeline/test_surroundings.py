@@ -1,0 +1,82 @@
+"""What `nanovllm doctor` says of brokers, topics, buckets and the port."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+from parts import S3Part, create_topic, unique_name
+
+from nanovllm.cli.diagnostics import surroundings
+from nanovllm.settings.worker import Settings
+
+
+def settings(**sections: dict[str, Any]) -> Settings:
+    topics = {name: unique_name(name) for name in ("jobs", "results", "metrics", "dead_letters")}
+    return Settings.model_validate({"topics": topics, "http": {"host": "127.0.0.1", "port": 0}, **sections})
+
+
+def told(settings: Settings) -> dict[str, tuple[str, str]]:
+    return {subject: (value, note) for subject, value, note in surroundings(settings)}
+
+
+async def test_topics_that_are_missing_are_named_and_none_is_made(embedded_broker: str) -> None:
+    own = settings(kafka={"bootstrap_servers": embedded_broker})
+    await create_topic(embedded_broker, own.topics.jobs, own.topics.results)
+    for _ in range(2):
+        found = await asyncio.to_thread(told, own)
+        assert found["brokers"][0] == f"answer at {embedded_broker}"
+        assert found["topics"][0] == "2 of 4 are there"
+        assert {own.topics.metrics, own.topics.dead_letters} <= set(
+            found["topics"][1].replace(",", "").replace(";", "").split()
+        )
+
+
+def test_brokers_that_do_not_answer_are_a_line_of_the_table() -> None:
+    found = told(settings(kafka={"bootstrap_servers": "127.0.0.1:1"}))
+    assert found["brokers"][0] == "do not answer"
+    assert "127.0.0.1:1" in found["brokers"][1]
+    assert found["object store"][0] == "not used"
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        kafka = {"bootstrap_servers": "127.0.0.1:1"}
+        assert (
+            told(settings(kafka=kafka, http={"host": "127.0.0.1", "port": port}))["http port"][0]
+            == f"{port} is not free"
+        )
+
+
+def store(s3: S3Part, *buckets: str, endpoint_url: str | None = None) -> dict[str, tuple[str, str]]:
+    allow = [f"s3://{bucket}/in" for bucket in buckets]
+    options = {"endpoint_url": endpoint_url or s3.endpoint_url, "addressing_style": "path", "allow": allow}
+    return told(settings(kafka={"bootstrap_servers": "127.0.0.1:1"}, s3=options))
+
+
+def test_each_bucket_is_asked_for(s3: S3Part) -> None:
+    there = s3.make_bucket()
+    found = store(s3, there, "no-such-bucket")
+    assert found[f"bucket {there}"] == ("answers", "")
+    assert found["bucket no-such-bucket"][0] == "does not exist"
+
+
+def test_a_store_that_does_not_answer_is_told_by_its_setting(s3: S3Part) -> None:
+    value, note = store(s3, "receipts", endpoint_url="http://127.0.0.1:1")["bucket receipts"]
+    assert value == "does not answer"
+    assert "NANOVLLM_S3__ENDPOINT_URL" in note
+
+
+@pytest.mark.s3
+def test_a_real_store_that_refuses_the_key_is_told(versity_s3: S3Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = versity_s3.make_bucket()
+    assert store(versity_s3, bucket)[f"bucket {bucket}"] == ("answers", "")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    value, note = store(versity_s3, bucket)[f"bucket {bucket}"]
+    assert value == "does not answer"
+    assert "credentials" in note
