@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
+from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
@@ -40,10 +40,10 @@ from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
 from nanovllm.engine.text.output_processor import RequestState, extend, output_of
 from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
-from nanovllm.errors import ConfigurationError, EngineDead, EngineFault, InvalidInput, NanoVLLMError, counted
+from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
-from nanovllm.vision.processor import PromptImages, VisionProcessor, shape_of
+from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,6 @@ class SampledTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
-
-
-def _params_of_each(params: Any, num_prompts: int, default: SamplingParams) -> abc.Sequence[SamplingParams]:
-    """The sampling parameters of each prompt; InvalidInput for another type or number."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or default] * num_prompts
-    if not isinstance(params, abc.Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-        raise InvalidInput(f"sampling_params is a SamplingParams, or a list with one a prompt, not {shape_of(params)}")
-    if len(params) != num_prompts:
-        raise InvalidInput(f"{len(params)} sampling_params for {counted(num_prompts, 'prompt')}")
-    return params
 
 
 class LLMEngine:
@@ -107,7 +96,7 @@ class LLMEngine:
             is_processor_template=self.checkpoint.processor_template is not None,
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
-        self._default_sampling = self._read_default_sampling()
+        self._default_sampling = default_sampling(self.generation_defaults)
         self._masks = TokenMasks(vocab_size)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
@@ -143,16 +132,6 @@ class LLMEngine:
         """The sampling parameters that are taken from generation_config.json."""
         return self.checkpoint.generation_defaults if self.config.generation_config == "auto" else {}
 
-    def _read_default_sampling(self) -> SamplingParams:
-        try:
-            return SamplingParams(**self.generation_defaults)
-        except ValidationError as error:
-            name, reason = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-            raise ConfigurationError(
-                f"generation_config.json asks for {name} {self.generation_defaults[str(name)]!r}: {reason}; "
-                "generation_config='vllm' leaves the file out"
-            ) from None
-
     def add_request(
         self,
         prompt: Prompt,
@@ -183,7 +162,7 @@ class LLMEngine:
         """
         if self._is_closed:
             raise EngineDead("the engine is closed: make another one")
-        (sampling,) = _params_of_each(sampling_params, 1, self._default_sampling)
+        (sampling,) = params_of_prompts(sampling_params, 1, self._default_sampling)
         request_id = request_id if request_id is not None else f"request-{next(self._names)}"
         if request_id in self._requests:
             raise InvalidInput(f"request id {request_id!r} is in use")
@@ -334,10 +313,10 @@ class LLMEngine:
         """
         batch = read_prompts(prompts)
         images_of_prompts = self.input_processor.images_of(batch, images)
-        params_of_prompts = _params_of_each(sampling_params, len(batch), self._default_sampling)
+        params_of_each = params_of_prompts(sampling_params, len(batch), self._default_sampling)
         outputs: dict[str, RequestOutput | None] = {}
         try:
-            for prompt, params, pictures in zip(batch, params_of_prompts, images_of_prompts, strict=True):
+            for prompt, params, pictures in zip(batch, params_of_each, images_of_prompts, strict=True):
                 outputs[self.add_request(prompt, params, pictures, chat_template_kwargs=chat_template_kwargs)] = None
             with tqdm(total=len(batch), disable=not use_tqdm, desc="Generating", unit="request") as bar:
                 while any(output is None for output in outputs.values()):
@@ -371,13 +350,8 @@ class LLMEngine:
         "image": …}``, ``{"type": "image_pil", "image_pil": …}``, or ``{"type": "image_url", "image_url": {"url": …}}``
         with a data: URL), or is the place of the next one of ``images``. Text in it can write no control token.
         """
-        return self.generate(
-            read_conversations(messages),
-            sampling_params,
-            images,
-            use_tqdm,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        prompts = read_conversations(messages)
+        return self.generate(prompts, sampling_params, images, use_tqdm, chat_template_kwargs=chat_template_kwargs)
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, caches and counters."""
