@@ -7,6 +7,19 @@ import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuse a dict of more than ``limit`` items before they are validated: pydantic does behind them alone."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            length = {"field_type": "Dictionary", "max_length": limit, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", length)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _listed(value: Any) -> Any:
@@ -31,10 +44,13 @@ def _seed(value: int) -> int | None:
 _TOKEN_ID = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
-_StopStrings = Annotated[tuple[StopString, ...], Field(max_length=16)]
-_BadWords = Annotated[tuple[StopString, ...], Field(max_length=64)]
-_TokenIds = Annotated[tuple[int, ...], Field(max_length=64)]
-_Biases = Annotated[dict[int, Bias], Field(max_length=1024)]
+MAX_BIASES = 1024
+# A sender may list thousands of wrong items, and an error costs more than a valid one.
+_StopStrings = Annotated[tuple[StopString, ...], Field(max_length=16, fail_fast=True)]
+_BadWords = Annotated[tuple[StopString, ...], Field(max_length=64, fail_fast=True)]
+_TokenIds = Annotated[tuple[int, ...], Field(max_length=64, fail_fast=True)]
+_Choices = Annotated[tuple[StopString, ...], Field(min_length=1, max_length=1024, fail_fast=True)]
+_Biases = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
 
 MAX_CONSTRAINT_CHARS = 65_536
 MAX_SCHEMA_CHARS = 262_144  # most of a large schema is prose
@@ -76,9 +92,9 @@ class SamplingParams(BaseModel):
     frequency_penalty: float = Field(
         default=0.0, ge=-2.0, le=2.0, description="Taken from a token's logit once for each time the output has it."
     )
-    logit_bias: Annotated[_Biases, BeforeValidator(_by_number, json_schema_input_type=_Biases | None)] = Field(
-        default_factory=dict, description="Added to the logits of these token ids."
-    )
+    logit_bias: Annotated[
+        _Biases, BeforeValidator(_by_number, json_schema_input_type=_Biases | None), at_most(MAX_BIASES)
+    ] = Field(default_factory=dict, description="Added to the logits of these token ids.")
     bad_words: Annotated[_BadWords, BeforeValidator(_listed, json_schema_input_type=StopString | _BadWords | None)] = (
         Field(default=(), description="Words that the output must not have, by their tokens.")
     )
@@ -117,9 +133,7 @@ class SamplingParams(BaseModel):
         default=None, description="JSON schema of the text, which is written on one line."
     )
     regex: str | None = Field(default=None, min_length=1, max_length=8192, description="Expression of the whole text.")
-    choice: tuple[StopString, ...] | None = Field(
-        default=None, min_length=1, max_length=1024, description="Texts of which the output is one."
-    )
+    choice: _Choices | None = Field(default=None, description="Texts of which the output is one.")
     grammar: str | None = Field(
         default=None, min_length=1, max_length=MAX_CONSTRAINT_CHARS, description="Lark grammar of the text."
     )

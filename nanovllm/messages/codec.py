@@ -90,8 +90,8 @@ def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:
 
 
 def _parse_json(value: bytes) -> Any:
-    # By its commas, before any value becomes an object.
-    if value.count(b",") >= MAX_VALUES and _outside_strings(value).count(b",") >= MAX_VALUES:
+    # Before any value becomes an object.
+    if _most_values(value) > MAX_VALUES and _most_values(_outside_strings(value)) > MAX_VALUES:
         raise InvalidJob(_TOO_MANY_VALUES)
     try:
         return _STRICT_JSON.decode(value.decode())
@@ -105,8 +105,17 @@ def _parse_json(value: bytes) -> Any:
         raise InvalidJob(f"the message is not valid JSON: {what} at character {error.pos}") from None
 
 
+def _most_values(json_bytes: bytes) -> int:
+    # A value stands behind a comma, or first in an array or object; the message itself is one.
+    return 1 + sum(map(json_bytes.count, (b",", b"[", b"{")))
+
+
 def _outside_strings(value: bytes) -> bytes:
-    return b"".join(value.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    unescaped = value.replace(rb"\\", b"").replace(rb"\"", b"")
+    # Names and values are at most two strings each; split() would make an object of every one.
+    if unescaped.count(b'"') > 4 * MAX_VALUES:
+        raise InvalidJob(_TOO_MANY_VALUES)
+    return b"".join(unescaped.split(b'"')[::2])
 
 
 def _parse_msgpack(value: bytes) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
+from itertools import repeat
 from typing import Any, Literal
 
 import msgpack
@@ -35,32 +36,32 @@ def check_json_value(value: Any, *, allow_bytes_in: str | None = None) -> None:
         ValueError: NaN, an infinity, an integer beyond 2^53, a key that is no string, a lone surrogate, bytes, another
             type, or more than ``MAX_DEPTH`` levels. The message never repeats the value.
     """
-    # A stack of our own: the sender chooses the depth, and Python's stack must not be the limit.
-    stack: list[tuple[Any, int, bool]] = [(value, 0, False)]
+    # A stack of our own: the sender chooses the depth, and Python's stack must not be the limit. Of containers alone,
+    # because every value of a message comes by here while the event loop waits.
+    stack: list[tuple[Any, int]] = [((value,), 0)]
     while stack:
-        item, depth, may_be_bytes = stack.pop()
-        if depth > MAX_DEPTH:
+        container, depth = stack.pop()
+        if depth > MAX_DEPTH and container:
             raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
-        if item is None or isinstance(item, bool) or (may_be_bytes and isinstance(item, bytes)):
-            continue
-        if isinstance(item, str):
-            _check_text(item)
-        elif isinstance(item, int):
-            if abs(item) > MAX_INTEGER:
-                raise ValueError("an integer beyond 2^53")
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise ValueError("NaN or an infinity")
-        elif isinstance(item, (list, tuple)):
-            stack.extend((child, depth + 1, False) for child in item)
-        elif isinstance(item, dict):
-            for key, child in item.items():
+        for key, item in container.items() if isinstance(container, dict) else zip(repeat(None), container):
+            if isinstance(container, dict):
                 if not isinstance(key, str):
                     raise ValueError("a key that is not a string")
                 _check_text(key)
-                stack.append((child, depth + 1, key == allow_bytes_in))
-        else:
-            raise ValueError(f"a value of type {type(item).__name__}, which JSON does not have")
+            if item is None or isinstance(item, bool):
+                continue
+            if isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, int):
+                if abs(item) > MAX_INTEGER:
+                    raise ValueError("an integer beyond 2^53")
+            elif isinstance(item, float):
+                if not math.isfinite(item):
+                    raise ValueError("NaN or an infinity")
+            elif isinstance(item, (list, tuple, dict)):
+                stack.append((item, depth + 1))
+            elif not isinstance(item, bytes) or key is None or key != allow_bytes_in:
+                raise ValueError(f"a value of type {type(item).__name__}, which JSON does not have")
 
 
 def _check_text(text: str) -> None:

@@ -33,19 +33,24 @@ from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams, at_most
 
 MAX_METADATA_BYTES = 65_536
 MAX_ITEMS = 4_096
 """Most images, messages, or parts of a message; every item costs validation in Python."""
+MAX_PARTS = 2 * MAX_ITEMS
+"""Most parts of all messages: text and image in each."""
+MAX_NAMES = 64
+"""Most names in ``sampling``, an image, a message or a part; each unknown one is an error."""
+MAX_TEMPLATE_KWARGS = 16
 
 MAX_UNKNOWN_NAMES = 64
 """Most unknown fields that are compared with the known ones: each comparison holds the event loop."""
 MAX_NAME_CHARS = 1_024
 MAX_URI_CHARS = 2_048
 
-_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,32})?([Zz]|[+-]\d\d:\d\d)")
 _BARE_TAG = re.compile(r"[!#-~]+")
 TOPIC_PATTERN = r"^[A-Za-z0-9._-]{1,249}$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
@@ -107,6 +112,18 @@ Deadline = Annotated[
 class _Strict(BaseModel):
     # Strict: "64" is no number and 1 is no true; a sender learns of the mistake instead of getting a guess.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        check_names(fields)
+        return fields
+
+
+def check_names(fields: Any) -> None:
+    """Raise ValueError for an object of more than ``MAX_NAMES`` names."""
+    if isinstance(fields, dict) and len(fields) > MAX_NAMES:
+        raise ValueError(f"has {len(fields)} names, at most {MAX_NAMES} are allowed")
 
 
 def _bare_tag(value: str) -> str:
@@ -224,7 +241,8 @@ def _content_kind(value: Any) -> str:
 
 Part = Annotated[TextPart | ImagePart | ImageUrlPart, Field(discriminator="type")]
 # Lists arrive as lists, and strict mode would take nothing but a tuple for a tuple.
-Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS)]
+# They fail at the first wrong item: a job may have thousands, and an error costs more than a valid item.
+Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_content_kind)]
 
 
@@ -233,6 +251,20 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: Content
+
+
+def _check_parts(messages: Any) -> Any:
+    if isinstance(messages, (list, tuple)):
+        contents = [message.get("content") for message in messages[:MAX_ITEMS] if isinstance(message, dict)]
+        parts = sum(len(content) for content in contents if isinstance(content, (list, tuple)))
+        if parts > MAX_PARTS:
+            raise ValueError(f"have {parts} parts, at most {MAX_PARTS} are allowed in all messages")
+    return messages
+
+
+_Messages = Annotated[tuple[ChatMessage, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+Messages = Annotated[_Messages, BeforeValidator(_check_parts, json_schema_input_type=_Messages)]
+Images = Annotated[tuple[Image, ...], Field(strict=False, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class Job(_Strict):
@@ -251,18 +283,14 @@ class Job(_Strict):
     version: Literal[1] = 1
     job_id: JobId | None = Field(None, description="Unset: derived from topic, partition and offset.")
     prompt: str | None = Field(None, min_length=1, description="Text with one `<|image|>` for each of `images`.")
-    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False, min_length=1, max_length=MAX_ITEMS)] | None = (
-        Field(None, description="A chat in place of `prompt`.")
-    )
-    images: Annotated[tuple[Image, ...], Field(strict=False, max_length=MAX_ITEMS)] = Field(
-        (), description="In the order of their places."
-    )
+    messages: Messages | None = Field(None, description="A chat in place of `prompt`.")
+    images: Images = Field((), description="In the order of their places.")
     sampling: Annotated[
         dict[str, Any], WithJsonSchema({"allOf": [SamplingParams.model_json_schema()], "type": "object"})
     ] = Field(default_factory=dict, description="What is unset takes the worker's NANOVLLM_SAMPLING__* values.")
-    chat_template_kwargs: dict[str, bool | int | float | None] = Field(
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | None], at_most(MAX_TEMPLATE_KWARGS)] = Field(
         default_factory=dict,
-        max_length=16,
+        max_length=MAX_TEMPLATE_KWARGS,
         description="Variables of the chat template, where the worker allows them (`engine.job_chat_template_kwargs`).",
     )
     deadline: Deadline | None = Field(None, description="RFC 3339; a job that is not done by then is a dead letter.")
@@ -278,9 +306,11 @@ class Job(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
-        names = list(fields) if isinstance(fields, Mapping) else []
-        unknown = [name for name in names if isinstance(name, str) and name not in cls.model_fields]
-        absent = [name for name in cls.model_fields if name not in names] if unknown else []
+        # In place of the limit that other objects have: unknown names cost nothing here.
+        known_names = cls.model_fields
+        names = fields if isinstance(fields, Mapping) else {}
+        unknown = [name for name in names if isinstance(name, str) and name not in known_names]
+        absent = [name for name in known_names if name not in names] if unknown else []
         for name in unknown[:MAX_UNKNOWN_NAMES]:
             for known in absent:
                 if is_one_edit(name, known):
@@ -290,7 +320,12 @@ class Job(_Strict):
     @field_validator("sampling")
     @classmethod
     def _check_sampling(cls, sampling: dict[str, Any]) -> dict[str, Any]:
+        check_names(sampling)
         check_json_value(sampling)
+        schema = sampling.get("json_schema")
+        # SamplingParams refuses it too, after it was made from JSON twice.
+        if isinstance(schema, dict) and len(_json_bytes(schema)) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"json_schema is longer than {MAX_SCHEMA_CHARS} characters")
         try:
             # From JSON, because strict Python input would refuse a list for a tuple.
             params = SamplingParams.model_validate_json(_json_bytes(sampling), strict=True)

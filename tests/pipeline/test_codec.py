@@ -159,17 +159,24 @@ def _too_many_nested() -> bytes:
     ("value", "reason"),
     [
         (json.dumps({"messages": [{"role": "user", "content": ""}] * 30_000}).encode(), "at most 4096 items"),
-        (json.dumps({"messages": [{"role": "user", "content": []}] * 4_096}).encode(), r"and \d+ more$"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": []}] * 4_096}).encode(),
+            r"^messages.0.content.parts: .* at least 1",
+        ),
         (b'{"prompt":"a","images":[' + b"0," * 4_190_000 + b"0]}", "more than 100000 values"),
-        (b'{"prompt":"a","images":[' + b"0," * 90_000 + b"0]}", r"images.0: .* and \d+ more$"),
+        (b'{"prompt":"a","images":[' + b"0," * 90_000 + b"0]}", r"^images.0: [^;]*$"),
         (b'{"prompt":"a","images":["s3://bb/1"' + b',"s3://bb/1"' * 700_000 + b"]}", "more than 100000 values"),
         (json.dumps({"prompt": "a", "images": ["s3://bb/1"] * 4_097}).encode(), "images: .* at most 4096 items"),
         (
             json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 4_097}]}).encode(),
             "at most 4096 items",
         ),
-        (b'{"prompt":' + b'{"a":' * 200_000, "nested too deeply"),
-        (json.dumps({"prompt": "a", "sampling": {f"x{i}": 0 for i in range(90_000)}}).encode(), r"and \d+ more$"),
+        (b'{"prompt":' + b'{"a":' * 90_000, "nested too deeply"),
+        (b'{"prompt":' + b'{"a":' * 200_000, "more than 100000 values"),
+        (
+            json.dumps({"prompt": "a", "sampling": {f"x{i}": 0 for i in range(90_000)}}).encode(),
+            "90000 names, at most 64",
+        ),
         (msgpack.packb({"prompt": "a", "images": [0] * 4_000_000}), "not one complete msgpack map"),
         (msgpack.packb({"prompt": "a", "x": [[0] * 300] * 400}), "more than 100000 values"),
         (_too_many_nested(), "more than 100000 values"),
