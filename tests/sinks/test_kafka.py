@@ -33,6 +33,7 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
+from nanovllm.settings.tenants import TenantSettings
 from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import (
     dead_letter_like,
@@ -121,6 +122,43 @@ def test_headers_that_the_settings_name_are_kept_and_ours_are_never_taken_from_t
     assert ("Tenant", b"a") in record.headers
     assert [value for name, value in record.headers if name == "nanovllm_code"] == [b"invalid_image"]
     assert "other" not in dict(record.headers)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        (("traceparent", b"00-ab"), ("Tenant", b"acme")),
+        tuple(("traceparent", b"%d" % number) for number in range(1_100)) + (("TENANT", b"acme"),),
+        (("tenant", b"a" * 5_000), ("tenant", b"victim")),
+        (("tenant", "\u00e4".encode() * 500), ("traceparent", b"x" * 1_000)),
+        (("tenant", b""), ("tenant", b"victim")),
+    ],
+)
+@pytest.mark.parametrize("max_bytes", [1_500, 3_000, 1_000_000])
+def test_a_dead_letter_names_the_tenant_that_the_job_had_whatever_else_is_cut(
+    original: tuple[tuple[str, bytes], ...], max_bytes: int
+) -> None:
+    tenants = TenantSettings(header="tenant")
+    record = dead_letter_record(
+        dead_letter(message="m" * 900),
+        "dead",
+        key=b"k" * 2_000,
+        value=b"v" * 9_000,
+        original_headers=original,
+        keep_headers=("tenant",),
+        tenant=tenants.header_of(original),
+        max_bytes=max_bytes,
+    )
+    assert record.size_bytes <= max_bytes
+    assert tenants.tenant_of("jobs", record.headers) == tenants.tenant_of("jobs", original)
+    kept = [name for name, _ in record.headers if not name.startswith("nanovllm_")]
+    assert len([name for name in kept if name.lower() == "tenant"]) == 1
+    assert len(original) - len(kept) == int(dict(record.headers).get("nanovllm_headers_left_out", b"0"))
+
+
+def test_no_header_of_the_workers_own_names_a_tenant() -> None:
+    with pytest.raises(ValueError, match="nanovllm_"):
+        TenantSettings(header="NanoVLLM_tenant")
 
 
 def test_no_url_query_and_no_login_reaches_a_dead_letter() -> None:

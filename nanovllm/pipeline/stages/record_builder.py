@@ -139,6 +139,7 @@ class RecordBuilder:
             value=record.original_value,
             original_headers=context.origin.headers,
             keep_headers=self.settings.dead_letters.keep_headers,
+            tenant=self.settings.tenants.header_of(context.origin.headers),
             max_bytes=self.max_record_bytes(topic),
         )
 
