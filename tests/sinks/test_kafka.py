@@ -128,7 +128,7 @@ def test_headers_that_the_settings_name_are_kept_and_ours_are_never_taken_from_t
     "original",
     [
         (("traceparent", b"00-ab"), ("Tenant", b"acme")),
-        tuple(("traceparent", b"%d" % number) for number in range(1_100)) + (("TENANT", b"acme"),),
+        (*(("traceparent", b"%d" % number) for number in range(1_100)), ("TENANT", b"acme")),
         (("tenant", b"a" * 5_000), ("tenant", b"victim")),
         (("tenant", "\u00e4".encode() * 500), ("traceparent", b"x" * 1_000)),
         (("tenant", b""), ("tenant", b"victim")),
@@ -285,7 +285,7 @@ async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_
         sink = KafkaSink(producer, limits)
         for size in (10, 19_000, 200_000, 10):
             record = dead_letter_record(
-                dead_letter(), topic, key=b"k", value=b"v" * size, max_bytes=sink.max_record_bytes(topic)
+                dead_letter(), topic, key=b"k", value=b"v" * size, max_bytes=sink.limits.record_bytes(topic)
             )
             await sink.publish([record])
     finally:
