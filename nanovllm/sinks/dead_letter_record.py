@@ -24,6 +24,8 @@ SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
 LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
 MESSAGE_HEADER = f"{OWN_PREFIX}message"
 MAX_MESSAGE_CHARS = 1_000
+MIN_TOPIC_BYTES = 8_192
+"""What a topic must take for every envelope: a job's id and the message are up to 2 KB and 4 KB, the rest 1.5 KB."""
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@\"']*@)?(?P<rest>[^\s?#\"'<>]*)[?#]?[^\s\"'<>]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 

@@ -125,6 +125,24 @@ async def test_a_limit_that_is_raised_is_noticed_by_the_next_record_that_is_abov
         assert [value for _, value in await bench.dead_letters(3)].count(broken) == 1
 
 
+@pytest.mark.kafka
+async def test_a_transaction_that_is_refused_for_its_size_names_its_topics_and_their_limits(
+    kafka_bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench, topics = kafka_bench, kafka_bench.settings.topics
+    async with sink_of(bench.settings) as sink, bench.working(EchoEngine(), sink=sink, delivery="exactly_once"):
+        await bench.send({"job_id": "before", "prompt": "p"})
+        await bench.results(1)
+        await set_limit(bench.bootstrap_servers, topics.results, 3_000)
+        await bench.send({"job_id": "large", "prompt": "x" * 6_000})
+        ((letter, _),) = await bench.dead_letters(1)
+    assert letter["nanovllm_code"] == "message_too_large"
+    for text in (letter["nanovllm_message"], caplog.text):
+        assert f"{topics.results} (" in text
+        assert "limit 3000)" in text
+        assert f"{topics.metrics} (" in text
+
+
 async def test_many_records_above_a_limit_read_it_once() -> None:
     reads = []
 

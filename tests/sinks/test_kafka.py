@@ -5,7 +5,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -36,6 +36,7 @@ from nanovllm.messages.result import Result, result_id_for
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import (
+    MIN_TOPIC_BYTES,
     dead_letter_like,
     dead_letter_record,
     read_dead_letter,
@@ -201,6 +202,40 @@ def test_a_dead_letter_never_exceeds_its_limit(
         assert own["nanovllm_value_sha256"].decode() == hashlib.sha256(value).hexdigest()
         assert own["nanovllm_value_size"].decode() == str(len(value))
         assert own["nanovllm_source_offset"] == b"17"
+
+
+def test_the_largest_envelope_fits_into_the_smallest_topic_that_the_check_lets_pass() -> None:
+    widest = "\U0001f600"
+    now = datetime.now(UTC)
+    letter = dead_letter(
+        job_id=widest * 512,
+        message=widest * 2_000,
+        code="c" * 64,
+        error_class="retries_exhausted",
+        cause="E" * 100 + " in nanovllm." + "m" * 100 + ":100000",
+        attempts=10**9,
+        replays=9_999,
+        retryable=True,
+        source=Source(topic="t" * 249, partition=2**31 - 1, offset=2**63 - 1, timestamp_ms=2**63 - 1),
+        worker="w" * 253,
+        received_at=now,
+        first_failed_at=now,
+        failed_at=now,
+    )
+    headers = tuple((name, b"x" * 1_000) for name in ("Tenant", "traceparent", "tracestate"))
+    tenant = TenantSettings(header="tenant").header_of(headers)
+    record = dead_letter_record(
+        letter,
+        "dead",
+        key=b"k" * 10_000,
+        value=b"v" * 10_000,
+        original_headers=headers,
+        tenant=tenant,
+        max_bytes=MIN_TOPIC_BYTES,
+    )
+    assert record.size_bytes <= MIN_TOPIC_BYTES
+    assert dict(record.headers)["nanovllm_message"].decode() == widest * 1_000
+    assert tenant in record.headers
 
 
 def test_headers_that_are_too_many_or_too_long_together_stay_out_of_whatever_is_sent() -> None:
