@@ -89,6 +89,20 @@ async def test_a_limit_that_is_lowered_while_the_worker_runs_refuses_only_what_i
     assert len(world.results) == JOBS + 1
 
 
+@pytest.mark.kafka
+async def test_a_topic_that_is_too_small_for_dead_letters_is_named_at_start(kafka_broker, s3, tmp_path):
+    world = World(kafka_broker, s3, tmp_path, {"NANOVLLM_ENGINE__BACKEND": "echo"})
+    topics = world.topics
+    await create_topic(kafka_broker, topics.jobs, topics.results, topics.metrics)
+    await create_topic(kafka_broker, topics.dead_letters, settings={"max.message.bytes": "900"})
+    async with world.producer() as producer:
+        await producer.send_job(Job(job_id="j", prompt="Say so"))
+    await world.drain("w")
+    log = world.worker("w").log.read_text()
+    assert f"topic {topics.dead_letters} takes 900 bytes" in log
+    assert "max.message.bytes" in log
+
+
 @asynccontextmanager
 async def sink_of(settings: Settings) -> AsyncIterator[KafkaSink]:
     """A sink as a worker has it, with the limits of its topics as they are now."""

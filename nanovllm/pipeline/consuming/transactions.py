@@ -170,7 +170,7 @@ class PartitionTransactions:
             if isinstance(error, MessageTooLarge) and len(outputs) > 1:
                 # A topic's limit is one for whole batches, and may have been lowered.
                 self._jobs_bound = len(outputs) // 2
-                error = TransientError("records of several jobs were refused together for their size")
+                error = TransientError(f"records of several jobs were refused together: {error}")
             # One by one for a while: what is refused for one job's sake must not be held against the others.
             self._max_jobs = 1
             if not self.is_fenced:
