@@ -106,6 +106,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.topic_presence import require_topics
         from nanovllm.objects.s3_client import check_settings
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
         from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
@@ -140,6 +141,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         health.wait_for("the brokers")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
         limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
+        dead_letters = settings.topics.dead_letters
+        if small := too_small_for_dead_letters(dead_letters, limits.record_bytes(dead_letters)):
+            logger.error("topic %s %s", small.topic, small.what)
         producer = build.build_producer(settings, limits)
         stack.push_async_callback(producer.stop)
         await producer.start()

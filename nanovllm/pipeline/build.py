@@ -178,6 +178,7 @@ def build_worker(
         lost=worker.drop,
         exactly_once=settings.delivery == "exactly_once",
         crash_guard=crash_guard,
+        limits=sink.limits,
     )
     source = JobSource(
         settings.kafka,

@@ -10,6 +10,7 @@ from nanovllm.errors import counted
 from nanovllm.kafka.admin import COMPACTED, DAY_MS, TopicState
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.settings.worker import Settings
+from nanovllm.sinks.dead_letter_record import MIN_TOPIC_BYTES
 
 # What a dead letter or a delayed retry adds to the job that it carries.
 ENVELOPE_BYTES = 16 * 1024
@@ -109,7 +110,10 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
             yield Finding(need.name, "warning", "retention.ms is below that of the jobs: they go before they are seen")
         if need.purpose in ("retry", "dead letters"):
             largest = min(state.number("max.message.bytes"), settings.kafka.max_request_bytes)
-            if largest < largest_job:
+            small = too_small_for_dead_letters(need.name, largest) if need.purpose == "dead letters" else None
+            if small is not None:
+                yield small
+            elif largest < largest_job:
                 fate = "are cut" if need.purpose == "dead letters" else "are not retried later"
                 yield Finding(
                     need.name,
@@ -122,6 +126,19 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
 def more_partitions(topic: str, partitions: int) -> str:
     """The command that adds partitions to ``topic``; none of ours changes a topic that is there."""
     return f"kafka-topics.sh --bootstrap-server … --alter --topic {topic} --partitions {partitions} adds them"
+
+
+def too_small_for_dead_letters(topic: str, largest: int) -> Finding | None:
+    """What is wrong with a topic of dead letters that takes records up to ``largest`` bytes; None where nothing is."""
+    if largest >= MIN_TOPIC_BYTES:
+        return None
+    return Finding(
+        topic,
+        "error",
+        f"takes {largest} bytes (the smaller of max.message.bytes and kafka.max_request_bytes), and a dead letter "
+        f"without its job needs up to {MIN_TOPIC_BYTES}: one that is refused ends the worker; raise both to that or "
+        "more",
+    )
 
 
 def _jobs_findings(settings: Settings, need: TopicNeed, state: TopicState, workers: int | None) -> Iterator[Finding]:

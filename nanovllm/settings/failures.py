@@ -44,8 +44,8 @@ class DeadLetterSettings(SettingsModel):
 
     keep_headers: StrList = Field(
         (),
-        description="Headers of a job that its dead letter keeps for a replay, beside the trace's and `content-type`; "
-        "others may hold secrets and stay out.",
+        description="Headers of a job that its dead letter keeps for a replay, beside the trace's, `content-type` "
+        "and the one that `tenants.header` names; others may hold secrets and stay out.",
     )
     poison_limit: int | None = Field(
         None,

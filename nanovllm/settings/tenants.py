@@ -17,7 +17,7 @@ class TenantSettings(SettingsModel):
     header: str | None = Field(
         None,
         min_length=1,
-        description="Header that names a job's tenant; set where producers cannot forge it.",
+        description="Header that names a job's tenant; set where producers cannot forge it. Dead letters keep it.",
     )
     by_topic: bool = Field(False, description="The topic that a job came in is its tenant; excludes `header`.")
     weights: dict[str, float] = Field(
@@ -36,6 +36,8 @@ class TenantSettings(SettingsModel):
     def _check(self) -> TenantSettings:
         if self.by_topic and self.header:
             raise ValueError("by_topic and header exclude each other")
+        if self.header and self.header.lower().startswith("nanovllm_"):
+            raise ValueError("header begins with nanovllm_, as the worker's own do: no job keeps such a one")
         if any(weight <= 0 for weight in self.weights.values()) or any(limit < 1 for limit in self.limits.values()):
             raise ValueError("weights are above 0, limits at least 1")
         return self
@@ -45,15 +47,20 @@ class TenantSettings(SettingsModel):
         """Whether jobs are told apart by tenant."""
         return self.by_topic or self.header is not None
 
-    def tenant_of(self, topic: str, headers: Iterable[tuple[str, bytes]]) -> str:
+    def tenant_of(self, topic: str, headers: Iterable[tuple[str, bytes | None]]) -> str:
         """The tenant of a job that came in ``topic`` with ``headers``; the empty one where nothing names it."""
         if self.by_topic:
             return topic
+        header = self.header_of(headers)
+        return "" if header is None else header[1].decode(errors="replace")
+
+    def header_of(self, headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, bytes] | None:
+        """The header that names a job's tenant, up to ``MAX_NAME_BYTES``: the first of its name; None without one."""
         if self.header is not None:
             for name, value in headers:
                 if name.lower() == self.header.lower():
-                    return value[:MAX_NAME_BYTES].decode(errors="replace")
-        return ""
+                    return name, (value or b"")[:MAX_NAME_BYTES]  # a header may have no value
+        return None
 
     def salt_of(self, tenant: str) -> bytes:
         """What keeps the tenant's cache entries apart from others'."""

@@ -15,10 +15,10 @@ class Sink(Protocol):
     part: str
     """What is reported as a fault while it takes nothing."""
 
-    def max_record_bytes(self, topic: str) -> int:
-        """Size of the largest record that ``topic`` takes."""
+    async def max_record_bytes(self, topic: str, wanted_bytes: int) -> int:
+        """Size of the largest record that ``topic`` takes; for a record of ``wanted_bytes``."""
 
-    def check(self, records: Sequence[OutgoingRecord]) -> None:
+    async def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Raise MessageTooLarge where a topic would refuse one of ``records``."""
 
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:

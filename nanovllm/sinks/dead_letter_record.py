@@ -24,6 +24,8 @@ SHA256_HEADER = f"{OWN_PREFIX}value_sha256"
 LEFT_OUT_HEADER = f"{OWN_PREFIX}headers_left_out"
 MESSAGE_HEADER = f"{OWN_PREFIX}message"
 MAX_MESSAGE_CHARS = 1_000
+MIN_TOPIC_BYTES = 8_192
+"""What a topic must take for every envelope: a job's id and the message are up to 2 KB and 4 KB, the rest 1.5 KB."""
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@\"']*@)?(?P<rest>[^\s?#\"'<>]*)[?#]?[^\s\"'<>]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
@@ -36,18 +38,27 @@ def dead_letter_record(
     value: bytes | None,
     original_headers: Headers = (),
     keep_headers: Sequence[str] = (),
+    tenant: tuple[str, bytes] | None = None,
     max_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> OutgoingRecord:
     """The original message with ``letter`` in its headers, beside the original ones that ``keep_headers`` names.
+
+    ``tenant``: the original header that names the job's tenant. It is never left out, and no other of its name is kept:
+    a replay without it would be another tenant's job.
 
     What would exceed ``max_bytes`` altogether is cut, never refused: a job that cannot even be reported would stop its
     partition for good. The value is cut first, and keeps its beginning; its digest, its size and where it still lies
     are headers. Then the original headers, the key and the end of the error's message go, in this order. A tombstone
     stays one: a record without a value deletes its key from a compacted topic, an empty value does not.
     """
-    kept = tuple(kept_headers(original_headers, (*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers))))
+    names = {*DEAD_LETTER_HEADERS, *(name.lower() for name in keep_headers)}
     envelope = list(_envelope_headers(letter))
-    left_out = len(original_headers) - len(kept)
+    if tenant is not None:
+        names.discard(tenant[0].lower())
+        envelope.insert(0, tenant)
+    kept = tuple(kept_headers(original_headers, names))
+    others = len(original_headers) - (tenant is not None)
+    left_out = others - len(kept)
     record = OutgoingRecord(topic, key, value, (*kept, *envelope, *_left_out(left_out)))
     if record.size_bytes <= max_bytes:
         return record
@@ -57,7 +68,7 @@ def dead_letter_record(
             (SHA256_HEADER, hashlib.sha256(value).hexdigest().encode()),
             (f"{OWN_PREFIX}value_size", str(len(value)).encode()),
         ]
-    without_headers = (*envelope, *_left_out(len(original_headers)))
+    without_headers = (*envelope, *_left_out(others))
     for kept_key, headers in (
         (key, (*kept, *envelope, *_left_out(left_out))),
         (key, without_headers),

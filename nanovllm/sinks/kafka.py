@@ -37,20 +37,20 @@ class KafkaSink:
         limits: TopicLimits | Mapping[str, int] | None = None,
     ) -> None:
         self._producer = producer
-        self._limits = limits if isinstance(limits, TopicLimits) else TopicLimits(limits)
-        self.max_record_bytes = self._limits.record_bytes
+        self._limits = self.limits = limits if isinstance(limits, TopicLimits) else TopicLimits(limits)
+        self.max_record_bytes = self._limits.room_for
 
-    def check(self, records: Sequence[OutgoingRecord]) -> None:
+    async def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Refuse what a topic would refuse.
 
         Raises:
             MessageTooLarge: a record exceeds its topic's limit.
         """
         for record in records:
-            if record.size_bytes > self.max_record_bytes(record.topic):
+            limit = await self.max_record_bytes(record.topic, record.size_bytes)
+            if record.size_bytes > limit:
                 raise MessageTooLarge(
-                    f"a record of {record.size_bytes} bytes is above the limit of {self.max_record_bytes(record.topic)}"
-                    f" bytes of topic {record.topic}"
+                    f"a record of {record.size_bytes} bytes is above the limit of {limit} bytes of topic {record.topic}"
                 )
 
     async def publish(self, records: Sequence[OutgoingRecord]) -> None:
@@ -63,7 +63,7 @@ class KafkaSink:
             TransientError: the brokers did not answer in time.
             BrokersUnavailable: the brokers refuse, whatever is sent.
         """
-        self.check(records)
+        await self.check(records)
         raise_worst(await self.publish_each(records))
 
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
@@ -92,7 +92,7 @@ class KafkaSink:
         send = producer.send_batches if isinstance(producer, RecoveringProducer) else partial(send_batches, producer)
         errors: list[KafkaError | None]
         try:
-            errors = await send(topic, records, min(batch_bytes, self.max_record_bytes(topic)))
+            errors = await send(topic, records, min(batch_bytes, self._limits.record_bytes(topic)))
         except KafkaError as error:
             errors = [error] * len(records)
         # One batch has one error, which all its records share.
@@ -117,7 +117,7 @@ class KafkaSink:
         is_replaced = isinstance(self._producer, RecoveringProducer)
         are_smaller = await self._limits.lower(batch_bytes)
         was_alone = record_bytes >= batch_bytes
-        if record_bytes > self.max_record_bytes(topic) or was_alone or not (is_replaced and are_smaller):
+        if record_bytes > self._limits.record_bytes(topic) or was_alone or not (is_replaced and are_smaller):
             return error
         return TransientError(f"topic {topic} takes smaller batches than it did: the record is sent again")
 

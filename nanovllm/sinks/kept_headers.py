@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 
 from nanovllm.kafka.records import Headers
@@ -18,7 +18,7 @@ MAX_HEADERS = 32
 MAX_HEADERS_BYTES = 8_192
 
 
-def kept_headers(headers: Headers, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+def kept_headers(headers: Headers, names: Collection[str]) -> Iterable[tuple[str, bytes]]:
     """Those of ``names``, in their order, as long as they are at most ``MAX_HEADERS`` in ``MAX_HEADERS_BYTES``."""
     count, left = 0, MAX_HEADERS_BYTES
     for name, value in headers:

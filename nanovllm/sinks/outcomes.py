@@ -30,11 +30,11 @@ class OutcomeSink:
         self._on_result = on_result
         self._on_dead_letter = on_dead_letter
 
-    def max_record_bytes(self, topic: str) -> int:
+    async def max_record_bytes(self, topic: str, wanted_bytes: int) -> int:
         """No limit."""
         return sys.maxsize
 
-    def check(self, records: Sequence[OutgoingRecord]) -> None:
+    async def check(self, records: Sequence[OutgoingRecord]) -> None:
         """Nothing is too large."""
 
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:

@@ -102,6 +102,26 @@ async def test_a_job_that_was_repaired_is_replayed_as_it_was(
     assert dict(again.headers) == {"traceparent": b"00-ab", "Tenant": b"acme", "nanovllm_replays": b"1"}
 
 
+async def test_a_replayed_job_is_its_tenants_though_no_header_is_listed(
+    bench: Bench, environment: None, capsys: Capture, s3: Any
+) -> None:
+    bucket = s3.make_bucket()
+    tenants = bench.settings.tenants.model_copy(update={"header": "tenant"})
+    allowed = bench.settings.s3.model_copy(update={"allow": (f"s3://{bucket}",)})
+    headers = [("cookie", b"hunter2"), ("Tenant", b"acme")]
+    await bench.send({"job_id": "late", "prompt": "<|image|>", "images": [f"s3://{bucket}/late.png"]}, headers=headers)
+    await bench.send(b"no job", headers=headers)
+    async with bench.working(EchoEngine(), tenants=tenants, s3=allowed):
+        letters = await bench.dead_letters(2)
+        s3.put(bucket, "late.png", png())
+        await command(capsys, "replay", "--all", "--json")
+        assert set(await bench.results(1)) == {"late"}
+    assert [letter["Tenant"] for letter, _ in letters] == ["acme"] * 2
+    again = [dict(record.headers) for record in await bench.read(bench.settings.topics.jobs, 4)]
+    assert [one["Tenant"] for one in again] == [b"acme"] * 4
+    assert [one for one in again if "nanovllm_replays" in one] == [{"Tenant": b"acme", "nanovllm_replays": b"1"}] * 2
+
+
 async def test_nothing_is_replayed_unasked_twice_or_into_a_topic_that_only_the_letter_names(
     bench: Bench, environment: None, capsys: Capture
 ) -> None:

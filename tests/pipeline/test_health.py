@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -88,3 +93,40 @@ def test_metrics_carry_the_engines_figures_under_vllms_names(served: Served) -> 
 
 def test_an_unknown_path_is_not_found(served: Served) -> None:
     assert served.get("/secret")[0] == 404
+
+
+def test_a_client_that_goes_away_before_its_answer_leaves_no_traceback(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("DEBUG", "nanovllm")
+    asked, gone = threading.Event(), threading.Event()
+    exposition = served.metrics.exposition
+
+    def after_it_has_gone() -> bytes:
+        asked.set()
+        assert gone.wait(30)
+        return exposition()
+
+    monkeypatch.setattr(served.metrics, "exposition", after_it_has_gone)
+    for request in (b"GET /metrics HTTP/1.1\r\n\r\n", b"HEAD /metrics HTTP/1.0\r\n\r\n"):
+        asked.clear()
+        gone.clear()
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset at the end
+            client.sendall(request)
+            assert asked.wait(30)
+        gone.set()
+    while sum("went away" in line for line in caplog.messages) < 2:
+        time.sleep(0.01)
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+    assert served.get("/healthz")[0] == 200
+
+
+def test_a_fault_of_the_endpoints_themselves_is_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(served.metrics, "exposition", lambda: 1 / 0)
+    with pytest.raises(http.client.RemoteDisconnected):
+        served.get("/metrics")
+    while "ZeroDivisionError" not in caplog.text:
+        time.sleep(0.01)

@@ -57,7 +57,8 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({RETRY: {"retention.ms": "-1"}}) == set()
     assert found({"nanovllm.jobs": {"retention.ms": "60000"}}) == {("nanovllm.jobs", "warning")}
     assert found({"nanovllm.dead-letters": {"retention.ms": "60000"}}) == {("nanovllm.dead-letters", "warning")}
-    assert found({"nanovllm.dead-letters": {"max.message.bytes": "1000"}}) == {("nanovllm.dead-letters", "warning")}
+    assert found({"nanovllm.dead-letters": {"max.message.bytes": "8192"}}) == {("nanovllm.dead-letters", "warning")}
+    assert found({"nanovllm.dead-letters": {"max.message.bytes": "8191"}}) == {("nanovllm.dead-letters", "error")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "4"}}) == {("nanovllm.metrics", "error")}
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
     assert found({"nanovllm.replayed": None}) == set()

@@ -5,7 +5,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -33,8 +33,10 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.messages.base import Source
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.result import Result, result_id_for
+from nanovllm.settings.tenants import TenantSettings
 from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import (
+    MIN_TOPIC_BYTES,
     dead_letter_like,
     dead_letter_record,
     read_dead_letter,
@@ -123,6 +125,43 @@ def test_headers_that_the_settings_name_are_kept_and_ours_are_never_taken_from_t
     assert "other" not in dict(record.headers)
 
 
+@pytest.mark.parametrize(
+    "original",
+    [
+        (("traceparent", b"00-ab"), ("Tenant", b"acme")),
+        (*(("traceparent", b"%d" % number) for number in range(1_100)), ("TENANT", b"acme")),
+        (("tenant", b"a" * 5_000), ("tenant", b"victim")),
+        (("tenant", "\u00e4".encode() * 500), ("traceparent", b"x" * 1_000)),
+        (("tenant", b""), ("tenant", b"victim")),
+    ],
+)
+@pytest.mark.parametrize("max_bytes", [1_500, 3_000, 1_000_000])
+def test_a_dead_letter_names_the_tenant_that_the_job_had_whatever_else_is_cut(
+    original: tuple[tuple[str, bytes], ...], max_bytes: int
+) -> None:
+    tenants = TenantSettings(header="tenant")
+    record = dead_letter_record(
+        dead_letter(message="m" * 900),
+        "dead",
+        key=b"k" * 2_000,
+        value=b"v" * 9_000,
+        original_headers=original,
+        keep_headers=("tenant",),
+        tenant=tenants.header_of(original),
+        max_bytes=max_bytes,
+    )
+    assert record.size_bytes <= max_bytes
+    assert tenants.tenant_of("jobs", record.headers) == tenants.tenant_of("jobs", original)
+    kept = [name for name, _ in record.headers if not name.startswith("nanovllm_")]
+    assert len([name for name in kept if name.lower() == "tenant"]) == 1
+    assert len(original) - len(kept) == int(dict(record.headers).get("nanovllm_headers_left_out", b"0"))
+
+
+def test_no_header_of_the_workers_own_names_a_tenant() -> None:
+    with pytest.raises(ValueError, match="nanovllm_"):
+        TenantSettings(header="NanoVLLM_tenant")
+
+
 def test_no_url_query_and_no_login_reaches_a_dead_letter() -> None:
     message = (
         "GET https://user:hunter2@s3.example/bucket/k.png?X-Amz-Signature=hunter2#frag failed,\nsee s3://b/k?v=hunter2"
@@ -163,6 +202,40 @@ def test_a_dead_letter_never_exceeds_its_limit(
         assert own["nanovllm_value_sha256"].decode() == hashlib.sha256(value).hexdigest()
         assert own["nanovllm_value_size"].decode() == str(len(value))
         assert own["nanovllm_source_offset"] == b"17"
+
+
+def test_the_largest_envelope_fits_into_the_smallest_topic_that_the_check_lets_pass() -> None:
+    widest = "\U0001f600"
+    now = datetime.now(UTC)
+    letter = dead_letter(
+        job_id=widest * 512,
+        message=widest * 2_000,
+        code="c" * 64,
+        error_class="retries_exhausted",
+        cause="E" * 100 + " in nanovllm." + "m" * 100 + ":100000",
+        attempts=10**9,
+        replays=9_999,
+        retryable=True,
+        source=Source(topic="t" * 249, partition=2**31 - 1, offset=2**63 - 1, timestamp_ms=2**63 - 1),
+        worker="w" * 253,
+        received_at=now,
+        first_failed_at=now,
+        failed_at=now,
+    )
+    headers = tuple((name, b"x" * 1_000) for name in ("Tenant", "traceparent", "tracestate"))
+    tenant = TenantSettings(header="tenant").header_of(headers)
+    record = dead_letter_record(
+        letter,
+        "dead",
+        key=b"k" * 10_000,
+        value=b"v" * 10_000,
+        original_headers=headers,
+        tenant=tenant,
+        max_bytes=MIN_TOPIC_BYTES,
+    )
+    assert record.size_bytes <= MIN_TOPIC_BYTES
+    assert dict(record.headers)["nanovllm_message"].decode() == widest * 1_000
+    assert tenant in record.headers
 
 
 def test_headers_that_are_too_many_or_too_long_together_stay_out_of_whatever_is_sent() -> None:
@@ -247,7 +320,7 @@ async def test_a_message_fitted_to_a_topics_own_limit_is_taken_and_the_producer_
         sink = KafkaSink(producer, limits)
         for size in (10, 19_000, 200_000, 10):
             record = dead_letter_record(
-                dead_letter(), topic, key=b"k", value=b"v" * size, max_bytes=sink.max_record_bytes(topic)
+                dead_letter(), topic, key=b"k", value=b"v" * size, max_bytes=sink.limits.record_bytes(topic)
             )
             await sink.publish([record])
     finally:

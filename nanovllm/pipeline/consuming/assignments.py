@@ -15,6 +15,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, NanoVLLMError
 from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.raw_records import RawRecord
+from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import AssignedPartition, ConsumedRecord
@@ -43,6 +44,7 @@ class Assignments:
         lost: called with the ledger of each partition that left for good.
         exactly_once: fence each partition with a transactional producer of its own, which ends its jobs.
         crash_guard: told which partitions come and leave.
+        limits: of the topics that transactions write.
     """
 
     settings: KafkaSettings
@@ -52,6 +54,7 @@ class Assignments:
     lost: Callable[[PartitionLedger], None]
     exactly_once: bool
     crash_guard: CrashGuard | None
+    limits: TopicLimits | None = None
 
     def __post_init__(self) -> None:
         self.active: dict[TopicPartition, AssignedPartition] = {}
@@ -285,7 +288,7 @@ class Assignments:
                     consumer.seek(tp, before.ledger.position)
                     return self._parted.pop(tp)
                 self._let_go(self._parted.pop(tp))
-        transactions = PartitionTransactions(tp, self.settings, consumer.committed)
+        transactions = PartitionTransactions(tp, self.settings, consumer.committed, self.limits)
         try:
             await transactions.open()
             wanted = None if tp in self._made_anew else transactions.committed

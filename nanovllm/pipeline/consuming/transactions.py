@@ -32,6 +32,7 @@ from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.kafka.errors import is_fatal, publish_error
 from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -55,13 +56,20 @@ class _Output:
 class PartitionTransactions:
     """The transactions of one input partition, for as long as it is assigned.
 
-    ``read_committed`` asks the group for the committed offset.
+    ``read_committed`` asks the group for the committed offset. ``limits``: of the topics that it writes.
     """
 
-    def __init__(self, tp: TopicPartition, kafka: KafkaSettings, read_committed: ReadCommitted) -> None:
+    def __init__(
+        self,
+        tp: TopicPartition,
+        kafka: KafkaSettings,
+        read_committed: ReadCommitted,
+        limits: TopicLimits | None = None,
+    ) -> None:
         self._tp = tp
         self._kafka = kafka
         self._read_committed = read_committed
+        self._limits = limits or TopicLimits()
         self._producer: AIOKafkaProducer | None = None
         self._ledger: PartitionLedger | None = None
         self._outputs: dict[int, _Output] = {}
@@ -162,7 +170,7 @@ class PartitionTransactions:
             if isinstance(error, MessageTooLarge) and len(outputs) > 1:
                 # A topic's limit is one for whole batches, and may have been lowered.
                 self._jobs_bound = len(outputs) // 2
-                error = TransientError("records of several jobs were refused together for their size")
+                error = TransientError(f"records of several jobs were refused together: {error}")
             # One by one for a while: what is refused for one job's sake must not be held against the others.
             self._max_jobs = 1
             if not self.is_fenced:
@@ -193,9 +201,24 @@ class PartitionTransactions:
         except (ProducerFenced, InvalidProducerEpoch) as error:
             self._fence()
             raise TransientError(f"{self._tp} belongs to another worker") from error
+        except MessageSizeTooLargeError as error:
+            await self._clean_up(error, behind, await self._too_large(records))
         except _FAILURES as error:
             logger.warning("a transaction of %s failed: %s", self._tp, type(error).__name__)
             await self._clean_up(error, behind)
+
+    async def _too_large(self, records: list[OutgoingRecord]) -> MessageTooLarge:
+        """What a refusal for size means; the limits are read anew, for they were others when the records were made."""
+        await self._limits.read_anew()
+        largest: dict[str, int] = {}
+        for record in records:
+            largest[record.topic] = max(record.size_bytes, largest.get(record.topic, 0))
+        topics = ", ".join(
+            f"{topic} ({size} bytes, limit {self._limits.record_bytes(topic)})"
+            for topic, size in sorted(largest.items())
+        )
+        logger.warning("a transaction of %s was refused for its size; its largest records: %s", self._tp, topics)
+        return MessageTooLarge(f"a transaction was refused for its size; its largest records: {topics}")
 
     async def _send(self, records: list[OutgoingRecord], behind: int) -> None:
         producer = self._producer
@@ -213,9 +236,10 @@ class PartitionTransactions:
         await producer.commit_transaction()
         self.committed = behind
 
-    async def _clean_up(self, error: Exception, behind: int) -> None:
+    async def _clean_up(self, error: Exception, behind: int, meaning: NanoVLLMError | None = None) -> None:
         """After a failure: returns when the transaction turns out to be committed; raises when none of it is there."""
-        meaning = publish_error(error, "of a transaction") if isinstance(error, KafkaError) else None
+        if meaning is None and isinstance(error, KafkaError):
+            meaning = publish_error(error, "of a transaction")
         failure = meaning or TransientError(f"a transaction of {self._tp} failed ({type(error).__name__})")
         before = self.committed
         # What is not taken in time is not aborted in time either. After a refusal the producer's numbers are ahead of

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from nanovllm.metrics import Metrics
 
@@ -80,6 +82,13 @@ class HealthServer(ThreadingHTTPServer):
     def start(self) -> None:
         """Answer from now on."""
         self._serving.start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a request failed of. A probe that has given up is no fault: its connection is gone."""
+        if isinstance(sys.exception(), ConnectionError | TimeoutError):
+            logger.debug("http: a client went away before its answer")
+        else:
+            logger.exception("a request to the worker's endpoints failed")
 
     def close(self) -> None:
         """Stop answering."""

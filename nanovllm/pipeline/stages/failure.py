@@ -42,7 +42,7 @@ class Failure:
         self._builder = builder
         self._limit = limit
 
-    def __call__(self, context: JobContext, error: Exception) -> Retried | DeadLettered:
+    async def __call__(self, context: JobContext, error: Exception) -> Retried | DeadLettered:
         """A delayed retry where waiting may help and settings and deadline allow it, else a dead letter.
 
         Raises:
@@ -51,19 +51,19 @@ class Failure:
         """
         reason = _first_cause(error)
         if isinstance(reason, TransientError):
-            record = self._builder.delayed_retry(context, reason)
+            record = await self._builder.delayed_retry(context, reason)
             if record is not None:
                 logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
                 return Retried((record,), reason)
-        return self.dead_letter(context, reason)
+        return await self.dead_letter(context, reason)
 
-    def dead_letter(self, context: JobContext, error: Exception) -> DeadLettered:
+    async def dead_letter(self, context: JobContext, error: Exception) -> DeadLettered:
         """The dead letter of what can never succeed. Raises SystemicError as the call does."""
         reason = dead_letter_reason(error, context)
         self._limit.count()
         stage = context.progress.failed_stage
         logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
-        return DeadLettered((self._builder.dead_letter(context, reason),), reason)
+        return DeadLettered((await self._builder.dead_letter(context, reason),), reason)
 
 
 def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLMError:

@@ -119,7 +119,7 @@ class InvalidRecords:
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         unsent = Unsent(self.sink, letters)
         try:
-            self.sink.check(letters)
+            await self.sink.check(letters)
             await self.retry(unsent, self.sink.part, first.progress)
         except MessageTooLarge:
             if len(letters) == 1:
@@ -133,10 +133,10 @@ class InvalidRecords:
         for index, one in enumerate(invalid):
             letter = None
             if index and one.is_like(invalid[index - 1]):
-                letter = self.builder.another_dead_letter(one.record, letters[-1])
+                letter = await self.builder.another_dead_letter(one.record, letters[-1])
             if letter is None:
                 context = first if index == 0 else one.context or self.context_of(one.record)
-                letter = self.builder.dead_letter(context, one.error)
+                letter = await self.builder.dead_letter(context, one.error)
             letters.append(letter)
             if index % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
                 await asyncio.sleep(0)

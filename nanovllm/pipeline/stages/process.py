@@ -31,7 +31,7 @@ class Stages:
     prepare: Callable[[Sequence[FetchedImage], AdmittedJob], Awaitable[tuple[PreparedImage, ...]]]
     infer: Callable[[Job, tuple[PreparedImage, ...], AdmittedJob], Awaitable[Inference]]
     answer: Callable[[Job, JobContext, Sequence[FetchedImage], Inference], Awaitable[Outcome]]
-    failure: Callable[[JobContext, Exception], Outcome]
+    failure: Callable[[JobContext, Exception], Awaitable[Outcome]]
     publish: Callable[[Outcome, JobContext, Reservation], Awaitable[Outcome]]
     observe: Callable[[Outcome, JobContext], None]
 
@@ -52,7 +52,7 @@ async def process_job(job: Job, context: JobContext, reservation: Reservation, s
         # Outside the deadline: an inferred job is answered.
         outcome = await stages.answer(job, context, fetched, inference)
     except Exception as error:
-        outcome = stages.failure(context, error)
+        outcome = await stages.failure(context, error)
     outcome = await stages.publish(outcome, context, reservation)
     context.record.complete()
     stages.observe(outcome, context)

@@ -55,7 +55,7 @@ class AnswerByClaimCheck(Answer):
     async def _result_record(self, result: Result, context: JobContext) -> OutgoingRecord:
         builder, store = self._builder, self._store
         record = builder.result(context, result)
-        if not builder.is_too_large(record):
+        if not await builder.is_too_large(record):
             return record
         name, fmt = builder.stored_name(context), builder.format_of(context)
         with context.progress.stage("publish"):
@@ -85,7 +85,7 @@ class Publish:
                 await self._send(outcome.records, context, reservation)
             except MessageTooLarge as error:
                 context.progress.failed_stage = "publish"
-                outcome = self._failure.dead_letter(context, error)
+                outcome = await self._failure.dead_letter(context, error)
                 await self._send(outcome.records, context, reservation)
         for record in outcome.records:
             self._metrics.sent.labels(record.topic).inc()
@@ -93,7 +93,7 @@ class Publish:
 
     async def _send(self, records: Sequence[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
         record, transactions = context.record, context.record.transactions
-        self._sink.check(records)
+        await self._sink.check(records)
         if transactions is None:
             await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
@@ -43,11 +45,11 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
 @dataclass(eq=False)
 class RecordBuilder:
-    """Builds the records of one worker. ``max_record_bytes`` tells the largest record that a topic takes."""
+    """Builds the records of one worker. ``max_record_bytes``: see ``Sink``."""
 
     settings: Settings
     model: ModelInfo
-    max_record_bytes: Callable[[str], int]
+    max_record_bytes: Callable[[str, int], Awaitable[int]]
     retry_topics: RetryTopics
 
     def answer(
@@ -95,9 +97,9 @@ class RecordBuilder:
         topic = context.result_topic or self.settings.topics.results
         return event_record(result, topic, self.format_of(context), context.origin.headers)
 
-    def is_too_large(self, record: OutgoingRecord) -> bool:
+    async def is_too_large(self, record: OutgoingRecord) -> bool:
         """Whether a result must lie in S3, by the settings or by what its topic takes."""
-        limit = self.max_record_bytes(record.topic)
+        limit = await self.max_record_bytes(record.topic, record.size_bytes)
         return record.size_bytes > min(limit, self.settings.s3.large_result_bytes or limit)
 
     def stored_name(self, context: JobContext) -> str:
@@ -112,7 +114,7 @@ class RecordBuilder:
         digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
         return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
-    def dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
+    async def dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
         """The original record with the reason why it failed."""
         record, progress = context.record, context.progress
         letter = DeadLetter(
@@ -132,17 +134,21 @@ class RecordBuilder:
             failed_at=datetime.now(UTC),
         )
         topic = self.settings.topics.dead_letters
-        return dead_letter_record(
+        build = partial(
+            dead_letter_record,
             letter,
             topic,
             key=record.key,
             value=record.original_value,
             original_headers=context.origin.headers,
             keep_headers=self.settings.dead_letters.keep_headers,
-            max_bytes=self.max_record_bytes(topic),
+            tenant=self.settings.tenants.header_of(context.origin.headers),
         )
+        whole = build(max_bytes=sys.maxsize)
+        limit = await self.max_record_bytes(topic, whole.size_bytes)
+        return whole if whole.size_bytes <= limit else build(max_bytes=limit)
 
-    def another_dead_letter(self, consumed: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
+    async def another_dead_letter(self, consumed: ConsumedRecord, like: OutgoingRecord) -> OutgoingRecord | None:
         """A dead letter that differs from ``like``, of the same partition, in its source alone.
 
         None where it must be made by itself: the record is from a retry topic, or too large as it is.
@@ -155,9 +161,9 @@ class RecordBuilder:
             "source_timestamp_ms": consumed.timestamp_ms,
         }
         record = dead_letter_like(like, source, key=consumed.key, value=consumed.original_value)
-        return record if record and record.size_bytes <= self.max_record_bytes(record.topic) else None
+        return record if record and await self._fits(record) else None
 
-    def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
+    async def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""
         topic = self.retry_topics.topic_after(context.record.topic, before=context.expires_at)
         if topic is None:
@@ -165,7 +171,10 @@ class RecordBuilder:
         failed_at = context.progress.first_failed_at or datetime.now(UTC)
         headers = context.origin.retry_headers(context.total_attempts, failed_at, error)
         record = OutgoingRecord(topic, context.record.key, context.record.value, headers)
-        return record if record.size_bytes <= self.max_record_bytes(topic) else None
+        return record if await self._fits(record) else None
+
+    async def _fits(self, record: OutgoingRecord) -> bool:
+        return record.size_bytes <= await self.max_record_bytes(record.topic, record.size_bytes)
 
     def format_of(self, context: JobContext) -> MessageFormat:
         """The format of what is sent for ``context``."""
