@@ -13,7 +13,7 @@ worker or object representations, because it travels into dead letters.
       PermanentError              PERMANENT: a dead letter at once
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, DecoderFailed, CrashedWorker, MessageTooLarge
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
-        FetchFailed, ObjectUnavailable
+        FetchFailed, ObjectUnavailable, ObjectRefused
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
         BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached
@@ -232,6 +232,16 @@ class ObjectUnavailable(TransientError):
     remedy = (
         "Repair what the store's code names (KMS.…: the state of the key; InvalidRequest: encryption with a "
         "customer-provided key; …Redirect: the bucket's region, or NANOVLLM_S3__REGION), then replay the job."
+    )
+
+
+class ObjectRefused(TransientError):
+    """The store answers requests for other objects, and this one as no S3 server does, or with an unknown 4xx code."""
+
+    code = "object_refused"
+    remedy = (
+        "See what the store's answer means for this object (a key or version too long for a URL, a proxy's rule, a "
+        "redirect, a missing entity tag), repair that or name another object, then replay the job."
     )
 
 

@@ -122,10 +122,11 @@ _TAGS = st.from_regex(_BARE_TAG, fullmatch=True).filter(lambda tag: tag != "*" a
 _URIS = st.from_regex(_S3_URI, fullmatch=True).filter(
     lambda uri: len(uri) <= 2048 and split_object_uri(uri) is not None
 )
-# What the schemas leave to code: the form of a URI and of a tag, token ids as JSON's keys, the size of metadata.
+# What the schemas leave to code: the form of a URI and of a tag, a version's bytes, token ids as keys, metadata's size.
 _OWN: dict[str, Values] = {
     "uri": _URIS,
     "url": _URIS | _BASE64.map("data:image/png;base64,{}".format),
+    "version_id": st.text(min_size=1, max_size=256),
     "etag": _TAGS | _TAGS.map('"{}"'.format),
     "logit_bias": st.dictionaries(
         st.integers(0, MAX_INTEGER).map(str), st.floats(-100, 100, allow_nan=False), max_size=8

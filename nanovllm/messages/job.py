@@ -31,7 +31,7 @@ from pydantic import (
 from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
-from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.messages.s3_uri import MAX_KEY_BYTES, split_object_uri
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
 from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams, at_most
 
@@ -48,6 +48,7 @@ MAX_UNKNOWN_NAMES = 64
 """Most unknown fields that are compared with the known ones: each comparison holds the event loop."""
 MAX_NAME_CHARS = 1_024
 MAX_URI_CHARS = 2_048
+MAX_VERSION_ID_BYTES = 1_024
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,32})?([Zz]|[+-]\d\d:\d\d)")
@@ -73,7 +74,7 @@ def _bytes_to_base64(value: bytes) -> str:
 def _check_s3_uri(value: Any) -> Any:
     # It runs before pydantic has looked at the type, which refuses what is no text.
     if isinstance(value, str) and split_object_uri(value) is None:
-        raise ValueError("is not an s3://bucket/key URI")
+        raise ValueError(f"is not an s3://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
     return value
 
 
@@ -137,11 +138,20 @@ def _bare_tag(value: str) -> str:
 EntityTag = Annotated[str, Field(min_length=1, max_length=1024, pattern='^"?[!#-~]+"?$'), AfterValidator(_bare_tag)]
 
 
+def _check_version_id(value: str) -> str:
+    if len(value.encode("utf-8", "surrogatepass")) > MAX_VERSION_ID_BYTES:
+        raise ValueError(f"has more than {MAX_VERSION_ID_BYTES} bytes in UTF-8")
+    return value
+
+
+VersionId = Annotated[str, Field(min_length=1, max_length=MAX_VERSION_ID_BYTES), AfterValidator(_check_version_id)]
+
+
 class ImageRef(_Strict):
     """One image: an object in S3, or its bytes."""
 
     uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
-    version_id: str | None = Field(None, min_length=1, max_length=1024, description="Version of the object.")
+    version_id: VersionId | None = Field(None, description="Version of the object.")
     etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
     data: ImageBytes | None = Field(None, description="The encoded image: base64 in JSON, bytes in msgpack.")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 _ALL_BELOW = re.compile(r"((^|/)\*{1,2})+$")
+MAX_KEY_BYTES = 1_024
+"""S3's own limit on a key, in UTF-8; each of its bytes can take three in a URL."""
+
 _S3_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9.\-_]{1,62})(?:/(.*))?", re.DOTALL)
 
 
@@ -28,6 +31,8 @@ def split_prefix_uri(uri: str) -> tuple[str, str] | None:
 
 
 def split_object_uri(uri: str) -> tuple[str, str] | None:
-    """As ``split_s3_uri``, for the URI of an object: its key is not empty and has no NUL."""
+    """As ``split_s3_uri``, for the URI of an object: its key has 1 to ``MAX_KEY_BYTES`` bytes and no NUL."""
     parts = split_s3_uri(uri)
-    return parts if parts and parts[1] and "\0" not in parts[1] else None
+    if parts is None or "\0" in parts[1]:
+        return None
+    return parts if 0 < len(parts[1].encode("utf-8", "surrogatepass")) <= MAX_KEY_BYTES else None

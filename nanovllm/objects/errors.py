@@ -15,6 +15,7 @@ from nanovllm.errors import (
     ObjectChanged,
     ObjectForbidden,
     ObjectNotFound,
+    ObjectRefused,
     ObjectUnavailable,
     StoreUnreachable,
 )
@@ -22,8 +23,7 @@ from nanovllm.errors import (
 # CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
 _OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession", "ListObjectsV2"})
 
-# Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status; an unknown code is transient, so that the
-# circuit breaker holds the queue when every object gets it.
+# Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status.
 _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "AccountProblem": CredentialsRefused,
     "AuthorizationHeaderMalformed": CredentialsRefused,  # the SDK has tried the region that it names
@@ -59,11 +59,25 @@ _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "InvalidURI": InvalidInput,
     "KeyTooLongError": InvalidInput,
     "XMinioInvalidObjectName": InvalidInput,
+    "RequestTimeout": FetchFailed,
+    "RequestThrottled": FetchFailed,
+    "RequestThrottledException": FetchFailed,
+    "Throttling": FetchFailed,
+    "ThrottlingException": FetchFailed,
+    "ThrottledException": FetchFailed,
+    "RequestLimitExceeded": FetchFailed,
+    "BandwidthLimitExceeded": FetchFailed,
+    "SlowDown": FetchFailed,
+    "TooManyRequests": FetchFailed,
+    "TooManyRequestsException": FetchFailed,
     "InvalidRequest": ObjectUnavailable,  # encrypted with a customer-provided key (SSE-C), which GetObject has to name
     "PermanentRedirect": ObjectUnavailable,
     "Redirect": ObjectUnavailable,
     "TemporaryRedirect": ObjectUnavailable,
 }
+
+# Request Timeout, Too Early and Too Many Requests: about the moment, and not about the object.
+_TRANSIENT_STATUSES = frozenset({408, 425, 429})
 
 BAD_ENDPOINT = (
     "the endpoint of the object store (NANOVLLM_S3__ENDPOINT_URL, or the AWS SDK's own setting) is no URL such as "
@@ -106,6 +120,8 @@ def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
     if 300 <= status < 400:
         # S3 says in a code why it redirects; a proxy does not.
         return StoreUnreachable(f"{said}: no S3 server, or not by this scheme")
+    if (400 <= status < 500 or status == 501) and status not in _TRANSIENT_STATUSES:
+        return ObjectRefused(said)
     return FetchFailed(said)
 
 

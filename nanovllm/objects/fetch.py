@@ -13,14 +13,27 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from nanovllm.errors import FetchFailed, ForbiddenUri, ImageTooLarge, ObjectChanged, StoreUnreachable
+from nanovllm.errors import (
+    FetchFailed,
+    ForbiddenUri,
+    ImageTooLarge,
+    NanoVLLMError,
+    ObjectChanged,
+    ObjectRefused,
+    ObjectUnavailable,
+    StoreUnreachable,
+    SystemicError,
+    TransientError,
+)
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_prefix_uri
-from nanovllm.objects.errors import status_of
+from nanovllm.objects.errors import classify, status_of
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.settings.s3 import S3Settings
 
 CHUNK_BYTES = 256 * 1024
+PROBE_KEY = "nanovllm-probe"
+"""What is asked for to learn whether a strange answer concerns one object or the store; it need not exist."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class ObjectFetcher:
         Raises:
             ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
                 for good.
-            FetchFailed, ObjectUnavailable: worth another attempt.
+            FetchFailed, ObjectUnavailable, ObjectRefused: worth another attempt.
             CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is repaired.
         """
         self.check(ref)
@@ -126,7 +139,22 @@ class ObjectFetcher:
         self._client.close()
 
     def _read(self, ref: ImageRef, held: FetchedImage | None, body: _Body) -> FetchedImage:
-        return self.checked(ref, self._client.call(lambda client: self._read_with(client, ref, held, body)))
+        return self.checked(ref, self._client.call(lambda client: self._read_confirmed(client, ref, held, body)))
+
+    def _read_confirmed(self, client: Any, ref: ImageRef, held: FetchedImage | None, body: _Body) -> FetchedImage:
+        """As ``_read_with``; an answer for one object is the store's fault only where a probe gets such a one too."""
+        try:
+            return self._read_with(client, ref, held, body)
+        except (ClientError, StoreUnreachable) as error:
+            said = error if isinstance(error, NanoVLLMError) else classify(error)
+            if not isinstance(said, (SystemicError, ObjectRefused)):
+                raise
+            probed = _probe(client, ref.bucket_and_key[0])
+            if isinstance(probed, SystemicError) and isinstance(said, SystemicError):
+                raise
+            if isinstance(probed, (SystemicError, TransientError)) and not isinstance(probed, ObjectUnavailable):
+                raise FetchFailed(str(said)) from error  # the circuit breaker counts it
+            raise ObjectRefused(f"{said}; this object alone: others are answered") from error
 
     def _read_with(self, client: Any, ref: ImageRef, held: FetchedImage | None, body: _Body) -> FetchedImage:
         bucket, key = ref.bucket_and_key
@@ -145,8 +173,7 @@ class ObjectFetcher:
             return held if version_id == held.version_id else replace(held, version_id=version_id)
         try:
             if answer.get("ETag") is None:
-                # A console, a proxy or a captive portal answers 200 to anything; every S3 server sends an entity tag.
-                raise StoreUnreachable("what answers at the endpoint of the object store is no S3 server: no ETag")
+                raise _no_entity_tag()
             body.begin(answer["Body"])
             data = self._read_body(answer)
         finally:
@@ -171,6 +198,21 @@ class ObjectFetcher:
     def _check_size(self, nbytes: int, what: str) -> None:
         if nbytes > self._max_bytes:
             raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
+
+
+def _probe(client: Any, bucket: str) -> NanoVLLMError | None:
+    """What the store says of an object whose key no job has chosen; None where it is there."""
+    try:
+        answer = client.get_object(Bucket=bucket, Key=PROBE_KEY)
+    except Exception as error:
+        return error if isinstance(error, NanoVLLMError) else classify(error)
+    answer["Body"].close()
+    return None if answer.get("ETag") else _no_entity_tag()
+
+
+def _no_entity_tag() -> StoreUnreachable:
+    # A console, a proxy or a captive portal answers 200 to anything; every S3 server sends an entity tag.
+    return StoreUnreachable("what answers at the endpoint of the object store is no S3 server: no ETag")
 
 
 class _Body:

@@ -127,7 +127,7 @@ def build_bare_worker(
         answer=answer,
         failure=failure,
         publish=Publish(sink, retry, failure, metrics),
-        observe=partial(observe, metrics),
+        observe=partial(observe, metrics, health),
     )
     return Worker(
         settings,

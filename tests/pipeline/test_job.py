@@ -114,6 +114,9 @@ def test_any_path_makes_a_name(text: str, name: str | None) -> None:
         ({"images": ["https://example.com/a.png"]}, "images.0.uri"),
         ({"images": ["file:///etc/passwd"]}, "images.0.uri"),
         ({"images": ["s3://bucket"]}, "images.0.uri"),
+        ({"images": ["s3://bucket/" + "a" * 1_025]}, "images.0.uri"),
+        ({"images": ["s3://bucket/" + "😀" * 257]}, "images.0.uri"),
+        ({"images": [{"uri": "s3://bucket/k", "version_id": "ü" * 513}]}, "images.0.version_id"),
         ({"images": [{"uri": "s3://bucket/k", "data": "QQ=="}]}, "images.0"),
         ({"images": [{}]}, "images.0"),
         ({"images": [{"uri": "s3://bucket/k", "crc32": "x"}]}, "images.0.crc32"),
@@ -138,6 +141,11 @@ def test_any_path_makes_a_name(text: str, name: str | None) -> None:
 def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], where: str) -> None:
     with pytest.raises(ValidationError, match=where.replace(".", r"\.")):
         job(**fields)
+
+
+def test_a_key_may_have_as_many_bytes_as_s3_allows() -> None:
+    key = "😀" * 256
+    assert job(prompt="<|image|>", images=["s3://bucket/" + key]).image_refs()[0].bucket_and_key == ("bucket", key)
 
 
 def test_the_key_is_the_first_images_identity() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
-from nanovllm.errors import ObjectUnavailable, SystemicError, TransientError
+from nanovllm.errors import ObjectRefused, ObjectUnavailable, SystemicError, TransientError
 from nanovllm.pipeline.failure.backoff import Backoff
 
 T = TypeVar("T")
@@ -21,7 +21,8 @@ class CircuitBreaker:
 
     Open, calls wait and count no attempt. When the wait is over one call goes through: its success lets all
     others pass, its failure opens the circuit for twice as long. A call that fails for good is a success: what it
-    asked answered. So is one whose object alone is unavailable: one tenant's key or bucket must not stop the others.
+    asked answered. So is one whose object alone is unavailable or refused: one tenant's key or bucket must not stop
+    the others.
 
     ``waits``: how long it stays open; ``opened`` is told so each time, to take no work meanwhile.
     """
@@ -50,7 +51,7 @@ class CircuitBreaker:
         is_probe = await self._wait_until_closed()
         try:
             outcome = await attempt()
-        except ObjectUnavailable:
+        except (ObjectRefused, ObjectUnavailable):
             self._close()
             raise
         except TransientError as error:
