@@ -30,6 +30,7 @@ from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.consuming.topic_watch import TopicWatch
 from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.kafka import KafkaSettings
@@ -230,6 +231,11 @@ class FaultySink(KafkaSink):
     async def publish_each(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         await self._before(records)
         return await super().publish_each(records)
+
+
+def watched(fetcher: ObjectFetcher) -> WatchedFetcher:
+    """``fetcher`` as the image cache of a worker has it."""
+    return WatchedFetcher(fetcher, BucketHolds(lambda *_: None))
 
 
 class FaultyFetcher(ObjectFetcher):

@@ -121,7 +121,7 @@ def build_worker(
         answer=answer,
         failure=failure,
         publish=Publish(sink, retry, failure, metrics),
-        observe=partial(observe, metrics),
+        observe=partial(observe, metrics, health),
     )
     worker = Worker(
         settings,

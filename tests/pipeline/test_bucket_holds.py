@@ -21,10 +21,13 @@ FORBIDDEN = ObjectForbidden("the object store answered 403 AccessDenied")
 
 
 class RefusingStore(ObjectFetcher):
-    """Refuses every object whose key begins with ``refused``, until ``heal``."""
+    """Refuses the objects of the bucket ``closed`` whose keys are ``refused``, until ``heal``."""
 
-    def __init__(self, settings: S3Settings, error: Exception = FORBIDDEN) -> None:
+    def __init__(
+        self, settings: S3Settings, error: Exception = FORBIDDEN, refused: Callable[[str], bool] = lambda _: True
+    ) -> None:
         super().__init__(settings, max_bytes=100_000)
+        self.refused = refused
         self.error: Exception | None = error
         self.asked = 0
 
@@ -32,7 +35,8 @@ class RefusingStore(ObjectFetcher):
         self.error = None
 
     async def fetch(self, ref: Any, **held: Any) -> Any:
-        if self.error is not None and ref.bucket_and_key[0] == "closed":
+        bucket, key = ref.bucket_and_key
+        if self.error is not None and bucket == "closed" and self.refused(key):
             self.asked += 1
             raise self.error
         return await super().fetch(ref, **held)
@@ -95,9 +99,35 @@ async def test_a_job_of_a_held_bucket_waits_until_its_deadline(
     assert headers["nanovllm_code"] == "deadline_exceeded"
 
 
+async def test_a_tenant_whose_objects_are_refused_holds_up_no_other(
+    bench: Bench, closed: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3 = bench.settings.s3.model_copy(update={"allow": ("s3://closed",), "max_attempts": 1})
+    tenants = bench.settings.tenants.model_copy(update={"header": "tenant"})
+    evil, good = 3 * REFUSED_OBJECTS, 15
+    uris = [closed(f"evil/{number}.png") for number in range(evil)]
+    for number, uri in enumerate(uris):
+        await bench.send(job(f"evil-{number}", uri), partition=0, headers=[("tenant", b"evil")])
+    store = RefusingStore(s3, refused=lambda key: key.startswith("evil/"))
+    async with bench.working(EchoEngine(), store, s3=s3, tenants=tenants):
+        bench.health.is_model_loaded = True
+        await eventually(lambda: any("tenant 'evil'" in reason for reason in bench.health.held_tenants))
+        assert bench.health.held_tenants[0] in bench.health.unready, "nothing was answered yet"
+        for number in range(good):
+            uri = closed(f"good/{number}.png")
+            await bench.send(job(f"good-{number}", uri), partition=1, headers=[("tenant", b"good")])
+        assert set(await bench.results(good)) == {f"good-{number}" for number in range(good)}
+        assert bench.health.held_tenants, "evil's jobs wait"
+        await eventually(lambda: not bench.health.unready)
+        assert bench.health.notes == bench.health.held_tenants
+        store.heal()
+        assert len(await bench.results(good + evil - REFUSED_OBJECTS + 1)) == good + evil - REFUSED_OBJECTS + 1
+        await eventually(lambda: not bench.health.held_tenants)
+
+
 def holds() -> tuple[BucketHolds, list[tuple[str, ...]]]:
     told: list[tuple[str, ...]] = []
-    return BucketHolds(told.append), told
+    return BucketHolds(lambda from_all, from_tenants: told.append((*from_all, *from_tenants))), told
 
 
 def test_a_few_refused_objects_among_readable_ones_hold_nothing() -> None:
@@ -121,7 +151,7 @@ def test_one_object_asked_for_again_and_again_holds_nothing_nor_do_different_rea
 async def test_while_a_bucket_is_held_one_caller_asks_at_each_interval() -> None:
     now = 0.0
     told: list[tuple[str, ...]] = []
-    buckets = BucketHolds(told.append, clock=lambda: now)
+    buckets = BucketHolds(lambda from_all, _: told.append(from_all), clock=lambda: now)
     for number in range(REFUSED_OBJECTS):
         buckets.refused("b", f"k{number}", FORBIDDEN)
     assert told == [("s3://b is held back: the object store answered 403 AccessDenied",)]
@@ -134,6 +164,62 @@ async def test_while_a_bucket_is_held_one_caller_asks_at_each_interval() -> None
     buckets.answered("b")
     await asyncio.wait_for(asyncio.gather(*waiting), 5)
     assert told[-1] == ()
+
+
+def test_versions_of_one_object_hold_nothing_back() -> None:
+    buckets, told = holds()
+    error = FORBIDDEN
+
+    class Refusing:
+        async def fetch(self, ref: Any, **held: Any) -> Any:
+            raise error
+
+        check = checked = None
+
+    watched = bucket_holds.WatchedFetcher(Refusing(), buckets)  # type: ignore[arg-type]
+    for number in range(2 * REFUSED_OBJECTS):
+        for ref in (
+            ImageRef(uri="s3://bucket/k", version_id=f"{number}"),
+            ImageRef(uri="s3://bucket/k", etag=f"{number}"),
+        ):
+            with pytest.raises(ObjectForbidden):
+                asyncio.run(watched.fetch(ref))
+    assert not told
+
+
+def test_what_one_tenant_is_refused_holds_no_other() -> None:
+    buckets, told = holds()
+    for number in range(3 * REFUSED_OBJECTS):
+        buckets.refused("b", f"k{number}", FORBIDDEN, "evil")
+    assert buckets.is_held("b", "evil")
+    assert not buckets.is_held("b", "good")
+    assert told[-1] == (
+        "s3://b is held back from the jobs of tenant 'evil': the object store answered 403 AccessDenied",
+    )
+    buckets.answered("b", "good")
+    assert buckets.is_held("b", "evil"), "another tenant's objects say nothing of these"
+    assert not buckets.refused("b", "one", FORBIDDEN, "good"), "one forbidden object among readable ones"
+    buckets.answered("b", "evil")
+    assert not buckets.is_held("b", "evil")
+    assert not told[-1]
+
+
+def test_a_bucket_that_refuses_all_tenants_costs_each_one_object() -> None:
+    buckets, _ = holds()
+    held = [buckets.refused("b", f"k{number}", FORBIDDEN, f"tenant {number}") for number in range(2 * REFUSED_OBJECTS)]
+    assert held == [False] * (REFUSED_OBJECTS - 1) + [True] * (REFUSED_OBJECTS + 1)
+    buckets.answered("b", "tenant 7")
+    assert not any(buckets.is_held("b", f"tenant {number}") for number in range(2 * REFUSED_OBJECTS))
+
+
+def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_holds, "MAX_TENANTS", 5)
+    buckets, told = holds()
+    for tenant in range(10):
+        for number in range(REFUSED_OBJECTS):
+            buckets.refused("b", f"{tenant}/{number}", FORBIDDEN, f"tenant {tenant}")
+    assert [buckets.is_held("b", f"tenant {tenant}") for tenant in range(10)] == [False] * 5 + [True] * 5
+    assert len(told[-1]) == 5
 
 
 async def test_what_concerns_one_object_ends_the_hold() -> None:

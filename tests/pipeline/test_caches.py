@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from bench import Bench, GatedEngine, job_id_of, png
+from bench import Bench, GatedEngine, job_id_of, png, watched
 from hypothesis import given
 from hypothesis import strategies as st
 from parts import eventually
@@ -166,7 +166,13 @@ class Store:
         self.has_read: Callable[[], None] = lambda: None
         settings = S3Settings(endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path")
         self.fetcher = ObjectFetcher(settings, max_bytes=10_000, client_factory=self._client)
-        self.images = ImageCache(self.fetcher, None, nothing_known, self.metrics, max_bytes=max_bytes)
+        self.images = ImageCache(
+            watched(self.fetcher),
+            None,
+            nothing_known,
+            self.metrics,
+            max_bytes=max_bytes,
+        )
 
     def put(self, body: bytes, key: str = "k") -> str | None:
         version: str | None = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body).get("VersionId")
@@ -314,7 +320,13 @@ async def test_equal_bytes_are_decoded_once(s3: Any) -> None:
         decoders = DecoderPool(ImageTransform(size=(8, 8)), workers=1)
         await decoders.start()
         try:
-            images = ImageCache(store.fetcher, decoders, nothing_known, store.metrics, max_bytes=1_000_000)
+            images = ImageCache(
+                watched(store.fetcher),
+                decoders,
+                nothing_known,
+                store.metrics,
+                max_bytes=1_000_000,
+            )
             fetched = [await images.fetch(ImageRef(data=data), b"") for _ in range(2)]
             first, second = [await images.prepare(image, b"") for image in fetched]
             assert first is second
@@ -334,7 +346,13 @@ async def test_what_the_engine_has_embedded_is_not_decoded(s3: Any) -> None:
         return known
 
     store.put(b"a picture")
-    images = ImageCache(store.fetcher, cast("DecoderPool", object()), find, store.metrics, max_bytes=1_000)
+    images = ImageCache(
+        watched(store.fetcher),
+        cast("DecoderPool", object()),
+        find,
+        store.metrics,
+        max_bytes=1_000,
+    )
     fetched = await images.fetch(store.ref("k"), b"tenant")
     assert await images.prepare(fetched, b"tenant") is known
     assert asked == [(hashlib.sha256(b"a picture").digest(), b"tenant")]

@@ -59,6 +59,18 @@ def test_a_worker_in_its_group_is_ready_until_it_drains_or_a_fault_is_systemic(s
     assert "draining" in served.get("/readyz")[1]
 
 
+def test_what_is_held_back_from_one_tenant_is_a_note_while_others_are_answered(served: Served) -> None:
+    served.health.is_model_loaded = served.health.has_joined = True
+    served.health.set_held_buckets((), ("s3://b is held back from the jobs of tenant 'a'",))
+    status, body = served.get("/readyz")
+    assert (status, json.loads(body)["reasons"]) == (503, ["s3://b is held back from the jobs of tenant 'a'"])
+    served.health.answer()
+    status, body = served.get("/readyz")
+    assert (status, json.loads(body)["notes"]) == (200, ["s3://b is held back from the jobs of tenant 'a'"])
+    served.health.set_held_buckets(("s3://b is held back",), ())
+    assert served.get("/readyz")[0] == 503
+
+
 def test_a_dead_engine_or_a_stuck_event_loop_is_unhealthy(served: Served) -> None:
     served.health.is_model_loaded = True
     served.health.is_engine_alive = False

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 import pytest
+from bench import watched
 from boto3.s3.transfer import TransferConfig
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -55,7 +56,13 @@ class Store:
         )
         self.metrics = Metrics()
         self.fetcher = ObjectFetcher(self.settings, max_bytes=32 * MIB)
-        self.images = ImageCache(self.fetcher, None, lambda *_: None, self.metrics, max_bytes=64 * MIB)
+        self.images = ImageCache(
+            watched(self.fetcher),
+            None,
+            lambda *_: None,
+            self.metrics,
+            max_bytes=64 * MIB,
+        )
 
     def put(self, body: bytes, key: str = "k") -> dict[str, Any]:
         answer: dict[str, Any] = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body)
@@ -264,7 +271,7 @@ def answered_then(store: Store, then: Callable[[], None], *, without: str = "") 
             self._client.close()
 
     store.fetcher = ObjectFetcher(store.settings, max_bytes=32 * MIB, client_factory=Client)
-    store.images._fetcher = store.fetcher
+    store.images._fetcher = watched(store.fetcher)
 
 
 def make_user(s3: S3Part, access: str, secret: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Heartbeats to Kafka share the event loop; one that stood still for longer has lost its partitions long ago.
 MAX_SILENCE_S = 30.0
+ANSWER_LAPSE_S = 60.0
+"""What is held back from one tenant makes the worker unready once nothing was answered for so long."""
 
 
 class Health:
@@ -26,6 +29,8 @@ class Health:
         self.is_draining = False
         self.systemic: str | None = None
         self.held_buckets: tuple[str, ...] = ()
+        self.held_tenants: tuple[str, ...] = ()
+        self._last_answer = -math.inf
         self._waits_for: str | None = None
         self._last_tick = time.monotonic()
 
@@ -37,9 +42,13 @@ class Health:
         """The start waits for ``what``; None: it is over."""
         self._waits_for = what
 
-    def set_held_buckets(self, reasons: tuple[str, ...]) -> None:
-        """What is held back of the object store, and why."""
-        self.held_buckets = reasons
+    def answer(self) -> None:
+        """A job was answered."""
+        self._last_answer = time.monotonic()
+
+    def set_held_buckets(self, from_all: tuple[str, ...], from_tenants: tuple[str, ...]) -> None:
+        """What is held back of the object store and why: from all jobs, and from those of single tenants."""
+        self.held_buckets, self.held_tenants = from_all, from_tenants
 
     @property
     def troubles(self) -> tuple[str, ...]:
@@ -63,8 +72,18 @@ class Health:
             "draining" if self.is_draining else None,
             self.systemic,
             *self.held_buckets,
+            *(() if self._others_are_answered else self.held_tenants),
         )
         return tuple(reason for reason in reasons if reason)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is wrong for single tenants, while others are answered."""
+        return self.held_tenants if self._others_are_answered else ()
+
+    @property
+    def _others_are_answered(self) -> bool:
+        return time.monotonic() - self._last_answer < ANSWER_LAPSE_S
 
 
 class HealthServer(ThreadingHTTPServer):
@@ -99,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/healthz":
             self._report(self.server.health.troubles)
         elif path == "/readyz":
-            self._report(self.server.health.unready)
+            self._report(self.server.health.unready, self.server.health.notes)
         elif path == "/metrics":
             self._answer(200, self.server.metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -108,9 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _report(self, reasons: tuple[str, ...]) -> None:
-        body = json.dumps({"status": "unavailable" if reasons else "ok", "reasons": reasons}) + "\n"
-        self._answer(503 if reasons else 200, body.encode(), "application/json")
+    def _report(self, reasons: tuple[str, ...], notes: tuple[str, ...] = ()) -> None:
+        said = {"status": "unavailable" if reasons else "ok", "reasons": reasons} | ({"notes": notes} if notes else {})
+        self._answer(503 if reasons else 200, (json.dumps(said) + "\n").encode(), "application/json")
 
     def _answer(self, status: int, body: bytes, content_type: str) -> None:
         self.send_response(status)

@@ -106,7 +106,7 @@ class SingleFlightCache:
 
 
 class Fetcher(Protocol):
-    """What reads images: an `ObjectFetcher`, or one that is watched."""
+    """What reads images."""
 
     def check(self, ref: ImageRef) -> None:
         """As `ObjectFetcher.check`."""
@@ -114,8 +114,8 @@ class Fetcher(Protocol):
     def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
         """As `ObjectFetcher.checked`."""
 
-    async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None) -> FetchedImage:
-        """As `ObjectFetcher.fetch`."""
+    async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None, tenant: str = "") -> FetchedImage:
+        """As `ObjectFetcher.fetch`, for a job of ``tenant``."""
 
 
 def _bytes_of(key: Hashable) -> int:
@@ -144,17 +144,17 @@ class ImageCache:
         self._metrics = metrics
         self._cache = SingleFlightCache(max_bytes)
 
-    async def fetch(self, ref: ImageRef, salt: bytes, *, may_reuse: bool = True) -> FetchedImage:
+    async def fetch(self, ref: ImageRef, salt: bytes, tenant: str = "", *, may_reuse: bool = True) -> FetchedImage:
         """The bytes of an image, as ``ObjectFetcher.fetch`` and with its errors."""
         self._fetcher.check(ref)
         if ref.data is not None or not may_reuse:
-            return self._downloaded(await self._fetcher.fetch(ref))
+            return self._downloaded(await self._fetcher.fetch(ref, tenant=tenant))
         key = ("object", salt, ref.uri, ref.version_id, ref.etag)
         # Others may wait for the bytes who have promised nothing about them, or something else.
         anyone = ref.model_copy(update={"sha256": None})
 
         async def read() -> tuple[FetchedImage, int]:
-            image = self._downloaded(await self._fetcher.fetch(anyone))
+            image = self._downloaded(await self._fetcher.fetch(anyone, tenant=tenant))
             return image, len(image.data)
 
         is_named = ref.version_id is not None or ref.etag is not None
@@ -168,7 +168,7 @@ class ImageCache:
             image, reuse = (await read())[0], "miss"
         if reuse != "miss" and may_have_changed:
             # It was read, or its reading began, before this job came; it may have been replaced since.
-            current = await self._fetcher.fetch(anyone, held=image)
+            current = await self._fetcher.fetch(anyone, held=image, tenant=tenant)
             if current.data is not image.data:
                 current, reuse = self._downloaded(current), "miss"
             if current is not image:

@@ -49,13 +49,13 @@ class Fetch:
             return fetched
 
     async def _fetch(self, admitted: AdmittedJob) -> list[FetchedImage]:
-        progress = admitted.context.progress
+        progress, tenant = admitted.context.progress, admitted.context.tenant
         buckets = {ref.bucket_and_key[0] for ref in admitted.refs if ref.data is None}
         while True:
-            if any(map(self._holds.is_held, buckets)):
+            if any(self._holds.is_held(bucket, tenant) for bucket in buckets):
                 # The jobs of other buckets need what this one would hold meanwhile.
                 async with admitted.reservation.set_aside():
-                    await self._holds.wait(buckets)
+                    await self._holds.wait(buckets, tenant)
             try:
                 return await gather(
                     self._retry(
@@ -69,5 +69,6 @@ class Fetch:
                     raise others from None
 
     async def _read(self, ref: ImageRef, admitted: AdmittedJob) -> FetchedImage:
-        fetch = partial(self._images.fetch, ref, admitted.context.salt, may_reuse=admitted.reuses_images)
+        context = admitted.context
+        fetch = partial(self._images.fetch, ref, context.salt, context.tenant, may_reuse=admitted.reuses_images)
         return await self._breaker.call(ref.identity, fetch)

@@ -1,14 +1,17 @@
-"""The metrics of an outcome."""
+"""The metrics of an outcome, and the sign of life that an answer is."""
 
 from __future__ import annotations
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.metrics import Metrics
+from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.stages.context import Answered, DeadLettered, JobContext, Outcome, dead_letter_class
 
 
-def observe(metrics: Metrics, outcome: Outcome, context: JobContext) -> None:
-    """Count ``outcome``, and observe its times."""
+def observe(metrics: Metrics, health: Health, outcome: Outcome, context: JobContext) -> None:
+    """Count ``outcome``, observe its times, and tell ``health`` of an answer."""
+    if isinstance(outcome, Answered):
+        health.answer()
     metrics.jobs.labels(outcome.label).inc()
     observe_stages(metrics, context)
     if isinstance(outcome, DeadLettered):
