@@ -220,7 +220,7 @@ class TransientError(NanoVLLMError):
 
 
 class FetchFailed(TransientError):
-    """The object store broke off, or answered with a server error or with a code that this worker does not know."""
+    """The object store broke off, or answered a server error or, for other objects too, an unknown 4xx code."""
 
     code = "fetch_failed"
 

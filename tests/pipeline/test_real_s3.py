@@ -271,7 +271,7 @@ def answered_then(store: Store, then: Callable[[], None], *, without: str = "") 
             self._client.close()
 
     store.fetcher = ObjectFetcher(store.settings, max_bytes=32 * MIB, client_factory=Client)
-    store.images._fetcher = store.fetcher
+    store.images._fetcher = watched(store.fetcher)
 
 
 def make_user(s3: S3Part, access: str, secret: str) -> None:
