@@ -56,6 +56,9 @@ class _Counting:
     def is_stopped(self) -> bool:
         return False
 
+    def is_accepting(self) -> bool:
+        return True
+
 
 def make_sequence(prompt: list[int], max_tokens: int, **options: Any) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=1.0)
