@@ -52,7 +52,7 @@ class RawFuzz:
                 struct.pack_into(">i", batch, random.choice((23, 57)), random.choice((-1, 0, 3, 2**31 - 1)))
                 return "counts", signed(batch)
             case 4:
-                struct.pack_into(">qh", batch, 43, random.choice((-1, 7, 2**40)), random.choice((-1, 0, 3)))
+                struct.pack_into(">qh", batch, 43, random.choice((-1, 2**30, 2**40)), random.choice((-1, 0, 3)))
                 return "producer", signed(batch)
         return "records", batch
 

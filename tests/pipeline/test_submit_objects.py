@@ -144,6 +144,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
 ) -> None:
     bucket = put(s3, 12)
     monkeypatch.setattr(sending, "MAX_IN_FLIGHT", 4)
+    handler = signal.getsignal(signal.SIGINT)
     record, recorded = Journal.record, list[str]()
 
     def interrupted(self: Journal, fingerprint: str, job_id: str) -> None:
@@ -166,7 +167,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
     assert len(ids) == len(set(ids)) == 12
     assert main(command) == 0
     assert "0 jobs sent" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_journal_counts_equal_jobs_one_by_one_and_forgets_half_a_line(tmp_path: Path) -> None:
