@@ -80,16 +80,10 @@ class RecoveringProducer:
         self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int
     ) -> list[KafkaError | None]:
         """As ``nanovllm.kafka.batch_send.send_batches``."""
-        errors: list[KafkaError | None] = []
-        try:
-            async with self._replacing(self._producer) as producer:
-                errors = await send_batches(producer, topic, records, max_bytes)
-                for error in errors:
-                    if error is not None and is_fatal(error):
-                        raise error
-        except KafkaError as error:
-            if error not in errors:
-                raise
+        async with self._replacing(self._producer) as producer:
+            errors = await send_batches(producer, topic, records, max_bytes)
+        if any(error is not None and is_fatal(error) for error in errors):
+            await self._replace(producer, logging.ERROR)
         return errors
 
     async def replace(self) -> None:

@@ -91,21 +91,20 @@ class SuspectState:
     def encode(self) -> bytes:
         """``{offset: [deaths, is_alone], "owned": true, "received": {offset: [deaths, is_now]}}``."""
         running = {offset: [record.deaths, record.is_alone] for offset, record in self._running.items()}
-        return self._encode(running, is_owned=True)
+        return self._encode(running, receiving=self._receiving, is_owned=True)
 
     def encode_left(self, *, follows_death: bool) -> bytes:
         """As ``encode``, for the next owner of a partition that leaves alive: what was suspected still is."""
-        self._receiving = None
-        return self._encode({}, is_owned=follows_death)
+        return self._encode({}, receiving=None, is_owned=follows_death)
 
-    def _encode(self, running: dict[int, list[int | bool]], *, is_owned: bool) -> bytes:
+    def _encode(self, running: dict[int, list[int | bool]], *, receiving: int | None, is_owned: bool) -> bytes:
         jobs = {offset: [deaths, False] for offset, deaths in self._suspects.items()} | running
         fields: dict[str, object] = {str(offset): job for offset, job in jobs.items()}
         if is_owned:
             fields[_OWNED] = True
         received = {offset: [deaths, False] for offset, deaths in self._received.items()}
-        if self._receiving is not None:
-            received[self._receiving] = [self.deaths_receiving(self._receiving), True]
+        if receiving is not None:
+            received[receiving] = [self.deaths_receiving(receiving), True]
         if received:
             fields[_RECEIVED] = {str(offset): record for offset, record in received.items()}
         return json.dumps(fields).encode()
