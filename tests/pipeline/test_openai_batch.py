@@ -84,13 +84,13 @@ def parts(**image_url: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("detail", ["auto", "low", "high"])
 def test_the_detail_that_openai_knows_is_taken(detail: str) -> None:
-    assert len(job_of_request(request(messages=parts(url="s3://b/k.png", detail=detail))).image_refs()) == 1
+    assert len(job_of_request(request(messages=parts(url="s3://receipts/k.png", detail=detail))).image_refs()) == 1
 
 
 @pytest.mark.parametrize(
     ("image_url", "said"),
     [
-        ({"url": "s3://b/k.png", "detail": "best"}, r"^messages\.0\.content\.1\.image_url\.detail: "),
+        ({"url": "s3://receipts/k.png", "detail": "best"}, r"^messages\.0\.content\.1\.image_url\.detail: "),
         ({"url": 5}, r"^messages\.0\.content\.1\.image_url\.url: "),
         ({}, r"^messages\.0\.content\.1\.image_url\.url: "),
     ],
