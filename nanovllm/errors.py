@@ -332,7 +332,7 @@ class UnsupportedModel(ConfigurationError):
 
 
 class MissingTopic(ConfigurationError):
-    """A topic that the brokers do not list, and do not create by themselves."""
+    """A topic that the brokers do not list. A worker that starts lets them create none, other than clients do."""
 
     code = "missing_topic"
     remedy = "`nanovllm topics create` makes every topic of a worker but those of reply_to."

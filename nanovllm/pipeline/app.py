@@ -120,7 +120,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         await asyncio.to_thread(build.check_engine, settings.engine)
         health.wait_for("the brokers")
         with _phase("the brokers and topics are there"):
-            await _until_reachable(partial(require_topics, settings.kafka, build.required_topics(settings)))
+            required = partial(require_topics, settings.kafka, build.required_topics(settings), may_be_created=False)
+            await _until_reachable(required)
         health.wait_for(None)
 
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.

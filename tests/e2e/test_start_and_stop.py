@@ -224,7 +224,8 @@ async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_b
 @pytest.mark.kafka
 @pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path) -> None:
-    async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "false"}) as node:
+    # Kafka's default: the worker's own look must not make the topic.
+    async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "true"}) as node:
         for missing in ("jobs", "dead_letters"):
             worker = Worker(tmp_path / missing, node.bootstrap_servers, {})
             there = [topic for name, topic in worker.topics.items() if name != missing]
