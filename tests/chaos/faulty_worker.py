@@ -21,7 +21,7 @@ from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead
 from nanovllm.messages.codec import decode_job
-from nanovllm.pipeline import app
+from nanovllm.pipeline import build
 from nanovllm.pipeline.build import build_engine
 from nanovllm.pipeline.stages import receive
 
@@ -112,7 +112,7 @@ def main() -> None:
             return await asyncio.to_thread(faulty_native, orders, settings)
         return FaultyEcho(orders, max_num_seqs=settings.max_num_seqs)
 
-    app._load_engine = load_engine
+    build.load_engine = load_engine
     receive.decode_job = crash_decoding  # type: ignore[assignment]
     sys.argv = ["nanovllm", *sys.argv[3:]]
     sys.exit(cli.main())
