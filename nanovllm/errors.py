@@ -54,6 +54,8 @@ class NanoVLLMError(Exception):
     error_class: ClassVar[ErrorClass] = ErrorClass.PERMANENT
     remedy: ClassVar[str] = "Report this with the log around it."
     retryable: ClassVar[bool] = True
+    position: int | None = None
+    """Which of several things done together failed, from 1; None where that is not known."""
 
     @property
     def in_one_line(self) -> str:

@@ -16,9 +16,10 @@ from aiokafka import AIOKafkaProducer
 from bench import Bench, FaultyFetcher, FaultySink, GatedEngine, eventually, png, reached
 
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
+from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, ObjectNotFound, TransientError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.result import Result
+from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.receive import Receive
 from nanovllm.pipeline.worker import INVALID_POLL_RECORDS_IDLE
@@ -143,6 +144,65 @@ async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(
     counts = [int(text.split()[0]) if text[0].isdigit() else 1 for text in told]
     assert sum(counts) == 200
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) == 200
+
+
+async def test_a_failure_of_one_of_several_images_says_which(
+    bench: Bench, images: Callable[[str, bytes], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    good, broken, gone = images("good.png", png()), images("in/broken.png", png()[:-30]), "s3://images/in/gone.png"
+    inside, truncated = {"data": base64.b64encode(png()).decode()}, {"data": base64.b64encode(png()[:-30]).decode()}
+    signed = "s3://images/https://user:hunter2@store/" + 300 * "k" + "end.png?X-Amz-Signature=hunter3"
+    failing: dict[str, tuple[list[Any], str]] = {
+        "gone": ([good, inside, gone], "image 3 of 3 (s3://images/in/gone.png): "),
+        "broken": ([good, broken], "image 2 of 2 (s3://images/in/broken.png): "),
+        "inside": ([{**truncated, "name": "private name"}, good], "image 1 of 2: "),
+        "forbidden": ([good, "s3://private/key.png"], "image 2 of 2 (s3://private/key.png): "),
+        "promised": ([good, {"uri": good, "sha256": "0" * 64}], "image 2 of 2 (s3://images/good.png): "),
+        "signed": ([signed, good], "image 1 of 2 (s3://images/https://store/kkk"),
+        "alone": ([gone], "the object store answered"),
+    }
+    for job_id, (given, _) in failing.items():
+        await bench.send({"job_id": job_id, "prompt": "<|image|>" * len(given), "images": given})
+    async with bench.working(EchoEngine()):
+        letters = await bench.dead_letters(len(failing))
+    texts = {headers["nanovllm_job_id"]: headers["nanovllm_message"] for headers, _ in letters}
+    for job_id, (_, beginning) in failing.items():
+        assert texts[job_id].startswith(beginning)
+        assert texts[job_id][:100] in caplog.text
+    assert "end.png): " in texts["signed"]
+    assert len(texts["signed"]) < 300
+    told = repr([headers for headers, _ in letters]) + caplog.text
+    assert not any(secret in told for secret in ("hunter", "private name"))
+    causes = {headers["nanovllm_job_id"]: headers["nanovllm_cause"] for headers, _ in letters}
+    assert causes["promised"] == "ObjectChanged"
+    assert causes["gone"] == causes["alone"]
+
+
+async def test_jobs_that_share_a_read_are_told_their_own_positions(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    good, shared = images("good.png", png()), "s3://images/shared.png"
+    fetcher = ObjectFetcher(bench.settings.s3, max_bytes=100_000)
+    fetch = fetcher.fetch
+
+    async def only_the_shared_one(ref: Any, **held: Any) -> Any:
+        if ref.uri != shared:
+            return await fetch(ref, **held)
+        await asyncio.sleep(0.5)
+        raise ObjectNotFound("is not there")
+
+    fetcher.fetch = only_the_shared_one  # type: ignore[method-assign]
+    await bench.send(
+        {"job_id": "first", "prompt": "<|image|>" * 2, "images": [shared, good]},
+        {"job_id": "third", "prompt": "<|image|>" * 3, "images": [good, good, shared]},
+    )
+    async with bench.working(EchoEngine(), fetcher):
+        letters = await bench.dead_letters(2)
+    texts = {headers["nanovllm_job_id"]: headers["nanovllm_message"] for headers, _ in letters}
+    assert texts == {
+        "first": f"image 1 of 2 ({shared}): is not there",
+        "third": f"image 3 of 3 ({shared}): is not there",
+    }
 
 
 async def test_bad_records_in_a_row_end_in_order_and_once_with_exactly_once(bench: Bench) -> None:

@@ -49,11 +49,11 @@ class Failure:
             SystemicError: the job can succeed once the worker is well, or on another worker; or the limit of dead
                 letters in a row is reached. Its offset is not committed.
         """
-        reason = _first_cause(error)
+        reason = first_cause(error)
         if isinstance(reason, TransientError):
             record = await self._builder.delayed_retry(context, reason)
             if record is not None:
-                logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
+                logger.info("job %r waits in %s: %s: %r", context.job_id, record.topic, reason.code, str(reason))
                 return Retried((record,), reason)
         return await self.dead_letter(context, reason)
 
@@ -72,7 +72,7 @@ def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLM
     Raises:
         SystemicError: ``error`` is no fault of the job.
     """
-    reason = _first_cause(error)
+    reason = first_cause(error)
     if isinstance(reason, SystemicError):
         raise reason
     if not isinstance(reason, NanoVLLMError):
@@ -84,9 +84,9 @@ def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLM
     return reason
 
 
-def _first_cause(error: Exception) -> Exception:
+def first_cause(error: Exception) -> Exception:
     """The first failure in the groups that a TaskGroup raises; a systemic one before others."""
     if not isinstance(error, ExceptionGroup):
         return error
-    causes = [_first_cause(cause) for cause in error.exceptions]
+    causes = [first_cause(cause) for cause in error.exceptions]
     return next((cause for cause in causes if isinstance(cause, SystemicError)), causes[0])
