@@ -71,7 +71,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
     from nanovllm.pipeline.operations.health import Health, HealthServer
 
     asyncio.get_running_loop().set_exception_handler(_report)
-    metrics, health = Metrics(), Health()
+    brokers = settings.kafka.bootstrap_servers
+    metrics, health = Metrics(), Health(brokers)
     async with AsyncExitStack() as stack:
         try:
             server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
@@ -99,7 +100,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
         await asyncio.to_thread(build.check_parts, settings)
-        health.wait_for("the brokers")
+        health.wait_for(f"the brokers {brokers}")
         with _phase("the brokers and topics are there"):
             await _until_reachable(partial(require_topics, settings.kafka, build.required_topics(settings)))
         health.wait_for(None)
@@ -112,7 +113,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         model = parts.engine.model_info
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
 
-        health.wait_for("the brokers")
+        health.wait_for(f"the brokers {brokers}")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
         limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
         dead_letters = settings.topics.dead_letters
