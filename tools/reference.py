@@ -58,8 +58,8 @@ _CODES_HEAD = """# Dead-letter codes
 A dead letter is the original message; why it failed stands in its headers
 ([schema](schemas/dead-letter.v1.json)). Codes are stable: scripts may rely on them. *Retryable*
 means that the same message can succeed once the remedy was applied; where a code has two rows, each
-dead letter says which. `nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …` sends it again, each once
-([replays](retries.md#replays)).
+dead letter says which. `nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …`
+sends it again, each once ([replays](retries.md#replays)).
 
 This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
 
