@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.result import Result
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.stages import record_builder
 from nanovllm.pipeline.stages.receive import Receive
 from nanovllm.pipeline.worker import INVALID_POLL_RECORDS_IDLE
 from nanovllm.sinks.dead_letter_record import read_dead_letter
@@ -203,6 +205,40 @@ async def test_jobs_that_share_a_read_are_told_their_own_positions(
         "first": f"image 1 of 2 ({shared}): is not there",
         "third": f"image 3 of 3 ({shared}): is not there",
     }
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.parametrize("broken", ["dead_letter_record", "DeadLetter", "root_cause"])
+async def test_a_dead_letter_that_cannot_be_built_is_an_envelope(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, delivery: str, broken: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(record_builder, broken, fails)
+    monkeypatch.setattr(record_builder, "dead_letter_like", fails)
+    tenants = bench.settings.tenants.model_copy(update={"header": "tenant"})
+    values = [b"{no job", b"{no job", b'{"job_id": "forbidden", "prompt": "<|image|>", "images": ["s3://private/k"]}']
+    await bench.send(*values, {"job_id": "good", "prompt": "p"}, key=b"k", headers=[("Tenant", b"acme"), ("a", b"b")])
+    async with bench.working(EchoEngine(), delivery=delivery, tenants=tenants):
+        assert set(await bench.results(1)) == {"good"}
+        records = await bench.read(bench.settings.topics.dead_letters, 3)
+        await eventually(lambda: reached(bench, 4))
+    for record in records:
+        letter, headers = read_dead_letter(record.headers), dict(record.headers)
+        value = values[letter.source.offset]
+        assert (letter.source.topic, letter.source.partition) == (bench.settings.topics.jobs, 0)
+        assert (letter.code, letter.error_class, letter.worker) == ("internal", "permanent", bench.settings.worker_id)
+        assert letter.stage == ("admit" if b"images" in value else "receive")
+        assert "RuntimeError" in letter.message
+        assert headers["nanovllm_value_sha256"] == hashlib.sha256(value).hexdigest().encode()
+        assert headers["nanovllm_value_size"] == str(len(value)).encode()
+        assert (record.value, headers["Tenant"], "a" in headers) == (b"", b"acme", False)
+        assert b"hunter2" not in b"".join(headers.values())
+    assert {read_dead_letter(record.headers).source.offset for record in records} == {0, 1, 2}
+    text = bench.metrics.exposition().decode()
+    assert 'code="internal"' in text
+    assert 'code="forbidden_uri"' not in text
 
 
 async def test_bad_records_in_a_row_end_in_order_and_once_with_exactly_once(bench: Bench) -> None:

@@ -51,7 +51,10 @@ class Failure:
         """
         reason = first_cause(error)
         if isinstance(reason, TransientError):
-            record = await self._builder.delayed_retry(context, reason)
+            try:
+                record = await self._builder.delayed_retry(context, reason)
+            except Exception as fault:
+                return await self.dead_letter(context, fault)
             if record is not None:
                 logger.info("job %r waits in %s: %s: %r", context.job_id, record.topic, reason.code, str(reason))
                 return Retried((record,), reason)
@@ -62,8 +65,9 @@ class Failure:
         reason = dead_letter_reason(error, context)
         self._limit.count()
         stage = context.progress.failed_stage
+        record, reason = await self._builder.dead_letter(context, reason)
         logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
-        return DeadLettered((await self._builder.dead_letter(context, reason),), reason)
+        return DeadLettered((record,), reason)
 
 
 def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLMError:
