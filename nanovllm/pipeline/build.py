@@ -26,6 +26,7 @@ from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
+from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.admission.tenant_shares import FairShares, TokenRates
 from nanovllm.pipeline.consuming.assignments import Assignments
@@ -39,7 +40,7 @@ from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
-from nanovllm.pipeline.stages.admit import Admit
+from nanovllm.pipeline.stages.admit import Admit, decoded_bytes
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
@@ -152,7 +153,16 @@ def build_worker(
         receive=receive if crash_guard is None else GuardReceive(receive, crash_guard),
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
         admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics),
-        fetch=Fetch(images, breaker, holds, retry, engine, max_attempts=settings.s3.max_attempts),
+        fetch=Fetch(
+            images,
+            breaker,
+            holds,
+            retry,
+            engine,
+            max_attempts=settings.s3.max_attempts,
+            max_bytes=settings.images.max_bytes,
+            shares=_fetch_shares(settings, engine),
+        ),
         prepare=Prepare(images, retry),
         infer=MeterTokens(infer, queue, rates),
         answer=answer,
@@ -198,6 +208,15 @@ def build_source(worker: Worker, limits: TopicLimits, crash_guard: CrashGuard | 
         delays_s=retry_topics.delays_s,
         watch=TopicWatch(worker.lanes, written_topics(settings), metrics),
     )
+
+
+def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | None:
+    """Shares of the connections that can be at work at once, where jobs are told apart by tenant."""
+    if not settings.tenants.are_configured:
+        return None
+    # Each object that is read has reserved the most bytes that it may have, as a file and as pixels.
+    with_bytes = settings.admission.max_bytes // (settings.images.max_bytes + decoded_bytes(engine.image_transform, 1))
+    return FetchShares(max(1, min(settings.s3.max_connections, with_bytes)), settings.admission.max_bytes)
 
 
 def written_topics(settings: Settings) -> list[str]:

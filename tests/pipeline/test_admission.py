@@ -104,10 +104,10 @@ async def test_cancelled_in_the_step_in_which_it_was_granted_holds_nothing() -> 
     assert (of.bytes, of.jobs) == (0, 0)
 
 
-async def test_a_job_reserves_once() -> None:
+async def test_a_job_reserves_all_its_bytes_at_once() -> None:
     reservation = admission().admit(0)
     await reservation.acquire_bytes(1)
-    with pytest.raises(RuntimeError, match="reserves once"):
+    with pytest.raises(RuntimeError, match="all its bytes at once"):
         await reservation.acquire_bytes(1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
 
@@ -14,8 +14,8 @@ class Admission:
     """Bounds ``jobs`` and the ``bytes`` they hold; a poll asks for ``rooms`` first: Kafka keeps what does not fit.
 
     A record is in memory when it is admitted, so ``admit`` never waits. What it makes the worker download does:
-    ``Reservation.acquire_bytes`` waits, first come first served. A job reserves all it needs at once and never again:
-    jobs that held a part each and waited for the rest would wait for ever. A reservation above the whole bound is
+    ``Reservation.acquire_bytes`` waits, first come first served. A job reserves all it needs at once: jobs that
+    held a part each and waited for the rest would wait for ever. A reservation above the whole bound is
     granted alone, when no other one is held.
 
     With several ``lanes`` a share of both is kept for each, so that none fills the window for all: a quarter of it
@@ -168,29 +168,22 @@ class Reservation:
         finally:
             self._admission._take(self._use, 0, jobs=1)
 
-    @contextlib.asynccontextmanager
-    async def set_aside(self) -> AsyncIterator[None]:
-        """Give the job's slot and its reserved bytes up inside, while it waits for what others do not; then both back.
-
-        The slot is taken again as `without_slot` does; the bytes are waited for.
-        """
-        reserved, self._reserved_bytes = self._reserved_bytes, None
-        self._admission._give_back(self._use, reserved or 0, reservations=int(reserved is not None))
-        with self.without_slot():
-            yield
-        if reserved is not None:
-            await self.acquire_bytes(reserved)
-
     async def acquire_bytes(self, nbytes: int) -> None:
         """Wait until ``nbytes`` more may be held, by a job that has reserved none.
 
         Raises:
-            RuntimeError: the job has reserved before.
+            RuntimeError: the job holds reserved bytes, or has ended.
         """
         if self._reserved_bytes is not None or self._is_released:
-            raise RuntimeError("a job reserves once, while it is admitted")
+            raise RuntimeError("a job reserves all its bytes at once")
         await self._admission._reserve(self._use, nbytes)
         self._reserved_bytes = nbytes
+
+    def give_bytes_back(self) -> None:
+        """Give the reserved bytes back, to wait for what other jobs do not; they are acquired again behind it."""
+        reserved, self._reserved_bytes = self._reserved_bytes, None
+        if reserved is not None:
+            self._admission._give_back(self._use, reserved, reservations=1)
 
     def resize(self, nbytes: int) -> None:
         """Change the reserved bytes to ``nbytes``: less gives bytes back, more is in memory already and cannot wait."""

@@ -1,4 +1,4 @@
-"""The admit stage: what can be refused is refused before a byte is read; the rest waits for its turn and for bytes."""
+"""The admit stage: what can be refused is refused before a byte is read; the rest waits for its tenant's rate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Admit:
     metrics: Metrics
 
     async def __call__(self, job: Job, context: JobContext, reservation: Reservation) -> AdmittedJob:
-        """Wait for the tenant's token rate and for the bytes of the job's images.
+        """Wait for the tenant's token rate.
 
         Raises:
             NanoVLLMError: the job asks for what the model or the settings do not allow.
@@ -66,10 +66,6 @@ class Admit:
                 self.rates.charge(queued.tenant, queued.tokens)
             refs = job.image_refs()
             self._check(refs)
-            if refs:
-                # The sizes of objects are unknown until they are fetched: ``fetch`` gives the rest back.
-                encoded = sum(self.settings.images.max_bytes if ref.data is None else len(ref.data) for ref in refs)
-                await reservation.acquire_bytes(encoded + decoded_bytes(self.engine.image_transform, len(refs)))
         reuse = job.reuse or self.settings.reuse.level
         return AdmittedJob(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.objects.fetch import FetchedImage
+from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.stages.admit import AdmittedJob, decoded_bytes
@@ -17,7 +21,7 @@ OBJECT_STORE = "object store"
 
 
 class Fetch:
-    """Fetches the images of jobs; each object is attempted ``max_attempts`` times."""
+    """Fetches the images of jobs, behind the wait for connections and bytes; ``max_attempts`` at each object."""
 
     def __init__(
         self,
@@ -28,13 +32,18 @@ class Fetch:
         engine: EngineBackend,
         *,
         max_attempts: int,
+        max_bytes: int,
+        shares: FetchShares | None,
     ) -> None:
+        """``max_bytes``: of one object; ``shares``: of the connections, None where all jobs are one tenant's."""
         self._images = images
         self._breaker = breaker
         self._holds = holds
         self._retry = retry
         self._engine = engine
         self._max_attempts = max_attempts
+        self._max_bytes = max_bytes
+        self._shares = shares
 
     async def __call__(self, job: Job, admitted: AdmittedJob) -> list[FetchedImage]:
         """The encoded images of ``job``, in order; its reservation shrinks to their size.
@@ -42,33 +51,62 @@ class Fetch:
         Raises:
             NanoVLLMError, ExceptionGroup: an object cannot be had, or is not what the job names.
         """
-        with admitted.context.progress.stage("fetch"):
-            fetched = await self._fetch(admitted)
-            pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
-            admitted.reservation.resize(sum(len(image.data) for image in fetched) + pixels)
-            return fetched
-
-    async def _fetch(self, admitted: AdmittedJob) -> list[FetchedImage]:
-        progress, tenant = admitted.context.progress, admitted.context.tenant
-        buckets = {ref.bucket_and_key[0] for ref in admitted.refs if ref.data is None}
+        if not admitted.refs:
+            return []
+        progress, tenant, reservation = admitted.context.progress, admitted.context.tenant, admitted.reservation
+        objects = [ref for ref in admitted.refs if ref.data is None]
+        buckets = {ref.bucket_and_key[0] for ref in objects}
+        pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
         while True:
             if any(self._holds.is_held(bucket, tenant) for bucket in buckets):
-                # The jobs of other buckets need what this one would hold meanwhile.
-                async with admitted.reservation.set_aside():
+                with progress.stage("fetch"), reservation.without_slot():
                     await self._holds.wait(buckets, tenant)
-            try:
-                return await gather(
-                    self._retry(
-                        partial(self._read, ref, admitted), OBJECT_STORE, progress, max_attempts=self._max_attempts
-                    )
-                    for ref in admitted.refs
-                )
-            except ExceptionGroup as group:
-                _, others = group.split(BucketHeldError)
-                if others is not None:
-                    raise others from None
+            async with self._share(len(objects), admitted) as at_once:
+                with progress.stage("admit"):
+                    await reservation.acquire_bytes(self._most_bytes(admitted.refs, pixels))
+                with progress.stage("fetch"):
+                    try:
+                        fetched = await self._read_all(admitted, at_once)
+                    except ExceptionGroup as group:
+                        _, others = group.split(BucketHeldError)
+                        if others is not None:
+                            raise others from None
+                        # The jobs of other buckets need what this one would hold meanwhile.
+                        reservation.give_bytes_back()
+                        continue
+            reservation.resize(sum(len(image.data) for image in fetched) + pixels)
+            return fetched
 
-    async def _read(self, ref: ImageRef, admitted: AdmittedJob) -> FetchedImage:
+    @asynccontextmanager
+    async def _share(self, objects: int, admitted: AdmittedJob) -> AsyncIterator[int]:
+        """Hold the job's part of its tenant's share inside, and yield how many objects may be read at once."""
+        if self._shares is None or not objects:
+            yield max(1, objects)
+            return
+        context = admitted.context
+        with context.progress.stage("admit"):
+            taken = await self._shares.take(context.tenant, objects, admitted.queued.lane, admitted.reservation)
+        try:
+            yield taken
+        finally:
+            self._shares.give_back(context.tenant, taken)
+
+    def _most_bytes(self, refs: Sequence[ImageRef], pixels: int) -> int:
+        """Bytes to reserve: the sizes of objects are unknown until they are read."""
+        most = pixels + sum(self._max_bytes if ref.data is None else len(ref.data) for ref in refs)
+        return most if self._shares is None else min(most, self._shares.most_bytes)
+
+    async def _read_all(self, admitted: AdmittedJob, at_once: int) -> list[FetchedImage]:
+        slots, progress = asyncio.Semaphore(at_once), admitted.context.progress
+        return await gather(
+            self._retry(
+                partial(self._read, ref, admitted, slots), OBJECT_STORE, progress, max_attempts=self._max_attempts
+            )
+            for ref in admitted.refs
+        )
+
+    async def _read(self, ref: ImageRef, admitted: AdmittedJob, slots: asyncio.Semaphore) -> FetchedImage:
         context = admitted.context
         fetch = partial(self._images.fetch, ref, context.salt, context.tenant, may_reuse=admitted.reuses_images)
-        return await self._breaker.call(ref.identity, fetch)
+        async with slots:
+            return await self._breaker.call(ref.identity, fetch)
