@@ -8,11 +8,15 @@ in it crashes whichever process starts it, and a record with ``UNDECODABLE`` the
 
 from __future__ import annotations
 
-import asyncio
 import os
-import resource
 import signal
 import sys
+
+if __name__ == "__main__":  # before the imports, as nanovllm.cli.main does where its first argument is ``worker``
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+import asyncio
+import resource
 from pathlib import Path
 from typing import Any
 
