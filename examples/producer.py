@@ -28,4 +28,6 @@ async def main(prompt: str, uris: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(f"usage: {sys.argv[0]} PROMPT S3-URI...")
     sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2:])))

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-Cell = str | bool
+Cell = str | bool | int | list[str]
 
 LAST_COLUMN_CELLS = 20
 """The last column holds sentences: its long words may be folded, as long as it has so much room."""
@@ -43,7 +43,7 @@ def print_table(
 
     Where the terminal is too narrow for the longest word of each column, a row becomes a block of lines, one for each
     cell that is not empty: nothing is cut. Off a terminal each row is one plain line, whatever its length. Booleans are
-    ``yes`` and ``no`` for people, and JSON's own in JSON.
+    ``yes`` and ``no`` and lists their items for people, and JSON's own in JSON.
     """
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
@@ -66,7 +66,9 @@ def print_table(
 
 
 def _in_words(cell: Cell) -> str:
-    return ("no", "yes")[cell] if isinstance(cell, bool) else cell
+    if isinstance(cell, bool):
+        return ("no", "yes")[cell]
+    return ", ".join(cell) if isinstance(cell, list) else str(cell)
 
 
 def _print_lines(rows: Sequence[Sequence[str]]) -> None:

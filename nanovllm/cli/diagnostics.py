@@ -39,13 +39,14 @@ def doctor(
     from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()
-    from nanovllm.engine.diagnostics import describe, measure
-    from nanovllm.pipeline import build
-
     check_settings(settings.s3)
-    build.image_limits(settings.images)
-    with long_work("loading and measuring the engine"), build.build_engine(settings.engine) as engine:
-        findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
+    with long_work("loading and measuring the engine"):
+        from nanovllm.engine.diagnostics import describe, measure
+        from nanovllm.pipeline import build
+
+        build.image_limits(settings.images)
+        with build.build_engine(settings.engine) as engine:
+            findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
     rows = [(finding.subject, finding.value, finding.note) for finding in findings]
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 

@@ -68,7 +68,7 @@ def dlq_list(
     letters = _collect(client_settings(config, bootstrap_servers), wanted)
     if count:
         kinds = Counter((one.letter.error_class, one.letter.code, one.letter.stage) for one in letters)
-        rows = [(*kind, str(number)) for kind, number in kinds.most_common()]
+        rows = [(*kind, number) for kind, number in kinds.most_common()]
         print_table(("class", "code", "stage", "count"), rows, as_json=as_json)
         return
     if as_json:
@@ -195,10 +195,10 @@ def _row(record: DeadLetterRecord) -> tuple[Cell, ...]:
         letter.code,
         letter.stage,
         letter.retryable,
-        str(letter.attempts),
-        str(letter.replays or 0),
+        letter.attempts,
+        letter.replays or 0,
         letter.job_id or "",
-        few(record.inputs),
+        list(record.inputs),
         letter.message,
     )
 

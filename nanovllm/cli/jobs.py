@@ -120,7 +120,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
         # A file ends with a line end; the prompt does not.
         return prompt_file.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"the prompt file {prompt_file} cannot be read ({type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InvalidInput(f"the prompt file {prompt_file} cannot be read: {reason}") from None
 
 
 def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -> None:
@@ -171,7 +172,7 @@ async def _send(
     else:
         for path, uri in sent.uploads.items():
             print(plain(f"{path} uploaded to {uri}").plain, file=sys.stderr)
-        before = f", {sent.before:,} were sent before" if sent.before else ""
+        before = f", {sent.before} were sent before" if sent.before else ""
         print(f"{counted(len(sent.job_ids), 'job')} sent to {producer.topic}{before}", file=sys.stderr)
         for job_id in sent.job_ids:
             print(plain(job_id).plain)

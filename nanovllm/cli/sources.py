@@ -18,6 +18,7 @@ from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 Image = str | Path | ListedObject
 ListObjects = Callable[[ObjectPattern], Iterable[ListedObject]]
@@ -129,6 +130,8 @@ def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if _is_image(file.name) and file.is_file())
     elif path.exists():
+        if not _is_image(path.name) and not _begins_like_image(path):
+            raise InvalidInput(f"{source} is no image: neither by its name nor by its first bytes")
         found = [path]
     else:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
@@ -155,6 +158,15 @@ def _listed(source: str, pattern: ObjectPattern, list_objects: ListObjects | Non
 
 def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _begins_like_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
+    return head.startswith(_FIRST_BYTES) or head[4:8] == b"ftyp" or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
 def _identity(image: Image) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Results as rows in columns on a terminal, as two lines each on a narrow one, or as JSON lines, as they come."""
+"""Results as rows in columns on a wide terminal, as two lines each elsewhere, or as JSON lines, as they come."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MAX_INPUTS_SHOWN = 3
 class ResultRows:
     """Prints one outcome at a time; the head of the columns stands above the first."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, console: Console | None = None) -> None:
         self._as_json = as_json
-        self._console = Console()
+        self._console = console or Console()
         self._has_head = False
 
     def show(self, outcome: Outcome) -> None:
@@ -32,7 +32,7 @@ class ResultRows:
         if self._as_json:
             print_json(outcome.model_dump(mode="json", exclude_none=True))
             return
-        if self._console.width < NARROW_COLUMNS:
+        if self._console.width < NARROW_COLUMNS or not self._console.is_terminal:
             self._show_narrow(outcome)
             return
         table = Table(box=None, show_header=not self._has_head, expand=True, pad_edge=False)
@@ -51,8 +51,11 @@ class ResultRows:
                 head.append(Text(f"cache {cache}"))
         if inputs.plain != "-":
             head.append(inputs)
+        if not self._console.is_terminal:
+            print(Text("  ").join(head).plain, f"  {text.plain}", sep="\n", flush=True)
+            return
         self._console.print(Text("  ").join(head), overflow="fold")
-        self._console.print(Padding(text, (0, 0, 0, 2)), overflow="fold")
+        self._console.print(Padding(text, (0, 0, 0, 2), expand=False), overflow="fold")
 
 
 def few(names: Sequence[str]) -> str:

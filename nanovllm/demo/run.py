@@ -95,6 +95,8 @@ async def _run(demo: DemoSet, keep: bool, output: Path, console: Console) -> int
 
 async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts: ExitStack) -> int:
     started = time.monotonic()
+    if kept := sorted(name for name in os.environ if name.startswith(_KEPT_SETTINGS)):
+        console.print(f"[yellow]The worker takes {', '.join(kept)} from the environment; unset: the demo's own.[/]")
     broker, store = EmbeddedBroker(), EmbeddedObjectStore()
     parts.callback(broker.stop)
     parts.callback(store.stop)

@@ -61,7 +61,7 @@ def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
     try:
         return Job.model_validate(fields)
     except ValidationError as error:
-        raise _of_job(fields, InvalidJob(describe_errors(error, "job"))) from None
+        raise _of_job(fields, InvalidJob(describe_errors(error, "job", fields))) from None
 
 
 def _of_job(fields: dict[str, Any], error: InvalidJob) -> InvalidJob:

@@ -38,6 +38,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+_DETAILS = ("auto", "low", "high")
+
+
 def is_request(fields: dict[str, Any]) -> bool:
     """Whether the fields of a line are those of a request, and not of a job."""
     return "custom_id" in fields and not fields.keys() & {"prompt", "messages"}
@@ -55,13 +58,14 @@ def job_of_request(fields: dict[str, Any]) -> Job:
     Raises:
         InvalidJob: it asks for what there is not, or is not of its form; named in the message.
     """
-    request_id = request_id_in(fields)
+    request_id, job = request_id_in(fields), {}
     try:
         if request_id is None:
             raise InvalidJob(f"custom_id: is not a text of 1 to {MAX_ID_CHARS} printable characters")
-        return Job.model_validate(_job_fields(fields) | {"job_id": request_id})
+        job = _job_fields(fields) | {"job_id": request_id}
+        return Job.model_validate(job)
     except ValidationError as error:
-        invalid = InvalidJob(describe_errors(error, "body"))
+        invalid = InvalidJob(describe_errors(error, "body", job))
     except InvalidJob as error:
         invalid = error
     invalid.job_id = request_id
@@ -132,10 +136,24 @@ def _job_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(message: Any) -> Any:
-    """``message`` with the name that the instructions had before OpenAI's newer models."""
-    if isinstance(message, dict) and message.get("role") == "developer":
-        return message | {"role": "system"}
+    """``message`` as a job has it: the role of instructions by its older name, images without ``detail``.
+
+    The checkpoint and the settings decide the resolution, whatever ``detail`` is, as in vLLM.
+    """
+    if not isinstance(message, dict):
+        return message
+    if message.get("role") == "developer":
+        message = message | {"role": "system"}
+    if isinstance(message.get("content"), list):
+        message = message | {"content": [_part(part) for part in message["content"]]}
     return message
+
+
+def _part(part: Any) -> Any:
+    image = part.get("image_url") if isinstance(part, dict) else None
+    if isinstance(image, dict) and image.get("detail") in _DETAILS:
+        return part | {"image_url": {name: value for name, value in image.items() if name != "detail"}}
+    return part
 
 
 def _response_format(value: Any) -> dict[str, Any]:

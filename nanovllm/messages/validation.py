@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ValidationError
 
 MAX_ERRORS = 3
@@ -9,8 +11,11 @@ MAX_COMPARED = 100
 MAX_NAME_CHARS = 64
 
 
-def describe_errors(error: ValidationError, root: str) -> str:
-    """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut."""
+def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
+    """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut.
+
+    ``data`` is what was validated: a place is then the sender's own, without the names of pydantic's unions.
+    """
     # Each may be compared with every other: a list of wrong items has as many errors as items.
     errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
     uncounted = error.error_count() - len(errors)
@@ -18,13 +23,28 @@ def describe_errors(error: ValidationError, root: str) -> str:
     items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
     lines = []
     for item in items[:MAX_ERRORS]:
-        where = ".".join(printable(str(part)) for part in item["loc"]) or root
+        where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
         # pydantic repeats the sender's own value for a wrong tag, and only there.
         message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
         lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)
+
+
+def _place_in(data: Any, loc: tuple[int | str, ...]) -> list[int | str]:
+    """``loc`` without what is no name or index in ``data``; its last part stays, which may be what is missing."""
+    if data is None:
+        return list(loc)
+    place = []
+    for at, part in enumerate(loc):
+        is_index = isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data)
+        if is_index or (isinstance(data, dict) and part in data):
+            data = data[part]
+        elif at < len(loc) - 1:
+            continue
+        place.append(part)
+    return place
 
 
 def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:

@@ -97,8 +97,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     # list of pairs for a mapping.
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"configuration file {path} cannot be read: {type(error).__name__}") from error
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError(f"configuration file {path} cannot be read: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"configuration file {path} is not UTF-8") from error
     parse = _PARSERS.get(path.suffix)
     if parse is None:
         raise ConfigurationError(f"configuration file {path}: its name must end in .yaml, .yml or .toml")

@@ -249,6 +249,26 @@ def test_a_prompt_takes_as_many_images_as_it_has_places(tmp_path: Path) -> None:
         plan_submissions([str(tmp_path)], "<|image|>" * 3, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "is_image"),
+    [
+        ("scan", b"\x89PNG\r\n\x1a\n", True),
+        ("scan.jpe", b"\xff\xd8\xff\xe0", True),
+        ("photo.avif", b"\0\0\0\x20ftypavif", True),
+        ("config.py", b"KEY = 'secret'", False),
+        ("empty", b"", False),
+        ("report.pdf", b"%PDF-1.7", False),
+    ],
+)
+def test_a_file_that_is_no_image_is_not_sent(tmp_path: Path, name: str, head: bytes, is_image: bool) -> None:
+    (tmp_path / name).write_bytes(head)
+    if is_image:
+        assert len(plan_submissions([str(tmp_path / name)], "Total?", {})) == 1
+        return
+    with pytest.raises(InvalidInput, match=f"{name} is no image"):
+        plan_submissions([str(tmp_path / name)], "Total?", {})
+
+
 def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"prompt": "a\u2028b"}\n{"prompt": 1}\n')

@@ -65,7 +65,7 @@ async def test_letters_are_found_by_what_they_say(bench: Bench, environment: Non
     assert await found("--retryable") == {"gone"}
     assert await found("--job-id", "image", "--job-id", "old") == {"image", "old"}
     counts = await command(capsys, "list", "--count", "--json")
-    assert {(row["code"], row["count"]) for row in counts} == {("object_not_found", "2"), ("invalid_image", "1")}
+    assert {(row["code"], row["count"]) for row in counts} == {("object_not_found", 2), ("invalid_image", 1)}
     assert await asyncio.to_thread(main, ["dlq", "list", "--class", "nonsense"]) == 2
     assert await asyncio.to_thread(main, ["dlq", "list", "--since", "yesterday-ish"]) == 2
 

@@ -86,9 +86,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_no_shape_of_a_message_makes_many_errors(pack: Any, fields: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
-    def counting(error: ValidationError, root: str) -> str:
+    def counting(error: ValidationError, root: str, data: Any = None) -> str:
         counts.append(error.error_count())
-        return describe_errors(error, root)
+        return describe_errors(error, root, data)
 
     monkeypatch.setattr(codec, "describe_errors", counting)
     monkeypatch.setattr(job, "describe_errors", counting)

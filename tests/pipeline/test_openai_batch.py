@@ -77,6 +77,29 @@ def test_what_there_is_not_is_refused_by_its_name_and_the_requests(fields: dict[
     assert caught.value.job_id == "r-1"
 
 
+def parts(**image_url: Any) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": "Total?"}
+    return [{"role": "user", "content": [text, {"type": "image_url", "image_url": image_url}]}]
+
+
+@pytest.mark.parametrize("detail", ["auto", "low", "high"])
+def test_the_detail_that_openai_knows_is_taken(detail: str) -> None:
+    assert len(job_of_request(request(messages=parts(url="s3://receipts/k.png", detail=detail))).image_refs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("image_url", "said"),
+    [
+        ({"url": "s3://receipts/k.png", "detail": "best"}, r"^messages\.0\.content\.1\.image_url\.detail: "),
+        ({"url": 5}, r"^messages\.0\.content\.1\.image_url\.url: "),
+        ({}, r"^messages\.0\.content\.1\.image_url\.url: "),
+    ],
+)
+def test_a_fault_is_named_by_its_place_in_the_senders_own_json(image_url: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidJob, match=said):
+        job_of_request(request(messages=parts(**image_url)))
+
+
 @pytest.mark.parametrize("custom_id", ["", 3, None, "a\nb", "x" * 513])
 def test_an_id_that_no_job_may_have_is_refused(custom_id: Any) -> None:
     with pytest.raises(InvalidJob) as caught:

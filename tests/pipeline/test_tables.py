@@ -34,11 +34,8 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_results_at_80_columns_have_the_whole_width_for_their_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    rows = ResultRows(as_json=False)
+def test_results_at_80_columns_have_the_whole_width_for_their_text(capsys: Capture) -> None:
+    rows = ResultRows(as_json=False, console=terminal(80))
     rows.show(result(job_id=JOB_ID, text=ANSWER))
     fields = {"code": "unsupported_image_format", "message": "the image is an SVG", "inputs": ("scans/a.svg", "b.svg")}
     rows.show(dead_letter(job_id=JOB_ID, **fields))
@@ -49,11 +46,15 @@ def test_results_at_80_columns_have_the_whole_width_for_their_text(
     assert shown[-2:] == [f"{JOB_ID}  invalid  scans/a.svg, b.svg", "  unsupported_image_format: the image is an SVG"]
 
 
-def test_results_at_a_wide_terminal_are_columns_under_one_head(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
-    rows = ResultRows(as_json=False)
+def test_results_off_a_terminal_are_plain_lines_whatever_their_length(capsys: Capture) -> None:
+    ResultRows(as_json=False).show(result(text="word " * 60 + "end"))
+    head, text = capsys.readouterr().out.splitlines()
+    assert head == "r-1  ok  60+3 tokens  20 ms  cache hit  s3://bucket/k"
+    assert text == "  " + "word " * 60 + "end"
+
+
+def test_results_at_a_wide_terminal_are_columns_under_one_head(capsys: Capture) -> None:
+    rows = ResultRows(as_json=False, console=terminal(140))
     rows.show(result())
     rows.show(result(job_id="r-2"))
     head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -105,6 +106,7 @@ def test_json_has_booleans_of_its_own(letters: list[DeadLetterRecord], capsys: C
     print_table(COLUMNS, map(_row, letters), as_json=True)
     row = json.loads(capsys.readouterr().out)[0]
     assert row["retryable"] is letters[0].letter.retryable
+    assert (row["attempts"], row["replays"], row["inputs"]) == (letters[0].letter.attempts, 0, ["scans/a.png"])
     print_table(("job", "retryable"), [("a", True), ("b", False)], as_json=False)
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [["a", "yes"], ["b", "no"]]
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,6 +56,7 @@ class StopSignals:
         if self._received > 1:
             _end_at_once(FAILED)
         if self._loop is None:
+            os.write(sys.stderr.fileno(), b"nanovllm: stopped before the first job\n")  # no lock, unlike print
             _end_at_once(self._code_before_work)
         with suppress(RuntimeError):  # the loop is closed: the process ends anyway
             # Neither logging nor threads here: the main thread may hold the locks that they need.
