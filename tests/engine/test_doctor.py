@@ -14,8 +14,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.diagnostics import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
-from nanovllm.pipeline.app import _load_engine
-from nanovllm.pipeline.build import build_engine
+from nanovllm.pipeline.build import build_engine, load_engine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import EngineSettings
 from tests.checkpoints import make_llava
@@ -100,7 +99,7 @@ async def test_the_first_lines_of_a_worker_s_log_say_the_same(
     monkeypatch.setattr(kernels, "missing", lambda: "there is no C++ compiler")
     caplog.set_level("INFO", "nanovllm")
     settings = EngineSettings(model=str(text), kv_cache_bytes=1 << 20)
-    engine = await _load_engine(settings)
+    engine = await load_engine(settings)
     lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.worker"]
     with build_engine(settings) as same:
         findings = told(same)

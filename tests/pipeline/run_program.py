@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm.cli import main as cli
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.pipeline import app
+from nanovllm.pipeline import build
 
 
 class WritingEngine(EchoEngine):
@@ -40,7 +40,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.max_num_seqs)
 
-    app._load_engine = load_engine
+    build.load_engine = load_engine
     sys.argv = ["nanovllm", *sys.argv[3:]]
     sys.exit(cli.main())
 

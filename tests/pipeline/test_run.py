@@ -22,7 +22,7 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.build import build_bare_worker, build_decoders
+from nanovllm.pipeline.build import Parts, build_decoders, build_worker
 from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource, read_lines
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.health import Health
@@ -63,14 +63,12 @@ class Run:
             limit = self.settings.admission.max_job_bytes
             self.left = finished.left(read_lines(self.input, limit))
             source = LineSource(read_lines(self.input, limit), finished)
-            worker = build_bare_worker(
+            worker = build_worker(
                 self.settings,
-                engine=echo,
-                decoders=decoders,
-                fetcher=ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes),
-                sink=OutcomeSink(self.settings.topics, output.add_result, output.add_dead_letter),
-                metrics=Metrics(),
-                health=Health(),
+                Parts(echo, decoders, ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes)),
+                OutcomeSink(self.settings.topics, output.add_result, output.add_dead_letter),
+                Metrics(),
+                Health(),
                 backoff=Backoff(base_s=0.01, cap_s=0.05),
                 decode=output.decode,
             )
@@ -262,7 +260,8 @@ class Command:
         self.results, self.log = directory / "results.jsonl", directory / "computed.log"
         input = write_lines(directory / "jobs.jsonl", *jobs)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("NANOVLLM_")}
-        environment |= {"NANOVLLM_ENGINE__MAX_NUM_SEQS": "4", "NANOVLLM_IMAGES__DECODERS": "1"}
+        environment |= {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_ENGINE__MAX_NUM_SEQS": "4"}
+        environment |= {"NANOVLLM_IMAGES__DECODERS": "1"}
         arguments = [str(self.log), str(delay_s), "run", "-i", str(input), "-o", str(self.results)]
         command = [sys.executable, str(PROGRAM), *arguments]
         self.process = LocalProcess("run", command, directory / "run.log", env=environment)
@@ -360,6 +359,13 @@ def test_a_run_without_answers_to_all_ends_with_1_and_counts_in_json(tmp_path: P
     assert (tmp_path / "out" / "results.dead-letters.jsonl").exists()
     for wrong in (("-i", tmp_path / "none", "-o", tmp_path / "x"), ("-i", jobs, "-o", jobs)):
         assert nanovllm("run", *wrong)[0] == 2
+
+
+def test_settings_that_cannot_work_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    jobs = write_lines(tmp_path / "jobs.jsonl", {"prompt": "a"})
+    wrong = {"NANOVLLM_ENGINE__BACKEND": "native", "NANOVLLM_IMAGES__FORMATS": '["PNGG"]'}
+    code, _, err = nanovllm("run", "-i", jobs, "-o", tmp_path / "r.jsonl", **wrong, NANOVLLM_ENGINE__MODEL="none")
+    assert (code, "images.formats" in err, len(err.splitlines())) == (2, True, 1), err
 
 
 def test_without_work_that_is_left_no_model_is_loaded(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class JobSource(ConsumerRebalanceListener):
         except BaseException as error:
             await self._leave(consumer)
             if isinstance(error, KafkaError):
-                raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+                raise self._unavailable(error) from error
             raise
         self._consumer = consumer
 
@@ -162,6 +162,10 @@ class JobSource(ConsumerRebalanceListener):
         on_wait(f"partitions from group {self._settings.group_id}")
         consumer.subscribe(list(self.topics), listener=self)
         await consumer._subscription.wait_for_assignment()
+
+    def _unavailable(self, error: KafkaError) -> BrokersUnavailable:
+        servers = self._settings.bootstrap_servers
+        return BrokersUnavailable(f"the brokers {servers} cannot be consumed from: {type(error).__name__}")
 
     async def _leave(self, consumer: AIOKafkaConsumer) -> None:
         """Leave the group and disconnect; gives up after ``LEAVE_TIMEOUT_S``."""
@@ -229,7 +233,7 @@ class JobSource(ConsumerRebalanceListener):
         except KafkaError as error:
             if is_fenced_instance(error):
                 raise assignments.fenced_instance() from error
-            raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+            raise self._unavailable(error) from error
         deliveries: list[ConsumedRecord] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -273,7 +277,10 @@ class JobSource(ConsumerRebalanceListener):
         await self._assignments.commit(self._started(), active, "offsets were not committed this time")
         since = self._assignments.uncommitted_since
         if since is not None and time.monotonic() - since > self._settings.session_timeout_ms / 1000:
-            raise BrokersUnavailable(f"no offset was committed for {time.monotonic() - since:.0f} s")
+            raise BrokersUnavailable(
+                f"no offset was committed for longer than the session (kafka.session_timeout_ms) at the brokers "
+                f"{self._settings.bootstrap_servers}"
+            )
 
     async def is_drained(self) -> bool:
         """Whether every record that is in our partitions now is finished and committed."""

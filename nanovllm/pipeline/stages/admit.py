@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.errors import InvalidInput, counted
+from nanovllm.errors import InvalidInput, NanoVLLMError, counted
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -15,6 +15,7 @@ from nanovllm.pipeline.admission.engine_queue import QueuedJob
 from nanovllm.pipeline.admission.key_order import KeyTurn
 from nanovllm.pipeline.admission.tenant_shares import CHARS_PER_TOKEN, TokenRates
 from nanovllm.pipeline.stages.context import JobContext
+from nanovllm.pipeline.stages.image_errors import of_image
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -84,8 +85,11 @@ class Admit:
         limit = self.settings.engine.max_images_per_request
         if len(refs) > limit:
             raise InvalidInput(f"the job has {counted(len(refs), 'image')}, above the limit of {limit}")
-        for ref in refs:
-            self.fetcher.check(ref)
+        for position, ref in enumerate(refs, 1):
+            try:
+                self.fetcher.check(ref)
+            except NanoVLLMError as error:
+                raise of_image(error, position, refs) from None
 
 
 @dataclass(eq=False)

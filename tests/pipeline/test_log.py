@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nanovllm.pipeline.operations.repeated_lines import AT_MOST, FORGET_S, RepeatedLines
+from nanovllm.pipeline.operations.log import AT_MOST, FORGET_S, RepeatedLines
 
 
 def line(text: str, level: int = logging.WARNING) -> logging.LogRecord:
