@@ -40,7 +40,7 @@ from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
-from nanovllm.pipeline.stages.admit import Admit, decoded_bytes
+from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
@@ -88,7 +88,7 @@ async def started_parts(settings: Settings) -> AsyncIterator[Parts]:
         ConfigurationError: one cannot be made.
     """
     async with AsyncExitStack() as stack:
-        engine = await load_engine(settings.engine)
+        engine = await load_engine(settings)
         stack.push_async_callback(engine.close)
         await engine.start()
         decoders = build_decoders(settings, engine)
@@ -289,20 +289,21 @@ def check_parts(settings: Settings) -> None:
     choose_device(engine.device)
 
 
-async def load_engine(settings: EngineSettings) -> EngineBackend:
+async def load_engine(settings: Settings) -> EngineBackend:
     """The backend that ``settings`` name, not started. Raises as `build_engine`."""
-    if settings.backend == "echo":
+    options = settings.engine
+    if options.backend == "echo":
         from nanovllm.engine.backends.echo import EchoEngine
 
-        return EchoEngine(max_num_seqs=settings.max_num_seqs)
+        return EchoEngine(max_num_seqs=options.max_num_seqs)
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 
     # In a thread: the probes answer while weights are read, and a signal ends the process.
-    engine = await asyncio.to_thread(build_engine, settings)
-    for finding in describe(engine):
+    engine = await asyncio.to_thread(build_engine, options)
+    for finding in describe(engine, sampling_defaults(settings, engine.generation_defaults)):
         logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
-    return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)
+    return AsyncEngine(engine, step_timeout_s=options.step_timeout_s)
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:
