@@ -56,6 +56,7 @@ def drop(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 CHANGES: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
     "drop": drop,
     "rename": lambda tensors, name: {**drop(tensors, name), f"{name}_old": tensors[name]},
+    "one more": lambda tensors, name: {**tensors, f"{name}_old": tensors[name].clone()},
     "more rows": lambda tensors, name: {**tensors, name: torch.cat([tensors[name], tensors[name][:1]])},
     "fewer rows": lambda tensors, name: {**tensors, name: tensors[name][:-1].clone()},
     "half": lambda tensors, name: {**tensors, name: tensors[name].half()},
