@@ -152,6 +152,16 @@ def test_a_tied_checkpoint_may_store_either_or_both(tmp_path: Path, stored: str)
     assert_loads_as_transformers_does(directory, sees=False)
 
 
+@pytest.mark.parametrize("name", ["image_newline", "model.adapter.weight", "language_model.adapter.weight"])
+@pytest.mark.parametrize("make", [make_llava, make_qwen_vl])
+def test_a_tensor_beside_text_and_tower_is_refused_by_its_name(
+    tmp_path: Path, make: Callable[[Path], Path], name: str
+) -> None:
+    edit_tensors(make(tmp_path), lambda stored: {**stored, name: torch.ones(2)})
+    with pytest.raises(UnsupportedModel, match=rf"tensor '{name}' has no place"):
+        recording_engine(tmp_path)
+
+
 def test_an_untied_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
     edit_tensors(make_qwen3(tmp_path), lambda stored: drop(stored, "lm_head.weight"))
     with pytest.raises(UnsupportedModel, match=r"lacks 1 tensor, such as lm_head\.weight"):

@@ -24,9 +24,9 @@ from nanovllm.vision.images.preprocess import ImageTransform
 
 SelectStrategy = Literal["default", "full"]
 
-# Prefixes of tower and projector in a LLaVA checkpoint: since transformers 4.52, and before it.
-_TOWER = ("model.vision_tower.", "vision_tower.")
-_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
+TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
+PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
+"""In a LLaVA checkpoint: since transformers 4.52, and before it."""
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
@@ -91,7 +91,7 @@ class VisionEncoder(ImageEncoder):
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        load_module(self.tower, directory, ("vision_model.", *_TOWER, ""), self._left_out)
+        load_module(self.tower, directory, ("vision_model.", *TOWER_PREFIXES, ""), self._left_out)
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self._has_class_token, size))
@@ -107,7 +107,7 @@ class VisionEncoder(ImageEncoder):
             _initialise(self.projector)
             _warn_untrained()
         else:
-            load_module(self.projector, path, (*_PROJECTOR, ""))
+            load_module(self.projector, path, (*PROJECTOR_PREFIXES, ""))
         self._finish(str(vision_model), freeze_vision_weights, dtype, device)
 
     @classmethod
@@ -154,8 +154,8 @@ class VisionEncoder(ImageEncoder):
             activation=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,
         )
-        load_module(encoder.tower, directory, _TOWER, encoder._left_out)
-        load_module(encoder.projector, directory, _PROJECTOR)
+        load_module(encoder.tower, directory, TOWER_PREFIXES, encoder._left_out)
+        load_module(encoder.projector, directory, PROJECTOR_PREFIXES)
         if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
