@@ -36,6 +36,7 @@ def topics(embedded_broker: str, unique: Callable[[str], str], monkeypatch: pyte
     for name, topic in names.items():
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", topic)
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("COLUMNS", "140")
     return names
 
