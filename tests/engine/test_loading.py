@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nanovllm.checkpoints import transformers_version
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.transformers_version import OLDEST, untested_version
 from nanovllm.cli.main import MISUSE, main
+from nanovllm.engine import diagnostics
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -248,6 +251,22 @@ def test_a_release_of_transformers_outside_the_tested_ones_is_said(version: str,
     note = untested_version(version)
     assert bool(note) == bool(said)
     assert said in note
+
+
+def test_an_engine_and_the_doctor_say_so_at_start_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = untested_version("5.99.0")
+    for module in (transformers_version, diagnostics):
+        monkeypatch.setattr(module, "untested_version", lambda: note)
+    transformers_version.warn_untested_version.cache_clear()
+    directory = make_qwen3(tmp_path)
+    for _ in range(2):
+        with LLMEngine(str(directory), kv_cache_bytes=1 << 20) as engine:
+            findings = {finding.subject: finding.note for finding in diagnostics.describe(engine)}
+    assert caplog.text.count(note) == 1
+    assert findings["transformers"] == note
+    transformers_version.warn_untested_version.cache_clear()
 
 
 def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:
