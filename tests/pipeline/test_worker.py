@@ -16,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from bench import Bench, FaultyFetcher, FaultySink, GatedEngine, eventually, png, reached
 
+from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, ObjectNotFound, TransientError
 from nanovllm.kafka.records import OutgoingRecord
@@ -83,6 +84,25 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     text = bench.metrics.exposition().decode()
     assert 'nanovllm_jobs_total{outcome="result"} 2.0' in text
     assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
+
+
+async def test_a_job_sets_variables_of_the_chat_template_only_where_the_settings_allow_them(bench: Bench) -> None:
+    asked: list[Any] = []
+
+    class Recording(EchoEngine):
+        def submit(self, request: Request) -> Generation:
+            asked.append(request.chat_template_kwargs)
+            return super().submit(request)
+
+    allowed, refused = ({"prompt": "p", "chat_template_kwargs": {name: False}} for name in ("enable_thinking", "other"))
+    engine = bench.settings.engine.model_copy(update={"job_chat_template_kwargs": ("enable_thinking",)})
+    bench.settings = bench.settings.model_copy(update={"engine": engine})
+    await bench.send({"job_id": "allowed", **allowed}, {"job_id": "refused", **refused})
+    async with bench.working(Recording()):
+        assert (await bench.results(1)).keys() == {"allowed"}
+        ((headers, _),) = await bench.dead_letters(1)
+    assert asked == [{"enable_thinking": False}]
+    assert (headers["nanovllm_job_id"], headers["nanovllm_code"]) == ("refused", "invalid_job")
 
 
 async def test_every_outcome_has_its_jobs_id_and_the_names_of_its_images(
