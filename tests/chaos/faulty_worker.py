@@ -112,9 +112,9 @@ def main() -> None:
     orders = Orders(Path(sys.argv[1]), sys.argv[2])
 
     async def load_engine(settings: Any) -> Any:
-        if settings.backend == "native":
-            return await asyncio.to_thread(faulty_native, orders, settings)
-        return FaultyEcho(orders, max_num_seqs=settings.max_num_seqs)
+        if settings.engine.backend == "native":
+            return await asyncio.to_thread(faulty_native, orders, settings.engine)
+        return FaultyEcho(orders, max_num_seqs=settings.engine.max_num_seqs)
 
     build.load_engine = load_engine
     receive.decode_job = crash_decoding  # type: ignore[assignment]
