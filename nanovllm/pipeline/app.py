@@ -45,7 +45,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     signals = StopSignals()
     forbid_debugging()
     prepare_threads()
-    _log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level)
     try:
         asyncio.run(_run(settings, signals, exit_when_drained))
     except ConfigurationError as error:
@@ -68,7 +68,8 @@ def prepare_threads() -> None:
         logger.warning("torch was imported before its threads could be set up")
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
+    """Log from ``level`` on to stderr; lines that repeat at a falling rate."""
     logging.basicConfig(
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )

@@ -46,7 +46,7 @@ def run_lines(
     signals = StopSignals(code_before_work=FAILED)
     forbid_debugging()
     app.prepare_threads()
-    app._log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
+    app.log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
     for name in LOGGERS_OF_DEAD_LETTERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     return asyncio.run(_run(without_kafka(settings), source, sink, decode, on_tick, signals))
