@@ -7,7 +7,7 @@ worker or object representations, because it travels into dead letters.
 
     NanoVLLMError
       InvalidInput                INVALID: a dead letter at once
-        InvalidJob                  UnsupportedVersion
+        InvalidJob                  UnsupportedVersion, InvalidEvent
         InvalidImage                UnsupportedImageFormat, ImageTooLarge (TooManyPixels, TooManyFrames)
         UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri (ForbiddenKey)
       PermanentError              PERMANENT: a dead letter at once
@@ -96,6 +96,13 @@ class UnsupportedVersion(InvalidJob):
     code = "unsupported_version"
     remedy = "Send version 1, or replay the job to workers that know its version."
     retryable = True
+
+
+class InvalidEvent(InvalidJob):
+    """A record that is not an S3 event notification in a known form."""
+
+    code = "invalid_event"
+    remedy = "Send S3's event notifications as the store writes them: docs/events.md lists the forms."
 
 
 class InvalidImage(InvalidInput):

@@ -105,10 +105,10 @@ def results(
         asyncio.run(_follow(reader, ResultRows(as_json=as_json), count))
 
 
-def client_settings(config: Path | None, bootstrap_servers: str | None) -> Settings:
-    """The settings, with ``bootstrap_servers`` over them."""
-    overrides = {"kafka": {"bootstrap_servers": bootstrap_servers}} if bootstrap_servers else {}
-    return load_settings(config, overrides)
+def client_settings(config: Path | None, bootstrap_servers: str | None, **sections: dict[str, Any]) -> Settings:
+    """The settings, with ``bootstrap_servers`` and ``sections`` over them."""
+    kafka = {"kafka": {"bootstrap_servers": bootstrap_servers}} if bootstrap_servers else {}
+    return load_settings(config, kafka | sections)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -8,7 +8,7 @@ import sys
 
 # Before the imports below, which take seconds: PID 1 of a container ignores signals without a handler, and nothing was
 # taken that would have to be drained. The worker's own handlers (stop_signals.py) replace these.
-if sys.argv[1:2] == ["worker"]:
+if sys.argv[1:2] in (["worker"], ["bridge"]):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 
@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from nanovllm.cli.ask import ask
+from nanovllm.cli.bridge import bridge_app
 from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.extras import require
@@ -51,6 +52,7 @@ app.command("run")(run)
 app.command("ask")(ask)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
+app.add_typer(bridge_app, name="bridge")
 
 
 def _print_version(is_asked: bool) -> None:

@@ -6,18 +6,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, ProducerClosed
 
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.batch_send import send_batches
+from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.errors import is_fatal
 from nanovllm.kafka.paced_metadata import pace_metadata
 
 if TYPE_CHECKING:
     from nanovllm.kafka.records import OutgoingRecord
+    from nanovllm.kafka.topic_limits import TopicLimits
+    from nanovllm.settings.kafka import KafkaSettings
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,18 @@ class RecoveringProducer:
         self._connect = connect
         self._producer: AIOKafkaProducer | None = None
         self._renewal = asyncio.Lock()
+
+    @classmethod
+    def within(cls, kafka: KafkaSettings, limits: TopicLimits) -> Self:
+        """One whose batches fit the topics of ``limits``, also of those that are lowered later."""
+        options = producer_kwargs(kafka)
+
+        def connect() -> AIOKafkaProducer:
+            # A topic's limit is one for whole batches: small records that exceed it together are refused together.
+            batch_bytes = min(options["max_batch_size"], limits.for_new_producer())
+            return AIOKafkaProducer(**{**options, "max_batch_size": batch_bytes})
+
+        return cls(connect)
 
     async def start(self) -> None:
         """Connect. Raises BrokersUnavailable when no broker answers."""

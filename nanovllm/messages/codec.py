@@ -80,13 +80,29 @@ def decode_fields(value: bytes) -> dict[str, Any]:
     Raises:
         InvalidJob: bytes that are no JSON object and no msgpack map, or hold what the other of the two cannot.
     """
-    fmt = message_format(value)
-    fields: dict[str, Any] = _parse_json(value) if fmt == "json" else _parse_msgpack(value)
+    is_json = message_format(value) == "json"
+    fields: dict[str, Any] = decode_json(value) if is_json else _parse_msgpack(value)
+    if not is_json:
+        _check_values(fields, allow_bytes_in="data")
+    return fields
+
+
+def decode_json(value: bytes) -> Any:
+    """The value of an untrusted JSON text, of at most ``MAX_VALUES`` values and ``MAX_DEPTH`` levels.
+
+    Raises:
+        InvalidJob: it is no JSON, is too large for these bounds, or means something else to other readers.
+    """
+    parsed = _parse_json(value)
+    _check_values(parsed)
+    return parsed
+
+
+def _check_values(fields: Any, *, allow_bytes_in: str | None = None) -> None:
     try:
-        check_json_value(fields, allow_bytes_in="data" if fmt == "msgpack" else None)
+        check_json_value(fields, allow_bytes_in=allow_bytes_in)
     except ValueError as error:
         raise InvalidJob(f"the message holds {error}") from None
-    return fields
 
 
 def encode_job(job: Job, fmt: MessageFormat = "json") -> bytes:

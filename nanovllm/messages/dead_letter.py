@@ -39,6 +39,12 @@ class DeadLetter(Message):
         None, ge=1, description="How often `dlq replay` had sent the job again before it failed; unset: never."
     )
     source: Source
+    queue: str | None = Field(
+        None,
+        description="SQS queue that `bridge sqs` took the message from; its `source` is the topic that it was meant "
+        "for, and a number made of `message_id` in place of an offset.",
+    )
+    message_id: str | None = Field(None, description="The message's own id in the queue.")
     worker: str
     received_at: datetime
     first_failed_at: datetime | None = Field(None, description="Of the first attempt, where there were several.")

@@ -15,10 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aiokafka import AIOKafkaProducer
-
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
@@ -233,14 +230,7 @@ def required_topics(settings: Settings) -> list[str]:
 
 def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
     """The producer of a worker, not started; ``limits``: those of the topics that it writes."""
-    options = producer_kwargs(settings.kafka)
-
-    def connect() -> AIOKafkaProducer:
-        # A topic's limit is one for whole batches: small records that exceed it together are refused together.
-        batch_bytes = min(options["max_batch_size"], limits.for_new_producer())
-        return AIOKafkaProducer(**{**options, "max_batch_size": batch_bytes})
-
-    return RecoveringProducer(connect)
+    return RecoveringProducer.within(settings.kafka, limits)
 
 
 def build_crash_guard(settings: Settings, producer: RecoveringProducer) -> CrashGuard | None:

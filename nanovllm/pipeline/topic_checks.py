@@ -22,7 +22,7 @@ class TopicNeed:
     """One topic that the settings name, and how it is created. ``operations`` are the worker's rights on it, if any."""
 
     name: str
-    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply", "in flight", "replayed"]
+    purpose: Literal["jobs", "retry", "results", "metrics", "dead letters", "reply", "in flight", "replayed", "events"]
     operations: tuple[str, ...]
     configs: Mapping[str, str] = field(default_factory=dict)
     delay_ms: int = 0
@@ -38,7 +38,7 @@ class Finding:
 
 
 def topic_needs(settings: Settings) -> list[TopicNeed]:
-    """Every topic that a worker with ``settings`` reads or writes, and that of `dlq replay`."""
+    """Every topic that a worker with ``settings`` reads or writes, and those of `dlq replay` and `bridge sqs`."""
     topics, retry_topics = settings.topics, RetryTopics.of(settings)
     described = ("DESCRIBE", "DESCRIBE_CONFIGS")
     writes = ("WRITE", *described)
@@ -62,6 +62,7 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
         compacted = COMPACTED | {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         needs.append(TopicNeed(topics.in_flight, "in flight", ("READ", "WRITE", "DESCRIBE"), compacted))
     needs.append(TopicNeed(topics.replayed, "replayed", (), COMPACTED))
+    needs.append(TopicNeed(topics.events, "events", ()))
     needs += [TopicNeed(name, "reply", writes) for name in topics.reply_to]
     return needs
 
@@ -87,8 +88,8 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
     largest_job = max((state.number("max.message.bytes") for state in jobs), default=0)
     for need in topic_needs(settings):
         state = states.get(need.name)
-        if state is None and need.purpose == "replayed":
-            continue  # the first replay makes it; and a worker's user does not see it
+        if state is None and need.purpose in ("replayed", "events"):
+            continue  # the first replay makes its own, a bridge says so; and a worker's user does not see them
         if state is None:
             # A topic of reply_to belongs to the service that waits there: `topics create` makes none.
             way = "the service that reads it makes it" if need.purpose == "reply" else "nanovllm topics create makes it"
@@ -98,7 +99,9 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
         if settings.delivery == "exactly_once" and state.replication == 1 and "WRITE" in need.operations:
             # A partition without a leader is taken for a deleted one when a transaction ends (KAFKA-20734).
             yield Finding(need.name, "warning", "has one replica: a broker killed at a commit may show outputs twice")
-        if need.purpose in ("jobs", "retry", "dead letters") and "compact" in state.configs.get("cleanup.policy", ""):
+        if need.purpose in ("jobs", "retry", "dead letters", "events") and "compact" in state.configs.get(
+            "cleanup.policy", ""
+        ):
             yield Finding(need.name, "error", "cleanup.policy compacts: of records with one key all but the last go")
         if need.purpose == "replayed" and state.configs.get("cleanup.policy", "compact") != "compact":
             yield Finding(need.name, "warning", "cleanup.policy is not `compact`: what it forgets is replayed again")

@@ -15,6 +15,9 @@ class TopicSettings(SettingsModel):
     results: TopicName = Field("nanovllm.results", description="Results go here, keyed by `job_id`.")
     metrics: TopicName = Field("nanovllm.metrics", description="One record of figures for each job goes here.")
     dead_letters: TopicName = Field("nanovllm.dead-letters", description="Jobs that failed for good go here.")
+    events: TopicName = Field(
+        "nanovllm.events", description="Event notifications of object stores; `bridge sqs` sends them here."
+    )
     in_flight: TopicName = Field("nanovllm.in-flight", description="Record of the jobs in the engines.")
     replayed: TopicName = Field(
         "nanovllm.replayed",

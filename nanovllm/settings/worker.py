@@ -102,7 +102,7 @@ class Settings(BaseSettings):
         uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in topics.job_topics for delay_s in delays_s]
         uses += [
             (getattr(topics, name), f"topics.{name}")
-            for name in ("results", "metrics", "dead_letters", "in_flight", "replayed")
+            for name in ("results", "metrics", "dead_letters", "events", "in_flight", "replayed")
         ]
         uses += [(name, "topics.reply_to") for name in dict.fromkeys(topics.reply_to) if name != topics.results]
         first: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""Routing: what brings events and objects to the topics where they are answered."""
