@@ -29,6 +29,7 @@ from nanovllm.vision.images.decode import (
     open_image,
 )
 
+SQUARE_PIXELS = 1.1  # a fax of standard resolution has 204 pixels an inch across and 98 down
 INK_PIXELS = 1_000_000  # of the page on which ink is measured
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that swap the sides
@@ -37,7 +38,8 @@ _TURNED = (5, 6, 7, 8)  # orientations that swap the sides
 class ImageDocument(Document):
     """Document of an image file: the frames of a TIFF, or one image.
 
-    Pages have pixels of their own: they are shrunk to ``max_pixels``, and ``dpi`` changes nothing.
+    Pages have pixels of their own: they are made square where a fax's are not, and shrunk to ``max_pixels``; ``dpi``
+    changes nothing.
     """
 
     def __init__(self, data: bytes, limits: DocumentLimits, images: ImageLimits) -> None:
@@ -57,12 +59,11 @@ class ImageDocument(Document):
             TooManyPixels, InvalidImage, InvalidPageRange: as said.
         """
         check_rotation(rotation)
-        rgb = self._decoded(page)
-        return quarter_turned(_shrunk(rgb, max_pixels), rotation)
+        return quarter_turned(self._resized(self._decoded(page), page, max_pixels), rotation)
 
     def text(self, page: int) -> TextLayer:
         """The measures of ink alone: image files have no text layer."""
-        grey = _shrunk(self._decoded(page).convert("L"), INK_PIXELS)
+        grey = self._resized(self._decoded(page).convert("L"), page, INK_PIXELS)
         return text_layer((), np.asarray(grey), 1.0)
 
     def close(self) -> None:
@@ -78,6 +79,19 @@ class ImageDocument(Document):
         check_dimensions(self._frames.width, self._frames.height, self._images)
         return decode_image(self._frames)
 
+    def _resized(self, image: Image.Image, page: int, max_pixels: int) -> Image.Image:
+        """The image with square pixels, ``max_pixels`` at most."""
+        info = self.info.pages[page - 1]
+        width, height = float(image.width), float(image.height)
+        across, down = width / info.width_pt, height / info.height_pt
+        if max(across, down) > SQUARE_PIXELS * min(across, down):
+            width, height = width * max(1.0, down / across), height * max(1.0, across / down)
+        shrink = min(1.0, math.sqrt(max_pixels / (width * height)))
+        size = max(1, round(width * shrink)), max(1, round(height * shrink))
+        if size[0] * size[1] > max_pixels:
+            size = max(1, int(width * shrink)), max(1, int(height * shrink))
+        return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
 
 def _seek(image: Image.Image, frame: int) -> bool:
     with as_invalid_image(image.format):
@@ -89,26 +103,24 @@ def _seek(image: Image.Image, frame: int) -> bool:
 
 
 def _page_info(number: int, image: Image.Image) -> PageInfo:
-    width, height = (side * POINTS_PER_INCH / dpi for side, dpi in zip(image.size, _resolution(image), strict=True))
+    (width, height), (across, down) = image.size, _resolution(image)
     try:
         is_turned = image.getexif().get(_ORIENTATION) in _TURNED
     except Exception:  # a broken EXIF block counts as none
         is_turned = False
-    return PageInfo(number, height, width) if is_turned else PageInfo(number, width, height)
+    if is_turned:
+        across, down = down, across
+        if image.format != "TIFF":  # whose size Pillow gives turned already
+            width, height = height, width
+    return PageInfo(number, width * POINTS_PER_INCH / across, height * POINTS_PER_INCH / down)
 
 
 def _resolution(image: Image.Image) -> tuple[float, float]:
     """Pixels an inch, across and down; 72 where the file does not say it, or no scanner has it."""
+    unknown = float(POINTS_PER_INCH), float(POINTS_PER_INCH)
     try:
         across, down = (float(dpi) for dpi in image.info.get("dpi", ()))
     except (TypeError, ValueError, ZeroDivisionError):
-        return POINTS_PER_INCH, POINTS_PER_INCH
-    return (across, down) if 10 <= across <= 10_000 and 10 <= down <= 10_000 else (POINTS_PER_INCH, POINTS_PER_INCH)
-
-
-def _shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
-    if image.width * image.height <= max_pixels:
-        return image
-    shrink = math.sqrt(max_pixels / (image.width * image.height))
-    size = max(1, int(image.width * shrink)), max(1, int(image.height * shrink))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return unknown
+    is_credible = 10 <= min(across, down) <= max(across, down) <= min(10_000, 4 * min(across, down))
+    return (across, down) if is_credible else unknown
