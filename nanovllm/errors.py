@@ -10,6 +10,9 @@ worker or object representations, because it travels into dead letters.
         InvalidJob                  UnsupportedVersion, InvalidEvent
         InvalidImage                UnsupportedImageFormat, ImageTooLarge (TooManyPixels, TooManyFrames)
         UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri (ForbiddenKey)
+        InvalidDocument             UnsupportedDocumentFormat, DocumentEncrypted, DocumentTooLarge, TooManyPages
+                                    InvalidPage (PageTooLarge), InvalidPageRange
+        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
       PermanentError              PERMANENT: a dead letter at once
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, DecoderFailed, CrashedWorker, MessageTooLarge
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
@@ -137,6 +140,62 @@ class TooManyFrames(ImageTooLarge):
 
     code = "too_many_frames"
     remedy = "Send one frame or page, or raise max_frames, which takes the first of them."
+
+
+class InvalidDocument(InvalidInput):
+    """Bytes that are not a readable document."""
+
+    code = "invalid_document"
+    remedy = "Send a complete PDF, TIFF or image; qpdf or a print to PDF repairs many broken files."
+
+
+class UnsupportedDocumentFormat(InvalidDocument):
+    """A document that is neither a PDF nor an image of an allowed format, by its bytes."""
+
+    code = "unsupported_document_format"
+    remedy = "Convert the document to PDF, or install the extra documents where the message asks for it."
+
+
+class DocumentEncrypted(InvalidDocument):
+    """A document that needs a password or a certificate."""
+
+    code = "document_encrypted"
+    remedy = "Send the document without encryption."
+
+
+class DocumentTooLarge(InvalidDocument):
+    """A document beyond the limit in bytes; refused before it is opened."""
+
+    code = "document_too_large"
+    remedy = "Split the document, or raise the limit."
+
+
+class TooManyPages(InvalidDocument):
+    """A document of more pages than allowed; refused before one is rendered."""
+
+    code = "too_many_pages"
+    remedy = "Split the document, or raise the limit."
+
+
+class InvalidPage(InvalidDocument):
+    """A page that cannot be read, in a document that can be."""
+
+    code = "invalid_page"
+    remedy = "Repair the page named in the message; the other pages can be read."
+
+
+class PageTooLarge(InvalidPage):
+    """A page too large to be legible within the pixels allowed, or with more text than allowed."""
+
+    code = "page_too_large"
+    remedy = "Split the page, or raise the limit of pixels or characters."
+
+
+class InvalidPageRange(InvalidDocument):
+    """A page range that is none, or that names no page of the document."""
+
+    code = "invalid_page_range"
+    remedy = "Write a range such as 1-3,7,-1, or all."
 
 
 class PlaceholderMismatch(InvalidInput):

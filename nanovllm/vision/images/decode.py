@@ -44,7 +44,7 @@ _SIGNATURES = {
     "JPEG": rb"\xff\xd8\xff",
     "GIF": rb"GIF8",
     "BMP": rb"BM",
-    "TIFF": rb"II\*\x00|MM\x00\*",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",  # BigTIFF has a plus
     "WEBP": rb".{8}WEBP",
     "PDF": rb"%PDF",
     "AVIF": rb".{4}ftypavi[fs]",
@@ -111,9 +111,9 @@ def load_rgb(
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source, limits))
     if isinstance(source, Image.Image):
-        _check_dimensions(source.width, source.height, limits)
+        check_dimensions(source.width, source.height, limits)
         _check_frames(source, limits)
-        return _decode(source)
+        return decode_image(source)
     return _from_bytes(source, limits, check)
 
 
@@ -162,6 +162,23 @@ def read_source(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Im
 
 
 def _from_bytes(data: bytes, limits: ImageLimits, check: Callable[[int, int], object] | None) -> Image.Image:
+    with open_image(data, limits) as image:
+        check_dimensions(image.width, image.height, limits)
+        _check_frames(image, limits)
+        _check_scans(image, data, limits)
+        if check is not None:
+            check(image.width, image.height)
+        return decode_image(image)
+
+
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """Identify an image of an allowed format, without decoding it; the limits in pixels and frames are not checked.
+
+    Raises:
+        ImageTooLarge, TooManyPixels: beyond a limit.
+        UnsupportedImageFormat: a format that is not allowed.
+        InvalidImage: not a readable image.
+    """
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(f"the image has {len(data)} bytes; {limits.max_bytes} are allowed")
     if not data:
@@ -169,11 +186,11 @@ def _from_bytes(data: bytes, limits: ImageLimits, check: Callable[[int, int], ob
     webp_size = _webp_canvas(data)
     if webp_size is not None:
         # Image.open allocates the whole canvas of a WebP, before its size can be checked.
-        _check_dimensions(*webp_size, limits)
-    if "HEIF" in limits.formats and _sniffed(data) == "HEIF":
+        check_dimensions(*webp_size, limits)
+    if "HEIF" in limits.formats and sniffed_format(data) == "HEIF":
         _register_heif()
     try:
-        image = Image.open(io.BytesIO(data), formats=limits.formats)
+        return Image.open(io.BytesIO(data), formats=limits.formats)
     except UnidentifiedImageError:
         raise _unidentified(data, limits) from None
     except Image.DecompressionBombError:
@@ -182,16 +199,10 @@ def _from_bytes(data: bytes, limits: ImageLimits, check: Callable[[int, int], ob
         raise
     except Exception:
         raise InvalidImage("the image's header is corrupt") from None
-    with image:
-        _check_dimensions(image.width, image.height, limits)
-        _check_frames(image, limits)
-        _check_scans(image, data, limits)
-        if check is not None:
-            check(image.width, image.height)
-        return _decode(image)
 
 
-def _sniffed(data: bytes) -> str | None:
+def sniffed_format(data: bytes) -> str | None:
+    """Format by the first bytes, also of some that are no images; None for unknown ones."""
     return next((name for name, mark in _SIGNATURES.items() if re.match(mark, data, re.DOTALL)), None)
 
 
@@ -206,7 +217,7 @@ def _register_heif() -> None:
 
 
 def _unidentified(data: bytes, limits: ImageLimits) -> InvalidImage:
-    name = _sniffed(data)
+    name = sniffed_format(data)
     if name is None:
         return InvalidImage(f"the {len(data)} bytes are no image in an allowed format ({', '.join(limits.formats)})")
     if name in limits.formats:
@@ -230,7 +241,12 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _check_dimensions(width: int, height: int, limits: ImageLimits) -> None:
+def check_dimensions(width: int, height: int, limits: ImageLimits) -> None:
+    """Refuse an image beyond the limits of its sides.
+
+    Raises:
+        TooManyPixels, InvalidImage: as said.
+    """
     if width * height > limits.max_pixels:
         raise TooManyPixels(
             f"the image has {width}x{height} = {width * height} pixels; {limits.max_pixels} are allowed"
@@ -243,7 +259,7 @@ def _check_frames(image: Image.Image, limits: ImageLimits) -> None:
     # The second picture of a phone's JPEG (MPO) is a depth or gain map, not a frame.
     if image.format == "MPO":
         return
-    with _as_invalid_image(image.format):
+    with as_invalid_image(image.format):
         frames = getattr(image, "n_frames", 1)
     if frames > limits.max_frames:
         raise TooManyFrames(f"the image has {frames} frames or pages; {limits.max_frames} are allowed")
@@ -261,8 +277,13 @@ def _check_scans(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
         )
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    with _as_invalid_image(image.format):
+def decode_image(image: Image.Image) -> Image.Image:
+    """Decode the current frame of an opened image to RGB, as `load_rgb` does; the limits are not checked.
+
+    Raises:
+        InvalidImage: it is truncated or corrupt.
+    """
+    with as_invalid_image(image.format):
         frame = _first_frame_box(image)
         _scale_colour_key(image)
         image.load()
@@ -310,7 +331,7 @@ def _upright_light(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _as_invalid_image(name: str | None) -> Iterator[None]:
+def as_invalid_image(name: str | None) -> Iterator[None]:
     """Replace a decoder's exception by one error: the originals contain addresses and library internals."""
     try:
         yield
@@ -390,7 +411,7 @@ def _from_array(array: np.ndarray, limits: ImageLimits) -> Image.Image:
     height, width = array.shape[:2]
     if not height or not width:
         raise InvalidImage(f"the image array is empty: shape {list(array.shape)}")
-    _check_dimensions(width, height, limits)
+    check_dimensions(width, height, limits)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(_array_to_bytes(array)))

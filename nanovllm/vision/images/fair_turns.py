@@ -21,7 +21,7 @@ class FairTurns(Generic[T]):
         self._clock = clock
         self._idle: list[T] = []
         self._lent: dict[T, tuple[str, float]] = {}
-        self._waiting: dict[str, deque[asyncio.Future[T]]] = {}
+        self._waiting: dict[str, deque[tuple[asyncio.Future[T], Callable[[T], bool]]]] = {}
         self._used_s: dict[str, float] = {}
 
     def add(self, member: T) -> None:
@@ -29,12 +29,15 @@ class FairTurns(Generic[T]):
         self._idle.append(member)
         self._hand_out()
 
-    async def take(self, group: str) -> T:
-        """A member, as soon as it is the group's turn; `give_back` ends it."""
+    async def take(self, group: str, is_preferred: Callable[[T], bool] = lambda _: False) -> T:
+        """A member, as soon as it is the group's turn; `give_back` ends it.
+
+        An idle one that ``is_preferred`` is taken before others, but none is waited for.
+        """
         if group not in self._used_s:
             self._used_s[group] = min(self._used_s.values(), default=0.0)
         turn: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(group, deque()).append(turn)
+        self._waiting.setdefault(group, deque()).append((turn, is_preferred))
         self._hand_out()
         try:
             return await turn
@@ -56,17 +59,18 @@ class FairTurns(Generic[T]):
         """Every call that waits raises ``error``, and nothing is idle any more."""
         self._idle.clear()
         waiting, self._waiting = self._waiting, {}
-        for turn in (turn for turns in waiting.values() for turn in turns if not turn.done()):
+        for turn in (turn for turns in waiting.values() for turn, _ in turns if not turn.done()):
             turn.set_exception(error)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
             group = min(self._waiting, key=self._used_s.__getitem__)
-            turn = self._waiting[group].popleft()
+            turn, is_preferred = self._waiting[group].popleft()
             if not self._waiting[group]:
                 del self._waiting[group]
             if not turn.done():
                 # The last one that came back is the warmest.
-                member = self._idle.pop()
+                preferred = [index for index, member in enumerate(self._idle) if is_preferred(member)]
+                member = self._idle.pop(preferred[-1] if preferred else -1)
                 self._lent[member] = group, self._clock()
                 turn.set_result(member)

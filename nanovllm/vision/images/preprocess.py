@@ -243,7 +243,11 @@ def prepare_image(
     source: ImageSource, transform: ImageTransform, limits: ImageLimits = DEFAULT_LIMITS
 ) -> PreparedImage:
     """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
-    rgb = load_rgb(source, limits, transform.check)
+    return prepare_rgb(load_rgb(source, limits, transform.check), transform)
+
+
+def prepare_rgb(rgb: Image.Image, transform: ImageTransform) -> PreparedImage:
+    """Digest and transform an RGB image of 8 bits a channel."""
     pixels = transform.apply(rgb)
     return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
 
