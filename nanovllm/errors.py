@@ -19,11 +19,12 @@ worker or object representations, because it travels into dead letters.
         BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached
         EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
-        ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers
+        ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers, InvalidRoutes
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import ClassVar
 
@@ -342,3 +343,14 @@ class TooFewBrokers(ConfigurationError):
     """A new topic is to have more copies than there are brokers."""
 
     remedy = "Ask for no more copies than there are brokers: nanovllm topics create --replication."
+
+
+class InvalidRoutes(ConfigurationError):
+    """Routes that are malformed, take one object twice, read what they write, or do not fit the model.
+
+    Each of ``refusals`` is one line with file and line number.
+    """
+
+    def __init__(self, refusals: Iterable[str]) -> None:
+        self.refusals = tuple(refusals)
+        super().__init__("; ".join(self.refusals))

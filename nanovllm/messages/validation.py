@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_ERRORS = 3
 MAX_COMPARED = 100
@@ -16,15 +17,18 @@ def describe_errors(error: ValidationError, root: str) -> str:
     uncounted = error.error_count() - len(errors)
     # A sequence with a wrong item is also reported as too short: only the item says anything.
     items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
-    lines = []
-    for item in items[:MAX_ERRORS]:
-        where = ".".join(printable(str(part)) for part in item["loc"]) or root
-        # pydantic repeats the sender's own value for a wrong tag, and only there.
-        message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
-        lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
+    lines = [describe_error(item, root) for item in items[:MAX_ERRORS]]
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)
+
+
+def describe_error(item: ErrorDetails, root: str) -> str:
+    """One error of pydantic's: the field of ``root``, and its fault."""
+    where = ".".join(printable(str(part)) for part in item["loc"]) or root
+    # pydantic repeats the sender's own value for a wrong tag, and only there.
+    message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
+    return f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
 
 
 def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import InvalidInput, counted
@@ -54,7 +55,7 @@ class Admit:
         with context.progress.stage("admit"):
             job.check_template_kwargs(self.settings.engine.job_chat_template_kwargs)
             limit = self.settings.admission.max_tokens
-            sampling = job.sampling_params(sampling_defaults(self.settings, self.engine), limit)
+            sampling = job.sampling_params(sampling_defaults(self.settings, self.engine.generation_defaults), limit)
             tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
             lane = self.lanes.get(context.record.topic, 0)
             queued = self._queued(tokens, job.priority, lane, context)
@@ -102,10 +103,10 @@ class AfterKeyTurn:
         return await self.admit(job, context, reservation)
 
 
-def sampling_defaults(settings: Settings, engine: EngineBackend) -> SamplingParams:
+def sampling_defaults(settings: Settings, generation_defaults: Mapping[str, Any]) -> SamplingParams:
     """What counts where a job says nothing: ``settings.sampling``, and the checkpoint's where that is unset."""
     own = settings.sampling
-    unset = {name: value for name, value in engine.generation_defaults.items() if name not in own.model_fields_set}
+    unset = {name: value for name, value in generation_defaults.items() if name not in own.model_fields_set}
     if "max_tokens" in unset:
         unset["max_tokens"] = min(unset["max_tokens"], settings.admission.max_tokens)
     return own.model_copy(update=unset)

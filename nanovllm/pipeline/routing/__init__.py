@@ -1,0 +1,1 @@
+"""Routes: which objects are extracted how, and where their records go."""
