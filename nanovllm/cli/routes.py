@@ -17,6 +17,7 @@ from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
+from nanovllm.settings.routes import CONSTRAINTS
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 
@@ -119,6 +120,8 @@ def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> It
             for number, entry in enumerate(routes.entries):
                 picture = partial(receipt_page, number)
                 costs[entry] = measure(engine, entry.route, settings, picture, pages=pages, points=points)
+    if not settings.s3.allow:
+        yield "", "s3.allow", "not set: a worker with these settings reads no object"
     for entry, check in checks.items():
         yield from _rows(entry, check.budget, costs.get(entry))
 
@@ -133,17 +136,22 @@ def _raise(refusals: list[str]) -> None:
 
 
 def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
-    route = entry.route
+    route, match = entry.route, entry.route.match
     name = route.name
-    yield name, "takes", ", ".join(f"s3://{bucket}/{key}" for bucket in route.match.bucket for key in route.match.key)
-    yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
-    yield name, "schema", "none" if route.response_schema is None else "compiles"
-    if budget is not None:
-        yield (
-            name,
-            "page",
-            f"{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most",
+    conditions = [f"not {', '.join(match.exclude)}"] if match.exclude else []
+    conditions += [" or ".join(match.content_type)] if match.content_type else []
+    if match.min_bytes or match.max_bytes is not None:
+        conditions.append(
+            f"{match.min_bytes:,} to {'any' if match.max_bytes is None else f'{match.max_bytes:,}'} bytes"
         )
+    objects = ", ".join(f"s3://{bucket}/{key}" for bucket in match.bucket for key in match.key)
+    yield name, "takes", "; ".join([objects, *conditions])
+    yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
+    constraint = next((one for one in CONSTRAINTS if route.job_sampling.get(one) is not None), None)
+    yield name, "constraint", "none" if constraint is None else f"{constraint} compiles"
+    if budget is not None:
+        page = f"{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most"
+        yield name, "page", page
         hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
         parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"
         whole = f"{parts} + {budget.max_tokens:,} of answer = {budget.total:,}"

@@ -12,15 +12,20 @@ MAX_NAME_CHARS = 64
 
 def describe_errors(error: ValidationError, root: str) -> str:
     """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut."""
-    # Each may be compared with every other: a list of wrong items has as many errors as items.
-    errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
-    uncounted = error.error_count() - len(errors)
-    # A sequence with a wrong item is also reported as too short: only the item says anything.
-    items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
+    items, uncounted = first_errors(error)
     lines = [describe_error(item, root) for item in items[:MAX_ERRORS]]
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)
+
+
+def first_errors(error: ValidationError) -> tuple[list[ErrorDetails], int]:
+    """The first errors that say something, without their values; and how many were not looked at."""
+    # Each may be compared with every other: a list of wrong items has as many errors as items.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
+    # A sequence with a wrong item is also reported as too short: only the item says anything.
+    items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
+    return items, error.error_count() - len(errors)
 
 
 def describe_error(item: ErrorDetails, root: str) -> str:

@@ -26,6 +26,7 @@ from nanovllm.pipeline.routing.key_sets import KeySet, common_key
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, loops
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.located_yaml import Place
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 
@@ -200,23 +201,26 @@ def check_route(
         return RouteCheck((routes.refusal(entry, str(error), "sampling", "max_tokens"),))
     refusals = []
     if (constraint := sampling.constraint) is not None:
-        place = ("response_schema",) if route.response_schema is not None else ("sampling", constraint.kind)
+        name = ("response_schema",) if route.response_schema is not None else ("sampling", constraint.kind)
         try:
             limits.grammars.matcher(constraint)
         except (UnsupportedConstraint, ConfigurationError) as error:
-            refusals.append(routes.refusal(entry, f"does not compile: {error}", *place))
+            refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
+    refusals += [routes.refusal(entry, why, *place) for place, why in _unrenderable(route, limits, settings, points)]
+    if refusals:
+        return RouteCheck(tuple(refusals))
     try:
-        budget = token_budget(route, limits, settings, sampling, points)
+        budget, place = token_budget(route, limits, settings, sampling, points)
     except InvalidInput as error:
-        return RouteCheck((*refusals, routes.refusal(entry, f"prompt: {error}", "prompt")))
+        return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
     if budget.total > budget.max_model_len:
         why = (
             f"{budget.prompt_tokens} tokens of prompt, up to {budget.most_page_tokens} of a page"
             f"{f', {budget.hint_tokens} of its text' if budget.hint_tokens else ''} and {budget.max_tokens} of answer "
             f"are {budget.total}, and the model takes {budget.max_model_len}: {_remedy(budget, limits)}"
         )
-        refusals.append(routes.refusal(entry, why, "pages", "max_pixels"))
-    return RouteCheck(tuple(refusals), budget)
+        return RouteCheck((routes.refusal(entry, why, *place, "max_pixels"),), budget)
+    return RouteCheck((), budget)
 
 
 def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> SamplingParams:
@@ -230,28 +234,59 @@ def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> Samp
 
 def token_budget(
     route: Route, limits: ModelLimits, settings: Settings, sampling: SamplingParams, points: Points
-) -> TokenBudget:
-    """The tokens of a prompt with one page. Raises InvalidInput for a prompt that the model cannot take at all."""
+) -> tuple[TokenBudget, Place]:
+    """The tokens of a prompt with one page, and which part of the route allows the largest page.
+
+    Raises:
+        InvalidInput: the model cannot take the prompt at all.
+    """
     assert limits.transform is not None
     one = _text_tokens(route.page_prompt, limits)
     around = _text_tokens(route.page_prompt.replace(IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER), limits) - one
     width, height = rendered_size(points, route.pages.dpi, route.pages.max_pixels)
-    areas = [route.pages.max_pixels, *(step.max_pixels for step in route.ladder if step.max_pixels is not None)]
-    area = max(min(settings.images.max_pixels, pixels or settings.images.max_pixels) for pixels in areas)
+    limit = settings.images.max_pixels
+    areas = [(min(limit, max_pixels or limit), place) for place, _, max_pixels in _resolutions(route)]
+    area, place = max(areas, key=lambda item: item[0])
     most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
     answer = sampling.max_tokens or settings.admission.max_tokens
     room = limits.max_model_len - answer - one + around
-    return TokenBudget(
+    fit = min(limits.max_images, room // (most + around + hint)) if route.pages.request == "document" else 1
+    budget = TokenBudget(
         prompt_tokens=one,
         page_tokens=limits.tokens_of(limits.transform.check(width, height)),
         most_page_tokens=most,
         hint_tokens=hint,
         max_tokens=answer,
         max_model_len=limits.max_model_len,
-        pages_a_prompt=1
-        if route.pages.request == "page"
-        else max(0, min(limits.max_images, room // (most + around + hint))),
+        pages_a_prompt=max(0, fit),
     )
+    return budget, place
+
+
+def _resolutions(route: Route) -> Iterator[tuple[Place, int, int | None]]:
+    """Every resolution and largest area that pages are rendered in, and where the route says so."""
+    pages = route.pages
+    yield ("pages",), pages.dpi, pages.max_pixels
+    for number, step in enumerate(route.ladder):
+        if step.dpi is not None or step.max_pixels is not None:
+            yield ("ladder", number), step.dpi or pages.dpi, step.max_pixels or pages.max_pixels
+
+
+def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
+    """Why a usual page would be refused as an image, at each resolution."""
+    assert limits.transform is not None
+    limit = settings.images.max_pixels
+    for place, dpi, max_pixels in _resolutions(route):
+        width, height = rendered_size(points, dpi, max_pixels)
+        page = f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi"
+        if width * height > limit:
+            why = f"has {width * height} pixels, above images.max_pixels ({limit}): set max_pixels, or lower dpi"
+            yield (*place, "dpi"), f"{page} {why}"
+            continue
+        try:
+            limits.transform.check(width, height)
+        except InvalidInput as error:
+            yield place, f"{page}: {error}"
 
 
 def rendered_size(points: Points, dpi: int, max_pixels: int | None) -> tuple[int, int]:

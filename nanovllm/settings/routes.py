@@ -34,7 +34,7 @@ CONTENT_TYPES: dict[SidecarFormat, str] = {
 _SUFFIXES: dict[SidecarFormat, str] = {"json": ".json", "jsonl": ".jsonl", "markdown": ".md"}
 # What says where a record goes and when, not what stands in it.
 _NOT_DIGESTED = {"match", "result_topic", "review_topic", "priority", "deadline_s", "on_missing"}
-_CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 _PAGES = r"(-?[1-9][0-9]*|[1-9][0-9]*-(-?[1-9][0-9]*)?)"  # a page, one from the end, or a range, open or not
 _PAGE_RANGE = re.compile(rf"{_PAGES}(, *{_PAGES})*")
 _CONTENT_TYPE = re.compile(r"(\*|[a-z0-9!#$&^_.+-]+)/(\*|[a-z0-9!#$&^_.+-]+)")
@@ -227,7 +227,7 @@ class Route(SettingsModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        constraint = next((name for name in _CONSTRAINTS if self.sampling.get(name) is not None), None)
+        constraint = next((name for name in CONSTRAINTS if self.sampling.get(name) is not None), None)
         if self.response_schema is not None and constraint:
             raise ValueError(f"response_schema and sampling.{constraint} exclude each other")
         if self.review_topic is None and "review" in (self.on_invalid, self.on_incomplete):

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from nanovllm.errors import ConfigurationError, InvalidRoutes
 from nanovllm.messages.s3_uri import split_prefix_uri
-from nanovllm.messages.validation import describe_error
+from nanovllm.messages.validation import describe_error, first_errors
 from nanovllm.pipeline.routing.key_sets import KeyLanguage, KeySet, WrittenKeys, common_key
 from nanovllm.settings.located_yaml import LocatedYaml, Place, read_yaml, refusal_in
-from nanovllm.settings.routes import Match, Route, RoutesFile
+from nanovllm.settings.routes import Route, RoutesFile
 
 DEFAULTS = "defaults"
 _FILES = {"prompt_file": "prompt", "response_schema_file": "response_schema"}
@@ -39,6 +39,11 @@ class RouteEntry:
         """The keys that it takes."""
         return KeySet.of(self.route.match.key, self.route.match.exclude)
 
+    @cached_property
+    def types(self) -> KeySet | None:
+        """The content types that it takes, a set of the same kind; None for all."""
+        return KeySet.of(self.route.match.content_type) if self.route.match.content_type else None
+
     def why_not(self, bucket: str, key: str, content_type: str | None, size: int | None) -> str | None:
         """Why it does not take this object; None where it does. What is not known meets no condition on it."""
         match = self.route.match
@@ -47,9 +52,9 @@ class RouteEntry:
         if not self.keys.matches(key):
             is_excluded = match.exclude and KeySet.of(match.key).matches(key)
             return "exclude names its key" if is_excluded else f"its key is not {' or '.join(match.key)}"
-        if match.content_type:
+        if self.types is not None:
             bare = (content_type or "").partition(";")[0].strip().lower()
-            if not bare or not _types_of(match).matches(bare):
+            if not bare or not self.types.matches(bare):
                 return f"its content type is {bare or 'not known'}, not {' or '.join(match.content_type)}"
         if size is None and (match.min_bytes or match.max_bytes is not None):
             return "its size is not known"
@@ -78,17 +83,17 @@ class Routes:
     source: LocatedYaml
 
     def route_of(self, bucket: str, key: str, content_type: str | None = None, size: int | None = None) -> Route | None:
-        """The route that takes this object. What is None is not known, and meets no condition on it: see ``asks``."""
+        """The route that takes this object. None is not known, and meets no condition on it (``needs_head``)."""
         found = (one for one in self.entries if one.why_not(bucket, key, content_type, size) is None)
         entry = next(found, None)
         return None if entry is None else entry.route
 
-    def asks(self, bucket: str, key: str) -> bool:
-        """Whether content type or size decide on this object, which a HEAD request tells."""
-        near = (one for one in self.entries if bucket in one.route.match.bucket and one.keys.matches(key))
-        return any(
-            one.route.match.content_type or one.route.match.min_bytes or one.route.match.max_bytes for one in near
+    def needs_head(self, bucket: str, key: str) -> bool:
+        """Whether content type or size decide on this object: a HEAD request tells both, an event only the size."""
+        matches = (
+            one.route.match for one in self.entries if bucket in one.route.match.bucket and one.keys.matches(key)
         )
+        return any(match.content_type or match.min_bytes or match.max_bytes for match in matches)
 
     def refusal(self, entry: RouteEntry, why: str, *place: str | int) -> str:
         """One line that names file, line and route; ``place``: names that lead from the route to what is wrong."""
@@ -127,7 +132,7 @@ def overlaps(routes: Routes) -> Iterator[str]:
     """Objects that two routes take, with one of them as an example."""
     for one, other in combinations(routes.entries, 2):
         with_both = set(one.route.match.bucket) & set(other.route.match.bucket)
-        if not with_both or not _share_conditions(one.route.match, other.route.match):
+        if not with_both or not _share_conditions(one, other):
             continue
         try:
             key = common_key(one.keys, other.keys)
@@ -143,8 +148,7 @@ def loops(routes: Routes, result_prefix: str | None = None) -> Iterator[str]:
     """Objects that a worker writes and a route takes; ``result_prefix``: where large results go."""
     for place, written in _written(routes, result_prefix):
         for reader in routes.entries:
-            match = reader.route.match
-            if written.bucket not in match.bucket or not _takes_type(match, written.content_type):
+            if written.bucket not in reader.route.match.bucket or not _takes_type(reader, written.content_type):
                 continue
             try:
                 key = common_key(written.keys, reader.keys)
@@ -197,21 +201,17 @@ def below(prefix: str) -> KeySet:
     return KeySet.of(["/".join([*([escaped] if prefix else []), "**"])])
 
 
-def _share_conditions(one: Match, other: Match) -> bool:
+def _share_conditions(one: RouteEntry, other: RouteEntry) -> bool:
     """Whether some content type and some size meet the conditions of both."""
-    if one.content_type and other.content_type and common_key(_types_of(one), _types_of(other)) is None:
+    if one.types is not None and other.types is not None and common_key(one.types, other.types) is None:
         return False
-    least = max(one.min_bytes, other.min_bytes)
-    return all(match.max_bytes is None or match.max_bytes >= least for match in (one, other))
+    matches = (one.route.match, other.route.match)
+    least = max(match.min_bytes for match in matches)
+    return all(match.max_bytes is None or match.max_bytes >= least for match in matches)
 
 
-def _takes_type(match: Match, content_type: str | None) -> bool:
-    return not match.content_type or content_type is None or _types_of(match).matches(content_type)
-
-
-def _types_of(match: Match) -> KeySet:
-    # The brackets of a class would be another language: `_check_content_type` lets none pass.
-    return KeySet.of(match.content_type)
+def _takes_type(entry: RouteEntry, content_type: str | None) -> bool:
+    return entry.types is None or content_type is None or entry.types.matches(content_type)
 
 
 def _double_names(routes: Routes) -> Iterator[str]:
@@ -225,7 +225,7 @@ def _double_names(routes: Routes) -> Iterator[str]:
 def _errors(located: LocatedYaml, error: ValidationError) -> Iterable[str]:
     """What pydantic found, a line each; a mistake in the defaults once."""
     found: dict[str, None] = {}
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
+    for item in first_errors(error)[0]:
         place = item["loc"]
         name = _route_name(located, place)
         inner = place[2:] if name else place
