@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, MISUSE = 0, 1, 2
 COLUMNS = ("route", "what", "is")
-_PAPERS = {"a4": (595.0, 842.0), "letter": (612.0, 792.0), "a3": (842.0, 1191.0)}
+_PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
 
 routes_app = typer.Typer(no_args_is_help=True, help="Check the routes of documents.")
 

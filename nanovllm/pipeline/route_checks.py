@@ -22,8 +22,8 @@ from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
-from nanovllm.pipeline.routing.key_sets import KeySet, common_key
-from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, loops
+from nanovllm.pipeline.routing.key_sets import KeySet
+from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.located_yaml import Place
@@ -152,10 +152,11 @@ def check_settings(routes: Routes, settings: Settings) -> Iterator[str]:
 def _unreadable(routes: Routes, entry: RouteEntry, allow: tuple[str, ...]) -> Iterator[str]:
     entries = [parts for uri in allow if (parts := split_prefix_uri(uri)) is not None]
     for bucket in entry.route.match.bucket:
-        readable = tuple(glob for name, prefix in entries if name == bucket for glob in below(prefix).include)
-        key = common_key(KeySet(entry.keys.include, entry.keys.exclude + readable))
-        if key is not None:
-            why = f"takes s3://{bucket}/{key}, which s3.allow does not let a worker read"
+        readable = [below(prefix, and_itself=True).include for name, prefix in entries if name == bucket]
+        unreadable = KeySet(entry.keys.include, sum(readable, start=entry.keys.exclude))
+        example = example_object(bucket, unreadable)
+        if example is not None:
+            why = f"takes {example}, which s3.allow does not let a worker read"
             yield routes.refusal(entry, why, "match", "bucket")
 
 

@@ -95,7 +95,7 @@ def test_limits_read_from_files_are_those_of_the_loaded_engine(make: Callable[[P
 
 
 def test_a_small_kv_cache_lowers_what_fits(tiny: ModelLimits) -> None:
-    small = TINY.model_copy(update={"engine": TINY.engine.model_copy(update={"kv_cache_bytes": 1 << 20})})
+    small = TINY.model_copy(update={"engine": TINY.engine.model_copy(update={"kv_cache_bytes": 1 << 18})})
     with model_limits(small) as limits, build.build_engine(small.engine) as engine:
         assert engine.max_model_len <= limits.max_model_len < tiny.max_model_len
 

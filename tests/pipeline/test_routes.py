@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from nanovllm.errors import InvalidRoutes
+from nanovllm.pipeline.routing import key_sets
 from nanovllm.pipeline.routing.routes import Routes, load_routes
+from nanovllm.settings.routes import LadderStep, Match, PagePolicy, Route, RoutesFile, Sidecar
 
 Write = Callable[[str], Path]
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "routes.yaml"
@@ -225,6 +228,14 @@ def test_routes_that_share_no_object_stand_beside_each_other(load: Load, one: st
     assert len(load(routes((one, ""), (other, ""))).entries) == 2
 
 
+def test_globs_that_cannot_be_compared_are_refused_not_passed(
+    refusals: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_sets, "MAX_STATES", 2)
+    (found,) = refusals(routes(("bucket: bkt, key: 'a?c*'", ""), ("bucket: bkt, key: '*b*d'", "")))
+    assert found.startswith("3: route r1: takes objects of s3://bkt that cannot be told apart (the globs are")
+
+
 def test_two_routes_of_one_name_are_refused(refusals: Refused) -> None:
     text = routes(("bucket: bkt, key: a", ""), ("bucket: bkt, key: b", "")).replace("r1", "r0")
     assert refusals(text) == ["3: route r0: the name is that of the route in line 2"]
@@ -288,6 +299,8 @@ def test_finished_pages_where_a_route_reads_are_a_loop(refusals: Refused, load: 
     assert load(text.replace("PLACE", "parts")).page_store == "s3://bkt/parts"
     (found,) = refusals(text.replace("/PLACE", ""))
     assert "a loop" in found
+    one_key = routes(("bucket: bkt, key: parts", ""), more="page_store: 's3://bkt/parts'")
+    assert load(one_key).entries, "pages lie below their prefix"
 
 
 @pytest.mark.parametrize(
@@ -323,3 +336,14 @@ def test_the_digest_names_what_decides_the_records(load: Load, tmp_path: Path) -
     others = [digest(f", {more}") for more in changes]
     assert len({same, *others}) == len(others) + 1
     assert digest(", sidecar: {place: 's3://out/{key}'}") == digest(", sidecar: {}"), "where it lies decides nothing"
+
+
+def test_the_page_names_every_field_and_its_files_are_read(load: Load, tmp_path: Path) -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "routes.md").read_text(encoding="utf-8")
+    models = (RoutesFile, Route, Match, PagePolicy, LadderStep, Sidecar)
+    names = {name for model in models for name in model.model_fields}
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+    (tmp_path / "receipt.schema.json").write_text("{}")
+    snippets = re.findall(r"```yaml\n(routes:.*?)```", page, re.DOTALL)
+    assert snippets
+    assert all(load(snippet).entries for snippet in snippets)

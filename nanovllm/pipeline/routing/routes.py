@@ -134,13 +134,8 @@ def overlaps(routes: Routes) -> Iterator[str]:
         with_both = set(one.route.match.bucket) & set(other.route.match.bucket)
         if not with_both or not _share_conditions(one, other):
             continue
-        try:
-            key = common_key(one.keys, other.keys)
-        except ConfigurationError as error:
-            yield routes.refusal(other, f"{error} with those of route {one.route.name} (line {one.line})", "match")
-            continue
-        if key is not None:
-            taken = f"takes s3://{min(with_both)}/{key}, which route {one.route.name} (line {one.line}) takes too"
+        if (example := example_object(min(with_both), one.keys, other.keys)) is not None:
+            taken = f"takes {example}, which route {one.route.name} (line {one.line}) takes too"
             yield routes.refusal(other, f"{taken}; make their keys, types or sizes differ", "match")
 
 
@@ -150,14 +145,9 @@ def loops(routes: Routes, result_prefix: str | None = None) -> Iterator[str]:
         for reader in routes.entries:
             if written.bucket not in reader.route.match.bucket or not _takes_type(reader, written.content_type):
                 continue
-            try:
-                key = common_key(written.keys, reader.keys)
-            except ConfigurationError as error:
-                yield routes.source.refusal(place, f"{written.what}: {error} with those of route {reader.route.name}")
-                continue
-            if key is not None:
+            if (example := example_object(written.bucket, written.keys, reader.keys)) is not None:
                 place = place or (*reader.place, "match")  # what the settings name has no line here
-                loop = f"{written.what} is written to s3://{written.bucket}/{key}, which route {reader.route.name}"
+                loop = f"{written.what} is written to {example}, which route {reader.route.name}"
                 remedy = "write elsewhere, or narrow its keys"
                 yield routes.source.refusal(place, f"{loop} (line {reader.line}) takes: a loop; {remedy}")
 
@@ -168,13 +158,8 @@ def double_writes(routes: Routes) -> Iterator[str]:
     for (_, one), (place, other) in combinations(written, 2):
         if one.bucket != other.bucket:
             continue
-        try:
-            key = common_key(one.keys, other.keys)
-        except ConfigurationError as error:
-            yield routes.source.refusal(place, f"{other.what}: {error}")
-            continue
-        if key is not None:
-            both = f"{one.what} and {other.what} are both written to s3://{one.bucket}/{key}"
+        if (example := example_object(one.bucket, one.keys, other.keys)) is not None:
+            both = f"{one.what} and {other.what} are both written to {example}"
             yield routes.source.refusal(place, f"{both}; put {{bucket}} or another prefix into place")
 
 
@@ -195,10 +180,22 @@ def _written(routes: Routes, result_prefix: str | None) -> Iterator[tuple[Place,
             yield place, WrittenObjects(what, parts[0], below(parts[1]))
 
 
-def below(prefix: str) -> KeySet:
-    """The keys below ``prefix``, as `split_prefix_uri` gives it, and that key itself."""
+def example_object(bucket: str, *keys: KeyLanguage) -> str | None:
+    """The URI of an object whose key is in all of ``keys``; None where there is none.
+
+    Where that takes too long to decide, words that say so stand in its place: it counts as one.
+    """
+    try:
+        key = common_key(*keys)
+    except ConfigurationError as error:
+        return f"objects of s3://{bucket} that cannot be told apart ({error})"
+    return None if key is None else f"s3://{bucket}/{key}"
+
+
+def below(prefix: str, *, and_itself: bool = False) -> KeySet:
+    """The keys below ``prefix``, as `split_prefix_uri` gives it; ``and_itself``: and that key."""
     escaped = "".join(f"[{one}]" if one in "*?[" else one for one in prefix)
-    return KeySet.of(["/".join([*([escaped] if prefix else []), "**"])])
+    return KeySet.of(["/".join([*([escaped] if prefix else []), "**" if and_itself else "**/*"])])
 
 
 def _share_conditions(one: RouteEntry, other: RouteEntry) -> bool:
