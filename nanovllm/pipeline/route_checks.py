@@ -244,17 +244,16 @@ def token_budget(
     assert limits.transform is not None
     one = _text_tokens(route.page_prompt, limits)
     around = _text_tokens(route.page_prompt.replace(IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER), limits) - one
-    width, height = rendered_size(points, route.pages.dpi, route.pages.max_pixels)
-    limit = settings.images.max_pixels
-    areas = [(min(limit, max_pixels or limit), place) for place, _, max_pixels in _resolutions(route)]
-    area, place = max(areas, key=lambda item: item[0])
+    resolutions = list(_resolutions(route, settings))
+    _, dpi, usual_area = resolutions[0]
+    place, _, area = max(resolutions, key=lambda item: item[2])
     most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
     answer = sampling.max_tokens or settings.admission.max_tokens
     room = limits.max_model_len - answer - one + around
     fit = min(limits.max_images, room // (most + around + hint)) if route.pages.request == "document" else 1
     budget = TokenBudget(
         prompt_tokens=one,
-        page_tokens=limits.tokens_of(limits.transform.check(width, height)),
+        page_tokens=limits.tokens_of(limits.transform.check(*rendered_size(points, dpi, usual_area))),
         most_page_tokens=most,
         hint_tokens=hint,
         max_tokens=answer,
@@ -264,36 +263,29 @@ def token_budget(
     return budget, place
 
 
-def _resolutions(route: Route) -> Iterator[tuple[Place, int, int | None]]:
+def _resolutions(route: Route, settings: Settings) -> Iterator[tuple[Place, int, int]]:
     """Every resolution and largest area that pages are rendered in, and where the route says so."""
-    pages = route.pages
-    yield ("pages",), pages.dpi, pages.max_pixels
+    pages, limit = route.pages, settings.images.max_pixels
+    yield ("pages",), pages.dpi, min(limit, pages.max_pixels or limit)
     for number, step in enumerate(route.ladder):
         if step.dpi is not None or step.max_pixels is not None:
-            yield ("ladder", number), step.dpi or pages.dpi, step.max_pixels or pages.max_pixels
+            yield ("ladder", number), step.dpi or pages.dpi, min(limit, step.max_pixels or pages.max_pixels or limit)
 
 
 def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
-    """Why a usual page would be refused as an image, at each resolution."""
+    """Why the model's preprocessing refuses a usual page, at each resolution."""
     assert limits.transform is not None
-    limit = settings.images.max_pixels
-    for place, dpi, max_pixels in _resolutions(route):
-        width, height = rendered_size(points, dpi, max_pixels)
-        page = f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi"
-        if width * height > limit:
-            why = f"has {width * height} pixels, above images.max_pixels ({limit}): set max_pixels, or lower dpi"
-            yield (*place, "dpi"), f"{page} {why}"
-            continue
+    for place, dpi, max_pixels in _resolutions(route, settings):
         try:
-            limits.transform.check(width, height)
+            limits.transform.check(*rendered_size(points, dpi, max_pixels))
         except InvalidInput as error:
-            yield place, f"{page}: {error}"
+            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi: {error}"
 
 
-def rendered_size(points: Points, dpi: int, max_pixels: int | None) -> tuple[int, int]:
+def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels of a page of this size, within the largest area."""
     width, height = (side / POINTS_PER_INCH * dpi for side in points)
-    scale = 1.0 if max_pixels is None else min(1.0, sqrt(max_pixels / (width * height)))
+    scale = min(1.0, sqrt(max_pixels / (width * height)))
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
@@ -320,7 +312,7 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
 
 def _text_tokens(prompt: str, limits: ModelLimits) -> int:
     tokens = limits.prompts.untrusted(prompt)
-    return len(tokens) - tokens.count(limits.image_token_id or -1)
+    return sum(token != limits.image_token_id for token in tokens)
 
 
 def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
@@ -370,7 +362,8 @@ def measure(
     assert limits.transform is not None
     sampling = page_sampling(route, limits, settings)
     prompt = limits.prompts.untrusted(route.page_prompt)
-    size = rendered_size(points, route.pages.dpi, route.pages.max_pixels)
+    _, dpi, max_pixels = next(_resolutions(route, settings))
+    size = rendered_size(points, dpi, max_pixels)
     seconds, answers, cut, numbers = [], [], 0, iter(range(1 + ROUNDS * pages))
     for count in (1, *[pages] * ROUNDS):
         images = [[prepare_image(picture(next(numbers), size), limits.transform)] for _ in range(count)]

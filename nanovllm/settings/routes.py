@@ -35,8 +35,7 @@ _SUFFIXES: dict[SidecarFormat, str] = {"json": ".json", "jsonl": ".jsonl", "mark
 # What says where a record goes and when, not what stands in it.
 _NOT_DIGESTED = {"match", "result_topic", "review_topic", "priority", "deadline_s", "on_missing"}
 CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
-_PAGES = r"(-?[1-9][0-9]*|[1-9][0-9]*-(-?[1-9][0-9]*)?)"  # a page, one from the end, or a range, open or not
-_PAGE_RANGE = re.compile(rf"{_PAGES}(, *{_PAGES})*")
+_PAGES = re.compile(r" *(-?[1-9][0-9]{0,8})(-(-?[1-9][0-9]{0,8})?)? *")
 _CONTENT_TYPE = re.compile(r"(\*|[a-z0-9!#$&^_.+-]+)/(\*|[a-z0-9!#$&^_.+-]+)")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_]{1,62}")
 _FIELD = re.compile(r"\{[^{}]*\}")
@@ -96,7 +95,7 @@ class Match(SettingsModel):
 class PagePolicy(SettingsModel):
     """Which pages of a document are read, and at which resolution."""
 
-    range: str | None = Field(None, description="Pages, such as `1-3,7,-1`; -1 is the last one; unset: all.")
+    range: str | None = Field(None, description="Pages, such as `1-3,7,-1`; -1 is the last one; unset or `all`: all.")
     dpi: int = Field(150, ge=18, le=1_200, description="Resolution in which a page is rendered.")
     max_pixels: int | None = Field(
         None, ge=1, description="Largest area of a rendered page, to which larger ones are scaled down."
@@ -109,8 +108,14 @@ class PagePolicy(SettingsModel):
     @field_validator("range")
     @classmethod
     def _check_range(cls, pages: str | None) -> str | None:
-        if pages is not None and not _PAGE_RANGE.fullmatch(pages):
-            raise ValueError("is no list of pages such as 1-3,7,-1")
+        for part in (pages or "all").split(","):
+            found = _PAGES.fullmatch(part)
+            if found is None and pages not in (None, "all"):
+                raise ValueError("is no list of pages such as 1-3,7,-1")
+            if found is not None and found[3]:
+                first, last = int(found[1]), int(found[3])
+                if last < first and (first < 0) == (last < 0):
+                    raise ValueError("has a range that ends before it begins")
         return pages
 
 

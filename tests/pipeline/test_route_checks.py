@@ -182,15 +182,13 @@ def test_a_ladder_counts_with_the_largest_of_its_pages(load: Load, qwen: Setting
         assert found.startswith("9: route r: ")
 
 
-def test_pages_that_the_image_limits_refuse_are_told(load: Load, tiny: ModelLimits, qwen: Settings) -> None:
-    (found,) = refused(load("  pages:\n    dpi: 1000\n"), tiny)
-    assert found.startswith("6: route r: a page of 595x842 points at 1000 dpi has 96")
-    assert refused(load("  pages: {dpi: 1000, max_pixels: 2000000}\n"), tiny) == []
+def test_a_usual_page_that_the_model_refuses_is_told(load: Load, tiny: ModelLimits, qwen: Settings) -> None:
     routes = load("  pages: {max_pixels: 300000}\n  sampling: {max_tokens: 9}\n")
     with model_limits(qwen) as limits:
         (found,) = check_route(routes, routes.entries[0], limits, qwen, (10.0, 9000.0)).refusals
-    assert "5: route r: a page of 10x9000 points" in found
+    assert "5: route r: a page of 10x9000 points at 150 dpi" in found
     assert "too narrow" in found
+    assert check_route(routes, routes.entries[0], tiny, TINY, (10.0, 9000.0)).refusals == ()
 
 
 def test_a_document_s_prompt_takes_as_many_pages_as_fit(load: Load, tiny: ModelLimits) -> None:
@@ -249,7 +247,7 @@ def test_large_results_where_a_route_reads_are_a_loop(load: Load) -> None:
 
 
 def test_a_page_is_rendered_within_its_largest_area() -> None:
-    assert rendered_size(A4, 72, None) == (595, 842)
+    assert rendered_size(A4, 72, 10**9) == (595, 842)
     assert rendered_size(A4, 144, 595 * 842) == (595, 842)
     width, height = rendered_size((72.0, 7200.0), 150, 10_000)
     assert width * height <= 10_000

@@ -141,6 +141,8 @@ MATCH = "bucket: bkt, key: a"
         (routes((MATCH + ", content_type: pdf", "")), "2: route r0: match.content_type.0: is no content type"),
         (routes((MATCH + ", min_bytes: 9, max_bytes: 8", "")), "2: route r0: match: max_bytes (8) is below"),
         (routes((MATCH, ", pages: {range: 0-2}")), "2: route r0: pages.range: is no list of pages"),
+        (routes((MATCH, ", pages: {range: 7-3}")), "2: route r0: pages.range: has a range that ends before"),
+        (routes((MATCH, ", pages: {range: -1--2}")), "2: route r0: pages.range: has a range that ends before"),
         (routes((MATCH, ", sampling: {temperature: -1}")), "2: route r0: sampling: temperature:"),
         (routes((MATCH, ", sampling: {n: 2, temperature: 1}")), "2: route r0: sampling: n: 2 outputs"),
         (routes((MATCH, ", sampling: {json_schema: {}}")), "2: route r0: sampling: json_schema: a route has"),
@@ -170,6 +172,11 @@ def test_a_place_without_a_slash_and_a_prompt_of_two_pages_are_refused(refusals:
     assert "place has {key} once" in found
     (found,) = refusals("routes:\n- name: r\n  match: {bucket: bkt, key: a}\n  prompt: <|image|> and <|image|>")
     assert found.startswith("4: route r: prompt: has 2 image placeholders")
+
+
+@pytest.mark.parametrize("pages", ["all", "3", "1-3,7,-1", "5-", "-3--1", "2--1, -1"])
+def test_ranges_of_pages(load: Load, pages: str) -> None:
+    assert load(routes((MATCH, f", pages: {{range: '{pages}'}}"))).entries[0].route.pages.range == pages
 
 
 def test_every_mistake_is_told_at_once_in_the_line_of_its_own_value(refusals: Refused) -> None:
@@ -293,9 +300,7 @@ def test_sidecars_that_no_route_takes_are_written(load: Load, match: str, sideca
 def test_finished_pages_where_a_route_reads_are_a_loop(refusals: Refused, load: Load) -> None:
     text = routes(("bucket: bkt, key: '**', exclude: 'parts/**'", ""), more="page_store: 's3://bkt/PLACE'")
     (found,) = refusals(text.replace("PLACE", "pages"))
-    assert found.startswith(
-        "3: a finished page (page_store) is written to s3://bkt/pages, which route r0 (line 2) takes"
-    )
+    assert found.startswith("3: a finished page (page_store) is written to s3://bkt/pages/a, which route r0 (line 2)")
     assert load(text.replace("PLACE", "parts")).page_store == "s3://bkt/parts"
     (found,) = refusals(text.replace("/PLACE", ""))
     assert "a loop" in found

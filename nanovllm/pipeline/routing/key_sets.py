@@ -300,4 +300,5 @@ def _alphabet(char_sets: Sequence[CharSet]) -> list[str]:
     for low, high in zip(bounds, [*bounds[1:], sys.maxunicode + 1], strict=True):
         if not _SURROGATES[0] <= low <= _SURROGATES[1]:
             chosen.append(next((one for one in _READABLE if low <= ord(one) < high), chr(low)))
-    return chosen
+    readable = [character for character in _READABLE if character in chosen]
+    return readable + [character for character in chosen if character not in _READABLE]

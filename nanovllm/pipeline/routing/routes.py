@@ -40,6 +40,10 @@ class RouteEntry:
         return KeySet.of(self.route.match.key, self.route.match.exclude)
 
     @cached_property
+    def _included(self) -> KeySet:
+        return KeySet.of(self.route.match.key)
+
+    @cached_property
     def types(self) -> KeySet | None:
         """The content types that it takes, a set of the same kind; None for all."""
         return KeySet.of(self.route.match.content_type) if self.route.match.content_type else None
@@ -50,7 +54,7 @@ class RouteEntry:
         if bucket not in match.bucket:
             return f"its bucket is {' or '.join(match.bucket)}"
         if not self.keys.matches(key):
-            is_excluded = match.exclude and KeySet.of(match.key).matches(key)
+            is_excluded = match.exclude and self._included.matches(key)
             return "exclude names its key" if is_excluded else f"its key is not {' or '.join(match.key)}"
         if self.types is not None:
             bare = (content_type or "").partition(";")[0].strip().lower()
