@@ -22,12 +22,13 @@ worker or object representations, because it travels into dead letters.
         BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached
         EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
-        ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers
+        ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers, InvalidRoutes
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import ClassVar
 
@@ -429,3 +430,12 @@ def errors_of_dead_letters(root: type[NanoVLLMError] = NanoVLLMError) -> Iterato
         yield root
         for child in root.__subclasses__():
             yield from errors_of_dead_letters(child)
+class InvalidRoutes(ConfigurationError):
+    """Routes that are malformed, take one object twice, read what they write, or do not fit the model.
+
+    Each of ``refusals`` is one line with file and line number.
+    """
+
+    def __init__(self, refusals: Iterable[str]) -> None:
+        self.refusals = tuple(refusals)
+        super().__init__("; ".join(self.refusals))

@@ -26,6 +26,7 @@ from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
+from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
@@ -53,6 +54,7 @@ app.command("ask")(ask)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(bridge_app, name="bridge")
+app.add_typer(routes_app, name="routes")
 
 
 def _print_version(is_asked: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_ERRORS = 3
 MAX_COMPARED = 100
@@ -16,20 +17,28 @@ def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
 
     ``data`` is what was validated: a place is then the sender's own, without the names of pydantic's unions.
     """
-    # Each may be compared with every other: a list of wrong items has as many errors as items.
-    errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
-    uncounted = error.error_count() - len(errors)
-    # A sequence with a wrong item is also reported as too short: only the item says anything.
-    items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
-    lines = []
-    for item in items[:MAX_ERRORS]:
-        where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
-        # pydantic repeats the sender's own value for a wrong tag, and only there.
-        message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
-        lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
+    items, uncounted = first_errors(error)
+    lines = [describe_error(item, root, data) for item in items[:MAX_ERRORS]]
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)
+
+
+def first_errors(error: ValidationError) -> tuple[list[ErrorDetails], int]:
+    """The first errors that say something, without their values; and how many were not looked at."""
+    # Each may be compared with every other: a list of wrong items has as many errors as items.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
+    # A sequence with a wrong item is also reported as too short: only the item says anything.
+    items = [e for e in errors if e["type"] != "too_short" or not any(_is_inside(o["loc"], e["loc"]) for o in errors)]
+    return items, error.error_count() - len(errors)
+
+
+def describe_error(item: ErrorDetails, root: str, data: Any = None) -> str:
+    """One error of pydantic's: the field of ``root``, and its fault; ``data`` as for `describe_errors`."""
+    where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
+    # pydantic repeats the sender's own value for a wrong tag, and only there.
+    message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
+    return f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
 
 
 def _place_in(data: Any, loc: tuple[int | str, ...]) -> list[int | str]:

@@ -5,6 +5,9 @@ The text half may be of any family; the tower and projector are :class:`nanovllm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
@@ -13,6 +16,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.clip import PROJECTOR_PREFIXES, TOWER_PREFIXES, VisionEncoder
+from nanovllm.vision.images.preprocess import ImageTransform
 
 TEXT_PREFIXES = (
     ("language_model.model.", "model."),
@@ -31,12 +35,7 @@ def own_encoder(
 
     Raises ConfigurationError for an option that contradicts the checkpoint or that its tower does not have.
     """
-    name = checkpoint_name(checkpoint.directory)
-    _refuse_pixel_bounds(config)
-    if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
-        raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")
-    if config.projector is not None:
-        raise ConfigurationError(f"projector={str(config.projector)!r}, but {name!r} brings a projector of its own")
+    _refuse_foreign_options(checkpoint, config)
     return VisionEncoder.from_llava(
         checkpoint.directory,
         max_image_size=config.max_image_size,
@@ -45,6 +44,15 @@ def own_encoder(
         dtype=dtype,
         device=device,
     )
+
+
+def image_tokens(checkpoint: Checkpoint, config: EngineConfig) -> tuple[ImageTransform, Callable[[Any], int]]:
+    """The preprocessing of ``own_encoder``, and the tokens of an image, the same for all; reads no weights."""
+    _refuse_foreign_options(checkpoint, config)
+    transform, tokens = VisionEncoder.tokens_of_llava(
+        checkpoint.directory, max_image_size=config.max_image_size, num_vision_tokens=config.num_vision_tokens
+    )
+    return transform, lambda size: tokens
 
 
 def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
@@ -60,6 +68,15 @@ def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, de
         dtype=dtype,
         device=device,
     )
+
+
+def _refuse_foreign_options(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    name = checkpoint_name(checkpoint.directory)
+    _refuse_pixel_bounds(config)
+    if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
+        raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")
+    if config.projector is not None:
+        raise ConfigurationError(f"projector={str(config.projector)!r}, but {name!r} brings a projector of its own")
 
 
 def _refuse_pixel_bounds(config: EngineConfig) -> None:

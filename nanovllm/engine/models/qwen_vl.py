@@ -6,7 +6,8 @@ interleaved. The towers are :class:`nanovllm.vision.encoders.qwen.NativeEncoder`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.models.decoder import DecoderConfig
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.encoders.qwen import NativeEncoder
+from nanovllm.vision.encoders.qwen import NativeEncoder, native_tokens, native_transform, vision_config
+from nanovllm.vision.images.preprocess import ImageTransform
 
 TEXT_PREFIXES = (("model.language_model.", "model."), ("model.visual.", None), ("visual.", None), ("", ""))
 """For ``weight_map.load_decoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
@@ -58,20 +60,9 @@ def own_encoder(
     Images keep their own proportions: ``max_image_size`` and ``num_vision_tokens`` bound their area and their tokens.
     Raises ConfigurationError for an option that contradicts the checkpoint, and bounds between which no image fits.
     """
-    for name in ("vision_model", "projector"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigurationError(
-                f"{name}={str(value)!r}, but {checkpoint_name(checkpoint.directory)!r} brings a tower and a projector "
-                "of its own"
-            )
-    tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
     return NativeEncoder(
         checkpoint.directory,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        max_image_size=config.max_image_size,
-        max_image_tokens=min(tokens, default=None),
+        **_pixel_bounds(checkpoint, config),
         freeze_vision_weights=config.freeze_vision_weights,
         dtype=dtype,
         device=device,
@@ -96,3 +87,30 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
             found.append((begin, begin + row, begin + column))
         saved += span.length - max(rows, columns)
     return found + [(index - saved,) * 3 for index in range(start + len(found), end)]
+
+
+def image_tokens(
+    checkpoint: Checkpoint, config: EngineConfig
+) -> tuple[ImageTransform, Callable[[tuple[int, int]], int]]:
+    """The preprocessing of ``own_encoder``, and the tokens of an image of a (height, width); reads no weights."""
+    transform = native_transform(
+        checkpoint.directory, vision_config(checkpoint.fields), **_pixel_bounds(checkpoint, config)
+    )
+    return transform, partial(native_tokens, transform)
+
+
+def _pixel_bounds(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, int | None]:
+    for name in ("vision_model", "projector"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigurationError(
+                f"{name}={str(value)!r}, but {checkpoint_name(checkpoint.directory)!r} brings a tower and a projector "
+                "of its own"
+            )
+    tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
+    return {
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+        "max_image_size": config.max_image_size,
+        "max_image_tokens": min(tokens, default=None),
+    }

@@ -19,6 +19,7 @@ from nanovllm.engine.models.weight_map import load_decoder
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.images.preprocess import ImageTransform
 
 LLAVA = "LlavaForConditionalGeneration"
 QWEN_VL = {
@@ -40,6 +41,20 @@ def text_architecture(config: Any) -> str:
 
 def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The text model of any supported checkpoint, alone or behind a tower; raises UnsupportedModel for others."""
+    config, prefixes = decoder_config(checkpoint)
+    return load_decoder(
+        checkpoint,
+        config,
+        # transformers reads it at the outermost level, to which some families' configurations lift it from the text's.
+        tied=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
+        prefixes=prefixes,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def decoder_config(checkpoint: Checkpoint) -> tuple[DecoderConfig, Sequence[tuple[str, str | None]]]:
+    """The text model's configuration, and the prefixes of its tensors' names; raises as `load_text_model`."""
     text: Any = checkpoint.config.get_text_config()
     architecture = checkpoint.architecture
     if quantization := checkpoint.fields.get("quantization_config"):
@@ -63,15 +78,18 @@ def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
             f"architecture {architecture!r} is not supported; supported are "
             f"{', '.join((*TEXT_FAMILIES, LLAVA, *QWEN_VL))}"
         )
-    return load_decoder(
-        checkpoint,
-        {**TEXT_FAMILIES, **QWEN_VL}[architecture](text),
-        # transformers reads it at the outermost level, to which some families' configurations lift it from the text's.
-        tied=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
-        prefixes=prefixes,
-        dtype=dtype,
-        device=device,
-    )
+    return {**TEXT_FAMILIES, **QWEN_VL}[architecture](text), prefixes
+
+
+def image_tokens(
+    checkpoint: Checkpoint, config: EngineConfig
+) -> tuple[ImageTransform, Callable[[tuple[int, int]], int]] | None:
+    """The preprocessing of a checkpoint's own encoder, and the tokens of an image of a (height, width) after it.
+
+    Reads no weights. None where the checkpoint has no tower of its own.
+    """
+    own = {LLAVA: llava.image_tokens, **dict.fromkeys(QWEN_VL, qwen_vl.image_tokens)}.get(checkpoint.architecture)
+    return None if own is None else own(checkpoint, config)
 
 
 def load_encoder(

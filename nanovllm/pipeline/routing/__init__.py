@@ -1,1 +1,1 @@
-"""Routing: what brings events and objects to the topics where they are answered."""
+"""Routing: which objects are extracted how, and what brings their events to the topics where they are answered."""

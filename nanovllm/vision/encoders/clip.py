@@ -134,20 +134,8 @@ class VisionEncoder(ImageEncoder):
             UnsupportedModel: no LLaVA checkpoint, or a tower of another kind than CLIP's and SigLIP's.
         """
         directory = Path(directory)
-        name, fields = checkpoint_name(directory), read_config(directory)
-        if fields.get("model_type") != "llava":
-            raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a LLaVA one")
-        config = LlavaConfig.from_dict(fields)
-        encoder = cls.__new__(cls)
-        nn.Module.__init__(encoder)
-        tower = _tower_config(config.vision_config.to_dict())
-        encoder._build_tower(tower, config.vision_feature_layer, config.vision_feature_select_strategy)
-        side = encoder.tower.config.image_size
-        transform = ImageTransform.from_preprocessor_config(directory)
-        if max_image_size is not None and transform.output_size != (max_image_size, max_image_size):
-            transform = transform.resized(max_image_size)
-        encoder._set_transform(transform)
-        encoder._choose_tokens(num_vision_tokens, side // encoder.tower.config.patch_size)
+        encoder, config = cls._tower_of_llava(directory, max_image_size, num_vision_tokens)
+        name, side, transform = checkpoint_name(directory), encoder.tower.config.image_size, encoder.transform
         encoder.projector = Projector(
             encoder.tower.config.hidden_size * len(encoder._layers),
             config.text_config.hidden_size,
@@ -163,6 +151,36 @@ class VisionEncoder(ImageEncoder):
         encoder._warn_if_changed(name)
         encoder._finish(name, freeze_vision_weights, dtype, device)
         return encoder
+
+    @classmethod
+    def tokens_of_llava(
+        cls, directory: Path, *, max_image_size: int | None = None, num_vision_tokens: int | None = None
+    ) -> tuple[ImageTransform, int]:
+        """The preprocessing and the tokens of an image that `from_llava` would have; reads no weights."""
+        with torch.device("meta"):
+            encoder, _ = cls._tower_of_llava(directory, max_image_size, num_vision_tokens)
+        return encoder.transform, encoder.num_vision_tokens
+
+    @classmethod
+    def _tower_of_llava(
+        cls, directory: Path, max_image_size: int | None, num_vision_tokens: int | None
+    ) -> tuple[Self, LlavaConfig]:
+        """An encoder with its tower, transform and number of tokens, before weights and projector."""
+        fields = read_config(directory)
+        if fields.get("model_type") != "llava":
+            kind = fields.get("model_type")
+            raise UnsupportedModel(f"{checkpoint_name(directory)} is a {kind!r} checkpoint, not a LLaVA one")
+        config = LlavaConfig.from_dict(fields)
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        tower = _tower_config(config.vision_config.to_dict())
+        encoder._build_tower(tower, config.vision_feature_layer, config.vision_feature_select_strategy)
+        transform = ImageTransform.from_preprocessor_config(directory)
+        if max_image_size is not None and transform.output_size != (max_image_size, max_image_size):
+            transform = transform.resized(max_image_size)
+        encoder._set_transform(transform)
+        encoder._choose_tokens(num_vision_tokens, encoder.tower.config.image_size // encoder.tower.config.patch_size)
+        return encoder, config
 
     @torch.no_grad()
     def encode(self, pixels: np.ndarray | Tensor) -> Tensor:

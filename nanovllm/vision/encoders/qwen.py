@@ -31,6 +31,50 @@ _TOWERS: dict[str, tuple[Any, Any]] = {
 }
 
 
+def vision_config(fields: dict[str, Any]) -> Any:
+    """The tower's part of a checkpoint's configuration."""
+    return _TOWERS[fields["model_type"]][0].from_dict(fields).vision_config
+
+
+def native_transform(
+    directory: Path,
+    config: Any,
+    *,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    max_image_size: int | None,
+    max_image_tokens: int | None,
+) -> ImageTransform:
+    """The preprocessing of a checkpoint with this configuration of a tower, within bounds; as `NativeEncoder`'s."""
+    transform = ImageTransform.from_preprocessor_config(directory)
+    multiple = config.patch_size * config.spatial_merge_size
+    if transform.resize != "pixel_budget" or transform.size[2] != multiple:
+        name = checkpoint_name(directory)
+        raise UnsupportedModel(f"the preprocessor of {name!r} makes no multiples of {multiple} pixels")
+    smallest, largest = min_pixels or transform.size[0], max_pixels or transform.size[1]
+    if max_image_size is not None:
+        largest = min(largest, max_image_size**2)
+    if max_image_tokens is not None:
+        largest = min(largest, max_image_tokens * multiple**2)
+    if largest < multiple**2 or (smallest > largest and min_pixels is not None):
+        raise ConfigurationError(
+            f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
+            "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
+        )
+    return replace(transform, size=(min(smallest, largest), largest, multiple))
+
+
+def most_tokens(transform: ImageTransform) -> int:
+    """The most tokens of an image under a pixel budget."""
+    _, largest, multiple = transform.size
+    return largest // multiple**2
+
+
+def native_tokens(transform: ImageTransform, size: tuple[int, int]) -> int:
+    """The tokens of an image of this (height, width) after the transform: one for each square of patches."""
+    return (size[0] // transform.size[2]) * (size[1] // transform.size[2])
+
+
 class NativeEncoder(ImageEncoder):
     """Tower and merger of a Qwen2.5-VL or Qwen3-VL checkpoint, with its own preprocessing.
 
@@ -60,27 +104,19 @@ class NativeEncoder(ImageEncoder):
         name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") not in _TOWERS:
             raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
-        kind, tower = _TOWERS[fields["model_type"]]
-        config = kind.from_dict(fields).vision_config
-        self.tower = tower(config)
+        config = vision_config(fields)
+        self.tower = _TOWERS[fields["model_type"]][1](config)
         load_module(self.tower, directory, ("model.visual.", "visual."))
         self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
-        transform = ImageTransform.from_preprocessor_config(directory)
-        multiple = config.patch_size * config.spatial_merge_size
-        if transform.resize != "pixel_budget" or transform.size[2] != multiple:
-            raise UnsupportedModel(f"the preprocessor of {name!r} makes no multiples of {multiple} pixels")
-        smallest, largest = min_pixels or transform.size[0], max_pixels or transform.size[1]
-        if max_image_size is not None:
-            largest = min(largest, max_image_size**2)
-        if max_image_tokens is not None:
-            largest = min(largest, max_image_tokens * multiple**2)
-        if largest < multiple**2 or (smallest > largest and min_pixels is not None):
-            raise ConfigurationError(
-                f"no image has between {smallest} and {largest} pixels in squares of {multiple}: "
-                "see min_pixels, max_pixels, max_image_size, max_image_tokens and num_vision_tokens"
-            )
-        self.transform = replace(transform, size=(min(smallest, largest), largest, multiple))
-        self.num_vision_tokens = largest // multiple**2
+        self.transform = native_transform(
+            directory,
+            config,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            max_image_size=max_image_size,
+            max_image_tokens=max_image_tokens,
+        )
+        self.num_vision_tokens = most_tokens(self.transform)
         self.hidden_size = int(config.out_hidden_size)
         # The tower's output, and each of its deep features.
         self.width = self.hidden_size * (1 + len(getattr(config, "deepstack_visual_indexes", ())))
@@ -88,8 +124,7 @@ class NativeEncoder(ImageEncoder):
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """A token for each square of patches."""
-        rows, columns = self.grid(size)
-        return rows * columns
+        return native_tokens(self.transform, size)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""

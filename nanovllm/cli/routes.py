@@ -1,0 +1,174 @@
+"""``nanovllm routes``: routes as a proof, before the first document arrives."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nanovllm.cli.extras import require
+from nanovllm.cli.jobs import ConfigOption, JsonOption
+from nanovllm.cli.run import ModelOption, engine_settings, require_engine
+from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
+from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
+from nanovllm.settings.routes import CONSTRAINTS
+from nanovllm.settings.worker import Settings
+from nanovllm.terminal import long_work, plain, print_json, print_table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from nanovllm.pipeline.route_checks import Cost, Points, RouteCheck, TokenBudget
+
+DONE, FAILED, MISUSE = 0, 1, 2
+COLUMNS = ("route", "what", "is")
+_PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
+
+routes_app = typer.Typer(no_args_is_help=True, help="Check the routes of documents.")
+
+
+@routes_app.command("check")
+def routes_check(
+    file: Annotated[Path, typer.Argument(help="YAML file of routes.")],
+    object: Annotated[
+        str | None, typer.Option("--object", help="Only say which route takes this s3://bucket/key.")
+    ] = None,
+    content_type: Annotated[str | None, typer.Option(help="Content type of that object.")] = None,
+    size: Annotated[int | None, typer.Option(min=0, help="Bytes of that object.")] = None,
+    page: Annotated[str, typer.Option(help="Size of a usual page: a4, a3, letter, or WIDTHxHEIGHT in points.")] = "a4",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the engine, answer synthetic pages, and say what 1,000 would take.")
+    ] = False,
+    pages: Annotated[int, typer.Option(min=1, help="Pages that are measured at once, in each of three rounds.")] = 8,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Prove that each object has one route, that no route feeds itself, and that each fits the model.
+
+    Each refusal is one line with file and line number, and makes exit code 2. With --object, exit code 1: no route.
+    """
+    points = _points(page)
+    try:
+        routes = load_routes(file)
+        if object is not None:
+            raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
+        settings = engine_settings(config, model)
+        rows = list(_check(routes, settings, points, pages if measure else 0))
+    except InvalidRoutes as error:
+        for refusal in error.refusals:
+            print(f"nanovllm: {plain(refusal).plain}", file=sys.stderr)
+        raise typer.Exit(MISUSE) from None
+    print_table(COLUMNS, rows, as_json=as_json)
+
+
+def _points(page: str) -> Points:
+    if page.lower() in _PAPERS:
+        return _PAPERS[page.lower()]
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", page)
+    if sides is None:
+        raise InvalidInput(f"--page {page}: give {', '.join(_PAPERS)}, or WIDTHxHEIGHT in points, such as 595x842")
+    return float(sides[1]), float(sides[2])
+
+
+def _show_route(routes: Routes, uri: str, content_type: str | None, size: int | None, as_json: bool) -> int:
+    parts = split_object_uri(uri)
+    if parts is None:
+        raise InvalidInput(f"--object {uri}: give the s3://bucket/key of one object")
+    route = routes.route_of(*parts, content_type, size)
+    why_not = {one.route.name: one.why_not(*parts, content_type, size) for one in routes.entries}
+    if as_json:
+        print_json({"object": uri, "route": route and route.name, "why_not": {k: v for k, v in why_not.items() if v}})
+    elif route is not None:
+        (entry,) = (one for one in routes.entries if one.route is route)
+        print(f"{plain(uri).plain}: route {route.name} ({routes.source.path}:{entry.line})")
+    else:
+        print(f"nanovllm: no route takes {plain(uri).plain}", file=sys.stderr)
+        for name, why in why_not.items():
+            print(f"nanovllm: route {name} does not: {plain(str(why)).plain}", file=sys.stderr)
+    return FAILED if route is None else DONE
+
+
+def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> Iterator[tuple[str, str, str]]:
+    """The rows of what holds. Raises InvalidRoutes with everything that does not."""
+    if settings.engine.backend != "native":
+        raise ConfigurationError(f"engine.backend is {settings.engine.backend}, which has neither tokens nor schemas")
+    require_engine(settings)
+    from nanovllm.pipeline.app import prepare_threads
+
+    prepare_threads()
+    from nanovllm.pipeline.build import build_engine
+    from nanovllm.pipeline.route_checks import check_route, check_settings, limits_of, measure, model_limits
+
+    refusals = list(check_settings(routes, settings))
+    with long_work("checking the routes"), model_limits(settings) as limits:
+        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    _raise([*refusals, *_refusals(checks.values())])
+    costs: dict[RouteEntry, Cost] = {}
+    if pages:
+        require("worker", "PIL")
+        with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
+            limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
+            checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+            _raise(_refusals(checks.values()))
+            for number, entry in enumerate(routes.entries):
+                picture = partial(receipt_page, number)
+                costs[entry] = measure(engine, entry.route, settings, picture, pages=pages, points=points)
+    if not settings.s3.allow:
+        yield "", "s3.allow", "not set: a worker with these settings reads no object"
+    for entry, check in checks.items():
+        yield from _rows(entry, check.budget, costs.get(entry))
+
+
+def _refusals(checks: Iterable[RouteCheck]) -> list[str]:
+    return [refusal for check in checks for refusal in check.refusals]
+
+
+def _raise(refusals: list[str]) -> None:
+    if refusals:
+        raise InvalidRoutes(dict.fromkeys(refusals))
+
+
+def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
+    route, match = entry.route, entry.route.match
+    name = route.name
+    conditions = [f"not {', '.join(match.exclude)}"] if match.exclude else []
+    conditions += [" or ".join(match.content_type)] if match.content_type else []
+    if match.min_bytes or match.max_bytes is not None:
+        conditions.append(
+            f"{match.min_bytes:,} to {'any' if match.max_bytes is None else f'{match.max_bytes:,}'} bytes"
+        )
+    objects = ", ".join(f"s3://{bucket}/{key}" for bucket in match.bucket for key in match.key)
+    yield name, "takes", "; ".join([objects, *conditions])
+    yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
+    constraint = next((one for one in CONSTRAINTS if route.job_sampling.get(one) is not None), None)
+    yield name, "constraint", "none" if constraint is None else f"{constraint} compiles"
+    if budget is not None:
+        page = f"{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most"
+        yield name, "page", page
+        hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
+        parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"
+        whole = f"{parts} + {budget.max_tokens:,} of answer = {budget.total:,}"
+        yield name, "tokens", f"{whole} of {budget.max_model_len:,}"
+        if route.pages.request == "document":
+            yield name, "prompts", f"up to {counted(budget.pages_a_prompt, 'page')} each"
+    if cost is not None:
+        mean, least, most = cost.of(1_000)
+        answer = f"answers of {min(cost.answer_tokens)} to {max(cost.answer_tokens)} tokens"
+        cut = f", {cost.cut_answers} cut off" if cost.cut_answers else ""
+        yield name, "1,000 pages", f"{mean:,.1f} s ({least:,.1f} to {most:,.1f}); {answer}{cut}"
+    yield name, "digest", route.digest
+
+
+def receipt_page(seed: int, number: int, size: tuple[int, int]) -> Image.Image:
+    """A receipt in a (width, height): no two are alike, so that no cache has an embedding of it."""
+    from nanovllm.training import synthetic
+
+    drawn = synthetic.receipt(synthetic.generator(number, seed=seed, split="heldout"), "heldout")
+    return drawn.image.resize(size)

@@ -1,0 +1,378 @@
+"""Checks of routes against the settings and the model: what would fail or loop while documents arrive.
+
+Pure routes are held against one another when they are read (`nanovllm.pipeline.routing.routes`). Here come the topics
+and prefixes of the settings, the compilation of schemas, and the tokens of the largest page. The model's files are
+read, never its weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from nanovllm.errors import ConfigurationError, InvalidInput, UnsupportedConstraint
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.messages.job import Job
+from nanovllm.messages.s3_uri import split_prefix_uri
+from nanovllm.messages.validation import describe_errors
+from nanovllm.pipeline import build
+from nanovllm.pipeline.routing.key_sets import KeySet
+from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
+from nanovllm.pipeline.stages.admit import sampling_defaults
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.located_yaml import Place
+from nanovllm.settings.routes import Route
+from nanovllm.settings.worker import Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
+    from nanovllm.engine.text.prompt_encoder import PromptEncoder
+    from nanovllm.vision.images.preprocess import ImageTransform
+
+Points = tuple[float, float]
+"""Width and height of a page in points."""
+
+POINTS_PER_INCH = 72
+A4: Points = (595.0, 842.0)
+ROUNDS = 3
+"""Rounds of a measurement; their spread is shown beside its mean."""
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model makes of a prompt and of a page, and how much it takes."""
+
+    prompts: PromptEncoder
+    grammars: GrammarCompiler
+    max_model_len: int
+    max_images: int
+    defaults: SamplingParams
+    transform: ImageTransform | None
+    tokens_of: Callable[[tuple[int, int]], int]
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands once for each image; None for a model without images."""
+        return self.prompts.image_token_id
+
+
+@contextmanager
+def model_limits(settings: Settings) -> Iterator[ModelLimits]:
+    """The limits of the model that ``settings`` name, from its files; it imports torch, for seconds.
+
+    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows.
+
+    Raises:
+        ConfigurationError, UnsupportedModel, ModelNotFound: it would not be served either.
+    """
+    from nanovllm.checkpoints.checkpoint import Checkpoint
+    from nanovllm.checkpoints.resolve import resolve_checkpoint
+    from nanovllm.engine.config import GIB, EngineConfig
+    from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
+    from nanovllm.engine.models.registry import around_image, decoder_config, image_tokens
+    from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
+    from nanovllm.engine.text.prompt_encoder import PromptEncoder
+
+    build.check_engine(settings.engine)
+    model = settings.engine.model or build.DEFAULT_MODEL
+    config = EngineConfig.from_options(model, settings.engine.model_dump(exclude=build.WORKER_OPTIONS))
+    checkpoint = Checkpoint(resolve_checkpoint(model))
+    tokenizer, (text, _) = checkpoint.tokenizer(), decoder_config(checkpoint)
+    max_model_len = text.context_limit(config.max_model_len)
+    device = choose_device(config.device)
+    kv_bytes = config.kv_cache_bytes or (GIB if device.type == "cpu" else None)
+    if kv_bytes is not None:
+        item_bytes = 2 if config.kv_cache_dtype == "bfloat16" else choose_dtype(config, checkpoint, device).itemsize
+        token_bytes = 2 * text.num_key_value_heads * text.head_dim * item_bytes * text.num_hidden_layers
+        max_model_len = min(max_model_len, kv_bytes // token_bytes)
+    images = image_tokens(checkpoint, config)
+    grammars = GrammarCompiler(tokenizer, text.vocab_size, sorted(checkpoint.eos_token_ids(text.vocab_size, tokenizer)))
+    try:
+        yield ModelLimits(
+            prompts=PromptEncoder(
+                tokenizer,
+                max_model_len=max_model_len,
+                image_token_id=choose_image_token_id(checkpoint, tokenizer, text.vocab_size) if images else None,
+                around_image=around_image(checkpoint),
+                is_processor_template=checkpoint.processor_template is not None,
+                chat_template_kwargs=config.chat_template_kwargs,
+            ),
+            grammars=grammars,
+            max_model_len=max_model_len,
+            max_images=config.max_images_per_request,
+            defaults=sampling_defaults(
+                settings, checkpoint.generation_defaults if config.generation_config == "auto" else {}
+            ),
+            transform=images[0] if images else None,
+            tokens_of=images[1] if images else lambda size: 0,
+        )
+    finally:
+        grammars.close()
+
+
+def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
+    """The limits of an engine that is loaded."""
+    processor = engine.input_processor
+    encoder = engine.processor.encoder if engine.processor is not None else None
+    return ModelLimits(
+        prompts=processor.prompts,
+        grammars=processor.grammars,
+        max_model_len=engine.max_model_len,
+        max_images=engine.config.max_images_per_request,
+        defaults=sampling_defaults(settings, engine.generation_defaults),
+        transform=None if encoder is None else encoder.transform,
+        tokens_of=(lambda size: 0) if encoder is None else encoder.num_tokens,
+    )
+
+
+def check_settings(routes: Routes, settings: Settings) -> Iterator[str]:
+    """What of the routes contradicts the settings: topics with another use, objects that may not be read, loops."""
+    topics = settings.topics
+    taken = {topics.metrics, topics.dead_letters, topics.in_flight, topics.replayed}
+    taken |= set(build.RetryTopics.of(settings).lanes)
+    for entry in routes.entries:
+        for name in ("result_topic", "review_topic"):
+            if (topic := getattr(entry.route, name)) in taken:
+                why = f"{name}: the worker uses the topic {topic} for something else: give records a topic of their own"
+                yield routes.refusal(entry, why, name)
+        if settings.s3.allow:
+            yield from _unreadable(routes, entry, settings.s3.allow)
+    yield from loops(routes, settings.s3.large_results)
+
+
+def _unreadable(routes: Routes, entry: RouteEntry, allow: tuple[str, ...]) -> Iterator[str]:
+    entries = [parts for uri in allow if (parts := split_prefix_uri(uri)) is not None]
+    for bucket in entry.route.match.bucket:
+        readable = [below(prefix, and_itself=True).include for name, prefix in entries if name == bucket]
+        unreadable = KeySet(entry.keys.include, sum(readable, start=entry.keys.exclude))
+        example = example_object(bucket, unreadable)
+        if example is not None:
+            why = f"takes {example}, which s3.allow does not let a worker read"
+            yield routes.refusal(entry, why, "match", "bucket")
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """The tokens of a route's longest prompt of one page, and how many the model takes.
+
+    ``page_tokens`` are those of a page of the size in question, ``most_page_tokens`` those that no page exceeds.
+    """
+
+    prompt_tokens: int
+    page_tokens: int
+    most_page_tokens: int
+    hint_tokens: int
+    max_tokens: int
+    max_model_len: int
+    pages_a_prompt: int
+
+    @property
+    def total(self) -> int:
+        """Prompt, largest page, text layer and answer."""
+        return self.prompt_tokens + self.most_page_tokens + self.hint_tokens + self.max_tokens
+
+
+@dataclass(frozen=True)
+class RouteCheck:
+    """What became of one route: its refusals, and its budget where that could be told."""
+
+    refusals: tuple[str, ...]
+    budget: TokenBudget | None = None
+
+
+def check_route(
+    routes: Routes, entry: RouteEntry, limits: ModelLimits, settings: Settings, points: Points = A4
+) -> RouteCheck:
+    """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
+    route = entry.route
+    if limits.transform is None:
+        return RouteCheck((routes.refusal(entry, "the model takes no images: see engine.model"),))
+    try:
+        sampling = page_sampling(route, limits, settings)
+    except InvalidInput as error:
+        return RouteCheck((routes.refusal(entry, str(error), "sampling", "max_tokens"),))
+    refusals = []
+    if (constraint := sampling.constraint) is not None:
+        name = ("response_schema",) if route.response_schema is not None else ("sampling", constraint.kind)
+        try:
+            limits.grammars.matcher(constraint)
+        except (UnsupportedConstraint, ConfigurationError) as error:
+            refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
+    refusals += [routes.refusal(entry, why, *place) for place, why in _unrenderable(route, limits, settings, points)]
+    if refusals:
+        return RouteCheck(tuple(refusals))
+    try:
+        budget, place = token_budget(route, limits, settings, sampling, points)
+    except InvalidInput as error:
+        return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
+    if budget.total > budget.max_model_len:
+        why = (
+            f"{budget.prompt_tokens} tokens of prompt, up to {budget.most_page_tokens} of a page"
+            f"{f', {budget.hint_tokens} of its text' if budget.hint_tokens else ''} and {budget.max_tokens} of answer "
+            f"are {budget.total}, and the model takes {budget.max_model_len}: {_remedy(budget, limits)}"
+        )
+        return RouteCheck((routes.refusal(entry, why, *place, "max_pixels"),), budget)
+    return RouteCheck((), budget)
+
+
+def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> SamplingParams:
+    """The sampling of a page of ``route``, as a worker decides it. Raises InvalidInput: it asks for too much."""
+    try:
+        job = Job(job_id="page", prompt=route.page_prompt, sampling=route.job_sampling)
+    except ValidationError as error:
+        raise InvalidInput(describe_errors(error, "sampling")) from None
+    return job.sampling_params(limits.defaults, settings.admission.max_tokens)
+
+
+def token_budget(
+    route: Route, limits: ModelLimits, settings: Settings, sampling: SamplingParams, points: Points
+) -> tuple[TokenBudget, Place]:
+    """The tokens of a prompt with one page, and which part of the route allows the largest page.
+
+    Raises:
+        InvalidInput: the model cannot take the prompt at all.
+    """
+    assert limits.transform is not None
+    one = _text_tokens(route.page_prompt, limits)
+    around = _text_tokens(route.page_prompt.replace(IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER), limits) - one
+    resolutions = list(_resolutions(route, settings))
+    _, dpi, usual_area = resolutions[0]
+    place, _, area = max(resolutions, key=lambda item: item[2])
+    most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
+    answer = sampling.max_tokens or settings.admission.max_tokens
+    room = limits.max_model_len - answer - one + around
+    fit = min(limits.max_images, room // (most + around + hint)) if route.pages.request == "document" else 1
+    budget = TokenBudget(
+        prompt_tokens=one,
+        page_tokens=limits.tokens_of(limits.transform.check(*rendered_size(points, dpi, usual_area))),
+        most_page_tokens=most,
+        hint_tokens=hint,
+        max_tokens=answer,
+        max_model_len=limits.max_model_len,
+        pages_a_prompt=max(0, fit),
+    )
+    return budget, place
+
+
+def _resolutions(route: Route, settings: Settings) -> Iterator[tuple[Place, int, int]]:
+    """Every resolution and largest area that pages are rendered in, and where the route says so."""
+    pages, limit = route.pages, settings.images.max_pixels
+    yield ("pages",), pages.dpi, min(limit, pages.max_pixels or limit)
+    for number, step in enumerate(route.ladder):
+        if step.dpi is not None or step.max_pixels is not None:
+            yield ("ladder", number), step.dpi or pages.dpi, min(limit, step.max_pixels or pages.max_pixels or limit)
+
+
+def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
+    """Why the model's preprocessing refuses a usual page, at each resolution."""
+    assert limits.transform is not None
+    for place, dpi, max_pixels in _resolutions(route, settings):
+        try:
+            limits.transform.check(*rendered_size(points, dpi, max_pixels))
+        except InvalidInput as error:
+            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi: {error}"
+
+
+def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height in pixels of a page of this size, within the largest area."""
+    width, height = (side / POINTS_PER_INCH * dpi for side in points)
+    scale = min(1.0, sqrt(max_pixels / (width * height)))
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
+    """The most tokens of an image of up to ``max_pixels``, whatever its proportions.
+
+    Under a pixel budget sides are rounded to multiples, up by half of one at most (by one where an image is enlarged),
+    and two sides with one area are together at their longest where the image is as narrow as is allowed.
+    """
+    from nanovllm.vision.images.preprocess import MOST_ELONGATED
+
+    transform = limits.transform
+    assert transform is not None
+    if transform.resize != "pixel_budget":
+        return limits.tokens_of(transform.output_size or (0, 0))
+    smallest, largest, multiple = transform.size
+
+    def bound(area: int, slack: float) -> int:
+        sides = sqrt(area) * (sqrt(MOST_ELONGATED) + 1 / sqrt(MOST_ELONGATED)) / multiple
+        return int(area / multiple**2 + slack * sides + slack**2)
+
+    return min(largest // multiple**2, max(bound(max_pixels, 0.5), bound(smallest, 1.0)))
+
+
+def _text_tokens(prompt: str, limits: ModelLimits) -> int:
+    tokens = limits.prompts.untrusted(prompt)
+    return sum(token != limits.image_token_id for token in tokens)
+
+
+def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
+    room = budget.max_model_len - (budget.total - budget.most_page_tokens)
+    transform = limits.transform
+    if transform is not None and transform.resize == "pixel_budget" and most_tokens(limits, 1) <= room:
+        fits, too_many = 1, transform.size[1]
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if most_tokens(limits, middle) <= room else (fits, middle)
+        return f"pages.max_pixels {fits} fits, or lower sampling.max_tokens"
+    return "shorten the prompt, or lower sampling.max_tokens or hint_tokens"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of pages as measured, by rounds, and the tokens of their prompts and answers."""
+
+    seconds_a_page: tuple[float, ...]
+    prompt_tokens: int
+    answer_tokens: tuple[int, ...]
+    cut_answers: int
+
+    def of(self, pages: int) -> tuple[float, float, float]:
+        """Seconds of so many pages: the mean, and of the quickest and slowest round."""
+        times = self.seconds_a_page
+        return pages * sum(times) / len(times), pages * min(times), pages * max(times)
+
+
+def measure(
+    engine: LLMEngine,
+    route: Route,
+    settings: Settings,
+    picture: Callable[[int, tuple[int, int]], Image.Image],
+    *,
+    pages: int,
+    points: Points = A4,
+) -> Cost:
+    """Answer ``pages`` pages at once, in each of ``ROUNDS`` rounds after one page that is not counted.
+
+    ``picture`` makes the page of a number in a (width, height). Reading, rendering and preparing pages is not timed: in
+    a worker it goes on beside the engine.
+    """
+    from nanovllm.vision.images.preprocess import prepare_image
+
+    limits = limits_of(engine, settings)
+    assert limits.transform is not None
+    sampling = page_sampling(route, limits, settings)
+    prompt = limits.prompts.untrusted(route.page_prompt)
+    _, dpi, max_pixels = next(_resolutions(route, settings))
+    size = rendered_size(points, dpi, max_pixels)
+    seconds, answers, cut, numbers = [], [], 0, iter(range(1 + ROUNDS * pages))
+    for count in (1, *[pages] * ROUNDS):
+        images = [[prepare_image(picture(next(numbers), size), limits.transform)] for _ in range(count)]
+        started = time.perf_counter()
+        outputs = engine.generate([prompt] * count, sampling, images, use_tqdm=False)
+        elapsed = time.perf_counter() - started
+        seconds.append(elapsed / count)
+        answers.append([len(output.outputs[0].token_ids) for output in outputs])
+        cut += sum(output.outputs[0].finish_reason == "length" for output in outputs)
+    return Cost(
+        tuple(seconds[1:]), outputs[0].usage.input_tokens, tuple(one for batch in answers[1:] for one in batch), cut
+    )
