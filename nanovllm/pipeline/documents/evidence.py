@@ -1,12 +1,12 @@
 """Evidence search: where a leaf of a value stands in the pages' texts.
 
-A leaf is searched as text, normalised as ``normalised_text`` says (case, white space, compatibility characters, hyphens,
-quotes), and not inside a longer word or number. A number, and a string that is one number or one date, is searched by
-its meaning too, in the forms that ``numbers_and_dates`` lists. ``exact`` is a place with the leaf's own characters, a
-number's as JSON writes it; every other place is ``normalised``.
+A leaf is searched as text, normalised as ``normalised_text`` says (case, white space, compatibility characters,
+hyphens, quotes), and not inside a longer word or number. A number, and a string that is one number or one date, is
+searched by its meaning too, in the forms that ``numbers_and_dates`` lists. ``exact`` is a place with the leaf's own
+characters, a number's as JSON writes it; every other place is ``normalised``.
 
-Leaves of fewer than ``MIN_CHARS`` characters, truth values and null would stand everywhere, and have no evidence. What
-stands in several places is marked ambiguous: which of them was read is not known, and the first is named.
+Leaves of fewer than ``MIN_CHARS`` characters, truth values and null would stand everywhere, and have no evidence.
+What stands in several places is marked ambiguous: which of them was read is not known, and the first is named.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanovllm.messages.document_record import Conflict, FieldMeta
+from nanovllm.pipeline.documents.fields import missing_properties
 from nanovllm.pipeline.documents.json_spans import escaped, leaves
 
 MergeRule = Literal["per_document", "per_page", "per_row"]
@@ -29,7 +30,9 @@ class MergedPages:
 
 
 def merge_pages(values: Mapping[int, Any], rule: MergeRule) -> MergedPages:
-    """The values of pages by page number, merged. Pages without an answer are left out by the caller."""
+    """The values of one page or more, by page number, merged. The caller leaves out pages without an answer."""
+    if not values:
+        raise ValueError("no page has a value: a document without one has no value either")
     if rule == "per_page":
         origins = {
             f"/{index}{pointer}": (page, pointer)
@@ -38,8 +41,9 @@ def merge_pages(values: Mapping[int, Any], rule: MergeRule) -> MergedPages:
         }
         return MergedPages([values[page] for page in sorted(values)], origins)
     merge = _Merge(keeps_equal_items=rule == "per_row")
-    value: Any = None
-    for page in sorted(values):
+    first, *others = sorted(values)
+    value = merge.taken(values[first], first, "", "")
+    for page in others:
         value = merge.merged(value, values[page], page, "", "")
     conflicts = tuple(Conflict(path=path, pages=tuple(pages)) for path, pages in sorted(merge.conflicts.items()))
     return MergedPages(value, {pointer: merge.origins[pointer] for pointer, _ in leaves(value)}, conflicts)
@@ -54,13 +58,19 @@ def merged_schema(schema: Mapping[str, Any], rule: MergeRule) -> dict[str, Any]:
     return {**shared, "type": "array", "items": {key: part for key, part in schema.items() if key not in shared}}
 
 
-def merged_fields(merged: MergedPages, fields: Mapping[int, Mapping[str, FieldMeta]]) -> dict[str, FieldMeta]:
-    """The fields of a merged value, from those of each page's value; a field without evidence names its page too."""
+def merged_fields(
+    merged: MergedPages, fields: Mapping[int, Mapping[str, FieldMeta]], schema: Mapping[str, Any] | None = None
+) -> dict[str, FieldMeta]:
+    """The fields of a merged value, from those of each page's value; a field without evidence names its page too.
+
+    ``schema``: of the merged value, for the properties that no page has.
+    """
     found = {}
     for pointer, (page, origin) in merged.origins.items():
         one = fields[page][origin]
         found[pointer] = one if one.page is not None else one.model_copy(update={"page": page})
-    return found
+    absent = FieldMeta(source="absent")
+    return found | dict.fromkeys(missing_properties(merged.value, schema), absent)
 
 
 @dataclass
@@ -71,15 +81,15 @@ class _Merge:
 
     def merged(self, value: Any, other: Any, page: int, pointer: str, origin: str) -> Any:
         """``value``, at ``pointer``, with the page's own value, which stands at ``origin`` there."""
-        if value is None:
-            return self.taken(other, page, pointer, origin)
         if other is None:
             return value
+        if value is None:
+            return self.taken(other, page, pointer, origin)
         if isinstance(value, dict) and isinstance(other, dict):
             return self._objects(value, other, page, pointer, origin)
         if isinstance(value, list) and isinstance(other, list):
             return self._arrays(value, other, page, pointer, origin)
-        if not same(value, other):
+        if _key(value) != _key(other):
             self.conflicts.setdefault(pointer, []).append(page)
         return value
 
@@ -92,22 +102,25 @@ class _Merge:
     def _objects(self, value: dict[str, Any], other: dict[str, Any], page: int, pointer: str, origin: str) -> Any:
         found = dict(value)
         for name, item in other.items():
-            below = f"/{escaped(name)}"
-            found[name] = self.merged(value.get(name), item, page, pointer + below, origin + below)
+            places = (f"{pointer}/{escaped(name)}", f"{origin}/{escaped(name)}")
+            found[name] = (
+                self.merged(value[name], item, page, *places) if name in value else self.taken(item, page, *places)
+            )
         return found
 
     def _arrays(self, value: list[Any], other: list[Any], page: int, pointer: str, origin: str) -> list[Any]:
         found = list(value)
+        earlier = set() if self.keeps_equal_items else {_key(item) for item in value}
         for index, item in enumerate(other):
-            if self.keeps_equal_items or not any(same(item, earlier) for earlier in value):
+            if _key(item) not in earlier:
                 found.append(self.taken(item, page, f"{pointer}/{len(found)}", f"{origin}/{index}"))
         return found
 
 
-def same(left: Any, right: Any) -> bool:
-    """Whether two JSON values are equal; for Python ``True`` equals 1, for JSON it does not."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return isinstance(left, bool) == isinstance(right, bool) and left == right
+def _key(value: Any) -> Hashable:
+    """Equal for equal JSON values; for Python ``True`` equals 1, for JSON it does not."""
+    if isinstance(value, dict):
+        return frozenset((name, _key(item)) for name, item in value.items())
+    if isinstance(value, list):
+        return tuple(_key(item) for item in value)
+    return (bool, value) if isinstance(value, bool) else value

@@ -1,12 +1,12 @@
 """Numbers and dates in running text, by what they may mean.
 
-Numbers: digits with or without groups of three (``1,250,000``, ``1.250.000``, ``1'250'000``, ``1 250 000`` with no-break
-or thin spaces), with a decimal point or comma; a currency sign or unit beside them does not matter. ``1,250`` may be
-1250 or 1.25, and so may ``1.250``. In parentheses a number may be negative too, and behind a minus it is. With
+Numbers: digits with or without groups of three (``1,250,000``, ``1.250.000``, ``1'250'000``, ``1 250 000`` with no-
+break or thin spaces), with a decimal point or comma; a currency sign or unit beside them does not matter. ``1,250``
+may be 1250 or 1.25, and so may ``1.250``. In parentheses a number may be negative too, and behind a minus it is. With
 thousand, million, billion or trillion behind it, it may be that many as well.
 
-Dates: ``2024-12-31`` and ``2024/12/31``; ``31.12.2024``, ``31/12/2024`` and ``12/31/2024`` (where both numbers are 12 or
-less, either may be the month); ``December 31, 2024``, ``Dec. 31st, 2024``, ``31 December 2024``, ``31st day of
+Dates: ``2024-12-31`` and ``2024/12/31``; ``31.12.2024``, ``31/12/2024`` and ``12/31/2024`` (where both numbers are 12
+or less, either may be the month); ``December 31, 2024``, ``Dec. 31st, 2024``, ``31 December 2024``, ``31st day of
 December, 2024``. Names of months are English; years have four digits.
 """
 
