@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import jsonschema
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.errors import UnsupportedConstraint
+from nanovllm.errors import ConfigurationError, UnsupportedConstraint
 from nanovllm.pipeline.documents.json_spans import leaves
 from nanovllm.pipeline.documents.schema_parts import count_leaves, merge_parts, split_schema
 from nanovllm.pipeline.documents.validation import SchemaValidator
@@ -78,7 +79,7 @@ def test_a_schema_that_doubles_with_each_reference_is_counted_at_once() -> None:
 @given(st.integers(1, 12))
 def test_parts_hold_every_leaf_once_none_too_many_and_merge_to_the_whole(max_leaves: int) -> None:
     if max_leaves == 1:
-        with pytest.raises(UnsupportedConstraint, match="2 leaves and cannot be split"):
+        with pytest.raises(UnsupportedConstraint, match="fee has 2 leaves"):
             split_schema(SCHEMA, max_leaves)
         return
     before = copy.deepcopy(SCHEMA)
@@ -232,3 +233,9 @@ def test_the_digest_is_of_the_meaning_not_of_the_order_of_keys() -> None:
     assert SchemaValidator({"type": "null"}).schema_sha256 != SchemaValidator(SCHEMA).schema_sha256
     refused = SchemaValidator(SCHEMA).refused("no JSON at character 3: a value is missing")
     assert (refused.ok, refused.errors[0].keyword, refused.errors[0].path) == (False, "json", "")
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    with pytest.raises(ConfigurationError, match=r"'.\[documents\]'"):
+        SchemaValidator(SCHEMA)

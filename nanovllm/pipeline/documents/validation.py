@@ -40,7 +40,9 @@ class SchemaValidator:
         try:
             import jsonschema_rs
         except ImportError:
-            raise ConfigurationError("document records need jsonschema-rs: pip install '.[documents]'") from None
+            raise ConfigurationError(
+                "document records need jsonschema-rs: pip install '.[documents]' in a clone"
+            ) from None
         whole = unwrapped(dict(schema))
         evaluations = _count_evaluations(whole, whole, {})
         if evaluations > MAX_EVALUATIONS:
