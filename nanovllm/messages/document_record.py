@@ -50,8 +50,8 @@ class FieldMeta(Message):
     logprob_min: float | None = Field(
         None,
         le=0,
-        description="Lowest log probability among the value's own tokens. Unset where none is known: asked for "
-        "neither, or all tokens forced by the constraint.",
+        description="Lowest log probability among the value's own tokens, before the constraint: what the schema "
+        "imposed on the model has a low one. Unset where none is known.",
     )
     logprob_mean: float | None = Field(None, le=0, description="Mean of the same. Neither is a calibrated confidence.")
     evidence: EvidenceMatch = Field(

@@ -83,6 +83,12 @@ def test_references_in_a_circle_or_to_nothing_end() -> None:
     assert list(missing_properties({"x": {}}, {"$ref": "#/nothing"})) == []
 
 
+def test_pieces_are_what_each_token_added_and_the_last_has_the_rest() -> None:
+    assert pieces_of('["é",1]', [2, 2, 3, 6, 6]) == ['["', "", "é", '",1', "]"]
+    assert pieces_of("", []) == []
+    assert pieces_of("", [0, 0]) == ["", ""]
+
+
 def test_one_log_probability_for_each_token_or_none_at_all() -> None:
     assert fields_of(parse_output("[1]"))["/0"].logprob_min is None
     with pytest.raises(ValueError, match="3 pieces and 1 log probabilities"):
@@ -122,8 +128,10 @@ def test_fields_of_guided_outputs_agree_with_a_count_by_hand() -> None:
         detokenizers = [Detokenizer(engine.tokenizer, params[0]) for _ in outputs]
     assert len(outputs) > 1
     for output, detokenizer in zip(outputs, detokenizers, strict=True):
-        pieces = pieces_of(detokenizer.append, output.token_ids)
-        assert "".join(pieces) == output.text
+        text_ends = output.outputs[0].text_ends
+        assert text_ends is not None
+        pieces = pieces_of(output.text, text_ends)
+        assert pieces == [detokenizer.append(token) for token in output.token_ids]
         assert output.logprobs is not None
         logprobs = [next((one.logprob for one in place.values()), None) for place in output.logprobs]
         parsed = parse_output(output.text)

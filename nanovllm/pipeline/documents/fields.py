@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -31,9 +31,10 @@ def token_spans(pieces: Sequence[str]) -> list[Span]:
     return spans[::-1]
 
 
-def pieces_of(append: Callable[[int], str], token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. ``append`` is a fresh ``Detokenizer``'s."""
-    return [append(token_id) for token_id in token_ids]
+def pieces_of(text: str, text_ends: Sequence[int]) -> list[str]:
+    """What each token added to ``text``, from a completion's ``text_ends``; the last has what was left at the end."""
+    ends = [*text_ends[:-1], len(text)] if text_ends else []
+    return [text[start:end] for start, end in pairwise([0, *ends])]
 
 
 def fields_of(
@@ -52,7 +53,7 @@ def fields_of(
     Args:
         pieces: what each token added to the output's text (``pieces_of``); without them there are no log
             probabilities.
-        logprobs: of each token; None where none is known, as of tokens that the constraint forced.
+        logprobs: of each token; None where none is known.
 
     Raises:
         ValueError: as many log probabilities as pieces are needed.
