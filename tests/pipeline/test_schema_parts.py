@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
-from nanovllm.pipeline.documents.json_spans import leaves
+from nanovllm.pipeline.documents.json_spans import leaves, parse_output
 from nanovllm.pipeline.documents.schema_parts import count_leaves, merge_parts, split_schema
 from nanovllm.pipeline.documents.validation import SchemaValidator
+from nanovllm.sampling_params import SamplingParams
 
 
 def branch(*names: str, **keywords: Any) -> dict[str, Any]:
@@ -143,6 +145,41 @@ def test_what_fits_is_one_part_whatever_its_keywords() -> None:
     assert split_schema(whole, 1) == [whole]
     assert split_schema({"name": "x", "strict": True, "schema": whole}, 1) == [whole]
     assert merge_parts([None]) is None
+
+
+def test_numbers_are_bounded_where_they_have_no_bounds_of_their_own() -> None:
+    schema = {
+        "$defs": {"n": {"type": "integer", "maximum": 9}},
+        "properties": {
+            "a": {"type": "number"},
+            "b": {"type": ["integer", "null"], "exclusiveMinimum": 0},
+            "c": {"type": "string"},
+            "d": {"enum": [2**60]},
+            "e": {"$ref": "#/$defs/n"},
+        },
+    }
+    before = copy.deepcopy(schema)
+    (bounded,) = split_schema(schema, 9)
+    assert schema == before
+    assert bounded["$defs"]["n"] == {"type": "integer", "minimum": -(2**53), "maximum": 9}
+    assert bounded["properties"] == {
+        "a": {"type": "number", "minimum": -(2**53), "maximum": 2**53},
+        "b": {"type": ["integer", "null"], "exclusiveMinimum": 0, "maximum": 2**53},
+        "c": {"type": "string"},
+        "d": {"enum": [2**60]},
+        "e": {"$ref": "#/$defs/n"},
+    }
+
+
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_with_bounds_every_finished_output_of_a_wild_model_is_one_that_messages_carry(kind: str) -> None:
+    schema = {"type": "array", "items": {"type": kind}, "minItems": 3, "maxItems": 3}
+    (part,) = split_schema(schema, 9)
+    params = [SamplingParams(temperature=3.0, seed=seed, max_tokens=200, json_schema=part) for seed in range(16)]
+    with LLMEngine("tiny-receipts") as engine:
+        outputs = [one for one in engine.generate(["x"] * 16, params, use_tqdm=False) if one.finish_reason == "stop"]
+    assert outputs
+    assert all(SchemaValidator(schema).validate(parse_output(one.text).value).ok for one in outputs)
 
 
 def test_two_values_in_one_place_are_an_error_not_a_choice() -> None:

@@ -6,12 +6,14 @@ value is validated against the whole schema: parts know nothing of one another.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nanovllm.engine.sampling.json_schema import unwrapped
 from nanovllm.engine.sampling.schema_refusals import ASSERTIONS, subschemas
 from nanovllm.errors import UnsupportedConstraint
+from nanovllm.messages.encoding import MAX_INTEGER
 from nanovllm.pipeline.documents.fields import resolved
 from nanovllm.pipeline.documents.json_spans import escaped
 
@@ -50,12 +52,13 @@ def split_schema(schema: Mapping[str, Any], max_leaves: int) -> list[dict[str, A
     """``schema`` as parts of at most ``max_leaves`` leaves each, in its own order; one part where it fits whole.
 
     A branch that does not fit is split by its own properties where it is an object that must be there. Parts are
-    closed: properties that the schema does not name, which it may allow, are not asked for.
+    closed: properties that the schema does not name, which it may allow, are not asked for. Numbers are bounded as in
+    ``with_bounded_numbers``.
 
     Raises:
         UnsupportedConstraint: a branch has more leaves and cannot be split.
     """
-    whole = unwrapped(dict(schema))
+    whole = with_bounded_numbers(unwrapped(dict(schema)))
     root = resolved(whole, whole)
     if count_leaves(whole) <= max_leaves:
         return [whole]
@@ -66,6 +69,26 @@ def split_schema(schema: Mapping[str, Any], max_leaves: int) -> list[dict[str, A
             raise UnsupportedConstraint(f"$ref at {path} is {ref[:64]!r}: a schema that is split refers to $defs only")
     shared: dict[str, Any] = {key: whole[key] for key in ("$schema", "$defs", "definitions") if key in whole}
     return [{**shared, **part} for part in _split(root, whole, max_leaves, "#")]
+
+
+def with_bounded_numbers(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema`` with the bounds of what messages carry, where numbers have none of their own: 2^53 to each side.
+
+    Without bounds guidance lets a model write digits until its tokens end, and ``1e999``: valid under the schema, and
+    refused by every reader whose numbers are doubles.
+    """
+    bounded = copy.deepcopy(dict(schema))
+    for _, part in subschemas(bounded):
+        types = part.get("type")
+        if {"integer", "number"}.isdisjoint([types] if isinstance(types, str) else types or ()):
+            continue
+        for bound, exclusive, limit in (
+            ("minimum", "exclusiveMinimum", -MAX_INTEGER),
+            ("maximum", "exclusiveMaximum", MAX_INTEGER),
+        ):
+            if exclusive not in part:
+                part.setdefault(bound, limit)
+    return bounded
 
 
 def merge_parts(values: Sequence[Any]) -> Any:
