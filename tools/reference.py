@@ -17,17 +17,19 @@ from pydantic.json_schema import JsonSchemaMode
 
 from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.job import Job
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result
 from nanovllm.pipeline.stages.context import dead_letter_class
 from nanovllm.settings.worker import ENV_PREFIX, Settings
 
-_MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter], JsonSchemaMode], ...] = (
+_MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter | DocumentRecord], JsonSchemaMode], ...] = (
     (Job, "validation"),
     (Result, "serialization"),
     (JobMetrics, "serialization"),
     (DeadLetter, "serialization"),
+    (DocumentRecord, "serialization"),
 )
 
 _SETTINGS_HEAD = """# Settings

@@ -84,13 +84,18 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(frozen=True)
 class Completion(Record):
-    """One of the ``n`` outputs of a request."""
+    """One of the ``n`` outputs of a request.
+
+    ``text_ends`` has, beside ``logprobs``, for each token the number of characters of ``text`` up to its end. Tokens
+    that are parts of one character have the end of what was before, and the last of them the character's.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    text_ends: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from checkpoints import make_llava
 
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
 from nanovllm.engine.outputs import RequestOutput, RequestTimings, Usage
+from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
 
 PICTURE = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
@@ -119,3 +120,17 @@ def test_a_result_has_no_path_of_this_machine(engine: MultiModalLLM, tmp_path: P
     Image.fromarray(PICTURE).save(tmp_path / "a.png")
     result = engine.generate(PROMPT, SamplingParams(max_tokens=2), images=tmp_path / "a.png", use_tqdm=False)[0]
     assert str(tmp_path) not in json.dumps(result)
+
+
+def test_text_ends_lead_from_tokens_to_their_characters(engine: MultiModalLLM) -> None:
+    params = SamplingParams(n=2, seed=3, temperature=1.5, max_tokens=40, logprobs=0)
+    (result,) = engine.generate("h\u00e9llo \u65e5\u672c", params, use_tqdm=False)
+    for output in result.outputs:
+        assert output.text_ends is not None
+        assert len(output.text_ends) == len(output.token_ids)
+        detokenizer = Detokenizer(engine.tokenizer, params)
+        for token, end in zip(output.token_ids, output.text_ends, strict=True):
+            detokenizer.append(token)
+            assert output.text[:end] == detokenizer.text
+    (result,) = engine.generate("hello", SamplingParams(n=2, max_tokens=4), use_tqdm=False)
+    assert [output.text_ends for output in result.outputs] == [None, None]

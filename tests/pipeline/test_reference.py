@@ -7,7 +7,7 @@ import jsonschema
 import msgpack
 import pytest
 from hypothesis import given
-from sample_messages import dead_letter, metrics, result
+from sample_messages import dead_letter, document_record, metrics, result
 from strategies import jobs
 
 from nanovllm.messages.codec import encode_job
@@ -50,7 +50,13 @@ def test_what_is_sent_follows_the_schemas() -> None:
         }
     )
     messages = {"job.v1.json": encode_job(job)}
-    for name, message in (("result.v1", result()), ("metrics.v1", metrics()), ("dead-letter.v1", dead_letter())):
+    sent = {
+        "result.v1": result(),
+        "metrics.v1": metrics(),
+        "dead-letter.v1": dead_letter(),
+        "document_record.v1": document_record(),
+    }
+    for name, message in sent.items():
         messages[f"{name}.json"] = encode(message, "json")
     for name, message_bytes in messages.items():
         jsonschema.validate(json.loads(message_bytes), json.loads(reference.schemas()[name]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanovllm.engine.sampling.json_schema import BRANCHES, CONDITIONS, NAMED, NESTED, matches, resolve
 
-_ASSERTIONS = (
+ASSERTIONS = (
     NESTED
     | BRANCHES
     | NAMED
@@ -76,11 +76,11 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
     for key, remedy in _REMEDIES.items():
         if key in schema:
             raise ValueError(f"{key} at {path} cannot be enforced: {remedy}")
-    unknown = [key for key in schema if key not in _ASSERTIONS | _ANNOTATIONS and not key.startswith("x-")]
+    unknown = [key for key in schema if key not in ASSERTIONS | _ANNOTATIONS and not key.startswith("x-")]
     for key in unknown:
-        if close := get_close_matches(key, _ASSERTIONS - schema.keys(), 1, _CLOSE):
+        if close := get_close_matches(key, ASSERTIONS - schema.keys(), 1, _CLOSE):
             raise ValueError(f"{key[:64]!r} at {path} is no keyword: did you mean {close[0]}?")
-    if unknown and _ASSERTIONS.isdisjoint(schema):
+    if unknown and ASSERTIONS.isdisjoint(schema):
         raise ValueError(f"{unknown[0][:64]!r} at {path} is no keyword of JSON Schema, and nothing else there is one")
 
 

@@ -96,6 +96,7 @@ class Sequence:
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text_ends: list[int] = field(default_factory=list)  # beside logprobs: characters of text up to each output token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)

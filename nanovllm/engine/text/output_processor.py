@@ -104,6 +104,8 @@ def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str,
     is_end = token in sequence.stop_token_ids and count > sampling.min_tokens
     # As in vLLM: the token that ends an output is one of its tokens, and no part of its text.
     text = "" if is_end and not sampling.include_stop_str_in_output else detokenizer.append(token)
+    if sampling.logprobs is not None:
+        sequence.text_ends.append(len(detokenizer.text))
     if detokenizer.is_stopped or is_end:
         return text, "stop"
     if count >= sequence.max_tokens:
@@ -123,6 +125,7 @@ def output_of(request: RequestState) -> RequestOutput:
             token_ids=tuple(sequence.output_token_ids),
             finish_reason=sequence.finish_reason or "abort",
             logprobs=tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None,
+            text_ends=tuple(sequence.text_ends) if sequence.sampling.logprobs is not None else None,
         )
         for sequence, detokenizer in zip(request.sequences, request.detokenizers, strict=True)
     )
