@@ -27,8 +27,7 @@ worker or object representations, because it travels into dead letters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import ClassVar
 
@@ -273,6 +272,13 @@ class DecoderFailed(PermanentError):
     remedy = "Re-encode the image; it exhausts or crashes the decoder."
 
 
+class PagesFailed(PermanentError):
+    """More pages of a document failed than the route's error budget allows."""
+
+    code = "pages_failed"
+    remedy = "The message says the pages' codes; raise max_failed_pages of the route where some pages may fail."
+
+
 class CrashedWorker(PermanentError):
     """Worker processes died each time this job was alone in their engine."""
 
@@ -430,6 +436,8 @@ def errors_of_dead_letters(root: type[NanoVLLMError] = NanoVLLMError) -> Iterato
         yield root
         for child in root.__subclasses__():
             yield from errors_of_dead_letters(child)
+
+
 class InvalidRoutes(ConfigurationError):
     """Routes that are malformed, take one object twice, read what they write, or do not fit the model.
 

@@ -24,6 +24,7 @@ from nanovllm.cli.ask import ask
 from nanovllm.cli.bridge import bridge_app
 from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
+from nanovllm.cli.extract import extract
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.routes import routes_app
@@ -51,6 +52,7 @@ app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
 app.command("ask")(ask)
+app.command("extract")(extract)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(bridge_app, name="bridge")

@@ -1,0 +1,161 @@
+"""``nanovllm extract``: documents into records without Kafka, for trying a route or for a backfill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanovllm.cli.extras import require
+from nanovllm.cli.jobs import ConfigOption, JsonOption
+from nanovllm.cli.run import ModelOption, engine_settings, require_engine
+from nanovllm.cli.sending import listing_of
+from nanovllm.errors import InvalidInput, InvalidRoutes, NanoVLLMError, counted
+from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object
+from nanovllm.objects.s3_client import S3Client
+from nanovllm.pipeline.routing.routes import Routes, load_routes
+from nanovllm.settings.routes import Route
+from nanovllm.settings.worker import Settings
+from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.terminal import long_work, plain, print_json
+
+DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
+
+
+def extract(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Files, directories, s3:// URIs of objects, of prefixes (with / behind) or globs."),
+    ],
+    routes_file: Annotated[Path, typer.Option("--routes", "-r", help="YAML file of routes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the records go, one JSON line each.")],
+    route: Annotated[
+        str | None, typer.Option("--route", help="Name of the route for all sources; unset: the one that takes each.")
+    ] = None,
+    failures: Annotated[
+        Path | None, typer.Option(help="Documents without a record; unset: beside the output, as NAME.failures.jsonl.")
+    ] = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Extract documents by a route, as a worker does. What is in the output is not computed again.
+
+    Exit code 1: it was stopped, or a document has no record. Files match a route by name with --route alone.
+    """
+    require("documents", "pypdfium2", "jsonschema_rs")
+    settings = engine_settings(config, model)
+    try:
+        routes = load_routes(routes_file)
+    except InvalidRoutes as error:
+        for refusal in error.refusals:
+            print(f"nanovllm: {plain(refusal).plain}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    forced = _named(routes, route) if route else None
+    require_engine(settings)
+    from nanovllm.messages.document_record import DocumentRecord
+    from nanovllm.pipeline.extract import FoundDocument, extract_documents
+
+    failures = failures or output.with_name(f"{output.stem}.failures.jsonl")
+    codes: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
+    with JsonLinesSink(output) as records, JsonLinesSink(failures) as failed:
+        done = {json.loads(line)["job_id"] for line in records.lines()}
+        found = [one for source in sources for one in _find(source, routes, forced, settings)]
+        left = [one for one in found if one.source.job_id(one.route) not in done]
+        if len(left) < len(found):
+            print(f"{output} goes on: {len(found) - len(left)} done, {len(left)} left", file=sys.stderr)
+
+        def on_record(record: DocumentRecord) -> None:
+            records.write(record)
+            statuses[record.status] += 1
+
+        def on_failure(one: FoundDocument, error: NanoVLLMError) -> None:
+            codes[error.code] += 1
+            line = {"job_id": one.source.job_id(one.route), "uri": one.source.uri, "code": error.code}
+            failed.append(json.dumps(line | {"message": str(error), "retryable": error.retryable}).encode())
+
+        is_finished = True
+        if left:
+            with long_work("extracting", len(left)) as show:
+                is_finished = extract_documents(
+                    settings,
+                    left,
+                    on_record,
+                    on_failure,
+                    on_tick=lambda: show(statuses.total() + codes.total()),
+                )
+    summary: dict[str, Any] = {"records": dict(statuses), "failures": dict(codes), "is_finished": is_finished}
+    if as_json:
+        print_json(summary)
+    else:
+        print(f"{counted(statuses.total(), 'record')} in {output}{_listed(statuses)}", file=sys.stderr)
+        if codes:
+            print(f"{counted(codes.total(), 'document')} without, in {failures}{_listed(codes)}", file=sys.stderr)
+        if not is_finished:
+            print("stopped before the end: the same command goes on from here", file=sys.stderr)
+    raise typer.Exit(0 if is_finished and not codes else 1)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return f" ({', '.join(f'{number} {name}' for name, number in counts.most_common())})" if counts else ""
+
+
+def _named(routes: Routes, name: str) -> Route:
+    found = {entry.route.name: entry.route for entry in routes.entries}
+    if name not in found:
+        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
+    return found[name]
+
+
+def _find(source: str, routes: Routes, forced: Route | None, settings: Settings) -> Iterator[Any]:
+    """The documents that ``source`` names, with their routes; those that no route takes are left out, and counted."""
+    from nanovllm.pipeline.documents.extraction import DocumentSource
+    from nanovllm.pipeline.extract import FoundDocument
+
+    if not source.startswith("s3://"):
+        if forced is None:
+            raise InvalidInput(f"{source} is no object: name the route of files by --route")
+        for path in _files(Path(source)):
+            about = path.stat()
+            version = f"{about.st_size}-{about.st_mtime_ns}"
+            yield FoundDocument(DocumentSource(str(path), etag=version), forced, path.read_bytes)
+        return
+    client = S3Client(settings.s3)
+    pattern = ObjectPattern.of(source)
+    objects: Any = [find_object(client, source)] if pattern is None else listing_of(settings.s3)(pattern)
+    left_out = 0
+    for one in objects:
+        bucket, _, key = one.uri.removeprefix("s3://").partition("/")
+        route = forced or routes.route_of(bucket, key, None, one.size)
+        if route is None:
+            left_out += 1
+            continue
+        yield FoundDocument(DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, one))
+    if left_out:
+        print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in DOCUMENT_SUFFIXES and file.is_file())
+    else:
+        found = [path] if path.is_file() else []
+    if not found:
+        raise InvalidInput(f"{path}: no such file, and no documents are found there")
+    return found
+
+
+def _read(client: S3Client, one: ListedObject) -> bytes:
+    """The listed version's bytes; ObjectChanged where the object is another one by now."""
+    bucket, _, key = one.uri.removeprefix("s3://").partition("/")
+    answer: bytes = client.call(
+        lambda s3: s3.get_object(Bucket=bucket, Key=key, IfMatch=f'"{one.etag}"')["Body"].read()
+    )
+    return answer

@@ -1,0 +1,137 @@
+"""Extraction without Kafka: documents of files and prefixes through the routes of a worker, record by record."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+
+from nanovllm.confinement import forbid_debugging
+from nanovllm.engine.backends.base import EngineBackend, Request
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
+from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.pipeline import build
+from nanovllm.pipeline.app import prepare_threads
+from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
+from nanovllm.pipeline.documents.page_answers import Ask, PageReader, PageRequest
+from nanovllm.pipeline.operations.log import log_to_stderr
+from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
+from nanovllm.pipeline.stages.admit import sampling_defaults
+from nanovllm.settings.routes import Route
+from nanovllm.settings.worker import Settings
+
+logger = logging.getLogger(__name__)
+
+DOCUMENTS_AT_ONCE = 2
+TICK_S = 0.25
+
+
+@dataclass(frozen=True)
+class FoundDocument:
+    """A document and the route that takes it; ``read`` returns its bytes, and blocks."""
+
+    source: DocumentSource
+    route: Route
+    read: Callable[[], bytes]
+
+
+def extract_documents(
+    settings: Settings,
+    documents: Iterable[FoundDocument],
+    on_record: Callable[[DocumentRecord], None],
+    on_failure: Callable[[FoundDocument, NanoVLLMError], None],
+    *,
+    on_tick: Callable[[], object] = lambda: None,
+) -> bool:
+    """Extract every one of ``documents``; False where a signal ended the work before the end.
+
+    The first SIGINT or SIGTERM lets the documents at work end and begins no more.
+
+    Raises:
+        ConfigurationError: the engine cannot be made, or takes no images.
+        SystemicError: the surroundings allow no further document.
+    """
+    signals = StopSignals(code_before_work=FAILED)
+    forbid_debugging()
+    prepare_threads()
+    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
+    return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_tick, signals))
+
+
+async def _extract_all(
+    settings: Settings,
+    documents: Iterable[FoundDocument],
+    on_record: Callable[[DocumentRecord], None],
+    on_failure: Callable[[FoundDocument, NanoVLLMError], None],
+    on_tick: Callable[[], object],
+    signals: StopSignals,
+) -> bool:
+    await asyncio.to_thread(build.check_parts, settings)
+    async with build.started_parts(settings) as parts:
+        if parts.decoders is None:
+            raise ConfigurationError(f"the model {parts.engine.model_info.id} takes no images: it reads no pages")
+        stopped = asyncio.Event()
+        signals.hand_to(stopped.set, has_taken=lambda: True)
+        extractions: dict[str, Extraction] = {}
+        slots = asyncio.Semaphore(DOCUMENTS_AT_ONCE)
+        ask = _asking(parts.engine)
+
+        def extraction_of(route: Route) -> Extraction:
+            if route.name not in extractions:
+                assert parts.decoders is not None
+                defaults = sampling_defaults(settings, parts.engine.generation_defaults)
+                reader = PageReader(route, parts.decoders, ask, defaults)
+                model = parts.engine.model_info
+                extractions[route.name] = Extraction(route, parts.decoders, reader, model, worker=settings.worker_id)
+            return extractions[route.name]
+
+        async def extract(found: FoundDocument) -> None:
+            try:
+                record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source)
+            except SystemicError:
+                raise
+            except NanoVLLMError as error:
+                on_failure(found, error)
+            else:
+                on_record(record)
+            finally:
+                slots.release()
+
+        ticking = asyncio.create_task(_tick(on_tick), name="tick")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for found in documents:
+                    await slots.acquire()
+                    if stopped.is_set():
+                        slots.release()
+                        break
+                    group.create_task(extract(found))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            ticking.cancel()
+        return not stopped.is_set()
+
+
+def _asking(engine: EngineBackend) -> Ask:
+    numbers = count(1)
+
+    async def ask(request: PageRequest) -> RequestOutput:
+        generation = engine.submit(
+            Request(f"page#{next(numbers)}", prompt=request.prompt, images=request.images, sampling=request.sampling)
+        )
+        try:
+            return await generation
+        finally:
+            generation.abort()
+
+    return ask
+
+
+async def _tick(on_tick: Callable[[], object]) -> None:
+    while True:
+        on_tick()
+        await asyncio.sleep(TICK_S)

@@ -1,0 +1,140 @@
+"""Documents become records without Kafka: pages rendered, asked, merged, validated; text layers read in place."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fpdf import FPDF
+from pdf_files import PROSE, text_pdf
+from PIL import Image
+
+from nanovllm.cli.main import main
+from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.training.synthetic import DEMO_SEED, Receipt, generator, receipt
+
+Capture = pytest.CaptureFixture[str]
+
+SCHEMA = {
+    "type": "object",
+    "properties": {name: {"type": "string", "maxLength": 40} for name in ("vendor", "number", "date", "total")},
+    "required": ["vendor", "number", "date", "total"],
+    "additionalProperties": False,
+}
+ROUTES = """
+version: 1
+routes:
+  - name: receipts
+    match: {bucket: inbox, key: "receipts/**"}
+    prompt: "Extract the fields as JSON: <|image|>"
+    response_schema: SCHEMA
+    merge: per_page
+    pages: {dpi: 72}
+    sampling: {temperature: 0, max_tokens: 96}
+  - name: letters
+    match: {bucket: inbox, key: "letters/**"}
+    prompt: "Extract text from this document: <|image|>"
+    text: only_if_clean
+    sampling: {temperature: 0, max_tokens: 8}
+""".replace("SCHEMA", json.dumps(SCHEMA))
+
+
+def receipts_pdf(images: Sequence[Image.Image]) -> bytes:
+    """A PDF without a text layer, whose pages are ``images`` at 72 dpi."""
+    pdf = FPDF(unit="pt", format=(224, 224))
+    pdf.set_auto_page_break(False)
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        pdf.add_page()
+        pdf.image(buffer, 0, 0, 224, 224)
+    return bytes(pdf.output())
+
+
+def drawn(count: int) -> list[Receipt]:
+    return [receipt(generator(number, seed=DEMO_SEED, split="heldout"), "heldout") for number in range(count)]
+
+
+@pytest.fixture
+def routes(tmp_path: Path) -> str:
+    file = tmp_path / "routes.yaml"
+    file.write_text(ROUTES)
+    return str(file)
+
+
+def records_in(file: Path) -> dict[str, DocumentRecord]:
+    found = [DocumentRecord.model_validate_json(line) for line in file.read_text().splitlines()]
+    return {Path(record.document.uri).name: record for record in found}
+
+
+def test_pages_of_receipts_become_valid_records_and_nothing_is_computed_twice(
+    tmp_path: Path, routes: str, capsys: Capture
+) -> None:
+    inbox, output = tmp_path / "inbox", tmp_path / "records.jsonl"
+    inbox.mkdir()
+    known = drawn(3)
+    documents = {"a.pdf": known[:1], "b.pdf": known}
+    for name, pages in documents.items():
+        (inbox / name).write_bytes(receipts_pdf([one.image for one in pages]))
+    (inbox / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing else")
+    command = ["extract", str(inbox), "-r", routes, "--route", "receipts", "-o", str(output)]
+    assert main(command) == 1, capsys.readouterr().err
+    records = records_in(output)
+    assert set(records) == set(documents)
+    right = total = 0
+    for name, pages in documents.items():
+        record = records[name]
+        assert record.status == "complete"
+        assert record.constrained
+        assert record.validation is not None
+        assert record.validation.ok
+        assert [page.number for page in record.pages] == list(range(1, len(pages) + 1))
+        assert len(record.value) == len(pages)
+        for found, one in zip(record.value, pages, strict=True):
+            right += sum(found[field] == one.fields[field] for field in SCHEMA["properties"])
+            total += len(SCHEMA["properties"])
+        assert record.fields["/0/total"].logprob_min is not None
+        assert record.fields["/0/total"].page == 1
+    assert right >= 0.75 * total
+    failures = [json.loads(line) for line in (tmp_path / "records.failures.jsonl").read_text().splitlines()]
+    assert [(Path(one["uri"]).name, one["code"]) for one in failures] == [("broken.pdf", "invalid_document")]
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "2 done, 1 left" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_a_clean_text_layer_is_read_and_no_model_is_asked(tmp_path: Path, routes: str) -> None:
+    letter, output = tmp_path / "letter.pdf", tmp_path / "records.jsonl"
+    letter.write_bytes(text_pdf([*PROSE, *PROSE], PROSE))
+    assert main(["extract", str(letter), "-r", routes, "--route", "letters", "-o", str(output)]) == 0
+    record = records_in(output)["letter.pdf"]
+    assert [(page.source, page.attempts) for page in record.pages] == [("text_layer", 0)] * 2
+    assert record.usage.output_tokens == 0
+    assert record.text is not None
+    assert PROSE[1] in record.text
+    assert not record.constrained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing.pdf", "--route", "receipts"], "no such file"),
+        (["letter.pdf"], "name the route of files by --route"),
+        (["letter.pdf", "--route", "recipes"], "--route recipes is none of receipts, letters"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    tmp_path: Path, routes: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.pdf").write_bytes(text_pdf(PROSE))
+    assert main(["extract", *arguments, "-r", routes, "-o", "records.jsonl"]) == 2
+    err: Any = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
