@@ -14,14 +14,16 @@ from parts import filings_folder
 from transformers import AutoTokenizer
 
 import nanovllm.checkpoints
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.pipeline.documents.evidence import PageTexts
-from nanovllm.pipeline.documents.json_spans import leaves
-from nanovllm.pipeline.documents.schema_parts import count_leaves, split_schema
+from nanovllm.pipeline.documents.fields import fields_of
+from nanovllm.pipeline.documents.json_spans import leaves, parse_output
+from nanovllm.pipeline.documents.schema_parts import count_leaves, merge_parts, split_schema
 from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
-from nanovllm.sampling_params import Constraint
+from nanovllm.sampling_params import Constraint, SamplingParams
 
 pytestmark = [pytest.mark.documents, pytest.mark.slow]
 
@@ -150,6 +152,30 @@ def test_the_schema_of_369_leaves_splits_into_parts_that_compile(folder: Path, c
     assert [count_leaves(part) for part in parts] == [3, 98, 63, 100, 49, 56]
     for part in parts:
         compiler.matcher(Constraint("json_schema", json.dumps(part)))
+
+
+@pytest.mark.parametrize("max_leaves", [20, 5])
+def test_outputs_under_guidance_are_valid_or_incomplete_whole_and_split(folder: Path, max_leaves: int) -> None:
+    schema = json.loads((folder / "credit_agreement" / "schema.json").read_text())
+    parts, validator = split_schema(schema, max_leaves), SchemaValidator(schema)
+    params = [
+        SamplingParams(temperature=3.0, seed=seed, max_tokens=300, json_schema=part)
+        for seed in range(8)
+        for part in parts
+    ]
+    with LLMEngine("tiny-receipts") as engine:
+        outputs = engine.generate(["read it"] * len(params), params, use_tqdm=False)
+    num_whole = 0
+    for first in range(0, len(outputs), len(parts)):
+        group = outputs[first : first + len(parts)]
+        assert {one.finish_reason for one in group} <= {"stop", "length"}
+        values = [parse_output(one.text).value for one in group if one.finish_reason == "stop"]
+        merged = merge_parts(values)
+        assert validator.validate(merged).ok, "no property of this schema is required"
+        num_whole += len(values) == len(parts)
+        fields = fields_of(parse_output(json.dumps(merged)), schema)
+        assert dict(leaves(merged)).keys() <= fields.keys()
+    assert num_whole > 0
 
 
 @pytest.mark.parametrize("kind", ["10kq", "credit_agreement"])

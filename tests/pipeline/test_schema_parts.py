@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from typing import Any
 
@@ -142,8 +143,9 @@ def test_what_cannot_be_split_is_refused_with_its_place_and_reason(change: dict[
 
 def test_what_fits_is_one_part_whatever_its_keywords() -> None:
     whole = {"anyOf": [branch("a"), {"type": "null"}]}
-    assert split_schema(whole, 1) == [whole]
-    assert split_schema({"name": "x", "strict": True, "schema": whole}, 1) == [whole]
+    closed = {"anyOf": [branch("a", additionalProperties=False), {"type": "null"}]}
+    assert split_schema(whole, 1) == [closed]
+    assert split_schema({"name": "x", "strict": True, "schema": whole}, 1) == [closed]
     assert merge_parts([None]) is None
 
 
@@ -162,6 +164,7 @@ def test_numbers_are_bounded_where_they_have_no_bounds_of_their_own() -> None:
     (bounded,) = split_schema(schema, 9)
     assert schema == before
     assert bounded["$defs"]["n"] == {"type": "integer", "minimum": -(2**53), "maximum": 9}
+    assert bounded["additionalProperties"] is False
     assert bounded["properties"] == {
         "a": {"type": "number", "minimum": -(2**53), "maximum": 2**53},
         "b": {"type": ["integer", "null"], "exclusiveMinimum": 0, "maximum": 2**53},
@@ -169,6 +172,28 @@ def test_numbers_are_bounded_where_they_have_no_bounds_of_their_own() -> None:
         "d": {"enum": [2**60]},
         "e": {"$ref": "#/$defs/n"},
     }
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_closed"),
+    [
+        ({"items": branch("a")}, True),
+        ({"anyOf": [branch("a"), branch("b")]}, True),
+        ({"allOf": [branch("a"), branch("b")]}, False),
+        ({"$defs": {"n": branch("a")}, "$ref": "#/$defs/n", "properties": {"b": {}}}, False),
+        ({"$defs": {"n": branch("a")}, "$ref": "#/$defs/n", "title": "n"}, True),
+        (branch("a", anyOf=[branch("b"), branch("c")]), False),
+        (branch("a", additionalProperties=True), False),
+        (branch("a", patternProperties={"^x": {}}), False),
+        (branch("a", required=["b"]), False),
+        (branch("a", minProperties=2), False),
+    ],
+    ids=str,
+)
+def test_objects_are_closed_unless_schemas_hold_for_one_together(schema: dict[str, Any], is_closed: bool) -> None:
+    (narrowed,) = split_schema(schema, 9)
+    assert ('"additionalProperties": false' in json.dumps(narrowed)) == is_closed
+    assert is_closed or narrowed == schema
 
 
 @pytest.mark.parametrize("kind", ["number", "integer"])

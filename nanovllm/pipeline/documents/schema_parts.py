@@ -22,6 +22,10 @@ _SEPARABLE = frozenset(
     {"$anchor", "$comment", "$defs", "$id", "$schema", "additionalProperties", "default", "definitions", "description",
      "examples", "properties", "required", "title", "type"}
 )  # fmt: skip
+# What holds for one object beside another schema.
+_COMBINING = frozenset(
+    {"allOf", "dependencies", "dependentSchemas", "else", "if", "not", "then", "unevaluatedProperties"}
+)
 
 
 def count_leaves(schema: Any, root: Any = None) -> int:
@@ -52,13 +56,13 @@ def split_schema(schema: Mapping[str, Any], max_leaves: int) -> list[dict[str, A
     """``schema`` as parts of at most ``max_leaves`` leaves each, in its own order; one part where it fits whole.
 
     A branch that does not fit is split by its own properties where it is an object that must be there. Parts are
-    closed: properties that the schema does not name, which it may allow, are not asked for. Numbers are bounded as in
-    ``with_bounded_numbers``.
+    closed: properties that the schema does not name, which it may allow, are not asked for. Everything within is as
+    ``for_extraction`` makes it.
 
     Raises:
         UnsupportedConstraint: a branch has more leaves and cannot be split.
     """
-    whole = with_bounded_numbers(unwrapped(dict(schema)))
+    whole = for_extraction(unwrapped(dict(schema)))
     root = resolved(whole, whole)
     if count_leaves(whole) <= max_leaves:
         return [whole]
@@ -71,24 +75,28 @@ def split_schema(schema: Mapping[str, Any], max_leaves: int) -> list[dict[str, A
     return [{**shared, **part} for part in _split(root, whole, max_leaves, "#")]
 
 
-def with_bounded_numbers(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """``schema`` with the bounds of what messages carry, where numbers have none of their own: 2^53 to each side.
+def for_extraction(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema`` narrowed to what a record carries and an extraction asks for; its values are values of ``schema``.
 
-    Without bounds guidance lets a model write digits until its tokens end, and ``1e999``: valid under the schema, and
-    refused by every reader whose numbers are doubles.
+    - Numbers without bounds of their own get those of messages, 2^53 to each side: guidance lets a model write digits
+      until its tokens end, and ``1e999``, which are valid under the schema and refused by readers of doubles.
+    - Objects are closed, where the schema says nothing about other properties: guidance lets a model invent names, the
+      same one twice too. Not where parts of a schema hold for one object together (``allOf``, or a ``$ref`` with
+      keywords beside it), as each would forbid the properties of the others.
     """
-    bounded = copy.deepcopy(dict(schema))
-    for _, part in subschemas(bounded):
+    narrowed = copy.deepcopy(dict(schema))
+    parts = [part for _, part in subschemas(narrowed)]
+    is_separate = not any(_COMBINING & part.keys() or _is_extended(part) for part in parts)
+    for part in parts:
         types = part.get("type")
-        if {"integer", "number"}.isdisjoint([types] if isinstance(types, str) else types or ()):
-            continue
-        for bound, exclusive, limit in (
-            ("minimum", "exclusiveMinimum", -MAX_INTEGER),
-            ("maximum", "exclusiveMaximum", MAX_INTEGER),
-        ):
-            if exclusive not in part:
-                part.setdefault(bound, limit)
-    return bounded
+        if not {"integer", "number"}.isdisjoint([types] if isinstance(types, str) else types or ()):
+            if "exclusiveMinimum" not in part:
+                part.setdefault("minimum", -MAX_INTEGER)
+            if "exclusiveMaximum" not in part:
+                part.setdefault("maximum", MAX_INTEGER)
+        if is_separate and _names_all_properties(part):
+            part.setdefault("additionalProperties", False)
+    return narrowed
 
 
 def merge_parts(values: Sequence[Any]) -> Any:
@@ -137,6 +145,20 @@ def _split(schema: dict[str, Any], root: Any, max_leaves: int, path: str) -> lis
         for piece in _split(inner, root, max_leaves, below):
             add(name, piece, count_leaves(piece, root))
     return parts
+
+
+def _names_all_properties(schema: dict[str, Any]) -> bool:
+    """Whether what the schema demands of an object is among the properties that it names."""
+    named = schema.get("properties")
+    if not named or not {"patternProperties", "propertyNames", "minProperties"}.isdisjoint(schema):
+        return False
+    return set(schema.get("required", ())) <= named.keys()
+
+
+def _is_extended(schema: dict[str, Any]) -> bool:
+    """Whether keywords beside a reference or a choice hold for the same object."""
+    beside = ASSERTIONS & schema.keys() - {"$defs", "$ref", "anyOf", "definitions", "oneOf"}
+    return bool(beside) and not {"$ref", "anyOf", "oneOf"}.isdisjoint(schema)
 
 
 def _check_separable(schema: dict[str, Any], root: Any, max_leaves: int, path: str) -> None:
