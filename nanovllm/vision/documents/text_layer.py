@@ -258,12 +258,12 @@ def _long_runs(mask: np.ndarray) -> np.ndarray:
     """Those of the mask that lie in a row of at least ``RULE_PX``: rules and borders."""
     if mask.shape[1] < RULE_PX:
         return np.zeros_like(mask)
-    sums = np.cumsum(np.pad(mask, ((0, 0), (1, 0))), axis=1)
+    sums = np.cumsum(np.pad(mask, ((0, 0), (1, 0))), axis=1, dtype=np.int32)
     is_start = sums[:, RULE_PX:] - sums[:, :-RULE_PX] == RULE_PX
     steps = np.zeros((mask.shape[0], mask.shape[1] + 1), np.int32)
     steps[:, : is_start.shape[1]] += is_start
     steps[:, RULE_PX:] -= is_start
-    return np.cumsum(steps, axis=1)[:, :-1] > 0
+    return np.cumsum(steps, axis=1, dtype=np.int32)[:, :-1] > 0
 
 
 def is_plausible(word: str) -> bool:
