@@ -212,11 +212,22 @@ async def test_a_refused_document_raises_its_own_error_and_the_process_goes_on(
         assert starts_of(pool) == 1
 
 
-async def test_a_rotation_that_is_none_is_refused_before_a_process_is_asked(sent_bytes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rotation": 45}, "not by 45"),
+        ({"dpi": float("inf")}, "not at inf"),
+        ({"dpi": 0}, "not at 0"),
+        ({"max_pixels": 0}, "not 0"),
+    ],
+)
+async def test_a_rendering_that_is_none_is_refused_before_a_process_is_asked(
+    options: dict[str, Any], says: str, sent_bytes: list[int]
+) -> None:
     async with running() as pool:
         before = len(sent_bytes)
-        with pytest.raises(ConfigurationError, match="not by 45"):
-            await pool.render_page(LARGE, 1, rotation=45)
+        with pytest.raises(ConfigurationError, match=says):
+            await pool.render_page(LARGE, 1, **options)
         assert len(sent_bytes) == before
 
 

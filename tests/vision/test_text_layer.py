@@ -152,8 +152,14 @@ def test_text_keeps_words_lines_and_characters_of_all_planes() -> None:
 
 
 def test_hidden_words_are_marked() -> None:
-    words = layer_of(drawn("(shown) Tj 3 Tr 0 -40 Td (invisible) Tj 0 Tr 1 g 0 -40 Td (white) Tj")).words
-    assert [(word.text, word.is_shown) for word in words] == [("shown", True), ("invisible", False), ("white", False)]
+    hidden = "3 Tr 0 -40 Td (invisible) Tj 0 Tr 1 g 0 -40 Td (white) Tj 0 g 0 -9000 Td (outside) Tj"
+    words = layer_of(drawn(f"(shown) Tj {hidden}")).words
+    assert {word.text: word.is_shown for word in words} == {
+        "shown": True,
+        "invisible": False,
+        "white": False,
+        "outside": False,
+    }
 
 
 PLAUSIBLE = """

@@ -27,7 +27,7 @@ from nanovllm.vision.documents.pages import (
     DocumentLimits,
     PageInfo,
     check_pages,
-    check_rotation,
+    check_rendering,
     checked_page,
     scale_within,
 )
@@ -82,7 +82,7 @@ class PdfDocument(Document):
         Raises:
             PageTooLarge, InvalidPage, InvalidPageRange: as said.
         """
-        check_rotation(rotation)
+        check_rendering(dpi, rotation, max_pixels)
         info = checked_page(page, self.info)
         scale = scale_within(info.width_pt, info.height_pt, dpi, max_pixels, self._limits)
         with _as_invalid_page(page):
