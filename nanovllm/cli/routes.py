@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nanovllm.pipeline.route_checks import Cost, Points, RouteCheck, TokenBudget
 
 DONE, FAILED, MISUSE = 0, 1, 2
+MEASURED_PAGES = 32
+"""The engine's batches make pages cheaper: with a few at once, 1,000 look dearer than they are."""
 COLUMNS = ("route", "what", "is")
 _PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
 
@@ -45,7 +47,12 @@ def routes_check(
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the engine, answer synthetic pages, and say what 1,000 would take.")
     ] = False,
-    pages: Annotated[int, typer.Option(min=1, help="Pages that are measured at once, in each of three rounds.")] = 8,
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pages measured at once, in each of three rounds; unset: engine.max_num_seqs, 32 at most."
+        ),
+    ] = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -60,6 +67,7 @@ def routes_check(
         if object is not None:
             raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
         settings = engine_settings(config, model)
+        pages = pages or min(MEASURED_PAGES, settings.engine.max_num_seqs)
         rows = list(_check(routes, settings, points, pages if measure else 0))
     except InvalidRoutes as error:
         for refusal in error.refusals:

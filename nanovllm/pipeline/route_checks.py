@@ -194,8 +194,9 @@ def check_route(
 ) -> RouteCheck:
     """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
     route = entry.route
-    if limits.transform is None:
-        return RouteCheck((routes.refusal(entry, "the model takes no images: see engine.model"),))
+    if limits.transform is None or limits.max_images < 1:
+        why = "the model takes no images: see engine.model and engine.max_images_per_request"
+        return RouteCheck((routes.refusal(entry, why),))
     try:
         sampling = page_sampling(route, limits, settings)
     except InvalidInput as error:
