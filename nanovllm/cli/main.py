@@ -25,6 +25,7 @@ from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
+from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
@@ -49,6 +50,7 @@ app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
 app.command("ask")(ask)
+app.command("reconcile")(reconcile)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 

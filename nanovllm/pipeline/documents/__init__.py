@@ -1,0 +1,1 @@
+"""Documents: finished pages, and what becomes of them."""
