@@ -82,7 +82,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
-    build.check_engine(settings.engine)
+    build.check_parts(settings)
     model = settings.engine.model or build.DEFAULT_MODEL
     config = EngineConfig.from_options(model, settings.engine.model_dump(exclude=build.WORKER_OPTIONS))
     checkpoint = Checkpoint(resolve_checkpoint(model))

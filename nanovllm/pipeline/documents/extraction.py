@@ -198,6 +198,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         rotation=answer.rotation,
         tokens=answer.tokens,
         stop=answer.stop,
+        reused=answer.is_reused,
         suspicious_text=suspicious,
     )
 
