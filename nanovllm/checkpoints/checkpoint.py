@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import (
     checkpoint_name,
     is_lfs_pointer,
@@ -69,14 +70,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """Configuration, with the defaults of its family; UnsupportedModel for one that transformers does not know."""
-        try:
+        with reading_config(self.fields, checkpoint_name(self.directory)):
             return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a validator of a family raises whatever it likes
-            name, kind = checkpoint_name(self.directory), self.fields.get("model_type")
-            raise UnsupportedModel(
-                f"config.json of {name!r} (model_type {kind!r}) is not understood by transformers: "
-                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
-            ) from error
 
     @property
     def architecture(self) -> str:
@@ -96,6 +91,7 @@ class Checkpoint:
         """Tokenizer with the chat template: the processor's where it has one, else its own.
 
         Raises:
+            UnsupportedModel: config.json is not understood, which transformers reads for the tokenizer too.
             ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
         """
         name, why = checkpoint_name(self.directory), "it has no vocabulary"
@@ -103,7 +99,7 @@ class Checkpoint:
         for file in files:
             if is_lfs_pointer(file) or file.stat().st_size == 0:
                 raise ModelNotFound(f"{file.name} of checkpoint {name!r} {why_unreadable(file)}")
-        tokenizer = None
+        tokenizer, _ = None, self.config
         try:
             # Without its files transformers 5 builds the tokenizers of some families of their control tokens alone.
             if any(not file.name.startswith(("tokenizer_config", "special_tokens")) for file in files):

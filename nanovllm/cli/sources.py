@@ -149,7 +149,9 @@ def check_object_uri(source: str) -> None:
     if not source.startswith("s3://"):
         raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
     if split_object_uri(source) is None:
-        raise InvalidInput(f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters")
+        raise InvalidInput(
+            f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters"
+        )
 
 
 def check_file(path: Path) -> None:

@@ -244,6 +244,87 @@ def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:
     assert f"transformers>={OLDEST},<6" in bounds["optional-dependencies"]["worker"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", -1.0),
+        ("eos_token_id", "2"),
+        ("eos_token_id", [2, "3"]),
+        ("hidden_size", 64.0),
+        ("hidden_size", -64),
+        ("hidden_size", 0),
+        ("vocab_size", "383"),
+        ("head_dim", 15),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", True),
+        ("max_position_embeddings", "2048"),
+        ("dtype", "float17"),
+        ("dtype", 16),
+        ("dtype", "nn"),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "2"}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["full_attention"]),
+        ("architectures", "LlamaForCausalLM"),
+        ("tie_word_embeddings", "false"),
+        ("hidden_act", 5),
+    ],
+)
+def test_a_wrong_value_of_the_configuration_is_named_with_file_and_field(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    file = make_text(tmp_path / "it", family="llama") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(UnsupportedModel) as caught:
+        recording_engine(tmp_path / "it")
+    said = str(caught.value)
+    assert "config.json" in said
+    assert "tokenizer" not in said
+    assert field.split("_")[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (make_llava, "vision_config", {"hidden_size": "32"}),
+        (make_llava, "vision_config", {"num_attention_heads": 0}),
+        (make_llava, "vision_config", {"hidden_act": "none"}),
+        (make_llava, "text_config", {"rms_norm_eps": "1e-6"}),
+        (make_llava, "projector_hidden_act", "none"),
+        (make_qwen_vl, "vision_config", {"depth": -1}),
+        (make_qwen_vl, "text_config", {"rope_parameters": {"mrope_section": "abc"}}),
+        (make_qwen_vl, "vision_config", []),
+    ],
+)
+def test_a_wrong_value_of_either_half_is_named_with_file_and_field(
+    tmp_path: Path, make: Callable[[Path], Path], field: str, value: Any
+) -> None:
+    file = make(tmp_path / "it") / "config.json"
+    fields = json.loads(file.read_text())
+    fields[field] = fields[field] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UnsupportedModel, match=r"config\.json of 'it'") as caught:
+        recording_engine(tmp_path / "it")
+    assert (next(iter(value)) if isinstance(value, dict) else field).split("_")[-1] in str(caught.value)
+
+
+def test_a_model_that_no_memory_holds_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    edit_json(make_text(tmp_path / "it", family="llama") / "config.json", vocab_size=1 << 40)
+    with pytest.raises(UnsupportedModel, match=r"config\.json of 'it' cannot be made on cpu"):
+        recording_engine(tmp_path / "it")
+
+
+@pytest.mark.parametrize("asked", [99_999_999_999_999, 1 << 62, 1 << 80])
+def test_a_kv_cache_that_no_memory_holds_is_refused_by_its_setting(tmp_path: Path, asked: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"cannot be allocated: lower kv_cache_bytes={asked}"):
+        recording_engine(make_text(tmp_path / "it", family="llama"), kv_cache_bytes=asked)
+
+
 def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> None:
     directory = make_llava(tmp_path)
     as_lfs_pointer(directory / "processor_config.json")
