@@ -41,6 +41,19 @@ _GENERATION_SAMPLING = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+# What changes the text that transformers generates, vLLM leaves out too, and the value that changes nothing.
+_GENERATION_IGNORED: dict[str, object] = {
+    **dict.fromkeys((
+        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "force_words_ids", "constraints",
+        "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "exponential_decay_length_penalty",
+        "stop_strings", "max_time", "top_h", "watermarking_config", "dola_layers", "token_healing",
+    )),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p", "guidance_scale",
+                     "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+                     "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0),
+    "max_length": 20,
+}  # fmt: skip
 
 
 def _lost_its_bytes(file: Path, tokenizer: Any) -> bool:
@@ -143,6 +156,16 @@ class Checkpoint:
         """Sampling parameters that generation_config.json sets, under the names of SamplingParams, as vLLM reads it."""
         fields = _json_fields(self.directory / _GENERATION)
         return {ours: fields[name] for name, ours in _GENERATION_SAMPLING.items() if fields.get(name) is not None}
+
+    @cached_property
+    def generation_ignored(self) -> list[str]:
+        """Names that generation_config.json sets, that have an effect in transformers, and none in this engine."""
+        fields = _json_fields(self.directory / _GENERATION)
+        return [
+            name
+            for name, without_effect in _GENERATION_IGNORED.items()
+            if fields.get(name) not in (None, False, [], {}, without_effect)
+        ]
 
     def eos_token_ids(self, vocab_size: int, tokenizer: Any) -> frozenset[int]:
         """End-of-sequence tokens: all that generation_config.json, the configuration or the tokenizer names.

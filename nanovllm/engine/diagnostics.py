@@ -102,6 +102,8 @@ def _sampling_defaults(engine: LLMEngine) -> Finding:
         note = "generation_config.json, for requests without sampling parameters; generation_config='vllm' ignores it"
     elif found:
         note = f"generation_config='vllm' ignores what generation_config.json sets: {', '.join(found)}"
+    if ignored := engine.generation_ignored:
+        note = "; ".join(filter(None, [note, f"without effect, set there too: {', '.join(ignored)}"]))
     return Finding("sampling defaults", value, note)
 
 
