@@ -132,7 +132,11 @@ WITHOUT_EFFECT = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "
 def test_what_the_checkpoint_asks_for_in_vain_is_told_at_load(
     directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for generation, option, told in ((IGNORED, "auto", True), (WITHOUT_EFFECT, "auto", False), (IGNORED, "vllm", False)):
+    for generation, option, told in (
+        (IGNORED, "auto", True),
+        (WITHOUT_EFFECT, "auto", False),
+        (IGNORED, "vllm", False),
+    ):
         caplog.clear()
         with load(changed(directory, tmp_path, generation_config=generation), generation_config=option) as engine:
             note = {finding.subject: finding for finding in describe(engine)}["sampling defaults"].note
