@@ -21,6 +21,7 @@ from nanovllm.checkpoints.resolve import (
     weight_files,
     why_unreadable,
 )
+from nanovllm.checkpoints.template_files import TEMPLATE, check_templates
 from nanovllm.checkpoints.tensors import open_tensors
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 
@@ -31,7 +32,6 @@ _TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json",
 )  # fmt: skip
 _PREPROCESSOR = "preprocessor_config.json"
-_TEMPLATE = "chat_template.jinja"
 _TEMPLATE_JSON = "chat_template.json"
 _GENERATION_SAMPLING = {
     "temperature": "temperature",
@@ -112,6 +112,7 @@ class Checkpoint:
         for file in files:
             if is_lfs_pointer(file) or file.stat().st_size == 0:
                 raise ModelNotFound(f"{file.name} of checkpoint {name!r} {why_unreadable(file)}")
+        check_templates(self.directory)
         tokenizer, _ = None, self.config
         try:
             # Without its files transformers 5 builds the tokenizers of some families of their control tokens alone.
@@ -147,8 +148,8 @@ class Checkpoint:
         if not is_named and self.config.model_type not in PROCESSOR_MAPPING_NAMES:
             return None
         template = own.get("chat_template") or _json_fields(self.directory / _TEMPLATE_JSON).get("chat_template")
-        if template is None and (self.directory / _TEMPLATE).is_file():
-            template = (self.directory / _TEMPLATE).read_text(encoding="utf-8")
+        if template is None and (self.directory / TEMPLATE).is_file():
+            template = (self.directory / TEMPLATE).read_text(encoding="utf-8")
         return template if isinstance(template, str) else None
 
     @cached_property

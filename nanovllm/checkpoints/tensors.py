@@ -104,11 +104,12 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> Non
     for stored, name, tensor in read_tensors(_files_of(path), rename):
         if parameters[name].shape != tensor.shape:
             raise ConfigurationError(
-                f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+                f"tensor {stored} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
             )
         _copy_once(parameters[name], tensor, stored, loaded.get(name))
         loaded[name] = stored
-    _check_complete(parameters, loaded, ModelNotFound)
+    prefix = next((stored.removesuffix(name) for name, stored in loaded.items()), prefixes[0])
+    _check_complete((prefix + name for name in parameters), (prefix + name for name in loaded), ModelNotFound)
 
 
 def _files_of(path: Path) -> list[Path]:

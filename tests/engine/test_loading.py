@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import as_lfs_pointer, as_shards, cut, edit_json, edit_tensors, empty
-from checkpoints import make_llava, make_qwen3, make_qwen_vl, make_text
+from checkpoints import CHAT_TEMPLATE, make_llava, make_qwen3, make_qwen_vl, make_text
 from engine_parts import Reference, drain, greedy, noise_image, recording_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,7 +173,9 @@ def test_one_file_counts_before_the_shards_of_an_index_as_in_transformers(tmp_pa
 
 
 @pytest.mark.parametrize("damage", [as_lfs_pointer, cut, empty])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
 def test_a_file_that_did_not_come_whole_is_named_with_its_remedy_at_load(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -329,6 +331,37 @@ def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> No
     directory = make_llava(tmp_path)
     as_lfs_pointer(directory / "processor_config.json")
     with pytest.raises(ModelNotFound, match=r"processor_config\.json is a Git LFS pointer: `git lfs pull`"):
+        recording_engine(directory)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("damage", [as_lfs_pointer, cut, empty])
+def test_a_template_that_did_not_come_whole_is_named_at_load(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    directory = make_text(tmp_path / "it", family="llama")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(CHAT_TEMPLATE)
+    damage(directory / name)
+    with pytest.raises(ModelNotFound, match=rf"{name} of checkpoint 'it' is (cut or damaged|a Git LFS pointer)"):
+        recording_engine(directory)
+
+
+def test_a_template_with_the_tags_that_transformers_adds_is_whole(tmp_path: Path) -> None:
+    directory = make_text(tmp_path / "it", family="llama")
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert Checkpoint(directory).tokenizer().chat_template
+
+
+@pytest.mark.parametrize("part", ["multi_modal_projector.", "vision_tower."])
+def test_tensors_of_a_half_that_is_missing_are_named_in_full(tmp_path: Path, part: str) -> None:
+    directory = edit_tensors(
+        make_llava(tmp_path / "it"),
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name},
+    )
+    with pytest.raises(ModelNotFound, match=rf"lacks \d+ tensors, such as model\.{part}"):
         recording_engine(directory)
 
 
