@@ -56,7 +56,7 @@ def ask(
         run_lines(
             settings.model_copy(update={"admission": admission}),
             LineSource([(0, line)], FinishedJobs("ask")),
-            OutcomeSink(settings.topics, results.append, refused.append),
+            OutcomeSink(settings.topics, results.append, lambda letter, _: refused.append(letter)),
         )
     if refused:
         letter = refused[0]

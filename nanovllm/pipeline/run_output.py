@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from nanovllm.errors import InvalidInput, SystemicError
+from nanovllm.errors import InvalidInput, InvalidJob, SystemicError
 from nanovllm.messages.codec import decode_fields, decode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.encoding import encode
@@ -61,7 +61,6 @@ class RunOutput:
         fields = decode_fields(line)
         if not is_request(fields):
             return decode_job(line)
-        # Before it is a job: one that is refused is answered in its form too.
         if (request_id := request_id_in(fields)) is not None:
             self._request_ids.add(request_id)
         return job_of_request(fields)
@@ -74,15 +73,25 @@ class RunOutput:
         self._request_ids.discard(result.job_id)
         self.results += 1
 
-    def add_dead_letter(self, letter: DeadLetter) -> None:
-        """Append a dead letter. Raises SystemicError where the file takes no more."""
-        if letter.job_id in self._request_ids:
-            _append(self._results, _encoded(error_line(letter)))
-            self._request_ids.discard(letter.job_id)
+    def add_dead_letter(self, letter: DeadLetter, line: bytes) -> None:
+        """Append the dead letter of a line. Raises SystemicError where the file takes no more."""
+        if (request := _request_in(line)) is not None:
+            _append(self._results, _encoded(error_line(letter, request)))
+        if letter.stage != "receive":
+            self._request_ids.discard(str(letter.job_id))
         if not self._dead_letters.is_open:
             self._files.enter_context(self._dead_letters)
         _append(self._dead_letters, encode(letter, "json"))
         self.dead_letters += 1
+
+
+def _request_in(line: bytes) -> dict[str, Any] | None:
+    """The fields of a line that is a request, however wrong; None for a job, and what is no object."""
+    try:
+        fields = decode_fields(line) if b'"custom_id"' in line else {}
+    except InvalidJob:
+        return None
+    return fields if is_request(fields) else None
 
 
 def _objects(sink: JsonLinesSink) -> Iterator[dict[str, Any]]:
