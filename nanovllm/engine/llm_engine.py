@@ -28,7 +28,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
-from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts
+from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
@@ -97,12 +97,7 @@ class LLMEngine:
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
         self._default_sampling = default_sampling(self.generation_defaults)
-        if self.generation_ignored:
-            logger.warning(
-                "generation_config.json asks for what this engine does not do by itself: %s. SamplingParams has "
-                "bad_words, logit_bias, min_tokens, max_tokens, stop and n for requests",
-                ", ".join(self.generation_ignored),
-            )
+        warn_ignored(self.config, self.checkpoint)
         self._masks = TokenMasks(vocab_size)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
@@ -137,11 +132,6 @@ class LLMEngine:
     def generation_defaults(self) -> dict[str, Any]:
         """The sampling parameters that are taken from generation_config.json."""
         return self.checkpoint.generation_defaults if self.config.generation_config == "auto" else {}
-
-    @property
-    def generation_ignored(self) -> list[str]:
-        """The names in generation_config.json, where it is read, that have no effect in this engine."""
-        return self.checkpoint.generation_ignored if self.config.generation_config == "auto" else []
 
     def add_request(
         self,
