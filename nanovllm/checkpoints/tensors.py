@@ -108,7 +108,8 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> Non
             )
         _copy_once(parameters[name], tensor, stored, loaded.get(name))
         loaded[name] = stored
-    prefix = next((stored.removesuffix(name) for name, stored in loaded.items()), prefixes[0])
+    # The checkpoint's own; of a part that is missing altogether the shortest, which most checkpoints have.
+    prefix = next((stored.removesuffix(name) for name, stored in loaded.items()), min(prefixes, key=len))
     _check_complete((prefix + name for name in parameters), (prefix + name for name in loaded), ModelNotFound)
 
 
