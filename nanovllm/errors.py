@@ -311,7 +311,7 @@ class EngineDead(SystemicError):
     """The engine thread stopped: an error in a step, or a step that never ended."""
 
     code = "engine_dead"
-    remedy = "Restart the worker; its offsets are not committed."
+    remedy = "Make another engine, or restart the worker: the offsets of what it had not answered are not committed."
 
 
 class EngineFault(SystemicError):

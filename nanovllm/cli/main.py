@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from nanovllm.cli.ask import ask
 from nanovllm.cli.diagnostics import doctor
@@ -28,6 +29,7 @@ from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
+from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
 from nanovllm.terminal import long_work, plain
@@ -153,10 +155,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigurationError, InvalidInput) as error:
         _print_error(error.in_one_line)
         return MISUSE
+    except ValidationError as error:  # of a job, made of what the command line says
+        _print_error(describe_errors(error, error.title.lower()))
+        return MISUSE
     except NanoVLLMError as error:
         _print_error(error.in_one_line)
         return FAILED
     except (KeyboardInterrupt, BrokenPipeError):
+        return FAILED
+    except (OSError, MemoryError) as error:  # a full disk, a file or address that is refused
+        _print_error(str(error) or "this machine has not enough memory for it")
         return FAILED
     return code if isinstance(code, int) else DONE
 

@@ -14,6 +14,7 @@ from typing import Any
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
+from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
 
@@ -132,10 +133,11 @@ def _read_jobs(source: str) -> Iterator[Job]:
 
 def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
     if "://" in source:
-        if not source.startswith("s3://"):
-            raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
         pattern = ObjectPattern.of(source)
-        return [source] if pattern is None else _listed(source, pattern, list_objects)
+        if pattern is not None:
+            return _listed(source, pattern, list_objects)
+        check_object_uri(source)
+        return [source]
     path = Path(source)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if _is_image(file.name) and file.is_file())
@@ -147,7 +149,25 @@ def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
     if not found:
         raise InvalidInput(f"{source}: no such file, and no images are found there")
+    for file in found:
+        check_file(file)
     return list(found)
+
+
+def check_object_uri(source: str) -> None:
+    """Raise InvalidInput where ``source`` is not the URI of one object in S3."""
+    if not source.startswith("s3://"):
+        raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
+    if split_object_uri(source) is None:
+        raise InvalidInput(
+            f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters"
+        )
+
+
+def check_file(path: Path) -> None:
+    """Raise InvalidInput where a file is empty, which no message can carry and no image is."""
+    if path.is_file() and path.stat().st_size == 0:
+        raise InvalidInput(f"{path} is no image: the file is empty")
 
 
 def _listed(source: str, pattern: ObjectPattern, list_objects: ListObjects | None) -> list[Image]:

@@ -9,6 +9,15 @@ from pydantic import ValidationError
 MAX_ERRORS = 3
 MAX_COMPARED = 100
 MAX_NAME_CHARS = 64
+# Pydantic names Python's types; and a wrong tag is the one value that it repeats.
+_IN_WORDS = {
+    "union_tag_invalid": "unknown type",
+    "tuple_type": "Input should be a list",
+    "list_type": "Input should be a list",
+    "dict_type": "Input should be an object",
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+}
 
 
 def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
@@ -24,8 +33,7 @@ def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
     lines = []
     for item in items[:MAX_ERRORS]:
         where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
-        # pydantic repeats the sender's own value for a wrong tag, and only there.
-        message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
+        message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")

@@ -319,7 +319,7 @@ def spoilt(directory: Path, kind: str) -> Path:
         ("lost shard", ModelNotFound, r"lacks a\.bin"),
         ("two", ConfigurationError, r"holds 2 GGUF files \(a.gguf, b.gguf\); name the one"),
         ("no gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
-        ("cut gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
+        ("cut gguf", ModelNotFound, "'a.gguf' is cut or damaged: get it again"),
         ("pointer", ModelNotFound, "'pytorch_model.bin' is a Git LFS pointer: `git lfs pull`"),
         ("gguf pointer", ModelNotFound, "'a.gguf' is a Git LFS pointer: `git lfs pull`"),
         ("text file", UnsupportedModel, "is not a .gguf file; give the directory"),

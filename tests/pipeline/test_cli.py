@@ -15,6 +15,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
 from parts import create_topic
+from pydantic import ValidationError
 from sample_messages import dead_letter, result
 
 from nanovllm.cli.main import main
@@ -331,3 +332,64 @@ def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
 def test_only_s3_uris_are_sent(source: str) -> None:
     with pytest.raises(InvalidInput, match=r"s3://"):
         plan_submissions([source], "x", {})
+
+
+@pytest.mark.parametrize("source", ["s3://", "s3://b", "s3://x/y.png", "s3://bucket/" + "k" * 1025])
+def test_a_uri_of_no_object_is_refused_before_anything_is_sent(source: str) -> None:
+    with pytest.raises(InvalidInput, match=r"names no object"):
+        plan_submissions([source], "x", {})
+
+
+@pytest.mark.parametrize("place", ["a.png", "", "*.png"])
+def test_an_empty_file_is_refused_before_anything_is_sent(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InvalidInput, match=r"a\.png is no image: the file is empty"):
+        plan_submissions([str(tmp_path / place)], "x", {})
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        ("{}/empty.png", "empty.png is no image: the file is empty"),
+        ("s3://bucket/", "s3://bucket/ names no object"),
+        ("s3://x/y.png", "s3://x/y.png names no object"),
+        ("https://example.com/a.png", "only s3:// URIs"),
+        ("{}/none.png", "none.png cannot be read"),
+    ],
+)
+def test_a_picture_that_cannot_be_asked_about_is_one_line(
+    tmp_path: Path, capsys: Capture, picture: str, said: str
+) -> None:
+    (tmp_path / "empty.png").touch()
+    assert main(["ask", picture.format(tmp_path), "What?"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["submit --prompt x", "topics check", "dlq list", "results"])
+@pytest.mark.parametrize("servers", ["foo:bar", "http://foo:9092", "[::1]:x", "foo:"])
+def test_a_broker_without_a_number_for_a_port_is_one_line(capsys: Capture, command: str, servers: str) -> None:
+    assert main([*command.split(), "-b", servers]) == 2
+    assert "bootstrap_servers: a broker is host:port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device", "out.jsonl"), 1),
+        (MemoryError(), 1),
+        (ValidationError.from_exception_data("Job", [{"type": "missing", "loc": ("prompt",), "input": {}}]), 2),
+    ],
+)
+def test_what_the_system_or_a_job_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: Exception, code: int
+) -> None:
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nanovllm.cli.main.app", refuse)
+    assert main([]) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("nanovllm: ")
+    assert shown.count("\n") == 1

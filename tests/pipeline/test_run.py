@@ -286,6 +286,32 @@ async def test_requests_of_openai_batch_files_are_answered_in_their_form(tmp_pat
     assert run.left == 0
 
 
+@pytest.mark.parametrize("custom_id", [5, None, "", {"a": 1}, "x" * 600, True])
+async def test_a_request_with_an_id_that_is_none_has_its_error_line(tmp_path: Path, custom_id: Any) -> None:
+    run = Run(tmp_path)
+    lines = [request("r-1"), request("r-2") | {"custom_id": custom_id}]
+    await run(*lines)
+    first, refused = sorted(read_objects(run.results), key=lambda line: line["error"] is not None)
+    assert (first["custom_id"], first["error"]) == ("r-1", None)
+    assert refused["custom_id"] == custom_id
+    assert refused["error"]["message"].startswith("custom_id: is not a text")
+    await run(*lines)
+    assert run.left == 0
+    assert len([*read_objects(run.results)]) == 2
+
+
+async def test_a_request_with_the_id_of_an_earlier_one_has_its_error_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    await run(request("r-1"), request("r-1", n=2), request("r-2", messages="hi"))
+    errors = [line for line in read_objects(run.results) if line["error"] is not None]
+    assert sorted(line["custom_id"] for line in errors) == ["r-1", "r-2"]
+    said = {line["custom_id"]: line["error"]["message"] for line in errors}
+    assert "its id is that of line 1" in said["r-1"]
+    assert said["r-2"] == "messages: Input should be a list"
+    (answer,) = [line for line in read_objects(run.results) if line["error"] is None]
+    assert answer["custom_id"] == "r-1"
+
+
 async def test_an_output_that_takes_no_more_keeps_no_part_of_a_line_and_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

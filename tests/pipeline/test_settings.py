@@ -344,6 +344,11 @@ def test_a_reply_topic_may_be_the_results_topic_and_be_named_twice() -> None:
     assert load_settings(overrides={"topics": {"reply_to": reply_to}}).topics.reply_to == reply_to
 
 
+@pytest.mark.parametrize("servers", ["a", "a:9092, b:1", "::1", "[::1]", "[fe80::1]:9092", "10.0.0.1:9092,"])
+def test_brokers_are_read_as_aiokafka_reads_them(servers: str) -> None:
+    assert load_settings(overrides={"kafka": {"bootstrap_servers": servers}}).kafka.bootstrap_servers == servers
+
+
 @pytest.mark.parametrize("servers", ["broker:99999", "a:9092,b:65536", "[::1]:70000"])
 def test_a_port_that_cannot_be_is_refused(servers: str) -> None:
     with pytest.raises(ConfigurationError, match=r"kafka.bootstrap_servers: a port is above 65535"):

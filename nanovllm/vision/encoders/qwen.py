@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
 from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
@@ -61,8 +62,9 @@ class NativeEncoder(ImageEncoder):
         if fields.get("model_type") not in _TOWERS:
             raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
         kind, tower = _TOWERS[fields["model_type"]]
-        config = kind.from_dict(fields).vision_config
-        self.tower = tower(config)
+        with reading_config(fields, name):
+            config = kind.from_dict(fields).vision_config
+            self.tower = tower(config)
         load_module(self.tower, directory, ("model.visual.", "visual."))
         self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
         transform = ImageTransform.from_preprocessor_config(directory)
