@@ -5,6 +5,9 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +166,39 @@ def test_results_without_a_topic_say_what_to_do(
 )
 def test_exit_codes_are_done_failed_misuse(topics: dict[str, str], arguments: list[str], code: int) -> None:
     assert main(arguments) == code
+
+
+def test_a_signal_while_modules_are_imported_is_one_line_and_exit_code_1() -> None:
+    program = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "nanovllm.cli.topics":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from nanovllm.cli.main import main
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "nanovllm: interrupted\n")
+
+
+def test_a_signal_while_a_command_starts_is_one_line_and_exit_code_1(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("nanovllm.cli.jobs.load_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["topics", "check"]) == 1
+    assert capsys.readouterr().err.strip() == "nanovllm: interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "no handler of the imports is left"
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["dlq"], ["dlq", "list"], ["topics", "create"]])
+def test_help_shows_flags_without_a_type(command: list[str], capsys: Capture) -> None:
+    assert main([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--help" in shown
+    assert "bool" not in shown.lower()
 
 
 def test_the_effective_configuration_is_printed_with_secrets_masked(
