@@ -71,7 +71,7 @@ def run(
             with long_work(f"answering {input}", left) as show:
                 is_finished = run_lines(
                     settings,
-                    LineSource(read_lines(input, max_bytes), finished),
+                    LineSource(read_lines(input, max_bytes), finished, outcomes.add_request),
                     OutcomeSink(settings.topics, outcomes.add_result, outcomes.add_dead_letter),
                     decode=outcomes.decode,
                     on_tick=lambda: show(outcomes.results + outcomes.dead_letters - before),

@@ -13,7 +13,7 @@ from nanovllm.messages.codec import decode_fields, decode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.encoding import encode
 from nanovllm.messages.job import Job, derive_job_id
-from nanovllm.messages.openai_batch import answer_line, error_line, is_request, job_of_request, request_id_in
+from nanovllm.messages.openai_batch import answer_line, error_line, is_request, job_of_request
 from nanovllm.messages.result import Result
 from nanovllm.sinks.jsonl import JsonLinesSink
 
@@ -21,8 +21,8 @@ from nanovllm.sinks.jsonl import JsonLinesSink
 class RunOutput:
     """Appends results to ``results`` and dead letters to ``dead_letters``. A context manager.
 
-    Requests of OpenAI's batch files (``decode`` has seen them) are answered in that form; one without an answer has a
-    line in both files. ``finished``: the ids of the jobs that have ended, in earlier runs too.
+    Requests of OpenAI's batch files (``add_request`` got their ids) are answered in that form; one without an answer
+    has a line in both files. ``finished``: the ids of the jobs that have ended, in earlier runs too.
 
     Raises:
         InvalidInput: a file cannot be written, another run writes it, or it has lines that are no outcomes.
@@ -54,6 +54,10 @@ class RunOutput:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
+    def add_request(self, request_id: str) -> None:
+        """The job ``request_id`` is a request; also one that is refused before it is decoded."""
+        self._request_ids.add(request_id)
+
     def decode(self, line: bytes, *, max_bytes: int | None = None) -> Job:
         """The job of a line, which is a job or a request. Raises InvalidJob where it is neither."""
         if b'"custom_id"' not in line or (max_bytes is not None and len(line) > max_bytes):
@@ -61,9 +65,6 @@ class RunOutput:
         fields = decode_fields(line)
         if not is_request(fields):
             return decode_job(line)
-        # Before it is a job: one that is refused is answered in its form too.
-        if (request_id := request_id_in(fields)) is not None:
-            self._request_ids.add(request_id)
         return job_of_request(fields)
 
     def add_result(self, value: bytes) -> None:
@@ -71,14 +72,12 @@ class RunOutput:
         result = Result.model_validate_json(value)
         is_answer = result.job_id in self._request_ids
         _append(self._results, _encoded(answer_line(result)) if is_answer else value)
-        self._request_ids.discard(result.job_id)
         self.results += 1
 
     def add_dead_letter(self, letter: DeadLetter) -> None:
         """Append a dead letter. Raises SystemicError where the file takes no more."""
         if letter.job_id in self._request_ids:
             _append(self._results, _encoded(error_line(letter)))
-            self._request_ids.discard(letter.job_id)
         if not self._dead_letters.is_open:
             self._files.enter_context(self._dead_letters)
         _append(self._dead_letters, encode(letter, "json"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.messages.job import derive_job_id
 from nanovllm.messages.openai_batch import is_request, request_id_in
 from nanovllm.messages.validation import printable
@@ -56,14 +56,16 @@ class FinishedJobs:
 
     def left(self, lines: Iterable[NumberedLine]) -> int:
         """How many of ``lines`` are to be computed."""
-        return sum(not self.has(number, job_id_in(line)) for number, line in lines)
+        first_lines: dict[str, int] = {}
+        return sum(not self.has(number, own_id(number, id_in(line)[0], first_lines)) for number, line in lines)
 
 
 class LineSource:
     """Lines as the records of one partition, whose topic is the file's name: a `RecordSource`.
 
     Lines whose job is finished are passed over, so that work goes on where it stopped. A line with the job id of an
-    earlier one is an invalid record: two results with one id could not be told apart.
+    earlier one is an invalid record: two results with one id could not be told apart. ``on_request`` gets the id of
+    each request of OpenAI's batch files before its line is polled.
     """
 
     has_joined = True
@@ -71,10 +73,16 @@ class LineSource:
     has_put_off = False
     can_read_put_off = False
 
-    def __init__(self, lines: Iterable[NumberedLine], finished: FinishedJobs) -> None:
+    def __init__(
+        self,
+        lines: Iterable[NumberedLine],
+        finished: FinishedJobs,
+        on_request: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self._lines = iter(lines)
         self._name = finished.name
         self._finished = finished
+        self._on_request = on_request
         self._first_lines: dict[str, int] = {}
         # Nothing is committed, so nothing bounds what runs ahead of the oldest unfinished line.
         self._ledger = PartitionLedger(0, max_out_of_order=sys.maxsize)
@@ -138,10 +146,11 @@ class LineSource:
                 self._is_at_end = True
                 return
             number, line = numbered
-            job_id = job_id_in(line)
-            if self._finished.has(number, job_id):
+            job_id, is_of_request = id_in(line)
+            if job_id is not None and is_of_request:
+                self._on_request(job_id)
+            if self._finished.has(number, own_id(number, job_id, self._first_lines)):
                 continue
-            first = number if job_id is None else self._first_lines.setdefault(job_id, number)
             yield ConsumedRecord(
                 topic=self._name,
                 partition=0,
@@ -149,19 +158,33 @@ class LineSource:
                 timestamp_ms=None,
                 key=None,
                 value=line,
-                unreadable=None if first == number else f"its id is that of line {first + 1}",
+                refusal=self._refusal(number, job_id, is_of_request),
                 ledger=self._ledger,
             )
             left, room = left - len(line), room - 1
 
+    def _refusal(self, number: int, job_id: str | None, is_of_request: bool) -> InvalidJob | None:
+        if job_id is None or (first := self._first_lines[job_id]) == number:
+            return None
+        refusal = InvalidJob(f"line {number + 1} has the id of line {first + 1}: their results could not be told apart")
+        # A batch's output names each request by its id.
+        refusal.job_id = job_id if is_of_request else None
+        return refusal
 
-def job_id_in(line: bytes) -> str | None:
-    """The id that a line gives its job: ``job_id``, or the ``custom_id`` of a request; None without one."""
+
+def own_id(number: int, job_id: str | None, first_lines: dict[str, int]) -> str | None:
+    """``job_id``, where the line ``number`` is the first with it; ``first_lines`` are those of the lines before."""
+    return None if job_id is None or first_lines.setdefault(job_id, number) != number else job_id
+
+
+def id_in(line: bytes) -> tuple[str | None, bool]:
+    """The id that a line gives its job (``job_id``, or the ``custom_id`` of a request), and whether it is a request."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return None, False
     if not isinstance(fields, dict):
-        return None
-    found = request_id_in(fields) if is_request(fields) else fields.get("job_id")
-    return found if isinstance(found, str) else None
+        return None, False
+    is_of_request = is_request(fields)
+    found = request_id_in(fields) if is_of_request else fields.get("job_id")
+    return (found if isinstance(found, str) else None), is_of_request
