@@ -122,6 +122,15 @@ def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
     assert "invalid_image" in shown.out
 
 
+def test_answers_that_do_not_come_name_where_to_look(topics: dict[str, str], capsys: Capture) -> None:
+    assert main(["topics", "create"]) == 0
+    assert main(["submit", "--prompt", "a", "--wait", "--timeout", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "1 answer did not come within 0 s" in said
+    for what in ("worker", "group nanovllm", topics["jobs"], topics["results"], "need not be sent again"):
+        assert what in said
+
+
 def test_results_are_shown_from_the_beginning_and_counted(
     topics: dict[str, str], embedded_broker: str, capsys: Capture
 ) -> None:
