@@ -9,7 +9,7 @@ worker or object representations, because it travels into dead letters.
       InvalidInput                INVALID: a dead letter at once
         InvalidJob                  UnsupportedVersion
         InvalidImage                UnsupportedImageFormat, ImageTooLarge (TooManyPixels, TooManyFrames)
-        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
+        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri (ForbiddenKey)
       PermanentError              PERMANENT: a dead letter at once
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, DecoderFailed, CrashedWorker, MessageTooLarge
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
@@ -24,6 +24,7 @@ worker or object representations, because it travels into dead letters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import ClassVar
 
@@ -54,6 +55,8 @@ class NanoVLLMError(Exception):
     error_class: ClassVar[ErrorClass] = ErrorClass.PERMANENT
     remedy: ClassVar[str] = "Report this with the log around it."
     retryable: ClassVar[bool] = True
+    position: int | None = None
+    """Which of several things done together failed, from 1; None where that is not known."""
 
     @property
     def in_one_line(self) -> str:
@@ -149,6 +152,13 @@ class ForbiddenUri(InvalidInput):
     code = "forbidden_uri"
     remedy = "Add the bucket and prefix to NANOVLLM_S3__ALLOW, or the topic of a reply_to to NANOVLLM_TOPICS__REPLY_TO."
     retryable = True
+
+
+class ForbiddenKey(ForbiddenUri):
+    """A key with a ``.`` or ``..`` segment: HTTP clients resolve it to another key, and no setting allows it."""
+
+    remedy = "Copy the object to a key without such segments, and send a job that names that one."
+    retryable = False
 
 
 class PermanentError(NanoVLLMError):
@@ -344,7 +354,7 @@ class UnsupportedModel(ConfigurationError):
 
 
 class MissingTopic(ConfigurationError):
-    """A topic that the brokers do not list, and do not create by themselves."""
+    """A topic that the brokers do not list. A worker that starts lets them create none, other than clients do."""
 
     code = "missing_topic"
     remedy = "`nanovllm topics create` makes every topic of a worker but those of reply_to."
@@ -354,3 +364,14 @@ class TooFewBrokers(ConfigurationError):
     """A new topic is to have more copies than there are brokers."""
 
     remedy = "Ask for no more copies than there are brokers: nanovllm topics create --replication."
+
+
+def errors_of_dead_letters(root: type[NanoVLLMError] = NanoVLLMError) -> Iterator[type[NanoVLLMError]]:
+    """The errors that a dead letter can name.
+
+    Configuration ends a worker before it takes a job, and what is systemic goes back to Kafka.
+    """
+    if not issubclass(root, (ConfigurationError, SystemicError)):
+        yield root
+        for child in root.__subclasses__():
+            yield from errors_of_dead_letters(child)

@@ -23,7 +23,7 @@ from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.build import build_worker
+from nanovllm.pipeline.build import Parts, build_source, build_worker
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.source import JobSource
@@ -114,16 +114,17 @@ class Bench:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
         effective = self.settings.model_copy(update=settings)
-        worker, source = build_worker(
+        fetcher = fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes)
+        sink = sink or KafkaSink(self.producer)
+        worker = build_worker(
             effective,
-            engine=engine,
-            decoders=self.decoders,
-            fetcher=fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes),
-            sink=sink or KafkaSink(self.producer),
-            metrics=self.metrics,
-            health=self.health,
+            Parts(engine, self.decoders, fetcher),
+            sink,
+            self.metrics,
+            self.health,
             backoff=Backoff(base_s=0.01, cap_s=0.05),
         )
+        source = build_source(worker, sink.limits)
         self.source = source
         poll = source.poll
 

@@ -37,7 +37,30 @@ def test_the_wheel_holds_every_module_once_and_the_shipped_checkpoint(tmp_path: 
     assert {"nanovllm/checkpoints/assets/tiny-receipts/model.safetensors", "nanovllm/demo/report.html.jinja"} <= set(
         names
     )
+    schemas = {f"nanovllm/messages/schemas/{path.name}" for path in (ROOT / "docs" / "schemas").glob("*.json")}
+    assert len(schemas) == 4
+    assert schemas <= set(names)
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12 * 2**20
+
+
+def test_the_set_up_says_that_it_goes_on_while_pip_is_silent(tmp_path: Path) -> None:
+    programs = {
+        ".venv/bin/python": 'case "$*" in *pip*) until [ -e second ]; do command -p sleep 0.01; done ;; esac',
+        # The line comes between two waits: pip ends after the second has begun.
+        "bin/sleep": '[ "$1" = 5 ] || exec command -p sleep "$1"; [ -e first ] && touch second; touch first; '
+        "command -p sleep 0.05",
+    }
+    for name, body in programs.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{body}\n")
+        file.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": ".venv/bin/python"}
+    command = ["sh", str(ROOT / "tools" / "setup.sh"), "demo"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "Installing nanovllm[demo]" in ended.stdout
+    assert re.search(r"^    \d+ s, \d+ MB in \.venv$", ended.stdout, re.MULTILINE), ended.stdout
 
 
 def test_the_package_wins_beside_packages_of_the_same_names_as_its_rooms(tmp_path: Path) -> None:

@@ -37,10 +37,11 @@ def metrics() -> dict[str, list[Any]]:
 
 
 def codes(root: type[errors.NanoVLLMError] = errors.NanoVLLMError) -> dict[str, list[Any]]:
-    found = {root.code: [root.error_class.value, root.retryable]}
+    """Class and retryable by code, of the most general error that has it: a dead letter says its own."""
+    found: dict[str, list[Any]] = {}
     for error in root.__subclasses__():
         found |= codes(error)
-    return found
+    return found | {root.code: [root.error_class.value, root.retryable]}
 
 
 def commands(group: click.Command, name: str = "nanovllm") -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
-from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
+from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import Job
 from nanovllm.messages.job_metrics import JobMetrics
@@ -57,9 +57,9 @@ _CODES_HEAD = """# Dead-letter codes
 
 A dead letter is the original message; why it failed stands in its headers
 ([schema](schemas/dead-letter.v1.json)). Codes are stable: scripts may rely on them. *Retryable*
-means that the same message can succeed once the remedy was applied;
-`nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …` sends it again, each once
-([replays](retries.md#replays)).
+means that the same message can succeed once the remedy was applied; where a code has two rows, each
+dead letter says which. `nanovllm dlq list --count` shows what there is, `nanovllm dlq replay --code …`
+sends it again, each once ([replays](retries.md#replays)).
 
 This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
 
@@ -93,10 +93,9 @@ def settings_page() -> str:
 
 def codes_page() -> str:
     """Markdown of every code that a dead letter can have."""
-    # Configuration ends a worker before it takes a job, and under a systemic fault nothing is buried.
-    errors = [error for error in _family(NanoVLLMError) if not issubclass(error, (ConfigurationError, SystemicError))]
-    rows = {
-        error.code: (
+    # A code has a row for each error that says something else about it.
+    rows = [
+        (
             f"`{error.code}`",
             dead_letter_class(error),
             "yes" if error.retryable else "no",
@@ -105,15 +104,9 @@ def codes_page() -> str:
             else "The worker itself is at fault.",
             error.remedy,
         )
-        for error in errors
-    }
-    return _CODES_HEAD + "".join(_cells(rows[code]) + "\n" for code in sorted(rows))
-
-
-def _family(error: type[NanoVLLMError]) -> Iterator[type[NanoVLLMError]]:
-    yield error
-    for child in error.__subclasses__():
-        yield from _family(child)
+        for error in sorted(errors_of_dead_letters(), key=lambda error: error.code)
+    ]
+    return _CODES_HEAD + "".join(_cells(row) + "\n" for row in rows)
 
 
 def write(docs: Path) -> None:

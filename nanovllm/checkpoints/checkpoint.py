@@ -20,7 +20,7 @@ from nanovllm.checkpoints.resolve import (
     weight_files,
     why_unreadable,
 )
-from nanovllm.checkpoints.tensors import open_tensors
+from nanovllm.checkpoints.tensors import names_in
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -86,11 +86,7 @@ class Checkpoint:
     @cached_property
     def names(self) -> frozenset[str]:
         """Names of all stored tensors."""
-        names: set[str] = set()
-        for file in self.files:
-            with open_tensors(file) as tensors:
-                names.update(tensors.keys())
-        return frozenset(names)
+        return names_in(self.files)
 
     def tokenizer(self) -> Any:
         """Tokenizer with the chat template: the processor's where it has one, else its own.

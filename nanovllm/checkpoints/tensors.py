@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise ModelNotFound(f"{file.name} of checkpoint {checkpoint_name(file.parent)!r} {why}") from error
     with tensors:
         yield tensors
+
+
+def names_in(files: Iterable[Path]) -> frozenset[str]:
+    """Names of the tensors that files store."""
+    names: set[str] = set()
+    for file in files:
+        with open_tensors(file) as tensors:
+            names.update(tensors.keys())
+    return frozenset(names)
 
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None]) -> Iterator[tuple[str, str, Tensor]]:
@@ -82,26 +91,36 @@ def load_parameters(
 
 
 @torch.no_grad()
-def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...]) -> None:
+def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...], left_out: Collection[str] = ()) -> None:
     """Copy the tensors under the first of ``prefixes`` that fits into all parameters of a tower or projector.
 
-    ``path`` is a safetensors file or the directory of a checkpoint, whose other tensors are not read.
+    ``path`` is a safetensors file or the directory of a checkpoint, whose other tensors are not read. The prefix ``""``
+    counts where no tensor has another one. ``left_out`` are names that the module does not need.
 
     Raises:
         ModelNotFound: a file or tensor is missing.
         ConfigurationError: a tensor has another shape.
-        UnsupportedModel: a tensor has another type, or is there twice with different values.
+        UnsupportedModel: a tensor has another type, has no place under its prefix, or is there twice with different
+            values.
     """
     # Releases of transformers differ in whether a lone tower keeps its parts under "vision_model".
     parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
+    # Releases of transformers before 4.31 stored position_ids, which follow from the configuration.
+    ignored = {name.removeprefix("vision_model.") for name, _ in module.named_buffers()}.union(left_out)
+    files = _files_of(path)
+    named = tuple(filter(None, prefixes))
+    if any(name.startswith(named) for name in names_in(files)):
+        prefixes = named
 
     def rename(stored: str) -> str | None:
         prefix = next((prefix for prefix in prefixes if stored.startswith(prefix)), None)
         name = None if prefix is None else stored.removeprefix(prefix).removeprefix("vision_model.")
-        return name if name in parameters else None
+        return None if name in ignored else name
 
     loaded: dict[str, str] = {}
-    for stored, name, tensor in read_tensors(_files_of(path), rename):
+    for stored, name, tensor in read_tensors(files, rename):
+        if name not in parameters:
+            raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this {type(module).__name__}")
         if parameters[name].shape != tensor.shape:
             raise ConfigurationError(
                 f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"

@@ -43,10 +43,12 @@ def doctor(
     with long_work("loading and measuring the engine"):
         from nanovllm.engine.diagnostics import describe, measure
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.stages.admit import sampling_defaults
 
         build.image_limits(settings.images)
         with build.build_engine(settings.engine) as engine:
-            findings = [*describe(engine), *(measure(engine, seconds) if seconds else ())]
+            defaults = sampling_defaults(settings, engine.generation_defaults)
+            findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
     rows = [(finding.subject, finding.value, finding.note) for finding in findings]
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Annotated, TypeVar, get_args
 
 import typer
@@ -17,7 +18,7 @@ from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_se
 from nanovllm.cli.tables import few
 from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters
 from nanovllm.client.replay import Replay, replay
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import Cell, long_work, plain, print_json, print_table
@@ -152,6 +153,11 @@ def _filter(
     for option, given, known in (("--class", classes, _CLASSES), ("--stage", stages, _STAGES)):
         if unknown := set(given or ()) - set(known):
             raise InvalidInput(f"{option} {plain(min(unknown)).plain} is none of {', '.join(known)}")
+    known_codes = {error.code for error in errors_of_dead_letters()}
+    if unknown := set(codes or ()) - known_codes:
+        code = min(unknown)
+        near = ", ".join(get_close_matches(code, known_codes, cutoff=0.0))
+        raise InvalidInput(f"--code {plain(code).plain} is none of the codes in docs/dead-letters.md; nearest: {near}")
     return LetterFilter(
         codes=frozenset(codes or ()),
         classes=frozenset(classes or ()),

@@ -15,7 +15,7 @@ import typer
 from rich.filesize import decimal
 
 from nanovllm.cli.journal import Journal
-from nanovllm.cli.sending import Sent, forbidden_uris, listing_of, send_all
+from nanovllm.cli.sending import Sent, finder_of, forbidden_uris, listing_of, send_all
 from nanovllm.cli.sources import Submission, plan_submissions
 from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
@@ -75,8 +75,8 @@ def submit(
     if topic not in settings.topics.job_topics:
         raise InvalidInput(f"no worker of these settings reads jobs from {topic}: topics.lanes does not name it")
     sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
-    lister = listing_of(settings.s3)
-    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling, lister)
+    lister, finder = listing_of(settings.s3), finder_of(settings.s3)
+    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling, lister, finder)
     uploader = ImageUploader(upload, settings.s3) if upload else None
     if forbidden := forbidden_uris(settings.s3, submissions, uploader):
         more = f", nor {len(forbidden) - 1:,} more" if len(forbidden) > 1 else ""
@@ -144,7 +144,7 @@ def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -
     size = f" ({decimal(sum(known))})" if known else ""
     print(f"{counted(len(left), 'job')}, {counted(images, 'image')}, {sum(known):,} bytes{size}")
     if unknown:
-        print(f"not counted: the bytes of {counted(unknown, 'job')} with objects that were not listed")
+        print(f"not counted: the bytes of {counted(unknown, 'job')} with objects of unknown size")
     if before:
         print(f"{counted(before, 'job')} were sent before")
 

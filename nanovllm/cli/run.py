@@ -41,6 +41,13 @@ def run(
         Path | None,
         typer.Option(help="Where the jobs without an answer go; unset: beside the output, as NAME.dead-letters.jsonl."),
     ] = None,
+    local_images: Annotated[
+        Path | None,
+        typer.Option(
+            "--allowed-local-media-path",
+            help="Folder below which the jobs may name images by path or file:// URL; unset: none.",
+        ),
+    ] = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -55,12 +62,17 @@ def run(
     _check_paths(input, output, dead_letters)
     require_engine(settings)
     from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource, read_lines
+    from nanovllm.pipeline.local_images import LocalImages
     from nanovllm.pipeline.run import run_lines
     from nanovllm.pipeline.run_output import RunOutput
     from nanovllm.sinks.outcomes import OutcomeSink
 
     max_bytes = settings.admission.max_job_bytes
-    with RunOutput(output, dead_letters) as outcomes:
+    images = None
+    if local_images is not None:
+        limits = {"max_bytes": settings.images.max_bytes, "max_job_bytes": settings.admission.max_bytes}
+        images = LocalImages(local_images, **limits)
+    with RunOutput(output, dead_letters, images) as outcomes:
         before = outcomes.results + outcomes.dead_letters
         finished = FinishedJobs(input.name, frozenset(outcomes.finished))
         left = finished.left(read_lines(input, max_bytes))

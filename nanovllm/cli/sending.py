@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +16,25 @@ from nanovllm.cli.journal import Journal
 from nanovllm.cli.sources import Image, Submission
 from nanovllm.client.producer import JobImage, JobProducer
 from nanovllm.client.upload import ImageUploader
-from nanovllm.errors import ForbiddenUri, InvalidInput
+from nanovllm.errors import (
+    ForbiddenUri,
+    InvalidInput,
+    ObjectNotFound,
+    PermanentError,
+    SystemicError,
+    TransientError,
+    counted,
+)
 from nanovllm.messages.job import ImageRef, image_name
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.fetch import AllowList
-from nanovllm.objects.listing import ListedObject, ObjectPattern, list_objects
-from nanovllm.objects.s3_client import check_settings
+from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object, list_objects
+from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.settings.s3 import S3Settings
-from nanovllm.terminal import long_work
+from nanovllm.terminal import long_work, plain
 
 MAX_IN_FLIGHT = 64
+MAX_ASKED = 8
 
 
 @dataclass
@@ -104,6 +115,36 @@ def listing_of(s3: S3Settings) -> Callable[[ObjectPattern], Iterable[ListedObjec
             yield from list_objects(s3, pattern)
 
     return list_pattern
+
+
+def finder_of(s3: S3Settings) -> Callable[[Sequence[str]], dict[str, ListedObject]]:
+    """What asks the store for the objects of URIs, some at a time; those that it does not tell of are left out."""
+
+    def find(uris: Sequence[str]) -> dict[str, ListedObject]:
+        client, why, answers = S3Client(s3), "", True
+
+        def ask(uri: str) -> ListedObject | None:
+            nonlocal why, answers
+            try:
+                return find_object(client, uri) if answers else None
+            except ObjectNotFound:
+                raise InvalidInput(f"{plain(uri).plain}: there is no such object") from None
+            except (SystemicError, TransientError, PermanentError) as error:
+                why, answers = str(error), isinstance(error, PermanentError)
+                return None
+
+        found: dict[str, ListedObject] = {}
+        with long_work("asking for the objects' versions", len(uris)) as show, ThreadPoolExecutor(MAX_ASKED) as pool:
+            for number, (uri, one) in enumerate(zip(uris, pool.map(ask, uris), strict=True), start=1):
+                show(number)
+                if one is not None:
+                    found[uri] = one
+        if why:
+            left = counted(len(uris) - len(found), "object")
+            print(f"the version of {left} is not known ({why}): the job takes the newest one", file=sys.stderr)
+        return found
+
+    return find
 
 
 async def _send(

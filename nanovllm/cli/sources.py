@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ _FOREIGN_PLACEHOLDER = re.compile(
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 Image = str | Path | ListedObject
 ListObjects = Callable[[ObjectPattern], Iterable[ListedObject]]
+FindObjects = Callable[[Sequence[str]], Mapping[str, ListedObject]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Submission:
 
     @property
     def job_id(self) -> str | None:
-        """The job's own id, or one that derives from its listed objects, their versions, the prompt and the sampling.
+        """The job's own id, or one that derives from its objects, their versions, the prompt and the sampling.
 
+        Objects without a known version give none: another version would be taken for the same work.
         Two commands that ask different things of one object are different jobs; one that is repeated is the same.
         """
         if self.job is not None:
@@ -72,14 +74,19 @@ class Submission:
 
 
 def plan_submissions(
-    sources: Sequence[str], prompt: str | None, sampling: dict[str, Any], list_objects: ListObjects | None = None
+    sources: Sequence[str],
+    prompt: str | None,
+    sampling: dict[str, Any],
+    list_objects: ListObjects | None = None,
+    find_objects: FindObjects | None = None,
 ) -> list[Submission]:
     """The jobs that ``sources`` and ``prompt`` ask for.
 
     A source is an image, a directory of images, a glob, an ``s3://`` URI of an object, of a prefix (with a slash at
     its end) or with wildcards, or a file of JSON lines (``-``: standard input) whose lines are whole jobs. Each image
     becomes a job with ``prompt``; a prompt with several ``<|image|>`` takes as many images a job, one without any gets
-    one at its end. No source at all: one job of text. Prefixes are listed by ``list_objects``.
+    one at its end. No source at all: one job of text. Prefixes are listed by ``list_objects``; ``find_objects`` tells
+    the versions of single objects, as far as they can be known.
 
     Raises:
         InvalidInput: a source that is not there, images without a prompt, a number of images that does not go up.
@@ -104,6 +111,9 @@ def plan_submissions(
             f"the prompt has {counted(places, 'image placeholder')}; "
             f"{counted(len(images), 'image')} cannot be dealt out evenly"
         )
+    uris = [image for image in images if isinstance(image, str)]
+    known = find_objects(uris) if uris and find_objects is not None else {}
+    images = [known.get(image, image) if isinstance(image, str) else image for image in images]
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
     return jobs + [Submission(prompt=prompt, images=group, sampling=sampling) for group in groups]
 

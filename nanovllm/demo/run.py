@@ -18,7 +18,6 @@ from pathlib import Path
 
 from aiokafka import AIOKafkaProducer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from nanovllm.client.producer import JobProducer
@@ -37,15 +36,12 @@ from nanovllm.messages.result import Result
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import ENV_PREFIX, Settings
-from nanovllm.terminal import plain
+from nanovllm.terminal import long_work, plain
 
 TOPICS = TopicSettings()
 EXPECTED_DEAD_LETTERS = 2
 STALL_S = 180.0
 """Without any answer for so long, the run is given up: loading the model takes seconds."""
-
-LINE_S = 5.0
-"""Off a terminal, where no bar is drawn, a line so often says how far it is."""
 EXAMPLES = ("json", "total", "text", "describe", "compare")
 
 NEXT = (
@@ -122,11 +118,12 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         await _produce(demo, kafka)
         done(f"{demo.distinct_images} different pictures, one image broken, one message malformed")
 
-    results, dead_letters = await _collect(demo, kafka, worker, console)
-    worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
-    outcome = Outcome(demo, results, dead_letters, time.monotonic() - started, worker_exit)
-    outcome.write(output)
-    (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
+    results, dead_letters = await _collect(demo, kafka, worker)
+    with _step(console, "Writing the report" if keep else "Ending the worker, writing the report"):
+        worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
+        outcome = Outcome(demo, results, dead_letters, time.monotonic() - started, worker_exit)
+        outcome.write(output)
+        (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
     if not keep:
         console.print("\n[bold]Next[/]:")
@@ -143,7 +140,7 @@ def _step(console: Console, title: str) -> Iterator[Callable[[str], None]]:
     details: list[str] = []
     if not console.is_terminal:
         console.print(f"  {title} …")
-    with console.status(title):
+    with long_work(title):
         yield details.append
     console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:5.1f} s[/]")
     for detail in details:
@@ -184,7 +181,7 @@ async def _produce(demo: DemoSet, kafka: KafkaSettings) -> None:
 
 
 async def _collect(
-    demo: DemoSet, kafka: KafkaSettings, worker: LocalProcess, console: Console
+    demo: DemoSet, kafka: KafkaSettings, worker: LocalProcess
 ) -> tuple[dict[str, Result], list[DeadLetter]]:
     """Follow the topics until every message has ended in one of them, or nothing has come for ``STALL_S``.
 
@@ -193,12 +190,10 @@ async def _collect(
     """
     results: dict[str, Result] = {}
     dead_letters: list[DeadLetter] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Constructed without a look at the environment, which may name other brokers.
     settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("The worker answers", total=len(demo.jobs) + EXPECTED_DEAD_LETTERS)
-        began = last_answer = last_line = time.monotonic()
+    last_answer = time.monotonic()
+    with long_work("The worker loads its model and answers", len(demo.jobs) + EXPECTED_DEAD_LETTERS) as show:
         async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
             while len(results) < len(demo.jobs) or len(dead_letters) < EXPECTED_DEAD_LETTERS:
                 answers = await reader.read()
@@ -207,11 +202,7 @@ async def _collect(
                         results[answer.job_id] = answer
                     else:
                         dead_letters.append(answer)
-                progress.update(task, completed=len(results) + len(dead_letters))
-                if not console.is_terminal and time.monotonic() - last_line > LINE_S:
-                    last_line = time.monotonic()
-                    far = f"{len(results)} of {len(demo.jobs)} jobs" if results else "none yet: it loads its model"
-                    progress.console.print(f"  The worker has answered {far} ({last_line - began:.0f} s) …")
+                show(len(results) + len(dead_letters))
                 if answers:
                     last_answer = time.monotonic()
                 elif not worker.is_running:

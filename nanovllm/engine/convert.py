@@ -3,7 +3,7 @@
 This is the only place that opens either format. A ``.bin`` file is a pickle: it is read as weights only, so that
 nothing in it runs. GGUF is dequantised by transformers, which also takes configuration, tokenizer and chat template
 out of it; what it leaves out of account is checked or read in ``checkpoints/gguf_files.py``. A conversion ends with the
-comparison of the source's logits in transformers with the result's in this engine.
+comparison of the source's logits in transformers with the result's in this engine; of a vision tower, of its features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.rotary import known_positions
 from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES, load_text_model, text_architecture
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel, counted
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 if TYPE_CHECKING:
     from nanovllm.checkpoints.gguf_files import SpecialTokens
@@ -43,21 +45,22 @@ _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration, tokenizer, chat template, preprocessing
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_ARCHITECTURES = (*TEXT_FAMILIES, LLAVA, *QWEN_VL)
 _REPORTING = {"output_loading_info": True}
 _COMPARED_TOKENS = 24
 _TOLERANCE = {torch.float32: 1e-3}  # of the largest logit; narrower types round in every layer
 _NARROW_TOLERANCE = 5e-2
 
 
-def convert(source: Path, output: Path) -> float | None:
+def convert(source: Path, output: Path) -> float:
     """Write the checkpoint of ``source`` (a directory of ``.bin`` files, a GGUF file) to the new directory ``output``.
 
     A ``source`` that is no path is a name that ``resolve_checkpoint`` knows; of a split GGUF any part is named, or the
     directory. ``output`` appears complete or not at all. Needs memory for the model once, in the type it is written in.
 
     Returns:
-        The largest difference between the logits of source and result, as a part of the largest logit; None for a
-        vision tower, which has none.
+        The largest difference between the logits (of a vision tower: features) of source and result, as a part of the
+        largest one.
 
     Raises:
         ConfigurationError: ``output`` exists, or a package for GGUF is missing.
@@ -75,7 +78,7 @@ def convert(source: Path, output: Path) -> float | None:
         made = Path(scratch) / output.name
         made.mkdir()
         expected = _convert_bin(source, made) if gguf is None else _convert_gguf(gguf, made, Path(scratch))
-        difference = None if expected is None else _compare(expected, Checkpoint(made))
+        difference = _compare(expected, made)
         made.rename(output)
     return difference
 
@@ -83,7 +86,7 @@ def convert(source: Path, output: Path) -> float | None:
 def how_to_use(directory: Path) -> str:
     """The call that loads a converted checkpoint, and the worker's setting where a worker can run it alone."""
     fields, path = read_config(directory), json.dumps(str(directory), ensure_ascii=False)
-    if str(fields.get("model_type")).removesuffix("_vision_model") in ("clip", "siglip"):
+    if _is_tower(fields):
         return f'MultiModalLLM("…", enable_multimodal=True, vision_model={path}) behind a text model'
     sees = not {*TEXT_FAMILIES}.intersection(fields.get("architectures") or ())
     call = f"MultiModalLLM({path}, enable_multimodal=True)" if sees else f"LLM({path})"
@@ -110,9 +113,16 @@ def _find_gguf(source: Path) -> Path | None:
     return found[0]
 
 
-def _convert_bin(source: Path, made: Path) -> Tensor | None:
-    """Write the tensors as they are, with all that stands beside them; returns the source's logits."""
-    architecture = next(iter(read_config(source).get("architectures") or ()), "")
+def _convert_bin(source: Path, made: Path) -> Tensor:
+    """Write the tensors as they are, with all that stands beside them; returns the source's logits, or features."""
+    fields = read_config(source)
+    architecture = next(iter(fields.get("architectures") or ()), "")
+    is_tower = _is_tower(fields)
+    if not hasattr(transformers, architecture) or not (is_tower or architecture in _ARCHITECTURES):
+        raise UnsupportedModel(
+            f"{str(source)!r} is of architecture {architecture!r}; supported are {', '.join(_ARCHITECTURES)}, and "
+            "towers of CLIP and SigLIP"
+        )
     state: dict[str, Tensor] = {}
     for file in _bin_files(source):
         state |= _read_bin(file)
@@ -124,12 +134,11 @@ def _convert_bin(source: Path, made: Path) -> Tensor | None:
     _save(state, made)
     if not (made / "tokenizer.json").is_file() and any((made / name).is_file() for name in _TOKENIZER_FILES):
         _save_tokenizer(source, made)
-    if architecture not in (*TEXT_FAMILIES, LLAVA, *QWEN_VL):
-        return None
-    model = getattr(transformers, architecture).from_pretrained(
+    loaded = getattr(transformers, architecture).from_pretrained(
         None, config=Checkpoint(made).config, state_dict=state, dtype=dtype, **_REPORTING
     )
-    return _logits(_complete(source, model), architecture)
+    model = _complete(source, loaded)
+    return _features(model) if is_tower else _logits(model, architecture)
 
 
 def _bin_files(source: Path) -> list[Path]:
@@ -233,10 +242,64 @@ def _logits(model: Any, architecture: str) -> Tensor:
     return model.eval()(input_ids=ids[None], **located).logits[0].clone()
 
 
+def _is_tower(fields: Mapping[str, Any]) -> bool:
+    return str(fields.get("model_type")).removesuffix("_vision_model") in ("clip", "siglip")
+
+
 @torch.inference_mode()
-def _compare(expected: Tensor, made: Checkpoint) -> float:
-    """The largest difference of the result's logits from ``expected``, as a part of the largest; UnsupportedModel."""
-    device, dtype = torch.device("cpu"), expected.dtype
+def _features(model: Any) -> Tensor:
+    """Features [1, patches, width × layers] of a tower of transformers, alone or with its text half, of one image."""
+    tower = getattr(model.eval(), "vision_model", model)
+    # Releases of transformers differ in whether the last hidden state is taken before this norm.
+    tower.post_layernorm = torch.nn.Identity()
+    config = tower.config
+    states = tower(_sample_image(config.image_size, model.dtype), output_hidden_states=True).hidden_states
+    patches = (config.image_size // config.patch_size) ** 2
+    return torch.cat([state[:, -patches:] for state in states], -1)
+
+
+def _made_features(made: Path, dtype: torch.dtype) -> Tensor:
+    """What ``_features`` takes, by this engine's encoder."""
+    fields = read_config(made)
+    config = fields.get("vision_config", fields)
+    size, patch, layers = (config[name] for name in ("image_size", "patch_size", "num_hidden_layers"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the projector, which is not asked
+        encoder = VisionEncoder(
+            8,
+            made,
+            max_image_size=size,
+            num_vision_tokens=(size // patch) ** 2,
+            vision_feature_layer=list(range(layers + 1)),
+            dtype=dtype,
+        )
+    return encoder.features(_sample_image(size, dtype))
+
+
+def _sample_image(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@torch.inference_mode()
+def _compare(expected: Tensor, made: Path) -> float:
+    """The largest difference of the result from ``expected``, as a part of the largest value; UnsupportedModel."""
+    what, dtype = "logits", expected.dtype
+    if _is_tower(read_config(made)):
+        what, found = "features", _made_features(made, dtype)
+    else:
+        found = _made_logits(Checkpoint(made), dtype)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE.get(dtype, _NARROW_TOLERANCE):
+        raise UnsupportedModel(
+            f"the converted checkpoint's {what} differ from its source's by {difference:.2g} of the largest: nothing "
+            "is written"
+        )
+    return difference
+
+
+def _made_logits(made: Checkpoint, dtype: torch.dtype) -> Tensor:
+    """What ``_logits`` takes, by this engine's model."""
+    device = torch.device("cpu")
     model = load_text_model(made, dtype, device)
     ids, positions = _sample(made.config)
     attention, config = SdpaAttention(device, dtype), model.config
@@ -248,14 +311,7 @@ def _compare(expected: Tensor, made: Checkpoint) -> float:
     if config.position_axes is not None:
         positions = torch.arange(len(ids))[:, None].expand(-1, 3)
     batch = AttentionBatch([len(ids)], [len(ids)], [list(range(blocks))])
-    hidden = model(model.embed(ids), positions, caches, attention, attention.metadata(batch))
-    difference = float((model.logits(hidden) - expected).abs().max() / expected.abs().max())
-    if not difference <= _TOLERANCE.get(dtype, _NARROW_TOLERANCE):
-        raise UnsupportedModel(
-            f"the converted checkpoint's logits differ from its source's by {difference:.2g} of the largest: nothing "
-            "is written"
-        )
-    return difference
+    return model.logits(model(model.embed(ids), positions, caches, attention, attention.metadata(batch)))
 
 
 def _sample(config: Any) -> tuple[Tensor, Tensor]:

@@ -38,14 +38,14 @@ class Finding:
     note: str = ""
 
 
-def describe(engine: LLMEngine) -> Iterator[Finding]:
-    """The engine's choices; measures nothing."""
+def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Iterator[Finding]:
+    """The engine's choices; measures nothing. ``defaults``: what a worker's jobs get without their own."""
     yield _machine(engine)
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
     yield Finding("transformers", transformers.__version__, untested_version())
-    yield _sampling_defaults(engine)
+    yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
     yield _attention(engine)
     yield _graphs(engine)
@@ -94,14 +94,16 @@ def _threads() -> Finding:
     return Finding("threads", f"{threads} on {counted(cores, 'core')}", "; ".join(notes))
 
 
-def _sampling_defaults(engine: LLMEngine) -> Finding:
+def _sampling_defaults(engine: LLMEngine, defaults: SamplingParams) -> Finding:
     found, used = engine.checkpoint.generation_defaults, engine.generation_defaults
-    value = ", ".join(f"{name} {number}" for name, number in used.items()) or "temperature 1, as in vLLM"
-    note = ""
+    set_values = defaults.model_dump(exclude_defaults=True) | {"temperature": defaults.temperature}
+    value = ", ".join(f"{name} {number}" for name, number in sorted(set_values.items()))
+    value += ", which is greedy" if defaults.is_greedy else ""
+    note = "for requests without sampling parameters"
     if used:
-        note = "generation_config.json, for requests without sampling parameters; generation_config='vllm' ignores it"
+        note += "; from generation_config.json among others, which generation_config='vllm' ignores"
     elif found:
-        note = f"generation_config='vllm' ignores what generation_config.json sets: {', '.join(found)}"
+        note += f"; generation_config='vllm' ignores what generation_config.json sets: {', '.join(found)}"
     return Finding("sampling defaults", value, note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 from collections.abc import Collection
@@ -13,11 +14,15 @@ from aiokafka.errors import KafkaError
 
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, MissingTopic, NanoVLLMError
 from nanovllm.kafka.client import client_kwargs
+from nanovllm.kafka.errors import refusals_of
 from nanovllm.kafka.paced_metadata import pace_metadata
+from nanovllm.kafka.topic_ids import listed_topics
 from nanovllm.settings.kafka import KafkaSettings
 
 PATIENCE_S = 5.0
 """Brokers that create topics by themselves, and followers that hear of a new one late, take about a second."""
+
+PAUSE_S = 0.25
 
 _REFUSED_LOGIN = (
     kafka_errors.AuthenticationFailedError,
@@ -28,8 +33,13 @@ _REFUSED_LOGIN = (
 )
 
 
-async def require_topics(kafka: KafkaSettings, names: Collection[str], *, patience_s: float = PATIENCE_S) -> None:
-    """Return when the brokers list all of ``names``; brokers that create topics by themselves create them.
+async def require_topics(
+    kafka: KafkaSettings, names: Collection[str], *, patience_s: float = PATIENCE_S, may_be_created: bool = True
+) -> None:
+    """Return when the brokers list all of ``names``.
+
+    With ``may_be_created`` brokers that create topics by themselves create them; else a missing one stays missing
+    (before Kafka 3.1, where the broker cannot be asked without, it is created all the same).
 
     Raises:
         MissingTopic: some are not listed after ``patience_s``.
@@ -43,8 +53,11 @@ async def require_topics(kafka: KafkaSettings, names: Collection[str], *, patien
             await client.bootstrap()
         except KafkaError as error:
             raise await _why_unreachable(kafka, client.hosts) from error
+        until = time.monotonic() + patience_s
+        if not may_be_created:
+            await _wait_until_listed(client, kafka, names, until)
         client.set_topics(names)
-        is_updated, until = False, time.monotonic() + patience_s
+        is_updated = False
         while not is_updated or (missing := _unlisted(client, names)):
             is_updated = await client.force_metadata_update()
             if hidden := sorted(client.cluster.unauthorized_topics.intersection(names)):
@@ -56,9 +69,27 @@ async def require_topics(kafka: KafkaSettings, names: Collection[str], *, patien
         if not is_updated:
             raise BrokersUnavailable(f"no broker of those behind {kafka.bootstrap_servers} answers")
         if missing := _unlisted(client, names):
-            raise MissingTopic(f"the brokers at {kafka.bootstrap_servers} do not list {_listed(missing, 'topic')}")
+            raise _missing(kafka, missing)
     finally:
         await client.close()
+
+
+async def _wait_until_listed(
+    client: AIOKafkaClient, kafka: KafkaSettings, names: Collection[str], until: float
+) -> None:
+    while True:
+        with refusals_of(str(kafka.bootstrap_servers)):
+            listed = await listed_topics(client, names)
+        missing = [name for name, topic in listed.items() if topic is None]
+        if not missing:
+            return
+        if time.monotonic() > until:
+            raise _missing(kafka, missing)
+        await asyncio.sleep(PAUSE_S)
+
+
+def _missing(kafka: KafkaSettings, names: Collection[str]) -> MissingTopic:
+    return MissingTopic(f"the brokers at {kafka.bootstrap_servers} do not list {_listed(names, 'topic')}")
 
 
 def _unlisted(client: AIOKafkaClient, names: Collection[str]) -> list[str]:

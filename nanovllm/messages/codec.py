@@ -53,6 +53,11 @@ def decode_job(value: bytes, *, max_bytes: int | None = None) -> Job:
     except InvalidJob as error:
         error.job_id = sent_job_id(value)
         raise
+    return job_of_fields(fields)
+
+
+def job_of_fields(fields: dict[str, Any]) -> Job:
+    """The job of a decoded message. Raises InvalidJob and UnsupportedVersion as ``decode_job``."""
     version = fields.get("version", VERSION)
     if type(version) is not int:  # True and 1.0 equal 1
         raise _of_job(fields, InvalidJob("version: is not an integer"))

@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError
 
 from nanovllm.errors import (
     FetchFailed,
+    ForbiddenKey,
     ForbiddenUri,
     ImageTooLarge,
     NanoVLLMError,
@@ -66,7 +67,7 @@ class AllowList:
         """
         # HTTP clients resolve dot segments: s3://bucket/in/../secret would be asked for as s3://bucket/secret.
         if any(segment in (".", "..") for segment in key.split("/")):
-            raise ForbiddenUri("the key of an image has a '.' or '..' segment")
+            raise ForbiddenKey("the key of an image has a '.' or '..' segment")
         for allowed_bucket, prefix in self._entries:
             if bucket == allowed_bucket and (not prefix or key == prefix or key.startswith(prefix + "/")):
                 return

@@ -1,4 +1,4 @@
-"""Listing of objects: what lies below a prefix, or what a glob matches."""
+"""Listing of objects: what lies below a prefix, what a glob matches, or what one URI names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from nanovllm.errors import InvalidInput, PermanentError
-from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.messages.s3_uri import split_object_uri, split_s3_uri
 from nanovllm.objects.s3_client import S3Client, make_client
 from nanovllm.settings.s3 import S3Settings
 
@@ -90,6 +90,21 @@ def list_objects(
         if not answer.get("IsTruncated"):
             return
         page = page | {"ContinuationToken": answer["NextContinuationToken"]}
+
+
+def find_object(client: S3Client, uri: str) -> ListedObject:
+    """The object that ``uri`` names.
+
+    Raises:
+        InvalidInput: it is no URI of an object.
+        NanoVLLMError: as ``S3Client.call``.
+    """
+    parts = split_object_uri(uri)
+    if parts is None:
+        raise InvalidInput(f"{uri} is not the URI of an object")
+    bucket, key = parts
+    answer = client.call(lambda s3: s3.head_object(Bucket=bucket, Key=key))
+    return ListedObject(uri, answer["ETag"].strip('"'), answer["ContentLength"])
 
 
 def _glob_matches(parts: list[str], pattern: list[str]) -> bool:

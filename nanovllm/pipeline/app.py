@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, NanoVLLMError
-from nanovllm.pipeline.operations.repeated_lines import RepeatedLines
+from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
-from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
-    from nanovllm.engine.backends.base import EngineBackend
     from nanovllm.pipeline.operations.health import Health
 
 logger = logging.getLogger("nanovllm.worker")
@@ -45,7 +43,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     signals = StopSignals()
     forbid_debugging()
     prepare_threads()
-    _log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level)
     try:
         asyncio.run(_run(settings, signals, exit_when_drained))
     except ConfigurationError as error:
@@ -68,25 +66,13 @@ def prepare_threads() -> None:
         logger.warning("torch was imported before its threads could be set up")
 
 
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(RepeatedLines())
-    # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
-    for name in ("aiokafka", "botocore", "boto3", "urllib3"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-    # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
-    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
-
-
 async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool) -> None:
     from nanovllm.metrics import Metrics
     from nanovllm.pipeline.operations.health import Health, HealthServer
 
     asyncio.get_running_loop().set_exception_handler(_report)
-    metrics, health = Metrics(), Health()
+    brokers = settings.kafka.bootstrap_servers
+    metrics, health = Metrics(), Health(brokers)
     async with AsyncExitStack() as stack:
         try:
             server = HealthServer(health, metrics, host=settings.http.host, port=settings.http.port)
@@ -104,41 +90,31 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.client import client_kwargs
         from nanovllm.kafka.topic_limits import TopicLimits
         from nanovllm.kafka.topic_presence import require_topics
-        from nanovllm.objects.s3_client import check_settings
         from nanovllm.pipeline import build
         from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
         from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
             logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
-        if settings.s3.allow or settings.s3.large_results:
-            check_settings(settings.s3)
         # What a user must change is found before the model is loaded, which takes minutes: first what can be known
         # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
-        build.image_limits(settings.images)
-        await asyncio.to_thread(build.check_engine, settings.engine)
-        health.wait_for("the brokers")
+        await asyncio.to_thread(build.check_parts, settings)
+        health.wait_for(f"the brokers {brokers}")
         with _phase("the brokers and topics are there"):
-            await _until_reachable(partial(require_topics, settings.kafka, build.required_topics(settings)))
+            required = partial(require_topics, settings.kafka, build.required_topics(settings), may_be_created=False)
+            await _until_reachable(required)
         health.wait_for(None)
 
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
         logger.info("loading the model")
         with _phase("the model is loaded and the decoders are started"):
-            engine = await _load_engine(settings.engine)
-            stack.push_async_callback(engine.close)
-            await engine.start()
-            decoders = build.build_decoders(settings, engine)
-            if decoders is not None:
-                stack.push_async_callback(decoders.close)
-                await decoders.start()
-        fetcher = build.ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
-        stack.callback(fetcher.close)
+            parts = await stack.enter_async_context(build.started_parts(settings))
         health.is_model_loaded = True
-        logger.info("model %s (%s) is loaded", engine.model_info.id, engine.model_info.parameter_digest[:12])
+        model = parts.engine.model_info
+        logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
 
-        health.wait_for("the brokers")
+        health.wait_for(f"the brokers {brokers}")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
         limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
         dead_letters = settings.topics.dead_letters
@@ -147,16 +123,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         producer = build.build_producer(settings, limits)
         stack.push_async_callback(producer.stop)
         await producer.start()
-        worker, source = build.build_worker(
-            settings,
-            engine=engine,
-            decoders=decoders,
-            fetcher=fetcher,
-            sink=KafkaSink(producer, limits),
-            crash_guard=build.build_crash_guard(settings, producer),
-            metrics=metrics,
-            health=health,
-        )
+        guard = build.build_crash_guard(settings, producer)
+        worker = build.build_worker(settings, parts, KafkaSink(producer, limits), metrics, health, crash_guard=guard)
+        source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
         # These objects stay: the collector need not look through them again and again while jobs pass.
         gc.collect()
@@ -219,19 +188,3 @@ async def _tick(health: Health) -> None:
     while True:
         health.tick()
         await asyncio.sleep(TICK_S)
-
-
-async def _load_engine(settings: EngineSettings) -> EngineBackend:
-    if settings.backend == "echo":
-        from nanovllm.engine.backends.echo import EchoEngine
-
-        return EchoEngine(max_num_seqs=settings.max_num_seqs)
-    from nanovllm.engine.backends.native import AsyncEngine
-    from nanovllm.engine.diagnostics import describe
-    from nanovllm.pipeline.build import build_engine
-
-    # In a thread: the probes answer while weights are read, and a signal ends the process.
-    engine = await asyncio.to_thread(build_engine, settings)
-    for finding in describe(engine):
-        logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
-    return AsyncEngine(engine, step_timeout_s=settings.step_timeout_s)

@@ -6,10 +6,14 @@ guard, response cache, claim check, key order, retry topics.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 
@@ -19,7 +23,7 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.objects.s3_client import S3Client
+from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
@@ -36,7 +40,7 @@ from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
-from nanovllm.pipeline.stages.admit import Admit, decoded_bytes
+from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
@@ -55,36 +59,63 @@ from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
-from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
+logger = logging.getLogger("nanovllm.worker")
+
 DEFAULT_MODEL = "tiny-receipts"
 WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_chat_template_kwargs"}
 """Settings of ``engine`` that are no options of the engine itself."""
 
 
-def build_bare_worker(
+class Parts(NamedTuple):
+    """What a worker does its work with, started; ``decoders`` is None for an engine that takes no images."""
+
+    engine: EngineBackend
+    decoders: DecoderPool | None
+    fetcher: ObjectFetcher
+
+
+@asynccontextmanager
+async def started_parts(settings: Settings) -> AsyncIterator[Parts]:
+    """The parts that ``settings`` ask for, which are closed at the end.
+
+    Raises:
+        ConfigurationError: one cannot be made.
+    """
+    async with AsyncExitStack() as stack:
+        engine = await load_engine(settings)
+        stack.push_async_callback(engine.close)
+        await engine.start()
+        decoders = build_decoders(settings, engine)
+        if decoders is not None:
+            stack.push_async_callback(decoders.close)
+            await decoders.start()
+        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        stack.callback(fetcher.close)
+        yield Parts(engine, decoders, fetcher)
+
+
+def build_worker(
     settings: Settings,
-    *,
-    engine: EngineBackend,
-    decoders: DecoderPool | None,
-    fetcher: ObjectFetcher,
+    parts: Parts,
     sink: Sink,
     metrics: Metrics,
     health: Health,
+    *,
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
     decode: DecodeJob | None = None,
 ) -> Worker:
-    """A worker without a source, which is not started; engine, decoders and whatever the sink needs are.
+    """A worker without a source, which is not started; its parts and whatever the sink needs are.
 
-    ``decoders`` is None for an engine that takes no images; ``backoff`` is between attempts in place. ``decode`` in
-    place of `decode_job` makes jobs of records.
+    ``backoff`` is between attempts in place. ``decode`` in place of `decode_job` makes jobs of records.
     """
+    engine, decoders, fetcher = parts
     backoff = backoff or Backoff()
     retry_topics = RetryTopics.of(settings)
     lanes = retry_topics.lanes
@@ -155,32 +186,10 @@ def build_bare_worker(
     )
 
 
-def build_worker(
-    settings: Settings,
-    *,
-    engine: EngineBackend,
-    decoders: DecoderPool | None,
-    fetcher: ObjectFetcher,
-    sink: KafkaSink,
-    metrics: Metrics,
-    health: Health,
-    crash_guard: CrashGuard | None = None,
-    backoff: Backoff | None = None,
-) -> tuple[Worker, JobSource]:
-    """A worker as ``build_bare_worker`` makes it, and the consumer group member that is its source, not started."""
-    worker = build_bare_worker(
-        settings,
-        engine=engine,
-        decoders=decoders,
-        fetcher=fetcher,
-        sink=sink,
-        metrics=metrics,
-        health=health,
-        crash_guard=crash_guard,
-        backoff=backoff,
-    )
+def build_source(worker: Worker, limits: TopicLimits, crash_guard: CrashGuard | None = None) -> JobSource:
+    """The consumer group member that is the source of ``worker``, not started; ``limits``: as `build_producer`."""
+    settings, metrics = worker.settings, worker.metrics
     retry_topics = RetryTopics.of(settings)
-    lanes = retry_topics.lanes
     assignments = Assignments(
         settings.kafka,
         StartOffsets(settings.kafka.auto_offset_reset, metrics, read_in_full=retry_topics.delays_s),
@@ -188,18 +197,17 @@ def build_worker(
         lost=worker.drop,
         exactly_once=settings.delivery == "exactly_once",
         crash_guard=crash_guard,
-        limits=sink.limits,
+        limits=limits,
     )
-    source = JobSource(
+    return JobSource(
         settings.kafka,
-        lanes,
+        worker.lanes,
         assignments,
         drain=worker.drain,
         drain_timeout_s=settings.admission.drain_timeout_s,
         delays_s=retry_topics.delays_s,
-        watch=TopicWatch(lanes, written_topics(settings), metrics),
+        watch=TopicWatch(worker.lanes, written_topics(settings), metrics),
     )
-    return worker, source
 
 
 def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | None:
@@ -260,20 +268,42 @@ def image_limits(images: ImageSettings) -> ImageLimits:
     return ImageLimits(**{limit.name: getattr(images, limit.name) for limit in fields(ImageLimits)})
 
 
-def check_engine(settings: EngineSettings) -> None:
-    """Find out what can be known of the engine's settings before weights are read; it imports torch, for seconds.
+def check_parts(settings: Settings) -> None:
+    """Find out what can be known of the parts before weights are read; it imports torch, for seconds.
 
     Raises:
-        ConfigurationError, ModelNotFound: the device or the model is not there.
+        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or an image format, the device or the model is not
+            there.
     """
-    if settings.backend == "echo":
+    if settings.s3.allow or settings.s3.large_results:
+        check_settings(settings.s3)
+    image_limits(settings.images)
+    engine = settings.engine
+    if engine.backend == "echo":
         return
     from nanovllm.checkpoints.resolve import resolve_checkpoint
     from nanovllm.engine.execution.loading import choose_device
 
-    _register_aliases(settings)
-    resolve_checkpoint(settings.model or DEFAULT_MODEL)
-    choose_device(settings.device)
+    _register_aliases(engine)
+    resolve_checkpoint(engine.model or DEFAULT_MODEL)
+    choose_device(engine.device)
+
+
+async def load_engine(settings: Settings) -> EngineBackend:
+    """The backend that ``settings`` name, not started. Raises as `build_engine`."""
+    options = settings.engine
+    if options.backend == "echo":
+        from nanovllm.engine.backends.echo import EchoEngine
+
+        return EchoEngine(max_num_seqs=options.max_num_seqs)
+    from nanovllm.engine.backends.native import AsyncEngine
+    from nanovllm.engine.diagnostics import describe
+
+    # In a thread: the probes answer while weights are read, and a signal ends the process.
+    engine = await asyncio.to_thread(build_engine, options)
+    for finding in describe(engine, sampling_defaults(settings, engine.generation_defaults)):
+        logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
+    return AsyncEngine(engine, step_timeout_s=options.step_timeout_s)
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.metrics import Metrics
-from nanovllm.objects.s3_client import check_settings
-from nanovllm.pipeline import app, build
+from nanovllm.pipeline import build
+from nanovllm.pipeline.app import prepare_threads
 from nanovllm.pipeline.consuming.line_source import LineSource
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.stages.receive import DecodeJob
 from nanovllm.settings.worker import Settings
@@ -45,8 +45,8 @@ def run_lines(
     """
     signals = StopSignals(code_before_work=FAILED)
     forbid_debugging()
-    app.prepare_threads()
-    app._log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
+    prepare_threads()
+    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
     for name in LOGGERS_OF_DEAD_LETTERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     return asyncio.run(_run(without_kafka(settings), source, sink, decode, on_tick, signals))
@@ -75,32 +75,15 @@ async def _run(
     on_tick: Callable[[], object],
     signals: StopSignals,
 ) -> bool:
-    async with AsyncExitStack() as stack:
-        if settings.s3.allow or settings.s3.large_results:
-            check_settings(settings.s3)
-        engine = await app._load_engine(settings.engine)
-        stack.push_async_callback(engine.close)
-        await engine.start()
-        decoders = build.build_decoders(settings, engine)
-        if decoders is not None:
-            stack.push_async_callback(decoders.close)
-            await decoders.start()
-        fetcher = build.ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
-        stack.callback(fetcher.close)
-        worker = build.build_bare_worker(
-            settings,
-            engine=engine,
-            decoders=decoders,
-            fetcher=fetcher,
-            sink=sink,
-            metrics=Metrics(),
-            health=Health(),
-            decode=decode,
-        )
-        ticking = asyncio.create_task(_tick(on_tick), name="tick")
-        stack.callback(ticking.cancel)
+    await asyncio.to_thread(build.check_parts, settings)
+    async with build.started_parts(settings) as parts:
+        worker = build.build_worker(settings, parts, sink, Metrics(), Health(), decode=decode)
         signals.hand_to(worker.stop, has_taken=lambda: worker.has_taken)
-        await worker.run(source, exit_when_drained=True)
+        ticking = asyncio.create_task(_tick(on_tick), name="tick")
+        try:
+            await worker.run(source, exit_when_drained=True)
+        finally:
+            ticking.cancel()
     return await source.is_drained()
 
 

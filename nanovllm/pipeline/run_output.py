@@ -8,13 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from nanovllm.errors import InvalidInput, SystemicError
-from nanovllm.messages.codec import decode_fields, decode_job
+from nanovllm.errors import InvalidInput, InvalidJob, SystemicError
+from nanovllm.messages.codec import decode_fields, decode_job, job_of_fields
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.encoding import encode
 from nanovllm.messages.job import Job, derive_job_id
-from nanovllm.messages.openai_batch import answer_line, error_line, is_request, job_of_request
+from nanovllm.messages.openai_batch import answer_line, error_line, is_request, job_of_request, request_id_in
 from nanovllm.messages.result import Result
+from nanovllm.messages.sent_job_id import valid_job_id
+from nanovllm.pipeline.local_images import LocalImages
 from nanovllm.sinks.jsonl import JsonLinesSink
 
 
@@ -22,13 +24,15 @@ class RunOutput:
     """Appends results to ``results`` and dead letters to ``dead_letters``. A context manager.
 
     Requests of OpenAI's batch files (``add_request`` got their ids) are answered in that form; one without an answer
-    has a line in both files. ``finished``: the ids of the jobs that have ended, in earlier runs too.
+    has a line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that
+    have ended, in earlier runs too.
 
     Raises:
         InvalidInput: a file cannot be written, another run writes it, or it has lines that are no outcomes.
     """
 
-    def __init__(self, results: Path, dead_letters: Path) -> None:
+    def __init__(self, results: Path, dead_letters: Path, local_images: LocalImages | None = None) -> None:
+        self._local_images = local_images
         self._results, self._dead_letters = JsonLinesSink(results), JsonLinesSink(dead_letters)
         self._request_ids: set[str] = set()
         self.finished: set[str] = set()
@@ -60,12 +64,27 @@ class RunOutput:
 
     def decode(self, line: bytes, *, max_bytes: int | None = None) -> Job:
         """The job of a line, which is a job or a request. Raises InvalidJob where it is neither."""
-        if b'"custom_id"' not in line or (max_bytes is not None and len(line) > max_bytes):
+        may_be_more = b'"custom_id"' in line or self._local_images is not None
+        if not may_be_more or (max_bytes is not None and len(line) > max_bytes):
             return decode_job(line, max_bytes=max_bytes)
-        fields = decode_fields(line)
+        try:
+            fields = decode_fields(line)
+        except InvalidJob:
+            return decode_job(line)  # it says whose line it is
         if not is_request(fields):
-            return decode_job(line)
+            return job_of_fields(self._with_images(fields, valid_job_id(fields.get("job_id"))))
+        if isinstance(fields.get("body"), dict):
+            fields = fields | {"body": self._with_images(fields["body"], request_id_in(fields))}
         return job_of_request(fields)
+
+    def _with_images(self, fields: dict[str, Any], job_id: str | None) -> dict[str, Any]:
+        if self._local_images is None:
+            return fields
+        try:
+            return self._local_images.insert(fields)
+        except InvalidJob as error:
+            error.job_id = job_id
+            raise
 
     def add_result(self, value: bytes) -> None:
         """Append an encoded result. Raises SystemicError where the file takes no more."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
+from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.records import DEFAULT_MAX_RECORD_BYTES, Headers, OutgoingRecord
 from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
@@ -63,11 +64,7 @@ def dead_letter_record(
     if record.size_bytes <= max_bytes:
         return record
     if value is not None:
-        envelope += [
-            (TRUNCATED_HEADER, b"true"),
-            (SHA256_HEADER, hashlib.sha256(value).hexdigest().encode()),
-            (f"{OWN_PREFIX}value_size", str(len(value)).encode()),
-        ]
+        envelope += _cut_value(value)
     without_headers = (*envelope, *_left_out(others))
     for kept_key, headers in (
         (key, (*kept, *envelope, *_left_out(left_out))),
@@ -79,6 +76,22 @@ def dead_letter_record(
             return OutgoingRecord(topic, kept_key, None if value is None else value[:room], headers)
     shortest = tuple((name, field[:room] if name == MESSAGE_HEADER else field) for name, field in without_headers)
     return OutgoingRecord(topic, None, None if value is None else b"", shortest)
+
+
+def envelope_alone(
+    topic: str, source: Source, value: bytes | None, tenant: tuple[str, bytes] | None, **fields: str
+) -> OutgoingRecord:
+    """A dead letter of code ``internal`` where no whole one can be built, of as little as possible.
+
+    ``fields`` of the envelope, where the record lies, and the digest and size of ``value``, as where that is cut.
+    """
+    now = rfc3339(datetime.now(UTC))
+    where = {f"source_{part}": str(one) for part, one in source if one is not None}
+    always = {"version": "1", "code": NanoVLLMError.code, "class": "permanent", "retryable": "true"}
+    envelope = always | where | fields | {"received_at": now, "failed_at": now}
+    headers = tuple((f"{OWN_PREFIX}{name}", field.encode(errors="replace")) for name, field in envelope.items())
+    cut = () if value is None else _cut_value(value)
+    return OutgoingRecord(topic, None, None if value is None else b"", (*filter(None, [tenant]), *headers, *cut))
 
 
 def dead_letter_like(
@@ -137,6 +150,14 @@ def _header(name: str, field: Any) -> tuple[str, bytes]:
     elif isinstance(field, bool):
         field = str(field).lower()
     return f"{OWN_PREFIX}{name}", str(field).encode(errors="replace")
+
+
+def _cut_value(value: bytes) -> Headers:
+    return (
+        (TRUNCATED_HEADER, b"true"),
+        (SHA256_HEADER, hashlib.sha256(value).hexdigest().encode()),
+        (f"{OWN_PREFIX}value_size", str(len(value)).encode()),
+    )
 
 
 def _left_out(count: int) -> Headers:

@@ -8,11 +8,15 @@ in it crashes whichever process starts it, and a record with ``UNDECODABLE`` the
 
 from __future__ import annotations
 
-import asyncio
 import os
-import resource
 import signal
 import sys
+
+if __name__ == "__main__":  # before the imports, as nanovllm.cli.main does where its first argument is ``worker``
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+import asyncio
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import EngineDead
 from nanovllm.messages.codec import decode_job
-from nanovllm.pipeline import app
+from nanovllm.pipeline import build
 from nanovllm.pipeline.build import build_engine
 from nanovllm.pipeline.stages import receive
 
@@ -108,11 +112,11 @@ def main() -> None:
     orders = Orders(Path(sys.argv[1]), sys.argv[2])
 
     async def load_engine(settings: Any) -> Any:
-        if settings.backend == "native":
-            return await asyncio.to_thread(faulty_native, orders, settings)
-        return FaultyEcho(orders, max_num_seqs=settings.max_num_seqs)
+        if settings.engine.backend == "native":
+            return await asyncio.to_thread(faulty_native, orders, settings.engine)
+        return FaultyEcho(orders, max_num_seqs=settings.engine.max_num_seqs)
 
-    app._load_engine = load_engine
+    build.load_engine = load_engine
     receive.decode_job = crash_decoding  # type: ignore[assignment]
     sys.argv = ["nanovllm", *sys.argv[3:]]
     sys.exit(cli.main())

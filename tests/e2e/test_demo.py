@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from parts import eventually
 from nanovllm.demo.child_process import LocalProcess
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
+from nanovllm.terminal import LINE_S
 
 COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
 FILES = {"report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"}
@@ -32,8 +34,20 @@ def environment(**settings: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")} | settings
 
 
-def run_demo(output: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return run([*COMMAND, "demo", "--output", str(output), *options], **settings)
+# Of a command, with a line of progress every 20 ms in place of 5 s.
+TALKATIVE = "import sys; from nanovllm import terminal; terminal.LINE_S = 0.02; from nanovllm.cli.main import main; "
+STEPS = (
+    "Starting the embedded broker and object store",
+    "Uploading",
+    "The worker loads its model and answers",
+    "Ending the worker, writing the report",
+)
+
+
+def run_demo(
+    output: Path, *options: str, command: Sequence[str] = COMMAND, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    return run([*command, "demo", "--output", str(output), *options], **settings)
 
 
 def run(command: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
@@ -76,11 +90,16 @@ def test_the_demo_answers_every_job_and_says_how_many_texts_are_right(tmp_path):
     assert said.index("What happened") < said.index("Report") < said.index("Next:")
 
 
+def test_no_step_is_silent_for_longer_than_ten_seconds():
+    assert 0 < LINE_S <= 10, "each step prints a line so often: see the next test, and test_house.py for the set-up"
+
+
 def test_a_demo_whose_texts_are_wrong_fails_and_never_touches_the_callers_own_brokers_and_buckets(tmp_path):
     ended = run_demo(
         tmp_path,
         "--jobs",
         "24",
+        command=[sys.executable, "-c", f"{TALKATIVE} sys.exit(main())"],
         NANOVLLM_ENGINE__BACKEND="echo",
         NANOVLLM_KAFKA__BOOTSTRAP_SERVERS="192.0.2.1:9092",
         NANOVLLM_KAFKA__SECURITY_PROTOCOL="SSL",
@@ -90,6 +109,8 @@ def test_a_demo_whose_texts_are_wrong_fails_and_never_touches_the_callers_own_br
         AWS_PROFILE="production",
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
+    for step in STEPS:
+        assert re.search(rf"^{step}.*: \d+ s", ended.stderr, re.MULTILINE), f"{step} shows that it goes on"
     assert "only 0 of 24 texts are exactly right" in ended.stdout
     assert summary_of(tmp_path)["answered"] == 24
     assert "only 0 of 24 texts" in (tmp_path / "report.html").read_text()

@@ -201,7 +201,7 @@ async def test_a_broker_that_is_down_at_the_start_is_named_and_waited_for(tmp_pa
     nobody = broker.bootstrap_servers
     worker = Worker(tmp_path, nobody, {})
     with started(worker):
-        await worker.says("waiting for the brokers")
+        await worker.says(f"waiting for the brokers {nobody}")
         await eventually(lambda: f"no broker answers at {nobody}" in worker.process.tail(100))
         assert len(worker.process.tail(1_000).splitlines()) < 20
         await broker.start()
@@ -224,7 +224,8 @@ async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_b
 @pytest.mark.kafka
 @pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path) -> None:
-    async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "false"}) as node:
+    # Kafka's default: the worker's own look must not make the topic.
+    async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "true"}) as node:
         for missing in ("jobs", "dead_letters"):
             worker = Worker(tmp_path / missing, node.bootstrap_servers, {})
             there = [topic for name, topic in worker.topics.items() if name != missing]
@@ -307,7 +308,7 @@ async def test_sigterm_before_the_first_job_ends_the_worker_also_while_the_broke
                     await asyncio.sleep(2)  # the clients notice
                     assert worker.probe("/healthz") == (200, [])
                 if fault == "down":
-                    await worker.says("the consumer group is not joined")
+                    await worker.says(f"the consumer group is not joined at the brokers {node.bootstrap_servers}")
                 await worker.stops()
 
 

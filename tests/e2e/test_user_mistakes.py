@@ -83,6 +83,11 @@ MISTAKES = [
     Mistake("too few jobs for the demo", "demo --jobs 3"),
     Mistake("a checkpoint that is not there", "convert {tmp}/nope.gguf {tmp}/out"),
     Mistake("an output that is there", "convert {tmp} {tmp}"),
+    Mistake("an object that is not there", "submit s3://receipts/nope.png -p x", EXISTING),
+    Mistake(
+        "a folder that is not there",
+        "run -i {tmp}/jobs.jsonl -o {tmp}/results.jsonl --allowed-local-media-path {tmp}/nope",
+    ),
 ]
 
 

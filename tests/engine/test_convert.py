@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import as_lfs_pointer, edit_tensors
-from checkpoints import Family, make_clip, make_llava, make_qwen_vl, make_text, make_tokenizer
+from checkpoint_files import as_lfs_pointer, edit_json, edit_tensors
+from checkpoints import Family, make_clip, make_llava, make_qwen_vl, make_siglip, make_text, make_tokenizer
 from engine_parts import Reference, assert_all_same, drain, draw_cases, greedy, recording_engine
 from gguf_checkpoints import write_gguf
 from safetensors.torch import load_file
@@ -80,10 +80,37 @@ def test_bin_checkpoints_answer_as_before(tmp_path: Path, make: Callable[[Path],
     assert_answers_equal(tmp_path / "original", tmp_path / "out", sees=make.func is make_llava)  # type: ignore[attr-defined]
 
 
+TOWERS: dict[str, Callable[[Path], Path]] = {
+    "clip": make_clip,
+    "whole clip": partial(make_clip, with_text_tower=True),
+    "siglip": make_siglip,
+}
+
+
 @pytest.mark.filterwarnings("ignore:The projector between")
-def test_a_tower_converts_too(tmp_path: Path) -> None:
-    convert(as_bin(make_clip(tmp_path / "bin")), tmp_path / "out")
-    assert VisionEncoder(64, tmp_path / "out").num_vision_tokens == 49
+@pytest.mark.parametrize("make", TOWERS.values(), ids=list(TOWERS))
+def test_a_tower_converts_too_and_its_features_are_compared(
+    tmp_path: Path, make: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    difference = convert(as_bin(make(tmp_path / "bin")), tmp_path / "out")
+    assert difference < 1e-4
+    assert VisionEncoder(64, tmp_path / "out").num_vision_tokens in (49, 196)
+    change_what_is_saved(monkeypatch)
+    with pytest.raises(UnsupportedModel, match=r"features differ from its source's by .* nothing is written"):
+        convert(tmp_path / "bin", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "NoModelAtAll", ""])
+def test_a_bin_checkpoint_of_another_architecture_is_refused_before_it_is_read(
+    tmp_path: Path, architecture: str
+) -> None:
+    source = as_bin(make_text(tmp_path / "bin"))
+    edit_json(source / "config.json", architectures=[architecture] if architecture else None)
+    (source / "pytorch_model.bin").write_bytes(b"not read")
+    with pytest.raises(UnsupportedModel, match=f"architecture '{architecture}'; supported are LlamaForCausalLM"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def rope(kind: str, **parameters: float) -> dict[str, Any]:
@@ -108,7 +135,6 @@ GGUF: dict[str, dict[str, Any]] = {
 def test_a_gguf_file_answers_as_the_checkpoint_it_was_made_of(tmp_path: Path, options: dict[str, Any]) -> None:
     original = make_text(tmp_path / "original", **options)
     difference = convert(write_gguf(tmp_path / "model.gguf", original), tmp_path / "made" / "out")
-    assert difference is not None
     assert difference < 1e-4
     assert_answers_equal(original, tmp_path / "made" / "out")
     assert sorted(file.name for file in (tmp_path / "made").iterdir()) == ["out"]
@@ -203,17 +229,20 @@ def test_a_head_of_its_own_stays_where_the_configuration_ties_it(tmp_path: Path,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_checkpoints_are_compared_in_their_own_type(tmp_path: Path, dtype: torch.dtype) -> None:
     difference = convert(as_bin(make_text(tmp_path / "bin", dtype=dtype)), tmp_path / "out")
-    assert difference is not None
     assert 0 < difference < 5e-2
 
 
-def test_a_result_with_other_logits_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def change_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     save = conversion._save
     monkeypatch.setattr(
         conversion,
         "_save",
         lambda state, made: save({name: value * 1.05 for name, value in state.items()}, made),
     )
+
+
+def test_a_result_with_other_logits_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_what_is_saved(monkeypatch)
     with pytest.raises(UnsupportedModel, match=r"logits differ from its source's by .* nothing is written"):
         convert(as_bin(make_text(tmp_path / "bin")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -235,7 +264,7 @@ def spoilt(directory: Path, kind: str) -> Path:
     """A source that cannot be converted."""
     source = directory / "source"
     source.mkdir()
-    (source / "config.json").write_text("{}")
+    (source / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     binary = source / "pytorch_model.bin"
     index = source / "pytorch_model.bin.index.json"
     match kind:

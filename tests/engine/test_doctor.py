@@ -14,10 +14,10 @@ from nanovllm.engine import kernels
 from nanovllm.engine.diagnostics import describe, measure
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
-from nanovllm.pipeline.app import _load_engine
-from nanovllm.pipeline.build import build_engine
+from nanovllm.pipeline.build import build_engine, load_engine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.worker import Settings
 from tests.checkpoints import make_llava
 
 
@@ -99,10 +99,10 @@ async def test_the_first_lines_of_a_worker_s_log_say_the_same(
 ) -> None:
     monkeypatch.setattr(kernels, "missing", lambda: "there is no C++ compiler")
     caplog.set_level("INFO", "nanovllm")
-    settings = EngineSettings(model=str(text), kv_cache_bytes=1 << 20)
-    engine = await _load_engine(settings)
+    settings = Settings(engine=EngineSettings(model=str(text), kv_cache_bytes=1 << 20))
+    engine = await load_engine(settings)
     lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.worker"]
-    with build_engine(settings) as same:
+    with build_engine(settings.engine) as same:
         findings = told(same)
     await engine.close()
     assert [line.split(":")[0] for line in lines] == list(findings)

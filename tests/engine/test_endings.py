@@ -121,6 +121,10 @@ def test_sampling_defaults_of_the_checkpoint_count_without_sampling_parameters(d
         assert engine.get_default_sampling_params() == SamplingParams()
         told = {finding.subject: finding for finding in describe(engine)}["sampling defaults"]
         assert "ignores what generation_config.json sets: temperature" in told.note
+        assert told.value == "temperature 1.0"
+        for_jobs = describe(engine, SamplingParams(temperature=0, max_tokens=9))
+        told = {finding.subject: finding for finding in for_jobs}["sampling defaults"]
+        assert told.value == "max_tokens 9, temperature 0.0, which is greedy"
     with load(directory) as engine:
         assert engine.get_default_sampling_params() == SamplingParams()
 

@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nanovllm.checkpoints import transformers_version
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.transformers_version import OLDEST, untested_version
 from nanovllm.cli.main import MISUSE, main
+from nanovllm.engine import diagnostics
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -56,6 +59,7 @@ def drop(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 CHANGES: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
     "drop": drop,
     "rename": lambda tensors, name: {**drop(tensors, name), f"{name}_old": tensors[name]},
+    "one more": lambda tensors, name: {**tensors, f"{name}_old": tensors[name].clone()},
     "more rows": lambda tensors, name: {**tensors, name: torch.cat([tensors[name], tensors[name][:1]])},
     "fewer rows": lambda tensors, name: {**tensors, name: tensors[name][:-1].clone()},
     "half": lambda tensors, name: {**tensors, name: tensors[name].half()},
@@ -151,6 +155,16 @@ def test_a_tied_checkpoint_may_store_either_or_both(tmp_path: Path, stored: str)
     assert_loads_as_transformers_does(directory, sees=False)
 
 
+@pytest.mark.parametrize("name", ["image_newline", "model.adapter.weight", "language_model.adapter.weight"])
+@pytest.mark.parametrize("make", [make_llava, make_qwen_vl])
+def test_a_tensor_beside_text_and_tower_is_refused_by_its_name(
+    tmp_path: Path, make: Callable[[Path], Path], name: str
+) -> None:
+    edit_tensors(make(tmp_path), lambda stored: {**stored, name: torch.ones(2)})
+    with pytest.raises(UnsupportedModel, match=rf"tensor '{name}' has no place"):
+        recording_engine(tmp_path)
+
+
 def test_an_untied_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
     edit_tensors(make_qwen3(tmp_path), lambda stored: drop(stored, "lm_head.weight"))
     with pytest.raises(UnsupportedModel, match=r"lacks 1 tensor, such as lm_head\.weight"):
@@ -237,6 +251,22 @@ def test_a_release_of_transformers_outside_the_tested_ones_is_said(version: str,
     note = untested_version(version)
     assert bool(note) == bool(said)
     assert said in note
+
+
+def test_an_engine_and_the_doctor_say_so_at_start_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = untested_version("5.99.0")
+    for module in (transformers_version, diagnostics):
+        monkeypatch.setattr(module, "untested_version", lambda: note)
+    transformers_version.warn_untested_version.cache_clear()
+    directory = make_qwen3(tmp_path)
+    for _ in range(2):
+        with LLMEngine(str(directory), kv_cache_bytes=1 << 20) as engine:
+            findings = {finding.subject: finding.note for finding in diagnostics.describe(engine)}
+    assert caplog.text.count(note) == 1
+    assert findings["transformers"] == note
+    transformers_version.warn_untested_version.cache_clear()
 
 
 def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:

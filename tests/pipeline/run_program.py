@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm.cli import main as cli
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.pipeline import app
+from nanovllm.pipeline import build
 
 
 class WritingEngine(EchoEngine):
@@ -38,9 +38,9 @@ def main() -> None:
     async def load_engine(settings: Any) -> Any:
         if delay_s < 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.max_num_seqs)
+        return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.engine.max_num_seqs)
 
-    app._load_engine = load_engine
+    build.load_engine = load_engine
     sys.argv = ["nanovllm", *sys.argv[3:]]
     sys.exit(cli.main())
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -157,7 +158,10 @@ async def test_answers_what_is_there_and_leaves_when_drained(setup: Setup) -> No
     await setup.send(*({"job_id": f"j{i}", "prompt": f"say {i}"} for i in range(30)))
     async with setup.worker("--exit-when-drained") as worker:
         assert await setup.results(30) == {f"j{i}" for i in range(30)}
-        assert await asyncio.wait_for(worker.wait(), 60) == 0
+        _, said = await asyncio.wait_for(worker.communicate(), 60)
+        assert worker.returncode == 0
+    for phase in ("the brokers and topics are there", "the model is loaded and the decoders are started"):
+        assert re.search(rf"{phase}: \d+\.\d s", said.decode()), "each phase of a start is told with its seconds"
     assert await setup.committed() == 30
 
 

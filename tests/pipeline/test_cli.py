@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
+from parts import create_topic
 from sample_messages import dead_letter, result
 
 from nanovllm.cli.main import main
@@ -39,6 +40,7 @@ def topics(embedded_broker: str, unique: Callable[[str], str], monkeypatch: pyte
     for name, topic in names.items():
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", topic)
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("COLUMNS", "140")
     return names
 
@@ -252,6 +254,53 @@ def test_long_work_off_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyP
             said += capsys.readouterr().err
     assert said.startswith("converting it: 0 s")
     assert "\x1b" not in said
+
+
+def test_commands_that_work_long_show_it(
+    topics: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shown: list[str] = []
+
+    @contextlib.contextmanager
+    def recorded(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        shown.append(what)
+        with long_work(what, total) as show:
+            yield show
+
+    for module in ("main", "sending", "dlq", "run", "ask", "diagnostics"):
+        monkeypatch.setattr(f"nanovllm.cli.{module}.long_work", recorded)
+    monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "native")
+    monkeypatch.setenv("NANOVLLM_ENGINE__MODEL", str(tmp_path / "none"))
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a"}\n')
+    asyncio.run(create_topic(os.environ["NANOVLLM_KAFKA__BOOTSTRAP_SERVERS"], *topics.values()))
+    for command in (
+        f"convert {tmp_path / 'none.gguf'} {tmp_path / 'out'}",
+        f"submit {tmp_path / 'jobs.jsonl'}",
+        "submit s3://bucket/in/ -p x",
+        "submit s3://bucket/a.png -p x",
+        "dlq replay --all",
+        f"run -i {tmp_path / 'jobs.jsonl'} -o {tmp_path / 'results.jsonl'}",
+        "ask what",
+        "doctor",
+    ):
+        before = len(shown)
+        main(command.split())
+        assert len(shown) > before, command
+    assert "listing s3://bucket/in/" in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell: str) -> None:
+    def ask(instruction: str, **words: str) -> str:
+        environment = {**os.environ, "_NANOVLLM_COMPLETE": f"{instruction}_{shell}", **words}
+        command = [sys.executable, "-m", "nanovllm.cli.main"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "_NANOVLLM_COMPLETE" in ask("source")
+    typed = {"COMP_WORDS": "nanovllm sub", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "nanovllm sub"}
+    found = ask("complete", **typed, _TYPER_COMPLETE_FISH_ACTION="get-args")
+    assert "submit" in found
+    assert "results" not in found
 
 
 def test_the_demos_help_says_its_real_bounds(capsys: Capture) -> None:

@@ -70,6 +70,40 @@ async def test_letters_are_found_by_what_they_say(bench: Bench, environment: Non
     assert await asyncio.to_thread(main, ["dlq", "list", "--since", "yesterday-ish"]) == 2
 
 
+def test_an_unknown_code_is_refused_with_the_codes_nearest_to_it(capsys: Capture) -> None:
+    for words, nearest in (
+        (["list", "--code", "object_not_fuond"], "object_not_found"),
+        (["replay", "--code", "invalid_job", "--code", "forbiden_url"], "forbidden_uri"),
+        (["list", "--code", "nonsense"], ""),
+    ):
+        assert main(["dlq", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words[-1] in line
+        assert "nearest: " + nearest in line
+
+
+async def test_a_key_that_no_setting_allows_is_not_retryable(bench: Bench, environment: None, capsys: Capture) -> None:
+    for job_id, key in (
+        ("outside", "s3://other/a.png"),
+        ("dots", "s3://images/in/../a.png"),
+        ("dot", "s3://images/./a"),
+    ):
+        await bench.send({"job_id": job_id, "prompt": "<|image|>", "images": [key]})
+    async with bench.working(EchoEngine()):
+        await bench.dead_letters(3)
+    said = {}
+    for job_id in ("outside", "dots", "dot"):
+        letter = await command(capsys, "show", job_id)
+        said[job_id] = letter["code"], letter["retryable"]
+    assert said == {
+        "outside": ("forbidden_uri", True),
+        "dots": ("forbidden_uri", False),
+        "dot": ("forbidden_uri", False),
+    }
+    rows = await command(capsys, "replay", "--code", "forbidden_uri", "--retryable", "--dry-run", "--json")
+    assert [row["job_id"] for row in rows] == ["outside"]
+
+
 async def test_a_job_that_was_repaired_is_replayed_as_it_was(
     bench: Bench, environment: None, capsys: Capture, s3: Any
 ) -> None:

@@ -8,6 +8,7 @@ from nanovllm.errors import CredentialsRefused
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.log import RepeatedLines
 
 
 class Clock:
@@ -29,6 +30,22 @@ def test_a_fault_is_told_to_health_and_ends_when_its_part_works() -> None:
     faults.clear("broker")
     assert not faults.are_present
     assert health.systemic is None
+
+
+def test_a_cause_that_changes_while_a_fault_lasts_is_logged_and_causes_that_repeat_at_a_falling_rate(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    faults = ActiveFaults(Health(), Metrics(), lapse_s=10)
+    for cause in ("no address", "no address", "no address", "expired", "expired"):
+        faults.report("store", CredentialsRefused(cause))
+    assert [line.split("; ")[0] for line in caplog.messages] == ["store: no address", "store: expired"]
+    shown = list(filter(RepeatedLines(lambda: 0.0).filter, caplog.records))
+    assert len(shown) == 2
+    caplog.clear()
+    for number in range(1_000):
+        faults.report("store", CredentialsRefused("expired" if number % 2 else "no address"))
+    shown = list(filter(RepeatedLines(lambda: 0.0).filter, caplog.records))
+    assert len(shown) < 25
 
 
 def test_a_fault_that_nobody_reports_any_more_lapses() -> None:

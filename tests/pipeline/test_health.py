@@ -53,6 +53,14 @@ def test_a_worker_that_loads_its_model_is_alive_and_not_ready(served: Served) ->
     assert served.get("/healthz")[0] == 200
 
 
+def test_a_worker_without_its_group_names_the_brokers() -> None:
+    health = Health("kafka-0:9092,kafka-1:9092")
+    health.is_model_loaded = True
+    assert health.unready == ("the consumer group is not joined at the brokers kafka-0:9092,kafka-1:9092",)
+    health.has_joined = True
+    assert health.unready == ()
+
+
 def test_a_worker_in_its_group_is_ready_until_it_drains_or_a_fault_is_systemic(served: Served) -> None:
     served.health.is_model_loaded = served.health.has_joined = True
     assert served.get("/readyz") == (200, '{"status": "ok", "reasons": []}\n')

@@ -284,9 +284,9 @@ def test_variables_of_the_chat_template_are_numbers_and_need_leave() -> None:
 def test_what_the_settings_leave_unset_is_the_checkpoint_s_where_that_counts() -> None:
     engine = EchoEngine()
     settings = Settings(sampling={"top_p": 0.5}, admission={"max_tokens": 300})
-    assert sampling_defaults(settings, engine) == settings.sampling
+    assert sampling_defaults(settings, engine.generation_defaults) == settings.sampling
     engine.generation_defaults = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 2048}
-    found = sampling_defaults(settings, engine)
+    found = sampling_defaults(settings, engine.generation_defaults)
     assert (found.temperature, found.top_p, found.max_tokens) == (0.6, 0.5, 300)
     asked = job(sampling={"temperature": 1.5}).sampling_params(found, 300)
     assert (asked.temperature, asked.top_p, asked.max_tokens) == (1.5, 0.5, 300)

@@ -21,6 +21,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from parts import S3Part
 
+from nanovllm.cli.sending import finder_of
 from nanovllm.cli.sources import plan_submissions
 from nanovllm.client.producer import _image_ref
 from nanovllm.errors import (
@@ -35,6 +36,7 @@ from nanovllm.errors import (
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.listing import ListedObject
 from nanovllm.objects.s3_client import make_client
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.settings.s3 import S3Settings
@@ -213,8 +215,14 @@ async def test_an_object_replaced_while_its_body_is_read_is_read_whole_as_it_was
 async def test_submit_names_an_object_as_it_was_typed(versity_s3: S3Part) -> None:
     store = Store(versity_s3)
     store.put(b"right", NAME)
-    (submission,) = plan_submissions([f"s3://{store.bucket}/{NAME}"], "p", {})
+    uri = f"s3://{store.bucket}/{NAME}"
+    (submission,) = plan_submissions([uri], "p", {})
     assert await store.read(ImageRef(uri=await _image_ref(submission.images[0]))) == b"right"
+    (found,) = plan_submissions([uri], "p", {}, find_objects=finder_of(store.settings))[0].images
+    assert isinstance(found, ListedObject)
+    assert await store.read(ImageRef(uri=found.uri, etag=found.etag)) == b"right"
+    with pytest.raises(InvalidInput, match="no such object"):
+        plan_submissions([f"{uri}x"], "p", {}, find_objects=finder_of(store.settings))
 
 
 async def test_a_store_that_ignores_the_condition_gives_no_other_object(versity_s3: S3Part) -> None:

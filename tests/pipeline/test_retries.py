@@ -20,7 +20,7 @@ from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
-from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.consuming.retry_topics import Origin, RetryTopics
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.settings.failures import RetrySettings
@@ -77,6 +77,23 @@ async def test_a_job_that_fails_for_long_waits_aside_and_holds_up_nobody(
     assert carried["nanovllm_attempts"] == b"4"
     assert datetime.fromisoformat(carried["nanovllm_first_failed_at"].decode()) <= datetime.now(UTC)
     assert 'nanovllm_jobs_total{outcome="retry"} 1.0' in tiered.metrics.exposition().decode()
+
+
+async def test_a_delayed_retry_that_cannot_be_built_is_a_dead_letter(
+    tiered: Bench, images: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> object:
+        raise RuntimeError
+
+    monkeypatch.setattr(Origin, "retry_headers", fails)
+    bad = images("bad.png", png())
+    await tiered.send(image_job("bad", bad), image_job("good", images("good.png", png("blue"))))
+    async with tiered.working(EchoEngine(), SpoiltObject(tiered.settings, bad)):
+        ((headers, value),) = await tiered.dead_letters(1)
+        assert set(await tiered.results(1)) == {"good"}
+        await eventually(lambda: reached(tiered, 2))
+    assert (headers["nanovllm_code"], headers["nanovllm_stage"]) == ("internal", "fetch")
+    assert value == image_job("bad", bad)
 
 
 async def test_after_the_last_tier_it_is_a_dead_letter_that_counts_all_attempts(

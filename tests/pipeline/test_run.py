@@ -22,9 +22,10 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.pipeline.build import build_bare_worker, build_decoders
+from nanovllm.pipeline.build import Parts, build_decoders, build_worker
 from nanovllm.pipeline.consuming.line_source import FinishedJobs, LineSource, read_lines
 from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.local_images import LocalImages
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.run import without_kafka
 from nanovllm.pipeline.run_output import RunOutput
@@ -47,7 +48,8 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 class Run:
     """A run in this process, in a directory of its own, with an engine that echoes."""
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, local_images: LocalImages | None = None, **settings: Any) -> None:
+        self.local_images = local_images
         self.input = directory / "jobs.jsonl"
         self.results, self.dead_letters = directory / "results.jsonl", directory / "dead-letters.jsonl"
         self.settings = without_kafka(load_settings(None, settings))
@@ -58,19 +60,17 @@ class Run:
         echo = EchoEngine(max_num_seqs=4, **engine)
         decoders = build_decoders(self.settings, echo)
         assert decoders is not None
-        with RunOutput(self.results, self.dead_letters) as output:
+        with RunOutput(self.results, self.dead_letters, self.local_images) as output:
             finished = FinishedJobs("jobs.jsonl", frozenset(output.finished))
             limit = self.settings.admission.max_job_bytes
             self.left = finished.left(read_lines(self.input, limit))
             source = LineSource(read_lines(self.input, limit), finished, output.add_request)
-            worker = build_bare_worker(
+            worker = build_worker(
                 self.settings,
-                engine=echo,
-                decoders=decoders,
-                fetcher=ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes),
-                sink=OutcomeSink(self.settings.topics, output.add_result, output.add_dead_letter),
-                metrics=Metrics(),
-                health=Health(),
+                Parts(echo, decoders, ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes)),
+                OutcomeSink(self.settings.topics, output.add_result, output.add_dead_letter),
+                Metrics(),
+                Health(),
                 backoff=Backoff(base_s=0.01, cap_s=0.05),
                 decode=output.decode,
             )
@@ -182,6 +182,73 @@ async def test_images_are_fetched_and_limited_as_in_a_worker(tmp_path: Path, s3:
     assert codes == {"b": "forbidden_uri", "d": "image_too_large", "e": "object_not_found"}
 
 
+async def test_local_images_are_read_below_the_folder_that_is_named_and_nowhere_else(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "in").mkdir(parents=True)
+    for file in (folder / "in" / "a b.png", tmp_path / "secret.png"):
+        file.write_bytes(png((1, 2, 3)))
+    (folder / "large.png").write_bytes(bytes(2_000))
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(folder / "pipe.png")
+    inside = f"file://{folder}/in/a%20b.png"
+    images: dict[str, Any] = {
+        "path": "in/a b.png",
+        "absolute": str(folder / "in" / "a b.png"),
+        "url": inside,
+        "named": {"uri": inside, "name": "invoice 7"},
+        "above": "../secret.png",
+        "elsewhere": f"file://{tmp_path}/secret.png",
+        "link": "link.png",
+        "pipe": "pipe.png",
+        "folder": "in",
+        "none": "none.png",
+        "odd": "a\0b.png",
+        "host": "file://host/in/a.png",
+        "web": "https://example.com/a.png",
+        "large": "large.png",
+        "two": {"uri": "in/a b.png", "data": "AAAA"},
+    }
+    lines = [{"job_id": name, "prompt": "See <|image|>", "images": [image]} for name, image in images.items()]
+    part = {"type": "image_url", "image_url": {"url": inside}}
+    talk = [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}]
+    away = [{"role": "user", "content": [{**part, "image_url": {"url": "file:///etc/hostname"}}]}]
+    lines += [{"job_id": "talk", "messages": talk}, {"job_id": "away", "messages": away}]
+    requests = [request("r-1", messages=talk), request("r-2", messages=away)]
+    run = Run(tmp_path, LocalImages(folder, max_bytes=1_000, max_job_bytes=5_000), images={"max_bytes": 1_000})
+    await run(*lines, *requests)
+    answered = {fields.get("job_id", fields.get("custom_id")): fields for fields in read_objects(run.results)}
+    assert {name for name, one in answered.items() if not one.get("error")} == {
+        "path", "absolute", "url", "named", "talk", "r-1"
+    }  # fmt: skip
+    names = {name: answered[name]["inputs"][0].get("name") for name in ("path", "url", "named")}
+    assert names == {"path": "in/a b.png", "url": inside, "named": "invoice 7"}
+    letters = run.letters()
+    assert letters["large"].code == "image_too_large"
+    assert {letter.code for name, letter in letters.items() if name != "large"} == {"invalid_job"}
+    for name in ("above", "elsewhere", "link", "away", "r-2"):
+        assert "is not below the folder of local images" in letters[name].message
+    for name in ("pipe", "folder", "none"):
+        assert "there is no file" in letters[name].message
+    assert answered["r-2"]["error"]["code"] == "invalid_job"
+
+    (tmp_path / "bare").mkdir()
+    bare = Run(tmp_path / "bare")
+    await bare(lines[0], lines[2])
+    assert {letter.code for letter in bare.letters().values()} == {"invalid_job"}
+
+
+async def test_the_local_images_of_a_job_are_bounded_together(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    size = (tmp_path / "a.png").stat().st_size
+    run = Run(tmp_path, LocalImages(tmp_path, max_bytes=10 * size, max_job_bytes=2 * size))
+    for count in (2, 3):
+        await run({"job_id": str(count), "prompt": "<|image|>" * count, "images": ["a.png"] * count})
+    assert run.answers().keys() == {"2"}
+    assert "images.2: the local images of a job have more than" in run.letters()["3"].message
+    with pytest.raises(InvalidInput, match="no such directory"):
+        LocalImages(tmp_path / "a.png", max_bytes=1, max_job_bytes=1)
+
+
 def request(custom_id: str, **body: Any) -> dict[str, Any]:
     asked = {"model": "any", "messages": [{"role": "user", "content": f"question {custom_id}"}]} | body
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": asked}
@@ -286,7 +353,8 @@ class Command:
         self.results, self.log = directory / "results.jsonl", directory / "computed.log"
         input = write_lines(directory / "jobs.jsonl", *jobs)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("NANOVLLM_")}
-        environment |= {"NANOVLLM_ENGINE__MAX_NUM_SEQS": "4", "NANOVLLM_IMAGES__DECODERS": "1"}
+        environment |= {"NANOVLLM_ENGINE__BACKEND": "echo", "NANOVLLM_ENGINE__MAX_NUM_SEQS": "4"}
+        environment |= {"NANOVLLM_IMAGES__DECODERS": "1"}
         arguments = [str(self.log), str(delay_s), "run", "-i", str(input), "-o", str(self.results)]
         command = [sys.executable, str(PROGRAM), *arguments]
         self.process = LocalProcess("run", command, directory / "run.log", env=environment)
@@ -384,6 +452,13 @@ def test_a_run_without_answers_to_all_ends_with_1_and_counts_in_json(tmp_path: P
     assert (tmp_path / "out" / "results.dead-letters.jsonl").exists()
     for wrong in (("-i", tmp_path / "none", "-o", tmp_path / "x"), ("-i", jobs, "-o", jobs)):
         assert nanovllm("run", *wrong)[0] == 2
+
+
+def test_settings_that_cannot_work_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    jobs = write_lines(tmp_path / "jobs.jsonl", {"prompt": "a"})
+    wrong = {"NANOVLLM_ENGINE__BACKEND": "native", "NANOVLLM_IMAGES__FORMATS": '["PNGG"]'}
+    code, _, err = nanovllm("run", "-i", jobs, "-o", tmp_path / "r.jsonl", **wrong, NANOVLLM_ENGINE__MODEL="none")
+    assert (code, "images.formats" in err, len(err.splitlines())) == (2, True, 1), err
 
 
 def test_without_work_that_is_left_no_model_is_loaded(tmp_path: Path) -> None:

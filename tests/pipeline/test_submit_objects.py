@@ -20,7 +20,7 @@ from nanovllm.cli import sending
 from nanovllm.cli.journal import Journal, SentJob
 from nanovllm.cli.main import main
 from nanovllm.cli.sources import plan_submissions
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, ObjectForbidden
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import Job
 from nanovllm.objects.listing import ListedObject, list_objects
@@ -103,6 +103,61 @@ def test_a_jobs_id_derives_from_object_version_and_question(s3: S3Part) -> None:
     assert ids()[1] != second
 
 
+def test_one_object_by_its_uri_has_the_id_that_its_prefix_gives_it(
+    topic: str, embedded_broker: str, s3: S3Part, capsys: Capture
+) -> None:
+    bucket = put(s3, 2)
+    first, second = f"s3://{bucket}/in/000.png", f"s3://{bucket}/in/001.png"
+    for source in (first, f"s3://{bucket}/in/", first):
+        assert main(["submit", source, "-p", "Total?"]) == 0
+    s3.put(bucket, "in/000.png", b"another picture")
+    assert main(["submit", first, second, "-p", "Total?"]) == 0
+    jobs = jobs_in(embedded_broker, topic)
+    ids = {uri: [job.job_id for job in jobs if job.images[0].uri == uri] for uri in (first, second)}
+    assert [len(ids[uri]) for uri in (first, second)] == [4, 2]
+    assert len(set(ids[first][:3])) == 1, "one version"
+    assert ids[first][3] not in ids[first][:3], "another version"
+    assert len(set(ids[second])) == 1
+    assert all(job.images[0].etag for job in jobs)
+
+
+def test_an_object_that_is_not_there_is_named_before_anything_is_sent(
+    topic: str, embedded_broker: str, s3: S3Part, capsys: Capture
+) -> None:
+    bucket = put(s3, 1)
+    assert main(["submit", f"s3://{bucket}/in/000.png", f"s3://{bucket}/in/nope.png", "-p", "Total?"]) == 2
+    assert f"s3://{bucket}/in/nope.png: there is no such object" in capsys.readouterr().err
+    assert main(["submit", f"s3://{bucket}-none/a.png", "-p", "Total?"]) == 2
+
+
+def test_objects_whose_version_cannot_be_known_are_sent_and_that_is_said(
+    topic: str, embedded_broker: str, s3: S3Part, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    bucket = put(s3, 3)
+    uris = [f"s3://{bucket}/in/{number:03}.png" for number in range(3)]
+    find = sending.find_object
+
+    def refused(client: Any, uri: str) -> ListedObject:
+        if uri == uris[0]:
+            raise ObjectForbidden("the object store answered 403")
+        return find(client, uri)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sending, "find_object", refused)
+        assert main(["submit", *uris, "-p", "Total?"]) == 0
+    assert "the version of 1 object is not known (the object store answered 403)" in capsys.readouterr().err
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "http://127.0.0.1:1")
+    assert main(["submit", *uris, "-p", "Total?"]) == 0
+    shown = capsys.readouterr()
+    assert "the version of 3 objects is not known (the object store cannot be reached" in shown.err
+    tags = [
+        [job.images[0].etag is None for job in jobs_in(embedded_broker, topic) if job.images[0].uri == uri]
+        for uri in uris
+    ]
+    assert tags == [[True, True], [False, True], [False, True]]
+    assert len(set(shown.out.split())) == 3
+
+
 @pytest.mark.parametrize("name", ["ü\n\x1b.png", "x" * 900 + ".png", "日本.png"])
 def test_whatever_an_object_is_called_its_job_has_a_valid_id(name: str) -> None:
     (one,) = plan_submissions(["s3://bucket/"], "p", {}, lambda _: [ListedObject(f"s3://bucket/{name}", "e", 1)])
@@ -120,9 +175,10 @@ def test_a_dry_run_counts_jobs_and_bytes_and_sends_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert plan == {"jobs": 4, "images": 4, "bytes": 3 * len(b"picture 0") + 5, "unknown_sizes": 0, "sent_before": 0}
     assert main([*command, f"s3://{bucket}/in/000.png"]) == 0
-    shown = capsys.readouterr().out
-    assert "5 jobs, 5 images, 32 bytes" in shown
-    assert "the bytes of 1 job with objects that were not listed" in shown
+    assert "5 jobs, 5 images, 41 bytes" in capsys.readouterr().out
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "http://127.0.0.1:1")
+    assert main(["submit", f"s3://{bucket}/in/000.png", "-p", "Total?", "--dry-run"]) == 0
+    assert "not counted: the bytes of 1 job with objects of unknown size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from bench import Bench
-from parts import create_topic
+from parts import REPOSITORY, create_topic
 from world import World
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.admin import message_limits
-from nanovllm.kafka.topic_limits import TopicLimits
+from nanovllm.kafka.topic_limits import READ_INTERVAL_S, TopicLimits
 from nanovllm.messages.job import Job
 from nanovllm.pipeline.build import build_producer, written_topics
 from nanovllm.settings.worker import Settings
@@ -187,7 +187,7 @@ async def test_a_transaction_that_is_refused_for_its_size_names_its_topics_and_t
         assert f"{topics.metrics} (" in text
 
 
-async def test_many_records_above_a_limit_read_it_once() -> None:
+async def test_many_records_above_a_limit_read_it_once_in_the_time_that_the_docs_say() -> None:
     reads = []
 
     async def read() -> dict[str, int]:
@@ -201,6 +201,7 @@ async def test_many_records_above_a_limit_read_it_once() -> None:
     assert set(await asyncio.gather(*(limits.room_for("results", 3_000) for _ in range(200)))) == {2_000}
     assert len(reads) == 1
     assert limits.batch_bytes == 2_000
+    assert f"at most once in {READ_INTERVAL_S:g} s" in (REPOSITORY / "docs" / "retries.md").read_text()
 
 
 async def test_limits_of_earlier_stay_while_the_brokers_do_not_answer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,11 +16,14 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from bench import Bench, FaultyFetcher, FaultySink, GatedEngine, eventually, png, reached
 
+from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, TransientError
+from nanovllm.errors import CredentialsRefused, EngineDead, FetchFailed, MessageTooLarge, ObjectNotFound, TransientError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.result import Result
+from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.stages import record_builder
 from nanovllm.pipeline.stages.receive import Receive
 from nanovllm.pipeline.worker import INVALID_POLL_RECORDS_IDLE
 from nanovllm.sinks.dead_letter_record import read_dead_letter
@@ -93,6 +97,25 @@ async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     assert 'nanovllm_jobs_total{outcome="dead_letter"} 10.0' in text
 
 
+async def test_a_job_sets_variables_of_the_chat_template_only_where_the_settings_allow_them(bench: Bench) -> None:
+    asked: list[Any] = []
+
+    class Recording(EchoEngine):
+        def submit(self, request: Request) -> Generation:
+            asked.append(request.chat_template_kwargs)
+            return super().submit(request)
+
+    allowed, refused = ({"prompt": "p", "chat_template_kwargs": {name: False}} for name in ("enable_thinking", "other"))
+    engine = bench.settings.engine.model_copy(update={"job_chat_template_kwargs": ("enable_thinking",)})
+    bench.settings = bench.settings.model_copy(update={"engine": engine})
+    await bench.send({"job_id": "allowed", **allowed}, {"job_id": "refused", **refused})
+    async with bench.working(Recording()):
+        assert (await bench.results(1)).keys() == {"allowed"}
+        ((headers, _),) = await bench.dead_letters(1)
+    assert asked == [{"enable_thinking": False}]
+    assert (headers["nanovllm_job_id"], headers["nanovllm_code"]) == ("refused", "invalid_job")
+
+
 async def test_every_outcome_has_its_jobs_id_and_the_names_of_its_images(
     bench: Bench, images: Callable[[str, bytes], str]
 ) -> None:
@@ -154,6 +177,99 @@ async def test_bad_records_in_a_row_go_out_together_and_the_log_names_a_few(
     counts = [int(text.split()[0]) if text[0].isdigit() else 1 for text in told]
     assert sum(counts) == 200
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) == 200
+
+
+async def test_a_failure_of_one_of_several_images_says_which(
+    bench: Bench, images: Callable[[str, bytes], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    good, broken, gone = images("good.png", png()), images("in/broken.png", png()[:-30]), "s3://images/in/gone.png"
+    inside, truncated = {"data": base64.b64encode(png()).decode()}, {"data": base64.b64encode(png()[:-30]).decode()}
+    signed = "s3://images/https://user:hunter2@store/" + 300 * "k" + "end.png?X-Amz-Signature=hunter3"
+    failing: dict[str, tuple[list[Any], str]] = {
+        "gone": ([good, inside, gone], "image 3 of 3 (s3://images/in/gone.png): "),
+        "broken": ([good, broken], "image 2 of 2 (s3://images/in/broken.png): "),
+        "inside": ([{**truncated, "name": "private name"}, good], "image 1 of 2: "),
+        "forbidden": ([good, "s3://private/key.png"], "image 2 of 2 (s3://private/key.png): "),
+        "promised": ([good, {"uri": good, "sha256": "0" * 64}], "image 2 of 2 (s3://images/good.png): "),
+        "signed": ([signed, good], "image 1 of 2 (s3://images/https://store/kkk"),
+        "alone": ([gone], "the object store answered"),
+    }
+    for job_id, (given, _) in failing.items():
+        await bench.send({"job_id": job_id, "prompt": "<|image|>" * len(given), "images": given})
+    async with bench.working(EchoEngine()):
+        letters = await bench.dead_letters(len(failing))
+    texts = {headers["nanovllm_job_id"]: headers["nanovllm_message"] for headers, _ in letters}
+    for job_id, (_, beginning) in failing.items():
+        assert texts[job_id].startswith(beginning)
+        assert texts[job_id][:100] in caplog.text
+    assert "end.png): " in texts["signed"]
+    assert len(texts["signed"]) < 300
+    told = repr([headers for headers, _ in letters]) + caplog.text
+    assert not any(secret in told for secret in ("hunter", "private name"))
+    causes = {headers["nanovllm_job_id"]: headers["nanovllm_cause"] for headers, _ in letters}
+    assert causes["promised"] == "ObjectChanged"
+    assert causes["gone"] == causes["alone"]
+
+
+async def test_jobs_that_share_a_read_are_told_their_own_positions(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    good, shared = images("good.png", png()), "s3://images/shared.png"
+    fetcher = ObjectFetcher(bench.settings.s3, max_bytes=100_000)
+    fetch = fetcher.fetch
+
+    async def only_the_shared_one(ref: Any, **held: Any) -> Any:
+        if ref.uri != shared:
+            return await fetch(ref, **held)
+        await asyncio.sleep(0.5)
+        raise ObjectNotFound("is not there")
+
+    fetcher.fetch = only_the_shared_one  # type: ignore[method-assign]
+    await bench.send(
+        {"job_id": "first", "prompt": "<|image|>" * 2, "images": [shared, good]},
+        {"job_id": "third", "prompt": "<|image|>" * 3, "images": [good, good, shared]},
+    )
+    async with bench.working(EchoEngine(), fetcher):
+        letters = await bench.dead_letters(2)
+    texts = {headers["nanovllm_job_id"]: headers["nanovllm_message"] for headers, _ in letters}
+    assert texts == {
+        "first": f"image 1 of 2 ({shared}): is not there",
+        "third": f"image 3 of 3 ({shared}): is not there",
+    }
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.parametrize("broken", ["dead_letter_record", "DeadLetter", "root_cause"])
+async def test_a_dead_letter_that_cannot_be_built_is_an_envelope(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, delivery: str, broken: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(record_builder, broken, fails)
+    monkeypatch.setattr(record_builder, "dead_letter_like", fails)
+    tenants = bench.settings.tenants.model_copy(update={"header": "tenant"})
+    values = [b"{no job", b"{no job", b'{"job_id": "forbidden", "prompt": "<|image|>", "images": ["s3://private/k"]}']
+    await bench.send(*values, {"job_id": "good", "prompt": "p"}, key=b"k", headers=[("Tenant", b"acme"), ("a", b"b")])
+    async with bench.working(EchoEngine(), delivery=delivery, tenants=tenants):
+        assert set(await bench.results(1)) == {"good"}
+        records = await bench.read(bench.settings.topics.dead_letters, 3)
+        await eventually(lambda: reached(bench, 4))
+    for record in records:
+        letter, headers = read_dead_letter(record.headers), dict(record.headers)
+        value = values[letter.source.offset]
+        assert (letter.source.topic, letter.source.partition) == (bench.settings.topics.jobs, 0)
+        assert (letter.code, letter.error_class, letter.worker) == ("internal", "permanent", bench.settings.worker_id)
+        assert letter.stage == ("admit" if b"images" in value else "receive")
+        assert "RuntimeError" in letter.message
+        assert headers["nanovllm_value_sha256"] == hashlib.sha256(value).hexdigest().encode()
+        assert headers["nanovllm_value_size"] == str(len(value)).encode()
+        assert (record.value, headers["Tenant"], "a" in headers) == (b"", b"acme", False)
+        assert b"hunter2" not in b"".join(headers.values())
+    assert {read_dead_letter(record.headers).source.offset for record in records} == {0, 1, 2}
+    text = bench.metrics.exposition().decode()
+    assert 'code="internal"' in text
+    assert 'code="forbidden_uri"' not in text
 
 
 async def test_bad_records_in_a_row_end_in_order_and_once_with_exactly_once(bench: Bench) -> None:

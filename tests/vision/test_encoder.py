@@ -97,6 +97,53 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(tmp_path: Path) -> Non
         VisionEncoder.from_llava(tmp_path)
 
 
+def add_tensors(directory: Path, prefix: str, *names: str) -> Path:
+    stored = load_file(directory / "model.safetensors")
+    save_file({**stored, **{prefix + name: torch.ones(2) for name in names}}, directory / "model.safetensors")
+    return directory
+
+
+UNKNOWN = ["encoder.layers.3.mlp.fc1.weight", "encoder.layers.0.self_attn.q_norm.weight", "adapter.weight"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_tensor_below_the_towers_prefix_that_has_no_place_in_it_is_refused_by_its_name(
+    tmp_path: Path, tower: Any, name: str
+) -> None:
+    llava = make_llava(tmp_path / "llava", tower=tower, patch=16, size=64)
+    with pytest.raises(UnsupportedModel, match=f"tensor 'vision_tower.{name}' has no place"):
+        VisionEncoder.from_llava(add_tensors(llava, "vision_tower.", name))
+    make = make_clip if tower == "clip" else make_siglip
+    for prefix in ("", "vision_model."):
+        alone = make(tmp_path / f"alone{prefix}")
+        stored = {prefix + key: value for key, value in load_file(alone / "model.safetensors").items()}
+        save_file(stored, alone / "model.safetensors")
+        with pytest.raises(UnsupportedModel, match=f"tensor '{prefix}{name}' has no place"):
+            VisionEncoder(24, add_tensors(alone, prefix, name))
+
+
+def test_a_tensor_below_the_projectors_prefix_that_has_no_place_in_it_is_refused_by_its_name(tmp_path: Path) -> None:
+    llava = make_llava(tmp_path / "llava", **SMALL_CLIP)
+    with pytest.raises(UnsupportedModel, match=r"tensor 'multi_modal_projector\.linear_3\.weight' has no place"):
+        VisionEncoder.from_llava(add_tensors(llava, "multi_modal_projector.", "linear_3.weight"))
+    save_file({**Projector(32, 24).state_dict(), "linear_3.weight": torch.ones(2)}, tmp_path / "projector.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"tensor 'linear_3\.weight' has no place in this Projector"):
+        VisionEncoder(24, make_clip(tmp_path / "clip"), projector=tmp_path / "projector.safetensors")
+
+
+@pytest.mark.parametrize("with_text_tower", [False, True])
+def test_what_no_feature_depends_on_may_be_stored_beside_a_tower(tmp_path: Path, with_text_tower: bool) -> None:
+    clip = make_clip(tmp_path / "clip", with_text_tower=with_text_tower)
+    expected = VisionEncoder(24, clip).state_dict()
+    prefix = "vision_model." if with_text_tower else ""
+    add_tensors(clip, prefix, "embeddings.position_ids", "post_layernorm.weight")
+    found = VisionEncoder(24, clip).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    siglip = make_siglip(tmp_path / "siglip")
+    VisionEncoder(24, add_tensors(siglip, "", "embeddings.position_ids", "head.probe", "head.mlp.fc1.weight"))
+
+
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     text = make_qwen3(tmp_path / "text")
     with pytest.raises(UnsupportedModel, match="'qwen3' checkpoint, not a LLaVA one"):

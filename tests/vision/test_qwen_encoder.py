@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import QwenVL, make_qwen3, make_qwen_vl
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -146,6 +147,19 @@ def test_old_names_shards_and_half_precision_load(tmp_path: Path, family: QwenVL
     exact, rounded = (encoder.embed(prepared(encoder, (90, 90)))[0] for encoder in (one, half))
     assert rounded.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.float().flatten(), 0) > 0.999
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_tensor_below_the_towers_prefix_that_has_no_place_in_it_is_refused_by_its_name(
+    tmp_path: Path, family: QwenVL
+) -> None:
+    make_qwen_vl(tmp_path, family=family)
+    stored = load_file(tmp_path / "model.safetensors")
+    prefix = next(name.split("visual.")[0] for name in stored if "visual." in name)
+    for name in ("blocks.4.norm1.weight", "adapter.weight"):
+        save_file({**stored, f"{prefix}visual.{name}": torch.ones(2)}, tmp_path / "model.safetensors")
+        with pytest.raises(UnsupportedModel, match=f"tensor '{prefix}visual.{name}' has no place"):
+            NativeEncoder(tmp_path)
 
 
 def test_other_checkpoints_and_preprocessors_are_refused(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from nanovllm.checkpoints.resolve import checkpoint_name, resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.errors import ConfigurationError
-from nanovllm.vision.encoders.clip import VisionEncoder
+from nanovllm.vision.encoders.clip import PROJECTOR_PREFIXES, TOWER_PREFIXES, VisionEncoder
 
 TEXT_PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
-    ("lm_head.", "lm_head."),
+    *((prefix, None) for prefix in (*TOWER_PREFIXES, *PROJECTOR_PREFIXES)),
+    ("", ""),
 )
 """For ``weight_map.load_decoder``: tensors' names of transformers before 4.52, and after it."""
 

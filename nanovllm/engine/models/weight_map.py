@@ -72,7 +72,7 @@ def load_decoder(
     ``tied`` is the configuration's word on head and embedding, and means what it means in transformers: where one of
     them is stored, it serves as both; where both are, with different values, each is used.
     ``prefixes`` are those of stored names, each with its replacement in a ``…ForCausalLM``; the first that fits counts.
-    None, or no prefix that fits, marks a tensor of the vision model.
+    None marks a tensor of the vision model.
 
     Raises UnsupportedModel for tensors that are missing, unknown, or not what the configuration says; names them.
     """
@@ -81,7 +81,7 @@ def load_decoder(
         for prefix, replacement in prefixes:
             if stored.startswith(prefix):
                 return None if replacement is None else replacement + stored.removeprefix(prefix)
-        return None
+        return stored
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -75,22 +75,41 @@ class StandIns:
         return restored if seen == set(range(len(self._pieces))) else None
 
 
+class OwnTexts:
+    """The texts themselves, in the places of stand-ins; ``around`` stands on both sides of whatever ``found`` finds."""
+
+    mark = None
+
+    def __init__(self, image_text: str, found: re.Pattern[str] | None = None, around: str = "") -> None:
+        self._image_text = image_text
+        self._found = found
+        self._around = around
+
+    def put(self, *pieces: Piece) -> str:
+        """``pieces`` as one text."""
+        return "".join(self._image_text if piece is None else self._marked(piece) for piece in pieces)
+
+    def _marked(self, text: str) -> str:
+        around = self._around
+        return text if self._found is None else self._found.sub(lambda one: f"{around}{one[0]}{around}", text)
+
+
 def split_images(prompt: str) -> tuple[Piece, ...]:
     """The texts between placeholders, with None for each placeholder."""
     return tuple(piece for text in prompt.split(IMAGE_PLACEHOLDER) for piece in (None, text))[1:]
 
 
-def to_template(turn: Turn, stand_ins: StandIns, as_parts: bool | None) -> dict[str, Any]:
+def to_template(turn: Turn, texts: StandIns | OwnTexts, as_parts: bool | None) -> dict[str, Any]:
     """The message as the template gets it; ``as_parts`` None keeps the form in which it came."""
     if not (turn.is_parts if as_parts is None else as_parts):
-        return {"role": turn.role, "content": stand_ins.put(*turn.pieces) if turn.pieces != ("",) else ""}
+        return {"role": turn.role, "content": texts.put(*turn.pieces) if turn.pieces != ("",) else ""}
     parts = []
+    beside = {} if texts.mark is None else {"mark": texts.mark}
     for piece in turn.pieces:
         if piece is None:
-            parts.append({"type": "image", "mark": stand_ins.mark})
+            parts.append({"type": "image", **beside})
         elif piece or turn.is_parts or len(turn.pieces) == 1:
-            text = stand_ins.put(piece) if piece else ""
-            parts.append({"type": "text", "text": text, "mark": stand_ins.mark})
+            parts.append({"type": "text", "text": texts.put(piece) if piece else "", **beside})
     return {"role": turn.role, "content": parts}
 
 

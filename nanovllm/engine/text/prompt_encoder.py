@@ -6,8 +6,9 @@ a user turn, and no added token of the tokenizer, marked special or not, can com
 marks an image under both; inside a text part of ``messages`` it is text. The result holds ``image_token_id`` once an
 image; the engine expands it to as many tokens as the image takes.
 
-The chat template never sees an untrusted text. It is rendered with stand-ins, and only then are these replaced by the
-texts: so a text cannot change what the template does. The whole string is tokenised at once, because sentencepiece
+The chat template is rendered with stand-ins, and only then are these replaced by the texts: so a text cannot change
+what the template does. A template that looks at the texts is rendered with them, where its control tokens stay those
+that it has with stand-ins. The whole string is tokenised at once, because sentencepiece
 tokenizers treat the beginning of a string otherwise than the text behind a special token. Its control tokens must be
 those that it has with stand-ins, and each text alone must have none. Where that does not hold, the template's control
 tokens are hidden behind an anchor, and the rest is tokenised without added tokens.
@@ -18,11 +19,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.text.chat_messages import (
+    OwnTexts,
     Part,
     Piece,
     StandIns,
@@ -30,9 +32,9 @@ from nanovllm.engine.text.chat_messages import (
     Untrusted,
     read_turn,
     split_images,
-    to_template,
 )
-from nanovllm.errors import ConfigurationError, InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
+from nanovllm.engine.text.chat_template import ChatTemplate
+from nanovllm.errors import InvalidInput, PlaceholderMismatch, PromptTooLong, UnsupportedModel
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -45,13 +47,6 @@ CHARS_PER_TOKEN = 128
 Where every character becomes part of a token, no longer text can fit. Tokenizers that drop white space, or that make
 one token of any unknown word, could take one: it is refused too.
 """
-
-_RESERVED_VARIABLES = frozenset(
-    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
-     "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
-     "tokenize", "tokenizer_kwargs", "tools", "truncation"}
-)  # fmt: skip
-"""Parameters of ``apply_chat_template``, which are no variables of a template."""
 
 _ALWAYS_ENCODED_CHARS = 1 << 16  # a shorter text is never refused unencoded; a longer one is counted in such slices
 _USUAL_CHARS_PER_TOKEN = 8  # slices are counted of texts with more than these for each token of the context
@@ -100,12 +95,7 @@ class PromptEncoder:
         self._ids_of_own: dict[int, int] = {}  # tokens that only `_backend` has -> what they stand for
         self._image_text = self._add_image_tokens()
         self._is_processor_template = is_processor_template
-        self._template_kwargs = dict(chat_template_kwargs or {})
-        if self._template_kwargs:
-            try:
-                self._check_template_kwargs(self._template_kwargs)
-            except InvalidInput as error:
-                raise ConfigurationError(str(error)) from None
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs)
         self._max_model_len = max_model_len
         longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
         self._max_chars = max(max_model_len * max(longest, CHARS_PER_TOKEN), _ALWAYS_ENCODED_CHARS)
@@ -113,7 +103,7 @@ class PromptEncoder:
     @property
     def has_chat_template(self) -> bool:
         """Whether untrusted prompts become user turns."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self._template)
 
     def trusted(self, prompt: str) -> list[int]:
         """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
@@ -182,39 +172,56 @@ class PromptEncoder:
 
     def _render(self, turns: Sequence[Turn], chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
         """Render ``turns`` in the first form of content that the template takes without losing anything."""
-        if chat_template_kwargs:
-            self._check_template_kwargs(chat_template_kwargs)
-        if not self.has_chat_template:
+        self._template.check_variables(chat_template_kwargs)
+        if not self._template:
             if len(turns) > 1 or turns[0].role != "user":
                 raise InvalidInput("the checkpoint has no chat template: it takes a prompt, or a single user message")
             return self._without_template(turns[0].pieces)
-        import jinja2
-
         num_images = sum(turn.pieces.count(None) for turn in turns)
         if num_images:
             self._image_text_or_raise()
-        variables = {**self._template_kwargs, **(chat_template_kwargs or {})}
         refusal = "it leaves out or rewrites the text of a message"
         for as_parts in (None, False, True):
             stand_ins = StandIns()
-            conversation = [to_template(turn, stand_ins, as_parts) for turn in turns]
+            render = partial(self._template.render, turns, as_parts=as_parts, variables=chat_template_kwargs)
             try:
-                rendered = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True, **variables
-                )
-            except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+                rendered = render(stand_ins)
+            except InvalidInput as error:
                 refusal = str(error)
                 continue
-            parts = stand_ins.restore(str(rendered))
+            parts = stand_ins.restore(rendered)
             if parts is None:
                 continue
-            ids = self._encode_parts(parts)
+            ids = self._as_read(parts, render) or self._encode_parts(parts)
             if self.image_token_id is not None and num_images and ids.count(self.image_token_id) != num_images:
                 continue
             # ProcessorMixin.apply_chat_template adds the tokenizer's special tokens, unless BOS is there.
-            adds = self._is_processor_template and not self._starts_with_bos(str(rendered))
+            adds = self._is_processor_template and not self._starts_with_bos(rendered)
             return self._with_special_tokens(ids) if adds else ids
         raise InvalidInput(f"the checkpoint's chat template refuses the messages: {refusal}")
+
+    def _as_read(self, parts: Sequence[Part], render: Callable[[OwnTexts], str]) -> list[int] | None:
+        """The tokens of what a template makes of the texts themselves, where it looks at them; else None.
+
+        Templates of thinking models drop the thoughts of earlier turns, others escape or measure a text. None where
+        that would change the control tokens, or leave one that an untrusted text holds.
+        """
+        image = self._image_text
+        try:
+            rendered = render(OwnTexts(image))
+            if rendered == "".join(image if part is None else part for part in parts):
+                return None
+            nonce, controls = self._anchors[1], self._control_texts
+            if re.search(f"{nonce}(?:{controls.pattern}){nonce}", render(OwnTexts(image, controls, nonce))):
+                return None
+        except InvalidInput:
+            return None
+        texts = [self._control_texts.sub("", part) for part in parts if isinstance(part, Untrusted)]
+        ids = self._encode_whole(rendered)
+        is_safe = self._are_plain(texts) and self._controls(ids) == self._controls(
+            self._encode_whole(self._skeleton(parts))
+        )
+        return ids if is_safe else None
 
     def _without_template(self, pieces: Sequence[Piece]) -> list[int]:
         if None in pieces:
@@ -223,31 +230,25 @@ class PromptEncoder:
             self._encode_parts([None if piece is None else Untrusted(piece) for piece in pieces])
         )
 
-    def _check_template_kwargs(self, given: Mapping[str, Any]) -> None:
-        """InvalidInput for a name that the template does not read, or that is not the template's."""
-        templates = self._tokenizer.chat_template or ""
-        text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        for name in given:
-            if name in _RESERVED_VARIABLES or not re.search(rf"\b{re.escape(str(name))}\b", text):
-                raise InvalidInput(
-                    f"chat_template_kwargs: the checkpoint's chat template has no variable {str(name)[:64]!r}"
-                )
-
     def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """The tokens of a rendered prompt, without the special tokens that the tokenizer adds.
 
         As its processor tokenises the whole string, unless an untrusted text would make a control token.
         """
-        image, stand_in = self._image_text, self._anchors[0]
         texts = [part for part in parts if isinstance(part, Untrusted)]
-        ids = self._encode_whole("".join(image if part is None else part for part in parts))
-        skeleton = "".join(
-            image if part is None else stand_in if isinstance(part, Untrusted) else part for part in parts
-        )
-        is_plain = all(self._forbidden_ids.isdisjoint(self._encode_whole(text)) for text in texts)
-        if is_plain and self._controls(ids) == self._controls(self._encode_whole(skeleton)):
+        ids = self._encode_whole("".join(self._image_text if part is None else part for part in parts))
+        skeleton = self._skeleton(parts)
+        if self._are_plain(texts) and self._controls(ids) == self._controls(self._encode_whole(skeleton)):
             return ids
         return self._encode_apart(skeleton, texts)
+
+    def _skeleton(self, parts: Sequence[Part]) -> str:
+        """The rendered prompt with an anchor in the place of each untrusted text."""
+        image, stand_in = self._image_text, self._anchors[0]
+        return "".join(image if part is None else stand_in if isinstance(part, Untrusted) else part for part in parts)
+
+    def _are_plain(self, texts: Sequence[str]) -> bool:
+        return all(self._forbidden_ids.isdisjoint(self._encode_whole(text)) for text in texts)
 
     def _encode_apart(self, skeleton: str, texts: Sequence[str]) -> list[int]:
         """The tokens of ``skeleton``, whose stand-ins are ``texts``, with no control token but the skeleton's own.
@@ -346,6 +347,13 @@ class PromptEncoder:
         if self._tokenizer.unk_token_id != self._tokenizer.eos_token_id:
             forbidden.discard(self._tokenizer.unk_token_id)
         return frozenset(forbidden.union(self._image_ids))
+
+    @cached_property
+    def _control_texts(self) -> re.Pattern[str]:
+        """What finds the text of any control token."""
+        added = self._backend.get_added_tokens_decoder().items()
+        texts = [token.content for index, token in added if self._ids_of_own.get(index, index) in self._forbidden_ids]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     @cached_property
     def _plain_backend(self) -> Tokenizer:

@@ -144,7 +144,7 @@ class JobSource(ConsumerRebalanceListener):
         except BaseException as error:
             await self._leave(consumer)
             if isinstance(error, KafkaError):
-                raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+                raise self._unavailable(error) from error
             raise
         self._consumer = consumer
 
@@ -162,6 +162,10 @@ class JobSource(ConsumerRebalanceListener):
         on_wait(f"partitions from group {self._settings.group_id}")
         consumer.subscribe(list(self.topics), listener=self)
         await consumer._subscription.wait_for_assignment()
+
+    def _unavailable(self, error: KafkaError) -> BrokersUnavailable:
+        servers = self._settings.bootstrap_servers
+        return BrokersUnavailable(f"the brokers {servers} cannot be consumed from: {type(error).__name__}")
 
     async def _leave(self, consumer: AIOKafkaConsumer) -> None:
         """Leave the group and disconnect; gives up after ``LEAVE_TIMEOUT_S``."""
@@ -229,7 +233,7 @@ class JobSource(ConsumerRebalanceListener):
         except KafkaError as error:
             if is_fenced_instance(error):
                 raise assignments.fenced_instance() from error
-            raise BrokersUnavailable(f"Kafka cannot be consumed from: {type(error).__name__}") from error
+            raise self._unavailable(error) from error
         deliveries: list[ConsumedRecord] = []
         for tp, records in batches.items():
             # A partition that left or came back while we waited is read again from where its next owner, or we, stand.
@@ -275,7 +279,10 @@ class JobSource(ConsumerRebalanceListener):
         since = self._assignments.uncommitted_since
         late_s = self._settings.session_timeout_ms / 1000
         if since is not None and time.monotonic() - since > late_s:
-            raise BrokersUnavailable(f"no offset was committed for {time.monotonic() - since:.0f} s")
+            raise BrokersUnavailable(
+                f"no offset was committed for longer than the session (kafka.session_timeout_ms) at the brokers "
+                f"{self._settings.bootstrap_servers}"
+            )
         if before is not None and since is None and (after_s := time.monotonic() - before) <= late_s:
             # A later one ends the fault that was raised, and that is logged.
             logger.info("offsets are committed again, after %.0f s", after_s)

@@ -37,11 +37,12 @@ class ActiveFaults:
         return any(self._clock() < lapses for _, lapses in self._faults.values())
 
     def report(self, part: str, error: NanoVLLMError, *, lapse_s: float | None = None) -> None:
-        """``part`` does not work."""
-        if part not in self._faults:
-            logger.error("%s: %s; taking no work until it is back", part, error)
+        """``part`` does not work; a cause is logged when it is another one than before."""
+        text = str(error)
+        if self._faults.get(part, ("", 0.0))[0] != text:
+            logger.error("%s: %s; taking no work until it is back", part, text)
         self._since.setdefault(part, self._clock())
-        self._faults[part] = (str(error), self._clock() + (self._lapse_s if lapse_s is None else lapse_s))
+        self._faults[part] = (text, self._clock() + (self._lapse_s if lapse_s is None else lapse_s))
         self.observe()
 
     def clear(self, part: str) -> None:

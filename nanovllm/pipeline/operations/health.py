@@ -22,9 +22,13 @@ ANSWER_LAPSE_S = 60.0
 
 
 class Health:
-    """What the worker says about itself. Each attribute is written by the worker and read by the server's threads."""
+    """What the worker says about itself. Each attribute is written by the worker and read by the server's threads.
 
-    def __init__(self) -> None:
+    ``brokers``: the host:port of each as configured; unset without Kafka.
+    """
+
+    def __init__(self, brokers: str = "") -> None:
+        self._not_joined = "the consumer group is not joined" + (f" at the brokers {brokers}" if brokers else "")
         self.is_model_loaded = False
         self.is_engine_alive = True
         self.has_joined = False
@@ -69,7 +73,7 @@ class Health:
         reasons = (
             *self.troubles,
             None if self.is_model_loaded else "the model is not loaded",
-            None if self.has_joined else "the consumer group is not joined",
+            None if self.has_joined else self._not_joined,
             f"waiting for {self._waits_for}" if self._waits_for else None,
             "draining" if self.is_draining else None,
             self.systemic,

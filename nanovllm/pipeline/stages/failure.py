@@ -49,11 +49,14 @@ class Failure:
             SystemicError: the job can succeed once the worker is well, or on another worker; or the limit of dead
                 letters in a row is reached. Its offset is not committed.
         """
-        reason = _first_cause(error)
+        reason = first_cause(error)
         if isinstance(reason, TransientError):
-            record = await self._builder.delayed_retry(context, reason)
+            try:
+                record = await self._builder.delayed_retry(context, reason)
+            except Exception as fault:
+                return await self.dead_letter(context, fault)
             if record is not None:
-                logger.info("job %r waits in %s: %s", context.job_id, record.topic, reason.code)
+                logger.info("job %r waits in %s: %s: %r", context.job_id, record.topic, reason.code, str(reason))
                 return Retried((record,), reason)
         return await self.dead_letter(context, reason)
 
@@ -62,8 +65,9 @@ class Failure:
         reason = dead_letter_reason(error, context)
         self._limit.count()
         stage = context.progress.failed_stage
+        record, reason = await self._builder.dead_letter(context, reason)
         logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
-        return DeadLettered((await self._builder.dead_letter(context, reason),), reason)
+        return DeadLettered((record,), reason)
 
 
 def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLMError:
@@ -72,7 +76,7 @@ def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLM
     Raises:
         SystemicError: ``error`` is no fault of the job.
     """
-    reason = _first_cause(error)
+    reason = first_cause(error)
     if isinstance(reason, SystemicError):
         raise reason
     if not isinstance(reason, NanoVLLMError):
@@ -84,9 +88,9 @@ def dead_letter_reason(error: Exception, context: JobContext | None) -> NanoVLLM
     return reason
 
 
-def _first_cause(error: Exception) -> Exception:
+def first_cause(error: Exception) -> Exception:
     """The first failure in the groups that a TaskGroup raises; a systemic one before others."""
     if not isinstance(error, ExceptionGroup):
         return error
-    causes = [_first_cause(cause) for cause in error.exceptions]
+    causes = [first_cause(cause) for cause in error.exceptions]
     return next((cause for cause in causes if isinstance(cause, SystemicError)), causes[0])

@@ -104,7 +104,7 @@ class InvalidRecords:
 
     async def _dead_letter(self, invalid: Sequence[InvalidRecord]) -> None:
         first = invalid[0].context or self.context_of(invalid[0].record)
-        letters = await self._letters(invalid, first)
+        letters, errors = zip(*await self._letters(invalid, first), strict=True)
         transactions = first.record.transactions
         with first.progress.stage("publish"):
             if transactions is None:
@@ -114,7 +114,7 @@ class InvalidRecords:
                 await self.retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
         for one in invalid:
             one.record.complete()
-        self._observe(invalid, first, letters[0].topic)
+        self._observe(errors, first, letters[0].topic)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         unsent = Unsent(self.sink, letters)
@@ -128,25 +128,29 @@ class InvalidRecords:
             for letter in unsent.records:
                 await self._publish([letter], first)
 
-    async def _letters(self, invalid: Sequence[InvalidRecord], first: JobContext) -> list[OutgoingRecord]:
-        letters: list[OutgoingRecord] = []
+    async def _letters(
+        self, invalid: Sequence[InvalidRecord], first: JobContext
+    ) -> list[tuple[OutgoingRecord, NanoVLLMError]]:
+        letters: list[tuple[OutgoingRecord, NanoVLLMError]] = []
         for index, one in enumerate(invalid):
             letter = None
             if index and one.is_like(invalid[index - 1]):
-                letter = await self.builder.another_dead_letter(one.record, letters[-1])
+                like, error = letters[-1]
+                letter = await self.builder.another_dead_letter(one.record, like)
             if letter is None:
                 context = first if index == 0 else one.context or self.context_of(one.record)
-                letter = await self.builder.dead_letter(context, one.error)
-            letters.append(letter)
+                letter, error = await self.builder.dead_letter(context, one.error)
+            letters.append((letter, error))
             if index % YIELD_EVERY_RECORDS == YIELD_EVERY_RECORDS - 1:
                 await asyncio.sleep(0)
         return letters
 
-    def _observe(self, invalid: Sequence[InvalidRecord], first: JobContext, topic: str) -> None:
+    def _observe(self, errors: Sequence[NanoVLLMError], first: JobContext, topic: str) -> None:
         metrics = self.metrics
-        metrics.sent.labels(topic).inc(len(invalid))
-        metrics.jobs.labels("dead_letter").inc(len(invalid))
-        for kind, count in Counter(type(one.error) for one in invalid).items():
+        metrics.sent.labels(topic).inc(len(errors))
+        metrics.jobs.labels("dead_letter").inc(len(errors))
+        kinds: Counter[type[NanoVLLMError]] = Counter(type(error) for error in errors)
+        for kind, count in kinds.items():
             metrics.dead_letters.labels(dead_letter_class(kind), kind.code, "receive").inc(count)
         # One observation for the batch: its records have the same times.
         observe_stages(metrics, first)

@@ -11,6 +11,7 @@ from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.context import Inference, JobContext, Outcome
+from nanovllm.pipeline.stages.image_errors import naming_image
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord, InvalidRecords
 from nanovllm.pipeline.stages.receive import Received
 from nanovllm.vision.images.preprocess import PreparedImage
@@ -46,8 +47,9 @@ async def process_job(job: Job, context: JobContext, reservation: Reservation, s
     try:
         async with context.deadline():
             admitted = await stages.admit(job, context, reservation)
-            fetched = await stages.fetch(job, admitted)
-            images = await stages.prepare(fetched, admitted)
+            with naming_image(admitted.refs):
+                fetched = await stages.fetch(job, admitted)
+                images = await stages.prepare(fetched, admitted)
             inference = await stages.infer(job, images, admitted)
         # Outside the deadline: an inferred job is answered.
         outcome = await stages.answer(job, context, fetched, inference)

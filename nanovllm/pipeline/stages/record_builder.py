@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 import traceback
@@ -14,7 +15,7 @@ from functools import partial
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import NanoVLLMError, SystemicError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.encoding import MessageFormat
@@ -37,8 +38,10 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import Inference, JobContext, dead_letter_class
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.cloud_events import event_record
-from nanovllm.sinks.dead_letter_record import dead_letter_like, dead_letter_record
+from nanovllm.sinks.dead_letter_record import dead_letter_like, dead_letter_record, envelope_alone
 from nanovllm.statistics import EngineStats
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,248}")
 
@@ -114,8 +117,34 @@ class RecordBuilder:
         digest = hashlib.sha256(json.dumps([*identity, source.timestamp_ms, value]).encode()).hexdigest()
         return f"{_folder(tenant)}/{_folder(source.topic)}/{source.partition}/{source.offset}-{digest}"
 
-    async def dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
-        """The original record with the reason why it failed."""
+    async def dead_letter(self, context: JobContext, error: NanoVLLMError) -> tuple[OutgoingRecord, NanoVLLMError]:
+        """The original record with the reason why it failed, and that reason.
+
+        Where it cannot be built, for whatever reason, its envelope alone, and a reason of code ``internal``.
+        """
+        try:
+            return await self._dead_letter(context, error), error
+        except SystemicError:
+            raise
+        except Exception as fault:
+            source, record = context.origin.source, context.record
+            where = f"{source.topic}-{source.partition} offset {source.offset}"
+            logger.exception("the dead letter of %s cannot be built (%s): its envelope is sent", where, error.code)
+            message = f"the dead letter of {error.code} could not be built: {type(fault).__name__}"
+            alone = envelope_alone(
+                self.settings.topics.dead_letters,
+                source,
+                record.original_value,
+                # A replay takes the value from its source: without the header it would be another tenant's job.
+                self.settings.tenants.header_of(record.headers),
+                job_id=context.job_id,
+                stage=context.progress.failed_stage,
+                message=message,
+                worker=self.settings.worker_id,
+            )
+            return alone, NanoVLLMError(message)
+
+    async def _dead_letter(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord:
         record, progress = context.record, context.progress
         letter = DeadLetter(
             job_id=context.job_id,
@@ -160,8 +189,13 @@ class RecordBuilder:
             "source_offset": consumed.offset,
             "source_timestamp_ms": consumed.timestamp_ms,
         }
-        record = dead_letter_like(like, source, key=consumed.key, value=consumed.original_value)
-        return record if record and await self._fits(record) else None
+        try:
+            record = dead_letter_like(like, source, key=consumed.key, value=consumed.original_value)
+            return record if record and await self._fits(record) else None
+        except SystemicError:
+            raise
+        except Exception:
+            return None
 
     async def delayed_retry(self, context: JobContext, error: NanoVLLMError) -> OutgoingRecord | None:
         """The original record for the retry topic that comes next, if there is one that takes it in time."""

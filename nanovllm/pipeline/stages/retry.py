@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from nanovllm.errors import SystemicError, TransientError
+from nanovllm.errors import NanoVLLMError, SystemicError, TransientError
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.faults import ActiveFaults
@@ -52,17 +53,34 @@ class Retry:
 
 
 async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What they return, in order; the first failure cancels the others and is raised in an ExceptionGroup."""
+    """What they return, in order; the first failure cancels the others and is raised in an ExceptionGroup.
+
+    A NanoVLLMError in it has a ``position`` where there were several.
+    """
     caller = asyncio.current_task()
     assert caller is not None
     cancelling = caller.cancelling()
+    tasks: list[asyncio.Task[T]] = []
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except ExceptionGroup:
+    except ExceptionGroup as failures:
         # In CPython 3.11 the group's own request to cancel its caller stays: a timeout around it that expires later
         # would take itself for a cancel from outside.
         if caller.cancelling() > cancelling:
             caller.uncancel()
-        raise
+        if len(tasks) == 1:
+            raise
+        raise failures.derive([_with_position(error, tasks) for error in failures.exceptions]) from None
     return [task.result() for task in tasks]
+
+
+def _with_position(error: Exception, tasks: Sequence[asyncio.Task[Any]]) -> Exception:
+    if not isinstance(error, NanoVLLMError):
+        return error
+    # A copy: several jobs that wait for one read get one error, each at a position of its own.
+    own = copy(error)
+    own.__cause__ = error
+    failed = [None if task.cancelled() else task.exception() for task in tasks]
+    own.position = failed.index(error) + 1
+    return own

@@ -24,9 +24,9 @@ from nanovllm.vision.images.preprocess import ImageTransform
 
 SelectStrategy = Literal["default", "full"]
 
-# Prefixes of tower and projector in a LLaVA checkpoint: since transformers 4.52, and before it.
-_TOWER = ("model.vision_tower.", "vision_tower.")
-_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
+TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
+PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
+"""In a LLaVA checkpoint: since transformers 4.52, and before it."""
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
@@ -91,7 +91,7 @@ class VisionEncoder(ImageEncoder):
         self._build_tower(_tower_config(read_config(directory)), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        load_module(self.tower, directory, ("vision_model.", *_TOWER, ""))
+        load_module(self.tower, directory, ("vision_model.", *TOWER_PREFIXES, ""), self._left_out)
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self._has_class_token, size))
@@ -107,7 +107,7 @@ class VisionEncoder(ImageEncoder):
             _initialise(self.projector)
             _warn_untrained()
         else:
-            load_module(self.projector, path, (*_PROJECTOR, ""))
+            load_module(self.projector, path, (*PROJECTOR_PREFIXES, ""))
         self._finish(str(vision_model), freeze_vision_weights, dtype, device)
 
     @classmethod
@@ -154,8 +154,8 @@ class VisionEncoder(ImageEncoder):
             activation=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,
         )
-        load_module(encoder.tower, directory, _TOWER)
-        load_module(encoder.projector, directory, _PROJECTOR)
+        load_module(encoder.tower, directory, TOWER_PREFIXES, encoder._left_out)
+        load_module(encoder.projector, directory, PROJECTOR_PREFIXES)
         if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
@@ -228,13 +228,15 @@ class VisionEncoder(ImageEncoder):
         has_class_token = config.model_type == "clip_vision_model"
         self._strategy: SelectStrategy = strategy or ("default" if has_class_token else "full")
         self._has_class_token = has_class_token
-        # The tower ends with the last selected layer.
+        kind = CLIPVisionModel if has_class_token else SiglipVisionModel
+        # The tower ends with the last selected layer: no feature depends on what is behind it.
+        with torch.device("meta"):
+            whole = _parameter_names(kind(_with_head(config, True)))
         config.num_hidden_layers = max(self._layers)
-        if not has_class_token:
-            config.vision_use_head = False
-        self.tower = (CLIPVisionModel if has_class_token else SiglipVisionModel)(config)
+        self.tower = kind(_with_head(config, False))
         # Hidden states are taken before this norm; some releases of transformers return the last one after it.
         getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
+        self._left_out = whole - _parameter_names(self.tower)
 
     def _finish(self, *args: Any) -> None:
         self.hidden_size = self.width = self.projector.linear_2.out_features
@@ -295,6 +297,18 @@ def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConf
         if kind in (name, f"{name}_vision_model"):
             return config.from_dict({**fields, "model_type": f"{name}_vision_model"})
     raise UnsupportedModel(f"a vision tower of type {kind!r} is not supported; CLIP's and SigLIP's are")
+
+
+def _with_head(config: Any, has_head: bool) -> Any:
+    """The configuration, of SigLIP with or without the head that pools patches for retrieval."""
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = has_head
+    return config
+
+
+def _parameter_names(tower: nn.Module) -> set[str]:
+    """Names within a tower, whatever release of transformers made it."""
+    return {name.removeprefix("vision_model.") for name, _ in tower.named_parameters()}
 
 
 def _composed_transform(directory: Path, is_clip: bool, size: int) -> ImageTransform:

@@ -1,8 +1,9 @@
-"""Log lines that repeat: the same warning is shown at a falling rate."""
+"""The log of the process: to standard error, the same warning at a falling rate."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +13,20 @@ STARTING = "GroupCoordinatorNotAvailable"
 """A broker's answer while it makes the topic of committed offsets, for the first group of all: seconds."""
 STARTING_S = 15.0
 AT_MOST = 256
+
+
+def log_to_stderr(level: str) -> None:
+    """Set up the logging of the process; ``level`` is that of this package, and libraries are quieter."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RepeatedLines())
+    # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
+    for name in ("aiokafka", "botocore", "boto3", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 
 
 class RepeatedLines(logging.Filter):

@@ -6,7 +6,7 @@ import logging
 
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from nanovllm.pipeline.operations.repeated_lines import AT_MOST, FORGET_S, STARTING_S, RepeatedLines
+from nanovllm.pipeline.operations.log import AT_MOST, FORGET_S, STARTING_S, RepeatedLines
 
 
 def line(text: str, level: int = logging.WARNING) -> logging.LogRecord:
