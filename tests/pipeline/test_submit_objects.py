@@ -266,26 +266,30 @@ def test_objects_that_no_worker_may_read_are_said_before_anything_is_sent(
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"12345")
     command = ["submit", str(tmp_path / "a.png"), "-p", "Total?", "--dry-run"]
+    bucket = put(s3, 2)
     assert main([*command, "--upload", "s3://receipts/elsewhere"]) == 0
     assert capsys.readouterr().err == "", "what the workers allow is not known"
     monkeypatch.setenv("NANOVLLM_S3__ALLOW", "s3://receipts/inbox")
     assert main([*command, "--upload", "s3://receipts/elsewhere"]) == 0
     assert "s3.allow of these settings does not list s3://receipts/elsewhere/" in capsys.readouterr().err
-    assert main([*command, "s3://other/1.png", "s3://other/2.png"]) == 0
-    assert "does not list s3://other/1.png, nor 1 more" in capsys.readouterr().err
-    assert main([*command, "s3://receipts/inbox/1.png", "--upload", "s3://receipts/inbox/deeper"]) == 0
+    assert main([*command, f"s3://{bucket}/in/"]) == 0
+    assert f"does not list s3://{bucket}/in/000.png, nor 1 more" in capsys.readouterr().err
+    assert main([*command, "--upload", "s3://receipts/inbox/deeper"]) == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("prompt", "hint"), [("x <image>", "<image> in the prompt is sent as text"), ("[IMG] x", "[IMG]"), ("x <b>", "")]
 )
-def test_placeholders_of_other_programs_are_pointed_at(topic: str, capsys: Capture, prompt: str, hint: str) -> None:
-    assert main(["submit", "s3://receipts/1.png", "-p", prompt, "--dry-run"]) == 0
+def test_placeholders_of_other_programs_are_pointed_at(
+    topic: str, tmp_path: Path, capsys: Capture, prompt: str, hint: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"12345")
+    assert main(["submit", str(tmp_path), "-p", prompt, "--dry-run"]) == 0
     said = capsys.readouterr().err
     assert hint in said
     assert bool(hint) == bool(said)
-    assert main(["submit", "s3://receipts/1.png", "-p", f"{prompt} <|image|>", "--dry-run"]) == 0
+    assert main(["submit", str(tmp_path), "-p", f"{prompt} <|image|>", "--dry-run"]) == 0
     assert capsys.readouterr().err == ""
 
 
