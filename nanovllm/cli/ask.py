@@ -10,7 +10,7 @@ import typer
 
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.cli.sources import IMAGE_SUFFIXES, check_file, check_object_uri
+from nanovllm.cli.sources import IMAGE_SUFFIXES, check_file, check_object_uri, hint_at_placeholder
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
@@ -34,6 +34,7 @@ def ask(
     if _is_picture(question):
         raise InvalidInput(f"the question is missing: nanovllm ask {plain(question).plain} 'What is the total?'")
     if IMAGE_PLACEHOLDER not in question:
+        hint_at_placeholder(question)
         question = " ".join([question, *[IMAGE_PLACEHOLDER] * len(images)])
     settings = engine_settings(config, model)
     job = Job(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nanovllm.client.upload import IMAGE_HEAD_BYTES, image_type
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
@@ -19,7 +21,10 @@ from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+# Those of LLaVA and Qwen, and of vLLM's and llama.cpp's examples.
+_FOREIGN_PLACEHOLDER = re.compile(
+    r"<(image|img|image_\d+|\|image_pad\||\|image_\d+\||__media__)>|\[IMG\]", re.IGNORECASE
+)
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 Image = str | Path | ListedObject
 ListObjects = Callable[[ObjectPattern], Iterable[ListedObject]]
@@ -99,6 +104,7 @@ def plan_submissions(
     if not prompt:
         raise InvalidInput("images need a --prompt or a --prompt-file")
     if IMAGE_PLACEHOLDER not in prompt:
+        hint_at_placeholder(prompt)
         prompt = f"{prompt} {IMAGE_PLACEHOLDER}"
     places = prompt.count(IMAGE_PLACEHOLDER)
     if len(images) % places:
@@ -111,6 +117,13 @@ def plan_submissions(
     images = [known.get(image, image) if isinstance(image, str) else image for image in images]
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
     return jobs + [Submission(prompt=prompt, images=group, sampling=sampling) for group in groups]
+
+
+def hint_at_placeholder(prompt: str) -> None:
+    """Say on stderr that a placeholder of other programs is text here."""
+    if found := _FOREIGN_PLACEHOLDER.search(prompt):
+        where = f"{IMAGE_PLACEHOLDER} marks an image's place, and is added at the prompt's end without one"
+        print(f"{found[0]} in the prompt is sent as text: {where}", file=sys.stderr)
 
 
 def _is_job_file(source: str) -> bool:
@@ -193,10 +206,9 @@ def _is_image(name: str) -> bool:
 def _begins_like_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            head = file.read(12)
+            return image_type(file.read(IMAGE_HEAD_BYTES)) is not None
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
-    return head.startswith(_FIRST_BYTES) or head[4:8] == b"ftyp" or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
 def _identity(image: Image) -> list[Any]:

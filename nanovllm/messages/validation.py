@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,10 +21,16 @@ _IN_WORDS = {
 }
 
 
-def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
+def describe_errors(
+    error: ValidationError,
+    root: str,
+    data: Any = None,
+    origin: Callable[[tuple[int | str, ...], str], str | None] = lambda *_: None,
+) -> str:
     """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut.
 
     ``data`` is what was validated: a place is then the sender's own, without the names of pydantic's unions.
+    ``origin`` may say, by place and message, where the value came from.
     """
     # Each may be compared with every other: a list of wrong items has as many errors as items.
     errors = error.errors(include_url=False, include_input=False, include_context=False)[:MAX_COMPARED]
@@ -34,7 +41,9 @@ def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
     for item in items[:MAX_ERRORS]:
         where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
         message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
-        lines.append(f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}")
+        line = f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
+        source = origin(item["loc"], message)
+        lines.append(f"{line} ({source})" if source else line)
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)

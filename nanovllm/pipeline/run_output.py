@@ -24,8 +24,8 @@ class RunOutput:
     """Appends results to ``results`` and dead letters to ``dead_letters``. A context manager.
 
     Requests of OpenAI's batch files (``decode`` has seen them) are answered in that form; one without an answer has a
-    line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that have
-    ended, in earlier runs too.
+    line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that
+    have ended, in earlier runs too.
 
     Raises:
         InvalidInput: a file cannot be written, another run writes it, or it has lines that are no outcomes.
@@ -89,15 +89,12 @@ class RunOutput:
         result = Result.model_validate_json(value)
         is_answer = result.job_id in self._request_ids
         _append(self._results, _encoded(answer_line(result)) if is_answer else value)
-        self._request_ids.discard(result.job_id)
         self.results += 1
 
     def add_dead_letter(self, letter: DeadLetter, line: bytes) -> None:
         """Append the dead letter of a line. Raises SystemicError where the file takes no more."""
         if (request := _request_in(line)) is not None:
             _append(self._results, _encoded(error_line(letter, request)))
-        if letter.stage != "receive":
-            self._request_ids.discard(str(letter.job_id))
         if not self._dead_letters.is_open:
             self._files.enter_context(self._dead_letters)
         _append(self._dead_letters, encode(letter, "json"))

@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -124,6 +125,15 @@ def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
     assert "invalid_image" in shown.out
 
 
+def test_answers_that_do_not_come_name_where_to_look(topics: dict[str, str], capsys: Capture) -> None:
+    assert main(["topics", "create"]) == 0
+    assert main(["submit", "--prompt", "a", "--wait", "--timeout", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "1 answer did not come within 0 s" in said
+    for what in ("worker", "group nanovllm", topics["jobs"], topics["results"], "need not be sent again"):
+        assert what in said
+
+
 def test_results_are_shown_from_the_beginning_and_counted(
     topics: dict[str, str], embedded_broker: str, capsys: Capture
 ) -> None:
@@ -170,6 +180,39 @@ def test_exit_codes_are_done_failed_misuse(topics: dict[str, str], arguments: li
     assert main(arguments) == code
 
 
+def test_a_signal_while_modules_are_imported_is_one_line_and_exit_code_1() -> None:
+    program = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "nanovllm.cli.topics":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from nanovllm.cli.main import main
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "nanovllm: interrupted\n")
+
+
+def test_a_signal_while_a_command_starts_is_one_line_and_exit_code_1(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("nanovllm.cli.jobs.load_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["topics", "check"]) == 1
+    assert capsys.readouterr().err.strip() == "nanovllm: interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "no handler of the imports is left"
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["dlq"], ["dlq", "list"], ["topics", "create"]])
+def test_help_shows_flags_without_a_type(command: list[str], capsys: Capture) -> None:
+    assert main([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--help" in shown
+    assert "bool" not in shown.lower()
+
+
 def test_the_effective_configuration_is_printed_with_secrets_masked(
     topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -214,6 +257,7 @@ def test_long_work_off_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyP
     assert "\x1b" not in said
 
 
+@pytest.mark.usefixtures("process_state")
 def test_commands_that_work_long_show_it(
     topics: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -64,7 +64,7 @@ class Run:
             finished = FinishedJobs("jobs.jsonl", frozenset(output.finished))
             limit = self.settings.admission.max_job_bytes
             self.left = finished.left(read_lines(self.input, limit))
-            source = LineSource(read_lines(self.input, limit), finished)
+            source = LineSource(read_lines(self.input, limit), finished, output.add_request)
             worker = build_worker(
                 self.settings,
                 Parts(echo, decoders, ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes)),
@@ -300,16 +300,35 @@ async def test_a_request_with_an_id_that_is_none_has_its_error_line(tmp_path: Pa
     assert len([*read_objects(run.results)]) == 2
 
 
-async def test_a_request_with_the_id_of_an_earlier_one_has_its_error_line(tmp_path: Path) -> None:
+async def test_messages_of_a_request_that_are_no_list_are_named(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    await run(request("r-1"), request("r-1", n=2), request("r-2", messages="hi"))
-    errors = [line for line in read_objects(run.results) if line["error"] is not None]
-    assert sorted(line["custom_id"] for line in errors) == ["r-1", "r-2"]
-    said = {line["custom_id"]: line["error"]["message"] for line in errors}
-    assert "its id is that of line 1" in said["r-1"]
-    assert said["r-2"] == "messages: Input should be a list"
-    (answer,) = [line for line in read_objects(run.results) if line["error"] is None]
-    assert answer["custom_id"] == "r-1"
+    await run(request("r-2", messages="hi"))
+    (line,) = read_objects(run.results)
+    assert (line["custom_id"], line["error"]["message"]) == ("r-2", "messages: Input should be a list")
+
+
+async def test_a_request_with_the_id_of_an_earlier_one_has_its_error_in_the_output(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    lines = [request("r-1"), {"job_id": "a", "prompt": "b"}, request("r-1"), {"job_id": "a", "prompt": "c"}]
+    await run(*lines)
+    about = [fields for fields in read_objects(run.results) if fields.get("custom_id") == "r-1"]
+    errors = [fields["error"] for fields in about if fields["error"]]
+    assert len(about) == 2
+    assert len(errors) == 1
+    assert errors[0]["message"] == "line 3 has the id of line 1: their results could not be told apart"
+    assert run.letters()["r-1"].source.offset == 2
+    assert run.letters()["jobs.jsonl:0:3"].message.startswith("line 4 has the id of line 2")
+    await run(*lines)
+    assert run.left == 0
+
+
+async def test_a_duplicate_of_a_job_that_an_earlier_run_has_finished_is_refused_too(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    await run(request("r-1"))
+    await run(request("r-1"), request("r-1"))
+    assert run.left == 1
+    assert run.letters()["r-1"].source.offset == 1
+    assert [fields["error"] is None for fields in read_objects(run.results)] == [True, False]
 
 
 async def test_an_output_that_takes_no_more_keeps_no_part_of_a_line_and_is_waited_for(

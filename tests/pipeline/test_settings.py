@@ -168,6 +168,34 @@ def test_a_broken_file_is_not_quoted(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NANOVLLM_ENGINE__MAX_NUM_SEQS": "hunter2"}, "(NANOVLLM_ENGINE__MAX_NUM_SEQS)"),
+        ({"nanovllm_engine__max_num_seqs": "hunter2"}, "(nanovllm_engine__max_num_seqs)"),
+        ({"NANOVLLM_S3__ALLOW": "hunter2"}, "(NANOVLLM_S3__ALLOW)"),
+        ({"NANOVLLM_S3": '{"allow": "hunter2"}'}, "(NANOVLLM_S3)"),
+        ({"NANOVLLM_LOG_LEVEL": "hunter2"}, "(NANOVLLM_LOG_LEVEL)"),
+    ],
+)
+def test_a_wrong_value_of_the_environment_is_named_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+    assert said in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_wrong_value_of_an_option_is_not_blamed_on_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_ENGINE__MAX_NUM_SEQS", "3")
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(None, {"engine": {"max_num_seqs": "many"}})
+    assert "NANOVLLM" not in str(refused.value)
+
+
 def test_a_wrong_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOVLLM_KAFKA__SECURITY_PROTOCOL", "hunter2")
     with pytest.raises(ConfigurationError, match=r"kafka\.security_protocol") as caught:
