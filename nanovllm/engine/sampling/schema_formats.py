@@ -135,8 +135,4 @@ def _is_one_edit(left: str, right: str) -> bool:
     """Whether one letter is left out, put in or another, or two neighbours are exchanged."""
     start = len(os.path.commonprefix([left, right]))
     left, right = left[start:], right[start:]
-    return (
-        left[1:] in (right, right[1:])
-        or left == right[1:]
-        or (left[:2] == right[1::-1] and left[2:] == right[2:])
-    )
+    return left[1:] in (right, right[1:]) or left == right[1:] or (left[:2] == right[1::-1] and left[2:] == right[2:])
