@@ -109,7 +109,8 @@ def _type(value: Any) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "integer" if isinstance(value, int) or value.is_integer() else "fraction"
-    return {str: "string", list: "array", dict: "object"}.get(type(value), "null")
+    kinds: tuple[tuple[type, str], ...] = ((str, "string"), (list, "array"), (dict, "object"))
+    return next((kind for python, kind in kinds if isinstance(value, python)), "null")
 
 
 def _values(schema: dict[str, Any]) -> list[Any] | None:

@@ -27,7 +27,7 @@ _MEANINGS = (
      "of its own"),
     (r"Value for 'multipleOf' has too many digits", "multipleOf", "write one of fewer digits"),
     (r"Failed to generate regex for (?:float|integer) range.*", "minimum|exclusiveMinimum|maximum|exclusiveMaximum",
-     "the bound is too large or has too many digits: write one nearer to 0, of fewer digits"),
+     "a bound is too large or has too many digits: write one nearer to 0, of fewer digits"),
     (r"Invalid type: (.*)", "type", r"\1 is none: write array, boolean, integer, null, number, object or string"),
     (r"Unknown format: (.*)", "format", r"\1 is not known: write pattern, or leave it out"),
     (r"schema must be an object or boolean", "", "write an object, true or false for each schema"),
@@ -75,7 +75,7 @@ def refusal(grammar: str, message: str, compile_: Compile) -> str:
     path, part, message = search.part(_without_references(message))
     if (meaning := _meaning(message)) is not None:
         keywords, reason = meaning
-        keyword = next((key for key in keywords if key in part), None) or search.keyword(part, message)
+        keyword = ", ".join(key for key in keywords if key in part) or search.keyword(part, message)
     else:
         keyword, reason = search.keyword(part, message), _regex_reason(message) or _first_line(message)
     if message.startswith(_NO_VALUE):

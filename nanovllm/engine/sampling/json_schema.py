@@ -110,7 +110,7 @@ def resolve(root: Any, ref: str) -> Any:
 
 def _without_anchors(schema: Any) -> Any:
     """The same with JSON pointers for references to anchors: llguidance 1.9 knows those of draft 2020 alone."""
-    anchors = {}
+    anchors: dict[str, str] = {}
     for path, part in subschemas(schema):
         names = [part.get("$anchor"), part.get("$dynamicAnchor"), part.get("$id"), part.get("id")]
         anchors |= {name.removeprefix("#"): path for name in names[:2] if isinstance(name, str)}

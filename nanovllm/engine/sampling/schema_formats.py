@@ -6,7 +6,6 @@ format is an annotation, as JSON Schema has it, unless it is a misspelt one.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -133,6 +132,8 @@ def meant(name: str) -> str | None:
 
 def _is_one_edit(left: str, right: str) -> bool:
     """Whether one letter is left out, put in or another, or two neighbours are exchanged."""
-    start = len(os.path.commonprefix([left, right]))
+    start = 0
+    while left[: start + 1] == right[: start + 1] and start < len(left):
+        start += 1
     left, right = left[start:], right[start:]
     return left[1:] in (right, right[1:]) or left == right[1:] or (left[:2] == right[1::-1] and left[2:] == right[2:])

@@ -92,8 +92,8 @@ def _check_values(path: str, schema: dict[str, Any]) -> None:
     name = schema.get("format")
     if name in REFUSED if isinstance(name, str) else "format" in schema:
         raise ValueError(f"format {_shown(name)} at {path} cannot be enforced: write pattern, or leave it out")
-    if isinstance(name, str) and (close := meant(name)) is not None:
-        raise ValueError(f"format {_shown(name)} at {path} is none: did you mean {close}?")
+    if isinstance(name, str) and (known := meant(name)) is not None:
+        raise ValueError(f"format {_shown(name)} at {path} is none: did you mean {known}?")
     step = schema.get("multipleOf", 1)
     if not isinstance(step, int | float) or isinstance(step, bool) or step <= 0:  # llguidance takes negative ones
         raise ValueError(f"multipleOf at {path} is {_shown(step)}: write a number above 0")
