@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,17 @@ async def test_an_ambiguous_grammar_ends_alone(text: Path, monkeypatch: pytest.M
             await lost
         assert len((await neighbour).token_ids) == 60
         assert engine.death is None
+
+
+@pytest.mark.parametrize("regex", ["(?:a?){50}a{50}", "(a*a*a*)*b", "(?:.*a.{12}){3}"])
+def test_an_expression_with_many_ways_to_match_ends(engine: LLMEngine, regex: str) -> None:
+    sampling = SamplingParams(regex=regex, seed=0, max_tokens=120)
+    try:
+        output = engine.generate(PROMPT, sampling, use_tqdm=False)[0]
+    except UnsupportedConstraint as error:
+        assert "ambiguous" in str(error) or "takes more than" in str(error)
+    else:
+        assert output.finish_reason == "length" or re.fullmatch(regex, output.text)
 
 
 @pytest.mark.parametrize(

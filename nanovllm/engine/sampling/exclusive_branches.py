@@ -37,9 +37,8 @@ class Exclusion:
         lefts, rights = list(self._conjuncts(left, depth)), list(self._conjuncts(right, depth))
         self.steps_left -= len(lefts) * len(rights)
         return self.steps_left > 0 and all(
-            self._objects_exclude(lefts, rights, depth)
-            if kind == "object"
-            else any(self._scalars_exclude(kind, one, other) for one in lefts for other in rights)
+            any(self._values_exclude(kind, one, other) for one in lefts for other in rights)
+            or (kind == "object" and self._objects_exclude(lefts, rights, depth))
             for kind in _types(lefts) & _types(rights)
         )
 
@@ -55,8 +54,8 @@ class Exclusion:
         for part in parts if isinstance(parts, list) else ():
             yield from self._conjuncts(part, depth - 1)
 
-    def _scalars_exclude(self, kind: str, left: dict[str, Any], right: dict[str, Any]) -> bool:
-        """Whether no value of the type ``kind`` conforms to both."""
+    def _values_exclude(self, kind: str, left: dict[str, Any], right: dict[str, Any]) -> bool:
+        """Whether no value of the type ``kind`` conforms to both, by its listed values or its size."""
         values, others = _values(left), _values(right)
         if values is not None and others is not None:
             self.steps_left -= len(values) * len(others)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanovllm.engine.sampling.json_schema import BRANCHES, NAMED, NESTED, subschemas
+from nanovllm.engine.sampling.schema_formats import keyword_of
 
 Compile = Callable[[str], str | None]
 """What llguidance says against a grammar; None for a good one."""
@@ -78,6 +79,8 @@ def refusal(grammar: str, message: str, compile_: Compile) -> str:
         keyword = ", ".join(key for key in keywords if key in part) or search.keyword(part, message)
     else:
         keyword, reason = search.keyword(part, message), _regex_reason(message) or _first_line(message)
+    if keyword == "pattern":
+        keyword = keyword_of(part)
     if message.startswith(_NO_VALUE):
         return f"no value conforms to {keyword} at {path}: {reason.removeprefix(_NO_VALUE)}"[:_MESSAGE_CHARS]
     return f"{keyword} at {path} cannot be enforced: {reason}"[:_MESSAGE_CHARS]

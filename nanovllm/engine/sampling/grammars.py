@@ -13,7 +13,7 @@ import resource
 import signal
 from collections import abc
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, BinaryIO, Self
 
 from nanovllm.confinement import confine, take_over_streams
@@ -133,22 +133,21 @@ def grammar_of(constraint: Constraint) -> str:
 
 def compile_grammar(vocabulary: Vocabulary, grammar: str) -> Any:
     """An ``llguidance.LLMatcher`` at its start. Raises UnsupportedConstraint for what it cannot enforce."""
-    llguidance = _llguidance()
-    said = _objection(vocabulary, grammar)
-    if said is not None:
-        raise UnsupportedConstraint(refusal(grammar, said, partial(_objection, vocabulary)))
-    return llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0)
+    matcher, message = _compiled(vocabulary, grammar)
+    if message is not None:
+        raise UnsupportedConstraint(refusal(grammar, message, lambda part: _compiled(vocabulary, part)[1]))
+    return matcher
 
 
-def _objection(vocabulary: Vocabulary, grammar: str) -> str | None:
-    """What llguidance says against a grammar; None where it enforces all of it."""
+def _compiled(vocabulary: Vocabulary, grammar: str) -> tuple[Any, str | None]:
+    """The matcher, and what llguidance says against the grammar; None where it enforces all of it."""
     matcher = _llguidance().LLMatcher
     # Warnings are errors: a keyword that the library would leave out must not pass as enforced.
     failed, messages = matcher.validate_grammar_with_warnings(grammar, vocabulary.tokens)
     if failed or messages:
-        return "\n".join(messages) or "refused"
+        return None, "\n".join(messages) or "refused"
     compiled = matcher(vocabulary.tokens, grammar, log_level=0)
-    return str(compiled.get_error()) if compiled.is_error() else None
+    return compiled, str(compiled.get_error()) if compiled.is_error() else None
 
 
 def _first_line(messages: abc.Sequence[str]) -> str:

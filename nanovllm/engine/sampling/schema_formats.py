@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-# llguidance 1.9 enforces these.
-_BUILT_IN = frozenset({"email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+# llguidance 1.9 enforces these; its dates take a 29 February of any year, and its times a second 60.
+_BUILT_IN = frozenset({"email", "hostname", "uri"})
 _ALIASES = {"host-name": "hostname", "ip-address": "ipv4"}  # draft 3
 REFUSED = frozenset(
     {"color", "idn-email", "idn-hostname", "iri", "iri-reference", "phone", "regex", "style", "uri-reference",
@@ -51,8 +51,10 @@ def _patterns() -> dict[str, str]:
         "date": _DATE,
         "date-time": rf"{_DATE}[tT]{_TIME}",
         "duration": _DURATION,
+        "ipv4": _IPV4,
         "ipv4interface": _IPV4 + sizes4,
         "ipv4network": networks4,
+        "ipv6": ipv6,
         "ipv6interface": f"({ipv6}){sizes6}",
         "ipv6network": networks6,
         "ipvanyaddress": f"{_IPV4}|{ipv6}",
@@ -61,6 +63,7 @@ def _patterns() -> dict[str, str]:
         "json-pointer": _POINTER,
         "relative-json-pointer": rf"(0|[1-9]\d*)(#|{_POINTER})",
         "time": _TIME,
+        "uuid": f"{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}",
         **{
             f"uuid{version}": f"{_HEX}{{8}}-{_HEX}{{4}}-{version}{_HEX}{{3}}-[89abAB]{_HEX}{{3}}-{_HEX}{{12}}"
             for version in range(1, 9)
@@ -108,17 +111,23 @@ def with_enforced_format(schema: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str):
         return schema
     rest = {key: value for key, value in schema.items() if key != "format"}
-    known = _ALIASES.get(name, name)
-    if known in _BUILT_IN:
-        return {**rest, "format": known}
-    if known in _patterns():
-        pattern = f"^({_patterns()[known]})$"
+    name = _ALIASES.get(name, name)
+    if name in _BUILT_IN:
+        return {**rest, "format": name}
+    if name in _patterns():
+        pattern = f"^({_patterns()[name]})$"
         if "pattern" not in rest:
             return {**rest, "pattern": pattern}
         own = rest.get("allOf", [])
         return {**rest, "allOf": [*own, {"pattern": pattern}]} if isinstance(own, list) else schema
     # A misspelt one stays, and is refused.
     return schema if name in REFUSED or meant(name) is not None else rest
+
+
+def keyword_of(part: dict[str, Any]) -> str:
+    """`format` where the pattern of ``part`` came from one, else `pattern`."""
+    pattern = part.get("pattern")
+    return "format" if any(pattern == f"^({known})$" for known in _patterns().values()) else "pattern"
 
 
 def meant(name: str) -> str | None:
