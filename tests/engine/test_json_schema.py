@@ -104,7 +104,7 @@ OTHERS = [1, "a", ["a"], None, {"a": 1, "format": "topic"}, {"dependencies": 3, 
 @pytest.mark.parametrize("schema", list(REWRITTEN.values()), ids=list(REWRITTEN))
 def test_the_rewritten_schema_takes_the_same_values(schema: dict[str, Any]) -> None:
     before, after = (jsonschema.Draft7Validator(one) for one in (schema, enforceable(schema)))
-    if "dependentRequired" in schema or "dependentSchemas" in schema:
+    if any(word in json.dumps(schema) for word in ("dependentRequired", "dependentSchemas", "$anchor")):
         before = jsonschema.Draft202012Validator(schema)
     verdicts = {json.dumps(value): (before.is_valid(value), after.is_valid(value)) for value in [*VALUES, *OTHERS]}
     assert {value: pair for value, pair in verdicts.items() if pair[0] != pair[1]} == {}

@@ -116,9 +116,7 @@ def grammar_of(constraint: Constraint) -> str:
                 return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE))
             case "regex":
                 if len(constraint.text) - len(constraint.text.rstrip("\\")) & 1:  # llguidance drops it
-                    raise ValueError(
-                        "the last character is a backslash, which escapes nothing: write \\\\ or no backslash"
-                    )
+                    raise ValueError("the last character, a backslash, escapes nothing: write two, or leave it out")
                 return str(matcher.grammar_from_regex(constraint.text))
             case "choice":
                 choices = " | ".join(json.dumps(choice) for choice in json.loads(constraint.text))
