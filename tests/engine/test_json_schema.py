@@ -23,7 +23,7 @@ from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams
 
 A, B, C = ({name: {"type": "integer"}} for name in "abc")
-OBJECT = {"type": "object", "properties": {**A, **B, **C}}
+OBJECT: dict[str, Any] = {"type": "object", "properties": {**A, **B, **C}}
 
 REWRITTEN: dict[str, dict[str, Any]] = {
     "dependencies on names": {**OBJECT, "dependencies": {"a": ["b"], "c": ["a", "b"]}},
@@ -290,9 +290,9 @@ def test_a_message_of_llguidance_that_is_not_known_has_the_keyword_and_its_path(
 
 
 def test_branches_are_compared_within_a_number_of_steps() -> None:
-    circle = {"type": "object", "required": [f"p{i}" for i in range(30)]}
+    circle: dict[str, Any] = {"type": "object", "required": [f"p{i}" for i in range(30)]}
     circle["properties"] = {f"p{i}": {"$ref": "#/$defs/a"} for i in range(30)}
-    schema = {"oneOf": [{"$ref": "#/$defs/a"}] * 30, "$defs": {"a": circle}}
+    schema: dict[str, Any] = {"oneOf": [{"$ref": "#/$defs/a"}] * 30, "$defs": {"a": circle}}
     exclusion = Exclusion(partial(resolve, schema), steps_left=1_000)
     assert not exclusion.of_all(schema["oneOf"], {})
     assert -100_000 < exclusion.steps_left <= 0

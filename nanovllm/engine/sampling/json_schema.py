@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import quote, unquote
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from nanovllm.engine.sampling.exclusive_branches import Exclusion
 from nanovllm.engine.sampling.schema_formats import with_enforced_format
@@ -215,11 +217,21 @@ def _share_patterns(schema: dict[str, Any]) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of a schema finds itself in ``name``; False for one that Python does not read."""
+    """Whether a pattern of a schema finds itself in ``name``; False for one that Rust's regex crate does not read.
+
+    That crate takes time in proportion to the text. Python's ``re`` tries each way to match: `(?:a?){50}a{50}` has no
+    end there, and it holds the interpreter's lock.
+    """
+    found = _compiled(pattern)
+    return found is not None and found.isinstance_python(name)
+
+
+@lru_cache(maxsize=512)
+def _compiled(pattern: str) -> SchemaValidator | None:
     try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return False
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
+    except SchemaError:
+        return None
 
 
 def _take_conditions(schema: dict[str, Any], key: str, document: _Document) -> list[dict[str, Any]]:
