@@ -174,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         code = _OF_SIGINT
-    if code == _OF_SIGINT:
-        _print_error("interrupted")
-        return FAILED
     except (OSError, MemoryError) as error:  # a full disk, a file or address that is refused
         _print_error(str(error) or "this machine has not enough memory for it")
+        return FAILED
+    if code == _OF_SIGINT:
+        _print_error("interrupted")
         return FAILED
     return code if isinstance(code, int) else DONE
 

@@ -64,7 +64,7 @@ class Run:
             finished = FinishedJobs("jobs.jsonl", frozenset(output.finished))
             limit = self.settings.admission.max_job_bytes
             self.left = finished.left(read_lines(self.input, limit))
-            source = LineSource(read_lines(self.input, limit), finished, output.add_request)
+            source = LineSource(read_lines(self.input, limit), finished)
             worker = build_worker(
                 self.settings,
                 Parts(echo, decoders, ObjectFetcher(self.settings.s3, max_bytes=self.settings.images.max_bytes)),
