@@ -20,7 +20,7 @@ worker or object representations, because it travels into dead letters.
         FetchFailed, ObjectUnavailable, ObjectRefused
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
-        BrokersUnavailable, CredentialsRefused, StoreUnreachable, PoisonLimitReached
+        BrokersUnavailable, AnswersMissing, CredentialsRefused, StoreUnreachable, PoisonLimitReached
         EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
         ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers, InvalidRoutes
@@ -49,7 +49,7 @@ class ErrorClass(StrEnum):
 
 def counted(number: int, noun: str) -> str:
     """``number`` and ``noun`` in words for a message: "1 image", "2 images"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class NanoVLLMError(Exception):
@@ -361,6 +361,13 @@ class BrokersUnavailable(SystemicError):
     remedy = "Check NANOVLLM_KAFKA__BOOTSTRAP_SERVERS, the TLS and SASL settings, and the user's rights."
 
 
+class AnswersMissing(SystemicError):
+    """Jobs that were sent have neither a result nor a dead letter yet."""
+
+    code = "answers_missing"
+    remedy = "The jobs are sent, and need not be sent again: `nanovllm results --from-beginning` shows what comes."
+
+
 class GroupInstanceFenced(SystemicError):
     """Another member of the consumer group has this worker's ``group_instance_id``, and has taken its place."""
 
@@ -369,17 +376,17 @@ class GroupInstanceFenced(SystemicError):
 
 
 class CredentialsRefused(SystemicError):
-    """The object store refuses the worker's credentials altogether, or the AWS SDK cannot get any."""
+    """The object store refuses the process's credentials altogether, or the AWS SDK cannot get any."""
 
     code = "credentials_refused"
-    remedy = "Give the worker valid AWS credentials: check its AWS_ variables, profile, token file and clock."
+    remedy = "Give this process valid AWS credentials: check its AWS_ variables, profile, token file and clock."
 
 
 class StoreUnreachable(SystemicError):
     """No object store answers at the endpoint, or it proves no trusted identity; no job can be the cause of that."""
 
     code = "store_unreachable"
-    remedy = "Check NANOVLLM_S3__ENDPOINT_URL, the network between worker and store, and the store itself."
+    remedy = "Check NANOVLLM_S3__ENDPOINT_URL, the network between this process and the store, and the store itself."
 
 
 class PoisonLimitReached(SystemicError):
@@ -393,7 +400,7 @@ class EngineDead(SystemicError):
     """The engine thread stopped: an error in a step, or a step that never ended."""
 
     code = "engine_dead"
-    remedy = "Restart the worker; its offsets are not committed."
+    remedy = "Make another engine, or restart the worker: the offsets of what it had not answered are not committed."
 
 
 class EngineFault(SystemicError):
@@ -414,6 +421,11 @@ class ModelNotFound(ConfigurationError):
 
     code = "model_not_found"
     remedy = "Give a local directory, or download the checkpoint into the hub cache first."
+
+    @property
+    def in_one_line(self) -> str:
+        """The message, and the remedy where the message names no command of its own."""
+        return str(self) if "`" in str(self) else super().in_one_line
 
 
 class UnsupportedModel(ConfigurationError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,19 @@ def versity_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VersityNo
 def versity_s3(versity_node: VersityNode, monkeypatch: pytest.MonkeyPatch) -> S3Part:
     """The real S3 server as ``s3``. Tests that use it carry the marker ``s3``."""
     return _use(S3Part(versity_node.endpoint_url, "test", "testsecret"), monkeypatch)
+
+
+@pytest.fixture
+def process_state() -> Iterator[None]:
+    """Puts back what a worker changes in its process: log handlers and signal handlers."""
+    root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
+    handlers, level, signals = root.handlers[:], root.level, [signal.getsignal(number) for number in numbers]
+    loggers = [logging.getLogger(name) for name in ("aiokafka", "botocore", "boto3", "urllib3", "botocore.credentials")]
+    levels = [logger.level for logger in loggers]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for logger, one in zip(loggers, levels, strict=True):
+        logger.setLevel(one)
+    for number, handler in zip(numbers, signals, strict=True):
+        signal.signal(number, handler)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import (
     checkpoint_name,
     is_lfs_pointer,
@@ -20,6 +21,7 @@ from nanovllm.checkpoints.resolve import (
     weight_files,
     why_unreadable,
 )
+from nanovllm.checkpoints.template_files import TEMPLATE, check_templates
 from nanovllm.checkpoints.tensors import names_in
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 
@@ -30,7 +32,6 @@ _TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json",
 )  # fmt: skip
 _PREPROCESSOR = "preprocessor_config.json"
-_TEMPLATE = "chat_template.jinja"
 _TEMPLATE_JSON = "chat_template.json"
 _GENERATION_SAMPLING = {
     "temperature": "temperature",
@@ -40,6 +41,19 @@ _GENERATION_SAMPLING = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+# What changes the text that transformers generates, vLLM leaves out too, and the value that changes nothing.
+_GENERATION_IGNORED: dict[str, object] = {
+    **dict.fromkeys((
+        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "force_words_ids", "constraints",
+        "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "exponential_decay_length_penalty",
+        "stop_strings", "max_time", "top_h", "watermarking_config", "dola_layers", "token_healing",
+    )),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p", "guidance_scale",
+                     "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+                     "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0),
+    "max_length": 20,
+}  # fmt: skip
 
 
 def _lost_its_bytes(file: Path, tokenizer: Any) -> bool:
@@ -69,14 +83,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """Configuration, with the defaults of its family; UnsupportedModel for one that transformers does not know."""
-        try:
+        with reading_config(self.fields, checkpoint_name(self.directory)):
             return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a validator of a family raises whatever it likes
-            name, kind = checkpoint_name(self.directory), self.fields.get("model_type")
-            raise UnsupportedModel(
-                f"config.json of {name!r} (model_type {kind!r}) is not understood by transformers: "
-                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
-            ) from error
 
     @property
     def architecture(self) -> str:
@@ -92,6 +100,7 @@ class Checkpoint:
         """Tokenizer with the chat template: the processor's where it has one, else its own.
 
         Raises:
+            UnsupportedModel: config.json is not understood, which transformers reads for the tokenizer too.
             ModelNotFound: the checkpoint has no tokenizer, or none that can be read.
         """
         name, why = checkpoint_name(self.directory), "it has no vocabulary"
@@ -99,7 +108,8 @@ class Checkpoint:
         for file in files:
             if is_lfs_pointer(file) or file.stat().st_size == 0:
                 raise ModelNotFound(f"{file.name} of checkpoint {name!r} {why_unreadable(file)}")
-        tokenizer = None
+        check_templates(self.directory)
+        tokenizer, _ = None, self.config
         try:
             # Without its files transformers 5 builds the tokenizers of some families of their control tokens alone.
             if any(not file.name.startswith(("tokenizer_config", "special_tokens")) for file in files):
@@ -134,8 +144,8 @@ class Checkpoint:
         if not is_named and self.config.model_type not in PROCESSOR_MAPPING_NAMES:
             return None
         template = own.get("chat_template") or _json_fields(self.directory / _TEMPLATE_JSON).get("chat_template")
-        if template is None and (self.directory / _TEMPLATE).is_file():
-            template = (self.directory / _TEMPLATE).read_text(encoding="utf-8")
+        if template is None and (self.directory / TEMPLATE).is_file():
+            template = (self.directory / TEMPLATE).read_text(encoding="utf-8")
         return template if isinstance(template, str) else None
 
     @cached_property
@@ -143,6 +153,16 @@ class Checkpoint:
         """Sampling parameters that generation_config.json sets, under the names of SamplingParams, as vLLM reads it."""
         fields = _json_fields(self.directory / _GENERATION)
         return {ours: fields[name] for name, ours in _GENERATION_SAMPLING.items() if fields.get(name) is not None}
+
+    @cached_property
+    def generation_ignored(self) -> list[str]:
+        """Names that generation_config.json sets, that have an effect in transformers, and none in this engine."""
+        fields = _json_fields(self.directory / _GENERATION)
+        return [
+            name
+            for name, without_effect in _GENERATION_IGNORED.items()
+            if fields.get(name) not in (None, False, [], {}, without_effect)
+        ]
 
     def eos_token_ids(self, vocab_size: int, tokenizer: Any) -> frozenset[int]:
         """End-of-sequence tokens: all that generation_config.json, the configuration or the tokenizer names.

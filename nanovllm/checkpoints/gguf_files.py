@@ -16,11 +16,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+from nanovllm.checkpoints.resolve import why_unreadable
 from nanovllm.errors import ModelNotFound, UnsupportedModel, counted
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ROTARY_FACTORS = "rope_freqs.weight"
 _NAMED_TENSORS = 5  # in a message
+_MAGIC, _HEADER_BYTES = b"GGUF", 8  # with the version
 _LLAMA3_CONTEXT = 8192  # of Llama 3, which 3.1 to 3.3 extend; any other value only rescales the other two parameters
 _TOLERANCE = 1e-3  # of a rotary factor, relative
 
@@ -233,6 +235,10 @@ def _open(file: Path) -> Any:
     try:
         return gguf.GGUFReader(file)
     except Exception as error:  # a damaged file makes the reader fail in any way
+        with file.open("rb") as start:
+            header = start.read(_HEADER_BYTES)
+        if header[:4] == _MAGIC and int.from_bytes(header[4:], "little") in gguf.READER_SUPPORTED_VERSIONS:
+            raise ModelNotFound(f"{file.name!r} {why_unreadable(file)}") from error
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedModel(f"{file.name!r} cannot be read as GGUF: {first}") from error
 

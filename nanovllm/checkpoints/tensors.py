@@ -123,11 +123,13 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...], left_o
             raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this {type(module).__name__}")
         if parameters[name].shape != tensor.shape:
             raise ConfigurationError(
-                f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
+                f"tensor {stored} has shape {list(tensor.shape)}, the model needs {list(parameters[name].shape)}"
             )
         _copy_once(parameters[name], tensor, stored, loaded.get(name))
         loaded[name] = stored
-    _check_complete(parameters, loaded, ModelNotFound)
+    # The checkpoint's own; of a part that is missing altogether the shortest, which most checkpoints have.
+    prefix = next((stored.removesuffix(name) for name, stored in loaded.items()), min(prefixes, key=len))
+    _check_complete((prefix + name for name in parameters), (prefix + name for name in loaded), ModelNotFound)
 
 
 def _files_of(path: Path) -> list[Path]:

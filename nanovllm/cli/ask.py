@@ -10,7 +10,7 @@ import typer
 
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.cli.sources import IMAGE_SUFFIXES
+from nanovllm.cli.sources import IMAGE_SUFFIXES, check_file, check_object_uri, hint_at_placeholder
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
@@ -34,6 +34,7 @@ def ask(
     if _is_picture(question):
         raise InvalidInput(f"the question is missing: nanovllm ask {plain(question).plain} 'What is the total?'")
     if IMAGE_PLACEHOLDER not in question:
+        hint_at_placeholder(question)
         question = " ".join([question, *[IMAGE_PLACEHOLDER] * len(images)])
     settings = engine_settings(config, model)
     job = Job(
@@ -56,7 +57,7 @@ def ask(
         run_lines(
             settings.model_copy(update={"admission": admission}),
             LineSource([(0, line)], FinishedJobs("ask")),
-            OutcomeSink(settings.topics, results.append, refused.append),
+            OutcomeSink(settings.topics, results.append, lambda letter, _: refused.append(letter)),
         )
     if refused:
         letter = refused[0]
@@ -78,9 +79,11 @@ def _is_picture(word: str) -> bool:
 
 
 def _image(source: str) -> ImageRef:
-    if source.startswith("s3://"):
+    if "://" in source:
+        check_object_uri(source)
         return ImageRef(uri=source)
     try:
+        check_file(Path(source))
         return ImageRef(data=Path(source).read_bytes(), name=image_name(source))
     except OSError as error:
         raise InvalidInput(f"the picture {source} cannot be read: {error.strerror or type(error).__name__}") from None

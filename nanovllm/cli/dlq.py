@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar, get_args
 
 import typer
 
+from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.cli.tables import few
 from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters
@@ -22,7 +23,7 @@ from nanovllm.messages.dead_letter import DeadLetterClass, Stage
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import Cell, long_work, plain, print_json, print_table
 
-dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list, show and replay them.")
+dlq_app = Application(no_args_is_help=True, help="Dead letters: list, show and replay them.")
 
 T = TypeVar("T")
 COLUMNS = (

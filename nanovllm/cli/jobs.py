@@ -15,13 +15,13 @@ import typer
 from rich.filesize import decimal
 
 from nanovllm.cli.journal import Journal
-from nanovllm.cli.sending import Sent, finder_of, listing_of, send_all
+from nanovllm.cli.sending import Sent, finder_of, forbidden_uris, listing_of, send_all
 from nanovllm.cli.sources import Submission, plan_submissions
 from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
 from nanovllm.client.results import ResultReader
 from nanovllm.client.upload import ImageUploader
-from nanovllm.errors import InvalidInput, SystemicError, counted
+from nanovllm.errors import AnswersMissing, InvalidInput, counted
 from nanovllm.messages.result import Result
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
 from nanovllm.settings.worker import Settings
@@ -78,13 +78,19 @@ def submit(
     lister, finder = listing_of(settings.s3), finder_of(settings.s3)
     submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling, lister, finder)
     uploader = ImageUploader(upload, settings.s3) if upload else None
+    if forbidden := forbidden_uris(settings.s3, submissions, uploader):
+        more = f", nor {len(forbidden) - 1:,} more" if len(forbidden) > 1 else ""
+        what = f"s3.allow of these settings does not list {forbidden[0]}{more}"
+        print(
+            plain(f"{what}: a worker with them makes dead letters of such jobs (forbidden_uri)").plain, file=sys.stderr
+        )
     with Journal(journal) as sent_before:
         if dry_run:
             _show_plan(submissions, sent_before, as_json)
             return
         producer = JobProducer(settings.kafka, topic=topic, key=key, fmt=format, upload=upload, s3=settings.s3)
         send = partial(_send, producer, submissions, sent_before, uploader, as_json)
-        failed = asyncio.run(_submit(settings, send, timeout if wait else None, as_json))
+        failed = asyncio.run(_submit(settings, topic, send, timeout if wait else None, as_json))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -144,7 +150,7 @@ def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -
 
 
 async def _submit(
-    settings: Settings, send: Callable[[], Coroutine[Any, Any, Sent]], wait_s: float | None, as_json: bool
+    settings: Settings, topic: str, send: Callable[[], Coroutine[Any, Any, Sent]], wait_s: float | None, as_json: bool
 ) -> bool:
     """Send everything, wait where asked; whether something failed or did not come."""
     if wait_s is None:
@@ -154,7 +160,15 @@ async def _submit(
         sent = await send()
         if sent.is_interrupted:
             return True
-        return await _wait_for(reader, set(sent.job_ids), ResultRows(as_json=as_json), wait_s)
+        missing, rows = set(sent.job_ids), ResultRows(as_json=as_json)
+        is_failed = await _wait_for(reader, missing, rows, wait_s)
+    if missing:
+        group = settings.kafka.group_id
+        raise AnswersMissing(
+            f"{counted(len(missing), 'answer')} did not come within {wait_s:g} s. Look whether a worker runs in group "
+            f"{group}, reads {topic} and writes {settings.topics.results}: its log and /readyz say what it waits for"
+        )
+    return is_failed
 
 
 async def _send(
@@ -172,7 +186,7 @@ async def _send(
     else:
         for path, uri in sent.uploads.items():
             print(plain(f"{path} uploaded to {uri}").plain, file=sys.stderr)
-        before = f", {sent.before} were sent before" if sent.before else ""
+        before = f", {sent.before:,} were sent before" if sent.before else ""
         print(f"{counted(len(sent.job_ids), 'job')} sent to {producer.topic}{before}", file=sys.stderr)
         for job_id in sent.job_ids:
             print(plain(job_id).plain)
@@ -189,11 +203,10 @@ async def _send(
 
 
 async def _wait_for(reader: ResultReader, missing: set[str], rows: ResultRows, wait_s: float) -> bool:
+    """Show outcomes and take them from ``missing``, for ``wait_s`` at most; whether one is a dead letter."""
     deadline = time.monotonic() + wait_s
     failed = False
-    while missing:
-        if time.monotonic() > deadline:
-            raise SystemicError(f"{counted(len(missing), 'answer')} did not come within {wait_s:g} s")
+    while missing and time.monotonic() <= deadline:
         for outcome in await reader.read():
             if outcome.job_id in missing:
                 missing.discard(outcome.job_id)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
+# A KeyboardInterrupt while modules are imported would end as a traceback, or as another exception of an extension.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"nanovllm: interrupted\n"), os._exit(1)))
 # Before the imports below, which take seconds: PID 1 of a container ignores signals without a handler, and nothing was
 # taken that would have to be drained. The worker's own handlers (stop_signals.py) replace these.
 if sys.argv[1:2] in (["worker"], ["bridge"]):
@@ -19,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from nanovllm.cli.ask import ask
 from nanovllm.cli.bridge import bridge_app
@@ -26,12 +34,14 @@ from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.extract import extract
 from nanovllm.cli.extras import require
+from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
+from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
 from nanovllm.terminal import long_work, plain
@@ -40,10 +50,11 @@ from nanovllm.terminal import long_work, plain
 logging.getLogger("aiokafka").addHandler(logging.NullHandler())
 
 MISUSE = 2
+_OF_SIGINT = 130  # what Typer 0.26 and newer make of a KeyboardInterrupt
 # Typer's own, which newer releases bring with them and older ones take from click.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
-app = typer.Typer(
+app = Application(
     name="nanovllm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -150,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else DONE
     except typer.Abort:
-        return FAILED
+        code = _OF_SIGINT
     except _USAGE_ERROR as error:
         if str(error).startswith("Usage:") or not error.format_message():  # a command that cannot stand alone
             error.show()
@@ -161,10 +172,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigurationError, InvalidInput) as error:
         _print_error(error.in_one_line)
         return MISUSE
+    except ValidationError as error:  # of a job, made of what the command line says
+        _print_error(describe_errors(error, error.title.lower()))
+        return MISUSE
     except NanoVLLMError as error:
         _print_error(error.in_one_line)
         return FAILED
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BrokenPipeError:
+        return FAILED
+    except KeyboardInterrupt:
+        code = _OF_SIGINT
+    except (OSError, MemoryError) as error:  # a full disk, a file or address that is refused
+        _print_error(str(error) or "this machine has not enough memory for it")
+        return FAILED
+    if code == _OF_SIGINT:
+        _print_error("interrupted")
         return FAILED
     return code if isinstance(code, int) else DONE
 
@@ -172,6 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_error(line: str) -> None:
     print(f"nanovllm: {plain(line).plain}", file=sys.stderr)
 
+
+# The modules are there: commands may see a KeyboardInterrupt. A worker's handler stays.
+if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__ and sys.argv[1:2] != ["worker"]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if __name__ == "__main__":
     sys.exit(main())

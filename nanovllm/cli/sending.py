@@ -16,8 +16,18 @@ from nanovllm.cli.journal import Journal
 from nanovllm.cli.sources import Image, Submission
 from nanovllm.client.producer import JobImage, JobProducer
 from nanovllm.client.upload import ImageUploader
-from nanovllm.errors import InvalidInput, ObjectNotFound, PermanentError, SystemicError, TransientError, counted
+from nanovllm.errors import (
+    ForbiddenUri,
+    InvalidInput,
+    ObjectNotFound,
+    PermanentError,
+    SystemicError,
+    TransientError,
+    counted,
+)
 from nanovllm.messages.job import ImageRef, image_name
+from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.objects.fetch import AllowList
 from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object, list_objects
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.settings.s3 import S3Settings
@@ -66,6 +76,34 @@ async def send_all(
                 break
             show(len(sent.job_ids))
     return sent
+
+
+def forbidden_uris(s3: S3Settings, submissions: Sequence[Submission], uploader: ImageUploader | None) -> list[str]:
+    """What ``s3.allow`` lets no worker with these settings read; where it is not set, the workers' own is not known."""
+    if not s3.allow:
+        return []
+    uris = [uploader.example] if uploader else []
+    for one in submissions:
+        named = [image.uri for image in one.job.images] if one.job is not None else map(_uri, one.images)
+        uris += [uri for uri in named if uri is not None]
+    allow = AllowList(s3.allow)
+    return [uri for uri in uris if not _is_allowed(allow, uri)]
+
+
+def _uri(image: Image) -> str | None:
+    if isinstance(image, ListedObject):
+        return image.uri
+    return image if isinstance(image, str) else None
+
+
+def _is_allowed(allow: AllowList, uri: str) -> bool:
+    parts = split_object_uri(uri)
+    try:
+        if parts is not None:  # what is no URI is refused as such
+            allow.check(*parts)
+    except ForbiddenUri:
+        return False
+    return True
 
 
 def listing_of(s3: S3Settings) -> Callable[[ObjectPattern], Iterable[ListedObject]]:
@@ -124,7 +162,7 @@ async def _job_image(image: Image, uploader: ImageUploader | None, uploads: dict
         return ImageRef(uri=image.uri, etag=image.etag)
     if uploader is None or isinstance(image, str):
         return image
-    ref = await uploader.upload(await asyncio.to_thread(_read, image))
+    ref = await uploader.upload(await asyncio.to_thread(_read, image), image.name)
     uploads[str(image)] = str(ref.uri)
     return ref.model_copy(update={"name": image_name(str(image))})
 

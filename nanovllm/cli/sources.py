@@ -5,20 +5,26 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nanovllm.client.upload import IMAGE_HEAD_BYTES, image_type
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
+from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+# Those of LLaVA and Qwen, and of vLLM's and llama.cpp's examples.
+_FOREIGN_PLACEHOLDER = re.compile(
+    r"<(image|img|image_\d+|\|image_pad\||\|image_\d+\||__media__)>|\[IMG\]", re.IGNORECASE
+)
 JOB_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 Image = str | Path | ListedObject
 ListObjects = Callable[[ObjectPattern], Iterable[ListedObject]]
@@ -98,6 +104,7 @@ def plan_submissions(
     if not prompt:
         raise InvalidInput("images need a --prompt or a --prompt-file")
     if IMAGE_PLACEHOLDER not in prompt:
+        hint_at_placeholder(prompt)
         prompt = f"{prompt} {IMAGE_PLACEHOLDER}"
     places = prompt.count(IMAGE_PLACEHOLDER)
     if len(images) % places:
@@ -110,6 +117,13 @@ def plan_submissions(
     images = [known.get(image, image) if isinstance(image, str) else image for image in images]
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
     return jobs + [Submission(prompt=prompt, images=group, sampling=sampling) for group in groups]
+
+
+def hint_at_placeholder(prompt: str) -> None:
+    """Say on stderr that a placeholder of other programs is text here."""
+    if found := _FOREIGN_PLACEHOLDER.search(prompt):
+        where = f"{IMAGE_PLACEHOLDER} marks an image's place, and is added at the prompt's end without one"
+        print(f"{found[0]} in the prompt is sent as text: {where}", file=sys.stderr)
 
 
 def _is_job_file(source: str) -> bool:
@@ -132,10 +146,11 @@ def _read_jobs(source: str) -> Iterator[Job]:
 
 def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
     if "://" in source:
-        if not source.startswith("s3://"):
-            raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
         pattern = ObjectPattern.of(source)
-        return [source] if pattern is None else _listed(source, pattern, list_objects)
+        if pattern is not None:
+            return _listed(source, pattern, list_objects)
+        check_object_uri(source)
+        return [source]
     path = Path(source)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if _is_image(file.name) and file.is_file())
@@ -147,7 +162,25 @@ def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
     if not found:
         raise InvalidInput(f"{source}: no such file, and no images are found there")
+    for file in found:
+        check_file(file)
     return list(found)
+
+
+def check_object_uri(source: str) -> None:
+    """Raise InvalidInput where ``source`` is not the URI of one object in S3."""
+    if not source.startswith("s3://"):
+        raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
+    if split_object_uri(source) is None:
+        raise InvalidInput(
+            f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters"
+        )
+
+
+def check_file(path: Path) -> None:
+    """Raise InvalidInput where a file is empty, which no message can carry and no image is."""
+    if path.is_file() and path.stat().st_size == 0:
+        raise InvalidInput(f"{path} is no image: the file is empty")
 
 
 def _listed(source: str, pattern: ObjectPattern, list_objects: ListObjects | None) -> list[Image]:
@@ -173,10 +206,9 @@ def _is_image(name: str) -> bool:
 def _begins_like_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            head = file.read(12)
+            return image_type(file.read(IMAGE_HEAD_BYTES)) is not None
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
-    return head.startswith(_FIRST_BYTES) or head[4:8] == b"ftyp" or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
 def _identity(image: Image) -> list[Any]:

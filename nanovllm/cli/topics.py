@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
 from nanovllm.errors import InvalidInput, counted
 from nanovllm.kafka.admin import create_topics, topic_states
@@ -17,7 +18,7 @@ from nanovllm.terminal import print_table
 
 DEFAULT_PARTITIONS = 4
 
-topics_app = typer.Typer(no_args_is_help=True, help="Create and check the topics that the settings imply.")
+topics_app = Application(no_args_is_help=True, help="Create and check the topics that the settings imply.")
 
 
 @topics_app.command("create")

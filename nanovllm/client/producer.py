@@ -184,15 +184,17 @@ class JobProducer:
         async with asyncio.timeout(timeout_s):
             return await self._outcomes.take(job_id)
 
+    @staticmethod
+    async def _uploaded(uploader: ImageUploader, image: ImageRef) -> ImageRef:
+        if image.data is None:
+            return image
+        return (await uploader.upload(image.data, image.name)).model_copy(update={"name": image.name})
+
     async def _record(self, job: Job) -> OutgoingRecord:
         key = self._record_key(job)
         record = self._encode(job, key)
         if record.size_bytes > self._max_bytes and self._uploader is not None:
-            upload = self._uploader.upload
-            images = [
-                image if image.data is None else (await upload(image.data)).model_copy(update={"name": image.name})
-                for image in job.images
-            ]
+            images = [await self._uploaded(self._uploader, image) for image in job.images]
             job = job.model_copy(update={"images": tuple(images)})
             record = self._encode(job, key)
         if record.size_bytes > self._max_bytes:

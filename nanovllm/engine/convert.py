@@ -106,6 +106,8 @@ def _find_gguf(source: Path) -> Path | None:
     if len(wholes) > 1 or (len(found) > 1 and found[0].stem in wholes):
         names = ", ".join(file.name for file in found)
         raise ConfigurationError(f"{str(source)!r} holds {len(found)} GGUF files ({names}); name the one to convert")
+    if not found and any(source.glob("*.safetensors")):
+        raise ConfigurationError(f"{str(source)!r} holds safetensors already: {how_to_use(source.resolve())}")
     if not found:
         raise ModelNotFound(f"{str(source)!r} holds neither {_BIN} nor {_BIN_INDEX} nor a .gguf file")
     return found[0]

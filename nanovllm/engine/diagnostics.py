@@ -20,6 +20,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
 
@@ -104,6 +105,8 @@ def _sampling_defaults(engine: LLMEngine, defaults: SamplingParams) -> Finding:
         note += "; from generation_config.json among others, which generation_config='vllm' ignores"
     elif found:
         note += f"; generation_config='vllm' ignores what generation_config.json sets: {', '.join(found)}"
+    if ignored := ignored_names(engine.config, engine.checkpoint):
+        note += f"; without effect, set there too: {', '.join(ignored)}"
     return Finding("sampling defaults", value, note)
 
 

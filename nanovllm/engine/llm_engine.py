@@ -28,7 +28,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
-from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts
+from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
@@ -97,6 +97,7 @@ class LLMEngine:
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
         self._default_sampling = default_sampling(self.generation_defaults)
+        warn_ignored(self.config, self.checkpoint)
         self._masks = TokenMasks(vocab_size)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps

@@ -14,7 +14,6 @@ from aiokafka.errors import KafkaError
 
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, MissingTopic, NanoVLLMError
 from nanovllm.kafka.client import client_kwargs
-from nanovllm.kafka.errors import refusals_of
 from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.topic_ids import listed_topics
 from nanovllm.settings.kafka import KafkaSettings
@@ -67,7 +66,7 @@ async def require_topics(
             if time.monotonic() > until:
                 break
         if not is_updated:
-            raise BrokersUnavailable(f"no broker of those behind {kafka.bootstrap_servers} answers")
+            raise _no_answer(kafka)
         if missing := _unlisted(client, names):
             raise _missing(kafka, missing)
     finally:
@@ -78,14 +77,23 @@ async def _wait_until_listed(
     client: AIOKafkaClient, kafka: KafkaSettings, names: Collection[str], until: float
 ) -> None:
     while True:
-        with refusals_of(str(kafka.bootstrap_servers)):
+        try:
             listed = await listed_topics(client, names)
+        except KafkaError:
+            # A metadata update logs which addresses do not answer: brokers name them themselves.
+            if not await client.force_metadata_update() or time.monotonic() > until:
+                raise _no_answer(kafka) from None
+            continue
         missing = [name for name, topic in listed.items() if topic is None]
         if not missing:
             return
         if time.monotonic() > until:
             raise _missing(kafka, missing)
         await asyncio.sleep(PAUSE_S)
+
+
+def _no_answer(kafka: KafkaSettings) -> BrokersUnavailable:
+    return BrokersUnavailable(f"no broker of those behind {kafka.bootstrap_servers} answers")
 
 
 def _missing(kafka: KafkaSettings, names: Collection[str]) -> MissingTopic:

@@ -99,10 +99,15 @@ def answer_line(result: Result) -> dict[str, Any]:
     }
 
 
-def error_line(letter: DeadLetter) -> dict[str, Any]:
-    """The line of a batch's output file for a request without an answer."""
+def error_line(letter: DeadLetter, request: dict[str, Any]) -> dict[str, Any]:
+    """The line of a batch's output file for a request without an answer, whose ``custom_id`` may be anything."""
     error = {"code": letter.code, "message": letter.message}
-    return {"id": f"batch_req_{letter.job_id}", "custom_id": letter.job_id, "response": None, "error": error}
+    return {
+        "id": f"batch_req_{letter.job_id}",
+        "custom_id": request.get("custom_id"),
+        "response": None,
+        "error": error,
+    }
 
 
 def _job_fields(fields: dict[str, Any]) -> dict[str, Any]:

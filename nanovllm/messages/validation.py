@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,15 +11,33 @@ from pydantic_core import ErrorDetails
 MAX_ERRORS = 3
 MAX_COMPARED = 100
 MAX_NAME_CHARS = 64
+# Pydantic names Python's types; and a wrong tag is the one value that it repeats.
+_IN_WORDS = {
+    "union_tag_invalid": "unknown type",
+    "tuple_type": "Input should be a list",
+    "list_type": "Input should be a list",
+    "dict_type": "Input should be an object",
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+}
 
 
-def describe_errors(error: ValidationError, root: str, data: Any = None) -> str:
+Origin = Callable[[tuple[int | str, ...], str], str | None]
+"""By place and message, where a wrong value came from; None where that is not known."""
+
+
+def describe_errors(
+    error: ValidationError,
+    root: str,
+    data: Any = None,
+    origin: Origin = lambda *_: None,
+) -> str:
     """One line that names the first wrong fields of ``root``; names that the sender chose are escaped and cut.
 
     ``data`` is what was validated: a place is then the sender's own, without the names of pydantic's unions.
     """
     items, uncounted = first_errors(error)
-    lines = [describe_error(item, root, data) for item in items[:MAX_ERRORS]]
+    lines = [describe_error(item, root, data, origin) for item in items[:MAX_ERRORS]]
     if (more := len(items) - MAX_ERRORS + uncounted) > 0:
         lines.append(f"and {more} more")
     return "; ".join(lines)
@@ -33,12 +52,13 @@ def first_errors(error: ValidationError) -> tuple[list[ErrorDetails], int]:
     return items, error.error_count() - len(errors)
 
 
-def describe_error(item: ErrorDetails, root: str, data: Any = None) -> str:
-    """One error of pydantic's: the field of ``root``, and its fault; ``data`` as for `describe_errors`."""
+def describe_error(item: ErrorDetails, root: str, data: Any = None, origin: Origin = lambda *_: None) -> str:
+    """One error of pydantic's: the field of ``root``, and its fault; ``data`` and ``origin`` as for `describe_errors`."""
     where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
-    # pydantic repeats the sender's own value for a wrong tag, and only there.
-    message = "unknown type" if item["type"] == "union_tag_invalid" else item["msg"].removeprefix("Value error, ")
-    return f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
+    message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+    line = f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
+    source = origin(item["loc"], message)
+    return f"{line} ({source})" if source else line
 
 
 def _place_in(data: Any, loc: tuple[int | str, ...]) -> list[int | str]:

@@ -24,8 +24,8 @@ class RunOutput:
     """Appends results to ``results`` and dead letters to ``dead_letters``. A context manager.
 
     Requests of OpenAI's batch files (``decode`` has seen them) are answered in that form; one without an answer has a
-    line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that have
-    ended, in earlier runs too.
+    line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that
+    have ended, in earlier runs too.
 
     Raises:
         InvalidInput: a file cannot be written, another run writes it, or it has lines that are no outcomes.
@@ -69,7 +69,6 @@ class RunOutput:
             return decode_job(line)  # it says whose line it is
         if not is_request(fields):
             return job_of_fields(self._with_images(fields, valid_job_id(fields.get("job_id"))))
-        # Before it is a job: one that is refused is answered in its form too.
         if (request_id := request_id_in(fields)) is not None:
             self._request_ids.add(request_id)
         if isinstance(fields.get("body"), dict):
@@ -90,18 +89,25 @@ class RunOutput:
         result = Result.model_validate_json(value)
         is_answer = result.job_id in self._request_ids
         _append(self._results, _encoded(answer_line(result)) if is_answer else value)
-        self._request_ids.discard(result.job_id)
         self.results += 1
 
-    def add_dead_letter(self, letter: DeadLetter) -> None:
-        """Append a dead letter. Raises SystemicError where the file takes no more."""
-        if letter.job_id in self._request_ids:
-            _append(self._results, _encoded(error_line(letter)))
-            self._request_ids.discard(letter.job_id)
+    def add_dead_letter(self, letter: DeadLetter, line: bytes) -> None:
+        """Append the dead letter of a line. Raises SystemicError where the file takes no more."""
+        if (request := _request_in(line)) is not None:
+            _append(self._results, _encoded(error_line(letter, request)))
         if not self._dead_letters.is_open:
             self._files.enter_context(self._dead_letters)
         _append(self._dead_letters, encode(letter, "json"))
         self.dead_letters += 1
+
+
+def _request_in(line: bytes) -> dict[str, Any] | None:
+    """The fields of a line that is a request, however wrong; None for a job, and what is no object."""
+    try:
+        fields = decode_fields(line) if b'"custom_id"' in line else {}
+    except InvalidJob:
+        return None
+    return fields if is_request(fields) else None
 
 
 def _objects(sink: JsonLinesSink) -> Iterator[dict[str, Any]]:

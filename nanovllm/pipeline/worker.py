@@ -72,6 +72,7 @@ class Worker:
         self._reads_invalid_next = False
         self.has_taken = False
         self._tombstones = 0
+        self._left_at: float | None = None
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
@@ -124,6 +125,8 @@ class Worker:
         if self._at_work:
             logger.info("draining %d jobs", len(self._at_work))
             await asyncio.wait(list(self._at_work), timeout=self.settings.admission.drain_timeout_s)
+            if not self._at_work:
+                logger.info("drained: all of them have ended")
 
     def drop(self, ledger: PartitionLedger) -> None:
         """A partition has left: cancel its jobs, which its next owner gets."""
@@ -277,7 +280,7 @@ class Worker:
             planned = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
             self.metrics.event_loop_lag_seconds.set(max(0.0, time.monotonic() - planned))
-            self.health.has_joined = source.has_joined
+            self._observe_membership(source.has_joined)
             missing = ", ".join(source.missing_topics)
             self.health.wait_for(f"topic {missing}, which the brokers do not list" if missing else None)
             self.health.is_engine_alive = not self.engine.dead.is_set()
@@ -293,6 +296,15 @@ class Worker:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
                 self._observe_partitions(source)
+
+    def _observe_membership(self, has_joined: bool) -> None:
+        if self.health.has_joined and not has_joined:
+            self._left_at = time.monotonic()
+        elif has_joined and self._left_at is not None:
+            # aiokafka logs each attempt at brokers that are away, and nothing when they are back.
+            logger.info("in the consumer group again, after %.0f s", time.monotonic() - self._left_at)
+            self._left_at = None
+        self.health.has_joined = has_joined
 
     def _observe_partitions(self, source: RecordSource) -> None:
         # Cleared first: partitions that left must not go on showing their last lag.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,14 @@ from nanovllm.settings.base import Bytes, Millis, SettingsModel
 
 # What a worker needs after its drain and before it joins again: the last commit, which may wait for brokers.
 AFTER_DRAIN_MS = 15_000
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class KafkaSettings(SettingsModel):
@@ -83,8 +91,16 @@ class KafkaSettings(SettingsModel):
     @field_validator("bootstrap_servers")
     @classmethod
     def _check_ports(cls, servers: str) -> str:
-        if any(int(port) > 65_535 for port in re.findall(r":(\d{1,9})(?=,|\s|$)", servers)):
-            raise ValueError("a port is above 65535")
+        for server in filter(None, map(str.strip, servers.split(","))):
+            # As aiokafka reads them: an IPv6 address with a port is in brackets, and 9092 is the port without one.
+            if _is_ipv6(server):
+                continue
+            has_port = ":" in server.rpartition("]")[2]
+            host, _, port = server.rpartition(":") if has_port else (server, ":", "9092")
+            if not host or "/" in host or not (port.isascii() and port.isdigit()):
+                raise ValueError("a broker is host:port, with a number for a port and without a scheme")
+            if int(port) > 65_535:
+                raise ValueError("a port is above 65535")
         return servers
 
     @model_validator(mode="after")

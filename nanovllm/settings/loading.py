@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,27 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
         _merge(values, overrides or {})
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigurationError(describe_errors(error, "settings")) from None
+        origin = partial(_variables_of, overrides or {})
+        raise ConfigurationError(describe_errors(error, "settings", origin=origin)) from None
     except SettingsError:
         raise ConfigurationError(_no_json()) from None
+
+
+def _variables_of(overrides: Mapping[str, Any], place: tuple[int | str, ...], message: str) -> str | None:
+    """The variables of the environment that gave the values at ``place``: of the field, of those that the message of a
+    section's rule names, or of the whole section.
+    """
+    if not place:
+        return None
+    section, *field = (str(part) for part in place[:2])
+    given = overrides.get(section, {})
+    if not isinstance(given, Mapping) or (field and field[0] in given):
+        return None
+    fields = field or re.findall(r"\w+", message)
+    names = {f"{ENV_PREFIX}{section}__{one}".upper() for one in fields if one not in given}
+    whole = f"{ENV_PREFIX}{section}".upper()
+    found = [variable for variable in sorted(os.environ) if variable.upper() in names]
+    return ", ".join(found or [variable for variable in os.environ if variable.upper() == whole]) or None
 
 
 def _with_guess(name: str) -> str:

@@ -13,7 +13,9 @@ from nanovllm.sinks.dead_letter_record import read_dead_letter
 
 
 class OutcomeSink:
-    """Hands each encoded result to ``on_result`` and each dead letter to ``on_dead_letter``; metrics go nowhere.
+    """Hands each encoded result to ``on_result``, and each dead letter with its record's value to ``on_dead_letter``.
+
+    Metrics go nowhere.
 
     Both raise SystemicError where nothing can be taken now.
     """
@@ -24,7 +26,7 @@ class OutcomeSink:
         self,
         topics: TopicSettings,
         on_result: Callable[[bytes], object],
-        on_dead_letter: Callable[[DeadLetter], object],
+        on_dead_letter: Callable[[DeadLetter, bytes], object],
     ) -> None:
         self._topics = topics
         self._on_result = on_result
@@ -44,7 +46,7 @@ class OutcomeSink:
     def _hand_over(self, record: OutgoingRecord) -> SystemicError | None:
         try:
             if record.topic == self._topics.dead_letters:
-                self._on_dead_letter(read_dead_letter(record.headers, record.value))
+                self._on_dead_letter(read_dead_letter(record.headers, record.value), record.value or b"")
             elif record.topic != self._topics.metrics:
                 self._on_result(record.value or b"")
         except SystemicError as error:

@@ -14,16 +14,19 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -37,11 +40,12 @@ from transformers import (
 )
 
 from nanovllm.checkpoints.resolve import resolve_checkpoint
-from nanovllm.errors import InvalidInput, counted
+from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.terminal import plain
 from nanovllm.training import evaluate as evaluate_tiny
 from nanovllm.training import synthetic, tiny_model
-from nanovllm.training.trainer import Batch, Schedule, Source, Trainer, encode_question, export, pad
+from nanovllm.training.trainer import STATE_FILE, Batch, Schedule, Source, Trainer, encode_question, export, pad
 from nanovllm.vision.images.decode import load_rgb
 
 SYNTHETIC = "synthetic"
@@ -83,7 +87,8 @@ def align(
     Args:
         text_model, vision_model: directories or cached names, of one of ``TEXT_MODELS`` and one of ``TOWERS``.
         data: JSON lines of ``{"prompt", "images": [paths], "answer"}``, paths relative to the file, or ``"synthetic"``.
-        output: the LLaVA directory to write. An interrupted run resumes from its state beside it.
+        output: the LLaVA directory to write; one with files is not overwritten. An interrupted run resumes from its
+            state beside it.
         freeze_vision_weights: whether the tower stays bit for bit the same; otherwise it trains too.
         minutes, images: length of the training; exactly one is given.
         rate: peak learning rate of the projector; pretrained parts that train take a tenth of it.
@@ -92,21 +97,41 @@ def align(
         device: unset, CUDA where there is one.
 
     Raises:
-        InvalidInput: contradictory options, models that cannot be combined, or data that is not as described.
+        InvalidInput: contradictory options, models that cannot be combined, data that is not as described, or an
+            output that is there.
         ModelNotFound: a name that leads nowhere.
+        KeyboardInterrupt: SIGINT or SIGTERM came, and the state is saved.
     """
+    output = Path(output)
+    state = _state_directory(output)
     schedule = Schedule(minutes=minutes, images=images, rate=rate, warmup_steps=30)
+    if batch_size < 1:
+        raise InvalidInput(f"the batch size must be at least 1, not {batch_size}")
     examples = _examples(data, seed)
     torch.manual_seed(seed)
+    report(f"loading {text_model} and {vision_model}")
     model, processor, dtype = compose(resolve_checkpoint(text_model), resolve_checkpoint(vision_model))
     model.model.vision_tower.requires_grad_(not freeze_vision_weights)
     model.model.language_model.requires_grad_(train_text)
     model.lm_head.requires_grad_(train_text)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or one without room
+        raise InvalidInput(f"device {device} does not take the model: {str(error).partition(chr(10))[0]}") from error
     scales = dict.fromkeys(("model.vision_tower", "model.language_model", "lm_head"), PRETRAINED_RATE)
-    output = Path(output)
-    state = _state_directory(output)
-    trainer = Trainer(model, schedule, state, scales=scales, report=report)
+    options = {
+        "text model": text_model,
+        "vision model": vision_model,
+        "data": data,
+        "training of the tower": not freeze_vision_weights,
+        "training of the text model": train_text,
+        "batch size": batch_size,
+        "rate": rate,
+        "seed": seed,
+        "raw prompt": raw_prompt,
+    }
+    trainer = Trainer(model, schedule, state, scales=scales, options=_as_text(options), report=report)
     batches = _batches(examples, processor, batch_size, raw_prompt)
     progress = trainer.run(batches, lambda averaged: export(averaged, processor, output, dtype))
     report(f"aligned on {counted(progress.images, 'image')} in {progress.seconds / 60:.1f} minutes: {output}")
@@ -115,7 +140,16 @@ def align(
 
 
 def _state_directory(output: Path) -> Path:
-    return output.with_name(output.name + ".training")
+    """Directory of the state beside ``output``. Raises InvalidInput for an output with files, but without a state."""
+    state = output.with_name(output.name + ".training")
+    if output.exists() and not (state / STATE_FILE).exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InvalidInput(f"{output} is there already: name another output, or remove it")
+    return state
+
+
+def _as_text(options: Mapping[str, object]) -> dict[str, str]:
+    words = {True: "on", False: "off"}
+    return {name: words[value] if isinstance(value, bool) else str(value) for name, value in options.items()}
 
 
 def compose(text_model: Path, vision_model: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, torch.dtype]:
@@ -234,7 +268,7 @@ def _batches(
 
     def batch(step: int, tower_only: bool) -> Batch:
         chosen = [examples(index) for index in range(step * size, (step + 1) * size)]
-        images = [load_rgb(image) for example in chosen for image in example.images]
+        images = [_picture(image) for example in chosen for image in example.images]
         if not images:
             raise InvalidInput("a batch has no image: leave lines without images out, or raise the batch size")
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -256,24 +290,46 @@ def _batches(
     return batch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+def _picture(source: Path | Image.Image) -> Image.Image:
     try:
+        return load_rgb(source)
+    except InvalidInput as error:
+        raise InvalidInput(f"{source if isinstance(source, Path) else 'an image'}: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. A user's mistake is one line on stderr."""
+    try:
+        arguments = _parser().parse_args(argv)
         if arguments.evaluate:
             _evaluate(arguments)
         elif arguments.recipe:
             _train_tiny(arguments)
         else:
             _align(arguments)
-    except InvalidInput as error:
-        parser.error(str(error))
+    except NanoVLLMError as error:
+        _complain(error.in_one_line)
+        return 2 if isinstance(error, InvalidInput | ConfigurationError) else 1
+    except OSError as error:
+        _complain(f"{error.filename or arguments.output}: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt as interrupted:
+        _complain(str(interrupted) or "interrupted")
+        return 1
     return 0
 
 
+def _complain(message: str) -> None:
+    print(f"nanovllm: {plain(message).plain}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInput(f"{message} (see `{self.prog} --help`)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nanovllm align", description="Train or evaluate a LLaVA checkpoint.")
+    parser = _Parser(prog="nanovllm align", description="Train or evaluate a LLaVA checkpoint.")
     what = parser.add_argument_group("what to align")
     what.add_argument("--text-model", help="Qwen3, Qwen2 or Llama checkpoint")
     what.add_argument("--vision-model", help="CLIP or SigLIP checkpoint")
@@ -317,7 +373,7 @@ def _align(arguments: argparse.Namespace) -> None:
     required = {name: getattr(arguments, name) for name in ("text_model", "vision_model", "data", "output")}
     missing = [name for name, value in required.items() if value is None]
     if missing:
-        raise InvalidInput(f"--{missing[0].replace('_', '-')} is missing")
+        raise InvalidInput(f"--{missing[0].replace('_', '-')} is missing (see `nanovllm align --help`)")
     names = ("freeze_vision_weights", "train_text", "minutes", "images", "batch_size", "rate", "raw_prompt", "device")
     options = {name: getattr(arguments, name) for name in names}
     align(**required, **options, seed=arguments.seed or 0, report=_say)
@@ -329,7 +385,9 @@ def _train_tiny(arguments: argparse.Namespace) -> None:
     if arguments.processes <= 1:
         _train_recipe(arguments)
         return
-    Schedule(minutes=arguments.minutes, images=arguments.images)  # refused here, once, and not by every process
+    # Refused here, once, and not by every process.
+    Schedule(minutes=arguments.minutes, images=arguments.images)
+    _state_directory(Path(arguments.output))
     with tempfile.TemporaryDirectory() as directory:
         torch.multiprocessing.spawn(_run_rank, (arguments, directory), nprocs=arguments.processes)
 
@@ -353,6 +411,8 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     schedule = Schedule(
         rate=arguments.rate, minutes=arguments.minutes, images=arguments.images, tower_share=arguments.tower_share
     )
+    output = Path(arguments.output)
+    state = _state_directory(output)
     torch.manual_seed(arguments.seed)
     processor = tiny_model.processor()
     model = tiny_model.model(processor.tokenizer)
@@ -361,7 +421,6 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
         model.load_state_dict(earlier.state_dict())
     head = tiny_model.glyph_head(model)
     tiny_model.speed_up(model)
-    output = Path(arguments.output)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = tiny_model.Batches(processor.tokenizer, arguments.seed, rank=rank, processes=processes)
 
@@ -372,7 +431,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
             f"{name} {kind['exact']}/{kind['n']}" for name, kind in result["groups"].items() if "kind" in name
         )
 
-    trainer = Trainer(model, schedule, _state_directory(output), head=head, bf16=True, report=_say)
+    trainer = Trainer(model, schedule, state, head=head, bf16=True, report=_say)
     progress = trainer.run(batches.batch, snapshot)
     if rank == 0:
         _say(f"trained on {counted(progress.images, 'image')} in {progress.seconds / 60:.1f} minutes: {output}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,15 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 IGNORED = -100
 WEIGHT_DECAY = 0.05
 AVERAGING = 0.999
-LOG_EVERY_S = 30.0
+LOG_EVERY_S = 5.0
 SAVE_EVERY_S = 300.0
 SNAPSHOT_EVERY_S = 540.0
+STATE_FILE = "training-state.pt"
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class Trainer:
     """Training of the parameters of ``model`` and ``head`` that require gradients, with their running average.
 
     ``scales`` maps a prefix of parameter names to a factor on the rate. State is kept in ``directory`` and resumed from
-    there. With `torch.distributed`, every process trains on its own batches and gradients are averaged; the first
-    process keeps the clock, the log and the state.
+    there, with the same ``options`` only (InvalidInput). With `torch.distributed`, every process trains on its own
+    batches and gradients are averaged; the first process keeps the clock, the log and the state.
     """
 
     def __init__(
@@ -151,9 +157,11 @@ class Trainer:
         head: GlyphHead | None = None,
         scales: dict[str, float] | None = None,
         bf16: bool = False,
+        options: Mapping[str, str] | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         self.model, self.schedule, self.head, self.bf16, self.report = model, schedule, head, bf16, report
+        self.options = dict(options or {})
         self.device = model.device
         self.progress = Progress()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -166,7 +174,7 @@ class Trainer:
         self.tower_trains = any("vision_tower" in name for name in self.trained)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.seconds = 0.0
-        self.path = directory / "training-state.pt"
+        self.path = directory / STATE_FILE
         directory.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._resume()
@@ -176,9 +184,23 @@ class Trainer:
 
         ``snapshot`` gets a copy of the model with the averaged weights every ``SNAPSHOT_EVERY_S`` and at the end; the
         text that it returns is logged.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; the step at work was finished, and the state is saved.
         """
+        with _interruption() as interrupted:
+            self._run(source, snapshot, interrupted)
+        return self.progress
+
+    def _run(
+        self,
+        source: Source,
+        snapshot: Callable[[LlavaForConditionalGeneration], str | None],
+        interrupted: threading.Event,
+    ) -> None:
         figures: dict[str, list[float]] = defaultdict(list)
-        logged = saved = shown = time.monotonic()
+        saved = shown = time.monotonic()
+        logged = -math.inf
         while (done := self.schedule.done(self.progress)) < 1:
             began = time.monotonic()
             tower_only = done < self.schedule.tower_share
@@ -189,12 +211,17 @@ class Trainer:
                 continue
             for name, figure in of_this_step.items():
                 figures[name].append(figure)
-            if now - logged > LOG_EVERY_S:
+            # The first step and the last one too: a short run shows as well whether the loss falls.
+            if now - logged > LOG_EVERY_S or self.schedule.done(self.progress) >= 1:
                 means = ", ".join(f"{name} {fmean(values):.4f}" for name, values in figures.items())
-                share = 100 * self.schedule.done(self.progress)
-                self.report(f"{share:5.1f}% {self.progress.images} images, {means}")
+                share = min(100.0, 100 * self.schedule.done(self.progress))
+                self.report(f"{share:5.1f}% {self.progress.images:,} images, {means}")
                 figures.clear()
                 logged = now
+            if interrupted.is_set():
+                self.save()
+                trained = counted(self.progress.images, "image")
+                raise KeyboardInterrupt(f"stopped after {trained}; the same command goes on from there ({self.path})")
             if now - saved > SAVE_EVERY_S:
                 self.save()
                 saved = time.monotonic()
@@ -204,7 +231,6 @@ class Trainer:
         if self.is_first:
             self.save()
             self._show(snapshot)
-        return self.progress
 
     def save(self) -> None:
         """Writes weights, averages, optimiser and progress atomically."""
@@ -214,6 +240,7 @@ class Trainer:
             "head": self.head.state_dict() if self.head is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "options": self.options,
         }
         unfinished = self.path.with_suffix(".new")
         torch.save(state, unfinished)
@@ -221,6 +248,13 @@ class Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self.path, weights_only=True, map_location=self.device)
+        before = state["options"]
+        if other := [name for name, value in self.options.items() if before.get(name) != value]:
+            name = other[0]
+            raise InvalidInput(
+                f"{self.path.parent} was begun with {name} {before.get(name)}, not {self.options[name]}: go on with "
+                "the options of before, name another output, or remove that directory"
+            )
         self.model.load_state_dict(state["model"])
         self.averages = state["averages"]
         if self.head is not None:
@@ -228,7 +262,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         self.seconds = self.progress.seconds
-        self.report(f"resumed after {self.progress.images} images")
+        self.report(f"resumed after {counted(self.progress.images, 'image')}")
 
     def _step(self, batch: Batch) -> dict[str, float]:
         for group in self.optimizer.param_groups:
@@ -289,6 +323,36 @@ class Trainer:
         line = snapshot(averaged)
         if line:
             self.report(line)
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; what a second one does is as it was before.
+
+    Not in a process group: processes that stopped at different steps would wait for one another without end.
+    """
+    interrupted = threading.Event()
+    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        restore()
+        interrupted.set()
+        # No lock, unlike print, which the main thread may be in.
+        os.write(STDERR, b"stopping after this step; a second signal ends it at once\n")
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield interrupted
+    finally:
+        restore()
 
 
 def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:

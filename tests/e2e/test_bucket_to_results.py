@@ -61,7 +61,7 @@ async def test_every_object_below_a_prefix_has_one_result_though_the_command_was
     assert INTERRUPTED_AT <= sent < OBJECTS
     code, said = await submit(0)
     assert code == 0, said
-    assert f"{OBJECTS - sent} jobs sent to {world.topics.jobs}, {sent:,} were sent before" in said
+    assert f"{OBJECTS - sent:,} jobs sent to {world.topics.jobs}, {sent:,} were sent before" in said
     job_ids = {json.loads(line)["job_id"] for line in journal.read_text().splitlines()}
     assert len(job_ids) == OBJECTS
 

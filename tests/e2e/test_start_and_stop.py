@@ -206,6 +206,7 @@ async def test_a_broker_that_is_down_at_the_start_is_named_and_waited_for(tmp_pa
         assert len(worker.process.tail(1_000).splitlines()) < 20
         await broker.start()
         try:
+            await create_topic(nobody, *worker.topics.values())
             await worker.is_ready()
             await worker.stops()
         finally:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,22 +97,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
     asyncio.run(create_topic(node.bootstrap_servers, "existing", partitions=2))
     yield node
     node.stop()
-
-
-@pytest.fixture
-def process_state() -> Iterator[None]:
-    """Puts back what a worker changes in its process: log handlers and signal handlers."""
-    root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
-    handlers, level, signals = root.handlers[:], root.level, [signal.getsignal(number) for number in numbers]
-    loggers = [logging.getLogger(name) for name in ("aiokafka", "botocore", "boto3", "urllib3", "botocore.credentials")]
-    levels = [logger.level for logger in loggers]
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for logger, one in zip(loggers, levels, strict=True):
-        logger.setLevel(one)
-    for number, handler in zip(numbers, signals, strict=True):
-        signal.signal(number, handler)
 
 
 @contextmanager

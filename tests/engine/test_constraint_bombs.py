@@ -17,6 +17,7 @@ from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling import grammar_compiler, structured_output
 from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
+from nanovllm.engine.sampling.json_schema import enforceable
 from nanovllm.errors import EngineDead, UnsupportedConstraint
 from nanovllm.sampling_params import Constraint, SamplingParams
 
@@ -126,6 +127,18 @@ async def test_an_ambiguous_grammar_ends_alone(text: Path, monkeypatch: pytest.M
             await lost
         assert len((await neighbour).token_ids) == 60
         assert engine.death is None
+
+
+@pytest.mark.parametrize("regex", ["(?:a?){50}a{50}", "(a*a*a*)*b", "(a|aa|aaa){20}"])
+def test_an_expression_with_many_ways_to_match_ends(engine: LLMEngine, regex: str) -> None:
+    output = engine.generate(PROMPT, SamplingParams(regex=regex, seed=0, max_tokens=120), use_tqdm=False)[0]
+    assert set(output.text) <= {"a", "b"}  # Python's own re would not end
+
+
+@pytest.mark.parametrize("pattern", ["^(?:a?){50}a{50}$", "^(a*a*a*)*b$", "^(a|aa)*b$"])
+def test_a_pattern_with_many_ways_to_match_a_property_holds_nothing_up(pattern: str) -> None:
+    schema = {"properties": {"a" * 49: {"type": "integer"}}, "patternProperties": {pattern: {"type": "string"}}}
+    assert enforceable(schema) == schema  # Python's own re would not end
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def spoilt(directory: Path, kind: str) -> Path:
         ("lost shard", ModelNotFound, r"lacks a\.bin"),
         ("two", ConfigurationError, r"holds 2 GGUF files \(a.gguf, b.gguf\); name the one"),
         ("no gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
-        ("cut gguf", UnsupportedModel, "'a.gguf' cannot be read as GGUF"),
+        ("cut gguf", ModelNotFound, "'a.gguf' is cut or damaged: get it again"),
         ("pointer", ModelNotFound, "'pytorch_model.bin' is a Git LFS pointer: `git lfs pull`"),
         ("gguf pointer", ModelNotFound, "'a.gguf' is a Git LFS pointer: `git lfs pull`"),
         ("text file", UnsupportedModel, "is not a .gguf file; give the directory"),
@@ -337,6 +337,16 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_directory_of_safetensors_is_said_to_need_no_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_text(tmp_path / "source")
+    assert main(["convert", str(source), str(tmp_path / "out")]) == MISUSE
+    said = capsys.readouterr().err
+    assert f'holds safetensors already: LLM("{source}"), or for the worker NANOVLLM_ENGINE__MODEL={source}' in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_converts_once_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = as_bin(make_text(tmp_path / "bin")), tmp_path / "out"
     assert main(["convert", str(source), str(output)]) == DONE
@@ -349,5 +359,8 @@ def test_the_command_converts_once_and_never_overwrites(tmp_path: Path, capsys: 
 
 def test_the_engine_points_to_the_conversion(tmp_path: Path) -> None:
     as_bin(make_text(tmp_path))
-    with pytest.raises(ModelNotFound, match=r"lacks model.safetensors; .* as pytorch_model.bin: `nanovllm convert "):
+    with pytest.raises(
+        ModelNotFound, match=r"lacks model.safetensors; .* as pytorch_model.bin: `nanovllm convert "
+    ) as no:
         recording_engine(tmp_path)
+    assert no.value.in_one_line.endswith("`"), "no other remedy stands behind the command"

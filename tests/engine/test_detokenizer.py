@@ -76,6 +76,56 @@ def test_a_character_that_was_cut_off_is_left_out() -> None:
     assert "".join([*chunks, detokenizer.finish()]) == "a" == detokenizer.text
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b"\xff\xfe|", "\ufffd\ufffd the"),
+        (b"\xe6|", "\ufffd the"),
+        (b"\xff\xe6\x97\xa5|", "\ufffd\ufffd\ufffd\ufffd the"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"|\xff", " the\ufffd"),
+        (b"|\xff\xe6", " the\ufffd"),  # the second one may have become a character
+        (b"\xe6\x97\xa5", "日"),
+        (b"\xe6\x97\xa5\xe6\x97", "日"),
+        # Where `decode` takes back a character, which was returned already, one U+FFFD stands for each other byte.
+        (b"\xe6\x97\xa5\xff|", "日\ufffd the"),
+        (b"A\xff\xff|", "A\ufffd\ufffd the"),
+        (b"A" * 40 + b"\xff|", "A" * 40 + "\ufffd the"),
+    ],
+)
+def test_bytes_that_are_no_character_are_as_many_replacements(written: bytes, expected: str) -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    the = tokenizer.get_vocab()["▁the"]
+    tokens = [token for byte in written for token in ([the] if byte == ord("|") else byte_tokens(tokenizer, byte))]
+    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    assert "".join([*map(detokenizer.append, tokens), detokenizer.finish()]) == expected
+
+
+@examples(200)
+@given(data=st.data())
+def test_random_bytes_are_decoded_as_by_the_tokenizer_of_a_byte_level_vocabulary(data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=12))
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams())
+    text = "".join([*map(detokenizer.append, tokens), detokenizer.finish()])
+    whole = TOKENIZER.decode(tokens, skip_special_tokens=True)
+    assert text in (whole, whole.removesuffix(REPLACEMENT))  # without the bytes of a character that was cut off
+
+
+@examples(200)
+@given(data=st.data())
+def test_random_bytes_are_decoded_as_by_the_tokenizer_where_no_character_is_taken_back(data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    vocab = tokenizer.get_vocab()
+    # No run of bytes begins with a whole character.
+    runs = [[], *([vocab[f"<0x{byte:02X}>"] for byte in run] for run in (b"\xff", b"\x80\x41", b"\xe6\x97", b"\xc3"))]
+    word = st.sampled_from([vocab[name] for name in ("▁", "▁the", "e", "日", "x")])
+    drawn = data.draw(st.lists(st.tuples(st.sampled_from(runs), word), max_size=8))
+    tokens = [token for run, token in drawn for token in (*run, token)]
+    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    text = "".join([*map(detokenizer.append, tokens), detokenizer.finish()])
+    assert text == tokenizer.decode([vocab["x"], *tokens]).removeprefix("x")
+
+
 def test_special_tokens_are_left_out_unless_wanted() -> None:
     assert stream("a<|im_end|>b")[1].text == "ab"
     assert stream("a<|im_end|>b", skip_special_tokens=False)[1].text == "a<|im_end|>b"

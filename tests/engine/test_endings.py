@@ -129,6 +129,25 @@ def test_sampling_defaults_of_the_checkpoint_count_without_sampling_parameters(d
         assert engine.get_default_sampling_params() == SamplingParams()
 
 
+IGNORED = {"suppress_tokens": [421], "bad_words_ids": [[421]], "min_new_tokens": 3, "max_length": 4, "num_beams": 4}
+WITHOUT_EFFECT = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "max_length": 20, "suppress_tokens": []}
+
+
+def test_what_the_checkpoint_asks_for_in_vain_is_told_at_load(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for generation, option, told in (
+        (IGNORED, "auto", True),
+        (WITHOUT_EFFECT, "auto", False),
+        (IGNORED, "vllm", False),
+    ):
+        caplog.clear()
+        with load(changed(directory, tmp_path, generation_config=generation), generation_config=option) as engine:
+            note = {finding.subject: finding for finding in describe(engine)}["sampling defaults"].note
+        for name in generation:
+            assert (name in note) == (name in caplog.text) == told
+
+
 def test_sampling_defaults_that_no_engine_takes_are_an_error_with_a_way_out(directory: Path, tmp_path: Path) -> None:
     model = changed(directory, tmp_path, generation_config={"temperature": -1.0})
     with pytest.raises(ConfigurationError, match=r"generation_config\.json asks for .*generation_config='vllm'"):

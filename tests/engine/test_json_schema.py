@@ -7,20 +7,23 @@ import json
 import re
 from datetime import date
 from decimal import Decimal
+from functools import partial
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.sampling.json_schema import enforceable
+from nanovllm.engine.sampling.exclusive_branches import Exclusion
+from nanovllm.engine.sampling.grammar_messages import refusal
+from nanovllm.engine.sampling.json_schema import enforceable, resolve
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams
 
 A, B, C = ({name: {"type": "integer"}} for name in "abc")
-OBJECT = {"type": "object", "properties": {**A, **B, **C}}
+OBJECT: dict[str, Any] = {"type": "object", "properties": {**A, **B, **C}}
 
 REWRITTEN: dict[str, dict[str, Any]] = {
     "dependencies on names": {**OBJECT, "dependencies": {"a": ["b"], "c": ["a", "b"]}},
@@ -60,6 +63,35 @@ REWRITTEN: dict[str, dict[str, Any]] = {
         "$defs": {"Name": {"enum": ["a", "c"], "title": "Name", "type": "string"}},
     },
     "names by a pattern": {"type": "object", "propertyNames": {"pattern": "^[ab]$"}, "minProperties": 1},
+    "branches told apart by a property": {
+        "oneOf": [{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/two"}, {"type": "integer"}],
+        "$defs": {
+            "one": {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+            "two": {"type": "object", "properties": {"a": {"enum": [2, "x"]}}, "required": ["a"]},
+        },
+    },
+    "branches told apart beside the choice": {
+        **OBJECT,
+        "required": ["a"],
+        "oneOf": [{"properties": {"a": {"maximum": 1}}}, {"properties": {"a": {"exclusiveMinimum": 1}}}],
+    },
+    "branches of lists and texts by their length": {
+        "oneOf": [
+            {"type": "array", "maxItems": 0},
+            {"type": "array", "minItems": 1, "items": {"type": "string"}},
+            {"type": "string", "minLength": 1},
+            {"type": "object", "required": ["b"], "additionalProperties": False, "properties": B},
+            {"type": "object", "required": ["a"], "properties": A},
+        ]
+    },
+    "a reference to an anchor": {
+        "$ref": "#named",
+        "$defs": {"x/y z": {"$anchor": "named", "type": "object", "required": ["a"], "properties": A}},
+    },
+    "a reference to an anchor of draft 6": {
+        "properties": {"a": {"$ref": "#named"}},
+        "definitions": {"x": {"$id": "#named", "type": "integer"}},
+    },
     "data that looks like a schema": {"enum": [{"a": 1, "format": "topic"}, {"a": 1, "dependencies": {"a": ["b"]}}]},
 }
 VALUES = [
@@ -72,7 +104,7 @@ OTHERS = [1, "a", ["a"], None, {"a": 1, "format": "topic"}, {"dependencies": 3, 
 @pytest.mark.parametrize("schema", list(REWRITTEN.values()), ids=list(REWRITTEN))
 def test_the_rewritten_schema_takes_the_same_values(schema: dict[str, Any]) -> None:
     before, after = (jsonschema.Draft7Validator(one) for one in (schema, enforceable(schema)))
-    if "dependentRequired" in schema or "dependentSchemas" in schema:
+    if any(word in json.dumps(schema) for word in ("dependentRequired", "dependentSchemas", "$anchor")):
         before = jsonschema.Draft202012Validator(schema)
     verdicts = {json.dumps(value): (before.is_valid(value), after.is_valid(value)) for value in [*VALUES, *OTHERS]}
     assert {value: pair for value, pair in verdicts.items() if pair[0] != pair[1]} == {}
@@ -134,7 +166,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**OBJECT, "propertyNames": {"pattern": "^a"}},
         "propertyNames at # .*: write properties or patternProperties",
     ),
-    "look-ahead": ({"properties": {"a": {"pattern": "^(?!x)"}}}, r"the pattern at #/properties/a looks ahead"),
+    "look-ahead": (
+        {"properties": {"a": {"pattern": "^(?!x)"}}},
+        r"pattern at #/properties/a .*'\(\?!' at character 2, look-around",
+    ),
     "a pattern with no name left": (
         {"properties": {**A, **B}, "patternProperties": {"^(a|b)$": {}}},
         "patternProperties '.*' at # matches 'a', which properties has too",
@@ -150,6 +185,60 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "references in a circle": (
         {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
         "no finite value conforms",
+    ),
+    "branches that may hold at once": (
+        {"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+        "oneOf at #/items cannot be enforced: .* write anyOf",
+    ),
+    "branches of which nothing is known": ({"oneOf": [{}, {"type": "string"}]}, "oneOf at # .* write anyOf"),
+    "branches whose property need not be there": (
+        {"oneOf": [{"type": "object", "properties": {"a": {"const": value}}} for value in (1, 2)]},
+        "oneOf at # .* write anyOf",
+    ),
+    "a pattern that is none": (
+        {"$defs": {"n/m": {"type": "string", "pattern": "x(a"}}, "$ref": "#/$defs/n~1m"},
+        r"pattern at #/\$defs/n~1m .*'\(' at character 2, unclosed group",
+    ),
+    "a pattern of a name that is none": (
+        {"anyOf": [{"type": "object", "patternProperties": {"[z-a]": {}}}]},
+        "patternProperties at #/anyOf/0 .*'z-a' at character 2, invalid character class range",
+    ),
+    "a word boundary": ({"type": "string", "pattern": r"\bx"}, r"pattern at # .*\\b in .* is not supported: write"),
+    "a type misspelt": ({"items": {"type": "strin"}}, 'type at #/items is "strin", .*did you mean string'),
+    "a type of Python": ({"type": ["dict", "null"]}, 'type at # is "dict", .*did you mean object'),
+    "a type of nothing": ({"type": "zzz"}, 'type at # is "zzz", .*write array, boolean'),
+    "a step of 0": ({"items": {"multipleOf": 0}}, "multipleOf at #/items is 0: write a number above 0"),
+    "a step below 0": ({"type": "number", "multipleOf": -1}, "multipleOf at # is -1: write a number above 0"),
+    "a step of many digits": ({"type": "number", "multipleOf": 0.3333}, "multipleOf at # .*of fewer digits"),
+    "a bound too large": ({"type": "number", "maximum": 1e300}, "maximum at # .*write one nearer to 0"),
+    "a bound too large of integers": (
+        {"properties": {"a": {"type": "integer", "minimum": 10**30}}},
+        "minimum at #/properties/a .*write one nearer to 0",
+    ),
+    "a bound that is no number": ({"type": "number", "minimum": "x"}, 'minimum at # .*"x" is no number'),
+    "properties that are none": ({"items": {"properties": 7}}, "properties at #/items .*write an object"),
+    "a reference to nothing": ({"items": {"$ref": "#/$defs/x"}}, r"\$ref at #/items .*nothing is at #/\$defs/x: write"),
+    "a reference to no anchor": ({"$ref": "#foo"}, r"\$ref at # .*no \$anchor is foo: write"),
+    "a reference outside": ({"items": {"$ref": "http://x/y"}}, r"\$ref at #/items .*put the schema under \$defs"),
+    "patterns that one name matches": (
+        {"type": "object", "patternProperties": {"^a": {}, "^ab": {}}},
+        "patternProperties at # .*one name matches both",
+    ),
+    "no text between two lengths": (
+        {"type": "array", "items": {"type": "string", "minLength": 5, "maxLength": 3}, "minItems": 1},
+        "no value conforms to minLength at #/items",
+    ),
+    "no text of a format and a pattern": (
+        {
+            "type": "object",
+            "properties": {"a": {"type": "string", "format": "uuid4", "maxLength": 9}},
+            "required": ["a"],
+        },
+        "no value conforms to .* at #/properties/a",
+    ),
+    "properties whose names are not given": (
+        {"items": {"type": "object", "minProperties": 2}},
+        "minProperties is 2 at #/items .*name them in required",
     ),
     "a list that needs itself": (
         {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1}}, "$ref": "#/$defs/a"},
@@ -168,6 +257,61 @@ def test_a_refusal_names_the_keyword_its_path_and_what_to_write(
 ) -> None:
     with pytest.raises(UnsupportedConstraint, match=f"json_schema: .*{why}"):
         engine.add_request("JSON:", SamplingParams(json_schema=schema))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"regex": "ab(?=c)"}, r"regex: '\(\?=' at character 3, look-around"),
+        ({"regex": "(a"}, r"regex: '\(' at character 1, unclosed group: close it"),
+        ({"regex": r"(a)\1"}, r"regex: '.*' at character 4, backreferences are not supported: write"),
+        ({"regex": r"a\b"}, r"regex: \\b in .* is not supported: write"),
+        ({"regex": "x\\"}, "regex: the last character, a backslash, .*: write two"),
+        ({"grammar": "start: foo"}, 'grammar: line 1, column 8: unknown name: "foo"; define it'),
+        ({"grammar": "start: /a(?=b)/"}, r"grammar: line 1, column 8: '\(\?=' at character 2"),
+        ({"grammar": "begin: /a/"}, "grammar: no start rule found; write a rule start"),
+        ({"grammar": 'start: %json {"oneOf": [{}, {}]}'}, "grammar: line 1, column 8: oneOf in %json: .*write anyOf"),
+    ],
+)
+def test_a_refusal_of_an_expression_or_a_grammar_names_the_construct_its_place_and_what_to_write(
+    engine: LLMEngine, options: dict[str, str], why: str
+) -> None:
+    with pytest.raises(UnsupportedConstraint, match=why):
+        engine.add_request("Text:", SamplingParams(**options))
+
+
+def test_a_message_of_llguidance_that_is_not_known_has_the_keyword_and_its_path() -> None:
+    def compile_(grammar: str) -> str | None:
+        return "a message of its own" if '"minimum": 7' in grammar else None
+
+    schema = {"items": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 7}}}}
+    said = refusal(json.dumps({"grammars": [{"json_schema": schema}]}), "a message of its own", compile_)
+    assert said == "minimum at #/items/properties/a cannot be enforced: a message of its own"
+
+
+def test_branches_are_compared_within_a_number_of_steps() -> None:
+    circle: dict[str, Any] = {"type": "object", "required": [f"p{i}" for i in range(30)]}
+    circle["properties"] = {f"p{i}": {"$ref": "#/$defs/a"} for i in range(30)}
+    schema: dict[str, Any] = {"oneOf": [{"$ref": "#/$defs/a"}] * 30, "$defs": {"a": circle}}
+    exclusion = Exclusion(partial(resolve, schema), steps_left=1_000)
+    assert not exclusion.of_all(schema["oneOf"], {})
+    assert -100_000 < exclusion.steps_left <= 0
+    assert "oneOf" in enforceable(schema)
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: Annotated[int, Field(ge=0, le=9)]
+
+
+class Bird(BaseModel):
+    kind: Literal["owl", "duck"]
+    name: Annotated[str, Field(max_length=3)]
+
+
+class Owner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    pets: Annotated[list[Annotated[Cat | Bird, Field(discriminator="kind")]], Field(max_length=1, min_length=1)]
 
 
 TREE = {
@@ -198,10 +342,11 @@ class Receipt(BaseModel):
         TREE,
         Receipt.model_json_schema(),
         Receipt.model_json_schema(mode="serialization"),
+        Owner.model_json_schema(),
         {"type": "object", "properties": {"score": {"enum": [1, 2]}}, "patternProperties": {"^score$": {"minimum": 2}},
          "required": ["score"], "additionalProperties": False},
     ],
-    ids=["tree", "pydantic", "pydantic's output", "property and pattern"],
+    ids=["tree", "pydantic", "pydantic's output", "pydantic's union", "property and pattern"],
 )  # fmt: skip
 def test_what_is_taken_is_kept(engine: LLMEngine, schema: dict[str, Any], seed: int) -> None:
     for options in ({"temperature": 1.0}, {"temperature": 2.0, "top_k": 5}):

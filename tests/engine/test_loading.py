@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import as_lfs_pointer, as_shards, cut, edit_json, edit_tensors, empty
-from checkpoints import make_llava, make_qwen3, make_qwen_vl, make_text
+from checkpoints import CHAT_TEMPLATE, make_llava, make_qwen3, make_qwen_vl, make_text
 from engine_parts import Reference, drain, greedy, noise_image, recording_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,7 +187,9 @@ def test_one_file_counts_before_the_shards_of_an_index_as_in_transformers(tmp_pa
 
 
 @pytest.mark.parametrize("damage", [as_lfs_pointer, cut, empty])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
 def test_a_file_that_did_not_come_whole_is_named_with_its_remedy_at_load(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -274,10 +276,122 @@ def test_the_oldest_tested_release_is_the_oldest_that_is_installed() -> None:
     assert f"transformers>={OLDEST},<6" in bounds["optional-dependencies"]["worker"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", -1.0),
+        ("eos_token_id", "2"),
+        ("eos_token_id", [2, "3"]),
+        ("hidden_size", 64.0),
+        ("hidden_size", -64),
+        ("hidden_size", 0),
+        ("vocab_size", "383"),
+        ("head_dim", 15),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", True),
+        ("max_position_embeddings", "2048"),
+        ("dtype", "float17"),
+        ("dtype", 16),
+        ("dtype", "nn"),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "2"}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["full_attention"]),
+        ("architectures", "LlamaForCausalLM"),
+        ("tie_word_embeddings", "false"),
+        ("hidden_act", 5),
+    ],
+)
+def test_a_wrong_value_of_the_configuration_is_named_with_file_and_field(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    file = make_text(tmp_path / "it", family="llama") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(UnsupportedModel) as caught:
+        recording_engine(tmp_path / "it")
+    said = str(caught.value)
+    assert "config.json" in said
+    assert "tokenizer" not in said
+    assert field.split("_")[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (make_llava, "vision_config", {"hidden_size": "32"}),
+        (make_llava, "vision_config", {"num_attention_heads": 0}),
+        (make_llava, "vision_config", {"hidden_act": "none"}),
+        (make_llava, "text_config", {"rms_norm_eps": "1e-6"}),
+        (make_llava, "projector_hidden_act", "none"),
+        (make_qwen_vl, "vision_config", {"depth": -1}),
+        (make_qwen_vl, "text_config", {"rope_parameters": {"mrope_section": "abc"}}),
+        (make_qwen_vl, "vision_config", []),
+    ],
+)
+def test_a_wrong_value_of_either_half_is_named_with_file_and_field(
+    tmp_path: Path, make: Callable[[Path], Path], field: str, value: Any
+) -> None:
+    file = make(tmp_path / "it") / "config.json"
+    fields = json.loads(file.read_text())
+    fields[field] = fields[field] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UnsupportedModel, match=r"config\.json of 'it'") as caught:
+        recording_engine(tmp_path / "it")
+    assert (next(iter(value)) if isinstance(value, dict) else field).split("_")[-1] in str(caught.value)
+
+
+def test_a_model_that_no_memory_holds_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    edit_json(make_text(tmp_path / "it", family="llama") / "config.json", vocab_size=1 << 40)
+    with pytest.raises(UnsupportedModel, match=r"config\.json of 'it' cannot be made on cpu"):
+        recording_engine(tmp_path / "it")
+
+
+@pytest.mark.parametrize("asked", [99_999_999_999_999, 1 << 62, 1 << 80])
+def test_a_kv_cache_that_no_memory_holds_is_refused_by_its_setting(tmp_path: Path, asked: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"cannot be allocated: lower kv_cache_bytes={asked}"):
+        recording_engine(make_text(tmp_path / "it", family="llama"), kv_cache_bytes=asked)
+
+
 def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> None:
     directory = make_llava(tmp_path)
     as_lfs_pointer(directory / "processor_config.json")
     with pytest.raises(ModelNotFound, match=r"processor_config\.json is a Git LFS pointer: `git lfs pull`"):
+        recording_engine(directory)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("damage", [as_lfs_pointer, cut, empty])
+def test_a_template_that_did_not_come_whole_is_named_at_load(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    directory = make_text(tmp_path / "it", family="llama")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(CHAT_TEMPLATE)
+    damage(directory / name)
+    with pytest.raises(ModelNotFound, match=rf"{name} of checkpoint 'it' is (cut or damaged|a Git LFS pointer)"):
+        recording_engine(directory)
+
+
+def test_a_template_with_the_tags_that_transformers_adds_is_whole(tmp_path: Path) -> None:
+    directory = make_text(tmp_path / "it", family="llama")
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert Checkpoint(directory).tokenizer().chat_template
+
+
+@pytest.mark.parametrize("part", ["multi_modal_projector.", "vision_tower."])
+def test_tensors_of_a_half_that_is_missing_are_named_in_full(tmp_path: Path, part: str) -> None:
+    directory = edit_tensors(
+        make_llava(tmp_path / "it"),
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name},
+    )
+    with pytest.raises(ModelNotFound, match=rf"lacks \d+ tensors, such as {part}"):
         recording_engine(directory)
 
 

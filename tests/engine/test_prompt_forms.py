@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from checkpoints import make_llava
 from PIL import Image
 
 from nanovllm.engine.multimodal_llm_engine import MultiModalLLM
-from nanovllm.errors import InvalidInput, PlaceholderMismatch
+from nanovllm.errors import InvalidImage, InvalidInput, PlaceholderMismatch
 from nanovllm.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -195,6 +196,23 @@ def test_a_path_or_url_in_a_message_is_the_place_of_an_image_and_is_not_opened(
     assert chat(engine, conversation, FIRST) == expected
     with pytest.raises(InvalidInput, match=r"path or URL, which is not opened: give the image itself"):
         chat(engine, conversation)
+
+
+def test_a_tensor_is_an_image_wherever_an_array_is(engine: MultiModalLLM) -> None:
+    expected, tensor = tokens(engine, ONE, FIRST), torch.tensor(FIRST)
+    for images in (tensor, [tensor], [[tensor]]):
+        assert tokens(engine, ONE, images) == expected
+    assert tokens(engine, {"prompt": ONE, "multi_modal_data": {"image": tensor}}) == expected
+    beside = chat(engine, [{"role": "user", "content": [{"type": "image"}]}], FIRST)
+    assert chat(engine, [{"role": "user", "content": [{"type": "image", "image": tensor}]}]) == beside
+    with pytest.raises(InvalidImage, match=r"channels come last"):
+        tokens(engine, ONE, tensor.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("held", "shape"), [([FIRST], "[ndarray]"), ((1, 2), "[int, int]"), ({1, 2}, "set")])
+def test_what_is_no_image_in_a_message_is_named_by_its_shape(engine: MultiModalLLM, held: Any, shape: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(f"a message holds an image as {shape}: there an image is a PIL")):
+        chat(engine, [{"role": "user", "content": [{"type": "image", "image": held}]}])
 
 
 @pytest.mark.parametrize("messages", ["hello", 7, ["hello"], USER, [USER, "hello"], [[USER], "hello"], [7]], ids=repr)

@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
 from parts import create_topic
+from pydantic import ValidationError
 from sample_messages import dead_letter, result
 
 from nanovllm.cli.main import main
@@ -123,6 +125,15 @@ def test_submit_waits_for_the_answers_and_fails_when_one_is_a_dead_letter(
     assert "invalid_image" in shown.out
 
 
+def test_answers_that_do_not_come_name_where_to_look(topics: dict[str, str], capsys: Capture) -> None:
+    assert main(["topics", "create"]) == 0
+    assert main(["submit", "--prompt", "a", "--wait", "--timeout", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "1 answer did not come within 0 s" in said
+    for what in ("worker", "group nanovllm", topics["jobs"], topics["results"], "need not be sent again"):
+        assert what in said
+
+
 def test_results_are_shown_from_the_beginning_and_counted(
     topics: dict[str, str], embedded_broker: str, capsys: Capture
 ) -> None:
@@ -169,6 +180,39 @@ def test_exit_codes_are_done_failed_misuse(topics: dict[str, str], arguments: li
     assert main(arguments) == code
 
 
+def test_a_signal_while_modules_are_imported_is_one_line_and_exit_code_1() -> None:
+    program = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "nanovllm.cli.topics":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from nanovllm.cli.main import main
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "nanovllm: interrupted\n")
+
+
+def test_a_signal_while_a_command_starts_is_one_line_and_exit_code_1(
+    topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("nanovllm.cli.jobs.load_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["topics", "check"]) == 1
+    assert capsys.readouterr().err.strip() == "nanovllm: interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "no handler of the imports is left"
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["dlq"], ["dlq", "list"], ["topics", "create"]])
+def test_help_shows_flags_without_a_type(command: list[str], capsys: Capture) -> None:
+    assert main([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--help" in shown
+    assert "bool" not in shown.lower()
+
+
 def test_the_effective_configuration_is_printed_with_secrets_masked(
     topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -213,6 +257,7 @@ def test_long_work_off_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyP
     assert "\x1b" not in said
 
 
+@pytest.mark.usefixtures("process_state")
 def test_commands_that_work_long_show_it(
     topics: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -331,3 +376,64 @@ def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
 def test_only_s3_uris_are_sent(source: str) -> None:
     with pytest.raises(InvalidInput, match=r"s3://"):
         plan_submissions([source], "x", {})
+
+
+@pytest.mark.parametrize("source", ["s3://", "s3://b", "s3://x/y.png", "s3://bucket/" + "k" * 1025])
+def test_a_uri_of_no_object_is_refused_before_anything_is_sent(source: str) -> None:
+    with pytest.raises(InvalidInput, match=r"names no object"):
+        plan_submissions([source], "x", {})
+
+
+@pytest.mark.parametrize("place", ["a.png", "", "*.png"])
+def test_an_empty_file_is_refused_before_anything_is_sent(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InvalidInput, match=r"a\.png is no image: the file is empty"):
+        plan_submissions([str(tmp_path / place)], "x", {})
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        ("{}/empty.png", "empty.png is no image: the file is empty"),
+        ("s3://bucket/", "s3://bucket/ names no object"),
+        ("s3://x/y.png", "s3://x/y.png names no object"),
+        ("https://example.com/a.png", "only s3:// URIs"),
+        ("{}/none.png", "none.png cannot be read"),
+    ],
+)
+def test_a_picture_that_cannot_be_asked_about_is_one_line(
+    tmp_path: Path, capsys: Capture, picture: str, said: str
+) -> None:
+    (tmp_path / "empty.png").touch()
+    assert main(["ask", picture.format(tmp_path), "What?"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["submit --prompt x", "topics check", "dlq list", "results"])
+@pytest.mark.parametrize("servers", ["foo:bar", "http://foo:9092", "[::1]:x", "foo:"])
+def test_a_broker_without_a_number_for_a_port_is_one_line(capsys: Capture, command: str, servers: str) -> None:
+    assert main([*command.split(), "-b", servers]) == 2
+    assert "bootstrap_servers: a broker is host:port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device", "out.jsonl"), 1),
+        (MemoryError(), 1),
+        (ValidationError.from_exception_data("Job", [{"type": "missing", "loc": ("prompt",), "input": {}}]), 2),
+    ],
+)
+def test_what_the_system_or_a_job_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: Exception, code: int
+) -> None:
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nanovllm.cli.main.app", refuse)
+    assert main([]) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("nanovllm: ")
+    assert shown.count("\n") == 1

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +18,7 @@ import pytest
 import yaml
 from bench import Bench, bench_on
 from parts import S3Part
+from PIL import Image
 
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.engine.backends.echo import EchoEngine
@@ -72,6 +78,19 @@ async def test_the_reader_shows_results_and_dead_letters_as_they_come(bench: Ben
                 seen.append(json.loads(lines.get_nowait()))
     reading.cancel()
     await asyncio.wait([reading])
+
+
+def test_the_compose_file_makes_the_object_that_its_head_asks_about(s3: S3Part) -> None:
+    text = (EXAMPLES / "compose.yaml").read_text(encoding="utf-8")
+    service = yaml.safe_load(text)["services"]["bucket"]
+    asked = re.search(r"nanovllm submit .* s3://(\w+)/(\S+)$", text, re.MULTILINE)
+    assert asked is not None
+    environment = os.environ | service["environment"] | {"NANOVLLM_S3__ENDPOINT_URL": s3.endpoint_url}
+    command = [sys.executable, *service["entrypoint"][1:], *service["command"]]
+    for _ in range(2):  # it runs at every `up`
+        subprocess.run(command, env=environment, check=True)
+    picture = s3.client.get_object(Bucket=asked[1], Key=asked[2])["Body"].read()
+    assert Image.open(io.BytesIO(picture)).size == (224, 224)
 
 
 def test_the_compose_file_sets_what_a_worker_knows() -> None:

@@ -58,3 +58,17 @@ def test_a_fault_that_nobody_reports_any_more_lapses() -> None:
     assert not faults.are_present
     faults.observe()
     assert health.systemic is None
+
+
+def test_the_end_of_a_fault_is_logged_once_also_when_it_lapsed_before(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    faults = ActiveFaults(Health(), Metrics(), lapse_s=10, clock=clock)
+    caplog.set_level("INFO", "nanovllm")
+    faults.report("store", CredentialsRefused("refused"))
+    clock.now = 30
+    faults.observe()
+    faults.clear("store")
+    faults.clear("store")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "INFO"] == [
+        "store: works again, after 30 s"
+    ]

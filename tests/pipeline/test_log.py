@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from nanovllm.pipeline.operations.log import AT_MOST, FORGET_S, RepeatedLines
+from aiokafka.errors import GroupCoordinatorNotAvailableError
+
+from nanovllm.pipeline.operations.log import AT_MOST, FORGET_S, STARTING_S, RepeatedLines
 
 
 def line(text: str, level: int = logging.WARNING) -> logging.LogRecord:
@@ -24,6 +26,20 @@ def test_a_line_that_repeats_is_shown_at_a_falling_rate_and_says_how_often_it_ca
     assert shown[-1] == "no topic (512 times so far)"
     now += FORGET_S + 1
     assert lines.filter(line("no topic"))
+
+
+def test_a_first_start_shows_no_coordinator_that_is_not_there_yet_and_a_lasting_fault_is_shown() -> None:
+    now, text = 0.0, f"Group Coordinator Request failed: {GroupCoordinatorNotAvailableError()}"
+    lines = RepeatedLines(lambda: now)
+    shown = []
+    while now < 2 * STARTING_S:
+        now += 0.1
+        if lines.filter(line(text, logging.ERROR)):
+            shown.append(now)
+    assert shown[0] > STARTING_S
+    assert len(shown) > 1
+    now += FORGET_S + 1
+    assert not lines.filter(line(text, logging.ERROR))
 
 
 def test_other_lines_and_those_below_a_warning_are_all_shown() -> None:

@@ -286,6 +286,51 @@ async def test_requests_of_openai_batch_files_are_answered_in_their_form(tmp_pat
     assert run.left == 0
 
 
+@pytest.mark.parametrize("custom_id", [5, None, "", {"a": 1}, "x" * 600, True])
+async def test_a_request_with_an_id_that_is_none_has_its_error_line(tmp_path: Path, custom_id: Any) -> None:
+    run = Run(tmp_path)
+    lines = [request("r-1"), request("r-2") | {"custom_id": custom_id}]
+    await run(*lines)
+    first, refused = sorted(read_objects(run.results), key=lambda line: line["error"] is not None)
+    assert (first["custom_id"], first["error"]) == ("r-1", None)
+    assert refused["custom_id"] == custom_id
+    assert refused["error"]["message"].startswith("custom_id: is not a text")
+    await run(*lines)
+    assert run.left == 0
+    assert len([*read_objects(run.results)]) == 2
+
+
+async def test_messages_of_a_request_that_are_no_list_are_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    await run(request("r-2", messages="hi"))
+    (line,) = read_objects(run.results)
+    assert (line["custom_id"], line["error"]["message"]) == ("r-2", "messages: Input should be a list")
+
+
+async def test_a_request_with_the_id_of_an_earlier_one_has_its_error_in_the_output(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    lines = [request("r-1"), {"job_id": "a", "prompt": "b"}, request("r-1"), {"job_id": "a", "prompt": "c"}]
+    await run(*lines)
+    about = [fields for fields in read_objects(run.results) if fields.get("custom_id") == "r-1"]
+    errors = [fields["error"] for fields in about if fields["error"]]
+    assert len(about) == 2
+    assert len(errors) == 1
+    assert errors[0]["message"] == "line 3 has the id of line 1: their results could not be told apart"
+    assert run.letters()["r-1"].source.offset == 2
+    assert run.letters()["jobs.jsonl:0:3"].message.startswith("line 4 has the id of line 2")
+    await run(*lines)
+    assert run.left == 0
+
+
+async def test_a_duplicate_of_a_job_that_an_earlier_run_has_finished_is_refused_too(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    await run(request("r-1"))
+    await run(request("r-1"), request("r-1"))
+    assert run.left == 1
+    assert run.letters()["r-1"].source.offset == 1
+    assert [fields["error"] is None for fields in read_objects(run.results)] == [True, False]
+
+
 async def test_an_output_that_takes_no_more_keeps_no_part_of_a_line_and_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

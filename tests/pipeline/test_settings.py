@@ -168,6 +168,34 @@ def test_a_broken_file_is_not_quoted(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NANOVLLM_ENGINE__MAX_NUM_SEQS": "hunter2"}, "(NANOVLLM_ENGINE__MAX_NUM_SEQS)"),
+        ({"nanovllm_engine__max_num_seqs": "hunter2"}, "(nanovllm_engine__max_num_seqs)"),
+        ({"NANOVLLM_S3__ALLOW": "hunter2"}, "(NANOVLLM_S3__ALLOW)"),
+        ({"NANOVLLM_S3": '{"allow": "hunter2"}'}, "(NANOVLLM_S3)"),
+        ({"NANOVLLM_LOG_LEVEL": "hunter2"}, "(NANOVLLM_LOG_LEVEL)"),
+    ],
+)
+def test_a_wrong_value_of_the_environment_is_named_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+    assert said in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_wrong_value_of_an_option_is_not_blamed_on_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_ENGINE__MAX_NUM_SEQS", "3")
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(None, {"engine": {"max_num_seqs": "many"}})
+    assert "NANOVLLM" not in str(refused.value)
+
+
 def test_a_wrong_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOVLLM_KAFKA__SECURITY_PROTOCOL", "hunter2")
     with pytest.raises(ConfigurationError, match=r"kafka\.security_protocol") as caught:
@@ -342,6 +370,11 @@ def test_topics_that_coincide_or_that_kafka_refuses_are_refused(values: dict[str
 def test_a_reply_topic_may_be_the_results_topic_and_be_named_twice() -> None:
     reply_to = ("nanovllm.results", "other", "other")
     assert load_settings(overrides={"topics": {"reply_to": reply_to}}).topics.reply_to == reply_to
+
+
+@pytest.mark.parametrize("servers", ["a", "a:9092, b:1", "::1", "[::1]", "[fe80::1]:9092", "10.0.0.1:9092,"])
+def test_brokers_are_read_as_aiokafka_reads_them(servers: str) -> None:
+    assert load_settings(overrides={"kafka": {"bootstrap_servers": servers}}).kafka.bootstrap_servers == servers
 
 
 @pytest.mark.parametrize("servers", ["broker:99999", "a:9092,b:65536", "[::1]:70000"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.structs import TopicPartition
 from bench import source_of
 from parts import create_topic
@@ -219,6 +219,28 @@ async def test_commits_only_what_is_finished_without_a_gap(group: Group) -> None
         await member.source.commit()
         assert await group.committed(0) == 4
         assert await member.source.is_drained()
+
+
+async def test_commits_that_work_again_are_logged_once(
+    group: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise KafkaConnectionError
+
+    caplog.set_level("INFO", "nanovllm")
+    await group.send(0, 1)
+    async with group.member() as member:
+        await eventually(lambda: len(member.taken) == 1)
+        member.taken[0, 0].complete()
+        with monkeypatch.context() as away:
+            away.setattr(member.source._started(), "commit", refuse)
+            await member.source.commit()
+        assert "offsets were not committed this time: KafkaConnectionError" in caplog.text
+        assert "committed again" not in caplog.text
+        await member.source.commit()
+        await member.source.commit()
+        assert await group.committed(0) == 1
+    assert caplog.text.count("offsets are committed again") == 1
 
 
 async def test_what_was_not_finished_comes_again(group: Group) -> None:

@@ -243,12 +243,74 @@ def test_a_journal_counts_equal_jobs_one_by_one_and_forgets_half_a_line(tmp_path
         pass
 
 
+def test_uploads_are_images_of_their_prefix_with_suffix_and_type(
+    topic: str, embedded_broker: str, s3: S3Part, tmp_path: Path, capsys: Capture
+) -> None:
+    bucket = s3.make_bucket()
+    (tmp_path / "scan").write_bytes(b"\xff\xd8\xff and more")
+    (tmp_path / "b.png").write_bytes(b"no known type")
+    sources = [str(tmp_path / "scan"), str(tmp_path / "b.png")]
+    assert main(["submit", *sources, "-p", "Total?", "--upload", f"s3://{bucket}/inbox"]) == 0
+    keys = [one["Key"] for one in s3.client.list_objects_v2(Bucket=bucket)["Contents"]]
+    types = {Path(key).suffix: s3.client.head_object(Bucket=bucket, Key=key)["ContentType"] for key in keys}
+    assert types == {".jpg": "image/jpeg", ".png": "application/octet-stream"}
+    capsys.readouterr()
+    assert main(["submit", f"s3://{bucket}/inbox/", "-p", "Total?", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "2 jobs" in shown.out
+    assert "left out" not in shown.err
+
+
+def test_objects_that_no_worker_may_read_are_said_before_anything_is_sent(
+    topic: str, s3: S3Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"12345")
+    command = ["submit", str(tmp_path / "a.png"), "-p", "Total?", "--dry-run"]
+    bucket = put(s3, 2)
+    assert main([*command, "--upload", "s3://receipts/elsewhere"]) == 0
+    assert capsys.readouterr().err == "", "what the workers allow is not known"
+    monkeypatch.setenv("NANOVLLM_S3__ALLOW", "s3://receipts/inbox")
+    assert main([*command, "--upload", "s3://receipts/elsewhere"]) == 0
+    assert "s3.allow of these settings does not list s3://receipts/elsewhere/" in capsys.readouterr().err
+    assert main([*command, f"s3://{bucket}/in/"]) == 0
+    assert f"does not list s3://{bucket}/in/000.png, nor 1 more" in capsys.readouterr().err
+    assert main([*command, "--upload", "s3://receipts/inbox/deeper"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "hint"), [("x <image>", "<image> in the prompt is sent as text"), ("[IMG] x", "[IMG]"), ("x <b>", "")]
+)
+def test_placeholders_of_other_programs_are_pointed_at(
+    topic: str, tmp_path: Path, capsys: Capture, prompt: str, hint: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"12345")
+    assert main(["submit", str(tmp_path), "-p", prompt, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert hint in said
+    assert bool(hint) == bool(said)
+    assert main(["submit", str(tmp_path), "-p", f"{prompt} <|image|>", "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_numbers_of_jobs_are_written_in_one_way(topic: str, tmp_path: Path, capsys: Capture) -> None:
+    lines = tmp_path / "jobs.jsonl"
+    lines.write_text('{"prompt": "a"}\n' * 1_100)
+    journal = tmp_path / "sent.jsonl"
+    (one,) = {job.fingerprint for job in plan_submissions([str(lines)], None, {})}
+    journal.write_text(SentJob(fingerprint=one, job_id="a").model_dump_json().join(["", "\n"]) * 1_090)
+    assert main(["submit", str(lines), "--journal", str(journal)]) == 0
+    assert f"10 jobs sent to {topic}, 1,090 were sent before" in capsys.readouterr().err
+    assert main(["submit", str(lines), "--dry-run"]) == 0
+    assert "1,100 jobs" in capsys.readouterr().out
+
+
 def test_upload_puts_every_file_into_the_bucket_and_says_where(
     topic: str, embedded_broker: str, s3: S3Part, tmp_path: Path, capsys: Capture
 ) -> None:
     bucket, small = s3.make_bucket(), b"a small picture"
     (tmp_path / "a.png").write_bytes(small)
-    target = f"s3://{bucket}/inbox/{hashlib.sha256(small).hexdigest()}"
+    target = f"s3://{bucket}/inbox/{hashlib.sha256(small).hexdigest()}.png"
     assert main(["submit", str(tmp_path / "a.png"), "-p", "Total?", "--upload", f"s3://{bucket}/inbox"]) == 0
     assert f"a.png uploaded to {target}" in capsys.readouterr().err
     (job,) = jobs_in(embedded_broker, topic)

@@ -30,6 +30,17 @@ from nanovllm.sinks.dead_letter_record import read_dead_letter
 from nanovllm.sinks.kafka import KafkaSink
 
 
+async def test_the_log_says_once_that_the_group_is_joined_again(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nanovllm")
+    async with bench.working(EchoEngine()):
+        await eventually(lambda: bench.health.has_joined)
+        bench.source._has_joined = False
+        await eventually(lambda: not bench.health.has_joined)
+        bench.source._has_joined = True
+        await eventually(lambda: bench.health.has_joined)
+    assert caplog.text.count("in the consumer group again") == 1
+
+
 async def test_every_record_ends_once_and_bad_ones_do_not_hold_up_the_rest(
     bench: Bench, images: Callable[[str, bytes], str]
 ) -> None:

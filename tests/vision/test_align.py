@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shlex
+import signal
 from itertools import groupby
 from pathlib import Path
 
@@ -253,11 +255,75 @@ def test_a_run_needs_one_length(tmp_path: Path, length: dict[str, float]) -> Non
         align("text", "tower", "synthetic", tmp_path, **length)  # type: ignore[arg-type]
 
 
-def test_misuse_of_the_command_line_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["--vision-model", "tower"])
-    assert left.value.code == 2
-    assert "--text-model is missing" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--vision-model", "tower"], "--text-model is missing"),
+        (["--images", "many"], "argument --images: invalid int value: 'many'"),
+        (["--evaluate", "no-such-model"], "no checkpoint called 'no-such-model'"),
+    ],
+)
+def test_misuse_of_the_command_line_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nanovllm: ")
+    assert complaint in said
+    assert said.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="device teapot does not take the model"):
+        align(
+            text_model(tmp_path / "text"), tower(tmp_path / "tower"), pairs(tmp_path / "data"), tmp_path / "llava",
+            images=6, report=lambda _: None, device="teapot",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_the_same_command_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    output = tmp_path / "llava"
+    text, eyes, data = text_model(tmp_path / "text"), tower(tmp_path / "tower"), pairs(tmp_path / "data")
+    words = ["--text-model", str(text), "--vision-model", str(eyes), "--data", str(data), "--device", "cpu"]
+    command = [*words, "--images", "12", "--batch-size", "2", "--output", str(output)]
+    step = Trainer._step
+
+    def signalled(trainer: Trainer, batch: Batch) -> dict[str, float]:
+        if trainer.progress.step == 1:
+            os.kill(os.getpid(), number)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_step", signalled)
+    before = signal.getsignal(number)
+    assert main(command) == 1
+    said = capfd.readouterr()
+    assert "nanovllm: stopped after" in said.err
+    assert "the same command goes on" in said.err
+    assert signal.getsignal(number) == before
+    assert not output.exists()
+    monkeypatch.setattr(Trainer, "_step", step)
+
+    assert main([*command, "--rate", "0.1"]) == 2
+    assert "was begun with rate 0.001, not 0.1" in capfd.readouterr().err
+    assert main(command) == 0
+    assert "resumed after" in capfd.readouterr().out
+    assert main(command) == 2
+    assert f"{output} is there already" in capfd.readouterr().err
+
+
+def test_a_run_of_few_steps_shows_the_loss_of_its_first_and_last(tmp_path: Path) -> None:
+    lines: list[str] = []
+    align(
+        text_model(tmp_path / "text"), tower(tmp_path / "tower"), pairs(tmp_path / "data"), tmp_path / "llava",
+        images=12, batch_size=3, report=lines.append, device="cpu",
+    )  # fmt: skip
+
+    shown = [line for line in lines if ", loss " in line]
+    assert len(shown) >= 2
+    assert shown[-1].startswith("100.0% ")
 
 
 def test_the_commands_of_the_page_run_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(tmp_path: Path) -> Non
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["vision_tower.pre_layrnorm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelNotFound, match=r"lacks 1 tensor, such as pre_layrnorm.weight"):
+    with pytest.raises(ModelNotFound, match=r"lacks 1 tensor, such as vision_tower.pre_layrnorm.weight"):
         VisionEncoder.from_llava(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelNotFound, match=r"lacks model\.safetensors"):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from nanovllm.errors import (
@@ -64,6 +66,48 @@ def test_lossless_formats_keep_every_pixel(format: str) -> None:
 def test_lossy_formats_are_read(format: str) -> None:
     flat = np.full((16, 16, 3), (200, 40, 40), np.uint8)
     assert np.abs(pixels(encoded(Image.fromarray(flat), format)).astype(int) - flat).max() < 6
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32, torch.float16, torch.bfloat16, torch.bool])
+def test_a_tensor_is_the_picture_of_its_array(kind: torch.dtype) -> None:
+    corners = torch.zeros(20, 30, 3)
+    corners[::2] = 1.0
+    tensor = (corners if kind.is_floating_point or kind is torch.bool else corners * 255).to(kind)
+    expected = pixels((corners.numpy() * 255).astype(np.uint8))
+    assert np.array_equal(pixels(tensor), expected)
+    if kind.is_floating_point:
+        assert np.array_equal(pixels(tensor.requires_grad_()), expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(3, 20, 30), r"channels come last"),
+        (torch.zeros(1, 20, 30, 3), r"one by one"),
+        (torch.full((20, 30), 255.0), r"0\.\.1"),
+        (torch.zeros(20, 30, device="meta"), r"Tensor of type torch\.float32"),
+        (torch.zeros(20, 30).to(torch.float8_e4m3fn), r"Tensor of type torch\.float8"),
+    ],
+)
+def test_a_tensor_that_is_no_picture_is_refused_as_its_array(tensor: torch.Tensor, said: str) -> None:
+    with pytest.raises(InvalidImage, match=said):
+        pixels(tensor)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: Callable[[Path], object]) -> None:
+    for path, reason in ((tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(InvalidImage, match=f"{path.name}.*{reason}"):
+            pixels(kind(path))
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64," + "A" * 5000, "https://example.com/a.png", "s3://bucket/a.png", "file:///a.png"]
+)
+def test_a_url_in_place_of_an_image_is_told_what_is_one(url: str) -> None:
+    with pytest.raises(InvalidImage, match=r"an image is a PIL image, .*, not a [a-z0-9]+:(//)? URL") as caught:
+        pixels(url)
+    assert len(str(caught.value)) < 300
 
 
 def test_arrays_of_every_kind_mean_the_same_picture() -> None:

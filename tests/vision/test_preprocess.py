@@ -157,3 +157,40 @@ def test_a_prepared_image_carries_the_originals_size_and_digest() -> None:
     prepared = prepare_image(np.asarray(noise(20, 30)), transform)
     assert (prepared.width, prepared.height, prepared.pixels.shape) == (30, 20, (32, 32, 3))
     assert prepared.digest == prepare_image(noise(20, 30), transform.resized(64)).digest
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("resample", 99),
+        ("resample", "bicubic"),
+        ("size", "224"),
+        ("size", {"shortest_edge": -1}),
+        ("size", {"height": 224.5, "width": 224}),
+        ("crop_size", {"height": 224}),
+        ("crop_size", 0),
+        ("rescale_factor", "1/255"),
+        ("rescale_factor", 0),
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", "0.5"),
+        ("image_std", [0.5, 0.5, 0.0]),
+        ("do_resize", "false"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Llava"])
+def test_a_value_that_no_image_can_be_prepared_with_is_refused_at_load(
+    tmp_path: Path, kind: str, field: str, value: object
+) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor", field: value}))
+    with pytest.raises(UnsupportedModel, match=rf"preprocessor_config\.json: {field} is "):
+        ImageTransform.from_preprocessor_config(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["min_pixels", "max_pixels", "patch_size", "merge_size"])
+@pytest.mark.parametrize("value", ["28", 0, -1, 3.5])
+def test_a_wrong_bound_of_a_pixel_budget_is_refused_at_load(tmp_path: Path, field: str, value: object) -> None:
+    fields = {"image_processor_type": "Qwen2VLImageProcessor", field: value}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": fields}))
+    with pytest.raises(UnsupportedModel, match=rf"processor_config\.json: {field} is "):
+        ImageTransform.from_preprocessor_config(tmp_path)

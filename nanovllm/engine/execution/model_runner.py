@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
@@ -109,13 +110,23 @@ class ModelRunner:
         )
         dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shape = (text.num_key_value_heads, text.head_dim, dtype)
-        block_bytes = self.attention.allocate(1, *shape).nbytes * text.num_hidden_layers
+        block_bytes = self._allocate(1, *shape).nbytes * text.num_hidden_layers
         spare = 1 if self.why_no_graphs is None else 0
         self.num_blocks = budget // block_bytes - spare
         if self.num_blocks < 1:
             least = block_bytes * (1 + spare)
             raise ConfigurationError(f"the KV cache must have {least} bytes to hold a block; raise kv_cache_bytes")
-        return [self.attention.allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)]
+        return [self._allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)]
+
+    def _allocate(self, num_blocks: int, *shape: Any) -> Tensor:
+        """The cache of a layer; ConfigurationError where the machine does not have the memory."""
+        try:
+            return self.attention.allocate(num_blocks, *shape)
+        # Of mmap (OverflowError: more than an address can be), and of torch on a GPU.
+        except (OSError, OverflowError, MemoryError, torch.OutOfMemoryError):
+            size = self.config.kv_cache_bytes
+            asked = f"kv_cache_bytes={size}" if size is not None else f"block_size={self.attention.block_size}"
+            raise ConfigurationError(f"the memory for the KV cache cannot be allocated: lower {asked}") from None
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""

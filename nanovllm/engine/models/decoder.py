@@ -55,6 +55,12 @@ class DecoderConfig:
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise UnsupportedModel(f"layers of type {kind!r} are not supported, only 'full_attention' ones are")
+        window = getattr(config, "sliding_window", None)
+        if "sliding_attention" in kinds and not hasattr(config, "sliding_window"):
+            raise UnsupportedModel(
+                f"config.json: layer_types has 'sliding_attention', and {config.model_type!r} has no sliding_window: "
+                "its layers are 'full_attention'"
+            )
         check_rope(config)
         return cls(
             vocab_size=config.vocab_size,
@@ -66,7 +72,7 @@ class DecoderConfig:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             max_positions=known_positions(config),
             rms_norm_eps=config.rms_norm_eps,
-            sliding_window=config.sliding_window if "sliding_attention" in kinds else None,
+            sliding_window=window if "sliding_attention" in kinds else None,
             source=config,
             **family,
         )

@@ -13,6 +13,7 @@ from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.checkpoints.tensors import load_parameters
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig, DecoderLayer
+from nanovllm.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ def load_decoder(
     try:
         with device:
             model = Decoder(config)
+    except (RuntimeError, MemoryError) as error:  # torch's words for a size that cannot be, or not here
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedModel(
+            f"the model of config.json of {checkpoint_name(checkpoint.directory)!r} cannot be made on {device}: {why}"
+        ) from error
     finally:
         torch.set_default_dtype(default)
     places = parameter_places(model)

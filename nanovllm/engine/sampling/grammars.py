@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, BinaryIO, Self
 
 from nanovllm.confinement import confine, take_over_streams
+from nanovllm.engine.sampling.grammar_messages import refusal
 from nanovllm.engine.sampling.json_schema import enforceable, unwrapped
 from nanovllm.engine.sampling.schema_refusals import check_schema
 from nanovllm.errors import ConfigurationError, UnsupportedConstraint
@@ -114,6 +115,8 @@ def grammar_of(constraint: Constraint) -> str:
                 check_schema(schema)
                 return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE))
             case "regex":
+                if len(constraint.text) - len(constraint.text.rstrip("\\")) & 1:  # llguidance drops it
+                    raise ValueError("the last character, a backslash, escapes nothing: write two, or leave it out")
                 return str(matcher.grammar_from_regex(constraint.text))
             case "choice":
                 choices = " | ".join(json.dumps(choice) for choice in json.loads(constraint.text))
@@ -128,15 +131,21 @@ def grammar_of(constraint: Constraint) -> str:
 
 def compile_grammar(vocabulary: Vocabulary, grammar: str) -> Any:
     """An ``llguidance.LLMatcher`` at its start. Raises UnsupportedConstraint for what it cannot enforce."""
-    llguidance = _llguidance()
-    # Warnings are errors: a keyword that the library would leave out must not pass as enforced.
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary.tokens)
-    if failed or messages:
-        raise UnsupportedConstraint(_first_line(messages))
-    matcher = llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0)
-    if matcher.is_error():
-        raise UnsupportedConstraint(_first_line([matcher.get_error()]))
+    matcher, message = _compiled(vocabulary, grammar)
+    if message is not None:
+        raise UnsupportedConstraint(refusal(grammar, message, lambda part: _compiled(vocabulary, part)[1]))
     return matcher
+
+
+def _compiled(vocabulary: Vocabulary, grammar: str) -> tuple[Any, str | None]:
+    """The matcher, and what llguidance says against the grammar; None where it enforces all of it."""
+    matcher = _llguidance().LLMatcher
+    # Warnings are errors: a keyword that the library would leave out must not pass as enforced.
+    failed, messages = matcher.validate_grammar_with_warnings(grammar, vocabulary.tokens)
+    if failed or messages:
+        return None, "\n".join(messages) or "refused"
+    compiled = matcher(vocabulary.tokens, grammar, log_level=0)
+    return compiled, str(compiled.get_error()) if compiled.is_error() else None
 
 
 def _first_line(messages: abc.Sequence[str]) -> str:

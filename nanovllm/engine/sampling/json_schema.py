@@ -6,8 +6,17 @@ What cannot be rewritten stays as it is, and llguidance refuses it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from nanovllm.engine.sampling.exclusive_branches import Exclusion
+from nanovllm.engine.sampling.schema_formats import with_enforced_format
 
 # Keywords whose value is a schema, a list of schemas, or schemas by name. What else a schema holds (`enum`, `const`,
 # `default`, …) is data, which may look like a schema.
@@ -17,13 +26,6 @@ NESTED = frozenset(
 BRANCHES = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
 NAMED = frozenset({"$defs", "definitions", "patternProperties", "properties"})
 CONDITIONS = ("dependencies", "dependentRequired", "dependentSchemas")
-
-# The formats of any draft; every other one asserts nothing.
-_FORMATS = frozenset(
-    {"color", "date", "date-time", "duration", "email", "host-name", "hostname", "idn-email", "idn-hostname",
-     "ip-address", "ipv4", "ipv6", "iri", "iri-reference", "json-pointer", "phone", "regex", "relative-json-pointer",
-     "style", "time", "uri", "uri-reference", "uri-template", "utc-millisec", "uuid"}
-)  # fmt: skip
 
 # Each is a choice of its own, and a grammar holds every combination of choices.
 _MAXCONDITIONS = 4
@@ -64,15 +66,37 @@ def unwrapped(schema: dict[str, Any]) -> dict[str, Any]:
 def enforceable(schema: Any) -> Any:
     """The same schema for llguidance: without what asserts nothing, with conditions on a property as choices.
 
-    Raises RecursionError for one that is nested too deeply, and ValueError where llguidance would take a name that
-    comes twice for two properties.
+    Raises RecursionError for one that is nested too deeply.
     """
-    return _enforceable(schema, schema)
+    schema = _without_anchors(schema)
+    return _enforceable(schema, _Document(schema, Exclusion(partial(resolve, schema))))
+
+
+@dataclass(frozen=True)
+class _Document:
+    root: Any
+    exclusion: Exclusion
+
+
+def subschemas(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
+    """All schemas inside ``schema`` that are objects, with their JSON pointers, itself first."""
+    if not isinstance(schema, dict):
+        return
+    yield path, schema
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            for name, part in value.items():
+                yield from subschemas(part, f"{path}/{key}/{name.replace('~', '~0').replace('/', '~1')}")
+        elif key in BRANCHES and isinstance(value, list):
+            for number, part in enumerate(value):
+                yield from subschemas(part, f"{path}/{key}/{number}")
+        elif key in NESTED:
+            yield from subschemas(value, f"{path}/{key}")
 
 
 def resolve(root: Any, ref: str) -> Any:
     """What a reference inside ``root`` names; None where it names nothing, or something outside."""
-    if not ref.startswith("#"):
+    if ref != "#" and not ref.startswith("#/"):
         return None
     found = root
     for name in ref[1:].split("/")[1:]:
@@ -86,33 +110,60 @@ def resolve(root: Any, ref: str) -> Any:
     return found
 
 
-def _enforceable(schema: Any, root: Any) -> Any:
+def _without_anchors(schema: Any) -> Any:
+    """The same with JSON pointers for references to anchors: llguidance 1.9 knows those of draft 2020 alone."""
+    anchors: dict[str, str] = {}
+    for path, part in subschemas(schema):
+        names = [part.get("$anchor"), part.get("$dynamicAnchor"), part.get("$id"), part.get("id")]
+        anchors |= {name.removeprefix("#"): path for name in names[:2] if isinstance(name, str)}
+        anchors |= {name[1:]: path for name in names[2:] if isinstance(name, str) and name[:1] == "#"}  # draft 6
+    if not anchors:
+        return schema
+    schema = deepcopy(schema)
+    for _, part in subschemas(schema):
+        ref = part.get("$ref")
+        if isinstance(ref, str) and ref[:1] == "#" and ref[1:] in anchors:
+            part["$ref"] = quote(anchors[ref[1:]], safe="#/~")
+        for key in ("$anchor", "$dynamicAnchor"):
+            part.pop(key, None)
+        for key in ("$id", "id"):
+            if isinstance(part.get(key), str) and part[key][:1] == "#":
+                del part[key]
+    return schema
+
+
+def _enforceable(schema: Any, document: _Document) -> Any:
     if not isinstance(schema, dict):
         return schema
-    _check_least_properties(schema)
+    one_of = schema.get("oneOf")
     rewritten: dict[str, Any] = {}
     for key, value in schema.items():
         if any(value == idle and type(value) is type(idle) for idle in _IDLE.get(key, ())):
             continue
         if key in NAMED and isinstance(value, dict):
-            rewritten[key] = {name: _enforceable(part, root) for name, part in value.items()}
+            rewritten[key] = {name: _enforceable(part, document) for name, part in value.items()}
         elif key in BRANCHES and isinstance(value, list):
-            rewritten[key] = [_enforceable(part, root) for part in value]
+            rewritten[key] = [_enforceable(part, document) for part in value]
         elif key in NESTED:
-            rewritten[key] = _enforceable(value, root)
+            rewritten[key] = _enforceable(value, document)
         elif key == "pattern" and isinstance(value, str):
             rewritten[key] = _PATTERNS.get(value, value)
-        elif key != "format" or value in _FORMATS:
+        else:
             rewritten[key] = value
+    rewritten = with_enforced_format(rewritten)
     for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if rewritten.get(exclusive) is True:  # draft 4, which llguidance reads over
             del rewritten[exclusive]
             if bound in rewritten:
                 rewritten[exclusive] = rewritten.pop(bound)
-    _take_property_names(rewritten, root)
+    _take_property_names(rewritten, document.root)
     _share_patterns(rewritten)
-    choices = [choice for key in CONDITIONS for choice in _take_conditions(rewritten, key, root)]
+    choices = [choice for key in CONDITIONS for choice in _take_conditions(rewritten, key, document)]
     choices += _take_exclusive_properties(rewritten)
+    if "oneOf" in rewritten and isinstance(one_of, list):
+        beside = {key: value for key, value in schema.items() if key != "oneOf"}
+        if document.exclusion.of_all(one_of, beside):
+            choices.append({"anyOf": rewritten.pop("oneOf")})
     if choices:
         rewritten["allOf"] = [*rewritten.get("allOf", ()), *choices]
     return rewritten
@@ -166,26 +217,24 @@ def _share_patterns(schema: dict[str, Any]) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of a schema finds itself in ``name``; False for one that Python does not read."""
+    """Whether a pattern of a schema finds itself in ``name``; False for one that Rust's regex crate does not read.
+
+    That crate takes time in proportion to the text. Python's ``re`` tries each way to match: `(?:a?){50}a{50}` has no
+    end there, and it holds the interpreter's lock.
+    """
+    found = _compiled(pattern)
+    return found is not None and found.isinstance_python(name)
+
+
+@lru_cache(maxsize=512)
+def _compiled(pattern: str) -> SchemaValidator | None:
     try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return False
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
+    except SchemaError:
+        return None
 
 
-def _check_least_properties(schema: dict[str, Any]) -> None:
-    """Raise ValueError where ``minProperties`` asks for several properties whose names are not given."""
-    least, required = schema.get("minProperties", 0), schema.get("required", ())
-    if not isinstance(least, int) or not isinstance(required, list | tuple):
-        return  # llguidance refuses it
-    is_closed = schema.get("additionalProperties", True) is False and not schema.get("patternProperties")
-    if not is_closed and least > len(set(map(str, required))) + 1:
-        raise ValueError(
-            f"minProperties is {least} and required names {len(required)}: that the others differ cannot be enforced"
-        )
-
-
-def _take_conditions(schema: dict[str, Any], key: str, root: Any) -> list[dict[str, Any]]:
+def _take_conditions(schema: dict[str, Any], key: str, document: _Document) -> list[dict[str, Any]]:
     """``{a: needs}`` out of ``schema``: either there is no ``a``, or what it needs holds."""
     conditions = schema.get(key)
     if not isinstance(conditions, dict) or len(conditions) > _MAXCONDITIONS:
@@ -197,7 +246,7 @@ def _take_conditions(schema: dict[str, Any], key: str, root: Any) -> list[dict[s
         {
             "anyOf": [
                 {"properties": {name: False}},
-                {"required": needs} if isinstance(needs, list) else _enforceable(needs, root),
+                {"required": needs} if isinstance(needs, list) else _enforceable(needs, document),
             ]
         }
         for name, needs in conditions.items()

@@ -5,12 +5,13 @@ llguidance 1.9 refuses most of this too, without a path; it ignores unknown keyw
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from nanovllm.engine.sampling.json_schema import BRANCHES, CONDITIONS, NAMED, NESTED, matches, resolve
+from nanovllm.engine.sampling.json_schema import BRANCHES, CONDITIONS, NAMED, NESTED, matches, resolve, subschemas
+from nanovllm.engine.sampling.schema_formats import REFUSED, meant
 
 ASSERTIONS = (
     NESTED
@@ -27,8 +28,10 @@ _ANNOTATIONS = frozenset(
      "title", "writeOnly", "xml"}
 )  # fmt: skip
 _CLOSE = 0.85
-
-_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+_OTHER_NAMES = {"bool": "boolean", "dict": "object", "float": "number", "int": "integer", "list": "array",
+                "none": "null", "str": "string", "text": "string"}  # fmt: skip
+"""Of types, in other languages."""
+_SHOWN_CHARS = 64
 
 # What to write instead of a keyword that is still there after the rewriting.
 _REMEDIES = {
@@ -47,29 +50,24 @@ _REMEDIES = {
 }
 
 
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+
+
 def check_schema(schema: Any) -> None:
     """Raise ValueError for what cannot be enforced; ``schema`` is what ``json_schema.enforceable`` returns."""
-    for path, part in subschemas(schema):
+    parts = list(subschemas(schema))
+    for path, part in parts:
         _check_keywords(path, part)
+        _check_values(path, part)
+        _check_least_properties(path, part)
         _check_patterns(path, part)
-    if not _has_value(schema, _refs_with_values(schema)):
-        raise ValueError("no finite value conforms: a $ref leads back to itself, or a required part has no value")
-
-
-def subschemas(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
-    """All schemas inside ``schema`` that are objects, with their JSON pointers, itself first."""
-    if not isinstance(schema, dict):
-        return
-    yield path, schema
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, dict):
-            for name, part in value.items():
-                yield from subschemas(part, f"{path}/{key}/{name}")
-        elif key in BRANCHES and isinstance(value, list):
-            for number, part in enumerate(value):
-                yield from subschemas(part, f"{path}/{key}/{number}")
-        elif key in NESTED:
-            yield from subschemas(value, f"{path}/{key}")
+    known = _refs_with_values(schema)
+    if not _has_value(schema, known):
+        last = [path for path, part in parts if not _has_value(part, known)][-1]
+        raise ValueError(
+            f"no finite value conforms to what is at {last}: a $ref leads back to itself, or a required part has no "
+            "value; write anyOf with a case that ends, or do not require it"
+        )
 
 
 def _check_keywords(path: str, schema: dict[str, Any]) -> None:
@@ -84,15 +82,45 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
         raise ValueError(f"{unknown[0][:64]!r} at {path} is no keyword of JSON Schema, and nothing else there is one")
 
 
+def _check_values(path: str, schema: dict[str, Any]) -> None:
+    types = schema.get("type")
+    for name in types if isinstance(types, list) else [types] if "type" in schema else []:
+        if name not in _TYPES:
+            close = get_close_matches(str(name).lower(), (*_TYPES, *_OTHER_NAMES), 1, 0.6)
+            hint = f"did you mean {_OTHER_NAMES.get(close[0], close[0])}?" if close else f"write {', '.join(_TYPES)}"
+            raise ValueError(f"type at {path} is {_shown(name)}, which is none: {hint}")
+    name = schema.get("format")
+    if name in REFUSED if isinstance(name, str) else "format" in schema:
+        raise ValueError(f"format {_shown(name)} at {path} cannot be enforced: write pattern, or leave it out")
+    if isinstance(name, str) and (known := meant(name)) is not None:
+        raise ValueError(f"format {_shown(name)} at {path} is none: did you mean {known}?")
+    step = schema.get("multipleOf", 1)
+    if not isinstance(step, int | float) or isinstance(step, bool) or step <= 0:  # llguidance takes negative ones
+        raise ValueError(f"multipleOf at {path} is {_shown(step)}: write a number above 0")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:_SHOWN_CHARS]
+
+
+def _check_least_properties(path: str, schema: dict[str, Any]) -> None:
+    """Raise ValueError where `minProperties` asks for several properties whose names are not given."""
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if not isinstance(least, int) or not isinstance(required, list):
+        return  # llguidance refuses it
+    is_closed = schema.get("additionalProperties", True) is False and not schema.get("patternProperties")
+    if not is_closed and least > len(set(map(str, required))) + 1:
+        # llguidance would count a name that comes twice as two.
+        raise ValueError(
+            f"minProperties is {least} at {path} and required names {len(required)}: that the others differ cannot be "
+            "enforced; name them in required, or write additionalProperties: false"
+        )
+
+
 def _check_patterns(path: str, schema: dict[str, Any]) -> None:
     patterns = schema.get("patternProperties")
-    patterns = patterns if isinstance(patterns, dict) else {}
-    own = [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
-    for pattern in (*own, *patterns):
-        if _LOOK_AROUND.search(pattern):
-            raise ValueError(f"the pattern at {path} looks ahead or behind (`(?=`, `(?!`): write it without")
     properties = schema.get("properties")
-    for pattern in patterns:
+    for pattern in patterns if isinstance(patterns, dict) else ():
         for name in properties if isinstance(properties, dict) else ():
             if pattern.endswith("$") and matches(pattern, name):
                 raise ValueError(

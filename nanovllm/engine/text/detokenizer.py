@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import takewhile
 from operator import itemgetter
 from typing import Any
 
@@ -13,7 +15,7 @@ REPLACEMENT = "\ufffd"
 
 MAX_UNREAD_TOKENS = 16
 """Tokens without a whole character at their end, from which on those that no later one can change are text."""
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CHARACTER_BYTES = 4  # the most of UTF-8, so that as many tokens decide a character
 
 
@@ -33,11 +35,28 @@ def _context(backend: Any) -> tuple[int, ...]:
     return ()
 
 
+@cache
+def _byte_level() -> dict[str, int]:
+    """The byte that each character stands for in byte-level tokens: GPT-2's table."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def _num_unfinished(tokens: bytes) -> int:
+    """How many bytes at the end are the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(tokens)
+    return len(decoder.getstate()[0])
+
+
 class Detokenizer:
-    """The text of one output, as it continues a text.
+    """The text of one output, as it continues a text: that of the tokenizer's own ``decode``, but for two cases.
 
     Text is held back while it may still become a stop string, and while its last character lacks bytes. Returned text
-    is final: the chunks joined are the text of the output.
+    is final: the chunks joined are the text of the output. The bytes of a character that was cut off at the end are no
+    text. And where a byte-fallback tokenizer writes bytes behind whole characters that are none, these characters stay:
+    ``decode`` replaces all bytes of such a run, which may be text that was returned long before.
 
     ``tokenizers.decoders.DecodeStream`` (0.23.3) would be faster, but raises "Invalid prefix encountered" for
     byte-fallback tokenizers after bytes that are no character, and cannot return the text it holds back at the end.
@@ -78,13 +97,32 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The rest of the text at the end of the output; bytes of an unfinished character are left out."""
-        return "" if self.is_stopped else self._release(self._unread().rstrip(REPLACEMENT), final=True)
+        if self.is_stopped:
+            return ""
+        text = self._unread()
+        if text.endswith(REPLACEMENT):
+            text = text[: len(text) - self._num_replaced()]
+        return self._release(text, final=True)
+
+    def _num_replaced(self) -> int:
+        """How many U+FFFD at the end of the unread text stand for a character that lacks bytes."""
+        names = [self._backend.id_to_token(token) or "" for token in self._window[self._num_read :]]
+        last = names[-1] if names else ""
+        if _BYTE_TOKEN.fullmatch(last):
+            run = [int(name[3:5], 16) for name in takewhile(_BYTE_TOKEN.fullmatch, reversed(names))]
+            return _num_unfinished(bytes(reversed(run)))  # one for each byte
+        table = _byte_level()
+        return min(1, _num_unfinished(bytes(table[char] for name in names for char in name if char in table)))
 
     def _advance(self, end: int) -> str:
         """The text of the window's tokens up to ``end``, which are context from then on."""
         fresh = self._decode(self._window[:end])[len(self._read) :]
-        del self._window[: self._num_read]
-        self._num_read = end - self._num_read
+        context = self._window[self._num_read : end]
+        # Neighbouring byte tokens are decoded together: characters among the context would change with what follows.
+        if not fresh.endswith(REPLACEMENT) and _BYTE_TOKEN.fullmatch(self._backend.id_to_token(context[-1]) or ""):
+            context = list(_context(self._backend))
+        self._window = [*context, *self._window[end:]]
+        self._num_read = len(context)
         self._read = self._decode(self._window[: self._num_read])
         return fresh
 

@@ -7,7 +7,8 @@ import binascii
 from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 from nanovllm.errors import InvalidInput, PlaceholderMismatch, counted
@@ -18,6 +19,8 @@ ACCEPTED = (
     "{'prompt': string} or {'prompt_token_ids': list}, which may have 'multi_modal_data': {'image': image or list}; "
     "many prompts are a list of these"
 )
+ACCEPTED_IMAGES = "there an image is a PIL image, an array or tensor, bytes, an open file, or a data:image/…;base64 URL"
+_WRITTEN = (type(None), str, PathLike, Real)  # URLs, paths, options such as `detail`, and nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +150,8 @@ def _from_messages(messages: abc.Sequence[Any]) -> ReadPrompt:
                 parts.append(part)
                 continue
             own = next((image for value in found if (image := _own_image(value)) is not None), None)
+            if own is None and (others := [value for value in found if not isinstance(value, _WRITTEN)]):
+                raise InvalidInput(f"a message holds an image as {shape_of(others[0])[:200]}: {ACCEPTED_IMAGES}")
             is_elsewhere = is_elsewhere or (own is None and any(value is not None for value in found))
             images.append(own)
             parts.append({"type": "image"})

@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, NanoVLLMError
+from nanovllm.errors import BrokersUnavailable, GroupInstanceFenced, InvalidJob, NanoVLLMError
 from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.raw_records import RawRecord
 from nanovllm.kafka.topic_limits import TopicLimits
@@ -142,7 +142,7 @@ class Assignments:
             record.key,
             record.value or b"",
             tuple((name, value or b"") for name, value in record.headers),
-            unreadable=unreadable,
+            refusal=None if unreadable is None else InvalidJob(f"the record cannot be read: {unreadable}"),
             is_tombstone=record.value is None and unreadable is None,
             ledger=assignment.ledger,
             transactions=assignment.transactions,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.messages.job import derive_job_id
 from nanovllm.messages.openai_batch import is_request, request_id_in
 from nanovllm.messages.validation import printable
@@ -56,7 +56,8 @@ class FinishedJobs:
 
     def left(self, lines: Iterable[NumberedLine]) -> int:
         """How many of ``lines`` are to be computed."""
-        return sum(not self.has(number, job_id_in(line)) for number, line in lines)
+        first_lines: dict[str, int] = {}
+        return sum(not self.has(number, own_id(number, id_in(line)[0], first_lines)) for number, line in lines)
 
 
 class LineSource:
@@ -138,10 +139,9 @@ class LineSource:
                 self._is_at_end = True
                 return
             number, line = numbered
-            job_id = job_id_in(line)
-            if self._finished.has(number, job_id):
+            job_id, is_of_request = id_in(line)
+            if self._finished.has(number, own_id(number, job_id, self._first_lines)):
                 continue
-            first = number if job_id is None else self._first_lines.setdefault(job_id, number)
             yield ConsumedRecord(
                 topic=self._name,
                 partition=0,
@@ -149,19 +149,33 @@ class LineSource:
                 timestamp_ms=None,
                 key=None,
                 value=line,
-                unreadable=None if first == number else f"its id is that of line {first + 1}",
+                refusal=self._refusal(number, job_id, is_of_request),
                 ledger=self._ledger,
             )
             left, room = left - len(line), room - 1
 
+    def _refusal(self, number: int, job_id: str | None, is_of_request: bool) -> InvalidJob | None:
+        if job_id is None or (first := self._first_lines[job_id]) == number:
+            return None
+        refusal = InvalidJob(f"line {number + 1} has the id of line {first + 1}: their results could not be told apart")
+        # A batch's output names each request by its id.
+        refusal.job_id = job_id if is_of_request else None
+        return refusal
 
-def job_id_in(line: bytes) -> str | None:
-    """The id that a line gives its job: ``job_id``, or the ``custom_id`` of a request; None without one."""
+
+def own_id(number: int, job_id: str | None, first_lines: dict[str, int]) -> str | None:
+    """``job_id``, where the line ``number`` is the first with it; ``first_lines`` are those of the lines before."""
+    return None if job_id is None or first_lines.setdefault(job_id, number) != number else job_id
+
+
+def id_in(line: bytes) -> tuple[str | None, bool]:
+    """The id that a line gives its job (``job_id``, or the ``custom_id`` of a request), and whether it is a request."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return None, False
     if not isinstance(fields, dict):
-        return None
-    found = request_id_in(fields) if is_request(fields) else fields.get("job_id")
-    return found if isinstance(found, str) else None
+        return None, False
+    is_of_request = is_request(fields)
+    found = request_id_in(fields) if is_of_request else fields.get("job_id")
+    return (found if isinstance(found, str) else None), is_of_request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanovllm.errors import InvalidJob
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
@@ -19,8 +20,10 @@ class ConsumedRecord:
     key: bytes | None
     value: bytes
     headers: tuple[tuple[str, bytes], ...] = ()
-    unreadable: str | None = None
-    """Why the Kafka client could not parse it; what could be read of it is in the other fields."""
+    refusal: InvalidJob | None = None
+    """Why it is no job, where its source knows: one that the Kafka client cannot parse (what could be read of it is in
+    the other fields), or a line with the job id of an earlier one.
+    """
     is_tombstone: bool = False
     """Whether it has no value, which deletes its key from a compacted topic; ``value`` is empty then."""
     ledger: PartitionLedger = field(kw_only=True, repr=False)

@@ -28,6 +28,8 @@ class ActiveFaults:
         self._lapse_s = lapse_s
         self._clock = clock
         self._faults: dict[str, tuple[str, float]] = {}
+        self._since: dict[str, float] = {}
+        """When each part failed first that has not worked again, whether its fault has lapsed or not."""
 
     @property
     def are_present(self) -> bool:
@@ -39,13 +41,15 @@ class ActiveFaults:
         text = str(error)
         if self._faults.get(part, ("", 0.0))[0] != text:
             logger.error("%s: %s; taking no work until it is back", part, text)
+        self._since.setdefault(part, self._clock())
         self._faults[part] = (text, self._clock() + (self._lapse_s if lapse_s is None else lapse_s))
         self.observe()
 
     def clear(self, part: str) -> None:
         """``part`` works."""
-        if self._faults.pop(part, None) is not None:
-            logger.info("%s: works again", part)
+        if (since := self._since.pop(part, None)) is not None:
+            logger.info("%s: works again, after %.0f s", part, self._clock() - since)
+            self._faults.pop(part, None)
             self.observe()
 
     def observe(self) -> None:

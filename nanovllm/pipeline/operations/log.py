@@ -9,6 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 FORGET_S = 60.0
+STARTING = "GroupCoordinatorNotAvailable"
+"""A broker's answer while it makes the topic of committed offsets, for the first group of all: seconds."""
+STARTING_S = 15.0
 AT_MOST = 256
 
 
@@ -29,19 +32,26 @@ def log_to_stderr(level: str) -> None:
 class RepeatedLines(logging.Filter):
     """Passes a warning or error the first, second, fourth, eighth, … time, until it has been silent for ``FORGET_S``.
 
-    aiokafka logs each attempt at a broker or topic that is not there: hundreds of lines a minute.
+    aiokafka logs each attempt at a broker or topic that is not there: hundreds of lines a minute. One of ``STARTING``
+    passes once it has come for ``STARTING_S``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
         self._seen: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
+        self._starting = (float("-inf"), float("-inf"))  # the first of its row, and the last
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether ``record`` is shown; one that repeats says how often it has come."""
         if record.levelno < logging.WARNING or record.exc_info:
             return True
         now, key = self._clock(), (record.name, record.getMessage())
+        if STARTING in key[1]:
+            first, last = self._starting
+            self._starting = (first if now - last < FORGET_S else now), now
+            if now - self._starting[0] < STARTING_S:
+                return False
         count, last = self._seen.pop(key, (0, now))
         count = count + 1 if now - last < FORGET_S else 1
         self._seen[key] = count, now

@@ -53,8 +53,8 @@ class Receive:
         settings = self._settings
         began, context = time.monotonic(), None
         try:
-            if record.unreadable is not None:
-                raise InvalidJob(f"the record cannot be read: {record.unreadable}")
+            if record.refusal is not None:
+                raise record.refusal
             decode = partial(self._decode, record.value, max_bytes=settings.admission.max_job_bytes)
             # In a thread the event loop gets the interpreter back every few milliseconds.
             job = await asyncio.to_thread(decode) if len(record.value) > MAX_BYTES_AT_ONCE else decode()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.activations import ACT2FN
 
+from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
 from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
@@ -88,7 +89,9 @@ class VisionEncoder(ImageEncoder):
         directory = resolve_checkpoint(vision_model)
         path, options = _find_projector(projector)
         layer = vision_feature_layer if vision_feature_layer is not None else options.get("vision_feature_layer", -2)
-        self._build_tower(_tower_config(read_config(directory)), layer, None)
+        fields = read_config(directory)
+        with reading_config(fields, checkpoint_name(directory)):
+            self._build_tower(_tower_config(fields), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
         load_module(self.tower, directory, ("vision_model.", *TOWER_PREFIXES, ""), self._left_out)
@@ -136,12 +139,13 @@ class VisionEncoder(ImageEncoder):
         directory = Path(directory)
         encoder, config = cls._tower_of_llava(directory, max_image_size, num_vision_tokens)
         name, side, transform = checkpoint_name(directory), encoder.tower.config.image_size, encoder.transform
-        encoder.projector = Projector(
-            encoder.tower.config.hidden_size * len(encoder._layers),
-            config.text_config.hidden_size,
-            activation=config.projector_hidden_act,
-            bias=config.multimodal_projector_bias,
-        )
+        with reading_config(read_config(directory), name):
+            encoder.projector = Projector(
+                encoder.tower.config.hidden_size * len(encoder._layers),
+                config.text_config.hidden_size,
+                activation=config.projector_hidden_act,
+                bias=config.multimodal_projector_bias,
+            )
         load_module(encoder.tower, directory, TOWER_PREFIXES, encoder._left_out)
         load_module(encoder.projector, directory, PROJECTOR_PREFIXES)
         if max_image_size is None and transform.output_size != (side, side):
@@ -170,11 +174,12 @@ class VisionEncoder(ImageEncoder):
         if fields.get("model_type") != "llava":
             kind = fields.get("model_type")
             raise UnsupportedModel(f"{checkpoint_name(directory)} is a {kind!r} checkpoint, not a LLaVA one")
-        config = LlavaConfig.from_dict(fields)
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
-        tower = _tower_config(config.vision_config.to_dict())
-        encoder._build_tower(tower, config.vision_feature_layer, config.vision_feature_select_strategy)
+        with reading_config(fields, checkpoint_name(directory)):
+            config = LlavaConfig.from_dict(fields)
+            tower = _tower_config(config.vision_config.to_dict())
+            encoder._build_tower(tower, config.vision_feature_layer, config.vision_feature_select_strategy)
         transform = ImageTransform.from_preprocessor_config(directory)
         if max_image_size is not None and transform.output_size != (max_image_size, max_image_size):
             transform = transform.resized(max_image_size)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
 from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
@@ -104,8 +105,9 @@ class NativeEncoder(ImageEncoder):
         name, fields = checkpoint_name(directory), read_config(directory)
         if fields.get("model_type") not in _TOWERS:
             raise UnsupportedModel(f"{name} is a {fields.get('model_type')!r} checkpoint, not a Qwen-VL one")
-        config = vision_config(fields)
-        self.tower = _TOWERS[fields["model_type"]][1](config)
+        with reading_config(fields, name):
+            config = vision_config(fields)
+            self.tower = _TOWERS[fields["model_type"]][1](config)
         load_module(self.tower, directory, ("model.visual.", "visual."))
         self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
         self.transform = native_transform(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -25,7 +25,7 @@ from nanovllm.errors import (
 )
 
 ImageSource = Image.Image | np.ndarray | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
-"""A PIL image, an array, the path of a file, its bytes, or a file open for reading bytes."""
+"""A PIL image, an array or tensor, the path of a file, its bytes, or a file open for reading bytes."""
 
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -37,6 +37,11 @@ _TIFF_PHOTOMETRIC = 262
 # Colour spaces of an ICC profile, each with a mode of image that it converts.
 _PROFILED_MODES = {("RGB", "RGB"), ("RGB", "RGBA"), ("CMYK", "CMYK"), ("GRAY", "L"), ("GRAY", "LA")}
 _HEIF_HINT = "reading HEIC takes the extra heic, and HEIF among the allowed formats"
+
+_ACCEPTED = "a PIL image, an array or tensor, a path, the bytes of a file, or a file open for reading bytes"
+_FILE = "the image file"
+_URL = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")
+_MAX_SHOWN_PATH = 200
 
 # First bytes of common formats: a refusal names what it saw without running other decoders.
 _SIGNATURES = {
@@ -120,7 +125,23 @@ def load_rgb(
 def is_image_source(value: object) -> bool:
     """Whether ``value`` has the type of an `ImageSource`."""
     kinds = (Image.Image, np.ndarray, str, os.PathLike, bytes, bytearray, memoryview)
-    return isinstance(value, kinds) or callable(getattr(value, "read", None))
+    return isinstance(value, kinds) or callable(getattr(value, "read", None)) or _is_tensor(value)
+
+
+def _is_tensor(value: object) -> bool:
+    """Whether ``value`` is an array of another library, such as torch, which this module does without."""
+    return hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0
+
+
+def _as_array(tensor: Any) -> np.ndarray:
+    try:
+        if hasattr(tensor, "detach"):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor  # a type that numpy lacks
+        return np.asarray(tensor)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # quantised, sparse, without memory
+        kind = f"{type(tensor).__name__} of type {getattr(tensor, 'dtype', 'unknown')}"
+        raise InvalidImage(f"a {kind} cannot be read as an array of numbers: pass uint8 or float32") from None
 
 
 def read_source(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image | np.ndarray | bytes:
@@ -137,9 +158,12 @@ def read_source(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Im
     if isinstance(source, (bytearray, memoryview)):
         return bytes(source)
     if not is_image_source(source):
-        raise InvalidImage(
-            f"an image is a PIL image, an array, a path, bytes, or an open file, not {type(source).__name__}"
-        )
+        raise InvalidImage(f"an image is {_ACCEPTED}, not {type(source).__name__}")
+    if _is_tensor(source):
+        return _as_array(source)
+    if isinstance(source, str) and (url := _URL.match(source)):
+        raise InvalidImage(f"an image is {_ACCEPTED}, not a {url[0]} URL; a message's image_url may be a data: URL")
+    name = f"the image file {repr(str(source))[:_MAX_SHOWN_PATH]}" if isinstance(source, str | os.PathLike) else _FILE
     try:
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as file:
@@ -149,11 +173,11 @@ def read_source(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Im
                 source.seek(0)
             data = source.read(limits.max_bytes + 1)
     except OSError as error:
-        raise InvalidImage(f"the image file cannot be read: {error.strerror or type(error).__name__}") from error
+        raise InvalidImage(f"{name} cannot be read: {error.strerror or type(error).__name__}") from error
     except UnicodeDecodeError:
         raise InvalidImage("the image file is open for reading text: open it with mode 'rb'") from None
     except ValueError:  # of a closed file, and of a path with a NUL
-        raise InvalidImage("the image file cannot be read: it is closed, or its path holds a NUL") from None
+        raise InvalidImage(f"{name} cannot be read: it is closed, or its path holds a NUL") from None
     if not isinstance(data, bytes):
         raise InvalidImage(f"the image file gives {type(data).__name__}, not bytes: open it with mode 'rb'")
     if len(data) > limits.max_bytes:

@@ -22,6 +22,7 @@ from nanovllm.checkpoints.resolve import read_json_object
 from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb
 from nanovllm.vision.images.digest import pixel_digest
+from nanovllm.vision.images.preprocessor_fields import check_preprocessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -68,11 +69,21 @@ class ImageTransform:
 
         Raises:
             ModelNotFound: there is no such file, or it is no JSON object.
-            UnsupportedModel: another processor than CLIP's, SigLIP's, LLaVA's or Qwen-VL's, or an unknown option.
+            UnsupportedModel: another processor than CLIP's, SigLIP's, LLaVA's or Qwen-VL's, an unknown option, or a
+                value that no image can be prepared with.
         """
-        fields = config if isinstance(config, dict) else _read(Path(config))
-        fields = {key: value for key, value in fields.get("image_processor", fields).items() if value is not None}
+        file = "preprocessor_config.json"
+        if isinstance(config, dict):
+            fields = config
+        else:
+            path = _file_in(Path(config))
+            file, fields = path.name, read_json_object(path, missing=f"{path} does not exist")
+        fields = fields.get("image_processor", fields)
+        if not isinstance(fields, dict):
+            raise UnsupportedModel(f"{file}: image_processor is {repr(fields)[:80]}, not an object")
+        fields = {key: value for key, value in fields.items() if value is not None}
         kind = _kind(fields)
+        check_preprocessor(fields, file)
         is_siglip, is_qwen = kind == "Siglip", kind == "Qwen2VL"
         resize: ResizeRule | None
         size: tuple[int, ...]
@@ -252,19 +263,21 @@ def prepare_rgb(rgb: Image.Image, transform: ImageTransform) -> PreparedImage:
     return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        names = ("processor_config.json", "preprocessor_config.json")
-        found = next((path / name for name in names if _has_image_processor(path / name)), None)
-        if found is None:
-            raise ModelNotFound(f"{path} holds neither of {', '.join(names)} with an image processor")
-        path = found
-    return read_json_object(path, missing=f"{path} does not exist")
+def _file_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    names = ("processor_config.json", "preprocessor_config.json")
+    found = next((path / name for name in names if _has_image_processor(path / name)), None)
+    if found is None:
+        raise ModelNotFound(f"{path} holds neither of {', '.join(names)} with an image processor")
+    return found
 
 
 def _has_image_processor(path: Path) -> bool:
     """Whether the file has the image processor's settings: processor_config.json of older checkpoints lacks them."""
-    return path.is_file() and (path.name == "preprocessor_config.json" or "image_processor" in _read(path))
+    if not path.is_file():
+        return False
+    return path.name == "preprocessor_config.json" or "image_processor" in read_json_object(path, missing=path.name)
 
 
 def _kind(fields: dict[str, Any]) -> str:
