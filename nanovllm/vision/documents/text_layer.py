@@ -315,7 +315,7 @@ def _unspaced_share(words: Sequence[str]) -> float:
 def _letter_likeness(text: str) -> float:
     """Cosine between the letter frequencies of the words of ``text``, each once, and those of European languages."""
     # Of a list of links, or a form that repeats itself, the words that it repeats would be most letters.
-    words = set(_LATIN.findall(unicodedata.normalize("NFD", text.lower())))
+    words = dict.fromkeys(_LATIN.findall(unicodedata.normalize("NFD", text.lower())))  # in one order everywhere
     letters = Counter(letter for word in words for letter in word if letter in _FREQUENCIES)
     if letters.total() < LETTERS_OF_INTEREST:
         return 1.0
