@@ -151,7 +151,9 @@ class TextLayer:
         Raises:
             ValueError, TypeError, KeyError: it is none.
         """
-        fields: dict[str, Any] = json.loads(data)
+        fields: Any = json.loads(data)
+        if type(fields) is not dict:
+            raise TypeError("a text layer is an object")
         words = tuple(_checked_word(*values) for values in fields.pop("words"))
         text, has_annotations = fields.pop("text"), fields.pop("has_annotations")
         shares = {name: float(value) for name, value in fields.items()}
