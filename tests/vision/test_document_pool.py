@@ -175,6 +175,12 @@ async def test_a_page_that_exhausts_memory_is_given_up_and_the_next_document_is_
         assert (await pool.page_text(LARGE, 1)).kind == PageKind.CLEAN
 
 
+async def test_a_page_that_has_no_room_is_no_broken_page() -> None:
+    async with running(memory_bytes=220 * 2**20) as pool:
+        with pytest.raises(DecoderFailed, match="more than the 230686720 bytes of memory allowed"):
+            await pool.render_page(LARGE, 1, dpi=800)
+
+
 async def test_a_picture_of_a_gigabyte_is_rendered_in_half_of_it_or_given_up() -> None:
     bomb = image_bomb_pdf(18_000)
     assert len(bomb) < 8 * 2**20
