@@ -58,6 +58,15 @@ async def test_equal_tenants_take_turns_and_a_new_one_has_saved_up_nothing() -> 
     assert turns._used_s == {}
 
 
+async def test_an_idle_member_that_is_preferred_is_taken_and_none_is_waited_for() -> None:
+    turns: FairTurns[str] = FairTurns()
+    for member in ("first", "second", "third"):
+        turns.add(member)
+    assert await turns.take("a", lambda member: member == "first") == "first"
+    assert await turns.take("a", lambda member: member == "first") == "third"
+    assert await turns.take("b") == "second"
+
+
 async def test_a_call_that_is_cancelled_with_its_turn_gives_the_member_back() -> None:
     turns: FairTurns[str] = FairTurns()
     waiting = asyncio.create_task(turns.take("a"))
@@ -105,7 +114,7 @@ def answer(header, payload=b""):
     sys.stdout.buffer.write(struct.pack(">I", len(body)) + body + payload)
     sys.stdout.buffer.flush()
 read(); answer({"ready": True, "payload_bytes": 0})
-read(); answer(%r, %r)
+sys.stdin.buffer.read(json.loads(read())["payload_bytes"]); answer(%r, %r)
 """
 SOUND: dict[str, Any] = {
     "shape": [2, 2, 3], "digest": "00" * 32, "width": 2, "height": 2, "payload_bytes": 12,
@@ -129,6 +138,8 @@ SOUND: dict[str, Any] = {
         {"payload_bytes": "12"},
         {"error": "no_such_code", "message": "x"},
         {"x": "x" * 100_000},
+        {"documents": 3},
+        {"documents": [[]]},
     ],
     ids=lambda lie: str(lie)[:30],
 )
@@ -152,6 +163,29 @@ async def test_an_answer_that_is_no_image_ends_the_image_and_its_process(
         await pool.close()
 
 
+@pytest.mark.parametrize("payload", [b"", b"null", b"[]", b"{}", b'{"words": 3}', bytes(7), b"\xff", b"[" * 99_999])
+async def test_an_answer_that_is_no_document_ends_the_document_and_its_process(
+    payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = asyncio.create_subprocess_exec
+    header = {"media_type": "application/pdf", "payload_bytes": len(payload)}
+
+    async def lying(*_: object, **options: Any) -> asyncio.subprocess.Process:
+        return await start(sys.executable, "-c", LIAR % (header, payload), **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", lying)
+    pool = DecoderPool(ImageTransform(), ImageLimits(), workers=1, timeout_s=10)
+    await pool.start()
+    try:
+        for read in (pool.open_document(PICTURE), pool.page_text(PICTURE, 1)):
+            with pytest.raises(DecoderFailed, match="answer what is no document"):
+                await read
+        monkeypatch.undo()
+        assert (await pool.open_document(PICTURE)).media_type.startswith("image/")
+    finally:
+        await pool.close()
+
+
 def progressive(side: int, scans: int) -> bytes:
     """A progressive JPEG with that many more scans than an encoder makes."""
     buffer = io.BytesIO()
@@ -164,7 +198,7 @@ def progressive(side: int, scans: int) -> bytes:
 
 def refuses_before_decoding(data: bytes, transform: ImageTransform, limits: ImageLimits, error: type[Exception]) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "_decode", lambda image: pytest.fail("it was decoded"))
+        patch.setattr(decode, "decode_image", lambda image: pytest.fail("it was decoded"))
         with pytest.raises(error) as refusal:
             prepare_image(data, transform, limits)
     return str(refusal.value)

@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from documents import filings
+from filings import filings
 from pdf_files import (
     PROSE,
     content_bomb_pdf,
     encrypted,
+    filled_form_pdf,
     image_bomb_pdf,
+    image_pdf,
     many_pages_pdf,
     noise,
     raw_pdf,
+    scan,
     text_pdf,
     tiff,
 )
@@ -172,6 +175,12 @@ async def test_a_page_that_exhausts_memory_is_given_up_and_the_next_document_is_
         assert (await pool.page_text(LARGE, 1)).kind == PageKind.CLEAN
 
 
+async def test_a_page_that_has_no_room_is_no_broken_page() -> None:
+    async with running(memory_bytes=220 * 2**20) as pool:
+        with pytest.raises(DecoderFailed, match="more than the 230686720 bytes of memory allowed"):
+            await pool.render_page(LARGE, 1, dpi=800)
+
+
 async def test_a_picture_of_a_gigabyte_is_rendered_in_half_of_it_or_given_up() -> None:
     bomb = image_bomb_pdf(18_000)
     assert len(bomb) < 8 * 2**20
@@ -250,6 +259,23 @@ async def test_the_process_has_no_more_than_it_has_for_images() -> None:
         limits = proc(pid, "limits")
         assert "1073741824" in next(line for line in limits.splitlines() if line.startswith("Max address space"))
         assert len(os.listdir(f"/proc/{pid}/fd")) <= 5
+
+
+async def test_damaged_documents_give_pages_or_an_error_with_a_code() -> None:
+    rng = np.random.default_rng(21)
+    whole = [text_pdf(PROSE, PROSE), image_pdf(scan()), filled_form_pdf("1.00"), tiff(noise(1), noise(2))]
+    async with running(workers=2) as pool:
+        for number in range(80):
+            data = bytearray(whole[number % len(whole)])
+            for place in rng.integers(0, len(data), 1 + number // 4):
+                data[place] = rng.integers(0, 256)
+            damaged = bytes(data[: rng.integers(len(data) // 2, len(data))] if number % 8 > 5 else data)
+            with suppress(InvalidDocument, InvalidImage, DecoderFailed):
+                info = await pool.open_document(damaged)
+                for page in info.pages[:3]:
+                    await pool.page_text(damaged, page.number, digest=info.digest)
+                    await pool.render_page(damaged, page.number, dpi=50, digest=info.digest)
+        assert (await pool.page_text(LARGE, 1)).kind == PageKind.CLEAN
 
 
 @pytest.mark.parametrize("sizes", [b"", b"1", bytes(16), struct.pack(">dd", math.nan, 1)])

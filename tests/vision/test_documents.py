@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pikepdf
@@ -158,6 +159,14 @@ def test_what_is_no_readable_document_is_refused_with_its_own_code(
     with pytest.raises(error, match=says) as caught:
         rendered(open_document(data))
     assert type(caught.value) is error
+
+
+def test_without_pdfium_a_pdf_is_refused_with_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    monkeypatch.delitem(sys.modules, "nanovllm.vision.documents.pdf", raising=False)
+    with pytest.raises(UnsupportedDocumentFormat, match="the extra documents"):
+        open_document(text_pdf(PROSE))
+    assert rendered(open_document(tiff(noise(1)))).size == (60, 40)
 
 
 def test_every_code_of_documents_is_its_own() -> None:

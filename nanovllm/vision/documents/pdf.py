@@ -134,10 +134,12 @@ class PdfDocument(Document):
         return loaded
 
     def _rendered(self, page: pypdfium2.PdfPage, scale: float, rotation: int, **options: bool) -> Image.Image:
-        bitmap = page.render(scale=scale, rotation=rotation, rev_byteorder=True, **options)
+        # The memory of a native bitmap is of ctypes, which raises MemoryError; PDFium's own would be a null pointer.
+        maker = pypdfium2.PdfBitmap.new_native
+        bitmap = page.render(scale=scale, rotation=rotation, rev_byteorder=True, bitmap_maker=maker, **options)
         try:
             image = bitmap.to_pil()
-            # Pillow copies RGB; what it shares with the bitmap, which PDFium owns, is read-only.
+            # Pillow copies RGB; what it shares with the bitmap is read-only.
             return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
         finally:
             bitmap.close()

@@ -151,7 +151,9 @@ class TextLayer:
         Raises:
             ValueError, TypeError, KeyError: it is none.
         """
-        fields: dict[str, Any] = json.loads(data)
+        fields: Any = json.loads(data)
+        if type(fields) is not dict:
+            raise TypeError("a text layer is an object")
         words = tuple(_checked_word(*values) for values in fields.pop("words"))
         text, has_annotations = fields.pop("text"), fields.pop("has_annotations")
         shares = {name: float(value) for name, value in fields.items()}
@@ -315,7 +317,7 @@ def _unspaced_share(words: Sequence[str]) -> float:
 def _letter_likeness(text: str) -> float:
     """Cosine between the letter frequencies of the words of ``text``, each once, and those of European languages."""
     # Of a list of links, or a form that repeats itself, the words that it repeats would be most letters.
-    words = set(_LATIN.findall(unicodedata.normalize("NFD", text.lower())))
+    words = dict.fromkeys(_LATIN.findall(unicodedata.normalize("NFD", text.lower())))  # in one order everywhere
     letters = Counter(letter for word in words for letter in word if letter in _FREQUENCIES)
     if letters.total() < LETTERS_OF_INTEREST:
         return 1.0

@@ -211,9 +211,9 @@ class DecoderPool:
                     raise DecoderFailed(f"decoding the {subject} took longer than {self._timeout_s:g} s") from None
                 except NanoVLLMError:
                     raise
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):  # the last one of nested JSON
                     await decoder.kill()
-                    raise DecoderFailed(f"the {subject} made a decoder process give a wrong answer") from None
+                    raise DecoderFailed(f"the {subject} made a decoder process answer what is no {subject}") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
                     # One death may have another cause (out of memory, a node that drains): it gets a second try.
                     cause = await decoder.reap()
