@@ -195,6 +195,7 @@ class KeySet:
 
     @cached_property
     def _steps(self) -> dict[tuple[State, str], State]:
+        # Of `step` and `branches` both: their states differ, one has an included glob's and the other has none.
         return {}
 
     def matches(self, key: str) -> bool:
