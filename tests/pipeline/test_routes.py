@@ -213,7 +213,7 @@ def test_yaml_that_repeats_itself_without_end_is_refused(refusals: Refused) -> N
     ("one", "other", "example"),
     [
         ("bucket: bkt, key: 'in/**'", "bucket: [other, bkt], key: '**/*.pdf'", "s3://bkt/in/.pdf"),
-        ("bucket: bkt, key: '*a*b*'", "bucket: bkt, key: '*b*a*'", "s3://bkt/aba"),
+        ("bucket: bkt, key: '*a*b*'", "bucket: bkt, key: '*b*a*'", "s3://bkt/bab"),
         (
             "bucket: bkt, key: a, content_type: 'image/*', max_bytes: 9",
             "bucket: bkt, key: '?', content_type: [application/pdf, '*/png'], min_bytes: 9",
@@ -401,3 +401,12 @@ def test_routes_are_refused_exactly_where_objects_show_why(matches: list[tuple[s
         assert sum(keys.matches(key) for keys in sets) > 1
     for key in re.findall(r"is written to s3://bkt/(\S+), which", said):
         assert any(keys.matches(key) for keys in sets)
+
+
+def test_many_routes_of_one_shape_are_compared_by_their_ends_first(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_sets, "_search", lambda languages: pytest.fail("nothing is to be searched here"))
+    lines = [
+        f"- {{name: r{at}, match: {{key: ['dept-{at:02d}/**/*.pdf', 'scans/**/*.kind{at:02d}']}}}}" for at in range(60)
+    ]
+    text = "defaults: {prompt: p, sidecar: {}, match: {bucket: [one, two], exclude: '**/drafts/**'}}\nroutes:\n"
+    assert len(load(text + "\n".join(lines)).entries) == 60

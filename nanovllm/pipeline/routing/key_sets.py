@@ -7,11 +7,13 @@ tell apart: what is found is a shortest common key, and where nothing is found t
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import combinations, product
 from typing import Any, Protocol
 
 from nanovllm.errors import ConfigurationError
@@ -19,6 +21,7 @@ from nanovllm.errors import ConfigurationError
 MAX_STATES = 20_000
 """Most pairs of states that a search visits: globs that need more are refused, not passed."""
 _SURROGATES = (0xD800, 0xDFFF)  # not in UTF-8, which keys are
+_WILD, _WILD_OR_END = re.compile(r"[*?\[]"), re.compile(r"[*?\[\]]")
 _READABLE = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 State = frozenset[Any]
@@ -48,8 +51,22 @@ class Glob:
     ``moves[state]`` are what a character leads to, ``skips[state]`` what none leads to; the last state accepts.
     """
 
-    moves: tuple[tuple[tuple[CharSet, int], ...], ...]
-    skips: tuple[tuple[int, ...], ...]
+    pattern: str
+    moves: tuple[tuple[tuple[CharSet, int], ...], ...] = field(compare=False)
+    skips: tuple[tuple[int, ...], ...] = field(compare=False)
+
+    @cached_property
+    def literal_ends(self) -> tuple[str, str]:
+        """What all of its keys begin with, and what they end with."""
+        levels = self.pattern.split("/")
+        first = next((at for at, level in enumerate(levels) if _WILD.search(level)), None)
+        if first is None:
+            return self.pattern, self.pattern
+        last = max(at for at, level in enumerate(levels) if _WILD.search(level))
+        # A slash beside ** is missing where that is no level at all.
+        head = [] if levels[first] == "**" else [_WILD.split(levels[first])[0]]
+        tail = [] if levels[last] == "**" else [_WILD_OR_END.split(levels[last])[-1]]
+        return "/".join([*levels[:first], *head]), "/".join([*tail, *levels[last + 1 :]])
 
     @classmethod
     def of(cls, pattern: str) -> Glob:
@@ -79,7 +96,11 @@ class Glob:
                     skips[at].append(add_state())
                 else:
                     moves[at].append((characters, add_state()))
-        return cls(tuple(map(tuple, moves)), tuple(map(tuple, skips)))
+        return cls(pattern, tuple(map(tuple, moves)), tuple(map(tuple, skips)))
+
+    def after(self, state: int, character: str) -> Iterator[int]:
+        """The states that ``character`` leads to."""
+        return self.closure([target for characters, target in self.moves[state] if character in characters])
 
     def closure(self, states: Iterable[int]) -> Iterator[int]:
         """``states``, and those that no character separates from them."""
@@ -124,19 +145,32 @@ def _class(text: str) -> CharSet:
 
 
 class KeyLanguage(Protocol):
-    """A set of keys as an automaton; a state without elements accepts nothing any more."""
+    """A set of keys as an automaton that may go several ways with one character."""
 
-    def start(self) -> State:
-        """Where every key begins."""
+    def starts(self) -> Iterable[Hashable]:
+        """The states in which every key begins."""
 
-    def step(self, state: State, character: str) -> State:
-        """Where ``character`` leads."""
+    def branches(self, state: Any, character: str) -> Iterable[Hashable]:
+        """The states that ``character`` leads to."""
 
-    def accepts(self, state: State) -> bool:
+    def is_end(self, state: Any) -> bool:
         """Whether a key may end here."""
 
     def char_sets(self) -> Iterator[CharSet]:
-        """Every set of characters that a step tells apart."""
+        """Every set of characters that a branch tells apart."""
+
+    def matches(self, key: str) -> bool:
+        """Whether ``key`` is in the set."""
+
+    def parts(self) -> Iterable[KeyLanguage]:
+        """Sets of one glob each, which are this one together."""
+
+    def without_exclusions(self) -> KeyLanguage:
+        """A larger set with fewer states."""
+
+    @property
+    def literal_ends(self) -> tuple[str, str]:
+        """What all keys begin with, and what they end with."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +195,14 @@ class KeySet:
 
     @cached_property
     def _steps(self) -> dict[tuple[State, str], State]:
+        # Of `step` and `branches` both: their states differ, one has an included glob's and the other has none.
         return {}
 
     def matches(self, key: str) -> bool:
         """Whether ``key`` is one of them."""
+        ends = (glob.literal_ends for glob in self.include)
+        if not any(key.startswith(first) and key.endswith(last) for first, last in ends):
+            return False  # at an event most routes end here
         state = self.start()
         for character in key:
             state = self.step(state, character)
@@ -192,9 +230,7 @@ class KeySet:
     def _step(self, state: State, character: str) -> State:
         after: set[Any] = set()
         for number, at in (item for item in state if item is not None):
-            glob = self._globs[number]
-            targets = [target for characters, target in glob.moves[at] if character in characters]
-            after.update((number, reached) for reached in glob.closure(targets))
+            after.update((number, reached) for reached in self._globs[number].after(at, character))
         if character == "/":
             after.add(None)
         return frozenset(after)
@@ -206,6 +242,39 @@ class KeySet:
         ended = {number for number, at in state if at == len(self._globs[number].moves) - 1}
         return any(number < len(self.include) for number in ended) and max(ended) < len(self.include)
 
+    def starts(self) -> Iterator[Hashable]:
+        """One state of one included glob in each, beside all states of the excluded ones: these must all be known."""
+        state = self.start()
+        excluded = frozenset(item for item in state if item is None or item[0] >= len(self.include))
+        return ((item, excluded) for item in sorted(state - excluded))
+
+    def branches(self, state: tuple[tuple[int, int], State], character: str) -> Iterator[Any]:
+        """The states that ``character`` leads to."""
+        (number, at), excluded = state
+        targets = list(self._globs[number].after(at, character))
+        if targets:
+            known = self._steps.get((excluded, character))
+            if known is None:
+                known = self._steps[excluded, character] = self._step(excluded, character)
+            yield from (((number, target), known) for target in targets)
+
+    def is_end(self, state: tuple[tuple[int, int], State]) -> bool:
+        """As ``accepts``."""
+        return self.accepts(state[1] | {state[0]})
+
+    def parts(self) -> Iterator[KeySet]:
+        """Sets of one glob each."""
+        return (KeySet((glob,), self.exclude) for glob in self.include)
+
+    def without_exclusions(self) -> KeySet:
+        """The keys that a glob matches, excluded ones too."""
+        return KeySet(self.include)
+
+    @property
+    def literal_ends(self) -> tuple[str, str]:
+        """Those of its glob, where it has one."""
+        return self.include[0].literal_ends if len(self.include) == 1 else ("", "")
+
     def char_sets(self) -> Iterator[CharSet]:
         """Every set of characters that a glob names."""
         return (characters for glob in self._globs for move in glob.moves for characters, _ in move)
@@ -215,41 +284,58 @@ class KeySet:
 class WrittenKeys:
     """The keys ``prefix + key + suffix`` for every key of ``keys``.
 
-    A state holds positions in the prefix, states of ``keys``, and positions in the suffix, side by side.
+    A state is a position in the prefix or in the suffix, or a state of ``keys``.
     """
 
     prefix: str
     keys: KeySet
     suffix: str
 
-    def start(self) -> State:
+    def starts(self) -> Iterator[Hashable]:
         """Before the prefix."""
-        return self._entered({("prefix", 0)})
+        return self._prefix(0)
 
-    def step(self, state: State, character: str) -> State:
-        """Where ``character`` leads."""
-        after: set[Any] = set()
-        for part, at in state:
-            if part == "key":
-                if stepped := self.keys.step(at, character):
-                    after.add(("key", stepped))
-                continue
-            text = self.prefix if part == "prefix" else self.suffix
-            if text[at : at + 1] == character:
-                after.add((part, at + 1))
-        return self._entered(after)
+    def branches(self, state: tuple[str, Any], character: str) -> Iterator[Hashable]:
+        """The states that ``character`` leads to."""
+        part, at = state
+        if part == "key":
+            for after in self.keys.branches(at, character):
+                yield "key", after
+                if self.keys.is_end(after):
+                    yield "suffix", 0
+        elif part == "prefix" and self.prefix[at] == character:
+            yield from self._prefix(at + 1)
+        elif part == "suffix" and self.suffix[at : at + 1] == character:
+            yield "suffix", at + 1
 
-    def _entered(self, state: set[Any]) -> State:
-        """``state``, with the key behind a whole prefix and the suffix behind a whole key."""
-        if ("prefix", len(self.prefix)) in state:
-            state.add(("key", self.keys.start()))
-        if any(part == "key" and self.keys.accepts(at) for part, at in state):
-            state.add(("suffix", 0))
-        return frozenset(state)
+    def _prefix(self, at: int) -> Iterator[Hashable]:
+        if at < len(self.prefix):
+            yield "prefix", at
+        else:  # no key is empty: the suffix cannot begin here
+            yield from (("key", state) for state in self.keys.starts())
 
-    def accepts(self, state: State) -> bool:
+    def is_end(self, state: tuple[str, Any]) -> bool:
         """Whether the suffix ends here."""
-        return ("suffix", len(self.suffix)) in state
+        return state == ("suffix", len(self.suffix))
+
+    def matches(self, key: str) -> bool:
+        """Whether ``key`` has a key of ``keys`` between prefix and suffix."""
+        inner = key.removeprefix(self.prefix).removesuffix(self.suffix)
+        return key == f"{self.prefix}{inner}{self.suffix}" and self.keys.matches(inner)
+
+    def parts(self) -> Iterator[WrittenKeys]:
+        """Those of the keys, with what stands around them."""
+        return (WrittenKeys(self.prefix, keys, self.suffix) for keys in self.keys.parts())
+
+    def without_exclusions(self) -> WrittenKeys:
+        """Those of the keys that a glob matches, excluded ones too."""
+        return WrittenKeys(self.prefix, self.keys.without_exclusions(), self.suffix)
+
+    @property
+    def literal_ends(self) -> tuple[str, str]:
+        """Those of the keys, with what stands around them."""
+        first, last = self.keys.literal_ends
+        return self.prefix + first, last + self.suffix
 
     def char_sets(self) -> Iterator[CharSet]:
         """Every set of characters of the keys, and each character around them."""
@@ -264,25 +350,60 @@ def common_key(*languages: KeyLanguage) -> str | None:
     Raises:
         ConfigurationError: the search takes more than ``MAX_STATES`` states.
     """
+    found = []
+    for parts in product(*(tuple(one.parts()) for one in languages)):
+        key = _search(tuple(one.without_exclusions() for one in parts)) if _may_meet(parts) else None
+        if key is not None and not all(one.matches(key) for one in parts):
+            key = _search(parts)
+        found += [] if key is None else [key]
+    return min(found, key=len, default=None)
+
+
+@lru_cache(MAX_STATES)
+def _search(languages: tuple[KeyLanguage, ...]) -> str | None:
     alphabet = _alphabet([characters for one in languages for characters in one.char_sets()])
-    first = tuple(one.start() for one in languages)
-    reached: dict[tuple[State, ...], tuple[tuple[State, ...], str] | None] = {first: None}
-    waiting = deque([first])
+    leads_to = [_Branches(one, alphabet) for one in languages]
+    reached: dict[tuple[Any, ...], tuple[tuple[Any, ...], str] | None] = {}
+    reached.update(dict.fromkeys(product(*(one.starts() for one in languages))))
+    waiting = deque(reached)
     while waiting:
         states = waiting.popleft()
-        if all(one.accepts(state) for one, state in zip(languages, states, strict=True)):
+        if all(one.is_end(state) for one, state in zip(languages, states, strict=True)):
             return _path(reached, states)
-        for character in alphabet:
-            after = tuple(one.step(state, character) for one, state in zip(languages, states, strict=True))
-            if all(after) and after not in reached:
-                reached[after] = (states, character)
-                waiting.append(after)
+        branches = [known(state) for known, state in zip(leads_to, states, strict=True)]
+        for character in min(branches, key=len):
+            for after in product(*(one.get(character, ()) for one in branches)):
+                if after not in reached:
+                    reached[after] = (states, character)
+                    waiting.append(after)
         if len(reached) > MAX_STATES:
             raise ConfigurationError("the globs are too many or too intricate to be compared")
     return None
 
 
-def _path(reached: dict[tuple[State, ...], tuple[tuple[State, ...], str] | None], end: tuple[State, ...]) -> str:
+class _Branches:
+    """The branches of a language's states, by character, each computed once."""
+
+    def __init__(self, language: KeyLanguage, alphabet: Sequence[str]) -> None:
+        self._language, self._alphabet = language, alphabet
+        self._known: dict[Any, dict[str, tuple[Any, ...]]] = {}
+
+    def __call__(self, state: Any) -> dict[str, tuple[Any, ...]]:
+        if state not in self._known:
+            found = ((one, tuple(self._language.branches(state, one))) for one in self._alphabet)
+            self._known[state] = {one: states for one, states in found if states}
+        return self._known[state]
+
+
+def _may_meet(languages: Sequence[KeyLanguage]) -> bool:
+    """Whether beginnings and ends go together: most sets differ there, and need no search."""
+    return all(
+        (first.startswith(head) or head.startswith(first)) and (last.endswith(tail) or tail.endswith(last))
+        for (first, last), (head, tail) in combinations([one.literal_ends for one in languages], 2)
+    )
+
+
+def _path(reached: Mapping[tuple[Any, ...], tuple[tuple[Any, ...], str] | None], end: tuple[Any, ...]) -> str:
     characters = []
     while (step := reached[end]) is not None:
         end, character = step
