@@ -266,3 +266,15 @@ def test_misuse_of_the_command_is_named(s3: S3Part, capsys: pytest.CaptureFixtur
     ):
         assert main(["reconcile", *arguments]) == MISUSE
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objects", ["out", "in[1]", "in/*.png"])
+def test_nothing_to_compare_proves_nothing(
+    s3: S3Part, objects: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", s3.endpoint_url)
+    bucket = put_sources(s3, ["in/a.pdf", "in[1]/b.pdf"])
+    assert main(["reconcile", f"s3://{bucket}/{objects}", "--check"]) == MISUSE
+    assert "names no object" in capsys.readouterr().err
+    assert main(["reconcile", f"s3://{bucket}/in[[]1]/**", "--check"]) == 1
+    assert "1 missing" in capsys.readouterr().err

@@ -305,3 +305,15 @@ def test_metadata_is_ascii_bounded_and_says_the_same_when_read(source: SourceVer
 
 def test_a_place_takes_the_keys_own_braces_as_they_are() -> None:
     assert sidecar_uri("s3://out/{bucket}/{key}.md", "in", "{bucket}/{key}") == "s3://out/in/{bucket}/{key}.md"
+
+
+async def test_304_is_a_failed_condition_too(s3: S3Part) -> None:
+    bucket = s3.make_bucket()
+    uri, one = sidecar_uri(BESIDE, bucket, KEY), metadata_of(bucket, 1)
+    await sidecar_of(s3).put(uri, b"{}", one, "json")
+
+    def not_modified() -> None:
+        answer = {"Error": {"Code": "304"}, "ResponseMetadata": {"HTTPStatusCode": 304}}
+        raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+    assert await spoiled_sidecar(s3, not_modified).put(uri, b"{}", one, "json") == "same"
