@@ -72,6 +72,11 @@ def reconcile(
         else:
             submitted = asyncio.run(_submit(settings.kafka, topic, found))
     tally = reconciler.tally
+    if not any(tally.as_dict().values()):
+        # Else a misspelled prefix would prove that nothing is missing.
+        raise InvalidInput(
+            f"{plain(objects).plain} names no object: give a prefix, or a glob such as s3://b/in/**/*.pdf"
+        )
     _print_summary(tally, submitted, as_json)
     is_left = not tally.is_complete if check else bool(tally.taken or tally.no_place)
     raise typer.Exit(1 if is_left else 0)
@@ -108,12 +113,12 @@ def _print_summary(tally: Tally, submitted: int, as_json: bool) -> None:
         print_json({"summary": tally.as_dict() | {"submitted": submitted}})
     else:
         states = ", ".join(f"{number} {state}" for state, number in tally.as_dict().items() if number)
-        print(f"{states or 'no objects'}; {submitted} submitted", file=sys.stderr)
+        print(f"{states}; {submitted} submitted", file=sys.stderr)
 
 
 def _pattern(objects: str) -> ObjectPattern:
     """``objects`` as a pattern: without a wildcard it is a prefix, also without a slash at its end."""
-    if parts := split_prefix_uri(objects):
+    if "[" not in objects and (parts := split_prefix_uri(objects)):
         return ObjectPattern(parts[0], f"{parts[1]}/" if parts[1] else "")
     pattern = ObjectPattern.of(objects)
     if pattern is None:

@@ -53,7 +53,7 @@ def first_errors(error: ValidationError) -> tuple[list[ErrorDetails], int]:
 
 
 def describe_error(item: ErrorDetails, root: str, data: Any = None, origin: Origin = lambda *_: None) -> str:
-    """One error of pydantic's: the field of ``root``, and its fault; ``data`` and ``origin`` as for `describe_errors`."""
+    """One error of pydantic's: the field of ``root`` and its fault; the rest as for `describe_errors`."""
     where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
     message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
     line = f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"

@@ -1,0 +1,280 @@
+"""Reconciliation: what has no record is found by listing or inventory, submitted, and told by the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import quote_plus, unquote_plus
+
+import pytest
+from parts import S3Part, create_topic, unique_name
+
+from nanovllm.cli.main import MISUSE, main
+from nanovllm.client.connection import connected_consumer
+from nanovllm.client.reconcile import Reconciler, created_event
+from nanovllm.errors import InvalidInput
+from nanovllm.objects.inventory import list_inventory, read_manifest
+from nanovllm.objects.listing import ListedObject, ObjectPattern, list_objects
+from nanovllm.objects.s3_client import S3Client
+from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.sinks.sidecar import Sidecar, SidecarMetadata, SourceVersion, sidecar_uri
+
+BESIDE = "s3://{bucket}/{key}.json"
+KEYS = ("in/a.pdf", "in/a b+c%41.pdf", "in/ü/日本:1.pdf", "in/a.pdf-2", "in/own.json")
+
+
+@pytest.fixture(params=["s3", pytest.param("versity_s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest) -> S3Part:
+    part: S3Part = request.getfixturevalue(request.param)
+    return part
+
+
+def settings_of(store: S3Part) -> S3Settings:
+    return S3Settings(endpoint_url=store.endpoint_url, addressing_style="path")
+
+
+def put_sources(store: S3Part, keys: Iterable[str] = KEYS, *, versioned: bool = False) -> str:
+    bucket = store.make_bucket(versioned=versioned)
+    for key in keys:
+        store.put(bucket, key, key.encode())
+    return bucket
+
+
+def record(store: S3Part, bucket: str, key: str, *, template: str = BESIDE, route: str = "r1", etag: str = "") -> None:
+    """Write the record of an object as it is now, or as it was with ``etag``."""
+    etag = etag or store.client.head_object(Bucket=bucket, Key=key)["ETag"].strip('"')
+    metadata = SidecarMetadata("job", "model", route, SourceVersion(bucket, key, etag=etag, sequencer="1"))
+    sidecar = Sidecar(S3Client(settings_of(store)).call, lambda *_: True)
+    asyncio.run(sidecar.put(sidecar_uri(template, bucket, key), b"{}", metadata, "json"))
+
+
+def states(
+    store: S3Part, bucket: str, *, template: str = BESIDE, prefix: str = "in/", **options: Any
+) -> dict[str, str]:
+    reconciler = Reconciler(S3Client(settings_of(store)), template, **options)
+    listed = list_objects(settings_of(store), ObjectPattern(bucket, prefix))
+    found = {one.object.uri.removeprefix(f"s3://{bucket}/"): one.state for one in reconciler.unfinished(listed)}
+    assert reconciler.tally.is_complete == (not found)
+    return dict(found)
+
+
+def test_objects_without_a_record_of_what_they_are_now_are_found(store: S3Part) -> None:
+    bucket = put_sources(store)
+    assert states(store, bucket) == dict.fromkeys(KEYS, "missing")
+    for key in KEYS:
+        record(store, bucket, key)
+    assert states(store, bucket) == {}
+    assert states(store, bucket, window_objects=2) == {}
+    store.put(bucket, KEYS[0], b"replaced")
+    store.client.delete_object(Bucket=bucket, Key=f"{KEYS[1]}.json")
+    assert states(store, bucket) == {KEYS[0]: "outdated", KEYS[1]: "missing"}
+    assert states(store, bucket, route_digest="r1") == {KEYS[0]: "outdated", KEYS[1]: "missing"}
+    record(store, bucket, KEYS[0])
+    record(store, bucket, KEYS[1])
+    assert states(store, bucket, route_digest="r2") == dict.fromkeys(KEYS, "other_route")
+
+
+def test_versions_of_a_bucket_count_by_their_content(store: S3Part) -> None:
+    bucket = put_sources(store, ["in/a.pdf"], versioned=True)
+    record(store, bucket, "in/a.pdf")
+    assert states(store, bucket) == {}
+    store.put(bucket, "in/a.pdf", b"second version")
+    assert states(store, bucket) == {"in/a.pdf": "outdated"}
+
+
+def test_records_below_another_prefix_are_no_sources_and_are_found(store: S3Part) -> None:
+    bucket = put_sources(store)
+    template = f"s3://{bucket}/in/records/{{bucket}}/{{key}}.json"
+    for key in KEYS[1:]:
+        record(store, bucket, key, template=template)
+    assert states(store, bucket, template=template) == {KEYS[0]: "missing"}
+
+
+def test_what_no_event_would_help_is_told_apart(store: S3Part) -> None:
+    bucket = put_sources(store, ["in/a.pdf", "in/a.pdf.json", "in/" + "x" * 240 + "/" + "y" * 240])
+    assert states(store, bucket)["in/a.pdf"] == "taken"
+    template = f"s3://{bucket}/" + "p/" * 300 + "{key}.json"
+    assert states(store, bucket, template=template)["in/" + "x" * 240 + "/" + "y" * 240] == "no_place"
+
+
+def test_an_object_that_was_deleted_or_recorded_after_the_listing_is_not_reported(store: S3Part) -> None:
+    bucket = put_sources(store, ["in/a.pdf", "in/b.pdf"])
+    listed = [ListedObject(f"s3://{bucket}/in/{name}", "old", 1) for name in ("a.pdf", "b.pdf", "c.pdf")]
+    record(store, bucket, "in/a.pdf")
+    store.client.delete_object(Bucket=bucket, Key="in/b.pdf")
+    reconciler = Reconciler(S3Client(settings_of(store)), BESIDE)
+    assert list(reconciler.unfinished(listed)) == []
+    assert (reconciler.tally.complete, reconciler.tally.gone) == (1, 2)
+
+
+def test_memory_holds_one_window_of_an_endless_listing(s3: S3Part) -> None:
+    taken = 0
+
+    def endless() -> Iterator[ListedObject]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ListedObject(f"s3://{bucket}/in/a.pdf", "", 0)
+
+    bucket = put_sources(s3, ["in/a.pdf"])
+    found = Reconciler(S3Client(settings_of(s3)), BESIDE, window_objects=4).unfinished(endless())
+    for _ in range(5):
+        next(found)
+    assert taken == 8
+
+
+def test_an_event_has_the_form_and_the_key_of_aws() -> None:
+    for key in (*KEYS, "a&b=c", "%2B+ "):
+        one = created_event("events", ListedObject(f"s3://bucket/{key}", "etag", 7))
+        assert one.key == f"bucket/{key}".encode()
+        (event,) = json.loads(one.value or b"")["Records"]
+        assert (event["eventSource"], event["eventName"]) == ("aws:s3", "ObjectCreated:Put")
+        part = event["s3"]["object"]
+        assert (unquote_plus(part["key"]), part["eTag"], part["size"]) == (key, "etag", 7)
+        assert part["key"].isascii()
+        assert event["s3"]["bucket"]["name"] == "bucket"
+
+
+SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, ETag"
+
+
+def put_inventory(
+    store: S3Part, bucket: str, keys: Iterable[str], *, schema: str = SCHEMA, form: str = "CSV", spoil: str = ""
+) -> str:
+    """Publish an inventory of ``keys`` as S3 does; returns the manifest's URI."""
+    target = store.make_bucket()
+    folder = f"inventories/{bucket}/all/2026-01-01T00-00Z"
+    files = []
+    for number, half in enumerate((list(keys)[::2], list(keys)[1::2])):
+        text = io.StringIO()
+        writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        for key in half:
+            etag = hashlib.md5(key.encode()).hexdigest()
+            values = {"Bucket": bucket, "Key": quote_plus(key, safe="/"), "Size": "3", "ETag": etag}
+            values |= {"VersionId": "v", "IsLatest": "true", "IsDeleteMarker": "false"}
+            old = {"IsLatest": "false", "Key": "in/older-version.pdf"}
+            marker = {"IsDeleteMarker": "true", "Key": "in/deleted.pdf"}
+            for row in (values, values | old, values | marker):
+                writer.writerow([row[name] for name in schema.split(", ")])
+        data = gzip.compress(text.getvalue().encode())
+        md5 = hashlib.md5(data).hexdigest()
+        key = f"inventories/{bucket}/all/data/{number}.csv.gz"
+        store.put(target, key, data[:-9] if spoil == "list" else data)
+        files.append({"key": key, "size": len(data), "MD5checksum": md5})
+    manifest = {"sourceBucket": bucket, "destinationBucket": f"arn:aws:s3:::{target}", "version": "2016-11-30"}
+    data = json.dumps(manifest | {"fileFormat": form, "fileSchema": schema, "files": files}).encode()
+    if spoil != "checksum":
+        md5 = hashlib.md5(data).hexdigest()
+        store.put(target, f"{folder}/manifest.checksum", md5.encode() + b"\n")
+    return store.put(target, f"{folder}/manifest.json", data + b" " * (spoil == "manifest"))
+
+
+def listed_by(store: S3Part, bucket: str, manifest: str, prefix: str = "in/") -> list[ListedObject]:
+    client = S3Client(settings_of(store))
+    return list(list_inventory(client, read_manifest(client, manifest), ObjectPattern(bucket, prefix)))
+
+
+def test_an_inventory_names_what_a_listing_names(store: S3Part) -> None:
+    bucket = put_sources(store)
+    manifest = put_inventory(store, bucket, [*KEYS, "other/x.pdf", "in/folder/"])
+    assert {(one.uri, one.etag) for one in listed_by(store, bucket, manifest)} == {
+        (one.uri, one.etag) for one in list_objects(settings_of(store), ObjectPattern(bucket, "in/"))
+    }
+    without = put_inventory(store, bucket, KEYS, schema="Bucket, Key")
+    record(store, bucket, KEYS[0])
+    reconciler = Reconciler(S3Client(settings_of(store)), BESIDE)
+    found = {one.object.uri for one in reconciler.unfinished(listed_by(store, bucket, without))}
+    assert found == {f"s3://{bucket}/{key}" for key in KEYS[1:]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spoil": "manifest"}, "MD5"),
+        ({"spoil": "checksum"}, "manifest.checksum"),
+        ({"spoil": "list"}, "MD5"),
+        ({"form": "ORC"}, "ORC: configure one with CSV"),
+        ({"schema": "Bucket, Size"}, "no column Key"),
+    ],
+)
+def test_an_inventory_that_is_incomplete_or_of_another_form_is_refused(
+    s3: S3Part, options: dict[str, str], message: str
+) -> None:
+    bucket = s3.make_bucket()
+    with pytest.raises(InvalidInput, match=message):
+        listed_by(s3, bucket, put_inventory(s3, bucket, KEYS, **options))
+
+
+def test_an_inventory_of_another_bucket_or_none_at_all_is_refused(s3: S3Part) -> None:
+    bucket = s3.make_bucket()
+    with pytest.raises(InvalidInput, match="not of another"):
+        listed_by(s3, "another", put_inventory(s3, bucket, KEYS))
+    for body in (b"[]", b"{", b'{"fileFormat":"CSV","fileSchema":1}'):
+        s3.put(bucket, "manifest.checksum", hashlib.md5(body).hexdigest().encode())
+        with pytest.raises(InvalidInput, match="no manifest"):
+            listed_by(s3, bucket, s3.put(bucket, "manifest.json", body))
+    with pytest.raises(InvalidInput, match=r"manifest\.json"):
+        listed_by(s3, bucket, f"s3://{bucket}/data.csv")
+
+
+async def events_of(broker: str, topic: str, count: int) -> list[str]:
+    async with connected_consumer(KafkaSettings(bootstrap_servers=broker), topic) as consumer:
+        values = [(await consumer.getone()).value for _ in range(count)]
+    return sorted(unquote_plus(json.loads(value)["Records"][0]["s3"]["object"]["key"]) for value in values)
+
+
+def test_the_command_checks_submits_and_is_complete_afterwards(
+    store: S3Part, embedded_broker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", store.endpoint_url)
+    monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    bucket, topic = put_sources(store), unique_name("events")
+    asyncio.run(create_topic(embedded_broker, topic, partitions=2))
+    record(store, bucket, KEYS[0])
+
+    assert main(["reconcile", f"s3://{bucket}/in", "--check", "--json"]) == 1
+    *rows, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["uri"]: row["state"] for row in rows} == {f"s3://{bucket}/{key}": "missing" for key in KEYS[1:]}
+    assert summary["summary"]["missing"] == 4
+    assert (summary["summary"]["complete"], summary["summary"]["submitted"]) == (1, 0)
+
+    assert main(["reconcile", f"s3://{bucket}/in/", "--topic", topic]) == 0
+    assert "4 submitted" in capsys.readouterr().err
+    assert asyncio.run(events_of(embedded_broker, topic, 4)) == sorted(KEYS[1:])
+
+    for key in KEYS[1:]:
+        record(store, bucket, key)
+    assert main(["reconcile", f"s3://{bucket}/in", "--check"]) == 0
+    manifest = put_inventory(store, bucket, KEYS)
+    assert main(["reconcile", f"s3://{bucket}", "--inventory", manifest, "--check"]) == 0
+    assert main(["reconcile", f"s3://{bucket}/in", "--route-digest", "r2", "--check"]) == 1
+
+
+def test_misuse_of_the_command_is_named(s3: S3Part, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["s3://bucket/in"], "--topic"),
+        (["bucket/in", "--check"], "s3://bucket/prefix"),
+        (["s3://bucket/in", "--check", "--sidecars", "s3://out/record.json"], "{key}"),
+    ):
+        assert main(["reconcile", *arguments]) == MISUSE
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objects", ["out", "in[1]", "in/*.png"])
+def test_nothing_to_compare_proves_nothing(
+    s3: S3Part, objects: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", s3.endpoint_url)
+    bucket = put_sources(s3, ["in/a.pdf", "in[1]/b.pdf"])
+    assert main(["reconcile", f"s3://{bucket}/{objects}", "--check"]) == MISUSE
+    assert "names no object" in capsys.readouterr().err
+    assert main(["reconcile", f"s3://{bucket}/in[[]1]/**", "--check"]) == 1
+    assert "1 missing" in capsys.readouterr().err
