@@ -54,17 +54,18 @@ def evaluate(
     tests = None
     if baseline is not None:
         tests = evaluation.compare_runs(evaluation.evaluate(truths, read_results(baseline, route)), now)
+    made = report.as_json(now, tests)
     for path in output or []:
         is_json = path.suffix == ".json"
-        text = json.dumps(report.as_json(now, tests), indent=1) + "\n" if is_json else report.as_markdown(now, tests)
+        text = json.dumps(made, indent=1) + "\n" if is_json else report.as_markdown(made)
         try:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InvalidInput(f"--output {plain(str(path)).plain}: {error.strerror or error}") from None
     if as_json:
-        print_json(report.as_json(now, tests))
+        print_json(made)
     elif not output:
-        print(report.as_markdown(now, tests))
+        print(report.as_markdown(made))
     is_below = False
     for name, ratio in ratios.items():
         if ratio.value is None or ratio.value < least[name]:

@@ -15,11 +15,11 @@ from sample_messages import document_record
 
 from nanovllm.cli.main import main
 from nanovllm.messages.document_record import DocumentUse, FieldMeta, PageError, PageUse, RouteUse, ValidationOutcome
-from nanovllm.pipeline.documents.evaluation import intervals, rows
+from nanovllm.pipeline.documents.evaluation import intervals, row_matching
 from nanovllm.pipeline.documents.evaluation.comparison import compare
 from nanovllm.pipeline.documents.evaluation.intervals import McNemar, bootstrap, wilson
 from nanovllm.pipeline.documents.evaluation.leaves import is_equal, is_exact
-from nanovllm.pipeline.documents.evaluation.rows import assign, match_rows
+from nanovllm.pipeline.documents.evaluation.row_matching import assign, match_rows
 
 Capture = pytest.CaptureFixture[str]
 OK = PageUse(number=1, status="ok", source="model")
@@ -297,7 +297,7 @@ def test_outcomes_agree_with_anls_star() -> None:
 
 
 def test_many_rows_are_paired_greedily(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_COMPARISONS", 3)
+    monkeypatch.setattr(row_matching, "MAX_COMPARISONS", 3)
     truth_rows = [item("tea", 1), item("milk", 2)]
     assert match_rows(truth_rows, [item("milk", 3), item("tea", 4)]).pairs == ((0, 1), (1, 0))
 
@@ -314,6 +314,17 @@ def test_intervals() -> None:
     assert again.high is not None
     assert again.low < 50 / 80 < again.high
     assert bootstrap([(0, 0)]).low is None
+
+
+def test_intervals_of_grouped_documents_are_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = random.Random(3)
+    parts = [(numbers.randint(0, 4), 4) for _ in range(900)]
+    alone = bootstrap(parts)
+    monkeypatch.setattr(intervals, "MAX_UNITS", 300)
+    grouped = bootstrap(parts)
+    assert (grouped.count, grouped.total) == (alone.count, alone.total)
+    widths = [(one.high or 0) - (one.low or 0) for one in (grouped, alone)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.2)
 
 
 def test_mcnemar_of_many_differences_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:

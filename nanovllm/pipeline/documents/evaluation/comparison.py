@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanovllm.pipeline.documents.evaluation.leaves import is_absent, is_equal, is_exact
-from nanovllm.pipeline.documents.evaluation.rows import MatchedRows, match_rows
+from nanovllm.pipeline.documents.evaluation.row_matching import MatchedRows, match_rows
 from nanovllm.pipeline.documents.json_spans import escaped
 
 Outcome = Literal["exact", "normalised", "wrong", "missing", "invented", "absent"]

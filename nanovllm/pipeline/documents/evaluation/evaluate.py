@@ -6,7 +6,7 @@ A document that is missing or failed counts as wrong everywhere: all leaves of i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -16,7 +16,6 @@ from nanovllm.messages.document_record import DocumentRecord, PageUse
 from nanovllm.pipeline.documents.evaluation.comparison import (
     RIGHT,
     Comparison,
-    LeafOutcome,
     ListOutcome,
     Outcome,
     compare,
@@ -43,25 +42,6 @@ class Pages:
     duplicate: int = 0
     others: Counter[str] = field(default_factory=Counter)
     is_known: bool = True
-
-
-@dataclass(frozen=True)
-class DocumentScore:
-    """One document of the truth."""
-
-    uri: str
-    state: Literal["found", "failed", "missing"]
-    code: str | None
-    duplicates: int
-    pages: Pages
-    comparison: Comparison
-    is_valid: bool | None
-    is_constrained: bool | None
-    evidence: Counter[str]
-
-    def is_right(self, outcomes: frozenset[Outcome] = RIGHT) -> bool:
-        """Whether the record is there and each leaf has one of ``outcomes``."""
-        return self.state == "found" and self.comparison.is_right(outcomes)
 
 
 @dataclass
@@ -116,6 +96,43 @@ class ListScore:
         return sum(one.rows.is_cut for one in self.lists)
 
 
+@dataclass(frozen=True)
+class DocumentScore:
+    """One document of the truth."""
+
+    uri: str
+    state: Literal["found", "failed", "missing"]
+    code: str | None
+    duplicates: int
+    pages: Pages
+    comparison: Comparison
+    is_valid: bool | None
+    is_constrained: bool | None
+    evidence: Counter[str]
+
+    @cached_property
+    def fields(self) -> dict[str, FieldScore]:
+        """Outcomes by field, in the order in which fields come up."""
+        found: dict[str, FieldScore] = {}
+        for leaf in self.comparison.leaves:
+            found.setdefault(leaf.place.field, FieldScore()).outcomes[leaf.outcome] += 1
+        return found
+
+    @cached_property
+    def all_fields(self) -> FieldScore:
+        """Outcomes of all leaves."""
+        return FieldScore(Counter(leaf.outcome for leaf in self.comparison.leaves))
+
+    @property
+    def all_lists(self) -> ListScore:
+        """Rows of all lists."""
+        return ListScore(self.comparison.lists)
+
+    def is_right(self, outcomes: frozenset[Outcome] = RIGHT) -> bool:
+        """Whether the record is there and each leaf has one of ``outcomes``."""
+        return self.state == "found" and self.comparison.is_right(outcomes)
+
+
 class Evaluation:
     """A run beside the truth, document by document; ``unexpected`` are documents that the truth does not have."""
 
@@ -128,8 +145,8 @@ class Evaluation:
         """Outcomes by field, in the order in which fields come up."""
         found: dict[str, FieldScore] = {}
         for document in self.documents:
-            for leaf in document.comparison.leaves:
-                found.setdefault(leaf.place.field, FieldScore()).outcomes[leaf.outcome] += 1
+            for pointer, score in document.fields.items():
+                found.setdefault(pointer, FieldScore()).outcomes.update(score.outcomes)
         return found
 
     @cached_property
@@ -156,11 +173,11 @@ class Evaluation:
             "document_normalised": wilson(sum(one.is_right() for one in self.documents), count),
         }
         for which in ("precision", "recall", "f1"):
-            metrics[f"field_{which}"] = bootstrap([_field_score(one).parts(which) for one in self.documents])
-        metrics["field_exact_f1"] = self._over(lambda one: _field_score(one).parts("f1", EXACT))
+            metrics[f"field_{which}"] = bootstrap([one.all_fields.parts(which) for one in self.documents])
+        metrics["field_exact_f1"] = self._over(lambda one: one.all_fields.parts("f1", EXACT))
         for which in ("precision", "recall", "f1"):
-            metrics[f"row_{which}"] = bootstrap([_list_score(one).parts(which) for one in self.documents])
-        metrics["row_equal_f1"] = self._over(lambda one: _list_score(one).parts("f1", only_equal=True))
+            metrics[f"row_{which}"] = bootstrap([one.all_lists.parts(which) for one in self.documents])
+        metrics["row_equal_f1"] = self._over(lambda one: one.all_lists.parts("f1", only_equal=True))
         metrics["evidence"] = self._over(
             lambda one: (one.evidence.total() - one.evidence["none"], one.evidence.total())
         )
@@ -183,7 +200,7 @@ class Evaluation:
 
     def field_f1(self, pointer: str) -> Ratio:
         """F1 of one field, over all documents."""
-        return self._over(lambda one: _field_score(one, pointer).parts("f1"))
+        return self._over(lambda one: one.fields.get(pointer, FieldScore()).parts("f1"))
 
     def _over(self, parts: Callable[[DocumentScore], Parts]) -> Ratio:
         return bootstrap([parts(one) for one in self.documents])
@@ -281,15 +298,6 @@ def _evidence(record: DocumentRecord | None) -> Counter[str]:
         for pointer, value in leaves(record.value)
         if pointer in record.fields and has_evidence(value)
     )
-
-
-def _field_score(document: DocumentScore, pointer: str | None = None) -> FieldScore:
-    chosen: Iterable[LeafOutcome] = document.comparison.leaves
-    return FieldScore(Counter(one.outcome for one in chosen if pointer is None or one.place.field == pointer))
-
-
-def _list_score(document: DocumentScore) -> ListScore:
-    return ListScore(document.comparison.lists)
 
 
 def _parts(which: str, right: int, expected: int, given: int) -> Parts:

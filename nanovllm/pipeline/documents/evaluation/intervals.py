@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb, erfc, sqrt
 from typing import Literal
 
 _Z = 1.959964  # of a normal distribution's middle 95%
 RESAMPLES = 1_000
+MAX_UNITS = 1_000
 MAX_EXACT = 1_000
 """Differences up to which McNemar's test is exact; beyond, chi-squared with continuity correction."""
 
@@ -43,22 +46,31 @@ def wilson(count: int, total: int) -> Ratio:
 def bootstrap(parts: Sequence[tuple[int, int]]) -> Ratio:
     """The ratio of two sums over documents, with a percentile interval over resampled documents.
 
-    Leaves of one document are right or wrong together; documents are what was sampled. The seed is fixed: the same
-    documents have the same interval.
+    Leaves of one document are right or wrong together; documents are what was sampled. More than ``MAX_UNITS`` of
+    them are resampled in groups of every so many-th, which costs no width and bounds the work. The seed is fixed: the
+    same documents have the same interval.
     """
-    count, total = sum(one for one, _ in parts), sum(one for _, one in parts)
-    draws = random.Random(0)
+    groups = [parts[start::MAX_UNITS] for start in range(min(MAX_UNITS, len(parts)))]
+    counts = [sum(one for one, _ in group) for group in groups]
+    totals = [sum(one for _, one in group) for group in groups]
+    count, total = sum(counts), sum(totals)
     ratios = []
-    for _ in range(RESAMPLES if total else 0):
-        drawn = draws.choices(parts, k=len(parts))
-        below = sum(one for _, one in drawn)
+    for drawn in _draws(len(groups)) if total else ():
+        below = sum(map(totals.__getitem__, drawn))
         if below:
-            ratios.append(sum(one for one, _ in drawn) / below)
+            ratios.append(sum(map(counts.__getitem__, drawn)) / below)
     ratios.sort()
     if not ratios:
         return Ratio(count, total, None, None, "bootstrap")
     last = len(ratios) - 1
     return Ratio(count, total, ratios[round(0.025 * last)], ratios[round(0.975 * last)], "bootstrap")
+
+
+@lru_cache(1)
+def _draws(units: int) -> list[array[int]]:
+    """The units of each resample, the same for all ratios of a run."""
+    draws = random.Random(0)
+    return [array("H", draws.choices(range(units), k=units)) for _ in range(RESAMPLES)]
 
 
 @dataclass(frozen=True)

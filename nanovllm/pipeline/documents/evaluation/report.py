@@ -80,9 +80,8 @@ def as_json(evaluation: Evaluation, tests: Tests | None = None) -> dict[str, Any
     return report
 
 
-def as_markdown(evaluation: Evaluation, tests: Tests | None = None) -> str:
-    """The evaluation for people: metrics, fields, lists, differences, and the documents with most leaves not right."""
-    report = as_json(evaluation, tests)
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """What ``as_json`` made, for people: metrics, fields, lists, differences, documents with most leaves not right."""
     documents, pages = report["documents"], report["pages"]
     lines = ["# Evaluation", ""]
     lines += _counts("documents", documents)
@@ -120,7 +119,7 @@ def as_markdown(evaluation: Evaluation, tests: Tests | None = None) -> str:
                 for name, one in report["lists"].items()
             ],
         )
-    if tests is not None:
+    if "differences" in report:
         lines += ["## Beside the baseline", ""]
         rows = [
             [name or "(whole value)", one["compared"], one["only_baseline"], one["only_now"], f"{one['p_value']:.3g}"]
