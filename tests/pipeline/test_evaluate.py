@@ -316,6 +316,12 @@ def test_intervals() -> None:
     assert bootstrap([(0, 0)]).low is None
 
 
+def test_documents_without_a_difference_have_no_bootstrap_interval() -> None:
+    for parts in ([(2, 3), (0, 0)], [(2, 2)] * 9):
+        ratio = bootstrap(parts)
+        assert (ratio.value, ratio.low, ratio.high) == (ratio.count / ratio.total, None, None)
+
+
 def test_intervals_of_grouped_documents_are_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = random.Random(3)
     parts = [(numbers.randint(0, 4), 4) for _ in range(900)]

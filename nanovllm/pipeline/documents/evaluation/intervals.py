@@ -19,7 +19,7 @@ MAX_EXACT = 1_000
 
 @dataclass(frozen=True)
 class Ratio:
-    """``count`` of ``total``; without any total it has no value."""
+    """``count`` of ``total``; without any total it has no value, and without ends no interval is known."""
 
     count: int
     total: int
@@ -60,7 +60,7 @@ def bootstrap(parts: Sequence[tuple[int, int]]) -> Ratio:
         if below:
             ratios.append(sum(map(counts.__getitem__, drawn)) / below)
     ratios.sort()
-    if not ratios:
+    if not ratios or ratios[0] == ratios[-1]:  # no document differs, or one counts alone: nothing says how sure that is
         return Ratio(count, total, None, None, "bootstrap")
     last = len(ratios) - 1
     return Ratio(count, total, ratios[round(0.025 * last)], ratios[round(0.975 * last)], "bootstrap")
