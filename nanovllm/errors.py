@@ -14,7 +14,8 @@ worker or object representations, because it travels into dead letters.
                                     InvalidPage (PageTooLarge), InvalidPageRange
         UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
       PermanentError              PERMANENT: a dead letter at once
-        ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, DecoderFailed, CrashedWorker, MessageTooLarge
+        ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, SidecarTaken, DecoderFailed, CrashedWorker
+        MessageTooLarge
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
         FetchFailed, ObjectUnavailable, ObjectRefused
       DeadlineExceeded            EXPIRED: a dead letter
@@ -262,6 +263,14 @@ class ObjectArchived(PermanentError):
 
     code = "object_archived"
     remedy = "Restore the object (s3:RestoreObject), wait until that is done, and replay the job."
+    retryable = True
+
+
+class SidecarTaken(PermanentError):
+    """An object that is no record of ours, or that of another source, lies where the record shall go."""
+
+    code = "sidecar_taken"
+    remedy = "Move that object, or give the route's sidecar another place, then replay the job."
     retryable = True
 
 

@@ -80,10 +80,8 @@ def objects_pdf(objects: Iterable[bytes]) -> bytes:
     return bytes(out) + b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(offsets) + 1, start)
 
 
-def stream(content: bytes, entries: bytes = b"", *, compress: bool = False) -> bytes:
+def stream(content: bytes, entries: bytes = b"") -> bytes:
     """Stream object."""
-    if compress:
-        content, entries = zlib.compress(content, 9), entries + b" /Filter /FlateDecode"
     return b"<< /Length %d %s >>\nstream\n%s\nendstream" % (len(content), entries, content)
 
 
@@ -102,24 +100,29 @@ def many_pages_pdf(n_pages: int) -> bytes:
     return objects_pdf(objects)
 
 
-def image_bomb_pdf(side: int = 40_000) -> bytes:
-    """PDF of a few kilobytes with a picture of ``side`` × ``side`` RGB pixels."""
-    rows = zlib.compressobj(9)
-    body = b"".join(rows.compress(bytes(3 * side)) for _ in range(side)) + rows.flush()
-    entries = b"/Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceRGB /BitsPerComponent 8" % (
-        side,
-        side,
-    )
-    return objects_pdf(
-        [
-            b"<< /Type /Catalog /Pages 2 0 R >>",
-            b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-            b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /XObject << /I 5 0 R >> >> "
-            b"/MediaBox [0 0 612 792] >>",
-            stream(b"612 0 0 792 0 0 cm /I Do"),
-            stream(body, entries + b" /Filter /FlateDecode"),
-        ]
-    )
+def image_bomb_pdf(side: int) -> bytes:
+    """Small PDF with a picture of ``side`` × ``side`` RGB pixels."""
+    entries = b"/Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceRGB /BitsPerComponent 8 "
+    picture = stream(_zeros(3 * side * side), entries % (side, side) + b"/Filter /FlateDecode")
+    page = b"/Resources << /XObject << /I 5 0 R >> >> /MediaBox [0 0 612 792]"
+    return objects_pdf([*_one_page(page), stream(b"612 0 0 792 0 0 cm /I Do"), picture])
+
+
+def content_bomb_pdf(size: int) -> bytes:
+    """Small PDF of one page with ``size`` bytes of content."""
+    return objects_pdf([*_one_page(b"/MediaBox [0 0 612 792]"), stream(_zeros(size), b"/Filter /FlateDecode")])
+
+
+def _one_page(entries: bytes) -> list[bytes]:
+    tree = b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>"
+    page = b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R %s >>" % entries
+    return [b"<< /Type /Catalog /Pages 2 0 R >>", tree, page]
+
+
+def _zeros(size: int) -> bytes:
+    compressor, block = zlib.compressobj(1), bytes(1 << 20)
+    parts = [compressor.compress(block[: min(len(block), size - done)]) for done in range(0, size, len(block))]
+    return b"".join(parts) + compressor.flush()
 
 
 def edited(data: bytes, edit: Callable[[pikepdf.Pdf], object]) -> bytes:

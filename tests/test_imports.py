@@ -48,6 +48,7 @@ def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) ->
         REFUSE_HEAVY
         + "from nanovllm import JobProducer, Job, Result, DeadLetter, SamplingParams\n"
         + "import nanovllm.messages.job, nanovllm.messages.codec, nanovllm.settings.worker, nanovllm.cli.main\n"
+        + "import nanovllm.pipeline.routing.bridge, nanovllm.pipeline.routing.sqs, nanovllm.pipeline.app\n"
         + "import nanovllm.messages.result, nanovllm.sinks.kafka, nanovllm.sinks.jsonl, nanovllm.metrics\n"
         + "import nanovllm.engine.backends.base, nanovllm.engine.outputs\n"
         + "import nanovllm.engine.text.prompt_encoder, nanovllm.engine.backends.echo\n",

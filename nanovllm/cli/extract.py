@@ -81,6 +81,12 @@ def extract(
             line = {"job_id": one.source.job_id(one.route), "uri": one.source.uri, "code": error.code}
             failed.append(json.dumps(line | {"message": str(error), "retryable": error.retryable}).encode())
 
+        same = 0
+
+        def on_same(one: FoundDocument) -> None:
+            nonlocal same
+            same += 1
+
         is_finished = True
         if left:
             with long_work("extracting", len(left)) as show:
@@ -89,13 +95,18 @@ def extract(
                     left,
                     on_record,
                     on_failure,
-                    on_tick=lambda: show(statuses.total() + codes.total()),
+                    on_same,
+                    page_store=routes.page_store,
+                    on_tick=lambda: show(statuses.total() + codes.total() + same),
                 )
-    summary: dict[str, Any] = {"records": dict(statuses), "failures": dict(codes), "is_finished": is_finished}
+    summary: dict[str, Any] = {"records": dict(statuses), "failures": dict(codes), "same": same}
+    summary["is_finished"] = is_finished
     if as_json:
         print_json(summary)
     else:
         print(f"{counted(statuses.total(), 'record')} in {output}{_listed(statuses)}", file=sys.stderr)
+        if same:
+            print(f"{counted(same, 'document')} with a sidecar of this version and route", file=sys.stderr)
         if codes:
             print(f"{counted(codes.total(), 'document')} without, in {failures}{_listed(codes)}", file=sys.stderr)
         if not is_finished:

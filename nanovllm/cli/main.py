@@ -28,6 +28,7 @@ from nanovllm.cli.evaluate import evaluate
 from nanovllm.cli.extract import extract
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, results, submit
+from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
@@ -55,6 +56,7 @@ app.command("run")(run)
 app.command("ask")(ask)
 app.command("extract")(extract)
 app.command("evaluate")(evaluate)
+app.command("reconcile")(reconcile)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(bridge_app, name="bridge")

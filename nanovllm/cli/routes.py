@@ -16,6 +16,7 @@ from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
 from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
 from nanovllm.settings.routes import CONSTRAINTS
 from nanovllm.settings.worker import Settings
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from nanovllm.pipeline.route_checks import Cost, Points, RouteCheck, TokenBudget
 
-DONE, FAILED, MISUSE = 0, 1, 2
+MISUSE = 2
+MEASURED_PAGES = 32
+"""The engine's batches make pages cheaper: with a few at once, 1,000 look dearer than they are."""
 COLUMNS = ("route", "what", "is")
 _PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
 
@@ -45,7 +48,12 @@ def routes_check(
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the engine, answer synthetic pages, and say what 1,000 would take.")
     ] = False,
-    pages: Annotated[int, typer.Option(min=1, help="Pages that are measured at once, in each of three rounds.")] = 8,
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pages measured at once, in each of three rounds; unset: engine.max_num_seqs, 32 at most."
+        ),
+    ] = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -60,6 +68,7 @@ def routes_check(
         if object is not None:
             raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
         settings = engine_settings(config, model)
+        pages = pages or min(MEASURED_PAGES, settings.engine.max_num_seqs)
         rows = list(_check(routes, settings, points, pages if measure else 0))
     except InvalidRoutes as error:
         for refusal in error.refusals:
@@ -160,9 +169,10 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
             yield name, "prompts", f"up to {counted(budget.pages_a_prompt, 'page')} each"
     if cost is not None:
         mean, least, most = cost.of(1_000)
-        answer = f"answers of {min(cost.answer_tokens)} to {max(cost.answer_tokens)} tokens"
-        cut = f", {cost.cut_answers} cut off" if cost.cut_answers else ""
-        yield name, "1,000 pages", f"{mean:,.1f} s ({least:,.1f} to {most:,.1f}); {answer}{cut}"
+        yield name, "seconds of 1,000 pages", f"{mean:.1f}"
+        yield name, "by rounds", f"{least:.1f} to {most:.1f}"
+        cut = f", {cost.cut_answers} of {len(cost.answer_tokens)} cut off" if cost.cut_answers else ""
+        yield name, "answers", f"{min(cost.answer_tokens)} to {max(cost.answer_tokens)} tokens{cut}"
     yield name, "digest", route.digest
 
 

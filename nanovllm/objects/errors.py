@@ -59,6 +59,8 @@ _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "InvalidURI": InvalidInput,
     "KeyTooLongError": InvalidInput,
     "XMinioInvalidObjectName": InvalidInput,
+    "ConditionalRequestConflict": FetchFailed,  # another write of the key was under way
+    "OperationAborted": FetchFailed,
     "RequestTimeout": FetchFailed,
     "RequestThrottled": FetchFailed,
     "RequestThrottledException": FetchFailed,

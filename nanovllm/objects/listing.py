@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ class ListedObject:
     uri: str
     etag: str
     size: int
+    last_modified: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def list_objects(
             ) from error
         for one in answer.get("Contents", ()):
             if pattern.matches(one["Key"]):
-                yield ListedObject(f"s3://{pattern.bucket}/{one['Key']}", one["ETag"].strip('"'), one["Size"])
+                uri, etag = f"s3://{pattern.bucket}/{one['Key']}", one["ETag"].strip('"')
+                yield ListedObject(uri, etag, one["Size"], one.get("LastModified"))
         if not answer.get("IsTruncated"):
             return
         page = page | {"ContinuationToken": answer["NextContinuationToken"]}
@@ -104,7 +107,7 @@ def find_object(client: S3Client, uri: str) -> ListedObject:
         raise InvalidInput(f"{uri} is not the URI of an object")
     bucket, key = parts
     answer = client.call(lambda s3: s3.head_object(Bucket=bucket, Key=key))
-    return ListedObject(uri, answer["ETag"].strip('"'), answer["ContentLength"])
+    return ListedObject(uri, answer["ETag"].strip('"'), answer["ContentLength"], answer.get("LastModified"))
 
 
 def _glob_matches(parts: list[str], pattern: list[str]) -> bool:

@@ -10,13 +10,16 @@ from itertools import count
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.engine.backends.base import EngineBackend, Request
-from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
 from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
-from nanovllm.pipeline.documents.page_answers import Ask, PageReader, PageRequest
+from nanovllm.pipeline.documents.page_answers import PageReader
+from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutput, PageRequest
+from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.stages.admit import sampling_defaults
@@ -43,11 +46,16 @@ def extract_documents(
     documents: Iterable[FoundDocument],
     on_record: Callable[[DocumentRecord], None],
     on_failure: Callable[[FoundDocument, NanoVLLMError], None],
+    on_same: Callable[[FoundDocument], None],
     *,
+    page_store: str | None = None,
     on_tick: Callable[[], object] = lambda: None,
 ) -> bool:
     """Extract every one of ``documents``; False where a signal ended the work before the end.
 
+    One that has a sidecar of its version and route is not read; ``on_same`` is told.
+
+    ``page_store`` is the ``s3://bucket/prefix`` of finished pages; None: none are kept.
     The first SIGINT or SIGTERM lets the documents at work end and begins no more.
 
     Raises:
@@ -58,7 +66,7 @@ def extract_documents(
     forbid_debugging()
     prepare_threads()
     log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
-    return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_tick, signals))
+    return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_same, page_store, on_tick, signals))
 
 
 async def _extract_all(
@@ -66,6 +74,8 @@ async def _extract_all(
     documents: Iterable[FoundDocument],
     on_record: Callable[[DocumentRecord], None],
     on_failure: Callable[[FoundDocument, NanoVLLMError], None],
+    on_same: Callable[[FoundDocument], None],
+    page_store: str | None,
     on_tick: Callable[[], object],
     signals: StopSignals,
 ) -> bool:
@@ -78,6 +88,8 @@ async def _extract_all(
         extractions: dict[str, Extraction] = {}
         slots = asyncio.Semaphore(DOCUMENTS_AT_ONCE)
         ask = _asking(parts.engine)
+        if page_store is not None:
+            ask = KeepOutputs(ask, PageStore(page_store, S3Client(settings.s3).call), parts.engine.model_info)
 
         def extraction_of(route: Route) -> Extraction:
             if route.name not in extractions:
@@ -88,9 +100,15 @@ async def _extract_all(
                 extractions[route.name] = Extraction(route, parts.decoders, reader, model, worker=settings.worker_id)
             return extractions[route.name]
 
+        sidecars = Sidecars(S3Client(settings.s3).call)
+
         async def extract(found: FoundDocument) -> None:
             try:
+                if await sidecars.has(found.source, found.route, parts.engine.model_info):
+                    on_same(found)
+                    return
                 record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source)
+                await sidecars.put(record, found.source, found.route)
             except SystemicError:
                 raise
             except NanoVLLMError as error:
@@ -119,12 +137,12 @@ async def _extract_all(
 def _asking(engine: EngineBackend) -> Ask:
     numbers = count(1)
 
-    async def ask(request: PageRequest) -> RequestOutput:
+    async def ask(request: PageRequest) -> PageOutput:
         generation = engine.submit(
             Request(f"page#{next(numbers)}", prompt=request.prompt, images=request.images, sampling=request.sampling)
         )
         try:
-            return await generation
+            return PageOutput.of(await generation)
         finally:
             generation.abort()
 

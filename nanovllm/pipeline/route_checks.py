@@ -82,7 +82,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
-    build.check_engine(settings.engine)
+    build.check_parts(settings)
     model = settings.engine.model or build.DEFAULT_MODEL
     config = EngineConfig.from_options(model, settings.engine.model_dump(exclude=build.WORKER_OPTIONS))
     checkpoint = Checkpoint(resolve_checkpoint(model))
@@ -194,8 +194,9 @@ def check_route(
 ) -> RouteCheck:
     """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
     route = entry.route
-    if limits.transform is None:
-        return RouteCheck((routes.refusal(entry, "the model takes no images: see engine.model"),))
+    if limits.transform is None or limits.max_images < 1:
+        why = "the model takes no images: see engine.model and engine.max_images_per_request"
+        return RouteCheck((routes.refusal(entry, why),))
     try:
         sampling = page_sampling(route, limits, settings)
     except InvalidInput as error:
@@ -364,15 +365,18 @@ def measure(
     prompt = limits.prompts.untrusted(route.page_prompt)
     _, dpi, max_pixels = next(_resolutions(route, settings))
     size = rendered_size(points, dpi, max_pixels)
-    seconds, answers, cut, numbers = [], [], 0, iter(range(1 + ROUNDS * pages))
+    seconds: list[float] = []
+    answers: list[int] = []
+    cut, numbers, prompt_tokens = 0, iter(range(1 + ROUNDS * pages)), 0
     for count in (1, *[pages] * ROUNDS):
         images = [[prepare_image(picture(next(numbers), size), limits.transform)] for _ in range(count)]
         started = time.perf_counter()
         outputs = engine.generate([prompt] * count, sampling, images, use_tqdm=False)
         elapsed = time.perf_counter() - started
+        if not prompt_tokens:  # the page that is not counted
+            prompt_tokens = outputs[0].usage.input_tokens
+            continue
         seconds.append(elapsed / count)
-        answers.append([len(output.outputs[0].token_ids) for output in outputs])
-        cut += sum(output.outputs[0].finish_reason == "length" for output in outputs)
-    return Cost(
-        tuple(seconds[1:]), outputs[0].usage.input_tokens, tuple(one for batch in answers[1:] for one in batch), cut
-    )
+        answers += [len(output.token_ids) for output in outputs]
+        cut += sum(output.finish_reason == "length" for output in outputs)
+    return Cost(tuple(seconds), prompt_tokens, tuple(answers), cut)

@@ -7,14 +7,11 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable, SystemicError
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
 from nanovllm.messages.result import StoredResult
 from nanovllm.messages.s3_uri import split_prefix_uri
-
-_EXISTS = frozenset({"PreconditionFailed", "412"})
+from nanovllm.objects.conditional_put import put_if_absent
 
 
 class S3ResultStore:
@@ -52,18 +49,10 @@ class S3ResultStore:
     def _put(self, client: Any, name: str, body: bytes, fmt: MessageFormat) -> StoredResult:
         key = "/".join(filter(None, (self._prefix, f"{name}.{fmt}")))
         digest, size = hashlib.sha256(body).hexdigest(), len(body)
-        try:
-            client.put_object(
-                Bucket=self._bucket,
-                Key=key,
-                Body=body,
-                ContentType=CONTENT_TYPES[fmt],
-                Metadata={"sha256": digest},
-                IfNoneMatch="*",
-            )
-        except ClientError as error:
-            if error.response["Error"].get("Code") not in _EXISTS:
-                raise
+        metadata, content_type = {"sha256": digest}, CONTENT_TYPES[fmt]
+        if not put_if_absent(
+            client, Bucket=self._bucket, Key=key, Body=body, ContentType=content_type, Metadata=metadata
+        ):
             # Read, not asked with HeadObject: not every store keeps metadata, and the digest must be of what is there.
             there = client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
             digest, size = hashlib.sha256(there).hexdigest(), len(there)

@@ -35,7 +35,7 @@ def topics(embedded_broker: str, unique: Callable[[str], str], monkeypatch: pyte
     for name in list(os.environ):
         if name.startswith("NANOVLLM_"):
             monkeypatch.delenv(name)
-    names = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters", "replayed")}
+    names = {name: unique(name) for name in ("jobs", "results", "metrics", "dead_letters", "events", "replayed")}
     for name, topic in names.items():
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", topic)
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
@@ -63,7 +63,7 @@ def test_topics_are_created_once_and_shown(topics: dict[str, str], capsys: Captu
         topics.values(), "created"
     )
     assert main(["topics", "create"]) == 0
-    assert capsys.readouterr().out.count("exists") == 5
+    assert capsys.readouterr().out.count("exists") == 6
 
 
 def test_more_copies_than_brokers_are_refused_by_the_options_name(

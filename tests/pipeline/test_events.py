@@ -315,7 +315,7 @@ async def test_a_real_s3_servers_own_notifications_are_read(kafka_broker: str, t
 
         node.stop()
         part = node.start()
-        await asyncio.sleep(1.1)  # its times have seconds
+        await asyncio.sleep(2.1)  # its times have whole seconds, and within one of them nothing is told
         part.put(bucket, KEYS[0], b"after a start of the server")
         *_, last = sorted(
             [one for one in await _events(kafka_broker, topic, len(events) + 2) if one.key == KEYS[0]],

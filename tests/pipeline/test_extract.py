@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fpdf import FPDF
+from parts import S3Part
 from pdf_files import PROSE, text_pdf
 from PIL import Image
 
@@ -29,7 +30,7 @@ ROUTES = """
 version: 1
 routes:
   - name: receipts
-    match: {bucket: inbox, key: "receipts/**"}
+    match: {bucket: inbox, key: "receipts/*.pdf"}
     prompt: "Extract the fields as JSON: <|image|>"
     response_schema: SCHEMA
     merge: per_page
@@ -138,3 +139,32 @@ def test_a_users_mistake_is_one_line(
     err: Any = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_objects_have_sidecars_and_equal_pages_are_computed_once(
+    tmp_path: Path, s3: S3Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.make_bucket()
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", s3.endpoint_url)
+    monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    known = drawn(2)
+    pages = {"a.pdf": known[:1], "b.pdf": known}
+    for name, shown in pages.items():
+        s3.put(bucket, f"receipts/{name}", receipts_pdf([one.image for one in shown]))
+    routes, output = tmp_path / "routes.yaml", tmp_path / "records.jsonl"
+    text = ROUTES.replace("bucket: inbox", f"bucket: {bucket}")
+    text = text.replace("routes:", f"page_store: s3://{bucket}/kept\nroutes:", 1)
+    routes.write_text(text.replace("    merge: per_page", "    sidecar: {format: json}\n    merge: per_page"))
+    command = ["extract", f"s3://{bucket}/receipts/**", "-r", str(routes), "-o", str(output)]
+    monkeypatch.setattr("nanovllm.pipeline.extract.DOCUMENTS_AT_ONCE", 1)
+    assert main(command) == 0
+    records = records_in(output)
+    assert not records["a.pdf"].pages[0].reused
+    assert [page.reused for page in records["b.pdf"].pages] == [True, False]
+    assert records["b.pdf"].value[0] == records["a.pdf"].value[0]
+    for name in pages:
+        sidecar = s3.client.get_object(Bucket=bucket, Key=f"receipts/{name}.json")
+        assert DocumentRecord.model_validate_json(sidecar["Body"].read()) == records[name]
+    output.unlink()
+    assert main(command) == 0
+    assert records_in(output) == {}, "each has a sidecar of its version and route"

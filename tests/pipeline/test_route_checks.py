@@ -208,10 +208,12 @@ def test_a_document_s_prompt_takes_as_many_pages_as_fit(load: Load, tiny: ModelL
     assert pages("  sampling: {max_tokens: 100}\n") == 1
 
 
-def test_a_model_without_images_is_refused(load: Load, tmp_path: Path) -> None:
+def test_a_model_without_images_is_refused(load: Load, tmp_path: Path, tiny: ModelLimits) -> None:
+    says = "2: route r: the model takes no images: see engine.model and engine.max_images_per_request"
+    assert refused(load(""), replace(tiny, max_images=0)) == [says]
     settings = Settings.model_validate({"engine": {"model": str(make_qwen3(tmp_path / "text")), "device": "cpu"}})
     with model_limits(settings) as limits:
-        assert refused(load(""), limits, settings) == ["2: route r: the model takes no images: see engine.model."[:-1]]
+        assert refused(load(""), limits, settings) == [says]
 
 
 @pytest.mark.parametrize("topic", ["nanovllm.jobs", "nanovllm.metrics", "nanovllm.jobs.retry-60s"])
@@ -295,8 +297,10 @@ def test_the_command_measures_what_a_thousand_pages_take(capsys: Capture) -> Non
     arguments = ["routes", "check", str(EXAMPLE), "--measure", "--pages", "1", "--page", "224x224", "--json"]
     assert main(arguments) == 0
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(capsys.readouterr().out)}
-    assert " s (" in rows["receipts", "1,000 pages"]
-    assert " s (" in rows["totals", "1,000 pages"]
+    for route in ("receipts", "totals"):
+        least, most = map(float, rows[route, "by rounds"].split(" to "))
+        assert 0 < least <= float(rows[route, "seconds of 1,000 pages"]) <= most
+        assert rows[route, "answers"].endswith("tokens")
 
 
 @pytest.mark.parametrize(

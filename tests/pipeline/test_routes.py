@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples
 
 from nanovllm.errors import InvalidRoutes
 from nanovllm.pipeline.routing import key_sets
+from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import LadderStep, Match, PagePolicy, Route, RoutesFile, Sidecar
 
@@ -352,3 +358,46 @@ def test_the_page_names_every_field_and_its_files_are_read(load: Load, tmp_path:
     snippets = re.findall(r"```yaml\n(routes:.*?)```", page, re.DOTALL)
     assert snippets
     assert all(load(snippet).entries for snippet in snippets)
+
+
+LEVELS = st.sampled_from(["**", "*", "a", "b*", "*.a", "[!a]", "a?"])
+GLOBS = st.lists(LEVELS, min_size=1, max_size=3).map("/".join)
+SIDECARS = st.sampled_from([None, "s3://bkt/{key}.a", "s3://bkt/a/{key}", "s3://bkt/b{key}/b", "s3://out/{key}"])
+MATCHES = st.tuples(GLOBS, st.one_of(st.none(), GLOBS), SIDECARS)
+SHORT_KEYS = ["".join(key) for length in range(1, 5) for key in product("ab/.", repeat=length)]
+
+
+@given(st.lists(MATCHES, min_size=1, max_size=3))
+@examples(150)
+def test_routes_are_refused_exactly_where_objects_show_why(matches: list[tuple[str, str | None, str | None]]) -> None:
+    texts = [json.dumps({"bucket": "bkt", "key": key, "exclude": [out] if out else []}) for key, out, _ in matches]
+    pairs = [
+        (text[1:-1], f", sidecar: {{place: '{place}'}}" if place else "")
+        for text, (*_, place) in zip(texts, matches, strict=True)
+    ]
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "routes.yaml"
+        file.write_text(routes(*pairs))
+        try:
+            entries, said = load_routes(file).entries, ""
+        except InvalidRoutes as error:
+            entries, said = (), str(error)
+    sets = [KeySet.of([key], [out] if out else []) for key, out, _ in matches]
+    taken = [{key for key in SHORT_KEYS if keys.matches(key)} for keys in sets]
+    written = [
+        {place.replace("{key}", key) for key in keys} if place else set()
+        for keys, (*_, place) in zip(taken, matches, strict=True)
+    ]
+    twice = any(one & other for one, other in combinations(taken, 2))
+    together = any(one & other for one, other in combinations(written, 2))
+    uris = [uri for place in written for uri in place if uri.startswith("s3://bkt/")]
+    loops = any(keys.matches(uri.removeprefix("s3://bkt/")) for keys in sets for uri in uris)
+    # Each example that is named is one; what short keys show is refused.
+    assert not entries or not (twice or together or loops)
+    assert said.count("takes too") >= twice
+    assert said.count("a loop") >= loops
+    assert said.count("both written") >= together
+    for key in re.findall(r"takes s3://bkt/(\S+), which", said):
+        assert sum(keys.matches(key) for keys in sets) > 1
+    for key in re.findall(r"is written to s3://bkt/(\S+), which", said):
+        assert any(keys.matches(key) for keys in sets)

@@ -63,6 +63,9 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
     assert found({"nanovllm.replayed": None}) == set()
     assert "nanovllm.replayed" not in {name for _, name, _, _ in implied_acls(SETTINGS)}
+    # No worker reads it yet; a bridge says that it is missing.
+    assert found({"nanovllm.events": None}) == set()
+    assert found({"nanovllm.events": {"cleanup.policy": "compact"}}) == {("nanovllm.events", "error")}
     assert found({"nanovllm.replayed": {"cleanup.policy": "delete"}}) == {("nanovllm.replayed", "warning")}
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
 
@@ -86,14 +89,14 @@ def test_what_is_created_passes_the_check_on_apache_kafka(
     kafka_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", kafka_broker)
-    for name in ("jobs", "results", "metrics", "dead_letters", "replayed"):
+    for name in ("jobs", "results", "metrics", "dead_letters", "events", "replayed"):
         monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", unique(name))
     monkeypatch.setenv("NANOVLLM_RETRIES__DELAYS_S", "1209600")
     assert main(["topics", "check", "--json"]) == 1
     missing = json.loads(capsys.readouterr().out)
     assert {row["finding"] for row in missing} == {"does not exist; nanovllm topics create makes it"}
     assert main(["topics", "create", "--partitions", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 6
+    assert len(json.loads(capsys.readouterr().out)) == 7
     assert main(["topics", "check", "--workers", "3", "--json"]) == 0
     # One broker holds one replica: said, and no error.
     assert {row["finding"] for row in json.loads(capsys.readouterr().out)} == {

@@ -307,6 +307,12 @@ def test_a_page_of_a_tiff_is_bounded_before_it_is_decoded_and_shrunk_to_what_is_
     assert shrunk.size == (150, 100)
 
 
+def test_the_bytes_of_a_tiff_are_bounded_as_those_of_a_document() -> None:
+    data = tiff(noise(1), noise(2))
+    assert len(open_document(data, images=ImageLimits(max_bytes=100)).info.pages) == 2
+    assert rendered(open_document(png(noise(1)), images=ImageLimits(max_bytes=100))).size == (60, 40)
+
+
 def test_a_fax_whose_pixels_are_not_square_is_shown_in_its_proportions() -> None:
     fax = scan(size=(1728, 1078)).convert("1")
     document = open_document(tiff(fax, dpi=(204, 98)))

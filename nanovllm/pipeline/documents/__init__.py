@@ -1,1 +1,1 @@
-"""From the texts of pages and a model's output to document records. No Kafka, no S3, no torch."""
+"""From the texts of pages and a model's output to document records; finished pages in a store. No Kafka, no torch."""

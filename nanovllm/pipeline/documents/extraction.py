@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo
-from nanovllm.errors import PagesFailed, TooManyPages, counted
+from nanovllm.errors import ConfigurationError, PagesFailed, TooManyPages, counted
 from nanovllm.messages.base import Source
 from nanovllm.messages.document_record import (
     DocumentRecord,
@@ -57,7 +57,7 @@ class Extraction:
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be validated against.
-        ConfigurationError: the extra ``documents`` is not installed.
+        ConfigurationError: the extra ``documents`` is not installed, or the route asks for what is not implemented.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class Extraction:
         worker: str,
         tenant: str = "",
     ) -> None:
+        if route.pages.request == "document":
+            raise ConfigurationError(f"route {route.name}: pages.request document is not implemented: write page")
         self._route = route
         self._decoders = decoders
         self._reader = reader
@@ -198,6 +200,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         rotation=answer.rotation,
         tokens=answer.tokens,
         stop=answer.stop,
+        reused=answer.is_reused,
         suspicious_text=suspicious,
     )
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PDF = "application/pdf"
 POINTS_PER_INCH = 72
 DEFAULT_DPI = 150.0
+MAX_DPI = 2400
 ROTATIONS = (0, 90, 180, 270)
 MAX_RANGE_PARTS = 1_000
 _PDF_HEADER_BYTES = 1024  # readers accept the header within them (PDF 1.7, appendix H.3)
@@ -199,14 +200,18 @@ def scale_within(width_pt: float, height_pt: float, dpi: float, max_pixels: int,
     return scale
 
 
-def check_rotation(rotation: int) -> None:
-    """Refuse a rotation that is no quarter turn.
+def check_rendering(dpi: float, rotation: int, max_pixels: int) -> None:
+    """Refuse a resolution, rotation or bound of pixels that no page can have.
 
     Raises:
         ConfigurationError: as said.
     """
     if rotation not in ROTATIONS:
         raise ConfigurationError(f"a page is rotated by 0, 90, 180 or 270 degrees, not by {rotation}")
+    if not 1 <= dpi <= MAX_DPI:
+        raise ConfigurationError(f"a page is rendered at 1 to {MAX_DPI} dpi, not at {dpi:g}")
+    if max_pixels < 1:
+        raise ConfigurationError(f"a page is rendered within 1 pixel or more, not {max_pixels}")
 
 
 def parse_page_range(text: str, n_pages: int) -> list[int]:

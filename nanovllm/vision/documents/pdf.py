@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ from nanovllm.vision.documents.pages import (
     DocumentLimits,
     PageInfo,
     check_pages,
-    check_rotation,
+    check_rendering,
     checked_page,
     scale_within,
 )
@@ -82,7 +82,7 @@ class PdfDocument(Document):
         Raises:
             PageTooLarge, InvalidPage, InvalidPageRange: as said.
         """
-        check_rotation(rotation)
+        check_rendering(dpi, rotation, max_pixels)
         info = checked_page(page, self.info)
         scale = scale_within(info.width_pt, info.height_pt, dpi, max_pixels, self._limits)
         with _as_invalid_page(page):
@@ -134,10 +134,11 @@ class PdfDocument(Document):
         return loaded
 
     def _rendered(self, page: pypdfium2.PdfPage, scale: float, rotation: int, **options: bool) -> Image.Image:
-        # BGR as RGB: Pillow copies the bitmap, which PDFium owns, once.
         bitmap = page.render(scale=scale, rotation=rotation, rev_byteorder=True, **options)
         try:
-            return bitmap.to_pil().convert("RGB").copy()
+            image = bitmap.to_pil()
+            # Pillow copies RGB; what it shares with the bitmap, which PDFium owns, is read-only.
+            return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
         finally:
             bitmap.close()
 
@@ -231,14 +232,24 @@ def _is_visible(text: pypdfium2.PdfTextPage, index: int, modes: dict[int, bool])
 
 
 def _images(page: pypdfium2.PdfPage, shown: _Coordinates) -> list[Box]:
-    """Boxes of the page's first images."""
-    boxes = []
-    for image in islice(page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE], max_depth=3), MAX_IMAGES):
-        try:
-            boxes.append(shown.box(*image.get_bounds()))
-        except pypdfium2.PdfiumError:
-            continue
+    """Boxes of the page's first images, and of forms (groups of objects) that hold one."""
+    boxes: list[Box] = []
+    sides = [ctypes.c_float() for _ in range(4)]
+    for index in range(pdfium.FPDFPage_CountObjects(page)):
+        drawn = pdfium.FPDFPage_GetObject(page, index)
+        if _holds_image(drawn) and pdfium.FPDFPageObj_GetBounds(drawn, *sides):
+            boxes.append(shown.box(*(side.value for side in sides)))
+        if len(boxes) == MAX_IMAGES:
+            break
     return boxes
+
+
+def _holds_image(drawn: Any, depth: int = 3) -> bool:
+    kind = pdfium.FPDFPageObj_GetType(drawn)
+    if kind != pdfium.FPDF_PAGEOBJ_FORM or depth == 0:
+        return kind == pdfium.FPDF_PAGEOBJ_IMAGE
+    inner = range(pdfium.FPDFFormObj_CountObjects(drawn))
+    return any(_holds_image(pdfium.FPDFFormObj_GetObject(drawn, index), depth - 1) for index in inner)
 
 
 def _has_drawn_annotations(page: pypdfium2.PdfPage) -> bool:

@@ -42,6 +42,7 @@ _FREQUENCIES = (
     | {"j": 0.5, "k": 1.3, "l": 4.5, "m": 2.8, "n": 7.5, "o": 6.5, "p": 2.6, "q": 0.5, "r": 6.5}
     | {"s": 6.5, "t": 7.0, "u": 4.2, "v": 1.3, "w": 1.3, "x": 0.3, "y": 1.2, "z": 1.2}
 )
+_LATIN = re.compile(r"[a-z\u0300-\u036f]+")  # with the accents that NFD takes apart
 _CID = re.compile(r"\(cid:\d+\)")
 _VOWEL = re.compile(r"[aeiouyàáâãäåæèéêëìíîïòóôõöøœùúûüýÿ]")
 _PUNCTUATION = frozenset(".,;:()[]'\"’‘“”")
@@ -258,12 +259,12 @@ def _long_runs(mask: np.ndarray) -> np.ndarray:
     """Those of the mask that lie in a row of at least ``RULE_PX``: rules and borders."""
     if mask.shape[1] < RULE_PX:
         return np.zeros_like(mask)
-    sums = np.cumsum(np.pad(mask, ((0, 0), (1, 0))), axis=1)
+    sums = np.cumsum(np.pad(mask, ((0, 0), (1, 0))), axis=1, dtype=np.int32)
     is_start = sums[:, RULE_PX:] - sums[:, :-RULE_PX] == RULE_PX
     steps = np.zeros((mask.shape[0], mask.shape[1] + 1), np.int32)
     steps[:, : is_start.shape[1]] += is_start
     steps[:, RULE_PX:] -= is_start
-    return np.cumsum(steps, axis=1)[:, :-1] > 0
+    return np.cumsum(steps, axis=1, dtype=np.int32)[:, :-1] > 0
 
 
 def is_plausible(word: str) -> bool:
@@ -312,8 +313,10 @@ def _unspaced_share(words: Sequence[str]) -> float:
 
 
 def _letter_likeness(text: str) -> float:
-    """Cosine between the letter frequencies of ``text`` and those of European languages."""
-    letters = Counter(letter for letter in unicodedata.normalize("NFD", text.lower()) if letter in _FREQUENCIES)
+    """Cosine between the letter frequencies of the words of ``text``, each once, and those of European languages."""
+    # Of a list of links, or a form that repeats itself, the words that it repeats would be most letters.
+    words = set(_LATIN.findall(unicodedata.normalize("NFD", text.lower())))
+    letters = Counter(letter for word in words for letter in word if letter in _FREQUENCIES)
     if letters.total() < LETTERS_OF_INTEREST:
         return 1.0
     product = sum(count * _FREQUENCIES[letter] for letter, count in letters.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from nanovllm.vision.documents.pages import (
     DocumentLimits,
     PageInfo,
     check_pages,
-    check_rotation,
+    check_rendering,
     checked_page,
     media_type_of,
     quarter_turned,
@@ -43,8 +44,9 @@ class ImageDocument(Document):
     """
 
     def __init__(self, data: bytes, limits: DocumentLimits, images: ImageLimits) -> None:
-        self._data, self._images = data, images
-        image = open_image(data, images)
+        # The bytes are those of a document, of many pages maybe.
+        self._data, self._images = data, replace(images, max_bytes=limits.max_bytes)
+        image = open_image(data, self._images)
         self._frames = image if image.format == "TIFF" else None  # stays open: frames are found one after another
         pages = [_page_info(1, image)]
         while self._frames is not None and _seek(self._frames, len(pages)):
@@ -58,7 +60,7 @@ class ImageDocument(Document):
         Raises:
             TooManyPixels, InvalidImage, InvalidPageRange: as said.
         """
-        check_rotation(rotation)
+        check_rendering(dpi, rotation, max_pixels)
         return quarter_turned(self._resized(self._decoded(page), page, max_pixels), rotation)
 
     def text(self, page: int) -> TextLayer:

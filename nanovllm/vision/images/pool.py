@@ -22,7 +22,7 @@ from nanovllm.vision.documents.pages import (
     DocumentInfo,
     DocumentLimits,
     check_bytes,
-    check_rotation,
+    check_rendering,
 )
 from nanovllm.vision.documents.text_layer import TextLayer
 from nanovllm.vision.images.child import LENGTH, message, settings_frame
@@ -163,8 +163,8 @@ class DecoderPool:
             NanoVLLMError: as `open_document`.
         """
         check_bytes(data, self._document_limits)
-        check_rotation(rotation)
         bound = self._document_limits.max_pixels if max_pixels is None else max_pixels
+        check_rendering(dpi, rotation, bound)
         header = {"kind": "render", "page": page, "dpi": float(dpi), "rotation": rotation, "max_pixels": bound}
         digest = digest or (await asyncio.to_thread(hashlib.sha256, data)).digest()
         return await self._run(_document_request(header, data, digest, _prepared, self._max_image_bytes), tenant)

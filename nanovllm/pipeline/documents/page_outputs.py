@@ -1,0 +1,115 @@
+"""Outputs of requests for pages, and those that are kept: what the page store has asks no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+from nanovllm.engine.outputs import ModelInfo, RequestOutput
+from nanovllm.messages.base import FinishReason
+from nanovllm.messages.result import TokenUsage
+from nanovllm.pipeline.documents.fields import pieces_of
+from nanovllm.pipeline.documents.page_store import PageKey, PageStore
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision.images.preprocess import PreparedImage
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """One request for a page; ``images`` are empty where its text layer stands in place of its picture."""
+
+    prompt: str
+    images: tuple[PreparedImage, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class PageOutput:
+    """What a page needs of a request's output; ``pieces`` and ``logprobs`` of each token, where they are known.
+
+    ``milliseconds`` are by stage.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: TokenUsage
+    pieces: tuple[str, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    is_reused: bool = False
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> PageOutput:
+        """The output of an engine."""
+        pieces: list[str] = []
+        logprobs: list[float | None] = []
+        first = output.outputs[0] if output.outputs else None
+        if first is not None and first.text_ends is not None and first.logprobs is not None:
+            pieces = pieces_of(first.text, first.text_ends)
+            taken = zip(first.token_ids, first.logprobs, strict=True)
+            logprobs = [place[token].logprob if token in place else None for token, place in taken]
+        times, usage = output.timings, TokenUsage(**output.usage)
+        return cls(
+            output.text,
+            output.finish_reason,
+            usage,
+            tuple(pieces),
+            tuple(logprobs[: len(pieces)]),
+            {"queue": times.queue_ms, "encode": times.encode_ms, "generation": times.e2e_ms},
+        )
+
+    def to_json(self) -> bytes:
+        """What is kept of it: not its times, which another request did not take."""
+        fields = {"text": self.text, "usage": self.usage.model_dump(), "pieces": self.pieces, "logprobs": self.logprobs}
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> PageOutput:
+        """The kept output: its tokens were used before, and none for this request."""
+        fields = json.loads(data)
+        none = TokenUsage(input_tokens=0, output_tokens=0)
+        pieces, logprobs = tuple(fields["pieces"]), tuple(fields["logprobs"])
+        return cls(fields["text"], "stop", none, pieces, logprobs, is_reused=True)
+
+
+Ask = Callable[[PageRequest], Awaitable[PageOutput]]
+
+
+class KeepOutputs:
+    """Asks for what the page store does not have, and keeps outputs that ended by themselves.
+
+    What decides an output is its key: the picture's digest, the prompt with whatever text it holds, all sampling
+    parameters, the schema, and the model. A seed is one of them: an output that was drawn once stays.
+    """
+
+    def __init__(self, ask: Ask, store: PageStore, model: ModelInfo, *, tenant: str = "") -> None:
+        self._ask = ask
+        self._store = store
+        self._model = asdict(model)
+        self._tenant = tenant
+
+    async def __call__(self, request: PageRequest) -> PageOutput:
+        """The output, or an equal request's. Raises as ``ask`` and `PageStore`."""
+        key = self._key(request)
+        kept = await self._store.get(key)
+        if kept is not None:
+            return PageOutput.from_json(kept)
+        output = await self._ask(request)
+        if output.finish_reason == "stop":
+            await self._store.put(key, output.to_json())
+        return output
+
+    def _key(self, request: PageRequest) -> PageKey:
+        sampling = request.sampling.model_dump(mode="json")
+        schema = sampling.pop("json_schema")
+        return PageKey(
+            page_digest="".join(image.digest.hex() for image in request.images),
+            model=self._model,
+            prompt=request.prompt,
+            sampling=sampling,
+            response_schema=schema,
+            text_policy="",  # the prompt and the picture say what became of it
+            ladder_step={},
+            tenant=self._tenant,
+        )

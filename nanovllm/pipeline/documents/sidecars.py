@@ -1,0 +1,71 @@
+"""Sidecars of records: which form a route wants, where it goes, and whether one is there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from nanovllm.engine.outputs import ModelInfo
+from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.messages.encoding import encode
+from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.pipeline.documents.extraction import DocumentSource
+from nanovllm.settings.routes import Route, SidecarFormat
+from nanovllm.sinks.sidecar import Sidecar, SidecarMetadata, SidecarOutcome, SourceVersion, sidecar_uri
+
+
+class Sidecars:
+    """Writes and finds the sidecars of a route's records. ``call`` is an ``S3Client.call``.
+
+    Without the events of two versions nothing says which is newer: what the source is now decides.
+    """
+
+    def __init__(self, call: Callable[[Callable[[Any], Any]], Any]) -> None:
+        self._sidecar = Sidecar(call, lambda *_: None)
+
+    async def has(self, source: DocumentSource, route: Route, model: ModelInfo) -> bool:
+        """Whether the record of this version by this route is there. Raises as ``S3Client.call``."""
+        place = _place(source, route)
+        if place is None:
+            return False
+        uri, version = place
+        there = await self._sidecar.read(uri, version.bucket, version.key)
+        ours = SidecarMetadata(source.job_id(route), model.revision, route.digest, version)
+        return there is not None and ours.is_done_by(there)
+
+    async def put(self, record: DocumentRecord, source: DocumentSource, route: Route) -> SidecarOutcome | None:
+        """Write the sidecar that the route asks for; None where it asks for none. Raises as `Sidecar.put`."""
+        place = _place(source, route)
+        if place is None or route.sidecar is None:
+            return None
+        uri, version = place
+        metadata = SidecarMetadata(record.job_id, record.model.revision, route.digest, version)
+        return await self._sidecar.put(uri, body_of(record, route.sidecar.format), metadata, route.sidecar.format)
+
+
+def body_of(record: DocumentRecord, fmt: SidecarFormat) -> bytes:
+    """The record as JSON; as JSON lines its values, one for each page where pages are not merged; as Markdown its text.
+
+    A record without a schema has its pages' text in place of values.
+    """
+    if fmt == "json":
+        return encode(record, "json")
+    if fmt == "jsonl":
+        pages = [{"text": text} for text in (record.text or "").split("\f")]
+        values = (
+            pages if record.validation is None else record.value if isinstance(record.value, list) else [record.value]
+        )
+        return "\n".join(json.dumps(value, ensure_ascii=False) for value in values).encode()
+    if record.validation is None:
+        return "\n\n---\n\n".join((record.text or "").split("\f")).encode()
+    return f"```json\n{json.dumps(record.value, indent=2, ensure_ascii=False)}\n```".encode()
+
+
+def _place(source: DocumentSource, route: Route) -> tuple[str, SourceVersion] | None:
+    """URI of the sidecar, and the version that it describes; None for local files, and routes without one."""
+    parts = split_object_uri(source.uri)
+    if parts is None or route.sidecar is None:
+        return None
+    version = SourceVersion(*parts, version_id=source.version_id, etag=source.etag, sequencer=source.sequencer)
+    return sidecar_uri(route.sidecar.template, *parts), version
