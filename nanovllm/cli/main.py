@@ -32,6 +32,7 @@ from nanovllm.cli.ask import ask
 from nanovllm.cli.bridge import bridge_app
 from nanovllm.cli.diagnostics import doctor
 from nanovllm.cli.dlq import dlq_app
+from nanovllm.cli.evaluate import evaluate
 from nanovllm.cli.extract import extract
 from nanovllm.cli.extras import require
 from nanovllm.cli.flags import Application
@@ -65,6 +66,7 @@ app.command("results")(results)
 app.command("run")(run)
 app.command("ask")(ask)
 app.command("extract")(extract)
+app.command("evaluate")(evaluate)
 app.command("reconcile")(reconcile)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")

@@ -1,0 +1,1 @@
+"""Evaluation of document records beside their truths: coverage, fields, lists, intervals. Without torch."""
