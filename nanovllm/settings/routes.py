@@ -29,7 +29,7 @@ MAX_ROUTES = 256
 CONTENT_TYPES: dict[SidecarFormat, str] = {
     "json": "application/json",
     "jsonl": "application/x-ndjson",
-    "markdown": "text/markdown",
+    "markdown": "text/markdown; charset=utf-8",
 }
 _SUFFIXES: dict[SidecarFormat, str] = {"json": ".json", "jsonl": ".jsonl", "markdown": ".md"}
 # What says where a record goes and when, not what stands in it.

@@ -20,16 +20,10 @@ from nanovllm.errors import FetchFailed, InvalidInput, SidecarTaken
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.conditional_put import put_if_absent, put_if_unchanged
 from nanovllm.objects.errors import status_of
+from nanovllm.settings.routes import CONTENT_TYPES, SidecarFormat
 
-SidecarFormat = Literal["json", "jsonl", "markdown"]
 SidecarOutcome = Literal["written", "same", "superseded"]
 
-CONTENT_TYPES: dict[SidecarFormat, str] = {
-    "json": "application/json",
-    "jsonl": "application/x-ndjson",
-    "markdown": "text/markdown; charset=utf-8",
-}
-SUFFIXES: dict[SidecarFormat, str] = {"json": ".json", "jsonl": ".jsonl", "markdown": ".md"}
 MAX_REPLACEMENTS = 16
 """Other writers that a put gives way to before it is transient failure."""
 MAX_VALUE_BYTES = 160
