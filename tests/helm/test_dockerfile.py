@@ -118,8 +118,8 @@ def test_the_command_and_the_extra_are_the_packages_own(
     values = yaml.safe_load((REPOSITORY / "helm" / "nanovllm" / "values.yaml").read_text())
     assert json.loads(only(stages[-1], "CMD")) == values["args"]
     runs = " ".join(arguments for name, arguments in stages[0] if name == "RUN")
-    (extra,) = re.findall(r'pip install "\.\[(\w+)\]"', runs)
-    assert extra in project["optional-dependencies"]
+    (extras,) = re.findall(r'pip install "\.\[([\w,]+)\]"', runs)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
 def test_torch_comes_from_the_cpu_index_in_the_range_of_the_package(
