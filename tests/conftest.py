@@ -112,12 +112,17 @@ def versity_s3(versity_node: VersityNode, monkeypatch: pytest.MonkeyPatch) -> S3
     return _use(S3Part(versity_node.endpoint_url, "test", "testsecret"), monkeypatch)
 
 
-@pytest.fixture
+_STAGES = "nanovllm.pipeline.stages"
+_LEVELLED = ("aiokafka", "botocore", "boto3", "urllib3", "botocore.credentials", f"{_STAGES}.failure",
+             f"{_STAGES}.invalid_records")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
     """Puts back what a worker changes in its process: log handlers and signal handlers."""
     root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
     handlers, level, signals = root.handlers[:], root.level, [signal.getsignal(number) for number in numbers]
-    loggers = [logging.getLogger(name) for name in ("aiokafka", "botocore", "boto3", "urllib3", "botocore.credentials")]
+    loggers = [logging.getLogger(name) for name in _LEVELLED]
     levels = [logger.level for logger in loggers]
     yield
     root.handlers[:] = handlers
@@ -125,4 +130,5 @@ def process_state() -> Iterator[None]:
     for logger, one in zip(loggers, levels, strict=True):
         logger.setLevel(one)
     for number, handler in zip(numbers, signals, strict=True):
-        signal.signal(number, handler)
+        if handler is not None:  # None: not Python's
+            signal.signal(number, handler)

@@ -60,7 +60,6 @@ _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "KeyTooLongError": InvalidInput,
     "XMinioInvalidObjectName": InvalidInput,
     "ConditionalRequestConflict": FetchFailed,  # another write of the key was under way
-    "OperationAborted": FetchFailed,
     "RequestTimeout": FetchFailed,
     "RequestThrottled": FetchFailed,
     "RequestThrottledException": FetchFailed,

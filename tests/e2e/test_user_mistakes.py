@@ -113,7 +113,6 @@ def test_a_mistake_is_answered_by_one_line_and_an_exit_code(
     node: KafkaNode,
     versity_s3: S3Part,
     tmp_path: Path,
-    process_state: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

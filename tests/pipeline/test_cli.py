@@ -257,7 +257,6 @@ def test_long_work_off_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyP
     assert "\x1b" not in said
 
 
-@pytest.mark.usefixtures("process_state")
 def test_commands_that_work_long_show_it(
     topics: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.errors import InvalidInput, counted
+from nanovllm.errors import InvalidInput, NanoVLLMError, counted
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -16,6 +16,7 @@ from nanovllm.pipeline.admission.engine_queue import QueuedJob
 from nanovllm.pipeline.admission.key_order import KeyTurn
 from nanovllm.pipeline.admission.tenant_shares import CHARS_PER_TOKEN, TokenRates
 from nanovllm.pipeline.stages.context import JobContext
+from nanovllm.pipeline.stages.image_errors import of_image
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -85,8 +86,11 @@ class Admit:
         limit = self.settings.engine.max_images_per_request
         if len(refs) > limit:
             raise InvalidInput(f"the job has {counted(len(refs), 'image')}, above the limit of {limit}")
-        for ref in refs:
-            self.fetcher.check(ref)
+        for position, ref in enumerate(refs, 1):
+            try:
+                self.fetcher.check(ref)
+            except NanoVLLMError as error:
+                raise of_image(error, position, refs) from None
 
 
 @dataclass(eq=False)
@@ -103,10 +107,10 @@ class AfterKeyTurn:
         return await self.admit(job, context, reservation)
 
 
-def sampling_defaults(settings: Settings, generation_defaults: Mapping[str, Any]) -> SamplingParams:
+def sampling_defaults(settings: Settings, of_checkpoint: Mapping[str, Any]) -> SamplingParams:
     """What counts where a job says nothing: ``settings.sampling``, and the checkpoint's where that is unset."""
     own = settings.sampling
-    unset = {name: value for name, value in generation_defaults.items() if name not in own.model_fields_set}
+    unset = {name: value for name, value in of_checkpoint.items() if name not in own.model_fields_set}
     if "max_tokens" in unset:
         unset["max_tokens"] = min(unset["max_tokens"], settings.admission.max_tokens)
     return own.model_copy(update=unset)
