@@ -47,9 +47,14 @@ def test_embeddings_equal_transformers_from_pixels_to_the_last_level(checkpoint:
         expected = model.model.get_image_features(**inputs)
     images = prepared(encoder, *SIZES)
     found = encoder.embed(images)
+    # transformers 5.17 has one tensor for all images.
+    deep = [
+        level.split([len(one) for one in found]) if isinstance(level, torch.Tensor) else level
+        for level in getattr(expected, "deepstack_features", ())
+    ]
     for place, (image, embedding) in enumerate(zip(images, found, strict=True)):
         levels = [expected.pooler_output[place]]
-        levels += [level[place] for level in getattr(expected, "deepstack_features", ())]
+        levels += [level[place] for level in deep]
         assert embedding.shape == (encoder.num_tokens(image.size), encoder.width)
         assert encoder.grid(image.size) == tuple((inputs["image_grid_thw"][place, 1:] // 2).tolist())
         assert torch.allclose(embedding, torch.cat(levels, -1), atol=1e-4)
