@@ -184,6 +184,8 @@ def test_a_signal_while_modules_are_imported_is_one_line_and_exit_code_1() -> No
     program = """
 import os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins with it ignored
+
 class Interrupts:
     def find_spec(self, name, path=None, target=None):
         if name == "nanovllm.cli.topics":
@@ -199,6 +201,7 @@ from nanovllm.cli.main import main
 def test_a_signal_while_a_command_starts_is_one_line_and_exit_code_1(
     topics: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr("nanovllm.cli.jobs.load_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(["topics", "check"]) == 1
     assert capsys.readouterr().err.strip() == "nanovllm: interrupted"
