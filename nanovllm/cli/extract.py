@@ -16,8 +16,9 @@ from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.cli.sending import listing_of
-from nanovllm.errors import InvalidInput, InvalidRoutes, NanoVLLMError, counted
-from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object
+from nanovllm.errors import InvalidInput, NanoVLLMError, counted
+from nanovllm.messages.s3_uri import split_s3_uri
+from nanovllm.objects.listing import ObjectPattern, find_object
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import Route
@@ -51,12 +52,7 @@ def extract(
     """
     require("documents", "pypdfium2", "jsonschema_rs")
     settings = engine_settings(config, model)
-    try:
-        routes = load_routes(routes_file)
-    except InvalidRoutes as error:
-        for refusal in error.refusals:
-            print(f"nanovllm: {plain(refusal).plain}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    routes = load_routes(routes_file)
     forced = _named(routes, route) if route else None
     require_engine(settings)
     from nanovllm.messages.document_record import DocumentRecord
@@ -143,12 +139,14 @@ def _find(source: str, routes: Routes, forced: Route | None, settings: Settings)
     objects: Any = [find_object(client, source)] if pattern is None else listing_of(settings.s3)(pattern)
     left_out = 0
     for one in objects:
-        bucket, _, key = one.uri.removeprefix("s3://").partition("/")
+        bucket, key = split_s3_uri(one.uri) or ("", "")
         route = forced or routes.route_of(bucket, key, None, one.size)
         if route is None:
             left_out += 1
             continue
-        yield FoundDocument(DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, one))
+        yield FoundDocument(
+            DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, bucket, key, one.etag)
+        )
     if left_out:
         print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
 
@@ -163,10 +161,7 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _read(client: S3Client, one: ListedObject) -> bytes:
+def _read(client: S3Client, bucket: str, key: str, etag: str) -> bytes:
     """The listed version's bytes; ObjectChanged where the object is another one by now."""
-    bucket, _, key = one.uri.removeprefix("s3://").partition("/")
-    answer: bytes = client.call(
-        lambda s3: s3.get_object(Bucket=bucket, Key=key, IfMatch=f'"{one.etag}"')["Body"].read()
-    )
-    return answer
+    data: bytes = client.call(lambda s3: s3.get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')["Body"].read())
+    return data

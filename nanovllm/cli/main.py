@@ -41,7 +41,7 @@ from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import run
 from nanovllm.cli.topics import topics_app
-from nanovllm.errors import ConfigurationError, InvalidInput, NanoVLLMError
+from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
@@ -170,6 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             command = error.ctx.command_path if error.ctx else "nanovllm"
             _print_error(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
+        return MISUSE
+    except InvalidRoutes as error:
+        for refusal in error.refusals:
+            _print_error(refusal)
         return MISUSE
     except (ConfigurationError, InvalidInput) as error:
         _print_error(error.in_one_line)

@@ -17,10 +17,11 @@ from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, NanoVLLMError
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
+from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
-    from nanovllm.pipeline.operations.health import Health
+    pass
 
 logger = logging.getLogger("nanovllm.worker")
 
@@ -82,7 +83,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         stack.callback(server.close)
         server.start()
         logger.info("health and metrics on port %d", server.port)
-        ticking = asyncio.create_task(_tick(health), name="tick")
+        ticking = asyncio.create_task(tick(health.tick, TICK_S), name="tick")
         stack.callback(ticking.cancel)
 
         # The probes answer by now: these imports take seconds.
@@ -182,9 +183,3 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         logger.warning("a request to Kafka that was given up has failed: %s", type(error).__name__)
     else:
         loop.default_exception_handler(context)
-
-
-async def _tick(health: Health) -> None:
-    while True:
-        health.tick()
-        await asyncio.sleep(TICK_S)

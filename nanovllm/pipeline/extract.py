@@ -22,6 +22,7 @@ from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
+from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
@@ -118,7 +119,7 @@ async def _extract_all(
             finally:
                 slots.release()
 
-        ticking = asyncio.create_task(_tick(on_tick), name="tick")
+        ticking = asyncio.create_task(tick(on_tick, TICK_S), name="tick")
         try:
             async with asyncio.TaskGroup() as group:
                 for found in documents:
@@ -147,9 +148,3 @@ def _asking(engine: EngineBackend) -> Ask:
             generation.abort()
 
     return ask
-
-
-async def _tick(on_tick: Callable[[], object]) -> None:
-    while True:
-        on_tick()
-        await asyncio.sleep(TICK_S)

@@ -14,6 +14,7 @@ from nanovllm.pipeline.consuming.line_source import LineSource
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
+from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.pipeline.stages.receive import DecodeJob
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
@@ -79,15 +80,9 @@ async def _run(
     async with build.started_parts(settings) as parts:
         worker = build.build_worker(settings, parts, sink, Metrics(), Health(), decode=decode)
         signals.hand_to(worker.stop, has_taken=lambda: worker.has_taken)
-        ticking = asyncio.create_task(_tick(on_tick), name="tick")
+        ticking = asyncio.create_task(tick(on_tick, TICK_S), name="tick")
         try:
             await worker.run(source, exit_when_drained=True)
         finally:
             ticking.cancel()
     return await source.is_drained()
-
-
-async def _tick(on_tick: Callable[[], object]) -> None:
-    while True:
-        on_tick()
-        await asyncio.sleep(TICK_S)
