@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nanovllm.settings.admission import AdmissionSettings
 from nanovllm.settings.base import MAX_TOPIC_CHARS, SettingsModel
+from nanovllm.settings.documents import DocumentSettings
 from nanovllm.settings.engine import EngineSettings, SamplingSettings
 from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
 from nanovllm.settings.images import ImageSettings, ReuseSettings
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
+    documents: DocumentSettings = DocumentSettings()
     reuse: ReuseSettings = ReuseSettings()
     admission: AdmissionSettings = AdmissionSettings()
     tenants: TenantSettings = TenantSettings()
@@ -81,7 +83,7 @@ class Settings(BaseSettings):
         if self.retries.delays_s and self.admission.per_key_order:
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
         self._check_topics()
-        if self.max_admitted_jobs < len(self.topics.job_topics):
+        if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
             raise ValueError("admission.max_jobs must have a place for each of topics.lanes and for topics.jobs")
         rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
         if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
@@ -99,7 +101,7 @@ class Settings(BaseSettings):
         """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
         topics, delays_s = self.topics, self.retries.delays_s
         uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
-        uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in topics.job_topics for delay_s in delays_s]
+        uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in self.consumed_topics for delay_s in delays_s]
         uses += [
             (getattr(topics, name), f"topics.{name}")
             for name in ("results", "metrics", "dead_letters", "events", "in_flight", "replayed")
@@ -112,6 +114,12 @@ class Settings(BaseSettings):
             if name in first:
                 raise ValueError(f"{first[name]} and {use} name the same topic {name}; give each its own")
             first[name] = use
+
+    @property
+    def consumed_topics(self) -> dict[str, int]:
+        """The topics of jobs, and that of events where there are routes, with their priorities."""
+        events = {} if self.documents.routes is None else {self.topics.events: 0}
+        return {**self.topics.job_topics, **events}
 
     @property
     def max_admitted_jobs(self) -> int:

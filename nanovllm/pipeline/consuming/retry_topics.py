@@ -55,25 +55,25 @@ class Origin:
 class RetryTopics:
     """The retry topics of each topic of jobs, in the order in which a job goes through them; none without delays.
 
-    ``job_topics``: their priorities, by topic.
+    ``topics``: the priorities of topics of jobs and events.
     """
 
-    def __init__(self, job_topics: Mapping[str, int], delays_s: Sequence[int]) -> None:
+    def __init__(self, topics: Mapping[str, int], delays_s: Sequence[int]) -> None:
         self.delays_s: dict[str, int] = {}
         """Seconds that a record waits, by retry topic."""
         self.lanes: dict[str, int] = {}
         """The priority of every topic that jobs are read from: a lane is a topic of jobs with its retry topics."""
         self._next: dict[str, str] = {}
-        for jobs, priority in job_topics.items():
-            retry_topics = {retry_topic(jobs, delay_s): delay_s for delay_s in delays_s}
+        for topic, priority in topics.items():
+            retry_topics = {retry_topic(topic, delay_s): delay_s for delay_s in delays_s}
             self.delays_s |= retry_topics
-            self.lanes |= dict.fromkeys([jobs, *retry_topics], priority)
-            self._next |= dict(zip([jobs, *retry_topics], retry_topics, strict=False))
+            self.lanes |= dict.fromkeys([topic, *retry_topics], priority)
+            self._next |= dict(zip([topic, *retry_topics], retry_topics, strict=False))
 
     @classmethod
     def of(cls, settings: Settings) -> RetryTopics:
         """Those that ``settings`` ask for."""
-        return cls(settings.topics.job_topics, settings.retries.delays_s)
+        return cls(settings.consumed_topics, settings.retries.delays_s)
 
     def topic_after(self, topic: str, *, before: datetime | None) -> str | None:
         """Where a job from ``topic`` waits next; None after the last tier, or when it would be due after ``before``."""
