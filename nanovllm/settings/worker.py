@@ -99,9 +99,10 @@ class Settings(BaseSettings):
 
     def _check_topics(self) -> None:
         """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
-        topics, delays_s = self.topics, self.retries.delays_s
+        topics = self.topics
+        retry_topics = [retry_topic(name, delay_s) for name in self.consumed_topics for delay_s in self.retries.delays_s]
         uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
-        uses += [(retry_topic(jobs, delay_s), "retries.delays_s") for jobs in self.consumed_topics for delay_s in delays_s]
+        uses += [(name, "retries.delays_s") for name in retry_topics]
         uses += [
             (getattr(topics, name), f"topics.{name}")
             for name in ("results", "metrics", "dead_letters", "events", "in_flight", "replayed")
