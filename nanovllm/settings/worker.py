@@ -100,7 +100,9 @@ class Settings(BaseSettings):
     def _check_topics(self) -> None:
         """Each topic has one use: a worker that writes dead letters or results where it reads jobs answers itself."""
         topics = self.topics
-        retry_topics = [retry_topic(name, delay_s) for name in self.consumed_topics for delay_s in self.retries.delays_s]
+        retry_topics = [
+            retry_topic(name, delay_s) for name in self.consumed_topics for delay_s in self.retries.delays_s
+        ]
         uses = [(topics.jobs, "topics.jobs"), *((name, "topics.lanes") for name in topics.lanes)]
         uses += [(name, "retries.delays_s") for name in retry_topics]
         uses += [
