@@ -94,10 +94,12 @@ class Routes:
 
     def needs_head(self, bucket: str, key: str) -> bool:
         """Whether content type or size decide on this object: a HEAD request tells both, an event only the size."""
-        matches = (
-            one.route.match for one in self.entries if bucket in one.route.match.bucket and one.keys.matches(key)
-        )
+        matches = (route.match for route in self.candidates(bucket, key))
         return any(match.content_type or match.min_bytes or match.max_bytes for match in matches)
+
+    def candidates(self, bucket: str, key: str) -> list[Route]:
+        """The routes that take this object, as far as its name decides."""
+        return [one.route for one in self.entries if bucket in one.route.match.bucket and one.keys.matches(key)]
 
     def refusal(self, entry: RouteEntry, why: str, *place: str | int) -> str:
         """One line that names file, line and route; ``place``: names that lead from the route to what is wrong."""

@@ -26,11 +26,11 @@ class Fetch:
     def __init__(
         self,
         images: ImageCache,
+        *,
         breaker: CircuitBreaker,
         holds: BucketHolds,
         retry: Retry,
         engine: EngineBackend,
-        *,
         max_attempts: int,
         max_bytes: int,
         shares: FetchShares | None,

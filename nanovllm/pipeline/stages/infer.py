@@ -63,17 +63,21 @@ class CallEngine:
 
 
 class GuardCrashes:
-    """Records each job in ``topics.in_flight`` before the engine starts it; suspects of a crash run alone."""
+    """Records each job in ``topics.in_flight`` before the engine starts it; suspects of a crash run alone.
 
-    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry) -> None:
+    ``is_whole`` False: the requests are parts of jobs, such as pages of documents.
+    """
+
+    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry, *, is_whole: bool = True) -> None:
         self._infer = infer
         self._guard = guard
         self._retry = retry
+        self._is_whole = is_whole
 
     async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``. Raises CrashedWorker where the job has ended as many workers as are allowed."""
         record = admitted.context.record
-        async with self._guard.enter(record):
+        async with self._guard.enter(record, is_whole=self._is_whole):
             await self._retry(lambda: self._guard.recorded(record), "kafka producer", admitted.context.progress)
             return await self._infer(request, admitted)
 

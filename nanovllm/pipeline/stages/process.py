@@ -14,7 +14,7 @@ from nanovllm.pipeline.stages.context import Inference, JobContext, Outcome
 from nanovllm.pipeline.stages.image_errors import naming_image
 from nanovllm.pipeline.stages.infer import Infer, request_of
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord, InvalidRecords
-from nanovllm.pipeline.stages.receive import Received
+from nanovllm.pipeline.stages.receive import Received, ReceivedEvents
 from nanovllm.vision.images.preprocess import PreparedImage
 
 
@@ -26,7 +26,7 @@ class Stages:
     that the brokers acknowledged.
     """
 
-    receive: Callable[[ConsumedRecord], Awaitable[Received | InvalidRecord]]
+    receive: Callable[[ConsumedRecord], Awaitable[Received | ReceivedEvents | InvalidRecord]]
     invalid_records: InvalidRecords
     admit: Callable[[Job, JobContext, Reservation], Awaitable[AdmittedJob]]
     fetch: Callable[[AdmittedJob], Awaitable[list[FetchedImage]]]
