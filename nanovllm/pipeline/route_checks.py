@@ -137,7 +137,7 @@ def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
 def check_settings(routes: Routes, settings: Settings) -> Iterator[str]:
     """What of the routes contradicts the settings: topics with another use, objects that may not be read, loops."""
     topics = settings.topics
-    taken = {topics.metrics, topics.dead_letters, topics.in_flight, topics.replayed}
+    taken = {topics.metrics, topics.dead_letters, topics.events, topics.in_flight, topics.replayed}
     taken |= set(build.RetryTopics.of(settings).lanes)
     for entry in routes.entries:
         for name in ("result_topic", "review_topic"):

@@ -99,6 +99,12 @@ class Routes:
         )
         return any(match.content_type or match.min_bytes or match.max_bytes for match in matches)
 
+    @property
+    def topics(self) -> list[str]:
+        """The topics that routes name for their records, each once."""
+        named = (topic for one in self.entries for topic in (one.route.result_topic, one.route.review_topic))
+        return list(dict.fromkeys(topic for topic in named if topic is not None))
+
     def refusal(self, entry: RouteEntry, why: str, *place: str | int) -> str:
         """One line that names file, line and route; ``place``: names that lead from the route to what is wrong."""
         return self.source.refusal((*entry.place, *place), f"route {entry.route.name}: {why}")
