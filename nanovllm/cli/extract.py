@@ -14,6 +14,7 @@ import typer
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
+from nanovllm.cli.routes import named_entry
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.cli.sending import listing_of
 from nanovllm.errors import InvalidInput, NanoVLLMError, counted
@@ -24,7 +25,7 @@ from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.jsonl import JsonLinesSink
-from nanovllm.terminal import long_work, plain, print_json
+from nanovllm.terminal import long_work, print_json
 
 DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
 
@@ -53,7 +54,7 @@ def extract(
     require("documents", "pypdfium2", "jsonschema_rs")
     settings = engine_settings(config, model)
     routes = load_routes(routes_file)
-    forced = _named(routes, route) if route else None
+    forced = named_entry(routes, route).route if route else None
     require_engine(settings)
     from nanovllm.messages.document_record import DocumentRecord
     from nanovllm.pipeline.extract import FoundDocument, extract_documents
@@ -112,13 +113,6 @@ def extract(
 
 def _listed(counts: Counter[str]) -> str:
     return f" ({', '.join(f'{number} {name}' for name, number in counts.most_common())})" if counts else ""
-
-
-def _named(routes: Routes, name: str) -> Route:
-    found = {entry.route.name: entry.route for entry in routes.entries}
-    if name not in found:
-        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
-    return found[name]
 
 
 def _find(source: str, routes: Routes, forced: Route | None, settings: Settings) -> Iterator[Any]:

@@ -72,6 +72,14 @@ def routes_check(
     print_table(COLUMNS, rows, as_json=as_json)
 
 
+def named_entry(routes: Routes, name: str) -> RouteEntry:
+    """The route that ``--route`` names. Raises InvalidInput: there is none."""
+    found = {entry.route.name: entry for entry in routes.entries}
+    if name not in found:
+        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
+    return found[name]
+
+
 def _points(page: str) -> Points:
     if page.lower() in _PAPERS:
         return _PAPERS[page.lower()]
