@@ -15,6 +15,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from helm_python import parse_set_file
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
@@ -393,6 +394,11 @@ def test_the_worker_finds_the_routes_and_the_files_that_they_name(render: Render
     ]
 
 
+def test_routes_are_given_as_files_on_the_command_line() -> None:
+    schema = rf"routes.files.receipt\.schema\.json={EXAMPLES / 'receipt.schema.json'}"
+    assert parse_set_file(f"routes.file={EXAMPLES / 'routes.yaml'},{schema}") == {"routes": ROUTES}
+
+
 def test_routes_made_elsewhere_are_mounted_as_they_are(render: Render) -> None:
     objects = render(VALUES["routes_elsewhere"])
     assert "RoutesConfigMap" not in objects
@@ -478,6 +484,24 @@ def test_an_authentication_made_elsewhere_is_used_as_it_is(render: Render) -> No
     (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
     assert trigger["authenticationRef"] == reference
     assert "TriggerAuthentication" not in objects
+
+
+def test_the_examples_bridge_has_settings_and_logins_of_the_examples_workers(chart_path: Path, render: Render) -> None:
+    account, bridge = yaml.safe_load_all((EXAMPLES / "bridge.yaml").read_text(encoding="utf-8"))
+    for one in (account, bridge):
+        for version in ("1.27", "1.35"):
+            kubernetes_validate.validate(one, version, strict=True)
+    texts = Chart.load(chart_path).render(VALUES["example"], name="nanovllm", namespace="vision")
+    settings = yaml.safe_load(texts["nanovllm/templates/configmap.yaml"])["metadata"]["name"]
+    container, worker = container_of({"Deployment": bridge}), container_of(render(VALUES["example"]))
+    assert container["envFrom"] == [{"configMapRef": {"name": settings}}]
+    kafka = [one for one in worker["env"] if one["name"].startswith("NANOVLLM_KAFKA__")]
+    assert container["env"] == kafka
+    assert container["securityContext"] == worker["securityContext"]
+    assert container["image"] == worker["image"]
+    assert [one["secret"]["secretName"] for one in pod_of({"Deployment": bridge})["volumes"] if "secret" in one] == [
+        VALUES["example"]["kafka"]["tls"]["existingSecret"]
+    ]
 
 
 def test_limits_carry_memory_and_accelerators(render: Render) -> None:
