@@ -15,6 +15,7 @@ import typer
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
+from nanovllm.cli.routes import named_entry
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.cli.sending import MAX_ASKED, listing_of
 from nanovllm.errors import InvalidInput, NanoVLLMError, ObjectNotFound, PermanentError, counted
@@ -26,6 +27,7 @@ from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.sinks.sidecar import head_or_none
 from nanovllm.terminal import long_work, plain, print_json
 
 DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
@@ -59,7 +61,7 @@ def extract(
     require("documents", "pypdfium2", "jsonschema_rs")
     settings = engine_settings(config, model)
     routes = load_routes(routes_file)
-    forced = _named(routes, route) if route else None
+    forced = named_entry(routes, route).route if route else None
     require_engine(settings)
     from nanovllm.messages.document_record import DocumentRecord
     from nanovllm.pipeline.extract import FoundDocument, extract_documents
@@ -120,13 +122,6 @@ def _listed(counts: Counter[str]) -> str:
     return f" ({', '.join(f'{number} {name}' for name, number in counts.most_common())})" if counts else ""
 
 
-def _named(routes: Routes, name: str) -> Route:
-    found = {entry.route.name: entry.route for entry in routes.entries}
-    if name not in found:
-        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
-    return found[name]
-
-
 def _find(
     source: str, routes: Routes, forced: Route | None, settings: Settings, inventory: str | None
 ) -> Iterator[Any]:
@@ -154,17 +149,27 @@ def _find(
     else:
         objects = _as_they_are(client, list_inventory(client, read_manifest(client, inventory), pattern))
     left_out = 0
-    for one in objects:
-        bucket, key = split_s3_uri(one.uri) or ("", "")
-        route = forced or routes.route_of(bucket, key, None, one.size)
-        if route is None:
-            left_out += 1
-            continue
-        yield FoundDocument(
-            DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, bucket, key, one.etag)
-        )
+    with ThreadPoolExecutor(MAX_ASKED) as pool:
+        for one, route in pool.map(lambda one: (one, forced or _route_of(client, routes, one)), objects):
+            if route is None:
+                left_out += 1
+                continue
+            bucket, key = split_s3_uri(one.uri) or ("", "")
+            yield FoundDocument(
+                DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, bucket, key, one.etag)
+            )
     if left_out:
         print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
+
+
+def _route_of(client: S3Client, routes: Routes, one: ListedObject) -> Route | None:
+    """The route that takes a listed object; its content type is asked for where that decides."""
+    bucket, key = split_s3_uri(one.uri) or ("", "")
+    content_type = None
+    if routes.needs_head(bucket, key):
+        answer = client.call(lambda s3: head_or_none(s3, bucket, key)) or {}
+        content_type = answer.get("ContentType")
+    return routes.route_of(bucket, key, content_type, one.size)
 
 
 def _as_they_are(client: S3Client, listed: Iterable[ListedObject]) -> Iterator[ListedObject]:

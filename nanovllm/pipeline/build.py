@@ -31,7 +31,6 @@ from nanovllm.pipeline.build_documents import (
     build_event_stages,
     check_extra,
     document_limits,
-    route_topics,
     worker_routes,
 )
 from nanovllm.pipeline.consuming.assignments import Assignments
@@ -259,8 +258,14 @@ def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | No
 
 def written_topics(settings: Settings) -> list[str]:
     """The topics that a worker writes results, metrics, dead letters and delayed retries to. Raises InvalidRoutes."""
-    topics, of_routes = settings.topics, route_topics(worker_routes(settings))
-    written = [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *of_routes]
+    topics, routes = settings.topics, worker_routes(settings)
+    written = [
+        topics.results,
+        topics.metrics,
+        topics.dead_letters,
+        *topics.reply_to,
+        *(routes.topics if routes else []),
+    ]
     return list(dict.fromkeys([*written, *RetryTopics.of(settings).delays_s]))
 
 

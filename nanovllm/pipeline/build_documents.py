@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
@@ -74,13 +74,6 @@ def worker_routes(settings: Settings) -> Routes | None:
     return None if path is None else load_routes(path)
 
 
-def route_topics(routes: Routes | None) -> list[str]:
-    """The topics that records go to beside ``topics.results``."""
-    every = [entry.route for entry in routes.entries] if routes else []
-    found = [topic for route in every for topic in (route.result_topic, route.review_topic) if topic is not None]
-    return list(dict.fromkeys(found))
-
-
 def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts) -> EventStages:
     """The stages of events.
 
@@ -104,7 +97,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         for entry in routes.entries
     }
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
-    fetcher = parts.fetcher.for_documents(settings.documents.max_bytes, _buckets(routes))
+    fetcher = parts.fetcher.for_documents(settings.documents.max_bytes, routes.buckets)
     documents = ImageCache(WatchedFetcher(fetcher, parts.holds), None, engine.find_image, parts.metrics, max_bytes=0)
     sidecars = Sidecars(client.call, is_newer_version)
     store = None
@@ -157,7 +150,3 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
 
 def _kept(store: PageStore, parts: DocumentParts, ask: Ask, tenant: str) -> KeepOutputs:
     return KeepOutputs(ask, store, parts.engine.model_info, tenant=tenant)
-
-
-def _buckets(routes: Routes) -> Sequence[str]:
-    return sorted({bucket for entry in routes.entries for bucket in entry.route.match.bucket})

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -20,6 +21,7 @@ from nanovllm.errors import InvalidInput
 from nanovllm.objects.inventory import list_inventory, read_manifest
 from nanovllm.objects.listing import ListedObject, ObjectPattern, list_objects
 from nanovllm.objects.s3_client import S3Client
+from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.sinks.sidecar import Sidecar, SidecarMetadata, SourceVersion, sidecar_uri
@@ -222,9 +224,84 @@ def test_the_command_checks_submits_and_is_complete_afterwards(
     assert main(["reconcile", f"s3://{bucket}/in", "--route-digest", "r2", "--check"]) == 1
 
 
+ROUTES = """
+routes:
+- name: letters
+  match: {bucket: BUCKET, key: "in/**", exclude: "**/*.txt", content_type: application/pdf, min_bytes: 3}
+  prompt: Who writes?
+  sidecar: {place: "s3://BUCKET/records/{key}.json"}
+- {name: silent, prompt: "Who writes?", match: {bucket: BUCKET, key: "out/**"}}
+"""
+
+
+def test_objects_of_one_route_are_compared_with_the_records_that_it_makes(
+    store: S3Part,
+    embedded_broker: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    topic = unique_name("events")
+    asyncio.run(create_topic(embedded_broker, topic, partitions=1))
+    bucket = store.make_bucket()
+    routes = tmp_path / "routes.yaml"
+    routes.write_text(ROUTES.replace("BUCKET", bucket))
+    (letters, _) = (entry.route for entry in load_routes(routes).entries)
+    assert letters.sidecar is not None
+    for name, content_type in (
+        *((name, "application/pdf") for name in ("a.pdf", "b.pdf", "c.pdf", "note.txt")),
+        ("picture", "image/png"),
+    ):
+        store.client.put_object(Bucket=bucket, Key=f"in/{name}", Body=b"text", ContentType=content_type)
+    store.client.put_object(Bucket=bucket, Key="in/small", Body=b"2b", ContentType="application/pdf")
+    record(store, bucket, "in/a.pdf", template=letters.sidecar.template, route=letters.digest)
+    record(store, bucket, "in/b.pdf", template=letters.sidecar.template, route="another")
+
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", store.endpoint_url)
+    monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("NANOVLLM_TOPICS__EVENTS", topic)
+    compare = ["reconcile", f"s3://{bucket}", "--route", "letters"]
+    assert main([*compare, "--routes", str(routes), "--check", "--json"]) == 1
+    *rows, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["uri"].rpartition("/")[2]: row["state"] for row in rows} == {"b.pdf": "other_route", "c.pdf": "missing"}
+    counts = {"complete": 1, "other_route": 1, "missing": 1, "not_taken": 2, "submitted": 0}
+    assert {name: number for name, number in summary["summary"].items() if number or name in counts} == counts
+
+    # The routes and the topic are those of the worker's settings.
+    monkeypatch.setenv("NANOVLLM_DOCUMENTS__ROUTES", str(routes))
+    assert main(compare) == 0
+    assert "2 submitted" in capsys.readouterr().err
+    assert asyncio.run(events_of(embedded_broker, topic, 2)) == ["in/b.pdf", "in/c.pdf"]
+    for key in ("in/b.pdf", "in/c.pdf"):
+        record(store, bucket, key, template=letters.sidecar.template, route=letters.digest)
+    assert main([*compare, "--check"]) == 0
+
+    for objects, options, message in (
+        (f"s3://{bucket}/out", ["--route", "letters", "--check"], "names no object that route letters takes"),
+        (f"s3://{bucket}/in/pict*", ["--route", "letters", "--check"], "names no object that route letters takes"),
+        (f"s3://{bucket}", ["--route", "silent"], "route silent has no sidecar"),
+        (f"s3://{bucket}", ["--route", "others"], "--route others is none of letters, silent"),
+        (f"s3://{bucket}", ["--routes", str(routes)], "--routes needs --route"),
+        (f"s3://{bucket}", ["--route", "letters", "--sidecars", BESIDE], "leave out --sidecars"),
+    ):
+        assert main(["reconcile", objects, *options]) == MISUSE
+        assert message in " ".join(capsys.readouterr().err.split())
+    monkeypatch.delenv("NANOVLLM_DOCUMENTS__ROUTES")
+    assert main([*compare, "--check"]) == MISUSE
+    assert "--routes" in capsys.readouterr().err
+
+
+def test_an_object_that_the_route_does_not_take_needs_no_place(s3: S3Part) -> None:
+    long = "in/" + "x" * 240 + "/" + "y" * 240
+    bucket = put_sources(s3, [long])
+    template = f"s3://{bucket}/" + "p/" * 300 + "{key}.json"
+    assert states(s3, bucket, template=template, takes=lambda *known: False) == {}
+    assert states(s3, bucket, template=template, takes=lambda *known: True) == {long: "no_place"}
+
+
 def test_misuse_of_the_command_is_named(s3: S3Part, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["s3://bucket/in"], "--topic"),
         (["bucket/in", "--check"], "s3://bucket/prefix"),
         (["s3://bucket/in", "--check", "--sidecars", "s3://out/record.json"], "{key}"),
     ):

@@ -129,5 +129,5 @@ def document_metrics(record: DocumentRecord, elapsed_s: float) -> JobMetrics:
         prepare_time_ms=round(times.render, 3),
         encode_time_ms=round(times.encode, 3),
         engine_seconds_spent=round(max(0.0, times.generation - times.queue) / 1000, 6),
-        engine_seconds_saved=round(getattr(times, "saved", 0.0) / 1000, 6),
+        engine_seconds_saved=round(times.saved / 1000, 6),
     )

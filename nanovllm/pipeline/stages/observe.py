@@ -40,6 +40,7 @@ def observe_event(metrics: Metrics, health: Health, outcome: Outcome, context: J
         for page in outcome.record.pages:
             source = "reused" if page.reused else page.source or "none"
             metrics.pages.labels(page.status, source).inc()
+        metrics.engine_seconds_saved.inc(outcome.record.timings_ms.saved / 1000)
 
 
 def observe_inference(metrics: Metrics, output: RequestOutput) -> None:

@@ -89,7 +89,8 @@ class Publish:
         outcomes = list(ended)
         context = outcomes[0][1]
         with context.progress.stage("publish"):
-            while records := [record for outcome, _ in outcomes for record in outcome.records]:
+            while True:
+                records = [record for outcome, _ in outcomes for record in outcome.records]
                 try:
                     await self._send(records, context, reservation)
                     break
@@ -106,7 +107,7 @@ class Publish:
             for number, (outcome, _) in enumerate(outcomes)
             if not isinstance(outcome, DeadLettered)
         }
-        if not sizes:
+        if not any(sizes.values()):
             raise error
         largest = max(sizes, key=sizes.__getitem__)
         context = outcomes[largest][1]
@@ -116,9 +117,12 @@ class Publish:
     async def _send(self, records: Sequence[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
         record, transactions = context.record, context.record.transactions
         await self._sink.check(records)
+        if transactions is None and not records:
+            return
         if transactions is None:
             await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return
-        # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
+        # It may wait for the transactions of lower offsets: others may have its slot meanwhile. The same without records:
+        # the outputs above its offset wait for it.
         reservation.release_slot(sum(one.size_bytes for one in records))
         await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)
