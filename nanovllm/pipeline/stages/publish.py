@@ -122,7 +122,7 @@ class Publish:
         if transactions is None:
             await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return
-        # It may wait for the transactions of lower offsets: others may have its slot meanwhile. The same without records:
-        # the outputs above its offset wait for it.
+        # It may wait for the transactions of lower offsets: others may have its slot meanwhile. Outputs above its
+        # offset wait for this one, also where it has no records.
         reservation.release_slot(sum(one.size_bytes for one in records))
         await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)
