@@ -1,7 +1,7 @@
 """Documents of the demo: PDFs of receipts with their exact truth, the routes that take them, and what one shares.
 
-The first is a scan of four pages. The second repeats the last of them, and its other page has recognised text under the
-picture, as many scanners add it: values have evidence there. The third was written by a program: its text needs no model.
+The first is a scan of four pages. The second repeats the last of them, and its other page has recognised text beside
+its picture, as scanners add it: values have evidence there. The third was written by a program, and needs no model.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class StageLatency:
 class Outcome:
     """One run.
 
-    ``results`` by job_id; ``dead_letters`` are those of jobs; ``worker_exit`` is None while the worker was left running,
-    ``documents`` in a run without them.
+    ``results`` by job_id; ``dead_letters`` are those of jobs; ``worker_exit`` is None while the worker is left
+    running, ``documents`` in a run without them.
     """
 
     demo: DemoSet

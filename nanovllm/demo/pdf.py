@@ -1,4 +1,4 @@
-"""PDFs of pictures and lines of text: as a scanner makes them, with or without recognised text, or as a program does."""
+"""PDFs of pictures and lines of text: as scanners make them, with recognised text or without, and as programs do."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def _file(objects: Sequence[bytes]) -> bytes:
         places.append(len(written))
         written += b"%d 0 obj\n%b\nendobj\n" % (number, content)
     table = "".join(f"{place:010d} 00000 n \n" for place in places)
-    return bytes(written) + (
-        f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}"
-        f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(written)}\n%%EOF\n"
-    ).encode()
+    return (
+        bytes(written)
+        + (
+            f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}"
+            f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(written)}\n%%EOF\n"
+        ).encode()
+    )

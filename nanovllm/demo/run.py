@@ -25,7 +25,7 @@ from nanovllm.client.results import ResultReader
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import HOST, LocalProcess, free_port
 from nanovllm.demo.document_outcome import DocumentOutcome, DocumentSummary
-from nanovllm.demo.documents import DemoDocuments, demo_documents, write_routes
+from nanovllm.demo.documents import PREFIX, SCANS, DemoDocuments, demo_documents, write_routes
 from nanovllm.demo.extract import DocumentsAtWork
 from nanovllm.demo.jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
 from nanovllm.demo.object_store import CREDENTIALS, EmbeddedObjectStore
@@ -130,14 +130,14 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         done(f"{demo.distinct_images} different pictures, one image broken, one message malformed")
 
     results, dead_letters = await _collect(demo, kafka, worker)
-    extracted = None
+    answered, extracted = time.monotonic(), None
     if documents is not None:
         extracted = await _extract(documents, DocumentsAtWork(store, kafka, TOPICS, worker, port), console)
         if not worker.is_running:
             raise _ended_early(worker)
     with _step(console, "Writing the report" if keep else "Ending the worker, writing the report"):
         worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
-        outcome = Outcome(demo, results, dead_letters, time.monotonic() - started, worker_exit, extracted)
+        outcome = Outcome(demo, results, dead_letters, answered - started, worker_exit, extracted)
         outcome.write(output)
         (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
@@ -277,16 +277,28 @@ def _show(outcome: Outcome, output: Path, console: Console) -> None:
 
 def _show_documents(summary: DocumentSummary, console: Console) -> None:
     asked = summary.pages - summary.pages_reused - summary.pages_from_text
+    right = f"{summary.values_exact} of {summary.values}"
     _print_line(
-        f"  Documents: {summary.documents} PDFs; of {summary.pages} pages the model read {asked}, "
-        f"{summary.pages_reused} was known, {summary.pages_from_text} had text",
-        console,
+        f"  Documents: {summary.documents}, with records: {summary.records}; values exactly right: {right}", console
     )
     _print_line(
-        f"  Records: {summary.records}, values right: {summary.values_exact} of {summary.values}; "
-        f"of {summary.events} events {summary.events_skipped} was a repeat",
+        f"  Pages: {summary.pages} (the model read {asked}, reused: {summary.pages_reused}, "
+        f"from their own text: {summary.pages_from_text})",
         console,
     )
+    _print_line(f"  Events: {summary.events}, skipped as known: {summary.events_skipped}", console)
+
+
+def _document_lines(settings: Mapping[str, str], command: str) -> list[str]:
+    if "NANOVLLM_DOCUMENTS__ROUTES" not in settings:
+        return []
+    routes = shlex.quote(settings["NANOVLLM_DOCUMENTS__ROUTES"])
+    objects = f"s3://{BUCKET}/{PREFIX}/{SCANS}/"
+    return [
+        f"{command} routes check {routes}",
+        f"{command} reconcile {objects} --route {SCANS} --check",
+        f"{command} extract {objects} --routes {routes} --route {SCANS} -o records.jsonl",
+    ]
 
 
 def _program() -> str:
@@ -325,6 +337,7 @@ async def _wait_for_the_end(settings: Mapping[str, str], worker: LocalProcess, c
         f"{command} submit --wait --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
         f"{command} submit --wait --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
         f"{command} results --from-beginning",
+        *_document_lines(settings, command),
     ):
         console.print(Text(line), soft_wrap=True)
     console.print("\nCtrl-C ends it.")
