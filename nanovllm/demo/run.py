@@ -25,7 +25,7 @@ from nanovllm.client.results import ResultReader
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import HOST, LocalProcess, free_port
 from nanovllm.demo.document_outcome import DocumentOutcome, DocumentSummary
-from nanovllm.demo.documents import PREFIX, SCANS, DemoDocuments, demo_documents, write_routes
+from nanovllm.demo.documents import LETTERS, PREFIX, SCANS, DemoDocuments, demo_documents, write_routes
 from nanovllm.demo.extract import DocumentsAtWork
 from nanovllm.demo.jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
 from nanovllm.demo.object_store import CREDENTIALS, EmbeddedObjectStore
@@ -297,7 +297,7 @@ def _document_lines(settings: Mapping[str, str], command: str) -> list[str]:
     return [
         f"{command} routes check {routes}",
         f"{command} reconcile {objects} --route {SCANS} --check",
-        f"{command} extract {objects} --routes {routes} --route {SCANS} -o records.jsonl",
+        f"{command} extract YOUR.pdf --routes {routes} --route {LETTERS} -o records.jsonl",
     ]
 
 
