@@ -253,6 +253,10 @@ class Route(SettingsModel):
         """The prompt with the place of its page."""
         return self.prompt if IMAGE_PLACEHOLDER in self.prompt else f"{self.prompt} {IMAGE_PLACEHOLDER}"
 
+    def prompt_of(self, pictures: int) -> str:
+        """The prompt with the places of so many pages, one after the other."""
+        return self.page_prompt.replace(IMAGE_PLACEHOLDER, pictures * IMAGE_PLACEHOLDER)
+
     @property
     def job_sampling(self) -> dict[str, Any]:
         """The ``sampling`` of a job of this route."""

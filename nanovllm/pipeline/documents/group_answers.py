@@ -164,10 +164,10 @@ class GroupReader(PageReader):
         """
         if len(pages) == 1:
             return self._prompt(pages[0])
-        prompt, texts = self._route.page_prompt, [self._own_text(page) for page in pages]
+        texts = [self._own_text(page) for page in pages]
         if not any(texts):
-            return prompt.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * len(_images(pages)))
-        parts = [prompt.replace(IMAGE_PLACEHOLDER, "").strip(), TEXTS_ARE_DATA]
+            return self._route.prompt_of(len(_images(pages)))
+        parts = [self._route.prompt_of(0).strip(), TEXTS_ARE_DATA]
         for page, text in zip(pages, texts, strict=True):
             picture = "" if page.image is None else IMAGE_PLACEHOLDER
             parts += [part for part in (f"Page {page.number}:", picture, text) if part]

@@ -213,9 +213,7 @@ class PageReader:
         )
 
     def _prompt(self, work: PageWork) -> str:
-        prompt = self._route.page_prompt
-        if work.is_read:
-            prompt = prompt.replace(IMAGE_PLACEHOLDER, "").strip()
+        prompt = self._route.prompt_of(0).strip() if work.is_read else self._route.page_prompt
         text = self._own_text(work)
         return f"{prompt}\n\n{TEXT_IS_DATA}\n\n{text}" if text else prompt
 
