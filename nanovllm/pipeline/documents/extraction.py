@@ -115,7 +115,8 @@ class Extraction:
         answers = await self._answer(data, info, numbers, ask, tenant)
         self._check_budget(answers)
         merging = time.monotonic()
-        texts = {one.number: one.layer or ("" if one.has_value else one.text) for one in answers}
+        # What a model wrote is a page's text where it was asked for that: no value may stand in its own answer.
+        texts = {one.number: one.layer or ("" if self._schema else one.text) for one in answers}
         suspicious = {number: suspicious_spans(text) for number, text in texts.items()}
         value, fields, conflicts, validation = await asyncio.to_thread(self._merge, answers, texts, suspicious)
         job_id = source.job_id(self._route)
