@@ -167,6 +167,25 @@ async def test_a_prompt_has_as_many_pages_as_fit_in_their_order(
 
 
 @planted
+@pytest.mark.parametrize("most", [2, 5, 7, 12, 24])
+async def test_no_page_of_a_long_document_is_left_out_or_too_early_in_the_next_prompt(
+    decoders: DecoderPool, most: int
+) -> None:
+    counted: list[int] = []
+
+    async def fits(request: Request) -> bool:
+        counted.append(len(request.images))
+        return len(request.images) <= most
+
+    script = Script()
+    record = await extracted(decoders, many_pages_pdf(25), script, fits=fits)
+    pages = list(range(1, 26))
+    assert sorted(script.groups) == [pages[start : start + most] for start in range(0, 25, most)]
+    assert [page.number for page in record.pages] == pages
+    assert len(counted) <= 11 * len(script.groups), "not one for each page"
+
+
+@planted
 async def test_the_engine_is_asked_for_what_would_be_sent(decoders: DecoderPool) -> None:
     measured: list[Request] = []
 

@@ -85,22 +85,38 @@ class GroupReader(PageReader):
         async with asyncio.TaskGroup() as tasks:
             pages = [_Page(data, info, number, ask, tenant) for number in numbers]
             readings = [tasks.create_task(read(page)) for page in pages]
-            group: list[_Page] = []
+            waiting: list[_Page] = []
+            known = 0  # how many of them fit together
             for page, reading in zip(pages, readings, strict=True):
                 unasked = await reading
                 ahead.release()
                 if unasked is not None:
                     found[page.number] = unasked
-                    continue
-                if group and not await self._takes([*group, page], self._steps[0]):
+                else:
+                    waiting.append(page)
+                is_last = page is pages[-1]
+                # Counted anew when there are half as many again: counts for each page would read all text many times.
+                while len(waiting) > known + known // 2 or (waiting and is_last):
+                    taken = await self._num_taken(waiting, known)
+                    if taken == len(waiting) and not is_last:
+                        known = taken
+                        break
                     await slots.acquire()
-                    tasks.create_task(answer(group))
-                    group = []
-                group.append(page)
-            if group:
-                await slots.acquire()
-                tasks.create_task(answer(group))
+                    tasks.create_task(answer(waiting[:taken]))
+                    waiting, known = waiting[taken:], 0
         return [found[number] for number in numbers]
+
+    async def _num_taken(self, pages: Sequence[_Page], known: int) -> int:
+        """How many of ``pages`` the engine takes in one request, from the first on; one at least, ``known`` fit."""
+        fit, too_many = max(1, known), len(pages) + 1
+        attempt = len(pages)
+        while too_many - fit > 1:
+            if await self._takes(pages[:attempt], self._steps[0]):
+                fit = attempt
+            else:
+                too_many = attempt
+            attempt = (fit + too_many) // 2
+        return fit
 
     async def _read(self, page: _Page) -> PageAnswer | None:
         """The answer of a page that is in no request; None for others, whose picture is there then."""
