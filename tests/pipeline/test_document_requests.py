@@ -163,6 +163,9 @@ async def test_a_prompt_has_as_many_pages_as_fit_in_their_order(
     assert [one.prompt for one in script.requests] == ["Read: " + "<|image|>" * len(group) for group in groups]
     assert [page.number for page in record.pages] == list(range(1, pages + 1))
     assert {(page.status, page.source, page.attempts) for page in record.pages} == {("ok", "model", 1)}
+    firsts = [page.number for page in record.pages if page.asked_with is None]
+    assert firsts == [group[0] for group in groups]
+    assert [page.asked_with or page.number for page in record.pages] == [group[0] for group in groups for _ in group]
     assert (record.status, record.value) == ("complete", {"award": "ten"})
 
 
@@ -266,6 +269,16 @@ async def test_without_a_schema_clean_pages_are_in_no_request(decoders: DecoderP
     assert record.text is not None
     texts = record.text.split("\f")
     assert [PROSE[0] in texts[0], texts[1], PROSE[0] in texts[2]] == [True, "as read", True]
+
+
+@planted
+async def test_texts_are_one_for_each_request_and_each_page_without_one(decoders: DecoderPool) -> None:
+    data = text_pdf(["page 1"], ["page 2"], [], ["page 4"], ["page 5"])
+    script = Script(lambda group: output("" if 1 in group else "second"))
+    record = await extracted(decoders, data, script, route_of(response_schema=None), takes(2))
+    assert sorted(script.groups) == [[1, 2], [4, 5]]
+    assert record.text == "\f\fsecond", "also where a model wrote nothing, and of a blank page"
+    assert [page.asked_with for page in record.pages] == [None, 1, None, None, 4]
 
 
 @planted

@@ -204,10 +204,10 @@ class Extraction:
     def _raw_text(self, answers: Sequence[PageAnswer]) -> str | None:
         """The text of pages without a value; of a route without a schema that of all pages, a form feed between two.
 
-        One request for several pages has one text: there pages without one are left out.
+        One request for several pages has one text.
         """
         if self._schema is None:
-            return "\f".join(one.text for one in answers if one.text or self._route.pages.request == "page")
+            return "\f".join(one.text for one in answers if one.asked_with is None)
         return "\f".join(one.text for one in answers if not one.has_value and one.text) or None
 
 
@@ -224,6 +224,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         source=answer.source,
         error=answer.error,
         attempts=answer.attempts,
+        asked_with=answer.asked_with,
         rotation=answer.rotation,
         tokens=answer.tokens,
         stop=answer.stop,

@@ -166,7 +166,7 @@ class GroupReader(PageReader):
             answer = await self._attempt(request, self._prompt_of(pages), _images(pages), step)
         finally:
             _share(request, pages)
-        other = replace(answer, text="", has_value=False, value=None, fields={})
+        other = replace(answer, asked_with=first.number, text="", has_value=False, value=None, fields={})
         return [answer, *(replace(other, number=page.number) for page in pages[1:])]
 
     async def _takes(self, pages: Sequence[_Page], step: LadderStep) -> bool:

@@ -37,7 +37,7 @@ class PageAnswer:
 
     ``value`` is meant where ``has_value``; ``fields`` are by JSON pointer into it. ``layer`` is the text that the page
     itself has, ``text`` what the model wrote, or the layer where no model was asked. ``milliseconds`` are by stage, as
-    in `DocumentTimings`.
+    in `DocumentTimings`. ``asked_with``: the page that has value and text of a request for several.
     """
 
     number: int
@@ -50,6 +50,7 @@ class PageAnswer:
     fields: Mapping[str, FieldMeta] = field(default_factory=dict)
     error: PageError | None = None
     attempts: int = 0
+    asked_with: int | None = None
     rotation: int = 0
     tokens: TokenUsage | None = None
     stop: FinishReason | None = None
