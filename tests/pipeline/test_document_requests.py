@@ -374,6 +374,38 @@ async def test_a_page_that_cannot_be_rendered_fails_alone(decoders: DecoderPool)
 
 
 @planted
+async def test_a_page_that_no_engine_takes_fails_alone(decoders: DecoderPool) -> None:
+    data = numbered(5)
+    picture = (await decoders.render_page(data, 2, dpi=72)).digest
+
+    async def fits(request: Request) -> bool:
+        return all(image.digest != picture for image in request.images)
+
+    script = Script(lambda group: UnsupportedConstraint("planted") if 2 in group else output())
+    record = await extracted(decoders, data, script, route_of(max_failed_pages=0.2), fits)
+    assert sorted(script.groups) == [[1], [2], [3, 4, 5]]
+    assert [page.status for page in record.pages] == ["ok", "failed", "ok", "ok", "ok"]
+
+
+@planted
+async def test_a_page_that_cannot_be_rendered_at_a_step_leaves_the_others_in_the_request(
+    decoders: DecoderPool,
+) -> None:
+    def crop(pdf: Any) -> None:
+        for index in (0, 2):
+            pdf.pages[index].MediaBox = [50, 700, 70 + index, 720]
+
+    data = edited(numbered(3), crop)
+    script = Script(lambda group: output(CUT, "length") if len(group) == 3 else output())
+    route = route_of(ladder=[{"max_pixels": 440}], on_incomplete="retry", max_failed_pages=0.4)
+    record = await extracted(decoders, data, script, route)
+    assert script.groups == [[1, 2, 3], [1, 3]]
+    assert [(page.status, page.attempts) for page in record.pages] == [("ok", 2), ("failed", 1), ("ok", 2)]
+    assert [page.asked_with for page in record.pages] == [None, None, 1]
+    assert record.usage.output_tokens == 10
+
+
+@planted
 async def test_each_token_and_millisecond_of_a_request_counts_once(decoders: DecoderPool) -> None:
     record = await extracted(decoders, numbered(3), Script())
     assert [page.tokens for page in record.pages] == [

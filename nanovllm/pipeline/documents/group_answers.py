@@ -5,15 +5,15 @@ others are taken in page order, while the engine says that their request fits wi
 over whole requests: one that no longer fits at a step, or that is too long after all, is halved, and both halves go on
 at that step. What a request fails with, all its pages fail with.
 
-Value and text of a request are its first page's; its other pages have the same status without them. Of tokens and
-milliseconds of a request each page has an equal share, and the first ones the tokens that are left over: sums over
-pages count each once. ``attempts`` are a page's requests, shared or not.
+Value and text of a request are its first page's; its other pages have the same status, and name that page
+(``asked_with``). Of tokens and milliseconds of a request each page has an equal share, and the first ones the tokens
+that are left over: sums over pages count each once. ``attempts`` are a page's requests, shared or not.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nanovllm.engine.backends.base import Request
@@ -62,17 +62,27 @@ class GroupReader(PageReader):
     ) -> list[PageAnswer]:
         """The answers of the pages ``numbers`` (from 1, ascending), in their order.
 
-        ``at_once`` bounds the requests that run, and the pages that are rendered before their request is known.
+        ``at_once`` bounds the requests that run, and how many pages are ready that no request is sought for yet.
 
         Raises:
             ExceptionGroup: of SystemicError, TransientError, DeadlineExceeded: the pages can be answered later.
         """
+        pages = [_Page(data, info, number, ask, tenant) for number in numbers]
         found: dict[int, PageAnswer] = {}
         ahead, slots = asyncio.Semaphore(at_once), asyncio.Semaphore(at_once)
 
         async def read(page: _Page) -> PageAnswer | None:
             await ahead.acquire()
             return await self._read(page)
+
+        async def to_be_asked(readings: Sequence[asyncio.Task[PageAnswer | None]]) -> AsyncIterator[_Page]:
+            for page, reading in zip(pages, readings, strict=True):
+                unasked = await reading
+                ahead.release()
+                if unasked is None:
+                    yield page
+                else:
+                    found[page.number] = unasked
 
         async def answer(group: Sequence[_Page]) -> None:
             try:
@@ -83,28 +93,32 @@ class GroupReader(PageReader):
                 slots.release()
 
         async with asyncio.TaskGroup() as tasks:
-            pages = [_Page(data, info, number, ask, tenant) for number in numbers]
             readings = [tasks.create_task(read(page)) for page in pages]
-            waiting: list[_Page] = []
-            known = 0  # how many of them fit together
-            for page, reading in zip(pages, readings, strict=True):
-                unasked = await reading
-                ahead.release()
-                if unasked is not None:
-                    found[page.number] = unasked
-                else:
-                    waiting.append(page)
-                is_last = page is pages[-1]
-                # Counted anew when there are half as many again: counts for each page would read all text many times.
-                while len(waiting) > known + known // 2 or (waiting and is_last):
-                    taken = await self._num_taken(waiting, known)
-                    if taken == len(waiting) and not is_last:
-                        known = taken
-                        break
-                    await slots.acquire()
-                    tasks.create_task(answer(waiting[:taken]))
-                    waiting, known = waiting[taken:], 0
+            async for group in self._groups(to_be_asked(readings)):
+                await slots.acquire()
+                tasks.create_task(answer(group))
         return [found[number] for number in numbers]
+
+    async def _groups(self, pages: AsyncIterator[_Page]) -> AsyncIterator[list[_Page]]:
+        """``pages`` by requests, each as large as the engine takes it.
+
+        They are counted when there are half as many again: with every page, all text would be read as often.
+        """
+        waiting: list[_Page] = []
+        known = 0  # how many of them fit together
+        async for page in pages:
+            waiting.append(page)
+            while len(waiting) > known + known // 2:
+                taken = await self._num_taken(waiting, known)
+                if taken == len(waiting):
+                    known = taken
+                    break
+                yield waiting[:taken]
+                waiting, known = waiting[taken:], 0
+        while waiting:
+            taken = await self._num_taken(waiting, known)
+            yield waiting[:taken]
+            waiting, known = waiting[taken:], 0
 
     async def _num_taken(self, pages: Sequence[_Page], known: int) -> int:
         """How many of ``pages`` the engine takes in one request, from the first on; one at least, ``known`` fit."""
