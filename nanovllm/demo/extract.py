@@ -8,17 +8,16 @@ import urllib.request
 from collections import Counter
 from datetime import UTC, datetime
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanovllm.client.connection import connected_consumer
+from nanovllm.client.connection import connected_producer
 from nanovllm.client.reconcile import created_event
+from nanovllm.client.results import ResultReader, client_settings
 from nanovllm.demo.child_process import HOST, LocalProcess
 from nanovllm.demo.document_outcome import DocumentOutcome
 from nanovllm.demo.documents import DemoDocument, DemoDocuments
 from nanovllm.demo.jobs import BUCKET
 from nanovllm.demo.object_store import EmbeddedObjectStore
-from nanovllm.kafka.client import producer_kwargs
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.listing import ListedObject
 from nanovllm.settings.kafka import KafkaSettings
@@ -48,18 +47,18 @@ class DocumentsAtWork:
         """What came of ``documents``: those whose events have not ended in time have no record."""
         tags = await asyncio.to_thread(self._put, documents)
         began = time.monotonic()
-        async with AIOKafkaProducer(**producer_kwargs(self._kafka)) as producer:
+        settings = client_settings(self._kafka, self._topics)
+        async with connected_producer(self._kafka) as producer, ResultReader(settings, documents=True) as reader:
             for number, document in enumerate(documents.events, 1):
                 listed = ListedObject(document.uri, tags[document.key], len(document.data), datetime.now(UTC))
                 event = created_event(self._topics.events, listed)
                 await producer.send_and_wait(event.topic, event.value, key=event.key, headers=list(event.headers))
                 if not await self._has_ended(number):
                     break
-        seconds = time.monotonic() - began
-        async with connected_consumer(self._kafka, self._topics.results) as consumer:
-            records = await _records(consumer)
+            seconds, ended = time.monotonic() - began, await self._ended()
+            records = await self._records(reader, ended["result"])
         sidecars = {one.key: await asyncio.to_thread(self._sidecar, one) for one in documents.documents}
-        return DocumentOutcome(documents, records, sidecars, await self._ended(), seconds)
+        return DocumentOutcome(documents, records, sidecars, ended, seconds)
 
     def _put(self, documents: DemoDocuments) -> dict[str, str]:
         return {one.key: self._store.put(BUCKET, one.key, one.data) for one in documents.documents}
@@ -67,6 +66,14 @@ class DocumentsAtWork:
     def _sidecar(self, document: DemoDocument) -> DocumentRecord | None:
         content = self._store.get(BUCKET, document.sidecar_key)
         return None if content is None else DocumentRecord.model_validate_json(content)
+
+    async def _records(self, reader: ResultReader, count: int) -> dict[str, DocumentRecord]:
+        """The records by URI: ``count`` of them, or as many as come in time."""
+        deadline, records = time.monotonic() + WAIT_S, dict[str, DocumentRecord]()
+        while len(records) < count and time.monotonic() < deadline:
+            found = [one for one in await reader.read() if isinstance(one, DocumentRecord)]
+            records |= {record.document.uri: record for record in found}
+        return records
 
     async def _has_ended(self, count: int) -> bool:
         deadline = time.monotonic() + WAIT_S
@@ -92,18 +99,3 @@ class DocumentsAtWork:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(self._metrics_url, timeout=5) as answer:
             return str(answer.read().decode())
-
-
-async def _records(consumer: AIOKafkaConsumer) -> dict[str, DocumentRecord]:
-    """The records of documents that are in the consumer's topics now, by URI; results of jobs are passed over."""
-    ends = await consumer.end_offsets(consumer.assignment())
-    found = []
-    while any([await consumer.position(partition) < end for partition, end in ends.items()]):
-        for batch in (await consumer.getmany(timeout_ms=200)).values():
-            found += [one for one in batch if _is_document(one.headers)]
-    records = [DocumentRecord.model_validate_json(one.value or b"") for one in found]
-    return {record.document.uri: record for record in records}
-
-
-def _is_document(headers: tuple[tuple[str, bytes], ...]) -> bool:
-    return dict(headers).get("ce_type") == f"nanovllm.{DocumentRecord.schema_name}".encode()

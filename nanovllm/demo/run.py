@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nanovllm.client.producer import JobProducer
-from nanovllm.client.results import ResultReader
+from nanovllm.client.results import ResultReader, client_settings
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import HOST, LocalProcess, free_port
 from nanovllm.demo.document_outcome import DocumentOutcome, DocumentSummary
@@ -38,7 +38,7 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
-from nanovllm.settings.worker import ENV_PREFIX, Settings
+from nanovllm.settings.worker import ENV_PREFIX
 from nanovllm.terminal import long_work, plain
 
 TOPICS = TopicSettings()
@@ -220,7 +220,7 @@ async def _collect(
     results: dict[str, Result] = {}
     dead_letters: list[DeadLetter] = []
     # Constructed without a look at the environment, which may name other brokers.
-    settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
+    settings = client_settings(kafka, TOPICS)
     last_answer = time.monotonic()
     with long_work("The worker loads its model and answers", len(demo.jobs) + EXPECTED_DEAD_LETTERS) as show:
         async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
