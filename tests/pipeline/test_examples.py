@@ -97,6 +97,7 @@ def test_the_compose_file_makes_the_object_that_its_head_asks_about(s3: S3Part) 
     assert Image.open(io.BytesIO(picture)).size == (224, 224)
 
 
+@pytest.mark.slow
 async def test_the_compose_files_worker_makes_a_record_of_the_document_that_a_program_stores(
     s3: S3Part, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
