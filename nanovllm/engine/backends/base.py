@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
@@ -158,6 +158,9 @@ class EngineBackend(ABC):
     @abstractmethod
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+
+    async def compile(self, constraint: Constraint) -> None:  # noqa: B027 (a backend that computes nothing compiles none)
+        """Compile ``constraint`` before a request has it. Raises UnsupportedConstraint: it cannot be enforced."""
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
