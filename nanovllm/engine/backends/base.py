@@ -159,8 +159,11 @@ class EngineBackend(ABC):
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
 
-    async def compile(self, constraint: Constraint) -> None:  # noqa: B027 (a backend that computes nothing compiles none)
-        """Compile ``constraint`` before a request has it. Raises UnsupportedConstraint: it cannot be enforced."""
+    async def compile(self, constraint: Constraint) -> None:  # noqa: B027
+        """Compile ``constraint`` before a request has it; raises UnsupportedConstraint where it cannot be enforced.
+
+        A backend that computes nothing compiles nothing.
+        """
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
