@@ -16,7 +16,7 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
-from nanovllm.pipeline.documents.page_answers import MAX_LEAVES, PageReader
+from nanovllm.pipeline.documents.page_answers import MAX_LEAVES
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.schema_parts import split_schema
@@ -98,10 +98,14 @@ async def _extract_all(
         def extraction_of(route: Route) -> Extraction:
             if route.name not in extractions:
                 assert parts.decoders is not None
-                defaults = sampling_defaults(settings, parts.engine.generation_defaults)
-                reader = PageReader(route, parts.decoders, ask, defaults)
-                model = parts.engine.model_info
-                extractions[route.name] = Extraction(route, parts.decoders, reader, model, worker=settings.worker_id)
+                extractions[route.name] = Extraction(
+                    route,
+                    parts.decoders,
+                    parts.engine.model_info,
+                    sampling_defaults(settings, parts.engine.generation_defaults),
+                    worker=settings.worker_id,
+                    pages_at_once=settings.documents.pages_at_once,
+                )
             return extractions[route.name]
 
         for route in {found.route.name: found.route for found in documents}.values():
@@ -119,7 +123,7 @@ async def _extract_all(
                 if await sidecars.has(found.source, found.route, parts.engine.model_info):
                     on_same(found)
                     return
-                record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source)
+                record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source, ask)
                 await sidecars.put(record, found.source, found.route)
             except SystemicError:
                 raise

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo
@@ -27,23 +28,25 @@ from nanovllm.messages.result import ModelUse, TokenUsage, result_id_for
 from nanovllm.pipeline.documents.evidence import PageTexts, with_evidence
 from nanovllm.pipeline.documents.merging import MergedPages, merge_pages, merged_fields, merged_schema
 from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader
+from nanovllm.pipeline.documents.page_outputs import Ask
 from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route
 from nanovllm.vision.documents.pages import DocumentInfo, parse_page_range
 from nanovllm.vision.images.pool import DecoderPool
 
-PAGES_AT_ONCE = 4
-
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """Where a document's bytes came from; as in `DocumentUse`."""
+    """Where a document's bytes came from, as in `DocumentUse`; ``event_time`` and ``dialect`` as in `SourceVersion`."""
 
     uri: str
     version_id: str | None = None
     etag: str | None = None
     sequencer: str | None = None
+    event_time: datetime | None = None
+    dialect: str | None = None
 
     def job_id(self, route: Route) -> str:
         """The id of the job that extracts this version by ``route``, equal for every delivery of its event."""
@@ -53,7 +56,12 @@ class DocumentSource:
 
 
 class Extraction:
-    """Extracts documents of one route.
+    """Extracts documents of one route, of every tenant.
+
+    Args:
+        defaults: sampling parameters where the route has none.
+        worker: id that the records carry.
+        pages_at_once: most pages of one document that are asked for at once.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be validated against.
@@ -64,26 +72,30 @@ class Extraction:
         self,
         route: Route,
         decoders: DecoderPool,
-        reader: PageReader,
         model: ModelInfo,
+        defaults: SamplingParams,
         *,
         worker: str,
-        tenant: str = "",
+        pages_at_once: int = 4,
     ) -> None:
         if route.pages.request == "document":
             raise ConfigurationError(f"route {route.name}: pages.request document is not implemented: write page")
         self._route = route
         self._decoders = decoders
-        self._reader = reader
+        self._reader = PageReader(route, decoders, defaults)
         self._model = ModelUse(**asdict(model))
         self._worker = worker
-        self._tenant = tenant
+        self._pages_at_once = pages_at_once
         schema = route.response_schema
         self._schema = None if schema is None else merged_schema(schema, route.merge)
         self._validator = None if self._schema is None else SchemaValidator(self._schema)
 
-    async def __call__(self, data: bytes, source: DocumentSource, *, record: Source | None = None) -> DocumentRecord:
-        """The record of a document whose bytes are ``data``; ``record`` is the Kafka record that asked for it.
+    async def __call__(
+        self, data: bytes, source: DocumentSource, ask: Ask, *, tenant: str = "", record: Source | None = None
+    ) -> DocumentRecord:
+        """The record of a document whose bytes are ``data`` and whose pages ``ask`` is asked for.
+
+        ``record`` is the Kafka record that asked for it.
 
         Raises:
             InvalidDocument, DocumentEncrypted, DocumentTooLarge, TooManyPages: no page can be read.
@@ -91,9 +103,9 @@ class Extraction:
             SystemicError, TransientError: of the surroundings.
         """
         began = time.monotonic()
-        info = await self._decoders.open_document(data, self._tenant)
+        info = await self._decoders.open_document(data, tenant)
         numbers = self._pages_of(info)
-        answers = await self._answer(data, info, numbers)
+        answers = await self._answer(data, info, numbers, ask, tenant)
         self._check_budget(answers)
         merging = time.monotonic()
         texts = {one.number: one.layer or ("" if one.has_value else one.text) for one in answers}
@@ -139,12 +151,14 @@ class Extraction:
             raise TooManyPages(f"the document has {len(info.pages)} pages; the route allows {policy.max_pages}")
         return sorted(parse_page_range(policy.range or "all", len(info.pages)))
 
-    async def _answer(self, data: bytes, info: DocumentInfo, numbers: Sequence[int]) -> list[PageAnswer]:
-        slots = asyncio.Semaphore(PAGES_AT_ONCE)
+    async def _answer(
+        self, data: bytes, info: DocumentInfo, numbers: Sequence[int], ask: Ask, tenant: str
+    ) -> list[PageAnswer]:
+        slots = asyncio.Semaphore(self._pages_at_once)
 
         async def answer(number: int) -> PageAnswer:
             async with slots:
-                return await self._reader.answer(data, info, number)
+                return await self._reader.answer(data, info, number, ask, tenant=tenant)
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -59,7 +59,7 @@ class PageAnswer:
 
 
 class PageReader:
-    """Answers the pages of a route's documents.
+    """Answers the pages of a route's documents, of every tenant.
 
     Args:
         defaults: sampling parameters where the route has none.
@@ -68,32 +68,28 @@ class PageReader:
         UnsupportedConstraint: the route's schema cannot be asked for in parts.
     """
 
-    def __init__(
-        self, route: Route, decoders: DecoderPool, ask: Ask, defaults: SamplingParams, *, tenant: str = ""
-    ) -> None:
+    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams) -> None:
         self._route = route
         self._decoders = decoders
-        self._ask = ask
         self._defaults = defaults
-        self._tenant = tenant
         schema = route.response_schema
         self._schemas = [None] if schema is None else split_schema(schema, MAX_LEAVES)
 
-    async def answer(self, data: bytes, info: DocumentInfo, page: int) -> PageAnswer:
-        """The answer of page ``page`` (from 1); a fault of the page itself is a failed one.
+    async def answer(self, data: bytes, info: DocumentInfo, page: int, ask: Ask, *, tenant: str = "") -> PageAnswer:
+        """The answer of page ``page`` (from 1), asked for by ``ask``; a fault of the page itself is a failed one.
 
         Raises:
             SystemicError, TransientError: of the surroundings; the page can be answered later.
         """
         layer: TextLayer | None = None
         try:
-            layer = await self._decoders.page_text(data, page, digest=info.digest, tenant=self._tenant)
+            layer = await self._decoders.page_text(data, page, digest=info.digest, tenant=tenant)
             if layer.is_blank:
                 return PageAnswer(page, "blank", layer=layer.text)
             is_read = self._route.text == "only_if_clean" and layer.kind is PageKind.CLEAN
             if is_read and self._route.response_schema is None:
                 return PageAnswer(page, "ok", "text_layer", text=layer.text, layer=layer.text)
-            return await self._climb(data, info, page, layer, is_read=is_read)
+            return await self._climb(data, info, page, layer, ask, tenant, is_read=is_read)
         except (SystemicError, TransientError):
             raise
         except NanoVLLMError as error:
@@ -101,7 +97,7 @@ class PageReader:
             return PageAnswer(page, "failed", layer=layer.text if layer else "", error=reason)
 
     async def _climb(
-        self, data: bytes, info: DocumentInfo, page: int, layer: TextLayer, *, is_read: bool
+        self, data: bytes, info: DocumentInfo, page: int, layer: TextLayer, ask: Ask, tenant: str, *, is_read: bool
     ) -> PageAnswer:
         """Attempts by the ladder, until one is whole or what is not whole is accepted."""
         route = self._route
@@ -118,10 +114,10 @@ class PageReader:
                         rotation=step.rotation,
                         max_pixels=step.max_pixels or route.pages.max_pixels,
                         digest=info.digest,
-                        tenant=self._tenant,
+                        tenant=tenant,
                     ),
                 )
-            answer = await self._attempt(page, layer, images, step)
+            answer = await self._attempt(page, layer, images, step, ask)
             tokens = _added(tokens, answer.tokens)
             answer = replace(answer, attempts=number, rotation=step.rotation, tokens=tokens)
             policy = route.on_incomplete if answer.stop != "stop" else route.on_invalid
@@ -130,7 +126,7 @@ class PageReader:
         return answer
 
     async def _attempt(
-        self, page: int, layer: TextLayer, images: tuple[PreparedImage, ...], step: LadderStep
+        self, page: int, layer: TextLayer, images: tuple[PreparedImage, ...], step: LadderStep, ask: Ask
     ) -> PageAnswer:
         prompt = self._prompt(layer, has_picture=bool(images))
         texts: list[str] = []
@@ -140,7 +136,7 @@ class PageReader:
         stop: FinishReason | None = None
         is_reused = True
         for schema in self._schemas:
-            output = await self._ask(PageRequest(prompt, images, self._sampling(schema, step)))
+            output = await ask(PageRequest(prompt, images, self._sampling(schema, step)))
             texts.append(output.text)
             tokens = _added(tokens, output.usage)
             is_reused = is_reused and output.is_reused

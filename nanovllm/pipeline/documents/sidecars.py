@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo
@@ -67,5 +68,7 @@ def _place(source: DocumentSource, route: Route) -> tuple[str, SourceVersion] | 
     parts = split_object_uri(source.uri)
     if parts is None or route.sidecar is None:
         return None
-    version = SourceVersion(*parts, version_id=source.version_id, etag=source.etag, sequencer=source.sequencer)
+    about = asdict(source)
+    del about["uri"]
+    version = SourceVersion(*parts, **about)
     return sidecar_uri(route.sidecar.template, *parts), version
