@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +25,7 @@ from nanovllm.terminal import long_work, plain, print_json, print_table
 if TYPE_CHECKING:
     from PIL import Image
 
-    from nanovllm.pipeline.route_checks import Cost, Points, RouteCheck, TokenBudget
+    from nanovllm.pipeline.route_checks import Cost, Points, TokenBudget
 
 MISUSE = 2
 MEASURED_PAGES = 32
@@ -72,6 +72,14 @@ def routes_check(
     print_table(COLUMNS, rows, as_json=as_json)
 
 
+def named_entry(routes: Routes, name: str) -> RouteEntry:
+    """The route that ``--route`` names. Raises InvalidInput: there is none."""
+    found = {entry.route.name: entry for entry in routes.entries}
+    if name not in found:
+        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
+    return found[name]
+
+
 def _points(page: str) -> Points:
     if page.lower() in _PAPERS:
         return _PAPERS[page.lower()]
@@ -108,19 +116,18 @@ def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> It
 
     prepare_threads()
     from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, check_settings, limits_of, measure, model_limits
+    from nanovllm.pipeline.route_checks import check_route, check_routes, limits_of, measure
 
-    refusals = list(check_settings(routes, settings))
-    with long_work("checking the routes"), model_limits(settings) as limits:
-        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
-    _raise([*refusals, *_refusals(checks.values())])
+    with long_work("checking the routes"):
+        checks = check_routes(routes, settings, points)
     costs: dict[RouteEntry, Cost] = {}
     if pages:
         require("worker", "PIL")
         with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
             limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
             checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
-            _raise(_refusals(checks.values()))
+            if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
+                raise InvalidRoutes(refusals)
             for number, entry in enumerate(routes.entries):
                 picture = partial(receipt_page, number)
                 costs[entry] = measure(engine, entry.route, settings, picture, pages=pages, points=points)
@@ -128,15 +135,6 @@ def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> It
         yield "", "s3.allow", "not set: a worker with these settings reads no object"
     for entry, check in checks.items():
         yield from _rows(entry, check.budget, costs.get(entry))
-
-
-def _refusals(checks: Iterable[RouteCheck]) -> list[str]:
-    return [refusal for check in checks for refusal in check.refusals]
-
-
-def _raise(refusals: list[str]) -> None:
-    if refusals:
-        raise InvalidRoutes(dict.fromkeys(refusals))
 
 
 def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:

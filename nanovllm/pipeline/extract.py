@@ -120,7 +120,7 @@ async def _extract_all(
 
         async def extract(found: FoundDocument) -> None:
             try:
-                if await sidecars.has(found.source, found.route, parts.engine.model_info):
+                if await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
                 record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source, ask)
