@@ -96,6 +96,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
             defaults,
             worker=settings.worker_id,
             pages_at_once=settings.documents.pages_at_once,
+            fits=engine.fits,
         )
         for entry in routes.entries
     }
