@@ -312,6 +312,20 @@ async def test_a_record_whose_worker_ended_before_it_was_published_is_published_
     assert record.pages[0].reused
 
 
+async def test_a_sidecar_s_missing_bucket_is_waited_for_and_drops_nothing(documents: Documents) -> None:
+    put = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    records = f"{documents.bucket}-records"
+    route = receipts_route(documents.bucket, sidecar={"place": f"s3://{records}/{{key}}.json"})
+    await documents.send(put)
+    async with documents.working(**documents.settings(route)) as (worker, _):
+        await eventually(lambda: worker.faults.are_present, timeout_s=60)
+        assert not documents.counted()
+        documents.s3.client.create_bucket(Bucket=records)
+        await documents.ended(1)
+    assert documents.counted() == {"result": 1}
+    assert documents.s3.client.head_object(Bucket=records, Key="in/a.pdf.json")
+
+
 ROUTES_OF_A_WORKER = """
 version: 1
 routes:
