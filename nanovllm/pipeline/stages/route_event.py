@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
@@ -68,7 +68,7 @@ class RouteEvent:
         context = replace(
             context,
             job_id=source.job_id(route),
-            expires_at=None if route.deadline_s is None else began + timedelta(seconds=route.deadline_s),
+            expires_at=_expiry(began, route.deadline_s),
             result_topic=route.result_topic,
         )
         return RoutedEvent(event, route, source, _ref(uri, version_id, event.etag), context)
@@ -91,6 +91,15 @@ class RouteEvent:
         if route is None:
             raise EventSkippedError("no_route")
         return route
+
+
+def _expiry(began: datetime, deadline_s: float | None) -> datetime | None:
+    if deadline_s is None:
+        return None
+    try:
+        return began + timedelta(seconds=deadline_s)
+    except OverflowError:
+        return None  # beyond the calendar
 
 
 def _ref(uri: str, version_id: str | None, etag: str | None) -> ImageRef:
