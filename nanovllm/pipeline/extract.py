@@ -101,6 +101,7 @@ async def _extract_all(
                     sampling_defaults(settings, parts.engine.generation_defaults),
                     worker=settings.worker_id,
                     pages_at_once=settings.documents.pages_at_once,
+                    fits=parts.engine.fits,
                 )
             return extractions[route.name]
 

@@ -317,6 +317,12 @@ async def test_a_blank_page_asks_nothing_and_saves_what_pages_take_on_average(de
     assert record.timings_ms.saved == 30.0, "the mean is the route's, over its documents"
 
 
+async def test_a_document_of_blank_pages_is_complete_and_has_no_value(decoders: DecoderPool) -> None:
+    record = await extraction(decoders)(pages("", ""), SOURCE, Script())
+    assert (record.status, record.value, record.validation) == ("complete", None, None)
+    assert [page.status for page in record.pages] == ["blank", "blank"]
+
+
 async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(decoders: DecoderPool) -> None:
     route = route_of(response_schema=None, text="only_if_clean")
     scanned = pikepdf.open(io.BytesIO(image_pdf(scan())))
