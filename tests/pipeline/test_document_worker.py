@@ -8,12 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import eventually
 from document_bench import Documents, event
 from document_files import FIELDS, drawn, receipts_pdf, receipts_route
-from parts import S3Part, create_topic, worker_process
+from parts import create_topic, worker_process
 
 from nanovllm.messages.document_record import DocumentRecord
 

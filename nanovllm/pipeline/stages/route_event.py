@@ -15,9 +15,8 @@ from nanovllm.objects.fetch import ObjectHead
 from nanovllm.pipeline.documents.extraction import DocumentSource
 from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
 from nanovllm.pipeline.routing.routes import Routes
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
-from nanovllm.pipeline.stages.fetch import OBJECT_STORE
-from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.settings.routes import Route
 
 
@@ -41,13 +40,10 @@ class RoutedEvent:
 class RouteEvent:
     """Finds the route of an event's object; ``head`` asks the store where content type or size decide."""
 
-    def __init__(
-        self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], retry: Retry, *, max_attempts: int
-    ) -> None:
+    def __init__(self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], ask: AskStore) -> None:
         self._routes = routes
         self._head = head
-        self._retry = retry
-        self._max_attempts = max_attempts
+        self._ask = ask
 
     async def __call__(self, event: ObjectEvent, context: JobContext) -> RoutedEvent:
         """The routed event, whose context has the job's id, the route's topic and its deadline.
@@ -80,9 +76,7 @@ class RouteEvent:
             raise EventSkippedError("no_route")
         if self._routes.needs_head(event.bucket, event.key):
             try:
-                head = await self._retry(
-                    lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
-                )
+                head = await self._ask(ref.identity, lambda: self._head(ref), context.progress)
             except ObjectNotFound:
                 # Which of them would take it is not known any more.
                 return candidates[0]
