@@ -7,7 +7,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from bench import eventually
 from document_bench import Documents, event
+from document_files import drawn, receipts_pdf
+from parts import Fault, FaultProxy
 from pdf_files import PROSE, text_pdf
 
 from nanovllm.settings.engine import EngineSettings
@@ -133,3 +136,75 @@ async def test_each_key_that_s3_takes_has_a_record(documents: Documents, deliver
     assert {record.document.uri for record in records} == {f"s3://{documents.bucket}/{key}" for key in KEYS}
     for key in KEYS:
         assert documents.s3.client.head_object(Bucket=documents.bucket, Key=f"out/{documents.bucket}/{key}.json")
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+async def test_each_of_a_thousand_events_in_one_record_has_an_end(documents: Documents, delivery: str) -> None:
+    good, again = documents.put("in/a.pdf", CLEAN), documents.put("in/b.pdf", CLEAN)
+    missing = [event(documents.bucket, f"in/{number}.pdf") for number in range(4)]
+    others = [event(documents.bucket, f"elsewhere/{number}.pdf") for number in range(993)]
+    await documents.send({"Records": [good, *missing, *others, good, again]})
+    async with documents.working(**documents.settings(text_route(documents.bucket), engine=ECHO, delivery=delivery)):
+        await documents.ended(1_000)
+        letters = await documents.bench.dead_letters(4)
+    assert documents.counted() == {"result": 3, "dead_letter": 4, "no_route": 993}
+    assert {json.loads(value)["Records"][0]["s3"]["object"]["key"] for _, value in letters} == {
+        f"in/{number}.pdf" for number in range(4)
+    }
+
+
+# HEAD of the object and of its sidecar, GET of the object, GET and PUT of its page, PUT of its sidecar.
+REQUESTS = 6
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+async def test_faults_of_the_store_at_any_request_of_a_document_drop_nothing(
+    documents: Documents, delivery: str
+) -> None:
+    spoiled: list[Fault | None] = []
+    for number in range(REQUESTS):
+        spoiled += [None] * number + ["unavailable", "refuse", "unavailable"] + [None] * (REQUESTS - number)
+    route = text_route(documents.bucket, match={"bucket": documents.bucket, "key": "in/**", "content_type": "*/*"})
+    async with FaultProxy(documents.s3.endpoint_url, spoiled) as proxy:
+        s3 = documents.bench.settings.s3.model_copy(update={"endpoint_url": proxy.url, "allow": ()})
+        settings = documents.settings(route, page_store=True, engine=ECHO, delivery=delivery, s3=s3)
+        async with documents.working(**settings):
+            for number, receipt in enumerate(drawn(REQUESTS), 1):
+                await documents.send(documents.put(f"in/{number}.pdf", receipts_pdf([receipt.image])))
+                await documents.ended(number)
+        assert proxy.faults_left == 0
+    assert documents.counted() == {"result": REQUESTS}
+    assert len({record.job_id for record in await documents.records(REQUESTS)}) == REQUESTS
+
+
+async def test_an_outage_of_the_store_stops_the_intake_of_events(documents: Documents) -> None:
+    sent = [documents.put(f"in/{number}.pdf", CLEAN) for number in range(30)]
+    async with FaultProxy(documents.s3.endpoint_url, ["unavailable"] * 10_000) as proxy:
+        s3 = documents.bench.settings.s3.model_copy(update={"endpoint_url": proxy.url, "allow": (), "max_attempts": 20})
+        settings = documents.settings(text_route(documents.bucket), engine=ECHO, s3=s3)
+        await documents.send(*sent)
+        async with documents.working(**settings) as (worker, _):
+            await eventually(lambda: worker.faults.are_present)
+            assert "object store" in "".join(worker.health.unready)
+            proxy.heal()
+            await documents.ended(len(sent))
+    assert documents.counted() == {"result": len(sent)}
+
+
+@pytest.mark.parametrize("delivery", DELIVERIES)
+async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents, delivery: str) -> None:
+    sent = [documents.put(f"in/{number}.pdf", receipts_pdf([drawn(1)[0].image])) for number in range(3)]
+    settings = documents.settings(text_route(documents.bucket), engine=ECHO, delivery=delivery)
+    kept = f"{documents.bucket}-pages"
+    routes = settings["documents"].routes
+    routes.write_text(f"page_store: s3://{kept}/pages\n{routes.read_text()}")
+    await documents.send(*sent)
+    async with documents.working(**settings) as (worker, _):
+        await eventually(lambda: worker.faults.are_present)
+        assert "page store" in "".join(worker.health.unready)
+        assert not documents.counted()
+        documents.s3.client.create_bucket(Bucket=kept)
+        await documents.ended(len(sent))
+        await eventually(lambda: not worker.faults.are_present)
+    assert documents.counted() == {"result": len(sent)}
+    assert documents.s3.client.list_objects_v2(Bucket=kept)["KeyCount"] == 1
