@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import eventually
+from bench import Bench, eventually
 from document_bench import Documents, event
 from document_files import drawn, receipts_pdf
-from parts import Fault, FaultProxy
+from parts import Fault, FaultProxy, VersityNode, create_topic, s3_node_program
 from pdf_files import PROSE, text_pdf
 
 from nanovllm.settings.engine import EngineSettings
@@ -208,3 +210,35 @@ async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents,
         await eventually(lambda: not worker.faults.are_present)
     assert documents.counted() == {"result": len(sent)}
     assert documents.s3.client.list_objects_v2(Bucket=kept)["KeyCount"] == 1
+
+
+@pytest.mark.s3
+@pytest.mark.kafka
+@pytest.mark.parametrize("delivery", DELIVERIES)
+async def test_each_key_of_a_real_s3_server_has_a_record_by_its_own_notification(
+    kafka_bench: Bench, unique: Callable[[str], str], tmp_path: Path, delivery: str
+) -> None:
+    if s3_node_program() is None:
+        pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
+    events = unique("events")
+    await create_topic(kafka_bench.bootstrap_servers, events, partitions=2)
+    node = VersityNode(tmp_path, more=["--kafka", kafka_bench.bootstrap_servers, "--topic", events])
+    try:
+        s3 = node.start()
+        documents = Documents(kafka_bench, s3, s3.make_bucket(versioned=True), events, tmp_path)
+        client = kafka_bench.settings.s3.model_copy(update={"endpoint_url": s3.endpoint_url, "allow": ()})
+        settings = documents.settings(text_route(documents.bucket), engine=ECHO, delivery=delivery, s3=client)
+        hostile = [event(documents.bucket, key) for key in ("in/../in/a+b.pdf", "in/./a+b.pdf")]
+        async with documents.working(**settings):
+            await documents.send(*hostile)
+            for key in KEYS:
+                documents.put(key, CLEAN)
+            records = await documents.records(len(KEYS))
+            letters = await documents.bench.dead_letters(len(hostile))
+        assert {record.document.uri for record in records} == {f"s3://{documents.bucket}/{key}" for key in KEYS}
+        assert {headers["nanovllm_code"] for headers, _ in letters} == {"forbidden_uri"}
+        assert documents.counted()["result"] == len(KEYS)
+        for key in KEYS:
+            assert s3.client.head_object(Bucket=documents.bucket, Key=f"out/{documents.bucket}/{key}.json")
+    finally:
+        node.stop()
