@@ -334,6 +334,22 @@ async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(
     assert record.timings_ms.saved == 0.0 + 50.0
 
 
+async def test_a_clean_text_layer_stands_whole_in_the_prompt_or_the_picture_does(decoders: DecoderPool) -> None:
+    def too_long_as_text(request: PageRequest) -> PageOutput:
+        if not request.images:
+            raise PromptTooLong("more than the context takes")
+        return output()
+
+    data, route = text_pdf(PROSE * 4), route_of(text="only_if_clean", hint_tokens=4)
+    whole, picture = Script(), Script(too_long_as_text)
+    await extraction(decoders, route)(data, SOURCE, whole)
+    assert PROSE[-1] in whole.requests[0].prompt
+    assert not whole.requests[0].images
+    record = await extraction(decoders, route)(data, SOURCE, picture)
+    assert [len(request.images) for request in picture.requests] == [0, 1]
+    assert (record.status, record.pages[0].source, record.pages[0].attempts) == ("complete", "model", 2)
+
+
 async def test_a_repetition_that_was_stopped_saves_the_rest_of_its_tokens(decoders: DecoderPool) -> None:
     route = route_of(sampling={"max_tokens": 96, "loop_tokens": 16})
     script = Script(lambda _: output("ha ha ha", "loop", tokens=16))
