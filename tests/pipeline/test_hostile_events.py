@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_plus
 
 import pytest
 from bench import Bench, eventually
@@ -212,6 +213,15 @@ async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents,
     assert documents.s3.client.list_objects_v2(Bucket=kept)["KeyCount"] == 1
 
 
+NO_OBJECTS = {
+    "in/../in/a+b.pdf": "forbidden_uri",
+    "in/./a+b.pdf": "forbidden_uri",
+    f"in/{'k' * 300}.pdf": "invalid_input",  # longer than the name of a file
+    "in/a+b.pdf/below a file.pdf": "object_not_found",
+    "in/\\\n .pdf ": "object_not_found",
+}
+
+
 @pytest.mark.s3
 @pytest.mark.kafka
 @pytest.mark.parametrize("delivery", DELIVERIES)
@@ -228,15 +238,16 @@ async def test_each_key_of_a_real_s3_server_has_a_record_by_its_own_notification
         documents = Documents(kafka_bench, s3, s3.make_bucket(versioned=True), events, tmp_path)
         client = kafka_bench.settings.s3.model_copy(update={"endpoint_url": s3.endpoint_url, "allow": ()})
         settings = documents.settings(text_route(documents.bucket), engine=ECHO, delivery=delivery, s3=client)
-        hostile = [event(documents.bucket, key) for key in ("in/../in/a+b.pdf", "in/./a+b.pdf")]
+        no_objects = [event(documents.bucket, key) for key in NO_OBJECTS]
         async with documents.working(**settings):
-            await documents.send(*hostile)
+            await documents.send(*no_objects)
             for key in KEYS:
                 documents.put(key, CLEAN)
             records = await documents.records(len(KEYS))
-            letters = await documents.bench.dead_letters(len(hostile))
+            letters = await documents.bench.dead_letters(len(no_objects))
         assert {record.document.uri for record in records} == {f"s3://{documents.bucket}/{key}" for key in KEYS}
-        assert {headers["nanovllm_code"] for headers, _ in letters} == {"forbidden_uri"}
+        found = {unquote_plus(json.loads(value)["s3"]["object"]["key"]): headers for headers, value in letters}
+        assert {key: headers["nanovllm_code"] for key, headers in found.items()} == NO_OBJECTS
         assert documents.counted()["result"] == len(KEYS)
         for key in KEYS:
             assert s3.client.head_object(Bucket=documents.bucket, Key=f"out/{documents.bucket}/{key}.json")
