@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from nanovllm.messages.document_record import DocumentRecord
@@ -48,7 +48,9 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
             # What is dead-lettered or waits for a retry is this event, not those beside it.
             alone = replace(context.record, value=notification)
             context = replace(context, record=alone, progress=replace(context.progress, seconds={}))
-        ended.append(await _process_event(event, context, reservation, stages))
+        # Two events of one version in one record are of one delivery: the sidecar does not tell them apart.
+        done = {context.job_id for outcome, context in ended if isinstance(outcome, Extracted)}
+        ended.append(await _process_event(event, context, reservation, stages, done))
         reservation.give_bytes_back()
     published = await stages.publish(ended, reservation)
     received.context.record.complete()
@@ -57,11 +59,13 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
 
 
 async def _process_event(
-    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages
+    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages, done: Collection[str]
 ) -> EndedEvent:
     try:
         routed = await stages.route(event, context)
         context = routed.context
+        if context.job_id in done:
+            raise EventSkippedError("same")
         async with context.deadline():
             admitted = await stages.admit(routed, reservation)
             document = await stages.fetch(routed, admitted)
