@@ -18,7 +18,7 @@ from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, cou
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
-from nanovllm.settings.routes import CONSTRAINTS
+from nanovllm.sampling_params import CONSTRAINTS
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 

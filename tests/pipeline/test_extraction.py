@@ -306,7 +306,7 @@ async def test_of_two_that_ask_at_once_both_have_the_answer_that_was_kept_first(
 
 
 async def test_a_page_store_that_refuses_is_no_fault_of_the_page(decoders: DecoderPool, s3: S3Part) -> None:
-    with pytest.raises(StoreUnreachable, match="page store refuses"):
+    with pytest.raises(StoreUnreachable, match=r"page store .* refuses"):
         await extraction(decoders)(numbered(1), SOURCE, keeping(s3, "there-is-no-such-bucket", Script()))
 
 
