@@ -123,13 +123,14 @@ class KeepOutputs:
             NanoVLLMError: as ``ask`` and `PageStore`.
         """
         key = self._key(request)
-        kept = await self._store.get(key)
-        if kept is not None:
-            return PageOutput.from_json(kept)
-        output = await self._ask(request)
-        if output.finish_reason != "stop":
-            return output
-        first = PageOutput.from_json(await self._store.put(key, output.to_json()))
+        async with self._store.turn(key):
+            kept = await self._store.get(key)
+            if kept is not None:
+                return PageOutput.from_json(kept)
+            output = await self._ask(request)
+            if output.finish_reason != "stop":
+                return output
+            first = PageOutput.from_json(await self._store.put(key, output.to_json()))
         return replace(output, text=first.text, pieces=first.pieces, logprobs=first.logprobs)
 
     def _key(self, request: PageRequest) -> PageKey:
