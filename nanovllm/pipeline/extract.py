@@ -25,10 +25,10 @@ from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
+from nanovllm.vision.images.pool import DecoderPool
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_AT_ONCE = 2
 TICK_S = 0.25
 
 
@@ -69,6 +69,23 @@ def extract_documents(
     return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_same, page_store, on_tick, signals))
 
 
+def documents_at_once(settings: Settings) -> int:
+    """As many documents as fill the engine's batch where each has as many pages as are asked at once."""
+    return max(1, settings.engine.max_num_seqs // settings.documents.pages_at_once)
+
+
+def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
+    """The extraction of a route, as `extract_documents` makes it. Raises as `Extraction`."""
+    return Extraction(
+        route,
+        decoders,
+        engine.model_info,
+        sampling_defaults(settings, engine.generation_defaults),
+        worker=settings.worker_id,
+        pages_at_once=settings.documents.pages_at_once,
+    )
+
+
 async def _extract_all(
     settings: Settings,
     documents: Iterable[FoundDocument],
@@ -81,28 +98,15 @@ async def _extract_all(
 ) -> bool:
     await asyncio.to_thread(build.check_parts, settings)
     async with build.started_parts(settings) as parts:
-        if parts.decoders is None:
+        if (decoders := parts.decoders) is None:
             raise ConfigurationError(f"the model {parts.engine.model_info.id} takes no images: it reads no pages")
         stopped = asyncio.Event()
         signals.hand_to(stopped.set, has_taken=lambda: True)
         extractions: dict[str, Extraction] = {}
-        slots = asyncio.Semaphore(DOCUMENTS_AT_ONCE)
-        ask = _asking(parts.engine)
+        slots = asyncio.Semaphore(documents_at_once(settings))
+        ask = asking(parts.engine)
         if page_store is not None:
             ask = KeepOutputs(ask, PageStore(page_store, S3Client(settings.s3).call), parts.engine.model_info)
-
-        def extraction_of(route: Route) -> Extraction:
-            if route.name not in extractions:
-                assert parts.decoders is not None
-                extractions[route.name] = Extraction(
-                    route,
-                    parts.decoders,
-                    parts.engine.model_info,
-                    sampling_defaults(settings, parts.engine.generation_defaults),
-                    worker=settings.worker_id,
-                    pages_at_once=settings.documents.pages_at_once,
-                )
-            return extractions[route.name]
 
         sidecars = Sidecars(S3Client(settings.s3).call)
 
@@ -111,7 +115,10 @@ async def _extract_all(
                 if await sidecars.has(found.source, found.route, parts.engine.model_info):
                     on_same(found)
                     return
-                record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source, ask)
+                if (extraction := extractions.get(found.route.name)) is None:
+                    extraction = extraction_of(found.route, settings, parts.engine, decoders)
+                    extractions[found.route.name] = extraction
+                record = await extraction(await asyncio.to_thread(found.read), found.source, ask)
                 await sidecars.put(record, found.source, found.route)
             except SystemicError:
                 raise
@@ -138,7 +145,8 @@ async def _extract_all(
         return not stopped.is_set()
 
 
-def _asking(engine: EngineBackend) -> Ask:
+def asking(engine: EngineBackend) -> Ask:
+    """Asks the engine for each page."""
     numbers = count(1)
 
     async def ask(request: PageRequest) -> PageOutput:
