@@ -49,7 +49,7 @@ def routes_check(
     measure: Annotated[
         bool, typer.Option("--measure", help="Extract synthetic documents, and say what 1,000 pages would take.")
     ] = False,
-    document: Annotated[int, typer.Option(min=1, help="Pages of a measured document.")] = DOCUMENT_PAGES,
+    document_pages: Annotated[int, typer.Option(min=1, help="Pages of a measured document.")] = DOCUMENT_PAGES,
     pages: Annotated[
         int | None,
         typer.Option(min=1, help="Pages measured in each of three rounds; unset: as many as are asked at once."),
@@ -67,7 +67,7 @@ def routes_check(
     if object is not None:
         raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
     settings = engine_settings(config, model)
-    rows = list(_check(routes, settings, points, (document, pages) if measure else None))
+    rows = list(_check(routes, settings, points, (document_pages, pages) if measure else None))
     print_table(COLUMNS, rows, as_json=as_json)
 
 

@@ -17,12 +17,10 @@ from nanovllm.errors import InvalidInput
 from nanovllm.pipeline import build
 from nanovllm.pipeline.route_checks import (
     A4,
-    Cost,
     ModelLimits,
     check_route,
     check_settings,
     limits_of,
-    measure,
     model_limits,
     most_tokens,
     rendered_size,
@@ -255,24 +253,6 @@ def test_a_page_is_rendered_within_its_largest_area() -> None:
     assert width * height <= 10_000
 
 
-def test_a_cost_is_the_mean_with_the_quickest_and_slowest_round() -> None:
-    assert Cost((0.5, 1.0, 1.5), 9, (3,), 0).of(1_000) == (1_000, 500, 1_500)
-
-
-def test_measured_pages_are_all_different(load: Load) -> None:
-    from nanovllm.cli.routes import receipt_page
-
-    (entry,) = load("  sampling: {max_tokens: 4, temperature: 0}\n").entries
-    with build.build_engine(TINY.engine) as engine:
-        cost = measure(engine, entry.route, TINY, lambda *page: receipt_page(0, *page), pages=2, points=(224, 224))
-        stats = engine.stats()
-    assert len(cost.seconds_a_page) == 3
-    assert all(seconds > 0 for seconds in cost.seconds_a_page)
-    assert len(cost.answer_tokens) == 6
-    assert max(cost.answer_tokens) <= 4
-    assert stats.encoder_images == 7
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
@@ -294,13 +274,13 @@ def test_the_command_says_what_holds(capsys: Capture) -> None:
 
 @pytest.mark.usefixtures("command")
 def test_the_command_measures_what_a_thousand_pages_take(capsys: Capture) -> None:
-    arguments = ["routes", "check", str(EXAMPLE), "--measure", "--pages", "1", "--page", "224x224", "--json"]
-    assert main(arguments) == 0
+    measured = ["--measure", "--pages", "2", "--document-pages", "1", "--page", "224x224"]
+    assert main(["routes", "check", str(EXAMPLE), *measured, "--json"]) == 0
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(capsys.readouterr().out)}
     for route in ("receipts", "totals"):
         least, most = map(float, rows[route, "by rounds"].split(" to "))
         assert 0 < least <= float(rows[route, "seconds of 1,000 pages"]) <= most
-        assert rows[route, "answers"].endswith("tokens")
+        assert " to " in rows[route, "answers"]
 
 
 @pytest.mark.parametrize(
