@@ -40,10 +40,10 @@ from nanovllm.pipeline.app import prepare_threads
 
 prepare_threads()
 
+from document_files import SCHEMA, native_receipts_pdf, receipts_pdf
 from machine import busy_seconds, describe_machine
 from output import add_output, write_text
 from parts import S3Part, VersityNode, s3_node_program
-from pdf_files import native_receipts_pdf, receipts_pdf
 from plot import draw_groups
 
 from nanovllm.cli.main import main as nanovllm
@@ -56,19 +56,13 @@ from nanovllm.pipeline.extract import FoundDocument, extract_documents
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
-from nanovllm.training.synthetic import FIELDS, PROMPTS, generator, receipt
+from nanovllm.training.synthetic import PROMPTS, generator, receipt
 
 MOST_PAGES = 12
 SHARED = 0.4
 TOLERANCE = 0.25
 """Of the cost, either way."""
 PAGE = "224x224"
-SCHEMA = {
-    "type": "object",
-    "properties": {name: {"type": "string", "maxLength": 40} for name in FIELDS},
-    "required": list(FIELDS),
-    "additionalProperties": False,
-}
 ROUTES: Mapping[str, dict[str, Any]] = {
     "text": {"prompt": PROMPTS["text"], "text": "only_if_clean"},
     "fields": {"prompt": PROMPTS["json"], "response_schema": SCHEMA, "merge": "per_page"},

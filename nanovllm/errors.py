@@ -17,7 +17,7 @@ worker or object representations, because it travels into dead letters.
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, SidecarTaken, DecoderFailed, CrashedWorker
         MessageTooLarge
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
-        FetchFailed, ObjectUnavailable, ObjectRefused
+        FetchFailed, ObjectUnavailable, ObjectRefused, ObjectMissing
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
         BrokersUnavailable, AnswersMissing, CredentialsRefused, StoreUnreachable, PoisonLimitReached
@@ -335,6 +335,13 @@ class ObjectRefused(TransientError):
         "See what the store's answer means for this object (a key or version too long for a URL, a proxy's rule, a "
         "redirect, a missing entity tag), repair that or name another object, then replay the job."
     )
+
+
+class ObjectMissing(TransientError):
+    """The object of an event is not there, and its route waits for it (`on_missing: retry`)."""
+
+    code = "object_missing"
+    remedy = "Upload the object again, or let the route drop such events (on_missing: drop), then replay the event."
 
 
 class DeadlineExceeded(NanoVLLMError):

@@ -30,6 +30,15 @@ class Metrics:
         self.dead_letters = self._counter(
             "dead_letters", "Jobs that failed for good.", ("error_class", "code", "stage")
         )
+        self.events = self._counter("events", "Events of object stores by what came of them.", ("outcome",))
+        self.pages = self._counter(
+            "document_pages",
+            "Pages of documents by how they ended and where their answer came from.",
+            ("status", "source"),
+        )
+        self.engine_seconds_saved = self._counter(
+            "document_engine_seconds_saved", "Engine time that kept, blank and stopped pages saved."
+        )
         self.process_seconds = self._histogram(
             "messaging_process_duration_seconds", "From the receipt of a job to its settlement.", _SECONDS
         )

@@ -15,7 +15,7 @@ from parts import S3Part, create_topic
 from PIL import Image
 
 from nanovllm.client.results import ResultReader
-from nanovllm.engine.backends.base import Generation, Request
+from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.client import producer_kwargs
@@ -109,7 +109,7 @@ class Bench:
 
     @asynccontextmanager
     async def working(
-        self, engine: EchoEngine, fetcher: Any = None, sink: KafkaSink | None = None, **settings: Any
+        self, engine: EngineBackend, /, fetcher: Any = None, sink: KafkaSink | None = None, **settings: Any
     ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()

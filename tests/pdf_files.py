@@ -54,30 +54,6 @@ def image_pdf(image: Image.Image, hidden: Sequence[str] = ()) -> bytes:
     return bytes(pdf.output())
 
 
-def receipts_pdf(images: Sequence[Image.Image]) -> bytes:
-    """A PDF without a text layer, whose pages are ``images`` at 72 dpi."""
-    pdf = FPDF(unit="pt", format=(224, 224))
-    pdf.set_auto_page_break(False)
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        pdf.add_page()
-        pdf.image(buffer, 0, 0, 224, 224)
-    return bytes(pdf.output())
-
-
-def native_receipts_pdf(pages: Sequence[Sequence[str]]) -> bytes:
-    """A PDF with a text layer, whose pages are receipts of these lines."""
-    pdf = FPDF(unit="pt", format=(224, 224))
-    pdf.set_auto_page_break(False)
-    pdf.set_font("Courier", size=11)
-    for lines in pages:
-        pdf.add_page()
-        for index, line in enumerate(lines):
-            pdf.text(8, 24 + 30 * index, line)
-    return bytes(pdf.output())
-
-
 def raw_pdf(content: bytes, resources: str = "", page: str = "/MediaBox [0 0 612 792]") -> bytes:
     """PDF of one page with this content stream, and Helvetica as ``/F1``."""
     return objects_pdf(

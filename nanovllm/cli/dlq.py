@@ -113,7 +113,7 @@ def dlq_replay(
     rate: Annotated[float, typer.Option(min=0.001, help="Most messages a second.")] = 50.0,
     topic: Annotated[
         list[str] | None,
-        typer.Option("--topic", help="Topics that may be sent to; the settings' topics of jobs if unset."),
+        typer.Option("--topic", help="Topics that may be sent to; those that workers of these settings read if unset."),
     ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -124,7 +124,7 @@ def dlq_replay(
     if wanted == LetterFilter() and not everything:
         raise InvalidInput("name what is to be sent again (--code, --since, --retryable, …), or --all")
     settings = client_settings(config, bootstrap_servers)
-    topics = topic or settings.topics.job_topics
+    topics = topic or settings.consumed_topics
     letters = read_dead_letters(settings, wanted)
     with long_work("replaying dead letters"):
         replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +15,19 @@ import typer
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
+from nanovllm.cli.routes import named_entry
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.cli.sending import listing_of
-from nanovllm.errors import InvalidInput, NanoVLLMError, counted
+from nanovllm.cli.sending import MAX_ASKED, listing_of
+from nanovllm.errors import InvalidInput, NanoVLLMError, ObjectNotFound, PermanentError, counted
 from nanovllm.messages.s3_uri import split_s3_uri
-from nanovllm.objects.listing import ObjectPattern, find_object
+from nanovllm.objects.inventory import list_inventory, read_manifest
+from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.sinks.sidecar import head_or_none
 from nanovllm.terminal import long_work, plain, print_json
 
 DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
@@ -39,6 +43,10 @@ def extract(
     route: Annotated[
         str | None, typer.Option("--route", help="Name of the route for all sources; unset: the one that takes each.")
     ] = None,
+    inventory: Annotated[
+        str | None,
+        typer.Option(help="manifest.json of an S3 Inventory that the prefixes and globs are taken from, unlisted."),
+    ] = None,
     failures: Annotated[
         Path | None, typer.Option(help="Documents without a record; unset: beside the output, as NAME.failures.jsonl.")
     ] = None,
@@ -53,7 +61,7 @@ def extract(
     require("documents", "pypdfium2", "jsonschema_rs")
     settings = engine_settings(config, model)
     routes = load_routes(routes_file)
-    forced = _named(routes, route) if route else None
+    forced = named_entry(routes, route).route if route else None
     require_engine(settings)
     from nanovllm.messages.document_record import DocumentRecord
     from nanovllm.pipeline.extract import FoundDocument, extract_documents
@@ -63,7 +71,7 @@ def extract(
     statuses: Counter[str] = Counter()
     with JsonLinesSink(output) as records, JsonLinesSink(failures) as failed:
         done = {json.loads(line)["job_id"] for line in records.lines()}
-        found = [one for source in sources for one in _find(source, routes, forced, settings)]
+        found = [one for source in sources for one in _find(source, routes, forced, settings, inventory)]
         left = [one for one in found if one.source.job_id(one.route) not in done]
         if len(left) < len(found):
             print(f"{output} goes on: {len(found) - len(left)} done, {len(left)} left", file=sys.stderr)
@@ -114,18 +122,16 @@ def _listed(counts: Counter[str]) -> str:
     return f" ({', '.join(f'{number} {name}' for name, number in counts.most_common())})" if counts else ""
 
 
-def _named(routes: Routes, name: str) -> Route:
-    found = {entry.route.name: entry.route for entry in routes.entries}
-    if name not in found:
-        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
-    return found[name]
-
-
-def _find(source: str, routes: Routes, forced: Route | None, settings: Settings) -> Iterator[Any]:
+def _find(
+    source: str, routes: Routes, forced: Route | None, settings: Settings, inventory: str | None
+) -> Iterator[Any]:
     """The documents that ``source`` names, with their routes; those that no route takes are left out, and counted."""
     from nanovllm.pipeline.documents.extraction import DocumentSource
     from nanovllm.pipeline.extract import FoundDocument
 
+    pattern = ObjectPattern.of(source)
+    if inventory is not None and pattern is None:
+        raise InvalidInput(f"{plain(source).plain} is no s3:// prefix (with / behind) or glob: --inventory lists those")
     if not source.startswith("s3://"):
         if forced is None:
             raise InvalidInput(f"{source} is no object: name the route of files by --route")
@@ -135,20 +141,60 @@ def _find(source: str, routes: Routes, forced: Route | None, settings: Settings)
             yield FoundDocument(DocumentSource(str(path), etag=version), forced, path.read_bytes)
         return
     client = S3Client(settings.s3)
-    pattern = ObjectPattern.of(source)
-    objects: Any = [find_object(client, source)] if pattern is None else listing_of(settings.s3)(pattern)
+    objects: Iterable[ListedObject]
+    if pattern is None:
+        objects = [find_object(client, source)]
+    elif inventory is None:
+        objects = listing_of(settings.s3)(pattern)
+    else:
+        objects = _as_they_are(client, list_inventory(client, read_manifest(client, inventory), pattern))
     left_out = 0
-    for one in objects:
-        bucket, key = split_s3_uri(one.uri) or ("", "")
-        route = forced or routes.route_of(bucket, key, None, one.size)
-        if route is None:
-            left_out += 1
-            continue
-        yield FoundDocument(
-            DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, bucket, key, one.etag)
-        )
+    with ThreadPoolExecutor(MAX_ASKED) as pool:
+        for one, route in pool.map(lambda one: (one, forced or _route_of(client, routes, one)), objects):
+            if route is None:
+                left_out += 1
+                continue
+            bucket, key = split_s3_uri(one.uri) or ("", "")
+            yield FoundDocument(
+                DocumentSource(one.uri, etag=one.etag), route, partial(_read, client, bucket, key, one.etag)
+            )
     if left_out:
         print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
+
+
+def _route_of(client: S3Client, routes: Routes, one: ListedObject) -> Route | None:
+    """The route that takes a listed object; its content type is asked for where that decides."""
+    bucket, key = split_s3_uri(one.uri) or ("", "")
+    content_type = None
+    if routes.needs_head(bucket, key):
+        answer = client.call(lambda s3: head_or_none(s3, bucket, key)) or {}
+        content_type = answer.get("ContentType")
+    return routes.route_of(bucket, key, content_type, one.size)
+
+
+def _as_they_are(client: S3Client, listed: Iterable[ListedObject]) -> Iterator[ListedObject]:
+    """What the objects of an inventory are now: its lists were begun hours before, and may lack the entity tag.
+
+    Those that are gone are left out, and counted. One that may not be asked for stays: reading it says why.
+    """
+
+    def ask(one: ListedObject) -> ListedObject | None:
+        try:
+            return find_object(client, one.uri)
+        except ObjectNotFound:
+            return None
+        except PermanentError:
+            return one
+
+    gone = 0
+    with long_work("asking for the inventory's objects"), ThreadPoolExecutor(MAX_ASKED) as pool:
+        for one in pool.map(ask, listed):
+            if one is None:
+                gone += 1
+            else:
+                yield one
+    if gone:
+        print(f"{counted(gone, 'object')} of the inventory left out, gone since", file=sys.stderr)
 
 
 def _files(path: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 
 if TYPE_CHECKING:
-    from nanovllm.pipeline.route_checks import Points, RouteCheck, TokenBudget
+    from nanovllm.pipeline.route_checks import Points, TokenBudget
     from nanovllm.pipeline.route_costs import Cost
 
 MISUSE = 2
@@ -71,6 +71,14 @@ def routes_check(
     print_table(COLUMNS, rows, as_json=as_json)
 
 
+def named_entry(routes: Routes, name: str) -> RouteEntry:
+    """The route that ``--route`` names. Raises InvalidInput: there is none."""
+    found = {entry.route.name: entry for entry in routes.entries}
+    if name not in found:
+        raise InvalidInput(f"--route {plain(name).plain} is none of {', '.join(found)}")
+    return found[name]
+
+
 def _points(page: str) -> Points:
     if page.lower() in _PAPERS:
         return _PAPERS[page.lower()]
@@ -113,12 +121,10 @@ def _check(
 
     prepare_threads()
     from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, check_settings, limits_of, model_limits
+    from nanovllm.pipeline.route_checks import check_route, check_routes, limits_of
 
-    refusals = list(check_settings(routes, settings))
-    with long_work("checking the routes"), model_limits(settings) as limits:
-        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
-    _raise([*refusals, *_refusals(checks.values())])
+    with long_work("checking the routes"):
+        checks = check_routes(routes, settings, points)
     costs: dict[RouteEntry, Cost] = {}
     if measured is not None:
         require("documents", "pypdfium2", "jsonschema_rs")
@@ -128,7 +134,8 @@ def _check(
         with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
             limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
             checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
-            _raise(_refusals(checks.values()))
+            if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
+                raise InvalidRoutes(refusals)
             costs = measure(
                 engine,
                 {entry: entry.route for entry in routes.entries},
@@ -141,15 +148,6 @@ def _check(
         yield "", "s3.allow", "not set: a worker with these settings reads no object"
     for entry, check in checks.items():
         yield from _rows(entry, check.budget, costs.get(entry))
-
-
-def _refusals(checks: Iterable[RouteCheck]) -> list[str]:
-    return [refusal for check in checks for refusal in check.refusals]
-
-
-def _raise(refusals: list[str]) -> None:
-    if refusals:
-        raise InvalidRoutes(dict.fromkeys(refusals))
 
 
 def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,13 +19,15 @@ from nanovllm.objects.listing import ListedObject
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.sinks.sidecar import SidecarMetadata, SourceVersion, head_or_none, is_sidecar, sidecar_uri
 
-State = Literal["complete", "missing", "outdated", "other_route", "taken", "no_place", "gone", "sidecar"]
+State = Literal["complete", "missing", "outdated", "other_route", "taken", "no_place", "gone", "sidecar", "not_taken"]
 """What is known of an object.
 
 ``missing``: it has no record; ``outdated``: its record is of another version; ``other_route``: of another route digest;
 ``taken``: another object lies where its record would go; ``no_place``: no key would be short enough; ``gone``: it was
-deleted after it was listed; ``sidecar``: it is itself a record.
+deleted after it was listed; ``sidecar``: it is itself a record; ``not_taken``: no record of it is asked for.
 """
+Takes = Callable[[str, str, str | None, int | None], bool]
+"""Whether a record of an object is asked for, by its bucket, key, content type and size."""
 UNFINISHED: frozenset[State] = frozenset({"missing", "outdated", "other_route", "taken", "no_place"})
 SUBMITTED: frozenset[State] = frozenset({"missing", "outdated", "other_route"})
 """What a new event leads to a record of."""
@@ -53,6 +55,7 @@ class Tally:
     no_place: int = 0
     gone: int = 0
     sidecar: int = 0
+    not_taken: int = 0
 
     def count(self, state: State) -> None:
         """Add one object."""
@@ -63,6 +66,11 @@ class Tally:
         """Whether every object has its record."""
         return not any(getattr(self, state) for state in UNFINISHED)
 
+    @property
+    def has_compared(self) -> bool:
+        """Whether there was an object of which a record is asked for."""
+        return sum(self.as_dict().values()) > self.not_taken
+
     def as_dict(self) -> dict[str, int]:
         """Numbers by state."""
         return asdict(self)
@@ -71,12 +79,19 @@ class Tally:
 class Reconciler:
     """Asks for the sidecar of each object; ``template`` says where it lies (``sidecar_uri``).
 
-    A record that was made by another route than ``route_digest`` does not count; None: all do. ``tally`` counts what
-    was looked at. Memory holds one window of objects, however many there are.
+    A record that was made by another route than ``route_digest`` does not count; None: all do. An object without a
+    record needs none where ``takes`` says no. ``tally`` counts what was looked at. Memory holds one window of objects,
+    however many there are.
     """
 
     def __init__(
-        self, client: S3Client, template: str, *, route_digest: str | None = None, window_objects: int = WINDOW_OBJECTS
+        self,
+        client: S3Client,
+        template: str,
+        *,
+        route_digest: str | None = None,
+        takes: Takes | None = None,
+        window_objects: int = WINDOW_OBJECTS,
     ) -> None:
         place, _, behind = template.partition("{key}")
         if "{key}" not in template or "{key}" in behind or split_s3_uri(place.replace("{bucket}", "bucket")) is None:
@@ -84,6 +99,7 @@ class Reconciler:
         self._client = client
         self._template = template
         self._route_digest = route_digest
+        self._takes = takes
         self._window_objects = window_objects
         self.tally = Tally()
 
@@ -114,10 +130,10 @@ class Reconciler:
             if itself is None or is_sidecar(itself.get("Metadata", {})):
                 return Unfinished(one, "gone" if itself is None else "sidecar")
         try:
-            target, sidecar_key = split_object_uri(sidecar_uri(self._template, bucket, key)) or ("", "")
+            place = split_object_uri(sidecar_uri(self._template, bucket, key))
         except InvalidInput:
-            return Unfinished(one, "no_place")
-        answer = head_or_none(client, target, sidecar_key)
+            place = None
+        answer = None if place is None else head_or_none(client, *place)
         record = None if answer is None else SidecarMetadata.of(answer.get("Metadata", {}), bucket, key)
         if self._state_beside(record, SourceVersion(bucket, key, etag=one.etag)) == "complete":
             return Unfinished(one, "complete")
@@ -127,6 +143,10 @@ class Reconciler:
             return Unfinished(one, "gone")
         etag = current["ETag"].strip('"')
         now = ListedObject(one.uri, etag, current["ContentLength"], current.get("LastModified"))
+        if self._takes is not None and not self._takes(bucket, key, current.get("ContentType"), now.size):
+            return Unfinished(now, "not_taken")
+        if place is None:
+            return Unfinished(now, "no_place")
         if record is None and answer is not None:
             return Unfinished(now, "taken")
         return Unfinished(now, self._state_beside(record, SourceVersion(bucket, key, current.get("VersionId"), etag)))

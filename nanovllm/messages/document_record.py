@@ -151,6 +151,13 @@ class DocumentTimings(Message):
     queue: float = Field(0.0, ge=0)
     encode: float = Field(0.0, ge=0)
     generation: float = Field(0.0, ge=0, description="From the engine's receipt to the last token.")
+    saved: float = Field(
+        0.0,
+        ge=0,
+        description="Engine milliseconds that were not spent: of reused pages what they took before, of repetitions "
+        "that were stopped the rest up to max_tokens, of blank pages and those read from their text layer the mean of "
+        "the route's asked pages so far.",
+    )
     merge: float = Field(0.0, ge=0, description="Merging, validation and evidence.")
     total: float = Field(0.0, ge=0)
 

@@ -1,4 +1,4 @@
-"""The object fetcher: images of a job to bytes, with an allow-list, size limits and conditional requests."""
+"""The object fetcher: images and documents to bytes, with an allow-list, size limits and conditional requests."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Self, TypeVar
 
 from botocore.exceptions import ClientError
 
 from nanovllm.errors import (
+    DocumentTooLarge,
     FetchFailed,
     ForbiddenKey,
     ForbiddenUri,
     ImageTooLarge,
+    InvalidInput,
     NanoVLLMError,
     ObjectChanged,
     ObjectRefused,
@@ -37,15 +41,31 @@ PROBE_KEY = "nanovllm-probe"
 """What is asked for to learn whether a strange answer concerns one object or the store; it need not exist."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class FetchedImage:
-    """The encoded bytes of one image, and exactly what they are; ``etag`` as the store gave it."""
+    """The bytes of one image or document, and exactly what they are; ``etag`` as the store gave it.
+
+    ``metadata`` is the user metadata of its object.
+    """
 
     data: bytes
     sha256: str
     uri: str | None = None
     version_id: str | None = None
     etag: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectHead:
+    """What the store says of an object without giving it; ``size`` in bytes."""
+
+    content_type: str | None
+    size: int
+    last_modified: datetime | None
 
 
 class AllowList:
@@ -58,6 +78,9 @@ class AllowList:
     def __init__(self, uris: Sequence[str] = ()) -> None:
         # S3Settings refuses entries of another form.
         self._entries = list(filter(None, map(split_prefix_uri, uris)))
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
 
     def check(self, bucket: str, key: str) -> None:
         """Return when a job may read the object.
@@ -88,6 +111,19 @@ class ObjectFetcher:
         self._client = S3Client(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
         self._timeout_s = settings.object_timeout_s
+        self._too_large: type[InvalidInput] = ImageTooLarge
+
+    def for_documents(self, max_bytes: int, buckets: Sequence[str]) -> Self:
+        """A fetcher of documents with the client and the connections of this one.
+
+        It reads what ``s3.allow`` names, or where that is unset the ``buckets`` of the routes.
+        """
+        documents = copy(self)
+        documents._max_bytes = max_bytes
+        documents._too_large = DocumentTooLarge
+        if not self._allow:
+            documents._allow = AllowList([f"s3://{bucket}" for bucket in buckets])
+        return documents
 
     def check(self, ref: ImageRef) -> None:
         """Refuse before anything is read what a job may not read.
@@ -124,6 +160,25 @@ class ObjectFetcher:
                 raise FetchFailed(f"the object was not read within {self._timeout_s:g} s") from None
             finally:
                 body.abandon()
+
+    async def head(self, ref: ImageRef) -> ObjectHead:
+        """What the store says of an object now, whatever entity tag ``ref`` names. Raises as ``fetch``."""
+        self.check(ref)
+        bucket, key = ref.bucket_and_key
+        which = {"VersionId": ref.version_id} if ref.version_id else {}
+
+        def ask(client: Any) -> ObjectHead:
+            answer = client.head_object(Bucket=bucket, Key=key, **which)
+            return ObjectHead(answer.get("ContentType"), answer["ContentLength"], answer.get("LastModified"))
+
+        async with self._connections:
+            try:
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    return await _in_daemon_thread(lambda: self._client.call(ask))
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise FetchFailed(f"the store said nothing of the object within {self._timeout_s:g} s") from None
 
     def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
         """``image``, if it is what the job has promised.
@@ -186,7 +241,8 @@ class ObjectFetcher:
             raise ObjectChanged("the object has another entity tag than the job names")
         version_id = answer.get("VersionId") or ref.version_id
         version_id = None if version_id == "null" else version_id
-        return FetchedImage(data, hashlib.sha256(data).hexdigest(), ref.uri, version_id, tag)
+        digest = hashlib.sha256(data).hexdigest()
+        return FetchedImage(data, digest, ref.uri, version_id, tag, answer.get("Metadata") or {})
 
     def _read_body(self, answer: Any) -> bytes:
         self._check_size(answer.get("ContentLength", 0), "the object")
@@ -198,7 +254,7 @@ class ObjectFetcher:
 
     def _check_size(self, nbytes: int, what: str) -> None:
         if nbytes > self._max_bytes:
-            raise ImageTooLarge(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
+            raise self._too_large(f"{what} has {nbytes} bytes or more, above the limit of {self._max_bytes}")
 
 
 def _probe(client: Any, bucket: str) -> NanoVLLMError | None:
@@ -245,12 +301,12 @@ class _Body:
                     self._stream.shutdown()  # urllib3 2.3; unlike close it wakes a thread that waits for data
 
 
-async def _in_daemon_thread(read: Callable[[], FetchedImage]) -> FetchedImage:
+async def _in_daemon_thread(read: Callable[[], T]) -> T:
     """What ``read`` returns or raises.
 
     Not an executor: the interpreter waits for its threads, and a store that hangs would outlast the drain's budget.
     """
-    outcome: Future[FetchedImage] = Future()
+    outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # a task that is cancelled does not end the thread
 
     def run() -> None:

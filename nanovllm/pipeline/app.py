@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
-from nanovllm.errors import BrokersUnavailable, ConfigurationError, NanoVLLMError
+from nanovllm.errors import BrokersUnavailable, ConfigurationError, InvalidRoutes, NanoVLLMError
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
@@ -47,6 +47,10 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     log_to_stderr(settings.log_level)
     try:
         asyncio.run(_run(settings, signals, exit_when_drained))
+    except InvalidRoutes as error:
+        for refusal in error.refusals:
+            logger.error("%s", refusal)
+        return MISUSE
     except ConfigurationError as error:
         logger.error("%s", error.in_one_line)
         return MISUSE
@@ -100,7 +104,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         # What a user must change is found before the model is loaded, which takes minutes: first what can be known
         # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
-        await asyncio.to_thread(build.check_parts, settings)
+        await asyncio.to_thread(_check, settings)
         health.wait_for(f"the brokers {brokers}")
         with _phase("the brokers and topics are there"):
             required = partial(require_topics, settings.kafka, build.required_topics(settings), may_be_created=False)
@@ -152,6 +156,27 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             time.monotonic() - joining_since,
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
+
+
+def _check(settings: Settings) -> None:
+    """Find out what can be known of parts and routes before weights are read; it imports torch, for seconds.
+
+    Raises:
+        ConfigurationError: as `check_parts` and, with its InvalidRoutes, `check_routes`.
+    """
+    from nanovllm.pipeline.build import check_parts
+    from nanovllm.pipeline.build_documents import worker_routes
+
+    check_parts(settings)
+    routes = worker_routes(settings)
+    if routes is not None:
+        from nanovllm.pipeline.route_checks import check_routes
+
+        if settings.engine.backend != "native":
+            raise ConfigurationError(
+                f"documents.routes needs an engine that reads pages; engine.backend is {settings.engine.backend}"
+            )
+        check_routes(routes, settings)
 
 
 async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:

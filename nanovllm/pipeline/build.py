@@ -26,6 +26,13 @@ from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.admission.tenant_shares import FairShares, TokenRates
+from nanovllm.pipeline.build_documents import (
+    DocumentParts,
+    build_event_stages,
+    check_extra,
+    document_limits,
+    worker_routes,
+)
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
@@ -47,7 +54,7 @@ from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
-from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive
+from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive, ReceiveByTopic
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
@@ -114,7 +121,7 @@ def build_worker(
     """
     engine, decoders, fetcher = parts
     backoff = backoff or Backoff()
-    retry_topics = RetryTopics.of(settings)
+    retry_topics, routes = RetryTopics.of(settings), worker_routes(settings)
     lanes = retry_topics.lanes
     faults = ActiveFaults(health, metrics, lapse_s=2 * backoff.cap_s + 5.0)
     retry = Retry(faults, backoff, metrics)
@@ -135,41 +142,74 @@ def build_worker(
     slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
     queue = EngineQueue(slots, FairShares(settings.tenants.weights, are_configured=settings.tenants.are_configured))
     infer: Infer = CallEngine(engine)
+    infer_part = infer
     if crash_guard is not None:
         infer = GuardCrashes(infer, crash_guard, retry)
+        infer_part = GuardCrashes(infer_part, crash_guard, retry, is_whole=False)
     infer = WaitForSlot(infer, queue)
     if settings.reuse.answer_bytes:
         infer = ReuseResponses(infer, engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
 
-    answer = Answer(builder, engine, limit)
+    answer, large_results = Answer(builder, engine, limit), None
     if settings.s3.large_results:
-        store = S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
-        answer = AnswerByClaimCheck(builder, engine, limit, store, retry)
+        large_results = S3ResultStore(settings.s3.large_results, S3Client(settings.s3).call)
+        answer = AnswerByClaimCheck(builder, engine, limit, large_results, retry)
 
+    publish = Publish(sink, retry, failure, metrics)
+    admit = Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
+    make_fetch = partial(
+        Fetch,
+        breaker=breaker,
+        holds=holds,
+        retry=retry,
+        engine=engine,
+        max_attempts=settings.s3.max_attempts,
+        shares=_fetch_shares(settings, engine),
+    )
+    event_stages = None
+    if routes is not None:
+        event_stages = build_event_stages(
+            settings,
+            routes,
+            DocumentParts(
+                engine=engine,
+                decoders=decoders,
+                fetcher=fetcher,
+                holds=holds,
+                admit=admit,
+                rates=rates,
+                infer=MeterTokens(WaitForSlot(infer_part, queue), queue, rates),
+                builder=builder,
+                sink=sink,
+                large_results=large_results,
+                limit=limit,
+                retry=retry,
+                failure=failure,
+                publish=publish,
+                metrics=metrics,
+                health=health,
+                crash_guard=crash_guard,
+                make_fetch=make_fetch,
+            ),
+        )
+
+    received = receive if routes is None else ReceiveByTopic(receive, retry_topics.with_retries(settings.topics.events))
     stages = Stages(
-        receive=receive if crash_guard is None else GuardReceive(receive, crash_guard),
+        receive=received if crash_guard is None else GuardReceive(received, crash_guard, receive.context_of),
         invalid_records=InvalidRecords(builder, sink, metrics, limit, retry, receive.context_of),
-        admit=Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics),
-        fetch=Fetch(
-            images,
-            breaker,
-            holds,
-            retry,
-            engine,
-            max_attempts=settings.s3.max_attempts,
-            max_bytes=settings.images.max_bytes,
-            shares=_fetch_shares(settings, engine),
-        ),
+        admit=admit,
+        fetch=make_fetch(images, max_bytes=settings.images.max_bytes),
         prepare=Prepare(images, retry),
         infer=MeterTokens(infer, queue, rates),
         answer=answer,
         failure=failure,
-        publish=Publish(sink, retry, failure, metrics),
+        publish=publish,
         observe=partial(observe, metrics, health),
     )
     return Worker(
         settings,
         stages=stages,
+        event_stages=event_stages,
         admission=Admission(
             max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes, lanes=set(lanes.values())
         ),
@@ -217,9 +257,16 @@ def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | No
 
 
 def written_topics(settings: Settings) -> list[str]:
-    """The topics that a worker writes results, metrics, dead letters and delayed retries to."""
-    topics = settings.topics
-    return [topics.results, topics.metrics, topics.dead_letters, *topics.reply_to, *RetryTopics.of(settings).delays_s]
+    """The topics that a worker writes results, metrics, dead letters and delayed retries to. Raises InvalidRoutes."""
+    topics, routes = settings.topics, worker_routes(settings)
+    written = [
+        topics.results,
+        topics.metrics,
+        topics.dead_letters,
+        *topics.reply_to,
+        *(routes.topics if routes else []),
+    ]
+    return list(dict.fromkeys([*written, *RetryTopics.of(settings).delays_s]))
 
 
 def required_topics(settings: Settings) -> list[str]:
@@ -250,6 +297,7 @@ def build_decoders(settings: Settings, engine: EngineBackend) -> DecoderPool | N
         workers=images.decoders,
         timeout_s=images.decode_timeout_s,
         memory_bytes=images.decoder_memory_bytes,
+        document_limits=document_limits(settings.documents),
     )
 
 
@@ -262,10 +310,13 @@ def check_parts(settings: Settings) -> None:
     """Find out what can be known of the parts before weights are read; it imports torch, for seconds.
 
     Raises:
-        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or an image format, the device or the model is not
-            there.
+        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or routes, an image format, the device or the
+            model are not there.
     """
-    if settings.s3.allow or settings.s3.large_results:
+    if settings.documents.routes is not None:
+        worker_routes(settings)
+        check_extra()
+    if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)
     engine = settings.engine

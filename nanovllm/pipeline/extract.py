@@ -15,6 +15,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
+from nanovllm.pipeline.build_documents import extraction_of
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
@@ -22,10 +23,8 @@ from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
-from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
-from nanovllm.vision.images.pool import DecoderPool
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +73,6 @@ def documents_at_once(settings: Settings) -> int:
     return max(1, settings.engine.max_num_seqs // settings.documents.pages_at_once)
 
 
-def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
-    """The extraction of a route, as `extract_documents` makes it. Raises as `Extraction`."""
-    return Extraction(
-        route,
-        decoders,
-        engine.model_info,
-        sampling_defaults(settings, engine.generation_defaults),
-        worker=settings.worker_id,
-        pages_at_once=settings.documents.pages_at_once,
-    )
-
-
 async def _extract_all(
     settings: Settings,
     documents: Iterable[FoundDocument],
@@ -112,7 +99,7 @@ async def _extract_all(
 
         async def extract(found: FoundDocument) -> None:
             try:
-                if await sidecars.has(found.source, found.route, parts.engine.model_info):
+                if await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
                 if (extraction := extractions.get(found.route.name)) is None:

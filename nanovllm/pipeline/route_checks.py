@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from nanovllm.errors import ConfigurationError, InvalidInput, UnsupportedConstraint
+from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
@@ -132,7 +132,7 @@ def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
 def check_settings(routes: Routes, settings: Settings) -> Iterator[str]:
     """What of the routes contradicts the settings: topics with another use, objects that may not be read, loops."""
     topics = settings.topics
-    taken = {topics.metrics, topics.dead_letters, topics.in_flight, topics.replayed}
+    taken = {topics.metrics, topics.dead_letters, topics.events, topics.in_flight, topics.replayed}
     taken |= set(build.RetryTopics.of(settings).lanes)
     for entry in routes.entries:
         for name in ("result_topic", "review_topic"):
@@ -182,6 +182,22 @@ class RouteCheck:
 
     refusals: tuple[str, ...]
     budget: TokenBudget | None = None
+
+
+def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dict[RouteEntry, RouteCheck]:
+    """Every route held against the settings, and against the model by its files; ``points``: see `check_route`.
+
+    Raises:
+        InvalidRoutes: with everything that does not hold.
+        ConfigurationError: as `model_limits`.
+    """
+    refusals = list(check_settings(routes, settings))
+    with model_limits(settings) as limits:
+        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    refusals += [refusal for check in checks.values() for refusal in check.refusals]
+    if refusals:
+        raise InvalidRoutes(dict.fromkeys(refusals))
+    return checks
 
 
 def check_route(

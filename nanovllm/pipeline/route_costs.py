@@ -15,9 +15,10 @@ from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
+from nanovllm.pipeline.build_documents import extraction_of
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_outputs import Ask
-from nanovllm.pipeline.extract import asking, documents_at_once, extraction_of
+from nanovllm.pipeline.extract import asking, documents_at_once
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 

@@ -9,6 +9,7 @@ from typing import Literal
 from nanovllm.errors import counted
 from nanovllm.kafka.admin import COMPACTED, DAY_MS, TopicState
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.dead_letter_record import MIN_TOPIC_BYTES
 
@@ -38,7 +39,11 @@ class Finding:
 
 
 def topic_needs(settings: Settings) -> list[TopicNeed]:
-    """Every topic that a worker with ``settings`` reads or writes, and those of `dlq replay` and `bridge sqs`."""
+    """Every topic that a worker with ``settings`` reads or writes, and those of `dlq replay` and `bridge sqs`.
+
+    Raises:
+        InvalidRoutes: as `load_routes`, of the file that ``documents.routes`` names.
+    """
     topics, retry_topics = settings.topics, RetryTopics.of(settings)
     described = ("DESCRIBE", "DESCRIBE_CONFIGS")
     writes = ("WRITE", *described)
@@ -62,13 +67,18 @@ def topic_needs(settings: Settings) -> list[TopicNeed]:
         compacted = COMPACTED | {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         needs.append(TopicNeed(topics.in_flight, "in flight", ("READ", "WRITE", "DESCRIBE"), compacted))
     needs.append(TopicNeed(topics.replayed, "replayed", (), COMPACTED))
-    needs.append(TopicNeed(topics.events, "events", ()))
+    reads = ("READ", *described) if topics.events in settings.consumed_topics else ()
+    needs.append(TopicNeed(topics.events, "events", reads, largest_job))
     needs += [TopicNeed(name, "reply", writes) for name in topics.reply_to]
+    if settings.documents.routes is not None:
+        named = {need.name for need in needs}
+        of_routes = load_routes(settings.documents.routes).topics
+        needs += [TopicNeed(name, "results", writes) for name in of_routes if name not in named]
     return needs
 
 
 def implied_acls(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """The rights of a worker, as (resource type, name, pattern, operation), and nothing more."""
+    """The rights of a worker, as (resource type, name, pattern, operation), and nothing more. Raises: `topic_needs`."""
     acls = [("TOPIC", need.name, "LITERAL", right) for need in topic_needs(settings) for right in need.operations]
     acls.append(("GROUP", settings.kafka.group_id, "LITERAL", "READ"))
     if settings.delivery == "exactly_once":
@@ -81,14 +91,14 @@ def implied_acls(settings: Settings) -> list[tuple[str, str, str, str]]:
 def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: int | None = None) -> Iterator[Finding]:
     """What is wrong with the topics as they are (``states`` by name; one that is missing does not exist).
 
-    ``workers``: how many shall work at once.
+    ``workers``: how many shall work at once. Raises: as `topic_needs`.
     """
-    jobs = [states[name] for name in settings.topics.job_topics if name in states]
+    jobs = [states[name] for name in settings.consumed_topics if name in states]
     jobs_retention_ms = max((state.retention_ms for state in jobs), default=0.0)
     largest_job = max((state.number("max.message.bytes") for state in jobs), default=0)
     for need in topic_needs(settings):
         state = states.get(need.name)
-        if state is None and need.purpose in ("replayed", "events"):
+        if state is None and not need.operations:
             continue  # the first replay makes its own, a bridge says so; and a worker's user does not see them
         if state is None:
             # A topic of reply_to belongs to the service that waits there: `topics create` makes none.
@@ -105,7 +115,7 @@ def findings(settings: Settings, states: Mapping[str, TopicState], *, workers: i
             yield Finding(need.name, "error", "cleanup.policy compacts: of records with one key all but the last go")
         if need.purpose == "replayed" and state.configs.get("cleanup.policy", "compact") != "compact":
             yield Finding(need.name, "warning", "cleanup.policy is not `compact`: what it forgets is replayed again")
-        if need.purpose == "jobs":
+        if need.name in settings.consumed_topics:
             yield from _jobs_findings(settings, need, state, workers)
         elif need.purpose == "retry" and state.retention_ms < need.delay_ms + HOUR_MS:
             yield Finding(need.name, "error", f"retention.ms {state.retention_ms:.0f} removes jobs before they are due")

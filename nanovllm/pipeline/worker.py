@@ -25,7 +25,8 @@ from nanovllm.pipeline.operations.idle_loop import idle_loop
 from nanovllm.pipeline.stages.admit import AfterKeyTurn
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.pipeline.stages.process import Stages, process_job
-from nanovllm.pipeline.stages.receive import Received
+from nanovllm.pipeline.stages.process_events import EventStages, process_events
+from nanovllm.pipeline.stages.receive import Received, ReceivedEvents
 from nanovllm.settings.worker import Settings
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Worker:
     settings: Settings
     _: KW_ONLY
     stages: Stages
+    event_stages: EventStages | None
     admission: Admission
     engine: EngineBackend
     faults: ActiveFaults
@@ -190,6 +192,8 @@ class Worker:
             source.put_off(record, is_invalid=isinstance(received, InvalidRecord))
             if isinstance(received, InvalidRecord):
                 invalid[record.ledger].append(received)
+            elif isinstance(received, ReceivedEvents):
+                self._begin_events(received)
             else:
                 self._begin_job(received)
         for ledger, some in invalid.items():
@@ -225,6 +229,17 @@ class Worker:
             return 1
 
         self._start(process_job(received.job, context, reservation, stages), record, close)
+
+    def _begin_events(self, received: ReceivedEvents) -> None:
+        assert self.event_stages is not None  # without routes no topic of events is read
+        record = received.context.record
+        reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
+
+        def close(_: bool) -> int:
+            reservation.release()
+            return 1
+
+        self._start(process_events(received, reservation, self.event_stages), record, close)
 
     def _begin_invalid(self, ledger: PartitionLedger, invalid: list[InvalidRecord]) -> None:
         held = sum(len(one.record.value) for one in invalid)

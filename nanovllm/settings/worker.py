@@ -84,7 +84,9 @@ class Settings(BaseSettings):
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
         self._check_topics()
         if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
-            raise ValueError("admission.max_jobs must have a place for each of topics.lanes and for topics.jobs")
+            raise ValueError(
+                "admission.max_jobs must have a place for each priority of topics.lanes, and one for topics.jobs"
+            )
         rebalance_timeout_ms = self.kafka.rebalance_timeout_for(self.admission.drain_timeout_s)
         if rebalance_timeout_ms <= self.admission.drain_timeout_s * 1000:
             raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from nanovllm.kafka.records import Headers, OutgoingRecord
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat, encode
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result
@@ -15,10 +16,12 @@ from nanovllm.sinks.kept_headers import TRACE_HEADERS, kept_headers, rfc3339
 
 
 def event_record(
-    message: Result | JobMetrics, topic: str, fmt: MessageFormat, original_headers: Headers = ()
+    message: Result | JobMetrics | DocumentRecord, topic: str, fmt: MessageFormat, original_headers: Headers = ()
 ) -> OutgoingRecord:
-    """``message`` as a CloudEvent, keyed by its job."""
+    """``message`` as a CloudEvent, keyed by its job. Raises ValueError where no Kafka record asked for it."""
     source = message.source
+    if source is None:
+        raise ValueError(f"the record of {message.job_id} has no source in Kafka")
     attributes = {
         "ce_specversion": "1.0",
         "ce_id": message.result_id,

@@ -61,12 +61,16 @@ class SourceVersion:
 
 @dataclass(frozen=True)
 class SidecarMetadata:
-    """What a sidecar says of its record: the job, the model, the route, and the version of the source."""
+    """What a sidecar says of its record: the job, the model, the route, and the version of the source.
+
+    ``delivery`` names the Kafka record whose worker wrote it, and publishes it; None: no Kafka record.
+    """
 
     job_id: str
     model_revision: str
     route_digest: str
     source: SourceVersion
+    delivery: str | None = None
 
     def to_headers(self) -> dict[str, str]:
         """User metadata of S3: ASCII, and bounded; longer values are told by their digest, which still compares."""
@@ -81,6 +85,7 @@ class SidecarMetadata:
             "source-sequencer": source.sequencer,
             "source-time": None if time is None else time.astimezone(UTC).isoformat(),
             "source-dialect": source.dialect,
+            "delivery": self.delivery,
         }
         return {_PREFIX + name: _encoded(value) for name, value in values.items() if value is not None}
 
@@ -109,7 +114,8 @@ class SidecarMetadata:
             event_time=time if time is None or time.tzinfo else time.replace(tzinfo=UTC),
             dialect=get(_PREFIX + "source-dialect"),
         )
-        return cls(name_of("job-id"), name_of("model-revision"), name_of("route-digest"), source)
+        job_id, model, route = name_of("job-id"), name_of("model-revision"), name_of("route-digest")
+        return cls(job_id, model, route, source, get(_PREFIX + "delivery"))
 
     def is_done_by(self, there: SidecarMetadata) -> bool:
         """Whether the record ``there`` is of this version and route."""
@@ -152,6 +158,8 @@ class Sidecar:
     async def put(self, uri: str, body: bytes, metadata: SidecarMetadata, fmt: SidecarFormat) -> SidecarOutcome:
         """Store ``body`` at ``uri``: ``written``; ``same``: it is there; ``superseded``: a newer version's is there.
 
+        What the same Kafka record has written before is ``written``: its worker ended before it was published.
+
         A record of this version by another route digest is replaced: the route was changed since.
 
         Raises:
@@ -164,6 +172,20 @@ class Sidecar:
             raise InvalidInput(f"{uri} is not the URI of an object")
         outcome: SidecarOutcome = await asyncio.to_thread(
             self._call, lambda client: self._put(client, *place, body, metadata, fmt)
+        )
+        return outcome
+
+    async def beside(self, uri: str, metadata: SidecarMetadata) -> SidecarOutcome | None:
+        """What ``put`` would return without writing; None where it would write.
+
+        Raises:
+            SidecarTaken, NanoVLLMError: as ``put``.
+        """
+        place = split_object_uri(uri)
+        if place is None:
+            return None
+        outcome: SidecarOutcome | None = await asyncio.to_thread(
+            self._call, lambda client: self._outcome_at(client, *place, metadata)[0]
         )
         return outcome
 
@@ -189,31 +211,37 @@ class Sidecar:
             "ContentType": CONTENT_TYPES[fmt],
             "Metadata": metadata.to_headers(),
         }
-        source = metadata.source
         for _ in range(MAX_REPLACEMENTS):
             if put_if_absent(client, **request):
                 return "written"
-            answer = head_or_none(client, bucket, key)
-            if answer is None:
-                continue  # removed since
-            there = SidecarMetadata.of(answer.get("Metadata", {}), source.bucket, source.key)
-            if there is None:
-                raise SidecarTaken(
-                    f"s3://{bucket}/{key} is not the record of s3://{source.bucket}/{source.key}: another object of "
-                    "that name is there, and it is not overwritten"
-                )
-            if (outcome := self._outcome_beside(client, metadata, there)) is not None:
+            outcome, etag = self._outcome_at(client, bucket, key, metadata)
+            if outcome is not None:
                 return outcome
-            if put_if_unchanged(client, answer["ETag"], **request):
+            if etag is not None and put_if_unchanged(client, etag, **request):
                 return "written"
         raise FetchFailed(f"s3://{bucket}/{key} was changed by other writers {MAX_REPLACEMENTS} times meanwhile")
 
-    def _outcome_beside(
-        self, client: Any, ours: SidecarMetadata, there: SidecarMetadata
-    ) -> Literal["same", "superseded"] | None:
+    def _outcome_at(
+        self, client: Any, bucket: str, key: str, ours: SidecarMetadata
+    ) -> tuple[SidecarOutcome | None, str | None]:
+        """What is left to do beside the object that is there, and its entity tag; None: there is none."""
+        answer, source = head_or_none(client, bucket, key), ours.source
+        if answer is None:
+            return None, None
+        there = SidecarMetadata.of(answer.get("Metadata", {}), source.bucket, source.key)
+        if there is None:
+            raise SidecarTaken(
+                f"s3://{bucket}/{key} is not the record of s3://{source.bucket}/{source.key}: another object of "
+                "that name is there, and it is not overwritten"
+            )
+        return self._outcome_beside(client, ours, there), answer["ETag"]
+
+    def _outcome_beside(self, client: Any, ours: SidecarMetadata, there: SidecarMetadata) -> SidecarOutcome | None:
         """What is left to do beside the record that is ``there``; None: replace it."""
         is_newer = self._is_newer(ours.source, there.source)
         if ours.is_done_by(there):
+            if ours.delivery is not None and _stored(ours).delivery == there.delivery:
+                return "written"
             # Content that came back (A, B, A) is written once more: its record must not look older than that of B.
             return None if is_newer else "same"
         if is_newer is None and not _stored(ours).source.has_content_of(_stored(there).source):

@@ -22,7 +22,10 @@ def chart_path() -> Path:
 
 @pytest.fixture(scope="session")
 def render(chart_path: Path) -> Render:
-    """``render({"gpu": {"count": 1}})`` → the objects by kind, of release ``demo`` in namespace ``ns``."""
+    """``render({"gpu": {"count": 1}})`` → the objects by kind, of release ``demo`` in namespace ``ns``.
+
+    The ConfigMap of routes is ``RoutesConfigMap``.
+    """
     chart = Chart.load(chart_path)
 
     def objects_by_kind(values: dict[str, Any] | None = None) -> Objects:
@@ -35,8 +38,13 @@ def render(chart_path: Path) -> Render:
             for document in yaml.safe_load_all(text)
             if document
         ]
-        by_kind = {document["kind"]: document for document in documents}
+        by_kind = {kind_of(document): document for document in documents}
         assert len(by_kind) == len(documents), "two objects of one kind"
         return by_kind
 
     return objects_by_kind
+
+
+def kind_of(document: dict[str, Any]) -> str:
+    kind: str = document["kind"]
+    return f"Routes{kind}" if document["metadata"]["name"].endswith("-routes") else kind

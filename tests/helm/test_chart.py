@@ -15,19 +15,26 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from helm_python import parse_set_file
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.loading import load_settings, unknown_variables
 from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEDA_CRDS = REPOSITORY.parent / "shared" / "k8s" / "keda-crds.json.xz"
+EXAMPLES = REPOSITORY / "examples"
+ROUTES = {
+    "file": (EXAMPLES / "routes.yaml").read_text(encoding="utf-8"),
+    "files": {"receipt.schema.json": (EXAMPLES / "receipt.schema.json").read_text(encoding="utf-8")},
+}
 # Each of the chart's alternatives is taken in one of these.
 VALUES: dict[str, dict[str, Any]] = {
     "default": {},
-    "example": yaml.safe_load((REPOSITORY / "examples" / "values.yaml").read_text(encoding="utf-8")),
+    "example": yaml.safe_load((EXAMPLES / "values.yaml").read_text(encoding="utf-8")),
     "scram_tls": {
         "settings": {
             "kafka": {
@@ -76,6 +83,17 @@ VALUES: dict[str, dict[str, Any]] = {
             "sampling": {"temperature": 0.5, "stop": ["\n\n", 'a "quoted", stop']},
         },
     },
+    "routes": {
+        "routes": ROUTES,
+        "settings": {"retries": {"delays_s": [60]}, "s3": {"allow": ["s3://inbox"]}},
+        "keda": {"eventsLagThreshold": 5},
+    },
+    "routes_elsewhere": {"routes": {"existingConfigMap": "receipts.routes"}},
+    "routes_in_a_volume": {
+        "settings": {"documents": {"routes": "/srv/routes/routes.yaml"}},
+        "extraVolumes": [{"name": "routes", "persistentVolumeClaim": {"claimName": "routes"}}],
+        "extraVolumeMounts": [{"name": "routes", "mountPath": "/srv/routes", "readOnly": True}],
+    },
     "no_keda": {
         "keda": {"enabled": False},
         "replicaCount": 3,
@@ -120,7 +138,15 @@ VALUES: dict[str, dict[str, Any]] = {
         },
     },
 }
-CORE_KINDS = {"Deployment", "ConfigMap", "ServiceAccount", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+CORE_KINDS = {
+    "Deployment",
+    "ConfigMap",
+    "RoutesConfigMap",
+    "ServiceAccount",
+    "Service",
+    "PodDisruptionBudget",
+    "NetworkPolicy",
+}
 KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
 
 every_value_set = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
@@ -200,6 +226,7 @@ def test_the_worker_understands_every_setting(
             continue
         for field, value in fields.items():
             effective = getattr(getattr(settings, section), field)
+            effective = str(effective) if isinstance(effective, Path) else effective
             assert (list(effective) if isinstance(effective, tuple) else effective) == value
 
 
@@ -242,6 +269,11 @@ def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
         ({"aws": {"secretAccessKey": "hunter2"}}, "secretAccessKey"),
         ({"existingSecret": "Not A Name"}, "existingSecret"),
         ({"podAnnotations": {"a": 1}}, "podAnnotations"),
+        ({"routes": {"file": {"routes": []}}}, "file"),
+        ({"routes": {"files": {"schemas/a.json": ""}}}, "schemas/a.json"),
+        ({"routes": {"files": {"routes.yaml": ""}}}, "routes.yaml"),
+        ({"routes": {"existingConfigMap": "Not A Name"}}, "existingConfigMap"),
+        ({"keda": {"eventsLagThreshold": 0}}, "eventsLagThreshold"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -270,6 +302,9 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
         ),
         ({"model": {"existingClaim": "a", "volume": {"emptyDir": {}}}}, "exclude each other"),
         ({"keda": {"minReplicaCount": 9}}, "minReplicaCount"),
+        ({"routes": ROUTES | {"existingConfigMap": "a"}}, "exclude each other"),
+        ({"routes": {"files": ROUTES["files"]}}, "routes.file, which is empty"),
+        ({"routes": ROUTES, "settings": {"documents": {"routes": "/routes.yaml"}}}, "leave it out"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -342,6 +377,45 @@ def test_a_changed_setting_brings_new_pods_and_an_equal_one_does_not(render: Ren
     assert checksum({}) != checksum({"settings": {"engine": {"max_num_seqs": 8}}})
 
 
+def test_the_worker_finds_the_routes_and_the_files_that_they_name(render: Render, tmp_path: Path) -> None:
+    objects = render(VALUES["routes"])
+    (mount,) = (one for one in container_of(objects)["volumeMounts"] if one["name"] == "routes")
+    (volume,) = (one for one in pod_of(objects)["volumes"] if one["name"] == "routes")
+    assert mount["readOnly"] is True
+    assert volume["configMap"]["name"] == objects["RoutesConfigMap"]["metadata"]["name"]
+    environment = {one["name"]: one.get("value") for one in container_of(objects)["env"]}
+    file = Path(environment["NANOVLLM_DOCUMENTS__ROUTES"])
+    assert str(file.parent) == mount["mountPath"]
+    for name, text in objects["RoutesConfigMap"]["data"].items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    mounted, ours = load_routes(tmp_path / file.name), load_routes(EXAMPLES / "routes.yaml")
+    assert [(one.line, one.route.digest) for one in mounted.entries] == [
+        (one.line, one.route.digest) for one in ours.entries
+    ]
+
+
+def test_routes_are_given_as_files_on_the_command_line() -> None:
+    schema = rf"routes.files.receipt\.schema\.json={EXAMPLES / 'receipt.schema.json'}"
+    assert parse_set_file(f"routes.file={EXAMPLES / 'routes.yaml'},{schema}") == {"routes": ROUTES}
+
+
+def test_routes_made_elsewhere_are_mounted_as_they_are(render: Render) -> None:
+    objects = render(VALUES["routes_elsewhere"])
+    assert "RoutesConfigMap" not in objects
+    assert {"name": "routes", "configMap": {"name": "receipts.routes"}} in pod_of(objects)["volumes"]
+
+
+def test_changed_routes_bring_new_pods_and_other_values_do_not(render: Render) -> None:
+    def checksum(**changes: Any) -> str:
+        values = {"routes": ROUTES, **changes}
+        return render(values)["Deployment"]["spec"]["template"]["metadata"]["annotations"]["checksum/routes"]
+
+    assert checksum() == checksum(keda={"maxReplicaCount": 2})
+    assert checksum() != checksum(routes=ROUTES | {"file": f"{ROUTES['file']}# more"})
+    assert checksum() != checksum(routes=ROUTES | {"files": {"receipt.schema.json": "{}"}})
+    assert "checksum/routes" not in render({})["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+
+
 def test_keda_alone_decides_how_many_workers_there_are(render: Render) -> None:
     assert "replicas" not in render({})["Deployment"]["spec"]
     without = render(VALUES["no_keda"])
@@ -372,6 +446,18 @@ def test_keda_watches_every_lane_and_every_retry_topic(render: Render) -> None:
     assert len({trigger["name"] for trigger in triggers}) == len(triggers) == 6
 
 
+@pytest.mark.parametrize("name", ["routes", "routes_elsewhere", "routes_in_a_volume"])
+def test_keda_watches_events_where_the_workers_read_them(render: Render, name: str) -> None:
+    objects = render(VALUES[name])
+    settings = Settings.model_validate({"documents": {"routes": "routes.yaml"}, **VALUES[name].get("settings", {})})
+    triggers = objects["ScaledObject"]["spec"]["triggers"]
+    thresholds = {one["metadata"]["topic"]: int(one["metadata"]["lagThreshold"]) for one in triggers}
+    assert thresholds.keys() == RetryTopics.of(settings).lanes.keys()
+    of_events = 5 if name == "routes" else 100
+    assert {topic: of_events if topic.startswith("nanovllm.events") else 100 for topic in thresholds} == thresholds
+    assert not any("events" in one["metadata"]["topic"] for one in render({})["ScaledObject"]["spec"]["triggers"])
+
+
 def test_keda_logs_in_with_the_workers_own_secret(render: Render) -> None:
     objects = render(VALUES["scram_tls"])
     (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
@@ -400,6 +486,24 @@ def test_an_authentication_made_elsewhere_is_used_as_it_is(render: Render) -> No
     assert "TriggerAuthentication" not in objects
 
 
+def test_the_examples_bridge_has_settings_and_logins_of_the_examples_workers(chart_path: Path, render: Render) -> None:
+    account, bridge = yaml.safe_load_all((EXAMPLES / "bridge.yaml").read_text(encoding="utf-8"))
+    for one in (account, bridge):
+        for version in ("1.27", "1.35"):
+            kubernetes_validate.validate(one, version, strict=True)
+    texts = Chart.load(chart_path).render(VALUES["example"], name="nanovllm", namespace="vision")
+    settings = yaml.safe_load(texts["nanovllm/templates/configmap.yaml"])["metadata"]["name"]
+    container, worker = container_of({"Deployment": bridge}), container_of(render(VALUES["example"]))
+    assert container["envFrom"] == [{"configMapRef": {"name": settings}}]
+    kafka = [one for one in worker["env"] if one["name"].startswith("NANOVLLM_KAFKA__")]
+    assert container["env"] == kafka
+    assert container["securityContext"] == worker["securityContext"]
+    assert container["image"] == worker["image"]
+    assert [one["secret"]["secretName"] for one in pod_of({"Deployment": bridge})["volumes"] if "secret" in one] == [
+        VALUES["example"]["kafka"]["tls"]["existingSecret"]
+    ]
+
+
 def test_limits_carry_memory_and_accelerators(render: Render) -> None:
     assert container_of(render(VALUES["gpu"]))["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "1"}
     assert "nvidia.com/gpu" not in container_of(render({}))["resources"]["limits"]
@@ -420,6 +524,8 @@ def test_the_notes_name_what_is_still_to_do(chart_path: Path) -> None:
     assert "settings.s3.allow" in notes({})
     assert "settings.s3.allow" not in notes(VALUES["gpu"])
     assert "keda.enabled is false" in notes(VALUES["no_keda"])
+    assert "Events" not in notes({})
+    assert "nanovllm.events, by the routes of demo-nanovllm-routes" in notes(VALUES["routes"])
 
 
 def test_the_chart_is_the_packages_version(chart_path: Path) -> None:

@@ -161,13 +161,18 @@ def test_install_scale_upgrade_and_uninstall(
     kafka_broker: str,
     unique: Callable[[str], str],
 ) -> None:
-    topic = unique("jobs")
-    asyncio.run(create_topic(kafka_broker, topic))
+    topic, events = unique("jobs"), unique("events")
+    for name in (topic, events):
+        asyncio.run(create_topic(kafka_broker, name))
     values: Values = {
         "settings": {
             "kafka": {"bootstrap_servers": kafka_broker, "group_id": topic},
-            "topics": {"jobs": topic},
-            "s3": {"allow": ["s3://bucket/in/"]},
+            "topics": {"jobs": topic, "events": events},
+            "s3": {"allow": ["s3://inbox"]},
+        },
+        "routes": {
+            "file": (REPOSITORY / "examples" / "routes.yaml").read_text(),
+            "files": {"receipt.schema.json": (REPOSITORY / "examples" / "receipt.schema.json").read_text()},
         },
         "keda": {"lagThreshold": 10, "pollingInterval": 1, "cooldownPeriod": 4},
         "metrics": {"service": {"enabled": True}},
@@ -196,6 +201,8 @@ def test_install_scale_upgrade_and_uninstall(
 
         asyncio.run(commit_all(kafka_broker, topic, topic))
         wait_for(lambda: replicas(api, namespace) == 0, "every job is done, and still a worker runs")
+        asyncio.run(produce(kafka_broker, events, 20))
+        wait_for(lambda: replicas(api, namespace) == 2, "20 events at a threshold of 10 did not bring two workers")
 
         helm.uninstall("nanovllm")
         assert not helm.list()

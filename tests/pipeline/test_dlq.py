@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from bench import Bench, FaultyFetcher, eventually, png, reached
+from parts import create_topic
 from sample_messages import dead_letter
 
 from nanovllm.cli.main import main
@@ -172,6 +174,19 @@ async def test_nothing_is_replayed_unasked_twice_or_into_a_topic_that_only_the_l
         ("twice", "skipped"),
     ]
     assert [record.value for record in await bench.read(jobs, 1)] == [b"{1}"]
+
+
+async def test_an_event_is_replayed_by_default_where_workers_read_events(
+    bench: Bench, environment: None, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    events = unique("events")
+    await create_topic(bench.bootstrap_servers, events)
+    monkeypatch.setenv("NANOVLLM_TOPICS__EVENTS", events)
+    await bury(bench, job_id="e", source=Source(topic=events, partition=0, offset=1), value=b"an event")
+    assert [row["state"] for row in await command(capsys, "replay", "--all", "--json")] == ["skipped"]
+    monkeypatch.setenv("NANOVLLM_DOCUMENTS__ROUTES", "routes.yaml")
+    assert [row["state"] for row in await command(capsys, "replay", "--all", "--json")] == ["replayed"]
+    assert [record.value for record in await bench.read(events, 1)] == [b"an event"]
 
 
 async def test_a_letter_that_was_cut_is_replayed_from_its_source(

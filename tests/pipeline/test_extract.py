@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from document_files import receipts_pdf
+from inventories import put_inventory
 from parts import S3Part
-from pdf_files import PROSE, receipts_pdf, text_pdf
+from pdf_files import PROSE, text_pdf
 
 from nanovllm.cli.main import main
 from nanovllm.messages.document_record import DocumentRecord
@@ -32,6 +39,12 @@ routes:
     merge: per_page
     pages: {dpi: 72}
     sampling: {temperature: 0, max_tokens: 96}
+  - name: runaway
+    match: {bucket: inbox, key: "runaway/**"}
+    prompt: "Extract text from this document: <|image|>"
+    pages: {dpi: 72}
+    # A token that the model takes every time.
+    sampling: {temperature: 0, max_tokens: 96, loop_tokens: 16, logit_bias: {"100": 100}}
   - name: letters
     match: {bucket: inbox, key: "letters/**"}
     prompt: "Extract text from this document: <|image|>"
@@ -106,12 +119,25 @@ def test_a_clean_text_layer_is_read_and_no_model_is_asked(tmp_path: Path, routes
     assert not record.constrained
 
 
+def test_a_runaway_repetition_ends_early_with_its_own_code(tmp_path: Path, routes: str) -> None:
+    document, output = tmp_path / "runaway.pdf", tmp_path / "records.jsonl"
+    document.write_bytes(receipts_pdf([one.image for one in drawn(2)]))
+    assert main(["extract", str(document), "-r", routes, "--route", "runaway", "-o", str(output)]) == 0
+    record = records_in(output)["runaway.pdf"]
+    assert record.status == "partial"
+    for page in record.pages:
+        assert (page.status, page.stop) == ("incomplete", "loop")
+        assert page.tokens is not None
+        assert page.tokens.output_tokens == 16
+    assert record.timings_ms.saved > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nothing.pdf", "--route", "receipts"], "no such file"),
         (["letter.pdf"], "name the route of files by --route"),
-        (["letter.pdf", "--route", "recipes"], "--route recipes is none of receipts, letters"),
+        (["letter.pdf", "--route", "recipes"], "--route recipes is none of receipts, runaway, letters"),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -125,16 +151,22 @@ def test_a_users_mistake_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_objects_have_sidecars_and_equal_pages_are_computed_once(
-    tmp_path: Path, s3: S3Part, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bucket = s3.make_bucket()
+@pytest.fixture
+def store(s3: S3Part, monkeypatch: pytest.MonkeyPatch) -> S3Part:
+    """The S3 server, which the command's settings name."""
     monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", s3.endpoint_url)
     monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    return s3
+
+
+def test_objects_have_sidecars_and_equal_pages_are_computed_once(
+    tmp_path: Path, store: S3Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = store.make_bucket()
     known = drawn(2)
     pages = {"a.pdf": known[:1], "b.pdf": known}
     for name, shown in pages.items():
-        s3.put(bucket, f"receipts/{name}", receipts_pdf([one.image for one in shown]))
+        store.put(bucket, f"receipts/{name}", receipts_pdf([one.image for one in shown]))
     routes, output = tmp_path / "routes.yaml", tmp_path / "records.jsonl"
     text = ROUTES.replace("bucket: inbox", f"bucket: {bucket}")
     text = text.replace("routes:", f"page_store: s3://{bucket}/kept\nroutes:", 1)
@@ -147,8 +179,87 @@ def test_objects_have_sidecars_and_equal_pages_are_computed_once(
     assert [page.reused for page in records["b.pdf"].pages] == [True, False]
     assert records["b.pdf"].value[0] == records["a.pdf"].value[0]
     for name in pages:
-        sidecar = s3.client.get_object(Bucket=bucket, Key=f"receipts/{name}.json")
+        sidecar = store.client.get_object(Bucket=bucket, Key=f"receipts/{name}.json")
         assert DocumentRecord.model_validate_json(sidecar["Body"].read()) == records[name]
     output.unlink()
     assert main(command) == 0
     assert records_in(output) == {}, "each has a sidecar of its version and route"
+
+
+def test_objects_of_an_inventory_are_extracted_as_they_are_now(tmp_path: Path, store: S3Part, capsys: Capture) -> None:
+    bucket = store.make_bucket()
+    letters = {f"letters/{name}.pdf": text_pdf([*PROSE, f"This is letter {name}."]) for name in ("a", "b c", "new")}
+    for key, body in letters.items():
+        store.put(bucket, key, body)
+    store.put(bucket, "notes/d.pdf", letters["letters/a.pdf"])
+    listed = ["letters/a.pdf", "letters/b c.pdf", "letters/gone.pdf", "notes/d.pdf"]
+    manifest = put_inventory(store, bucket, listed)
+    routes, output = tmp_path / "routes.yaml", tmp_path / "records.jsonl"
+    routes.write_text(ROUTES.replace("bucket: inbox", f"bucket: {bucket}"))
+    command = ["extract", f"s3://{bucket}", "--inventory", manifest, "-r", str(routes), "-o", str(output)]
+    assert main(command) == 0
+    assert set(records_in(output)) == {"a.pdf", "b c.pdf"}, "new.pdf is not in it yet, gone.pdf not in the bucket"
+    for record in records_in(output).values():
+        body = letters[record.document.uri.removeprefix(f"s3://{bucket}/")]
+        assert record.document.etag == hashlib.md5(body).hexdigest(), "not the older one of the inventory"
+    said = capsys.readouterr().err
+    assert "1 object of the inventory left out, gone since" in said
+    assert "1 object that no route takes left out" in said
+    assert main(command) == 0
+    assert "2 done, 0 left" in capsys.readouterr().err
+    command[1] = f"s3://{bucket}/letters/a.pdf"
+    assert main(command) == 2
+    assert "--inventory lists those" in capsys.readouterr().err
+
+
+def killed_when(is_time: Callable[[], bool], command: Sequence[str]) -> None:
+    """Run the command in a process that is killed as soon as ``is_time()``."""
+    with subprocess.Popen([sys.executable, "-m", "nanovllm.cli.main", *command], stderr=subprocess.DEVNULL) as process:
+        while not is_time():
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode < 0
+
+
+def test_a_killed_extraction_does_only_the_documents_that_are_left(
+    tmp_path: Path, routes: str, capsys: Capture
+) -> None:
+    inbox, output = tmp_path / "inbox", tmp_path / "records.jsonl"
+    inbox.mkdir()
+    for number, one in enumerate(drawn(12)):
+        (inbox / f"{number}.pdf").write_bytes(receipts_pdf([one.image]))
+    command = ["extract", str(inbox), "-r", routes, "--route", "receipts", "-o", str(output)]
+    killed_when(lambda: output.exists() and output.read_bytes().count(b"\n") >= 2, command)
+    before = output.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    done = before.count(b"\n")
+    assert 2 <= done < 12
+    assert main(command) == 0
+    assert f"{done} done, {12 - done} left" in capsys.readouterr().err
+    assert output.read_bytes().startswith(before)
+    assert len(output.read_bytes().splitlines()) == len(records_in(output)) == 12
+
+
+def test_a_killed_extraction_does_only_the_pages_that_are_left(tmp_path: Path, store: S3Part) -> None:
+    bucket = store.make_bucket()
+    routes, output, document = tmp_path / "routes.yaml", tmp_path / "records.jsonl", tmp_path / "long.pdf"
+    routes.write_text(ROUTES.replace("routes:", f"page_store: s3://{bucket}/kept\nroutes:", 1))
+    document.write_bytes(receipts_pdf([one.image for one in drawn(12)]))
+    command = ["extract", str(document), "-r", str(routes), "--route", "receipts", "-o", str(output)]
+
+    def kept() -> int:
+        return int(store.client.list_objects_v2(Bucket=bucket, Prefix="kept/")["KeyCount"])
+
+    killed_when(lambda: kept() >= 3, command)
+    assert output.read_bytes() == b""
+    finished = kept()
+    assert finished < 12
+    assert main(command) == 0
+    record = records_in(output)["long.pdf"]
+    assert sum(page.reused for page in record.pages) >= finished
+    assert not all(page.reused for page in record.pages)
+    assert kept() == 12
+    assert record.usage.output_tokens == sum(page.tokens.output_tokens for page in record.pages if page.tokens)
+    assert all((page.tokens is not None and page.tokens.output_tokens == 0) == page.reused for page in record.pages)
+    assert record.timings_ms.saved > 0

@@ -13,7 +13,7 @@ from parts import FaultProxy, S3Part
 
 from nanovllm.errors import ConfigurationError, NanoVLLMError, ObjectNotFound
 from nanovllm.objects.s3_client import S3Client
-from nanovllm.pipeline.documents.page_store import PageKey, PageStore, PageStoreCounts
+from nanovllm.pipeline.documents.page_store import FORMAT_VERSION, PageKey, PageStore, PageStoreCounts
 from nanovllm.settings.s3 import S3Settings
 
 KEY = PageKey(
@@ -103,7 +103,7 @@ async def test_many_pages_are_kept_and_read_at_once_with_a_bound_on_requests(sto
     assert most <= 3
 
 
-def part_of(key: PageKey, payload: bytes, *, version: int = 1, digest: str | None = None) -> bytes:
+def part_of(key: PageKey, payload: bytes, *, version: int = FORMAT_VERSION, digest: str | None = None) -> bytes:
     digest = digest or hashlib.sha256(payload).hexdigest()
     return f"nanovllm-page {version} {key.digest} {digest}\n".encode() + payload
 
@@ -117,7 +117,7 @@ def part_of(key: PageKey, payload: bytes, *, version: int = 1, digest: str | Non
         (part_of(KEY, b"page", digest="0" * 64), "corrupt"),
         (b'{"a": 1}', "foreign"),
         (part_of(replace(KEY, tenant="other"), b"page"), "foreign"),
-        (part_of(KEY, b"page", version=2), "foreign"),
+        (part_of(KEY, b"page", version=FORMAT_VERSION - 1), "foreign"),
         (part_of(KEY, b"x" * 5_000), "oversized"),
     ],
 )

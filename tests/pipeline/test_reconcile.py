@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import csv
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote_plus, unquote_plus
+from urllib.parse import unquote_plus
 
 import pytest
+from inventories import put_inventory
 from parts import S3Part, create_topic, unique_name
 
 from nanovllm.cli.main import MISUSE, main
@@ -22,6 +21,7 @@ from nanovllm.errors import InvalidInput
 from nanovllm.objects.inventory import list_inventory, read_manifest
 from nanovllm.objects.listing import ListedObject, ObjectPattern, list_objects
 from nanovllm.objects.s3_client import S3Client
+from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.sinks.sidecar import Sidecar, SidecarMetadata, SourceVersion, sidecar_uri
@@ -142,40 +142,6 @@ def test_an_event_has_the_form_and_the_key_of_aws() -> None:
         assert event["s3"]["bucket"]["name"] == "bucket"
 
 
-SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, ETag"
-
-
-def put_inventory(
-    store: S3Part, bucket: str, keys: Iterable[str], *, schema: str = SCHEMA, form: str = "CSV", spoil: str = ""
-) -> str:
-    """Publish an inventory of ``keys`` as S3 does; returns the manifest's URI."""
-    target = store.make_bucket()
-    folder = f"inventories/{bucket}/all/2026-01-01T00-00Z"
-    files = []
-    for number, half in enumerate((list(keys)[::2], list(keys)[1::2])):
-        text = io.StringIO()
-        writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        for key in half:
-            etag = hashlib.md5(key.encode()).hexdigest()
-            values = {"Bucket": bucket, "Key": quote_plus(key, safe="/"), "Size": "3", "ETag": etag}
-            values |= {"VersionId": "v", "IsLatest": "true", "IsDeleteMarker": "false"}
-            old = {"IsLatest": "false", "Key": "in/older-version.pdf"}
-            marker = {"IsDeleteMarker": "true", "Key": "in/deleted.pdf"}
-            for row in (values, values | old, values | marker):
-                writer.writerow([row[name] for name in schema.split(", ")])
-        data = gzip.compress(text.getvalue().encode())
-        md5 = hashlib.md5(data).hexdigest()
-        key = f"inventories/{bucket}/all/data/{number}.csv.gz"
-        store.put(target, key, data[:-9] if spoil == "list" else data)
-        files.append({"key": key, "size": len(data), "MD5checksum": md5})
-    manifest = {"sourceBucket": bucket, "destinationBucket": f"arn:aws:s3:::{target}", "version": "2016-11-30"}
-    data = json.dumps(manifest | {"fileFormat": form, "fileSchema": schema, "files": files}).encode()
-    if spoil != "checksum":
-        md5 = hashlib.md5(data).hexdigest()
-        store.put(target, f"{folder}/manifest.checksum", md5.encode() + b"\n")
-    return store.put(target, f"{folder}/manifest.json", data + b" " * (spoil == "manifest"))
-
-
 def listed_by(store: S3Part, bucket: str, manifest: str, prefix: str = "in/") -> list[ListedObject]:
     client = S3Client(settings_of(store))
     return list(list_inventory(client, read_manifest(client, manifest), ObjectPattern(bucket, prefix)))
@@ -258,9 +224,84 @@ def test_the_command_checks_submits_and_is_complete_afterwards(
     assert main(["reconcile", f"s3://{bucket}/in", "--route-digest", "r2", "--check"]) == 1
 
 
+ROUTES = """
+routes:
+- name: letters
+  match: {bucket: BUCKET, key: "in/**", exclude: "**/*.txt", content_type: application/pdf, min_bytes: 3}
+  prompt: Who writes?
+  sidecar: {place: "s3://BUCKET/records/{key}.json"}
+- {name: silent, prompt: "Who writes?", match: {bucket: BUCKET, key: "out/**"}}
+"""
+
+
+def test_objects_of_one_route_are_compared_with_the_records_that_it_makes(
+    store: S3Part,
+    embedded_broker: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    topic = unique_name("events")
+    asyncio.run(create_topic(embedded_broker, topic, partitions=1))
+    bucket = store.make_bucket()
+    routes = tmp_path / "routes.yaml"
+    routes.write_text(ROUTES.replace("BUCKET", bucket))
+    (letters, _) = (entry.route for entry in load_routes(routes).entries)
+    assert letters.sidecar is not None
+    for name, content_type in (
+        *((name, "application/pdf") for name in ("a.pdf", "b.pdf", "c.pdf", "note.txt")),
+        ("picture", "image/png"),
+    ):
+        store.client.put_object(Bucket=bucket, Key=f"in/{name}", Body=b"text", ContentType=content_type)
+    store.client.put_object(Bucket=bucket, Key="in/small", Body=b"2b", ContentType="application/pdf")
+    record(store, bucket, "in/a.pdf", template=letters.sidecar.template, route=letters.digest)
+    record(store, bucket, "in/b.pdf", template=letters.sidecar.template, route="another")
+
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", store.endpoint_url)
+    monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("NANOVLLM_TOPICS__EVENTS", topic)
+    compare = ["reconcile", f"s3://{bucket}", "--route", "letters"]
+    assert main([*compare, "--routes", str(routes), "--check", "--json"]) == 1
+    *rows, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["uri"].rpartition("/")[2]: row["state"] for row in rows} == {"b.pdf": "other_route", "c.pdf": "missing"}
+    counts = {"complete": 1, "other_route": 1, "missing": 1, "not_taken": 2, "submitted": 0}
+    assert {name: number for name, number in summary["summary"].items() if number or name in counts} == counts
+
+    # The routes and the topic are those of the worker's settings.
+    monkeypatch.setenv("NANOVLLM_DOCUMENTS__ROUTES", str(routes))
+    assert main(compare) == 0
+    assert "2 submitted" in capsys.readouterr().err
+    assert asyncio.run(events_of(embedded_broker, topic, 2)) == ["in/b.pdf", "in/c.pdf"]
+    for key in ("in/b.pdf", "in/c.pdf"):
+        record(store, bucket, key, template=letters.sidecar.template, route=letters.digest)
+    assert main([*compare, "--check"]) == 0
+
+    for objects, options, message in (
+        (f"s3://{bucket}/out", ["--route", "letters", "--check"], "names no object that route letters takes"),
+        (f"s3://{bucket}/in/pict*", ["--route", "letters", "--check"], "names no object that route letters takes"),
+        (f"s3://{bucket}", ["--route", "silent"], "route silent has no sidecar"),
+        (f"s3://{bucket}", ["--route", "others"], "--route others is none of letters, silent"),
+        (f"s3://{bucket}", ["--routes", str(routes)], "--routes needs --route"),
+        (f"s3://{bucket}", ["--route", "letters", "--sidecars", BESIDE], "leave out --sidecars"),
+    ):
+        assert main(["reconcile", objects, *options]) == MISUSE
+        assert message in " ".join(capsys.readouterr().err.split())
+    monkeypatch.delenv("NANOVLLM_DOCUMENTS__ROUTES")
+    assert main([*compare, "--check"]) == MISUSE
+    assert "--routes" in capsys.readouterr().err
+
+
+def test_an_object_that_the_route_does_not_take_needs_no_place(s3: S3Part) -> None:
+    long = "in/" + "x" * 240 + "/" + "y" * 240
+    bucket = put_sources(s3, [long])
+    template = f"s3://{bucket}/" + "p/" * 300 + "{key}.json"
+    assert states(s3, bucket, template=template, takes=lambda *known: False) == {}
+    assert states(s3, bucket, template=template, takes=lambda *known: True) == {long: "no_place"}
+
+
 def test_misuse_of_the_command_is_named(s3: S3Part, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["s3://bucket/in"], "--topic"),
         (["bucket/in", "--check"], "s3://bucket/prefix"),
         (["s3://bucket/in", "--check", "--sidecars", "s3://out/record.json"], "{key}"),
     ):

@@ -214,7 +214,7 @@ def test_a_model_without_images_is_refused(load: Load, tmp_path: Path, tiny: Mod
         assert refused(load(""), limits, settings) == [says]
 
 
-@pytest.mark.parametrize("topic", ["nanovllm.jobs", "nanovllm.metrics", "nanovllm.jobs.retry-60s"])
+@pytest.mark.parametrize("topic", ["nanovllm.jobs", "nanovllm.metrics", "nanovllm.events", "nanovllm.jobs.retry-60s"])
 def test_records_into_a_topic_of_another_use_are_refused(load: Load, topic: str) -> None:
     settings = Settings.model_validate({"retries": {"delays_s": [60]}})
     (found,) = check_settings(load(f"  priority: 1\n  result_topic: {topic}\n"), settings)

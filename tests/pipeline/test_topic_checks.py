@@ -17,10 +17,11 @@ from nanovllm.cli.main import main
 from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
 from nanovllm.client.replay import replay
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.errors import BrokersUnavailable
+from nanovllm.errors import BrokersUnavailable, InvalidRoutes
 from nanovllm.kafka.admin import create_topics, message_limits, topic_states
 from nanovllm.kafka.client import client_kwargs, producer_kwargs
 from nanovllm.pipeline.topic_checks import DAY_MS, TopicState, findings, implied_acls, topic_needs
+from nanovllm.settings.documents import DocumentSettings
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings
@@ -29,22 +30,26 @@ SETTINGS = Settings.model_validate(
     {"retries": {"delays_s": [60, 7 * 24 * 3600]}, "topics": {"reply_to": ["replies"]}, "admission": {"ttl_s": 3600}}
 )
 RETRY = "nanovllm.jobs.retry-604800s"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "routes.yaml"
+WITH_ROUTES = SETTINGS.model_copy(update={"documents": DocumentSettings(routes=EXAMPLE)})
 
 
-def healthy() -> dict[str, TopicState]:
+def healthy(settings: Settings = SETTINGS) -> dict[str, TopicState]:
     return {
         need.name: TopicState(8, 3, {"min.insync.replicas": "2", "cleanup.policy": "delete", **need.configs})
-        for need in topic_needs(SETTINGS)
+        for need in topic_needs(settings)
     }
 
 
-def found(changes: dict[str, dict[str, str] | None], **more: int) -> set[tuple[str, str]]:
-    states = healthy()
+def found(
+    changes: dict[str, dict[str, str] | None], settings: Settings = SETTINGS, **more: int
+) -> set[tuple[str, str]]:
+    states = healthy(settings)
     for name, configs in changes.items():
         state = states.pop(name)
         if configs is not None:
             states[name] = TopicState(state.partitions, state.replication, {**state.configs, **configs})
-    settings = SETTINGS.model_copy(update={"kafka": SETTINGS.kafka.model_copy(update={"max_request_bytes": 2 * 2**20})})
+    settings = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"max_request_bytes": 2 * 2**20})})
     return {(one.topic, one.level) for one in findings(settings, states, **more)}
 
 
@@ -63,11 +68,57 @@ def test_what_would_lose_jobs_is_an_error_and_what_may_a_warning() -> None:
     assert found({"nanovllm.metrics": {"min.insync.replicas": "1"}}) == {("nanovllm.metrics", "warning")}
     assert found({"nanovllm.replayed": None}) == set()
     assert "nanovllm.replayed" not in {name for _, name, _, _ in implied_acls(SETTINGS)}
-    # No worker reads it yet; a bridge says that it is missing.
+    # Without routes no worker reads it; a bridge says that it is missing.
     assert found({"nanovllm.events": None}) == set()
     assert found({"nanovllm.events": {"cleanup.policy": "compact"}}) == {("nanovllm.events", "error")}
     assert found({"nanovllm.replayed": {"cleanup.policy": "delete"}}) == {("nanovllm.replayed", "warning")}
     assert found({}, workers=9) == {("nanovllm.jobs", "error")}
+
+
+def test_with_routes_events_are_checked_as_jobs_are() -> None:
+    events, retry = "nanovllm.events", "nanovllm.events.retry-604800s"
+    assert found({}, WITH_ROUTES) == set()
+    assert found({events: None}, WITH_ROUTES) == {(events, "error")}
+    assert found({retry: None}, WITH_ROUTES) == {(retry, "error")}
+    assert found({events: {"cleanup.policy": "compact"}}, WITH_ROUTES) == {(events, "error")}
+    assert found({events: {"compression.type": "producer"}}, WITH_ROUTES) == {(events, "warning")}
+    assert found({events: {"retention.ms": "60000"}}, WITH_ROUTES) == {(events, "warning")}
+    assert found({events: {"retention.ms": str(90 * DAY_MS)}}, WITH_ROUTES) == {("nanovllm.dead-letters", "warning")}
+    assert found({}, WITH_ROUTES, workers=9) == {("nanovllm.jobs", "error"), (events, "error")}
+    # What a bridge fills for others is as these want it.
+    assert found({events: {"compression.type": "producer", "retention.ms": "60000"}}) == set()
+
+
+def test_with_routes_a_worker_reads_events_and_writes_the_topics_of_records() -> None:
+    def rights(settings: Settings) -> set[tuple[str, str]]:
+        return {(name, right) for kind, name, _, right in implied_acls(settings) if kind == "TOPIC"}
+
+    more = rights(WITH_ROUTES) - rights(SETTINGS)
+    assert {name for name, right in more if right == "READ"} == {
+        "nanovllm.events",
+        "nanovllm.events.retry-60s",
+        "nanovllm.events.retry-604800s",
+    }
+    assert ("nanovllm.events", "DESCRIBE") in more
+    assert ("nanovllm.events", "WRITE") not in more
+    records = {"totals", "totals.review"}
+    assert {name for name, right in more if right == "WRITE"} - records == {
+        "nanovllm.events.retry-60s",
+        "nanovllm.events.retry-604800s",
+    }
+    assert {right for name, right in more if name in records} == {"WRITE", "DESCRIBE", "DESCRIBE_CONFIGS"}
+
+
+def test_a_topic_of_records_that_the_settings_name_is_needed_once() -> None:
+    replies = WITH_ROUTES.topics.model_copy(update={"reply_to": ("totals",), "results": "totals.review"})
+    needs = topic_needs(WITH_ROUTES.model_copy(update={"topics": replies}))
+    assert [need.purpose for need in needs if need.name in ("totals", "totals.review")] == ["results", "reply"]
+
+
+def test_routes_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"documents": DocumentSettings(routes=tmp_path / "none.yaml")})
+    with pytest.raises(InvalidRoutes, match=r"none\.yaml"):
+        implied_acls(settings)
 
 
 def test_a_finding_recommends_only_what_does_it() -> None:
@@ -109,6 +160,38 @@ def test_what_is_created_passes_the_check_on_apache_kafka(
     told = [row for row in json.loads(capsys.readouterr().out) if "may show outputs twice" in row["finding"]]
     # All that a worker writes, and not the jobs.
     assert len(told) == 4
+
+
+@pytest.mark.kafka
+def test_topics_of_events_and_records_are_created_checked_and_granted(
+    kafka_broker: str,
+    tmp_path: Path,
+    unique: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def rows(*words: str) -> list[dict[str, str]]:
+        main(["topics", *words, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", kafka_broker)
+    for name in ("jobs", "results", "metrics", "dead_letters", "events", "replayed"):
+        monkeypatch.setenv(f"NANOVLLM_TOPICS__{name.upper()}", unique(name))
+    records = [unique("totals"), unique("review")]
+    route = {
+        "name": "totals",
+        "match": {"bucket": "inbox", "key": "**/*.pdf"},
+        "prompt": "Total?",
+        "result_topic": records[0],
+        "review_topic": records[1],
+    }
+    routes = tmp_path / "routes.yaml"
+    routes.write_text(json.dumps({"routes": [route]}))
+    monkeypatch.setenv("NANOVLLM_DOCUMENTS__ROUTES", str(routes))
+    missing = {row["topic"] for row in rows("check")}
+    assert {row["topic"] for row in rows("create") if row["state"] == "created"} >= missing >= set(records)
+    assert all(row["level"] == "warning" for row in rows("check"))
+    assert {row["name"] for row in rows("acls") if row["operation"] == "WRITE"} >= set(records)
 
 
 @pytest.mark.kafka

@@ -106,6 +106,15 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and .Values.model.existingClaim .Values.model.volume }}
 {{- fail "model.existingClaim and model.volume exclude each other" }}
 {{- end }}
+{{- if and .Values.routes.existingConfigMap (or .Values.routes.file .Values.routes.files) }}
+{{- fail "routes.existingConfigMap and routes.file exclude each other: what that one names belongs into it" }}
+{{- end }}
+{{- if and .Values.routes.files (not .Values.routes.file) }}
+{{- fail "routes.files are named by routes.file, which is empty" }}
+{{- end }}
+{{- if and (include "nanovllm.routesConfigMap" .) (dig "documents" "routes" "" .Values.settings) }}
+{{- fail "settings.documents.routes is set by routes.file and routes.existingConfigMap: leave it out" }}
+{{- end }}
 {{- end }}
 
 {{/* KEDA's word for the SASL mechanism. */}}
@@ -123,11 +132,29 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and .Values.keda.enabled (not .Values.keda.authenticationRef.name) (or .Values.kafka.sasl.existingSecret .Values.kafka.tls.existingSecret) }}true{{ end }}
 {{- end }}
 
-{{/* Every topic that the workers read jobs from: the lanes, and the retry topics of each. */}}
-{{- define "nanovllm.jobTopics" -}}
-{{- $jobs := concat (list .Values.settings.topics.jobs) (keys (default dict .Values.settings.topics.lanes) | sortAlpha) -}}
-{{- $topics := $jobs -}}
-{{- range $topic := $jobs -}}
+{{/* The ConfigMap that holds the routes; empty: none does. */}}
+{{- define "nanovllm.routesConfigMap" -}}
+{{- if .Values.routes.file }}{{ include "nanovllm.fullname" . }}-routes{{ else }}{{ .Values.routes.existingConfigMap }}{{ end }}
+{{- end }}
+
+{{/* The routes and the files that they name, as a ConfigMap's data. */}}
+{{- define "nanovllm.routesData" -}}
+{{- toYaml (merge (dict "routes.yaml" .Values.routes.file) .Values.routes.files) }}
+{{- end }}
+
+{{/* The topic of events, where the workers read it; else empty. */}}
+{{- define "nanovllm.eventsTopic" -}}
+{{- if or (include "nanovllm.routesConfigMap" .) (dig "documents" "routes" "" .Values.settings) -}}
+{{- default "nanovllm.events" .Values.settings.topics.events -}}
+{{- end -}}
+{{- end }}
+
+{{/* Every topic that the workers read: jobs, the lanes, events, and the retry topics of each. */}}
+{{- define "nanovllm.consumedTopics" -}}
+{{- $lanes := keys (default dict .Values.settings.topics.lanes) | sortAlpha -}}
+{{- $read := concat (list .Values.settings.topics.jobs) $lanes (list (include "nanovllm.eventsTopic" .)) | compact -}}
+{{- $topics := $read -}}
+{{- range $topic := $read -}}
 {{- range $delay := dig "retries" "delays_s" list $.Values.settings -}}
 {{- $topics = append $topics (printf "%s.retry-%ds" $topic (int $delay)) -}}
 {{- end -}}

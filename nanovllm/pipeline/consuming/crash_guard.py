@@ -114,31 +114,49 @@ class CrashGuard:
         except NanoVLLMError as error:
             logger.warning("what is decoded could not be recorded: %s", error)
 
-    @asynccontextmanager
-    async def enter(self, consumed: ConsumedRecord) -> AsyncIterator[None]:
-        """Hold the engine, exclusively for a suspect. ``recorded`` comes before the job may start.
+    def check(self, consumed: ConsumedRecord) -> int | None:
+        """How many workers have ended with the job alone in their engine; None: it is no suspect.
 
         Raises:
-            CrashedWorker: the job has ended as many workers as are allowed.
+            CrashedWorker: as many as are allowed.
+        """
+        written = self._records.get(consumed.ledger)
+        deaths = None if written is None else written.record.deaths_of(consumed.offset)
+        if deaths is not None and deaths >= self._limit:
+            raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
+        return deaths
+
+    def clear(self, consumed: ConsumedRecord) -> None:
+        """A job of several parts has ended by itself: it is no suspect any more."""
+        written = self._records.get(consumed.ledger)
+        if written is not None and not self._is_engine_dead:
+            written.record.clear(consumed.offset)
+
+    @asynccontextmanager
+    async def enter(self, consumed: ConsumedRecord, *, is_whole: bool = True) -> AsyncIterator[None]:
+        """Hold the engine, exclusively for a suspect. ``recorded`` comes before the job may start.
+
+        A part of a job (``is_whole`` False) that ends by itself clears no suspect: another part may be at fault.
+
+        Raises:
+            CrashedWorker: as ``check``.
         """
         written = self._records.get(consumed.ledger)
         if written is None:
             yield
             return
-        deaths = written.record.deaths_of(consumed.offset)
+        deaths = self.check(consumed)
         if deaths is None:
-            async with self._exclusive.shared(), self._noted(written, consumed):
+            async with self._exclusive.shared(), self._noted(written, consumed, is_whole=is_whole):
                 yield
             return
-        if deaths >= self._limit:
-            raise CrashedWorker(f"{deaths} workers died while the job was alone in their engine")
         logger.warning(
             "%s-%d: offset %d runs alone: a worker died with it",
             *(consumed.topic, consumed.partition, consumed.offset),
         )
         await self._exclusive.acquire_exclusive()
         try:
-            async with self._noted(written, consumed):
+            async with self._noted(written, consumed, is_whole=is_whole):
                 yield
         finally:
             # The topic must have its end before another suspect starts: the next crash is not its own.
@@ -147,13 +165,13 @@ class CrashGuard:
             releasing.add_done_callback(self._releasing.discard)
 
     @asynccontextmanager
-    async def _noted(self, written: _WrittenRecord, consumed: ConsumedRecord) -> AsyncIterator[None]:
+    async def _noted(self, written: _WrittenRecord, consumed: ConsumedRecord, *, is_whole: bool) -> AsyncIterator[None]:
         written.record.start(consumed.offset)
-        is_cleared = True
+        is_cleared = is_whole
         try:
             yield
         except BaseException as error:
-            is_cleared = isinstance(error, Exception)  # one that was cancelled may still be at fault
+            is_cleared = is_whole and isinstance(error, Exception)  # one that was cancelled may still be at fault
             # What is recorded when the engine dies stays.
             self._is_engine_dead |= isinstance(error, EngineDead)
             raise

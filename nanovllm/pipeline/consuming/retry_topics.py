@@ -75,6 +75,13 @@ class RetryTopics:
         """Those that ``settings`` ask for."""
         return cls(settings.consumed_topics, settings.retries.delays_s)
 
+    def with_retries(self, topic: str) -> list[str]:
+        """``topic`` and the retry topics behind it."""
+        found = [topic]
+        while (following := self._next.get(found[-1])) is not None:
+            found.append(following)
+        return found
+
     def topic_after(self, topic: str, *, before: datetime | None) -> str | None:
         """Where a job from ``topic`` waits next; None after the last tier, or when it would be due after ``before``."""
         following = self._next.get(topic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 _OWNED = "owned"
@@ -35,6 +36,7 @@ class SuspectState:
     ) -> None:
         self._suspects = dict(suspects or {})
         self._running: dict[int, InFlightRecord] = {}
+        self._parts: Counter[int] = Counter()
         self.follows_death = follows_death
         self._received = dict(received or {})
         self._receiving: int | None = None
@@ -77,16 +79,24 @@ class SuspectState:
         self._received.pop(offset, None)
 
     def start(self, offset: int) -> InFlightRecord:
-        """Record a job before it starts; a suspect is alone."""
+        """Record a job, or a part of one, before it starts; a suspect is alone."""
         deaths = self._suspects.get(offset)
         record = self._running[offset] = InFlightRecord(deaths or 0, is_alone=deaths is not None)
+        self._parts[offset] += 1
         return record
 
     def leave(self, offset: int, *, is_cleared: bool) -> None:
-        """Remove a job from the engine; ``is_cleared``: it ended by itself and is no suspect any more."""
-        self._running.pop(offset, None)
+        """Remove a job from the engine, or a part of one; ``is_cleared``: as ``clear``."""
+        self._parts[offset] -= 1
+        if self._parts[offset] <= 0:
+            del self._parts[offset]
+            self._running.pop(offset, None)
         if is_cleared:
-            self._suspects.pop(offset, None)
+            self.clear(offset)
+
+    def clear(self, offset: int) -> None:
+        """The job ended by itself and is no suspect any more."""
+        self._suspects.pop(offset, None)
 
     def encode(self) -> bytes:
         """``{offset: [deaths, is_alone], "owned": true, "received": {offset: [deaths, is_now]}}``."""

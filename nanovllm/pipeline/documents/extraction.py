@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import reduce
 from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo
@@ -28,7 +29,7 @@ from nanovllm.messages.result import ModelUse, TokenUsage, result_id_for
 from nanovllm.pipeline.documents.evidence import PageTexts, with_evidence
 from nanovllm.pipeline.documents.merging import MergedPages, merge_pages, merged_fields, merged_schema
 from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader
-from nanovllm.pipeline.documents.page_outputs import Ask
+from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, added
 from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.sampling_params import SamplingParams
@@ -100,7 +101,7 @@ class Extraction:
         Raises:
             InvalidDocument, DocumentEncrypted, DocumentTooLarge, TooManyPages: no page can be read.
             PagesFailed: more pages failed than the route's error budget allows.
-            SystemicError, TransientError: of the surroundings.
+            SystemicError, TransientError, DeadlineExceeded: of the surroundings.
         """
         began = time.monotonic()
         info = await self._decoders.open_document(data, tenant)
@@ -108,7 +109,8 @@ class Extraction:
         answers = await self._answer(data, info, numbers, ask, tenant)
         self._check_budget(answers)
         merging = time.monotonic()
-        texts = {one.number: one.layer or ("" if one.has_value else one.text) for one in answers}
+        # What a model wrote is a page's text where it was asked for that: no value may stand in its own answer.
+        texts = {one.number: one.layer or ("" if self._schema else one.text) for one in answers}
         suspicious = {number: suspicious_spans(text) for number, text in texts.items()}
         value, fields, conflicts, validation = await asyncio.to_thread(self._merge, answers, texts, suspicious)
         job_id = source.job_id(self._route)
@@ -169,7 +171,7 @@ class Extraction:
 
     def _check_budget(self, answers: Sequence[PageAnswer]) -> None:
         failed = [one for one in answers if one.error is not None]
-        if failed and (len(failed) > self._route.max_failed_pages * len(answers) or len(failed) == len(answers)):
+        if failed and (len(failed) / len(answers) > self._route.max_failed_pages or len(failed) == len(answers)):
             codes = Counter(one.error.code for one in failed if one.error is not None)
             raise PagesFailed(
                 f"{counted(len(failed), 'page')} of {len(answers)} failed "
@@ -220,8 +222,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
 
 
 def _usage(answers: Sequence[PageAnswer]) -> TokenUsage:
-    uses = [one.tokens for one in answers if one.tokens is not None]
-    return TokenUsage(**{name: sum(getattr(use, name) for use in uses) for name in TokenUsage.model_fields})
+    return reduce(added, (one.tokens for one in answers if one.tokens is not None), NO_TOKENS)
 
 
 def _spent(answers: Sequence[PageAnswer]) -> dict[str, float]:

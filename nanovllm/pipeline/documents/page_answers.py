@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.errors import NanoVLLMError, SystemicError, TransientError
+from nanovllm.errors import DeadlineExceeded, NanoVLLMError, SystemicError, TransientError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import FieldMeta, PageError, PageSource, PageStatus
 from nanovllm.messages.result import TokenUsage
 from nanovllm.pipeline.documents.fields import fields_of
 from nanovllm.pipeline.documents.json_spans import parse_output
-from nanovllm.pipeline.documents.page_outputs import Ask, PageRequest
+from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, PageRequest, added
 from nanovllm.pipeline.documents.schema_parts import merge_parts, split_schema
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import LadderStep, Route
@@ -33,7 +36,8 @@ class PageAnswer:
     """What one page came to.
 
     ``value`` is meant where ``has_value``; ``fields`` are by JSON pointer into it. ``layer`` is the text that the page
-    itself has, ``text`` what the model wrote, or the layer where no model was asked. ``milliseconds`` are by stage.
+    itself has, ``text`` what the model wrote, or the layer where no model was asked. ``milliseconds`` are by stage, as
+    in `DocumentTimings`.
     """
 
     number: int
@@ -58,6 +62,22 @@ class PageAnswer:
         return self.status in ("ok", "blank")
 
 
+@dataclass
+class _Page:
+    """One page under way, and what its attempts have taken so far."""
+
+    data: bytes
+    info: DocumentInfo
+    number: int
+    ask: Ask
+    tenant: str
+    layer: TextLayer = field(default_factory=TextLayer)
+    attempts: int = 0
+    tokens: TokenUsage = NO_TOKENS
+    milliseconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    asked_ms: float = 0.0
+
+
 class PageReader:
     """Answers the pages of a route's documents, of every tenant.
 
@@ -74,75 +94,93 @@ class PageReader:
         self._defaults = defaults
         schema = route.response_schema
         self._schemas = [None] if schema is None else split_schema(schema, MAX_LEAVES)
+        self._asked_pages = 0
+        self._asked_ms = 0.0
 
     async def answer(self, data: bytes, info: DocumentInfo, page: int, ask: Ask, *, tenant: str = "") -> PageAnswer:
         """The answer of page ``page`` (from 1), asked for by ``ask``; a fault of the page itself is a failed one.
 
         Raises:
-            SystemicError, TransientError: of the surroundings; the page can be answered later.
+            SystemicError, TransientError, DeadlineExceeded: of the surroundings; the page can be answered later.
         """
-        layer: TextLayer | None = None
+        work = _Page(data, info, page, ask, tenant)
         try:
-            layer = await self._decoders.page_text(data, page, digest=info.digest, tenant=tenant)
-            if layer.is_blank:
-                return PageAnswer(page, "blank", layer=layer.text)
-            is_read = self._route.text == "only_if_clean" and layer.kind is PageKind.CLEAN
-            if is_read and self._route.response_schema is None:
-                return PageAnswer(page, "ok", "text_layer", text=layer.text, layer=layer.text)
-            return await self._climb(data, info, page, layer, ask, tenant, is_read=is_read)
-        except (SystemicError, TransientError):
+            answer = await self._answer(work)
+        except (SystemicError, TransientError, DeadlineExceeded):
             raise
         except NanoVLLMError as error:
             reason = PageError(code=error.code, message=str(error), retryable=error.retryable)
-            return PageAnswer(page, "failed", layer=layer.text if layer else "", error=reason)
+            answer = PageAnswer(page, "failed", error=reason)
+        if work.asked_ms:
+            self._asked_pages += 1
+            self._asked_ms += work.asked_ms
+        return replace(
+            answer,
+            layer=work.layer.text,
+            attempts=work.attempts,
+            tokens=work.tokens if work.attempts else None,
+            milliseconds=dict(work.milliseconds),
+        )
 
-    async def _climb(
-        self, data: bytes, info: DocumentInfo, page: int, layer: TextLayer, ask: Ask, tenant: str, *, is_read: bool
-    ) -> PageAnswer:
-        """Attempts by the ladder, until one is whole or what is not whole is accepted."""
-        route = self._route
-        steps = (LadderStep(), *route.ladder)
-        tokens = TokenUsage(input_tokens=0, output_tokens=0)
-        for number, step in enumerate(steps, start=1):
-            images: tuple[PreparedImage, ...] = ()
-            if not is_read:
-                images = (
-                    await self._decoders.render_page(
-                        data,
-                        page,
-                        dpi=step.dpi or route.pages.dpi,
-                        rotation=step.rotation,
-                        max_pixels=step.max_pixels or route.pages.max_pixels,
-                        digest=info.digest,
-                        tenant=tenant,
-                    ),
-                )
-            answer = await self._attempt(page, layer, images, step, ask)
-            tokens = _added(tokens, answer.tokens)
-            answer = replace(answer, attempts=number, rotation=step.rotation, tokens=tokens)
-            policy = route.on_incomplete if answer.stop != "stop" else route.on_invalid
-            if answer.is_whole or policy != "retry":
-                return answer
+    async def _answer(self, work: _Page) -> PageAnswer:
+        with _timed(work, "text"):
+            work.layer = await self._decoders.page_text(
+                work.data, work.number, digest=work.info.digest, tenant=work.tenant
+            )
+        if work.layer.is_blank:
+            return self._unasked(work, PageAnswer(work.number, "blank"))
+        is_read = self._route.text == "only_if_clean" and work.layer.kind is PageKind.CLEAN
+        if is_read and self._route.response_schema is None:
+            return self._unasked(work, PageAnswer(work.number, "ok", "text_layer", text=work.layer.text))
+        return await self._climb(work, is_read=is_read)
+
+    def _unasked(self, work: _Page, answer: PageAnswer) -> PageAnswer:
+        """``answer``, which saved what the asked pages of this process took on average."""
+        work.milliseconds["saved"] += self._asked_ms / max(1, self._asked_pages)
         return answer
 
-    async def _attempt(
-        self, page: int, layer: TextLayer, images: tuple[PreparedImage, ...], step: LadderStep, ask: Ask
-    ) -> PageAnswer:
-        prompt = self._prompt(layer, has_picture=bool(images))
+    async def _climb(self, work: _Page, *, is_read: bool) -> PageAnswer:
+        """Attempts by the ladder, until one is whole or what is not whole is accepted."""
+        route = self._route
+        for step in (LadderStep(), *route.ladder):
+            images = () if is_read else (await self._rendered(work, step),)
+            work.attempts += 1
+            answer = replace(await self._attempt(work, images, step), rotation=step.rotation)
+            policy = route.on_incomplete if answer.stop != "stop" else route.on_invalid
+            if answer.is_whole or policy != "retry":
+                break
+        return answer
+
+    async def _rendered(self, work: _Page, step: LadderStep) -> PreparedImage:
+        with _timed(work, "render"):
+            return await self._decoders.render_page(
+                work.data,
+                work.number,
+                dpi=step.dpi or self._route.pages.dpi,
+                rotation=step.rotation,
+                max_pixels=step.max_pixels or self._route.pages.max_pixels,
+                digest=work.info.digest,
+                tenant=work.tenant,
+            )
+
+    async def _attempt(self, work: _Page, images: tuple[PreparedImage, ...], step: LadderStep) -> PageAnswer:
+        prompt = self._prompt(work.layer, has_picture=bool(images))
         texts: list[str] = []
         values: list[Any] = []
         fields: dict[str, FieldMeta] = {}
-        tokens, milliseconds = TokenUsage(input_tokens=0, output_tokens=0), dict[str, float]()
         stop: FinishReason | None = None
         is_reused = True
         for schema in self._schemas:
-            output = await ask(PageRequest(prompt, images, self._sampling(schema, step)))
+            sampling = self._sampling(schema, step)
+            output = await work.ask(PageRequest(prompt, images, sampling))
             texts.append(output.text)
-            tokens = _added(tokens, output.usage)
+            work.tokens = added(work.tokens, output.usage)
+            for name, spent in output.milliseconds.items():
+                work.milliseconds[name] += spent
+            work.milliseconds["saved"] += output.unspent_ms(sampling)
+            work.asked_ms += output.engine_ms
             is_reused = is_reused and output.is_reused
             stop = output.finish_reason if stop in (None, "stop") else stop
-            for name, spent in output.milliseconds.items():
-                milliseconds[name] = milliseconds.get(name, 0.0) + spent
             if schema is not None and output.finish_reason == "stop":
                 try:
                     parsed = parse_output(output.text)
@@ -151,20 +189,16 @@ class PageReader:
                 values.append(parsed.value)
                 fields |= fields_of(parsed, schema, output.pieces, output.logprobs)
         is_ok = stop == "stop" and (self._schemas == [None] or len(values) == len(self._schemas))
-        status: PageStatus = "ok" if is_ok else "incomplete"
         return PageAnswer(
-            page,
-            status,
+            work.number,
+            "ok" if is_ok else "incomplete",
             "model",
             text="\n".join(texts),
-            layer=layer.text,
             has_value=is_ok and self._schemas != [None],
             value=merge_parts(values) if values else None,
             fields=fields,
-            tokens=tokens,
             stop=stop,
             is_reused=is_reused,
-            milliseconds=milliseconds,
         )
 
     def _prompt(self, layer: TextLayer, *, has_picture: bool) -> str:
@@ -187,7 +221,10 @@ class PageReader:
         return SamplingParams(**{**own, "temperature": self._defaults.temperature, **given})
 
 
-def _added(one: TokenUsage, other: TokenUsage | None) -> TokenUsage:
-    if other is None:
-        return one
-    return TokenUsage(**{name: getattr(one, name) + getattr(other, name) for name in TokenUsage.model_fields})
+@contextmanager
+def _timed(work: _Page, stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        work.milliseconds[stage] += 1_000 * (time.monotonic() - began)

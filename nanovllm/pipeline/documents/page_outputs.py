@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput
+from nanovllm.errors import InvalidInput, PermanentError, StoreUnreachable
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.result import TokenUsage
 from nanovllm.pipeline.documents.fields import pieces_of
 from nanovllm.pipeline.documents.page_store import PageKey, PageStore
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.preprocess import PreparedImage
+
+NO_TOKENS = TokenUsage(input_tokens=0, output_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class PageRequest:
 class PageOutput:
     """What a page needs of a request's output; ``pieces`` and ``logprobs`` of each token, where they are known.
 
-    ``milliseconds`` are by stage.
+    ``milliseconds`` are by stage, as in `DocumentTimings`; ``token_ms`` is the mean time between two tokens.
     """
 
     text: str
@@ -37,7 +41,19 @@ class PageOutput:
     pieces: tuple[str, ...] = ()
     logprobs: tuple[float | None, ...] = ()
     milliseconds: Mapping[str, float] = field(default_factory=dict)
+    token_ms: float = 0.0
     is_reused: bool = False
+
+    @property
+    def engine_ms(self) -> float:
+        """Milliseconds in the engine behind its queue; 0 for a reused output."""
+        return self.milliseconds.get("generation", 0.0) - self.milliseconds.get("queue", 0.0)
+
+    def unspent_ms(self, sampling: SamplingParams) -> float:
+        """Milliseconds that the rest of a repetition would have taken, up to ``max_tokens``; 0 without both."""
+        if self.finish_reason != "loop" or sampling.max_tokens is None:
+            return 0.0
+        return (sampling.max_tokens - self.usage.output_tokens) * self.token_ms
 
     @classmethod
     def of(cls, output: RequestOutput) -> PageOutput:
@@ -57,20 +73,21 @@ class PageOutput:
             tuple(pieces),
             tuple(logprobs[: len(pieces)]),
             {"queue": times.queue_ms, "encode": times.encode_ms, "generation": times.e2e_ms},
+            times.mean_itl_ms,
         )
 
     def to_json(self) -> bytes:
-        """What is kept of it: not its times, which another request did not take."""
-        fields = {"text": self.text, "usage": self.usage.model_dump(), "pieces": self.pieces, "logprobs": self.logprobs}
-        return json.dumps(fields).encode()
+        """What is kept of it; of its times the engine's alone, which is what a reuse saves."""
+        names = ("text", "pieces", "logprobs", "engine_ms")
+        return json.dumps({name: getattr(self, name) for name in names}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> PageOutput:
-        """The kept output: its tokens were used before, and none for this request."""
+        """The kept output: its tokens and its time were spent before, and none for this request."""
         fields = json.loads(data)
-        none = TokenUsage(input_tokens=0, output_tokens=0)
         pieces, logprobs = tuple(fields["pieces"]), tuple(fields["logprobs"])
-        return cls(fields["text"], "stop", none, pieces, logprobs, is_reused=True)
+        saved = {"saved": fields["engine_ms"]}
+        return cls(fields["text"], "stop", NO_TOKENS, pieces, logprobs, saved, is_reused=True)
 
 
 Ask = Callable[[PageRequest], Awaitable[PageOutput]]
@@ -90,15 +107,23 @@ class KeepOutputs:
         self._tenant = tenant
 
     async def __call__(self, request: PageRequest) -> PageOutput:
-        """The output, or an equal request's. Raises as ``ask`` and `PageStore`."""
+        """The output, or an equal request's: of several that ask at once, the first that is kept.
+
+        Raises:
+            StoreUnreachable: the page store refuses what it was asked.
+            NanoVLLMError: as ``ask`` and `PageStore`.
+        """
         key = self._key(request)
-        kept = await self._store.get(key)
+        with _faults_of_store():
+            kept = await self._store.get(key)
         if kept is not None:
             return PageOutput.from_json(kept)
         output = await self._ask(request)
-        if output.finish_reason == "stop":
-            await self._store.put(key, output.to_json())
-        return output
+        if output.finish_reason != "stop":
+            return output
+        with _faults_of_store():
+            first = PageOutput.from_json(await self._store.put(key, output.to_json()))
+        return replace(output, text=first.text, pieces=first.pieces, logprobs=first.logprobs)
 
     def _key(self, request: PageRequest) -> PageKey:
         sampling = request.sampling.model_dump(mode="json")
@@ -113,3 +138,17 @@ class KeepOutputs:
             ladder_step={},
             tenant=self._tenant,
         )
+
+
+def added(one: TokenUsage, other: TokenUsage) -> TokenUsage:
+    """The sum of both."""
+    return TokenUsage(**{name: getattr(one, name) + getattr(other, name) for name in TokenUsage.model_fields})
+
+
+@contextmanager
+def _faults_of_store() -> Iterator[None]:
+    """What the store refuses is no fault of the page."""
+    try:
+        yield
+    except (PermanentError, InvalidInput) as error:
+        raise StoreUnreachable(f"the page store refuses a part: {error}") from error

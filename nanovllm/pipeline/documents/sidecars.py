@@ -13,35 +13,47 @@ from nanovllm.messages.encoding import encode
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.documents.extraction import DocumentSource
 from nanovllm.settings.routes import Route, SidecarFormat
-from nanovllm.sinks.sidecar import Sidecar, SidecarMetadata, SidecarOutcome, SourceVersion, sidecar_uri
+from nanovllm.sinks.sidecar import IsNewer, Sidecar, SidecarMetadata, SidecarOutcome, SourceVersion, sidecar_uri
 
 
 class Sidecars:
     """Writes and finds the sidecars of a route's records. ``call`` is an ``S3Client.call``.
 
-    Without the events of two versions nothing says which is newer: what the source is now decides.
+    Where ``is_newer`` cannot tell which of two versions came later, what the source is now decides.
     """
 
-    def __init__(self, call: Callable[[Callable[[Any], Any]], Any]) -> None:
-        self._sidecar = Sidecar(call, lambda *_: None)
+    def __init__(
+        self, call: Callable[[Callable[[Any], Any]], Any], is_newer: IsNewer = lambda one, other: None
+    ) -> None:
+        self._sidecar = Sidecar(call, is_newer)
 
-    async def has(self, source: DocumentSource, route: Route, model: ModelInfo) -> bool:
-        """Whether the record of this version by this route is there. Raises as ``S3Client.call``."""
+    async def beside(
+        self, source: DocumentSource, route: Route, model: ModelInfo, *, delivery: str | None = None
+    ) -> SidecarOutcome | None:
+        """What ``put`` of this version's record would return without writing; None where it would write.
+
+        Raises:
+            SidecarTaken, InvalidInput, NanoVLLMError: as `Sidecar.put`.
+        """
         place = _place(source, route)
         if place is None:
-            return False
+            return None
         uri, version = place
-        there = await self._sidecar.read(uri, version.bucket, version.key)
-        ours = SidecarMetadata(source.job_id(route), model.revision, route.digest, version)
-        return there is not None and ours.is_done_by(there)
+        metadata = SidecarMetadata(source.job_id(route), model.revision, route.digest, version, delivery)
+        return await self._sidecar.beside(uri, metadata)
 
-    async def put(self, record: DocumentRecord, source: DocumentSource, route: Route) -> SidecarOutcome | None:
-        """Write the sidecar that the route asks for; None where it asks for none. Raises as `Sidecar.put`."""
+    async def put(
+        self, record: DocumentRecord, source: DocumentSource, route: Route, *, delivery: str | None = None
+    ) -> SidecarOutcome | None:
+        """Write the sidecar that the route asks for; None where it asks for none. Raises as `Sidecar.put`.
+
+        ``delivery``: as in `SidecarMetadata`.
+        """
         place = _place(source, route)
         if place is None or route.sidecar is None:
             return None
         uri, version = place
-        metadata = SidecarMetadata(record.job_id, record.model.revision, route.digest, version)
+        metadata = SidecarMetadata(record.job_id, record.model.revision, route.digest, version, delivery)
         return await self._sidecar.put(uri, body_of(record, route.sidecar.format), metadata, route.sidecar.format)
 
 

@@ -48,6 +48,10 @@ class RouteEntry:
         """The content types that it takes, a set of the same kind; None for all."""
         return KeySet.of(self.route.match.content_type) if self.route.match.content_type else None
 
+    def may_take(self, bucket: str, key: str) -> bool:
+        """Whether it takes objects of this bucket and key, given the content type and the size that it asks for."""
+        return bucket in self.route.match.bucket and self.keys.matches(key)
+
     def why_not(self, bucket: str, key: str, content_type: str | None, size: int | None) -> str | None:
         """Why it does not take this object; None where it does. What is not known meets no condition on it."""
         match = self.route.match
@@ -94,10 +98,23 @@ class Routes:
 
     def needs_head(self, bucket: str, key: str) -> bool:
         """Whether content type or size decide on this object: a HEAD request tells both, an event only the size."""
-        matches = (
-            one.route.match for one in self.entries if bucket in one.route.match.bucket and one.keys.matches(key)
-        )
+        matches = (route.match for route in self.candidates(bucket, key))
         return any(match.content_type or match.min_bytes or match.max_bytes for match in matches)
+
+    def candidates(self, bucket: str, key: str) -> list[Route]:
+        """The routes that take this object, as far as its name decides."""
+        return [one.route for one in self.entries if one.may_take(bucket, key)]
+
+    @property
+    def topics(self) -> list[str]:
+        """The topics that routes name for their records, each once."""
+        named = (topic for one in self.entries for topic in (one.route.result_topic, one.route.review_topic))
+        return list(dict.fromkeys(topic for topic in named if topic is not None))
+
+    @property
+    def buckets(self) -> list[str]:
+        """The buckets whose objects some route takes."""
+        return sorted({bucket for entry in self.entries for bucket in entry.route.match.bucket})
 
     def refusal(self, entry: RouteEntry, why: str, *place: str | int) -> str:
         """One line that names file, line and route; ``place``: names that lead from the route to what is wrong."""

@@ -58,20 +58,27 @@ class Admit:
             limit = self.settings.admission.max_tokens
             sampling = job.sampling_params(sampling_defaults(self.settings, self.engine.generation_defaults), limit)
             tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
-            lane = self.lanes.get(context.record.topic, 0)
-            queued = self._queued(tokens, job.priority, lane, context)
-            if self.rates.wait_s(queued.tenant):
-                with reservation.without_slot():
-                    await self.rates.pass_through(queued.tenant, queued.tokens)
-            else:
-                self.rates.charge(queued.tenant, queued.tokens)
+            queued = await self.queue(tokens, job.priority, context, reservation)
             refs = job.image_refs()
             self._check(refs)
         reuse = job.reuse or self.settings.reuse.level
         return AdmittedJob(context, reservation, queued, sampling, refs, reuse != "none", reuse == "answers")
 
-    def _queued(self, tokens: int, asked: int, lane: int, context: JobContext) -> QueuedJob:
-        bounds = self.settings.admission
+    async def queue(self, tokens: int, asked: int, context: JobContext, reservation: Reservation) -> QueuedJob:
+        """The place in the engine queue of what will use about ``tokens`` with priority ``asked``.
+
+        Waits for the tenant's token rate, and charges it.
+        """
+        queued = self._queued(tokens, asked, context)
+        if self.rates.wait_s(queued.tenant):
+            with reservation.without_slot():
+                await self.rates.pass_through(queued.tenant, queued.tokens)
+        else:
+            self.rates.charge(queued.tenant, queued.tokens)
+        return queued
+
+    def _queued(self, tokens: int, asked: int, context: JobContext) -> QueuedJob:
+        bounds, lane = self.settings.admission, self.lanes.get(context.record.topic, 0)
         priority = bounds.clamped_priority(asked)
         if priority != asked:
             self.metrics.clamped_priorities.inc()

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError, TransientError
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.base import Reused
 from nanovllm.messages.dead_letter import DeadLetterClass, Stage
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
@@ -147,7 +148,40 @@ class DeadLettered:
     error: NanoVLLMError
 
 
-Outcome = Answered | Retried | DeadLettered
+SkipReason = Literal[
+    "removed", "test", "other", "no_route", "sidecar", "same", "superseded", "missing", "source_changed"
+]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An event whose document has a record: the Kafka records of it and of its metrics."""
+
+    label: ClassVar = "result"
+
+    records: tuple[OutgoingRecord, ...]
+    record: DocumentRecord
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An event that leads to no record, and why; nothing is published for it."""
+
+    label: ClassVar = "skipped"
+    records: ClassVar[tuple[OutgoingRecord, ...]] = ()
+
+    reason: SkipReason
+
+
+class EventSkippedError(Exception):
+    """Ends the stages of an event that leads to no record."""
+
+    def __init__(self, reason: SkipReason) -> None:
+        super().__init__(reason)
+        self.reason: SkipReason = reason
+
+
+Outcome = Answered | Extracted | Retried | DeadLettered | Skipped
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.messages.job import ImageRef, Job
+from nanovllm.messages.job import ImageRef
 from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds
@@ -26,11 +26,11 @@ class Fetch:
     def __init__(
         self,
         images: ImageCache,
+        *,
         breaker: CircuitBreaker,
         holds: BucketHolds,
         retry: Retry,
         engine: EngineBackend,
-        *,
         max_attempts: int,
         max_bytes: int,
         shares: FetchShares | None,
@@ -45,8 +45,8 @@ class Fetch:
         self._max_bytes = max_bytes
         self._shares = shares
 
-    async def __call__(self, job: Job, admitted: AdmittedJob) -> list[FetchedImage]:
-        """The encoded images of ``job``, in order; its reservation shrinks to their size.
+    async def __call__(self, admitted: AdmittedJob) -> list[FetchedImage]:
+        """The encoded images of a job, in order; its reservation shrinks to their size.
 
         Raises:
             NanoVLLMError, ExceptionGroup: an object cannot be had, or is not what the job names.

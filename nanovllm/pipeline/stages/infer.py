@@ -1,4 +1,4 @@
-"""The infer stage: the engine's output for a job. What is optional wraps it: response cache, crash guard.
+"""The infer stage: the engine's output for a request. What is optional wraps it: response cache, crash guard.
 
 The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``, ``CallEngine``.
 """
@@ -24,35 +24,38 @@ from nanovllm.pipeline.stages.context import Inference
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.vision.images.preprocess import PreparedImage
 
-Images = tuple[PreparedImage, ...]
-Infer = Callable[[Job, Images, AdmittedJob], Awaitable[Inference]]
+Infer = Callable[[Request, AdmittedJob], Awaitable[Inference]]
 
 _BYTES_A_TOKEN = 64  # its number, its text, and what Python puts around them
 _BYTES_AN_ANSWER = 2_048
 
 
+def request_of(job: Job, images: tuple[PreparedImage, ...], admitted: AdmittedJob) -> Request:
+    """The request of a job."""
+    return Request(
+        request_id=job.job_id or "",
+        prompt=job.prompt,
+        messages=job.message_dicts(),
+        images=images,
+        sampling=admitted.sampling,
+        priority=admitted.queued.engine_priority,
+        cache_salt=admitted.context.salt,
+        chat_template_kwargs=job.chat_template_kwargs,
+    )
+
+
 class CallEngine:
-    """Submits a job to the engine as a request of its own; a call that is cancelled aborts the request."""
+    """Submits requests to the engine; a call that is cancelled aborts its request."""
 
     def __init__(self, engine: EngineBackend) -> None:
         self._engine = engine
         self._numbers = count(1)
 
-    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """The engine's output."""
-        generation = self._engine.submit(
-            Request(
-                # One job may be at work twice, delivered again or sent again: the number keeps the two apart.
-                request_id=f"{job.job_id}#{next(self._numbers)}",
-                prompt=job.prompt,
-                messages=job.message_dicts(),
-                images=images,
-                sampling=admitted.sampling,
-                priority=admitted.queued.engine_priority,
-                cache_salt=admitted.context.salt,
-                chat_template_kwargs=job.chat_template_kwargs,
-            )
-        )
+        # One job may be at work twice, delivered again or sent again: the number keeps the two apart.
+        own_id = f"{request.request_id}#{next(self._numbers)}"
+        generation = self._engine.submit(replace(request, request_id=own_id))
         try:
             return Inference(await generation)
         finally:
@@ -60,19 +63,23 @@ class CallEngine:
 
 
 class GuardCrashes:
-    """Records each job in ``topics.in_flight`` before the engine starts it; suspects of a crash run alone."""
+    """Records each job in ``topics.in_flight`` before the engine starts it; suspects of a crash run alone.
 
-    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry) -> None:
+    ``is_whole`` False: the requests are parts of jobs, such as pages of documents.
+    """
+
+    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry, *, is_whole: bool = True) -> None:
         self._infer = infer
         self._guard = guard
         self._retry = retry
+        self._is_whole = is_whole
 
-    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``. Raises CrashedWorker where the job has ended as many workers as are allowed."""
         record = admitted.context.record
-        async with self._guard.enter(record):
+        async with self._guard.enter(record, is_whole=self._is_whole):
             await self._retry(lambda: self._guard.recorded(record), "kafka producer", admitted.context.progress)
-            return await self._infer(job, images, admitted)
+            return await self._infer(request, admitted)
 
 
 class WaitForSlot:
@@ -82,10 +89,10 @@ class WaitForSlot:
         self._infer = infer
         self._queue = queue
 
-    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``."""
         async with self._queue.slot(admitted.queued):
-            return await self._infer(job, images, admitted)
+            return await self._infer(request, admitted)
 
 
 class ReuseResponses:
@@ -97,19 +104,19 @@ class ReuseResponses:
         self._metrics = metrics
         self._cache = SingleFlightCache(max_bytes)
 
-    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``, or an equal job's output, which has no timings of its own."""
-        if not (admitted.reuses_responses and admitted.sampling.is_greedy):
-            return await self._infer(job, images, admitted)
+        if not (admitted.reuses_responses and request.sampling.is_greedy):
+            return await self._infer(request, admitted)
 
         async def make() -> tuple[RequestOutput, int]:
-            output = (await self._infer(job, images, admitted)).output
+            output = (await self._infer(request, admitted)).output
             tokens = sum(len(one.token_ids) for one in output.outputs)
             return output, _BYTES_AN_ANSWER + _BYTES_A_TOKEN * tokens
 
-        sampling = admitted.sampling.model_dump(mode="json", exclude={"seed"})
-        digests = [image.digest.hex() for image in images]
-        asked = json.dumps([job.prompt, job.message_dicts(), job.chat_template_kwargs, sampling, digests])
+        sampling = request.sampling.model_dump(mode="json", exclude={"seed"})
+        digests = [image.digest.hex() for image in request.images]
+        asked = json.dumps([request.prompt, request.messages, request.chat_template_kwargs, sampling, digests])
         # A digest: a job's schema alone may have 256 K characters.
         key = (self._model, admitted.context.salt, hashlib.sha256(asked.encode()).digest())
         output, reuse = await self._cache.get(key, make)
@@ -128,10 +135,10 @@ class MeterTokens:
         self._queue = queue
         self._rates = rates
 
-    async def __call__(self, job: Job, images: Images, admitted: AdmittedJob) -> Inference:
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``."""
         with admitted.context.progress.stage("infer"):
-            inference = await self._infer(job, images, admitted)
+            inference = await self._infer(request, admitted)
             queued, used = admitted.queued, 0
             if inference.reused is None:
                 used = inference.output.usage.input_tokens + inference.output.usage.output_tokens

@@ -5,12 +5,20 @@ from __future__ import annotations
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.operations.health import Health
-from nanovllm.pipeline.stages.context import Answered, DeadLettered, JobContext, Outcome, dead_letter_class
+from nanovllm.pipeline.stages.context import (
+    Answered,
+    DeadLettered,
+    Extracted,
+    JobContext,
+    Outcome,
+    Skipped,
+    dead_letter_class,
+)
 
 
 def observe(metrics: Metrics, health: Health, outcome: Outcome, context: JobContext) -> None:
     """Count ``outcome``, observe its times, and tell ``health`` of an answer."""
-    if isinstance(outcome, Answered):
+    if isinstance(outcome, (Answered, Extracted)):
         health.answer()
     metrics.jobs.labels(outcome.label).inc()
     observe_stages(metrics, context)
@@ -18,10 +26,25 @@ def observe(metrics: Metrics, health: Health, outcome: Outcome, context: JobCont
         error, stage = outcome.error, context.progress.failed_stage
         metrics.dead_letters.labels(dead_letter_class(error), error.code, stage).inc()
     elif isinstance(outcome, Answered) and outcome.reused is None:
-        _observe_inference(metrics, outcome.output)
+        observe_inference(metrics, outcome.output)
 
 
-def _observe_inference(metrics: Metrics, output: RequestOutput) -> None:
+def observe_event(metrics: Metrics, health: Health, outcome: Outcome, context: JobContext) -> None:
+    """As ``observe``, for one event of a record: what is skipped is counted by its reason, and is no job."""
+    if isinstance(outcome, Skipped):
+        metrics.events.labels(outcome.reason).inc()
+        return
+    metrics.events.labels(outcome.label).inc()
+    observe(metrics, health, outcome, context)
+    if isinstance(outcome, Extracted):
+        for page in outcome.record.pages:
+            source = "reused" if page.reused else page.source or "none"
+            metrics.pages.labels(page.status, source).inc()
+        metrics.engine_seconds_saved.inc(outcome.record.timings_ms.saved / 1000)
+
+
+def observe_inference(metrics: Metrics, output: RequestOutput) -> None:
+    """Observe the times and tokens of a finished request."""
     timings = output.timings
     metrics.request_success.labels(output.finish_reason).inc()
     metrics.time_to_first_token.observe(timings.time_to_first_token_ms / 1000)

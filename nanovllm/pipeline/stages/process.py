@@ -12,8 +12,9 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.context import Inference, JobContext, Outcome
 from nanovllm.pipeline.stages.image_errors import naming_image
+from nanovllm.pipeline.stages.infer import Infer, request_of
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord, InvalidRecords
-from nanovllm.pipeline.stages.receive import Received
+from nanovllm.pipeline.stages.receive import Received, ReceivedEvents
 from nanovllm.vision.images.preprocess import PreparedImage
 
 
@@ -25,12 +26,12 @@ class Stages:
     that the brokers acknowledged.
     """
 
-    receive: Callable[[ConsumedRecord], Awaitable[Received | InvalidRecord]]
+    receive: Callable[[ConsumedRecord], Awaitable[Received | ReceivedEvents | InvalidRecord]]
     invalid_records: InvalidRecords
     admit: Callable[[Job, JobContext, Reservation], Awaitable[AdmittedJob]]
-    fetch: Callable[[Job, AdmittedJob], Awaitable[list[FetchedImage]]]
+    fetch: Callable[[AdmittedJob], Awaitable[list[FetchedImage]]]
     prepare: Callable[[Sequence[FetchedImage], AdmittedJob], Awaitable[tuple[PreparedImage, ...]]]
-    infer: Callable[[Job, tuple[PreparedImage, ...], AdmittedJob], Awaitable[Inference]]
+    infer: Infer
     answer: Callable[[Job, JobContext, Sequence[FetchedImage], Inference], Awaitable[Outcome]]
     failure: Callable[[JobContext, Exception], Awaitable[Outcome]]
     publish: Callable[[Outcome, JobContext, Reservation], Awaitable[Outcome]]
@@ -48,9 +49,9 @@ async def process_job(job: Job, context: JobContext, reservation: Reservation, s
         async with context.deadline():
             admitted = await stages.admit(job, context, reservation)
             with naming_image(admitted.refs):
-                fetched = await stages.fetch(job, admitted)
+                fetched = await stages.fetch(admitted)
                 images = await stages.prepare(fetched, admitted)
-            inference = await stages.infer(job, images, admitted)
+            inference = await stages.infer(request_of(job, images, admitted), admitted)
         # Outside the deadline: an inferred job is answered.
         outcome = await stages.answer(job, context, fetched, inference)
     except Exception as error:

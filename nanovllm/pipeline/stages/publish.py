@@ -12,7 +12,7 @@ from nanovllm.messages.result import Result
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
-from nanovllm.pipeline.stages.context import Answered, Inference, JobContext, Outcome
+from nanovllm.pipeline.stages.context import Answered, DeadLettered, Inference, JobContext, Outcome
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
@@ -80,23 +80,49 @@ class Publish:
         Raises:
             SystemicError: one dead letter too many.
         """
+        return (await self.together([(outcome, context)], reservation))[0][0]
+
+    async def together(
+        self, ended: Sequence[tuple[Outcome, JobContext]], reservation: Reservation
+    ) -> list[tuple[Outcome, JobContext]]:
+        """As the call, for all outcomes of one record, each with the context of its own; there is at least one."""
+        outcomes = list(ended)
+        context = outcomes[0][1]
         with context.progress.stage("publish"):
-            try:
-                await self._send(outcome.records, context, reservation)
-            except MessageTooLarge as error:
-                context.progress.failed_stage = "publish"
-                outcome = await self._failure.dead_letter(context, error)
-                await self._send(outcome.records, context, reservation)
-        for record in outcome.records:
+            while True:
+                records = [record for outcome, _ in outcomes for record in outcome.records]
+                try:
+                    await self._send(records, context, reservation)
+                    break
+                except MessageTooLarge as error:
+                    await self._replace_largest(outcomes, error)
+        for record in records:
             self._metrics.sent.labels(record.topic).inc()
-        return outcome
+        return outcomes
+
+    async def _replace_largest(self, outcomes: list[tuple[Outcome, JobContext]], error: MessageTooLarge) -> None:
+        """Make a dead letter of the largest outcome that is none."""
+        sizes = {
+            number: sum(record.size_bytes for record in outcome.records)
+            for number, (outcome, _) in enumerate(outcomes)
+            if not isinstance(outcome, DeadLettered)
+        }
+        if not any(sizes.values()):
+            raise error
+        largest = max(sizes, key=sizes.__getitem__)
+        context = outcomes[largest][1]
+        context.progress.failed_stage = "publish"
+        outcomes[largest] = (await self._failure.dead_letter(context, error), context)
 
     async def _send(self, records: Sequence[OutgoingRecord], context: JobContext, reservation: Reservation) -> None:
         record, transactions = context.record, context.record.transactions
         await self._sink.check(records)
+        if transactions is None and not records:
+            return
         if transactions is None:
             await self._retry(Unsent(self._sink, records), self._sink.part, context.progress)
             return
-        # It may wait for the transactions of lower offsets: others may have its slot meanwhile.
+        # It may wait for the transactions of lower offsets: others may have its slot meanwhile. Outputs above its
+        # offset wait for this one, also where it has no records.
         reservation.release_slot(sum(one.size_bytes for one in records))
         await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)

@@ -1,0 +1,100 @@
+"""The route stage of an event: which route takes its object, as which job, and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from pydantic import ValidationError
+
+from nanovllm.errors import InvalidEvent, ObjectNotFound
+from nanovllm.messages.job import ImageRef
+from nanovllm.messages.validation import describe_errors
+from nanovllm.objects.fetch import ObjectHead
+from nanovllm.pipeline.documents.extraction import DocumentSource
+from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
+from nanovllm.pipeline.routing.routes import Routes
+from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
+from nanovllm.pipeline.stages.fetch import OBJECT_STORE
+from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.settings.routes import Route
+
+
+@dataclass(frozen=True)
+class RoutedEvent:
+    """An event of a new object and the route that takes it; ``ref`` names the object in the event's version."""
+
+    event: ObjectEvent
+    route: Route
+    source: DocumentSource
+    ref: ImageRef
+    context: JobContext
+
+    @property
+    def delivery(self) -> str:
+        """The Kafka record that it came in first, equal in its retries: topic, partition, offset and time."""
+        source = self.context.origin.source
+        return f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
+
+
+class RouteEvent:
+    """Finds the route of an event's object; ``head`` asks the store where content type or size decide."""
+
+    def __init__(
+        self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], retry: Retry, *, max_attempts: int
+    ) -> None:
+        self._routes = routes
+        self._head = head
+        self._retry = retry
+        self._max_attempts = max_attempts
+
+    async def __call__(self, event: ObjectEvent, context: JobContext) -> RoutedEvent:
+        """The routed event, whose context has the job's id, the route's topic and its deadline.
+
+        Raises:
+            EventSkippedError: it tells of no new object, or no route takes it.
+            InvalidEvent: no object can have its name, version or entity tag.
+            NanoVLLMError: the store cannot be asked.
+        """
+        if event.kind != "created":
+            raise EventSkippedError(event.kind)
+        version_id = None if event.version_id == NULL_VERSION else event.version_id
+        uri = f"s3://{event.bucket}/{event.key}"
+        with context.progress.stage("admit"):
+            route = await self._route_of(event, _ref(uri, version_id, event.etag), context)
+        source = DocumentSource(uri, version_id, event.etag, event.sequencer, event.event_time, event.dialect)
+        began = event.event_time or context.progress.received_at
+        context = replace(
+            context,
+            job_id=source.job_id(route),
+            expires_at=None if route.deadline_s is None else began + timedelta(seconds=route.deadline_s),
+            result_topic=route.result_topic,
+        )
+        return RoutedEvent(event, route, source, _ref(uri, version_id, event.etag), context)
+
+    async def _route_of(self, event: ObjectEvent, ref: ImageRef, context: JobContext) -> Route:
+        content_type, size = None, event.size
+        candidates = self._routes.candidates(event.bucket, event.key)
+        if not candidates:
+            raise EventSkippedError("no_route")
+        if self._routes.needs_head(event.bucket, event.key):
+            try:
+                head = await self._retry(
+                    lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
+                )
+            except ObjectNotFound:
+                # Which of them would take it is not known any more.
+                return candidates[0]
+            content_type, size = head.content_type, head.size
+        route = self._routes.route_of(event.bucket, event.key, content_type, size)
+        if route is None:
+            raise EventSkippedError("no_route")
+        return route
+
+
+def _ref(uri: str, version_id: str | None, etag: str | None) -> ImageRef:
+    try:
+        return ImageRef(uri=uri, version_id=version_id, etag=etag)
+    except ValidationError as error:
+        raise InvalidEvent(describe_errors(error, "the event's object")) from None
