@@ -62,7 +62,7 @@ MOST_PAGES = 12
 SHARED = 0.4
 TOLERANCE = 0.25
 """Of the cost, either way."""
-PAGE = "224x224"
+USUAL = ("--page", "224x224", "--document-pages", str(MOST_PAGES // 2))
 ROUTES: Mapping[str, dict[str, Any]] = {
     "text": {"prompt": PROMPTS["text"], "text": "only_if_clean"},
     "fields": {"prompt": PROMPTS["json"], "response_schema": SCHEMA, "merge": "per_page"},
@@ -166,7 +166,7 @@ def measure_cost(directory: Path, count: int, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats):
         said = io.StringIO()
         with counted_steps() as steps, contextlib.redirect_stdout(said):
-            code = nanovllm(["routes", "check", str(file), "--measure", "--page", PAGE, "--json"])
+            code = nanovllm(["routes", "check", str(file), "--measure", "--json", *USUAL])
         if code:
             raise RuntimeError(f"nanovllm routes check ended with {code}")
         rows = {row["what"]: row["is"] for row in json.loads(said.getvalue())}

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from nanovllm.pipeline.route_costs import Cost
 
 MISUSE = 2
-DOCUMENT_PAGES = 4
-"""As many as a worker asks of one document at once: with more of them pages cost the same."""
+DOCUMENT_PAGES = 6
+"""No multiple of the pages that are asked at once: the last ones of a document leave a gap, as they usually do."""
 SCAN_DPI = 150
 COLUMNS = ("route", "what", "is")
 _PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
