@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 
 from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -25,9 +27,10 @@ from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.answer_document import AnswerDocument
 from nanovllm.pipeline.stages.caches import ImageCache
+from nanovllm.pipeline.stages.context import Progress
 from nanovllm.pipeline.stages.extract_document import AdmitEvent, ExtractDocument, ExtractRouted, GuardDocuments
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
-from nanovllm.pipeline.stages.fetch import Fetch
+from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
 from nanovllm.pipeline.stages.fetch_document import FetchDocument
 from nanovllm.pipeline.stages.infer import Infer
 from nanovllm.pipeline.stages.observe import observe_event
@@ -84,6 +87,7 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
         sampling_defaults(settings, engine.generation_defaults),
         worker=settings.worker_id,
         pages_at_once=settings.documents.pages_at_once,
+        fits=engine.fits,
     )
 
 
@@ -105,7 +109,15 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     sidecars = Sidecars(client.call, is_newer_version)
     store = None
     if routes.page_store is not None:
-        store = partial(_kept, PageStore(routes.page_store, client.call), parts)
+        pages = PageStore(
+            routes.page_store,
+            client.call,
+            attempt=lambda request: retry(
+                request, OBJECT_STORE, Progress(time.monotonic()), max_attempts=settings.s3.max_attempts
+            ),
+        )
+        parts.metrics.watch_page_store(lambda: asdict(pages.counts))
+        store = partial(_kept, pages, engine.model_info)
     extract: ExtractRouted = ExtractDocument(
         extractions,
         parts.infer,
@@ -151,5 +163,5 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
     return DocumentLimits(**{limit.name: getattr(documents, limit.name) for limit in fields(DocumentLimits)})
 
 
-def _kept(store: PageStore, parts: DocumentParts, ask: Ask, tenant: str) -> KeepOutputs:
-    return KeepOutputs(ask, store, parts.engine.model_info, tenant=tenant)
+def _kept(store: PageStore, model: ModelInfo, ask: Ask, tenant: str) -> KeepOutputs:
+    return KeepOutputs(ask, store, model, tenant=tenant)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
-from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
@@ -255,7 +254,7 @@ def token_budget(
     """
     assert limits.transform is not None
     one = _text_tokens(route.page_prompt, limits)
-    around = _text_tokens(route.page_prompt.replace(IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER), limits) - one
+    around = _text_tokens(route.prompt_of(2), limits) - one
     resolutions = list(_resolutions(route, settings))
     _, dpi, usual_area = resolutions[0]
     place, _, area = max(resolutions, key=lambda item: item[2])

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from bench import Bench, eventually
 from document_files import FIELDS, drawn, receipts_pdf, receipts_route
-from parts import S3Part, create_topic
+from parts import S3Part, create_topic, worker_process
 
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
@@ -310,3 +310,66 @@ async def test_a_record_whose_worker_ended_before_it_was_published_is_published_
     assert documents.counted() == {"result": 1, "same": 1}
     [record] = await documents.records(1)
     assert record.pages[0].reused
+
+
+async def test_a_sidecar_s_missing_bucket_is_waited_for_and_drops_nothing(documents: Documents) -> None:
+    put = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    records = f"{documents.bucket}-records"
+    route = receipts_route(documents.bucket, sidecar={"place": f"s3://{records}/{{key}}.json"})
+    await documents.send(put)
+    async with documents.working(**documents.settings(route)) as (worker, _):
+        await eventually(lambda: worker.faults.are_present, timeout_s=60)
+        assert not documents.counted()
+        documents.s3.client.create_bucket(Bucket=records)
+        await documents.ended(1)
+    assert documents.counted() == {"result": 1}
+    assert documents.s3.client.head_object(Bucket=records, Key="in/a.pdf.json")
+
+
+ROUTES_OF_A_WORKER = """
+version: 1
+routes:
+  - name: receipts
+    match: {bucket: inbox, key: "**"}
+    prompt: "Extract the fields"
+    sidecar: {}
+  - name: letters
+    match: {bucket: inbox, key: "letters/*"}
+    prompt: "Read the letter"
+"""
+
+
+@pytest.mark.parametrize(
+    ("routes", "more", "said"),
+    [
+        (ROUTES_OF_A_WORKER, {}, ["which route receipts (line 4) takes too", "takes: a loop"]),
+        ("version: 1\nroutes: []\n", {}, ["routes"]),
+        (
+            ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"'),
+            {"NANOVLLM_ENGINE__BACKEND": "echo"},
+            ["documents.routes needs an engine that reads pages; engine.backend is echo"],
+        ),
+        (
+            ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"')
+            + "    result_topic: nanovllm.jobs\n    sampling: {max_tokens: 100000}\n",
+            {},
+            ["result_topic: the worker uses the topic nanovllm.jobs for something else", "max_tokens"],
+        ),
+        (None, {}, ["routes.yaml"]),
+    ],
+)
+async def test_a_worker_with_routes_that_cannot_work_ends_before_it_asks_a_broker(
+    tmp_path: Path, routes: str | None, more: dict[str, str], said: list[str]
+) -> None:
+    file = tmp_path / "routes.yaml"
+    if routes is not None:
+        file.write_text(routes)
+    settings = {"NANOVLLM_DOCUMENTS__ROUTES": str(file), "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:9", **more}
+    worker = worker_process(tmp_path, settings=settings)
+    worker.start()
+    await eventually(lambda: not worker.is_running, timeout_s=60)
+    assert worker.exit_code == 2, worker.tail()
+    log = worker.log.read_text()
+    assert "Traceback" not in log
+    for one in said:
+        assert one in log

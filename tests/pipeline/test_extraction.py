@@ -317,6 +317,12 @@ async def test_a_blank_page_asks_nothing_and_saves_what_pages_take_on_average(de
     assert record.timings_ms.saved == 30.0, "the mean is the route's, over its documents"
 
 
+async def test_a_document_of_blank_pages_is_complete_and_has_no_value(decoders: DecoderPool) -> None:
+    record = await extraction(decoders)(pages("", ""), SOURCE, Script())
+    assert (record.status, record.value, record.validation) == ("complete", None, None)
+    assert [page.status for page in record.pages] == ["blank", "blank"]
+
+
 async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(decoders: DecoderPool) -> None:
     route = route_of(response_schema=None, text="only_if_clean")
     scanned = pikepdf.open(io.BytesIO(image_pdf(scan())))
@@ -326,6 +332,22 @@ async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(
     assert [page.source for page in record.pages] == ["text_layer", "model", "text_layer"]
     assert len(script.requests) == 1
     assert record.timings_ms.saved == 0.0 + 50.0
+
+
+async def test_a_clean_text_layer_stands_whole_in_the_prompt_or_the_picture_does(decoders: DecoderPool) -> None:
+    def too_long_as_text(request: PageRequest) -> PageOutput:
+        if not request.images:
+            raise PromptTooLong("more than the context takes")
+        return output()
+
+    data, route = text_pdf(PROSE * 4), route_of(text="only_if_clean", hint_tokens=4)
+    whole, picture = Script(), Script(too_long_as_text)
+    await extraction(decoders, route)(data, SOURCE, whole)
+    assert PROSE[-1] in whole.requests[0].prompt
+    assert not whole.requests[0].images
+    record = await extraction(decoders, route)(data, SOURCE, picture)
+    assert [len(request.images) for request in picture.requests] == [0, 1]
+    assert (record.status, record.pages[0].source, record.pages[0].attempts) == ("complete", "model", 2)
 
 
 async def test_a_repetition_that_was_stopped_saves_the_rest_of_its_tokens(decoders: DecoderPool) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from nanovllm.cli.routes import receipts_document
-from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline import build
 from nanovllm.pipeline.route_costs import ROUNDS, Cost, measure, pages_at_once
 from nanovllm.pipeline.routing.routes import load_routes
@@ -67,6 +66,11 @@ def test_each_measured_page_is_computed_and_one_document_is_not_counted(load: Lo
     assert stats.encoder_images == len(numbers) == len(set(numbers)) == 3 * (1 + ROUNDS) + 2 + ROUNDS * 4
 
 
-def test_what_no_extraction_takes_is_not_measured(load: Load) -> None:
-    with build.build_engine(TINY.engine) as engine, pytest.raises(ConfigurationError, match="not implemented"):
-        measure(engine, {"r": load("  pages: {request: document}\n")}, TINY, draw, pages=1, document_pages=1)
+def test_pages_of_a_document_are_measured_in_as_few_requests_as_take_them(load: Load) -> None:
+    route = load("  sampling: {max_tokens: 4, temperature: 0}\n  pages: {request: document}\n")
+    settings = Settings.model_validate({"engine": {"device": "cpu", "max_images_per_request": 3}})
+    with build.build_engine(settings.engine) as engine:
+        costs = measure(engine, {"r": route}, settings, draw, pages=4, document_pages=4)
+        stats = engine.stats()
+    assert stats.encoder_images == 4 * (1 + ROUNDS)
+    assert sum(costs["r"].answer_tokens) <= 4 * 2 * ROUNDS, "of three pages and of one"

@@ -159,6 +159,15 @@ class EngineBackend(ABC):
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
 
+    async def fits(self, request: Request) -> bool:
+        """Whether ``request`` is taken as it is, with room for its whole answer of ``max_tokens``.
+
+        True for a backend that cannot tell. Raises EngineDead.
+        """
+        if self.death is not None:
+            raise self.death
+        return True
+
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
         generation = Generation(request.request_id, self.abort)

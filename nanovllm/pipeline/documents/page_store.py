@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -91,7 +91,8 @@ class PageStoreCounts:
 class PageStore:
     """Keeps finished pages below ``target`` (``s3://bucket/prefix``); for many at once, of one event loop.
 
-    ``call`` runs an operation with a boto3 S3 client in the calling thread (``S3Client.call``).
+    ``call`` runs an operation with a boto3 S3 client in the calling thread (``S3Client.call``); ``attempt`` awaits one
+    request, and may repeat it.
 
     Raises:
         ConfigurationError: ``target`` is not of that form.
@@ -104,6 +105,7 @@ class PageStore:
         *,
         max_part_bytes: int = DEFAULT_MAX_PART_BYTES,
         max_requests: int = DEFAULT_MAX_REQUESTS,
+        attempt: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]] = lambda request: request(),
     ) -> None:
         parts = split_prefix_uri(target)
         if parts is None:
@@ -112,6 +114,7 @@ class PageStore:
         self._call = call
         self._max_part_bytes = max_part_bytes
         self._requests = asyncio.Semaphore(max_requests)
+        self._attempt = attempt
         self.counts = PageStoreCounts()
 
     def object_key(self, key: PageKey) -> str:
@@ -169,7 +172,7 @@ class PageStore:
 
     async def _request(self, operation: Callable[[Any], Any]) -> Any:
         async with self._requests:
-            return await asyncio.to_thread(self._call, operation)
+            return await self._attempt(lambda: asyncio.to_thread(self._call, operation))
 
     def _read(self, client: Any, key: PageKey) -> tuple[bytes | None, str] | None:
         """The bytes and the entity tag of a part; None: there is none; bytes None: they are too many."""
