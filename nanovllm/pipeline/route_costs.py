@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count, islice, pairwise
-from math import ceil
 from typing import TYPE_CHECKING, TypeVar
 
 from nanovllm.engine.backends.native import AsyncEngine
@@ -60,7 +59,7 @@ def measure(
     pages: int,
     document_pages: int,
 ) -> dict[Name, Cost]:
-    """The cost of each of ``routes``: ``pages`` pages in each of ``ROUNDS`` rounds, in documents of ``document_pages``.
+    """The cost of each of ``routes``: ``ROUNDS`` rounds of up to ``pages`` pages, in documents of ``document_pages``.
 
     ``draw`` makes a document from the numbers of its pages, of which none is given twice. One document of each route
     goes before and is not counted. The engine is closed at the end.
@@ -85,7 +84,7 @@ def measure(
                 size = min(document_pages, route.pages.max_pages)
                 drawn = (draw(list(islice(numbers, size))) for _ in count())
                 extraction = extraction_of(route, settings, backend, decoders)
-                costs[name] = await _measure(extraction, ask, drawn, ceil(pages / size), at_once)
+                costs[name] = await _measure(extraction, ask, drawn, max(1, pages // size), at_once)
             return costs
 
     return asyncio.run(measure_all())
