@@ -59,12 +59,6 @@ def s3_node_program() -> Path | None:
     return _program("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
 
 
-def filings_folder() -> Path | None:
-    """Public filings with a person's answers and their schemas: ``DOCUMENTS``, or those beside the repository."""
-    folder = Path(os.environ.get("DOCUMENTS") or REPOSITORY.parent / "shared" / "documents") / "extract-bench"
-    return folder if folder.is_dir() else None
-
-
 @cache
 def docker_answers() -> bool:
     """Whether a Docker daemon answers here."""

@@ -200,7 +200,7 @@ async def _collect(
                 for answer in answers:
                     if isinstance(answer, Result):
                         results[answer.job_id] = answer
-                    else:
+                    elif isinstance(answer, DeadLetter):
                         dead_letters.append(answer)
                 show(len(results) + len(dead_letters))
                 if answers:

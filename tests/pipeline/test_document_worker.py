@@ -194,6 +194,24 @@ async def test_the_newest_version_of_an_object_wins_and_a_late_one_is_superseded
     assert record.document.sequencer == "0B"
 
 
+async def test_an_event_that_names_no_content_is_of_what_is_there(documents: Documents) -> None:
+    one, two = (receipts_pdf([receipt.image]) for receipt in drawn(2))
+    bare = event(documents.bucket, "in/a.pdf")
+    settings = documents.settings(receipts_route(documents.bucket))
+    documents.put("in/a.pdf", one)
+    async with documents.working(**settings):
+        await documents.send(bare, bare)
+        await documents.ended(2)
+        documents.put("in/a.pdf", two)
+        await documents.send(bare)
+        await documents.ended(3)
+    assert documents.counted() == {"result": 2, "same": 1}
+    first, second = await documents.records(2)
+    assert first.document.etag is not None
+    assert first.document.etag != second.document.etag
+    assert first.job_id != second.job_id
+
+
 async def test_an_object_that_was_written_again_since_is_source_changed_and_another_entity_tag_is_told(
     documents: Documents,
 ) -> None:

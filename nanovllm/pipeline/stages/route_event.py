@@ -59,11 +59,27 @@ class RouteEvent:
         """
         if event.kind != "created":
             raise EventSkippedError(event.kind)
+        candidates = self._routes.candidates(event.bucket, event.key)
+        if not candidates:
+            raise EventSkippedError("no_route")
         version_id = None if event.version_id == NULL_VERSION else event.version_id
-        uri = f"s3://{event.bucket}/{event.key}"
+        ref = _ref(f"s3://{event.bucket}/{event.key}", version_id, event.etag)
         with context.progress.stage("admit"):
-            route = await self._route_of(event, _ref(uri, version_id, event.etag), context)
-        source = DocumentSource(uri, version_id, event.etag, event.sequencer, event.event_time, event.dialect)
+            head = await self._asked(ref, context)
+        route: Route | None
+        if isinstance(head, ObjectNotFound):
+            route = candidates[0]  # which of them would take it is not known any more
+        else:
+            content_type, size = (None, event.size) if head is None else (head.content_type, head.size)
+            route = self._routes.route_of(event.bucket, event.key, content_type, size)
+        if route is None:
+            raise EventSkippedError("no_route")
+        if isinstance(head, ObjectHead) and not (ref.version_id or ref.etag):
+            # The event of some stores names no content: it is what is there now.
+            ref = _ref(f"s3://{event.bucket}/{event.key}", head.version_id, head.etag)
+        source = DocumentSource(
+            ref.uri or "", ref.version_id, ref.etag, event.sequencer, event.event_time, event.dialect
+        )
         began = event.event_time or context.progress.received_at
         context = replace(
             context,
@@ -71,26 +87,18 @@ class RouteEvent:
             expires_at=None if route.deadline_s is None else began + timedelta(seconds=route.deadline_s),
             result_topic=route.result_topic,
         )
-        return RoutedEvent(event, route, source, _ref(uri, version_id, event.etag), context)
+        return RoutedEvent(event, route, source, ref, context)
 
-    async def _route_of(self, event: ObjectEvent, ref: ImageRef, context: JobContext) -> Route:
-        content_type, size = None, event.size
-        candidates = self._routes.candidates(event.bucket, event.key)
-        if not candidates:
-            raise EventSkippedError("no_route")
-        if self._routes.needs_head(event.bucket, event.key):
-            try:
-                head = await self._retry(
-                    lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
-                )
-            except ObjectNotFound:
-                # Which of them would take it is not known any more.
-                return candidates[0]
-            content_type, size = head.content_type, head.size
-        route = self._routes.route_of(event.bucket, event.key, content_type, size)
-        if route is None:
-            raise EventSkippedError("no_route")
-        return route
+    async def _asked(self, ref: ImageRef, context: JobContext) -> ObjectHead | ObjectNotFound | None:
+        """What the store says of the object, where that decides; None: it need not be asked."""
+        if (ref.version_id or ref.etag) and not self._routes.needs_head(*ref.bucket_and_key):
+            return None
+        try:
+            return await self._retry(
+                lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
+            )
+        except ObjectNotFound as missing:
+            return missing
 
 
 def _ref(uri: str, version_id: str | None, etag: str | None) -> ImageRef:
