@@ -145,7 +145,7 @@ def _check(
                 document_pages=document_pages,
             )
     if not settings.s3.allow:
-        yield "", "s3.allow", "not set: a worker with these settings reads no object"
+        yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
     for entry, check in checks.items():
         yield from _rows(entry, check.budget, costs.get(entry))
 

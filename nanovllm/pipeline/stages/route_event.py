@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
@@ -15,9 +15,8 @@ from nanovllm.objects.fetch import ObjectHead
 from nanovllm.pipeline.documents.extraction import DocumentSource
 from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
 from nanovllm.pipeline.routing.routes import Routes
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
-from nanovllm.pipeline.stages.fetch import OBJECT_STORE
-from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.settings.routes import Route
 
 
@@ -41,13 +40,10 @@ class RoutedEvent:
 class RouteEvent:
     """Finds the route of an event's object; ``head`` asks the store where content type or size decide."""
 
-    def __init__(
-        self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], retry: Retry, *, max_attempts: int
-    ) -> None:
+    def __init__(self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], ask: AskStore) -> None:
         self._routes = routes
         self._head = head
-        self._retry = retry
-        self._max_attempts = max_attempts
+        self._ask = ask
 
     async def __call__(self, event: ObjectEvent, context: JobContext) -> RoutedEvent:
         """The routed event, whose context has the job's id, the route's topic and its deadline.
@@ -84,7 +80,7 @@ class RouteEvent:
         context = replace(
             context,
             job_id=source.job_id(route),
-            expires_at=None if route.deadline_s is None else began + timedelta(seconds=route.deadline_s),
+            expires_at=_expiry(began, route.deadline_s),
             result_topic=route.result_topic,
         )
         return RoutedEvent(event, route, source, ref, context)
@@ -94,11 +90,18 @@ class RouteEvent:
         if (ref.version_id or ref.etag) and not self._routes.needs_head(*ref.bucket_and_key):
             return None
         try:
-            return await self._retry(
-                lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
-            )
+            return await self._ask(ref.identity, lambda: self._head(ref), context.progress)
         except ObjectNotFound as missing:
             return missing
+
+
+def _expiry(began: datetime, deadline_s: float | None) -> datetime | None:
+    if deadline_s is None:
+        return None
+    try:
+        return began + timedelta(seconds=deadline_s)
+    except OverflowError:
+        return None  # beyond the calendar
 
 
 def _ref(uri: str, version_id: str | None, etag: str | None) -> ImageRef:
