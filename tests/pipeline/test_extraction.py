@@ -33,9 +33,11 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_outputs import KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route
 from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -116,6 +118,16 @@ def extraction(decoders: DecoderPool, route: Route | None = None, **options: Any
 
 
 LADDER = [{"dpi": 144}, {"rotation": 90}, {"temperature": 0.7}, {"max_pixels": 200_000}]
+
+
+async def test_what_a_route_leaves_unset_of_its_sampling_is_as_the_settings_have_it(decoders: DecoderPool) -> None:
+    script = Script()
+    defaults = sampling_defaults(Settings(), {"top_p": 0.5})
+    route = route_of(sampling={"repetition_penalty": 1.5})
+    await Extraction(route, decoders, MODEL, defaults, worker="w")(numbered(1), SOURCE, script)
+    sampling = script.requests[0].sampling
+    assert (sampling.max_tokens, sampling.temperature) == (256, 0.0)
+    assert (sampling.top_p, sampling.repetition_penalty) == (0.5, 1.5)
 
 
 async def test_each_step_of_the_ladder_changes_its_own_part_of_the_request(decoders: DecoderPool) -> None:

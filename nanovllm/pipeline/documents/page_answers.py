@@ -244,8 +244,8 @@ class PageReader:
             given |= {"json_schema": dict(schema), "logprobs": 0}
         if step.temperature is not None:
             given["temperature"] = step.temperature
-        own = self._defaults.model_dump(include=self._defaults.model_fields_set)
-        return SamplingParams(**{**own, "temperature": self._defaults.temperature, **given})
+        own = {name: getattr(self._defaults, name) for name in SamplingParams.model_fields}
+        return SamplingParams(**(own | given))
 
 
 def failed_page(number: int, error: NanoVLLMError) -> PageAnswer:
