@@ -231,7 +231,7 @@ async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents,
 NO_OBJECTS = {
     "in/../in/a+b.pdf": "forbidden_uri",
     "in/./a+b.pdf": "forbidden_uri",
-    f"in/{'k' * 300}.pdf": "invalid_input",  # longer than the name of a file
+    f"in/{'k' * 300}.pdf": "object_refused",  # longer than the name of a file: HEAD says 400, and no more
     "in/a+b.pdf/below a file.pdf": "object_not_found",
     "in/\\\n .pdf ": "object_not_found",
 }
