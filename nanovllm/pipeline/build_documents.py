@@ -109,7 +109,8 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
     ask = AskStore(parts.breaker, retry, max_attempts=attempts)
     fetcher = parts.fetcher.for_documents(settings.documents.max_bytes, routes.buckets)
-    documents = ImageCache(WatchedFetcher(fetcher, parts.holds), None, engine.find_image, parts.metrics, max_bytes=0)
+    watched = WatchedFetcher(fetcher, parts.holds)
+    documents = ImageCache(watched, None, engine.find_image, parts.metrics, max_bytes=0)
     sidecars = Sidecars(client.call, is_newer_version)
     store = None
     if routes.page_store is not None:
@@ -132,7 +133,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     if parts.crash_guard is not None:
         extract = GuardDocuments(extract, parts.crash_guard)
     return EventStages(
-        route=RouteEvent(routes, fetcher.head, ask),
+        route=RouteEvent(routes, watched, parts.holds, ask),
         admit=AdmitEvent(parts.admit, defaults),
         fetch=FetchDocument(
             parts.make_fetch(documents, max_bytes=settings.documents.max_bytes),
