@@ -80,11 +80,12 @@ class FetchDocument:
             raise ObjectMissing(str(error)) from error
         if isinstance(error, ObjectChanged):
             now = await self._head(routed.ref)
-            if _is_after(now.last_modified, routed.event.event_time):
+            if _may_be_after(now.last_modified, routed.event.event_time):
                 # The event of what is there now is under way, or has come.
                 raise EventSkippedError("source_changed") from None
         raise error
 
 
-def _is_after(time: datetime | None, other: datetime | None) -> bool:
-    return time is not None and other is not None and time > other
+def _may_be_after(written: datetime | None, event: datetime | None) -> bool:
+    """Whether an object of that age may have been written after the event: ``written`` has whole seconds."""
+    return written is not None and event is not None and written >= event.replace(microsecond=0)
