@@ -25,13 +25,17 @@ PARTITIONS = 4
 
 @dataclass
 class World:
-    """``results`` and ``dead_letters`` by job_id, as far as ``read`` has read them; a job may be answered twice."""
+    """``results`` and ``dead_letters`` by job_id, as far as ``read`` has read them; a job may be answered twice.
+
+    ``events`` is a topic of events that is there already; unset: one of its own, which is not created.
+    """
 
     bootstrap_servers: str
     s3: S3Part
     directory: Path
     worker_settings: dict[str, str]
     bucket: str = ""
+    events: str = ""
     topics: TopicSettings = field(init=False)
     group: str = field(default_factory=lambda: unique_name("group"))
     results: dict[str, list[Result]] = field(default_factory=lambda: defaultdict(list))
@@ -40,7 +44,7 @@ class World:
     def __post_init__(self) -> None:
         base = unique_name("world")
         names = {name: f"{base}.{name}" for name in ("jobs", "results", "metrics", "dead_letters", "in_flight")}
-        self.topics = TopicSettings(**names)
+        self.topics = TopicSettings(**names, events=self.events or f"{base}.events")
         self.bucket = self.bucket or self.s3.make_bucket()
 
     @property
@@ -76,6 +80,7 @@ class World:
             **{f"NANOVLLM_TOPICS__{key.upper()}": getattr(self.topics, key) for key in ("jobs", "results", "metrics")},
             "NANOVLLM_TOPICS__DEAD_LETTERS": self.topics.dead_letters,
             "NANOVLLM_TOPICS__IN_FLIGHT": self.topics.in_flight,
+            "NANOVLLM_TOPICS__EVENTS": self.topics.events,
             "NANOVLLM_S3__ENDPOINT_URL": self.s3.endpoint_url,
             "NANOVLLM_S3__ADDRESSING_STYLE": "path",
             "NANOVLLM_S3__ALLOW": f"s3://{self.bucket}/",
@@ -128,9 +133,9 @@ class World:
             ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
             return ends
 
-    async def lag(self) -> int:
-        """Jobs that the group has not committed."""
-        partitions = [TopicPartition(self.topics.jobs, number) for number in range(PARTITIONS)]
+    async def lag(self, topic: str = "") -> int:
+        """Records of ``topic``, or of the jobs' own, that the group has not committed."""
+        partitions = [TopicPartition(topic or self.topics.jobs, number) for number in range(PARTITIONS)]
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap_servers, group_id=self.group, enable_auto_commit=False
         )
