@@ -96,23 +96,33 @@ class DocumentWorld:
 
     async def records(self) -> list[DocumentRecord]:
         """The records that a read_committed reader sees now."""
-        return [DocumentRecord.model_validate_json(one.value) for one in await self.read(self.world.topics.results)]
+        return await records_in(self.world.bootstrap_servers, self.world.topics.results)
 
     async def read(self, topic: str) -> list[ConsumerRecord]:
         """All that is committed in ``topic`` now."""
-        partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
-        # No seek: the consumer's own reset, if it were still under way, would win over it.
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.world.bootstrap_servers,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-        )
-        consumer.assign(partitions)
-        found: list[ConsumerRecord] = []
-        async with consumer:
-            ends = await consumer.end_offsets(partitions)
-            while any([await consumer.position(one) < ends[one] for one in partitions]):
-                for batch in (await consumer.getmany(timeout_ms=200)).values():
-                    found += batch
-        return found
+        return await committed_in(self.world.bootstrap_servers, topic)
+
+
+async def records_in(bootstrap_servers: str, topic: str) -> list[DocumentRecord]:
+    """The records of documents that a read_committed reader sees now."""
+    return [DocumentRecord.model_validate_json(one.value) for one in await committed_in(bootstrap_servers, topic)]
+
+
+async def committed_in(bootstrap_servers: str, topic: str) -> list[ConsumerRecord]:
+    """All that is committed in a topic of a world now."""
+    partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+    # No seek: the consumer's own reset, if it were still under way, would win over it.
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap_servers,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+    )
+    consumer.assign(partitions)
+    found: list[ConsumerRecord] = []
+    async with consumer:
+        ends = await consumer.end_offsets(partitions)
+        while any([await consumer.position(one) < ends[one] for one in partitions]):
+            for batch in (await consumer.getmany(timeout_ms=200)).values():
+                found += batch
+    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -18,6 +16,7 @@ from chaos.killed_worker import COMMITTING, DOCUMENT_STEPS, KEPT, LOOKED, MISSED
 from document_files import drawn, receipts_pdf, receipts_route, shared_pages
 from document_world import KEPT as PARTS
 from document_world import DocumentWorld
+from parts import eventually
 from world import PARTITIONS
 
 from nanovllm.demo.child_process import LocalProcess
@@ -188,18 +187,9 @@ async def _until_done(documents: DocumentWorld, fleet: KilledFleet) -> None:
 
 async def _reconcile(documents: DocumentWorld) -> int | None:
     """Exit code of ``nanovllm reconcile --check``."""
-    world = documents.world
-    command = [
-        "reconcile",
-        f"s3://{world.bucket}/in",
-        "--routes",
-        str(documents.routes),
-        "--route",
-        "receipts",
-        "--check",
-    ]
-    s3 = {"NANOVLLM_S3__ENDPOINT_URL": world.s3.endpoint_url, "NANOVLLM_S3__ADDRESSING_STYLE": "path"}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nanovllm.cli.main", *command), env={**os.environ, **s3, **world.s3.environment}
-    )
-    return await process.wait()
+    options = ["--routes", str(documents.routes), "--route", "receipts", "--check"]
+    program = ["-m", "nanovllm.cli.main", "reconcile", f"s3://{documents.world.bucket}/in"]
+    process = documents.world.process("reconcile", *program, *options)
+    process.start()
+    await eventually(lambda: not process.is_running)
+    return process.exit_code

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import boto3
 import jsonschema_rs
 import pytest
+import yaml
 from aiokafka import AIOKafkaProducer
 from document_files import SCHEMA, drawn, receipts_pdf, receipts_route, shared_pages
-from document_world import DocumentWorld
-from world import PARTITIONS
+from document_world import DocumentWorld, records_in
+from parts import create_topic, eventually, unique_name
+from world import PARTITIONS, World
 
 from nanovllm.cli.main import main
 from nanovllm.demo.child_process import LocalProcess
@@ -23,6 +27,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline.events.envelope import parse_events
 from nanovllm.training.synthetic import Receipt
 
+BRIDGE_PROGRAM = Path(__file__).resolve().parents[1] / "pipeline" / "bridge_program.py"
 DOCUMENTS = 200
 REPLACED = 10
 SHARE = 0.4
@@ -119,6 +124,45 @@ async def test_documents_that_a_bucket_notifies_become_one_record_a_version(kafk
 
         coverage = evaluate(tmp_path, firsts, corpus.pages)["metrics"]["coverage"]
         assert (coverage["count"], coverage["total"]) == (DOCUMENTS, DOCUMENTS)
+
+
+@pytest.mark.kafka
+@pytest.mark.slow
+async def test_documents_of_a_queue_whose_bridge_is_killed_in_mid_batch_have_a_record_each(kafka_broker, s3, tmp_path):
+    world = World(kafka_broker, s3, tmp_path, {"NANOVLLM_DOCUMENTS__ROUTES": str(tmp_path / "routes.yaml")})
+    (tmp_path / "routes.yaml").write_text(yaml.safe_dump({"version": 1, "routes": [receipts_route(world.bucket)]}))
+    await world.create_topics()
+    await create_topic(kafka_broker, world.topics.events, partitions=PARTITIONS)
+    sqs = boto3.client("sqs", endpoint_url=s3.endpoint_url, region_name=s3.region)
+    url = sqs.create_queue(QueueName=unique_name("queue"))["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    s3.client.put_bucket_notification_configuration(
+        Bucket=world.bucket,
+        NotificationConfiguration={"QueueConfigurations": [{"QueueArn": arn, "Events": ["s3:ObjectCreated:*"]}]},
+    )
+    pages = drawn(25, first=FIRST_RECEIPT)
+    uris = {s3.put(world.bucket, f"in/{n} +%.pdf", pdf_of([page])): page for n, page in enumerate(pages)}
+
+    def bridge(*program: str) -> LocalProcess:
+        return world.process("bridge", *program, "bridge", "sqs", url, "--visibility", "2", "--receivers", "1")
+
+    def is_empty() -> bool:
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        counts = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+        return not any(int(counts[name]) for name in names)
+
+    killed = bridge(str(BRIDGE_PROGRAM), "publish")
+    killed.start()
+    await eventually(lambda: not killed.is_running)
+    assert killed.exit_code == -signal.SIGKILL, killed.tail()
+    again = bridge("-m", "nanovllm.cli.main")
+    again.start()
+    await eventually(is_empty, why="messages are left in the queue")
+    assert again.stop() == 0, again.tail()
+    await world.drain("worker")
+    records = await records_in(kafka_broker, world.topics.results)
+    assert {record.document.uri for record in records} == uris.keys()
+    assert len(records) == len(uris)
 
 
 def pdf_of(pages: Sequence[Receipt]) -> bytes:
