@@ -237,11 +237,11 @@ async def test_an_object_that_is_gone_is_what_its_route_says(
 async def test_of_several_events_in_a_record_each_has_an_end_of_its_own(documents: Documents) -> None:
     good = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
     broken, empty = documents.put("in/b.pdf", b"%PDF-1.7 and nothing else"), documents.put("in/c.pdf", b"")
-    await documents.send({"Records": [broken, good, empty]}, b"no event")
+    await documents.send({"Records": [broken, good, empty, good]}, b"no event")
     async with documents.working(**documents.settings(receipts_route(documents.bucket), delivery="exactly_once")):
-        await documents.ended(3)
+        await documents.ended(4)
         letters = await documents.bench.dead_letters(3)
-    assert documents.counted() == {"result": 1, "dead_letter": 2}
+    assert documents.counted() == {"result": 1, "dead_letter": 2, "same": 1}
     codes = {headers["nanovllm_code"]: value for headers, value in letters}
     assert set(codes) == {"invalid_document", "invalid_event"} or len(codes) == 3
     assert json.loads(codes["invalid_document"]) in ({"Records": [broken]}, {"Records": [empty]})
