@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports, as nanovllm.cli.main does wher
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaProducer
 from nanovllm.cli import main as cli
 from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.sidecars import Sidecars
+from nanovllm.pipeline.stages.context import JobContext, Outcome
 from nanovllm.pipeline.stages.publish import Publish
 
 LOOKED, MISSED, KEPT = "looked", "missed", "kept"
@@ -53,21 +54,24 @@ class Journal:
     def around(
         self, owner: type, method: str, name_of: Callable[..., str], *, before: str = "", behind: str = ""
     ) -> None:
-        """Note ``before`` and ``behind`` each call of a method; ``name_of`` gets its arguments."""
+        """Note ``before`` and ``behind`` each call of a method whose arguments have a ``name_of`` them."""
         original = getattr(owner, method)
 
         async def noted(itself: Any, *arguments: Any, **options: Any) -> Any:
             name = name_of(*arguments)
-            if before:
+            if name and before:
                 self.note(before, name)
             result = await original(itself, *arguments, **options)
-            if behind == MISSED and result is not None:
-                return result
-            if behind:
+            if name and behind and not (behind == MISSED and result is not None):
                 self.note(behind, name)
             return result
 
         setattr(owner, method, noted)
+
+
+def published_by(ended: Sequence[tuple[Outcome, JobContext]], _: object) -> str:
+    """The first document that has something to publish; skipped events have nothing."""
+    return next((context.job_id for outcome, context in ended if outcome.records), "")
 
 
 def main() -> None:
@@ -76,7 +80,7 @@ def main() -> None:
     journal.around(PageStore, "put", lambda key, _: key.digest, behind=KEPT)
     journal.around(Sidecars, "put", lambda record, *_: record.job_id, before=WRITING, behind=WRITTEN)
     journal.around(AIOKafkaProducer, "commit_transaction", lambda: "-", before=COMMITTING)
-    journal.around(Publish, "together", lambda ended, _: ended[0][1].job_id, behind=PUBLISHED)
+    journal.around(Publish, "together", published_by, behind=PUBLISHED)
     sys.argv = ["nanovllm", *sys.argv[4:]]
     sys.exit(cli.main())
 
