@@ -218,8 +218,9 @@ def test_objects_have_sidecars_and_equal_pages_are_computed_once(
         sidecar = store.client.get_object(Bucket=bucket, Key=f"receipts/{name}.json")
         assert DocumentRecord.model_validate_json(sidecar["Body"].read()) == records[name]
     output.unlink()
-    assert main(command) == 0
-    assert records_in(output) == {}, "each has a sidecar of its version and route"
+    for more in ([], ["--route", "receipts"]):
+        assert main([*command, *more]) == 0
+        assert records_in(output) == {}, "each has a sidecar of its version and route, and a sidecar is no document"
 
 
 def test_objects_of_an_inventory_are_extracted_as_they_are_now(tmp_path: Path, store: S3Part, capsys: Capture) -> None:
