@@ -24,7 +24,7 @@ def test_a_page_was_computed_again_where_it_was_kept_before_it_was_looked_for() 
 @pytest.mark.slow
 @pytest.mark.parametrize("delivery", MODES)
 async def test_documents_survive_kills(kafka_broker, tmp_path, delivery: str) -> None:
-    await survives(kafka_broker, tmp_path, delivery, seed=1, kills=4)
+    await survives(kafka_broker, tmp_path, delivery, seed=1, kills=3)
 
 
 @pytest.mark.kafka

@@ -46,7 +46,10 @@ STRICT_SCHEMA = {
 
 
 class Corpus:
-    """Documents of 1 to 12 pages, most of them short; ``shown`` are the receipts of each key, those of now last."""
+    """Documents of 1 to 12 pages, most of them short.
+
+    ``pages`` are the receipts of each, ``older`` those that the first ones had in the version before.
+    """
 
     def __init__(self, random: Random) -> None:
         lengths = [1, 12, *random.choices(range(1, 13), weights=[2**-n for n in range(12)], k=DOCUMENTS - 2)]
@@ -68,7 +71,7 @@ class Corpus:
 @pytest.mark.kafka
 @pytest.mark.s3
 @pytest.mark.slow
-async def test_documents_that_a_bucket_notifies_become_one_record_a_version(kafka_broker, tmp_path):
+async def test_notified_documents_have_one_record_a_version_and_another_schema_encodes_nothing(kafka_broker, tmp_path):
     random = Random(21)
     corpus = Corpus(random)
     assert corpus.shared >= SHARE
