@@ -388,6 +388,16 @@ class VersityNode:
             self._process.kill()
 
 
+def python_process(directory: Path, *command: str, settings: Mapping[str, str], name: str) -> LocalProcess:
+    """A process of this Python, not started yet; its log is in ``directory``.
+
+    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
+    env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
+    return LocalProcess(name, [sys.executable, *command], directory / f"{name}.log", env=env)
+
+
 def worker_process(
     directory: Path,
     *options: str,
@@ -395,11 +405,6 @@ def worker_process(
     name: str = "worker",
     program: Sequence[str] = ("-m", "nanovllm.cli.main"),
 ) -> LocalProcess:
-    """``nanovllm worker`` as its own process, not started yet.
-
-    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
-    """
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
-    own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *program, "worker", *options]
-    return LocalProcess(name, command, directory / f"{name}.log", env=inherited | own | dict(settings))
+    """``nanovllm worker`` as a `python_process`."""
+    own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0"}
+    return python_process(directory, *program, "worker", *options, settings=own | dict(settings), name=name)

@@ -87,11 +87,11 @@ async def test_the_newest_version_of_an_object_wins_and_a_late_one_is_superseded
     first["s3"]["object"]["sequencer"], second["s3"]["object"]["sequencer"] = "0A", "0B"
     settings = documents.settings(receipts_route(documents.bucket))
     async with documents.working(**settings):
-        await documents.send(second)
-        await documents.ended(1)
+        await documents.send({"Records": [second, first]})
+        await documents.ended(2)
         await documents.send(first, second, partition=1)
-        await documents.ended(3)
-    assert documents.counted() == {"result": 1, "superseded": 1, "same": 1}
+        await documents.ended(4)
+    assert documents.counted() == {"result": 1, "superseded": 2, "same": 1}
     [record] = await documents.records(1)
     assert record.document.version_id == second["s3"]["object"]["versionId"]
     assert record.document.sequencer == "0B"
@@ -115,12 +115,14 @@ async def test_an_event_that_names_no_content_is_of_what_is_there(documents: Doc
     assert first.job_id != second.job_id
 
 
+@pytest.mark.parametrize("is_long_ago", [True, False], ids=["long ago", "in one second"])
 async def test_an_object_that_was_written_again_since_is_source_changed_and_another_entity_tag_is_told(
-    documents: Documents,
+    documents: Documents, is_long_ago: bool
 ) -> None:
     first = documents.put("in/a.pdf", b"old")
-    first["eventTime"] = LONG_AGO.isoformat()
     second = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    written: datetime = documents.s3.client.head_object(Bucket=documents.bucket, Key="in/a.pdf")["LastModified"]
+    first["eventTime"] = (LONG_AGO if is_long_ago else written + timedelta(milliseconds=900)).isoformat()
     strange = documents.put("in/b.pdf", b"%PDF")
     strange["s3"]["object"]["eTag"] = "0" * 32
     strange["eventTime"] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nanovllm.messages.document_record import DocumentRecord
@@ -42,15 +42,14 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
         SystemicError: as `process_job`.
     """
     ended: list[EndedEvent] = []
+    jobs: set[str] = set()
     for event, notification in received.events:
         context = received.context
         if len(received.events) > 1:
             # What is dead-lettered or waits for a retry is this event, not those beside it.
             alone = replace(context.record, value=notification)
             context = replace(context, record=alone, progress=replace(context.progress, seconds={}))
-        # Two events of one version in one record are of one delivery: the sidecar does not tell them apart.
-        done = {context.job_id for outcome, context in ended if isinstance(outcome, Extracted)}
-        ended.append(await _process_event(event, context, reservation, stages, done))
+        ended.append(await _process_event(event, context, reservation, stages, jobs))
         reservation.give_bytes_back()
     published = await stages.publish(ended, reservation)
     received.context.record.complete()
@@ -59,13 +58,16 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
 
 
 async def _process_event(
-    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages, done: Collection[str]
+    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages, jobs: set[str]
 ) -> EndedEvent:
+    """``jobs``: the ids of those of the record so far."""
     try:
         routed = await stages.route(event, context, reservation)
         context = routed.context
-        if context.job_id in done:
+        if context.job_id in jobs:
+            # Its sidecar has this very record for its writer, which would publish it twice.
             raise EventSkippedError("same")
+        jobs.add(context.job_id)
         async with context.deadline():
             admitted = await stages.admit(routed, reservation)
             document = await stages.fetch(routed, admitted)

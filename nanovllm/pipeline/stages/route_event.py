@@ -33,9 +33,10 @@ class RoutedEvent:
 
     @property
     def delivery(self) -> str:
-        """The Kafka record that it came in first, equal in its retries: topic, partition, offset and time."""
+        """The Kafka record that it came in first, equal in its retries, and the sequencer, for records of several."""
         source = self.context.origin.source
-        return f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
+        record = f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
+        return f"{record}#{self.event.sequencer or ''}"
 
 
 class RouteEvent:
