@@ -237,7 +237,9 @@ def _part(key: PageKey, payload: bytes) -> bytes:
 
 
 def _folder(tenant: str) -> str:
-    """A segment of a key for each tenant, and for no other: the name where it is plain, or its digest."""
+    """A segment of a key for each tenant, and for no other: the name where it is plain, or its digest; ``~``: none."""
+    if not tenant:
+        return "~"
     if _PLAIN_NAME.fullmatch(tenant):
         return tenant
     return "~" + hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()
