@@ -33,6 +33,18 @@ def receipts_pdf(images: Sequence[Image.Image]) -> bytes:
     return bytes(pdf.output())
 
 
+def native_receipts_pdf(pages: Sequence[Sequence[str]]) -> bytes:
+    """A PDF with a text layer, whose pages are receipts of these lines."""
+    pdf = FPDF(unit="pt", format=(224, 224))
+    pdf.set_auto_page_break(False)
+    pdf.set_font("Courier", size=11)
+    for lines in pages:
+        pdf.add_page()
+        for index, line in enumerate(lines):
+            pdf.text(8, 24 + 30 * index, line)
+    return bytes(pdf.output())
+
+
 def drawn(count: int, *, first: int = 0) -> list[Receipt]:
     """Receipts that the shipped model has not seen."""
     numbers = range(first, first + count)

@@ -259,14 +259,20 @@ class S3Part:
         return f"s3://{bucket}/{key}"
 
 
-Fault = Literal["refuse", "cut", "unavailable"]
+Fault = Literal["refuse", "cut", "unavailable", "forbidden"]
+
+_STATUS_LINES: Mapping[str | None, bytes] = {
+    "unavailable": b"HTTP/1.1 503 Slow Down",
+    "forbidden": b"HTTP/1.1 403 Forbidden",
+}
 
 
 class FaultProxy:
     """Stands before an HTTP server and spoils connections in their order; once ``faults`` are used up, none.
 
     None spoils nothing of one request, which gets a connection of its own.
-    ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503.
+    ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503,
+    ``forbidden`` 403.
     """
 
     def __init__(self, upstream_url: str, faults: Iterable[Fault | None]) -> None:
@@ -302,9 +308,9 @@ class FaultProxy:
         try:
             if fault == "refuse":
                 return
-            if fault == "unavailable":
+            if fault in _STATUS_LINES:
                 await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                writer.write(_STATUS_LINES[fault] + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 await writer.drain()
                 return
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)

@@ -25,7 +25,7 @@ class EventStages:
     events of a record, and returns those that the brokers acknowledged.
     """
 
-    route: Callable[[ObjectEvent, JobContext], Awaitable[RoutedEvent]]
+    route: Callable[[ObjectEvent, JobContext, Reservation], Awaitable[RoutedEvent]]
     admit: Callable[[RoutedEvent, Reservation], Awaitable[AdmittedJob]]
     fetch: Callable[[RoutedEvent, AdmittedJob], Awaitable[FetchedImage]]
     extract: Callable[[RoutedEvent, FetchedImage, AdmittedJob], Awaitable[DocumentRecord]]
@@ -62,7 +62,7 @@ async def _process_event(
 ) -> EndedEvent:
     """``jobs``: the ids of those of the record so far."""
     try:
-        routed = await stages.route(event, context)
+        routed = await stages.route(event, context, reservation)
         context = routed.context
         if context.job_id in jobs:
             # Its sidecar has this very record for its writer, which would publish it twice.
