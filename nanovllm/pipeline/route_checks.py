@@ -221,7 +221,7 @@ def check_route(
         except (UnsupportedConstraint, ConfigurationError) as error:
             refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
     try:
-        if route.response_schema is not None:
+        if not refusals and route.response_schema is not None:
             SchemaValidator(merged_schema(route.response_schema, route.merge))
     except UnsupportedConstraint as error:
         refusals.append(routes.refusal(entry, f"response_schema: {error}", "response_schema"))
