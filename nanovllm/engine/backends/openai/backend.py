@@ -218,6 +218,8 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures, the last one: {endpoint.url} {fault}") from None
+            if self._pool.is_down:
+                raise self._pool.unavailable()
             if failed and not self._pool.has_others(failed):
                 failed.clear()
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)

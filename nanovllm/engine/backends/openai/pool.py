@@ -53,11 +53,9 @@ class Pool:
         return sum(endpoint.outstanding for endpoint in self.endpoints)
 
     @property
-    def _is_hopeless(self) -> bool:
-        """Whether every circuit is open, and no request tries an endpoint, now or next."""
-        return all(one.breaker.is_open and not one.breaker.is_trying for one in self.endpoints) and not any(
-            one.breaker.may_try for one in self.endpoints
-        )
+    def is_down(self) -> bool:
+        """Whether every circuit is open, and no request tries an endpoint now."""
+        return all(one.breaker.is_open and not one.breaker.is_trying for one in self.endpoints)
 
     def has_others(self, avoided: Collection[Endpoint]) -> bool:
         """Whether an endpoint that is none of ``avoided`` may take requests, now or after a pause."""
@@ -114,7 +112,7 @@ class Pool:
                     lease.endpoint.breaker.begin_trial()
                 self._waiters.remove(waiter)
                 waiter.lease.set_result(lease)
-            elif self._is_hopeless:
+            elif self.is_down and not any(one.breaker.may_try for one in self.endpoints):
                 self._waiters.remove(waiter)
                 waiter.lease.set_exception(self.unavailable())
         self._set_timer()
