@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.s3_uri import split_object_uri
@@ -13,7 +14,7 @@ from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
-    from nanovllm.engine.backends.base import EngineBackend
+    from nanovllm.engine.backends.openai.backend import OpenAIEngine
     from nanovllm.engine.backends.openai.options import SignUrl
 
 ENGINE_SETTINGS = frozenset(
@@ -51,7 +52,7 @@ def check_remote(settings: Settings) -> None:
         raise ConfigurationError(f"remote.ca_file {settings.remote.ca_file} is no file")
 
 
-def build_remote_engine(settings: Settings) -> EngineBackend:
+def build_remote_engine(settings: Settings) -> OpenAIEngine:
     """The backend, not started. Raises ConfigurationError as `check_remote`."""
     from nanovllm.engine.backends.openai.backend import OpenAIEngine
     from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
@@ -87,6 +88,32 @@ def build_remote_engine(settings: Settings) -> EngineBackend:
             sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
         )
     )
+
+
+async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tuple[str, str, str]]:
+    """What each server answers now, and what its dialect has: subject, value, note. Closes ``engine``."""
+    rows = []
+    try:
+        for url, answer in (await engine.listings()).items():
+            if isinstance(answer, Exception):
+                rows.append((f"endpoint {url}", "does not answer as it should", str(answer)))
+            elif answer is None:
+                rows.append((f"endpoint {url}", "answers", "it has no list of models"))
+            else:
+                name = settings.engine.model
+                note = "" if name is None or name in answer else f"it does not list {name}"
+                rows.append((f"endpoint {url}", f"answers, and lists {', '.join(sorted(answer)[:8]) or 'none'}", note))
+    finally:
+        await engine.close()
+    able = engine.capabilities
+    rows.append(("dialect", settings.remote.dialect, "remote.dialect"))
+    rows.append(("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in able.guided), ""))
+    lacks = ", ".join(sorted(SAMPLING_NAMES - able.sampling)) or "nothing"
+    rows.append(("sampling", "as the servers sample", f"refused by name: {lacks}"))
+    rows.append(
+        ("images", "as files" if able.images else "none", f"remote.image_transport {settings.remote.image_transport}")
+    )
+    return rows
 
 
 def _signer(settings: Settings) -> SignUrl:

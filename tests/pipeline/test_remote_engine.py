@@ -20,6 +20,7 @@ from parts import FaultProxy, S3Part, worker_process
 from PIL import Image
 from pydantic import ValidationError
 
+from nanovllm.cli.main import main
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.build import build_decoders, check_parts
@@ -299,3 +300,25 @@ async def test_jobs_with_images_for_a_model_without_are_refused_by_name(bench: B
                 await bench.send({"job_id": "j", "prompt": "<|image|>", "images": ["s3://images/x.png"]})
                 ((headers, _),) = await bench.dead_letters(1)
     assert "tiny takes no images" in headers["nanovllm_message"]
+
+
+async def test_the_doctor_asks_each_server_and_says_what_the_dialect_lacks(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serving(OpenAIServer(key="sk-hunter2"), OpenAIServer()) as (server, dead):
+        await dead.kill()
+        variables = bench.environment | {
+            "NANOVLLM_ENGINE__BACKEND": "openai",
+            "NANOVLLM_REMOTE__ENDPOINTS": f"{server.url},{dead.url}",
+            "NANOVLLM_REMOTE__API_KEYS": "sk-hunter2",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert await asyncio.to_thread(main, ["doctor", "--json"]) == 0
+    shown = capsys.readouterr().out
+    rows = {row["what"]: row for row in json.loads(shown)}
+    assert rows[f"endpoint {server.url}"]["is"] == "answers, and lists tiny"
+    assert "takes no connection" in rows[f"endpoint {dead.url}"]["why"]
+    assert "top_k" in rows["sampling"]["why"]
+    assert rows["guided output"]["is"] == "json_schema"
+    assert "hunter2" not in shown

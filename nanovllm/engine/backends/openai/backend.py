@@ -89,19 +89,28 @@ class OpenAIEngine(EngineBackend):
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
+    async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
+        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list."""
+        found = await asyncio.gather(*(one.models() for one in self._endpoints), return_exceptions=True)
+        answers: dict[str, Mapping[str, int | None] | EndpointFault | None] = {}
+        for endpoint, answer in zip(self._endpoints, found, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
+                raise answer
+            answers[endpoint.url] = answer
+        return answers
+
     async def _look(self) -> bool:
         """Whether an endpoint is up; its model is known then."""
-        found = await asyncio.gather(*(one.models() for one in self._endpoints), return_exceptions=True)
         listings: dict[str, Mapping[str, int | None] | None] = {}
-        for endpoint, listing in zip(self._endpoints, found, strict=True):
-            if isinstance(listing, EndpointFault):
-                endpoint.last_fault = listing
+        answers = await self.listings()
+        for endpoint in self._endpoints:
+            answer = answers[endpoint.url]
+            if isinstance(answer, EndpointFault):
+                endpoint.last_fault = answer
                 endpoint.breaker.fail("start", at_once=True)
-                logger.warning("%s %s", endpoint.url, listing)
-            elif isinstance(listing, BaseException):
-                raise listing
+                logger.warning("%s %s", endpoint.url, answer)
             else:
-                listings[endpoint.url] = listing
+                listings[endpoint.url] = answer
                 endpoint.breaker.succeed()
         if listings:
             self._take_model(listings)
