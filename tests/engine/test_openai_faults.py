@@ -15,7 +15,7 @@ from parts import FaultProxy, eventually
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.engine.backends.openai.breaker import Breaker
+from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_EVENT_BYTES, event_data
 from nanovllm.engine.backends.openai.faults import EndpointFault, retry_after, shown
 from nanovllm.errors import AnswerFailed, AnswerWithheld, ApiKeyRefused, EndpointsUnavailable, TransientError

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from nanovllm.engine.backends.openai.breaker import Breaker
+from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
