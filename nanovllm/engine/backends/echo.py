@@ -38,7 +38,7 @@ class EchoEngine(EngineBackend):
     new to this engine and a ``hit`` afterwards.
     """
 
-    capabilities = Capabilities(guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False)
+    capabilities = Capabilities(guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False, sampling=frozenset())
 
     def __init__(
         self,
