@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ENGINE_SETTINGS = frozenset(
     {
-        *("backend", "model", "max_num_seqs", "max_model_len", "max_images_per_request"),
+        *("backend", "model", "max_num_seqs", "max_images_per_request"),
         *("chat_template_kwargs", "job_chat_template_kwargs"),
     }
 )
@@ -72,7 +72,7 @@ def build_remote_engine(settings: Settings) -> OpenAIEngine:
             images=remote.images,
             max_num_seqs=engine.max_num_seqs,
             max_concurrency=remote.max_concurrency,
-            max_model_len=engine.max_model_len,
+            default_max_tokens=settings.sampling.max_tokens,
             affinity_slack=remote.affinity_slack,
             connect_timeout_s=remote.connect_timeout_s,
             read_timeout_s=remote.read_timeout_s,

@@ -257,6 +257,10 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
         with pytest.raises(ModelNotFound, match="does not serve tiny; it lists other"):
             async with engine_of(server, other, model="tiny"):
                 pass
+    async with OpenAIServer(context=256) as server:
+        with pytest.raises(ConfigurationError, match=r"sampling\.max_tokens 256 leaves no prompt any room"):
+            async with engine_of(server, default_max_tokens=256):
+                pass
     async with OpenAIServer(lists_models=False) as server:
         async with engine_of(server, model="any") as engine:
             assert (await engine.submit(ask("a"))).text == "one two three"

@@ -173,7 +173,8 @@ async def test_requests_end_with_what_each_server_did_where_none_is_left() -> No
         assert (await engine.submit(ask("later"))).text == "one two three four"
 
 
-async def test_one_request_that_a_server_cannot_answer_stops_no_endpoint() -> None:
+@pytest.mark.parametrize("poisonous", [1, 5])
+async def test_requests_that_a_server_cannot_answer_stop_no_endpoint_that_answers_others(poisonous: int) -> None:
     class Picky(EchoEngine):
         def submit(self, request: Request) -> Any:
             if "poison" in str(request.messages):
@@ -181,14 +182,16 @@ async def test_one_request_that_a_server_cannot_answer_stops_no_endpoint() -> No
             return super().submit(request)
 
     async with OpenAIServer(Picky()) as server, engine_of(server) as engine:
-        poison = engine.submit(ask("p", "poison"))
+        poison = [engine.submit(ask(f"p{number}", "poison")) for number in range(poisonous)]
+        # Alone in the engine, as long as they like.
+        await eventually(lambda: sum("poison" in str(asked.body) for asked in server.asked) >= 4 * poisonous)
         for number in range(8):
             assert (await engine.submit(ask(f"{number}"))).text == "one two three four"
-        await eventually(lambda: sum(asked.body["messages"][0]["content"] == "poison" for asked in server.asked) >= 3)
         assert engine.stats().endpoints[0].is_up
-        assert not poison.is_finished
-        poison.abort()
-        assert (await poison).finish_reason == "abort"
+        for generation in poison:
+            assert not generation.is_finished
+            generation.abort()
+            assert (await generation).finish_reason == "abort"
 
 
 async def test_a_limit_of_attempts_is_an_error_of_the_request() -> None:
@@ -283,38 +286,28 @@ async def test_events_are_read_however_they_are_cut_and_within_bounds() -> None:
     assert MAX_EVENT_BYTES < 64 * 2**20
 
 
-def test_a_breaker_opens_by_different_requests_and_closes_by_one_answer() -> None:
+def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time() -> None:
     now = 0.0
     breaker = Breaker(threshold=2, first_wait_s=1.0, longest_wait_s=3.0, clock=lambda: now)
     for _ in range(5):
         breaker.fail("one")
-    assert not breaker.is_open
+    assert not breaker.is_suspect
     breaker.fail("two")
-    assert breaker.is_open
-    assert not breaker.may_try
+    assert breaker.is_suspect
     for wait_s in (1.0, 2.0, 3.0, 3.0):
+        breaker.open()
         now += wait_s - 0.01
+        assert breaker.is_open
         assert not breaker.may_try
         now += 0.02
         assert breaker.may_try
-        breaker.begin_trial()
+        breaker.is_trying = True
         assert not breaker.may_try
-        breaker.fail("two")
-        breaker.end_trial()
-    now += 4
-    breaker.begin_trial()
-    breaker.first_token()
-    assert not breaker.is_open
-    breaker.fail("three")  # on trial: at once
-    assert breaker.is_open
-    breaker.end_trial()
-    now += 4
-    breaker.begin_trial()
+        breaker.is_trying = False
     breaker.succeed()
-    breaker.end_trial()
     assert not breaker.is_open
-    breaker.fail("four")
-    assert not breaker.is_open
+    breaker.fail("three")
+    assert not breaker.is_suspect
 
 
 def test_words_of_a_server_are_one_line_escaped_and_cut() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -231,12 +232,15 @@ async def test_a_worker_process_in_front_of_servers_has_no_torch_and_logs_no_key
             await eventually(lambda: bool(server.asked) or not worker.is_running, timeout_s=120)
             assert worker.is_running
             maps = await asyncio.to_thread(Path(f"/proc/{worker.pid}/maps").read_text)
+            status = await asyncio.to_thread(Path(f"/proc/{worker.pid}/status").read_text)
             await eventually(lambda: not worker.is_running, timeout_s=120)
         finally:
             worker.kill()
         log = (tmp_path / "worker.log").read_text()
         assert worker.exit_code == 0, log[-2_000:]
         assert "libtorch" not in maps
+        (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        assert int(peak) < 150 * 1024
         assert len(await bench.results(12)) == 12
         assert "hunter2" not in log
         assert "DEBUG" in log
@@ -275,6 +279,7 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
     [
         ({"engine": {"deterministic": True}}, r"engine\.deterministic is set"),
         ({"engine": {"quantization": "int8"}}, r"engine\.quantization is set"),
+        ({"engine": {"max_model_len": 4096}}, r"engine\.max_model_len is set"),
         ({"sampling": {"top_k": 3}}, "sampling: the dialect openai of remote.dialect has no top_k"),
         ({"sampling": {"loop_tokens": 64}}, "has no loop_tokens"),
         ({"engine": {"chat_template_kwargs": {"enable_thinking": False}}}, "chat_template_kwargs"),

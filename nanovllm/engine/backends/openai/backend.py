@@ -17,7 +17,7 @@ from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import Endpoint
 from nanovllm.engine.backends.openai.faults import EndpointFault
 from nanovllm.engine.backends.openai.options import OpenAIOptions
-from nanovllm.engine.backends.openai.pool import Lease, Pool
+from nanovllm.engine.backends.openai.pool import Pool
 from nanovllm.engine.backends.openai.request_body import RequestBody, request_body
 from nanovllm.engine.outputs import ImageUse, ModelInfo, RequestOutput, RequestTimings, TokenChunk, Usage
 from nanovllm.errors import (
@@ -29,6 +29,7 @@ from nanovllm.errors import (
     InvalidInput,
     ModelNotFound,
 )
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -69,7 +70,7 @@ class OpenAIEngine(EngineBackend):
             ModelInfo(options.model or UNKNOWN, options.revision, UNKNOWN), transform, options.max_num_seqs
         )
         self._options = options
-        self.capabilities = replace(options.dialect.capabilities, images=options.images, context=options.max_model_len)
+        self.capabilities = replace(options.dialect.capabilities, images=options.images)
         context = _ssl_context(options)
         self._endpoints = [Endpoint(one, options, context) for one in options.endpoints]
         self._pool = Pool(self._endpoints, max_outstanding=options.max_num_seqs, slack=options.affinity_slack)
@@ -107,7 +108,7 @@ class OpenAIEngine(EngineBackend):
             answer = answers[endpoint.url]
             if isinstance(answer, EndpointFault):
                 endpoint.last_fault = answer
-                endpoint.breaker.fail("start", at_once=True)
+                endpoint.breaker.open()
                 logger.warning("%s %s", endpoint.url, answer)
             else:
                 listings[endpoint.url] = answer
@@ -140,9 +141,14 @@ class OpenAIEngine(EngineBackend):
                     "`NANOVLLM_ENGINE__MODEL` names one of these"
                 )
         contexts = [listing.get(model) for listing in listings.values() if listing is not None]
-        known = [context for context in (*contexts, self._options.max_model_len) if context is not None]
+        context = min((context for context in contexts if context is not None), default=None)
+        if context is not None and (self._options.default_max_tokens or 0) >= context:
+            raise ConfigurationError(
+                f"sampling.max_tokens {self._options.default_max_tokens} leaves no prompt any room: the servers have a "
+                f"context of {context} tokens"
+            )
         self.model_info = replace(self.model_info, id=model)
-        self.capabilities = replace(self.capabilities, context=min(known, default=None))
+        self.capabilities = replace(self.capabilities, context=context)
 
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """Never: the servers keep embeddings, if anything."""
@@ -151,7 +157,11 @@ class OpenAIEngine(EngineBackend):
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
         self._tasks[request.request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+        task.add_done_callback(lambda done: self._forget(request.request_id, done))
+
+    def _forget(self, request_id: str, done: asyncio.Task[None]) -> None:
+        if self._tasks.get(request_id) is done:  # an aborted request's id may be in use again
+            del self._tasks[request_id]
 
     def abort(self, request_id: str) -> None:
         """End a request early, with the text so far; its connection closes, by which the server learns of it."""
@@ -214,7 +224,10 @@ class OpenAIEngine(EngineBackend):
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
                 endpoint = lease.endpoint
                 try:
-                    return await self._attempt(lease, request, body, generation, times)
+                    if lease.is_trial and not await self._check(endpoint):
+                        failed.add(endpoint)
+                    else:
+                        return await self._attempt(endpoint, request, body, generation, times)
                 except (InvalidInput, AnswerWithheld):
                     endpoint.succeeded()  # it answered
                     raise
@@ -227,6 +240,8 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures, the last one: {endpoint.url} {fault}") from None
+                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked:
+                        await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()
             if failed and not self._pool.has_others(failed):
@@ -234,12 +249,26 @@ class OpenAIEngine(EngineBackend):
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
+    async def _check(self, endpoint: Endpoint) -> bool:
+        """Whether ``endpoint`` answers a request of our own: several others failed there, or its circuit is open."""
+        try:
+            await endpoint.check(self.model_info.id, self._probe)
+        except EndpointFault as fault:
+            logger.warning("%s %s: no requests go there", endpoint.url, fault)
+            return False
+        self._pool.serve()
+        return True
+
+    @property
+    def _probe(self) -> bytes:
+        """The shortest request there is."""
+        request = Request("probe", prompt="ok", sampling=SamplingParams(temperature=0.0, max_tokens=1))
+        options = replace(self._options, chat_template_kwargs={})
+        return request_body(request, self.model_info.id, options).encode(options)
+
     async def _attempt(
-        self, lease: Lease, request: Request, body: RequestBody, generation: Generation, times: _Times
+        self, endpoint: Endpoint, request: Request, body: RequestBody, generation: Generation, times: _Times
     ) -> Answer:
-        endpoint = lease.endpoint
-        if lease.is_trial:
-            await endpoint.check(self.model_info.id)
         # In a thread: signing may ask for credentials, and an image takes a while to encode.
         encoded = await asyncio.to_thread(body.encode, self._options) if body.images else body.encode(self._options)
         sampling = request.sampling
@@ -252,8 +281,6 @@ class OpenAIEngine(EngineBackend):
                     times.last_token = time.perf_counter()
                     if not times.first_token:
                         times.first_token = times.last_token
-                        endpoint.breaker.first_token()
-                        self._pool.serve()
                     generation.deliver(chunk)
         if not answer.is_finished:
             raise EndpointFault("reset", "ends the answer before its end")

@@ -8,7 +8,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import httpx
@@ -17,11 +17,15 @@ from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
+from nanovllm.engine.backends.openai.request_body import CHAT
+from nanovllm.errors import InvalidInput
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
 MAX_ERROR_BYTES = 64 * 2**10
-LIST_TIMEOUT_S = 10.0
+LIST_TIMEOUT_S, PROBE_TIMEOUT_S = 10.0, 30.0
+KEEP_ALIVE_S = 2.0
+"""Of idle connections: servers close theirs after 5 s (uvicorn), and a request may cross the closing."""
 BUSY_WAIT_S, BUSY_MAX_WAIT_S = 0.5, 30.0
 
 
@@ -34,6 +38,7 @@ class Endpoint:
         self.outstanding = 0
         self.paused_until = 0.0
         self.last_fault: EndpointFault | None = None
+        self.is_being_checked = False
         self.breaker = Breaker(
             threshold=options.breaker_requests,
             first_wait_s=options.breaker_wait_s,
@@ -47,7 +52,11 @@ class Endpoint:
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(options.read_timeout_s, connect=options.connect_timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=options.max_concurrency),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=options.max_concurrency,
+                keepalive_expiry=KEEP_ALIVE_S,
+            ),
             verify=context,
             follow_redirects=False,
         )
@@ -94,11 +103,32 @@ class Endpoint:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise EndpointFault("garbage", "answers /models with what is no list of models") from None
 
-    async def check(self, model: str) -> None:
-        """Whether the server is there with ``model``. Raises EndpointFault where it is not."""
-        listed = await self.models()
-        if listed is not None and model not in listed:
-            raise EndpointFault("error", "does not list the model any more")
+    async def check(self, model: str, probe: bytes) -> None:
+        """Open or close the circuit by what the server answers to ``probe``, a short request of our own for ``model``.
+
+        Raises:
+            EndpointFault: it does not answer, or does not list the model; the circuit is open.
+        """
+        self.is_being_checked = True
+        try:
+            listed = await self.models()
+            if listed is not None and model not in listed:
+                raise EndpointFault("error", "does not list the model any more")
+            with _transport_faults():
+                async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self.answer(CHAT, probe)) as events:
+                    async for _ in events:
+                        pass
+        except InvalidInput:
+            pass  # refused in the words of the protocol: it answers
+        except EndpointFault as fault:
+            if fault.kind != "overloaded":
+                self._faults[fault.kind] += 1
+                self.last_fault = fault
+                self.breaker.open()
+                raise
+        finally:
+            self.is_being_checked = False
+        self.breaker.succeed()
 
     async def answer(self, path: str, body: bytes) -> AsyncGenerator[dict[str, Any], None]:
         """The events that answer a request.
@@ -134,9 +164,12 @@ class Endpoint:
                 wait_s *= random.uniform(0.5, 1.0)
             self.paused_until = max(self.paused_until, time.monotonic() + wait_s)
             return
-        # No request makes a connection fail.
-        own = f"{request_id} {self._faults['connect']}" if fault.kind == "connect" else request_id
-        self.breaker.fail(own, at_once=fault.kind == "refused")
+        if fault.kind == "connect":
+            request_id = f"{request_id} {self._faults['connect']}"  # no request makes a connection fail
+        self.breaker.fail(request_id)
+        is_certain = fault.kind == "refused" or (fault.kind == "connect" and self.breaker.is_suspect)
+        if is_certain and not self.breaker.is_open:
+            self.breaker.open()
 
     def succeeded(self) -> None:
         """A request was answered to its end."""

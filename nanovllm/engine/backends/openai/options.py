@@ -28,6 +28,7 @@ class OpenAIOptions:
 
     ``model`` None: the only one that the servers list. ``max_num_seqs`` are the requests at work, at most
     ``max_concurrency`` of them at one endpoint. ``max_attempts`` None: a failing server is never the request's fault.
+    ``default_max_tokens`` is what requests ask for as a rule: it must leave a prompt room in the servers' context.
     ``sign_url`` None: every image is sent inside its request.
     """
 
@@ -38,7 +39,7 @@ class OpenAIOptions:
     images: bool = True
     max_num_seqs: int = 64
     max_concurrency: int = 64
-    max_model_len: int | None = None
+    default_max_tokens: int | None = None
     affinity_slack: int = 4
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 120.0

@@ -94,7 +94,7 @@ class Pool:
     def _give_back(self, lease: Lease) -> None:
         lease.endpoint.outstanding -= 1
         if lease.is_trial:
-            lease.endpoint.breaker.end_trial()
+            lease.endpoint.breaker.is_trying = False
         self._serve()
 
     def serve(self) -> None:
@@ -109,7 +109,7 @@ class Pool:
             if lease is not None:
                 lease.endpoint.outstanding += 1
                 if lease.is_trial:
-                    lease.endpoint.breaker.begin_trial()
+                    lease.endpoint.breaker.is_trying = True
                 self._waiters.remove(waiter)
                 waiter.lease.set_result(lease)
             elif self.is_down and not any(one.breaker.may_try for one in self.endpoints):
