@@ -327,3 +327,49 @@ async def test_the_doctor_asks_each_server_and_says_what_the_dialect_lacks(
     assert "top_k" in rows["sampling"]["why"]
     assert rows["guided output"]["is"] == "json_schema"
     assert "hunter2" not in shown
+
+
+@pytest.mark.kafka
+async def test_exactly_once_holds_over_a_drain_and_a_kill_while_servers_answer(
+    kafka_bench: Bench, tmp_path: Path
+) -> None:
+    bench = kafka_bench
+    jobs = [{"job_id": f"j{number}", "prompt": f"words {number}"} for number in range(30)]
+    async with OpenAIServer() as server:
+        settings = {
+            **bench.environment,
+            "NANOVLLM_DELIVERY": "exactly_once",
+            "NANOVLLM_ENGINE__BACKEND": "openai",
+            "NANOVLLM_ENGINE__MAX_NUM_SEQS": "4",
+            "NANOVLLM_REMOTE__ENDPOINTS": server.url,
+            "NANOVLLM_KAFKA__GROUP_ID": bench.settings.kafka.group_id,
+            "NANOVLLM_KAFKA__SESSION_TIMEOUT_MS": "6000",
+            "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "1000",
+            "NANOVLLM_ADMISSION__IDLE_EXIT_S": "1",
+        }
+        await bench.send(*jobs)
+        server.gate = asyncio.Event()
+        drained = worker_process(tmp_path, settings=settings, name="drained")
+        drained.start()
+        await eventually(lambda: server.at_once == 4, timeout_s=60)
+        drained.terminate()
+        await asyncio.sleep(0.5)
+        server.gate.set()
+        await eventually(lambda: not drained.is_running, timeout_s=60)
+        assert drained.exit_code == 0, drained.tail(30)
+        server.gate = asyncio.Event()
+        seen = len(server.asked)
+        killed = worker_process(tmp_path, settings=settings, name="killed")
+        killed.start()
+        await eventually(lambda: len(server.asked) >= seen + 4, timeout_s=60)
+        killed.kill()
+        server.gate.set()
+        last = worker_process(tmp_path, "--exit-when-drained", settings=settings, name="last")
+        last.start()
+        try:
+            await eventually(lambda: not last.is_running, timeout_s=120)
+        finally:
+            last.kill()
+        assert last.exit_code == 0, last.tail(30)
+    records = await bench.read(bench.settings.topics.results, len(jobs))
+    assert sorted(record.key.decode() for record in records) == sorted(str(job["job_id"]) for job in jobs)
