@@ -6,11 +6,13 @@ import asyncio
 import base64
 import contextlib
 import json
+import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import SecretStr
@@ -60,6 +62,7 @@ class OpenAIServer:
 
     ``faults`` are met by requests in their order; then by none. ``always`` is met by every request that none of them
     meets, while it is set. ``key`` is the API key that it asks for. ``tells_token_ids`` as vLLM does.
+    ``certificate``: a PEM file with its key, for TLS.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class OpenAIServer:
         context: int | None = None,
         tells_token_ids: bool = False,
         lists_models: bool = True,
+        certificate: Path | None = None,
     ) -> None:
         self.engine = engine or EchoEngine()
         self.model = model
@@ -85,6 +89,10 @@ class OpenAIServer:
         self.disconnects = 0
         self.tells_token_ids = tells_token_ids
         self.lists_models = lists_models
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(certificate)
         self.gate: asyncio.Event | None = None
         """Where set, requests wait for it before they are answered."""
         self._server: asyncio.Server | None = None
@@ -94,11 +102,11 @@ class OpenAIServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}/v1"
 
     async def start(self) -> None:
         """Listen, at the same port as before where it was stopped."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=self._tls)
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def kill(self) -> None:

@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from certificates import write_certificate
 from openai_server import OpenAIServer, engine_of, serving
 from parts import eventually
 from PIL import Image
@@ -372,3 +374,22 @@ async def test_requests_wait_their_turn_by_priority() -> None:
         server.gate.set()
         await asyncio.gather(first, late, urgent)
     assert [asked.body["messages"][0]["content"] for asked in server.asked] == ["first", "urgent", "late"]
+
+
+async def test_a_server_is_trusted_by_its_ca_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ca = write_certificate(tmp_path / "server.crt", address="127.0.0.1")
+    other = write_certificate(tmp_path / "other.crt", address="127.0.0.1")
+    async with OpenAIServer(certificate=ca.with_suffix(".pem")) as server:
+        async with engine_of(server, ca_file=ca) as engine:
+            assert (await engine.submit(ask("a"))).text == "one two three"
+
+        async def never() -> None:
+            async with engine_of(server, ca_file=other):
+                pass
+
+        starting = asyncio.create_task(never())
+        await eventually(lambda: "certificate verify failed" in caplog.text.lower())
+        starting.cancel()
+    with pytest.raises(ConfigurationError, match=r"remote\.ca_file .* cannot be read"):
+        async with engine_of("https://127.0.0.1:1/v1", ca_file=tmp_path / "nothing.crt"):
+            pass

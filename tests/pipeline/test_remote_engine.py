@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -373,3 +375,25 @@ async def test_exactly_once_holds_over_a_drain_and_a_kill_while_servers_answer(
         assert last.exit_code == 0, last.tail(30)
     records = await bench.read(bench.settings.topics.results, len(jobs))
     assert sorted(record.key.decode() for record in records) == sorted(str(job["job_id"]) for job in jobs)
+
+
+async def test_questions_and_files_of_the_command_line_are_answered_by_servers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "jobs.jsonl").write_text('{"job_id": "one", "prompt": "from a file"}\n')
+    async with OpenAIServer() as server:
+        for name, value in {"ENGINE__BACKEND": "openai", "REMOTE__ENDPOINTS": server.url}.items():
+            monkeypatch.setenv(f"NANOVLLM_{name}", value)
+        assert await asyncio.to_thread(_main_in_process, "ask", str(tmp_path / "a.png"), "What is it?") == 0
+        answers = tmp_path / "answers.jsonl"
+        files = ("-i", str(tmp_path / "jobs.jsonl"), "-o", str(answers))
+        assert await asyncio.to_thread(_main_in_process, "run", *files) == 0
+    assert [len(asked.image_urls) for asked in server.asked] == [1, 0]
+    assert json.loads(answers.read_text())["text"] == "from a file"
+
+
+def _main_in_process(*arguments: str) -> int:
+    """A process of its own: signals are a main thread's."""
+    command = [sys.executable, "-m", "nanovllm.cli.main", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
