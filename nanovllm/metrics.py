@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -97,6 +97,10 @@ class Metrics:
         """Add the engine's own figures, read anew at every scrape; ``snapshot`` is called in the scraping thread."""
         self.registry.register(_EngineCollector(snapshot))
 
+    def watch_page_store(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Add the figures of the page store, by what became of a page that was asked for or given."""
+        self.registry.register(_PageStoreCollector(counts))
+
     def exposition(self) -> bytes:
         """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
@@ -170,6 +174,19 @@ def _endpoints(stats: EngineStats) -> Iterator[Metric]:
         for kind, number in one.faults:
             faults.add_metric((one.url, kind), number)
     yield from (is_up, running, requests, faults)
+
+
+class _PageStoreCollector(Collector):
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        pages = CounterMetricFamily(
+            "nanovllm_page_store_pages", "Pages asked of the page store, or given to it.", labels=("outcome",)
+        )
+        for outcome, count in self._counts().items():
+            pages.add_metric((outcome,), count)
+        yield pages
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -106,8 +106,15 @@ class PageUse(Message):
     source: PageSource | None = Field(None, description="Unset where the page has no answer.")
     error: PageError | None = None
     attempts: int = Field(0, ge=0, description="Requests made for the page; 0 where none was needed.")
+    asked_with: int | None = Field(
+        None,
+        ge=1,
+        description="The first page of the request that asked for this page too: value and text are that page's.",
+    )
     rotation: Literal[0, 90, 180, 270] = Field(0, description="Degrees clockwise that the answered attempt turned it.")
-    tokens: TokenUsage | None = Field(None, description="Of all attempts.")
+    tokens: TokenUsage | None = Field(
+        None, description="Of all attempts; of a request for several pages an equal share, so that sums stay right."
+    )
     stop: FinishReason | None = Field(None, description="Why the last attempt's text ended.")
     reused: bool = Field(False, description="The answer is an earlier one of an equal page.")
     suspicious_text: tuple[SuspiciousSpan, ...] = ()
@@ -183,7 +190,9 @@ class DocumentRecord(Message):
     pages: tuple[PageUse, ...] = Field((), description="In page order; pages outside the route's range are left out.")
     conflicts: tuple[Conflict, ...] = ()
     text: str | None = Field(None, description="The raw output, where it is invalid or cut, or asks for no schema.")
-    validation: ValidationOutcome | None = Field(None, description="Unset for a route without a schema.")
+    validation: ValidationOutcome | None = Field(
+        None, description="Unset for a route without a schema, and where every page is blank."
+    )
     constrained: bool = Field(description="Whether every generated token was confined to the schema.")
     suspicious_text: bool = Field(False, description="Some page has text that addresses a model.")
     model: ModelUse

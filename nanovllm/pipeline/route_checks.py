@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
-from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
-    from nanovllm.vision.images.preprocess import ImageTransform
+    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 Points = tuple[float, float]
 """Width and height of a page in points."""
@@ -260,7 +259,7 @@ def token_budget(
     """
     assert limits.transform is not None
     one = _text_tokens(route.page_prompt, limits)
-    around = _text_tokens(route.page_prompt.replace(IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER), limits) - one
+    around = _text_tokens(route.prompt_of(2), limits) - one
     resolutions = list(_resolutions(route, settings))
     _, dpi, usual_area = resolutions[0]
     place, _, area = max(resolutions, key=lambda item: item[2])
@@ -370,24 +369,26 @@ def measure(
 ) -> Cost:
     """Answer ``pages`` pages at once, in each of ``ROUNDS`` rounds after one page that is not counted.
 
-    ``picture`` makes the page of a number in a (width, height). Reading, rendering and preparing pages is not timed: in
-    a worker it goes on beside the engine.
+    With ``pages.request: document`` they are in as few requests as the engine takes them in. ``picture`` makes the page
+    of a number in a (width, height). Reading, rendering and preparing pages is not timed: in a worker it goes on beside
+    the engine.
     """
     from nanovllm.vision.images.preprocess import prepare_image
 
     limits = limits_of(engine, settings)
     assert limits.transform is not None
     sampling = page_sampling(route, limits, settings)
-    prompt = limits.prompts.untrusted(route.page_prompt)
     _, dpi, max_pixels = next(_resolutions(route, settings))
     size = rendered_size(points, dpi, max_pixels)
     seconds: list[float] = []
     answers: list[int] = []
     cut, numbers, prompt_tokens = 0, iter(range(1 + ROUNDS * pages)), 0
     for count in (1, *[pages] * ROUNDS):
-        images = [[prepare_image(picture(next(numbers), size), limits.transform)] for _ in range(count)]
+        images = [prepare_image(picture(next(numbers), size), limits.transform) for _ in range(count)]
+        requests = _requests(engine, route, sampling, images)
+        prompts = [limits.prompts.untrusted(route.prompt_of(len(group))) for group in requests]
         started = time.perf_counter()
-        outputs = engine.generate([prompt] * count, sampling, images, use_tqdm=False)
+        outputs = engine.generate(prompts, sampling, requests, use_tqdm=False)
         elapsed = time.perf_counter() - started
         if not prompt_tokens:  # the page that is not counted
             prompt_tokens = outputs[0].usage.input_tokens
@@ -396,3 +397,19 @@ def measure(
         answers += [len(output.token_ids) for output in outputs]
         cut += sum(output.finish_reason == "length" for output in outputs)
     return Cost(tuple(seconds), prompt_tokens, tuple(answers), cut)
+
+
+def _requests(
+    engine: LLMEngine, route: Route, sampling: SamplingParams, images: list[PreparedImage]
+) -> list[list[PreparedImage]]:
+    """The pages' pictures as an extraction puts them into requests."""
+    if route.pages.request == "page":
+        return [[image] for image in images]
+    processor, requests = engine.input_processor, [images[:1]]
+    for image in images[1:]:
+        prompt = processor.prompts.untrusted(route.prompt_of(len(requests[-1]) + 1))
+        if processor.fits(prompt, sampling, [*requests[-1], image]):
+            requests[-1].append(image)
+        else:
+            requests.append([image])
+    return requests

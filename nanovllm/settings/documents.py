@@ -22,4 +22,4 @@ class DocumentSettings(SettingsModel):
     )
     min_dpi: float = Field(36.0, gt=0, description="Lowest resolution of a page for that; below it is refused.")
     max_page_characters: int = Field(200_000, ge=1, description="Most characters of a page's text layer.")
-    pages_at_once: int = Field(4, ge=1, description="Pages of one document that are asked at once.")
+    pages_at_once: int = Field(4, ge=1, description="Most requests for pages of one document at once.")

@@ -102,7 +102,9 @@ class PagePolicy(SettingsModel):
     )
     max_pages: int = Field(2_000, ge=1, description="Documents of more pages are refused.")
     request: Literal["page", "document"] = Field(
-        "page", description="`page`: one prompt a page; `document`: as many pages in a prompt as the model takes."
+        "page",
+        description="`page`: one prompt a page; `document`: as many pages in a prompt as the model takes, which have "
+        "one value together.",
     )
 
     @field_validator("range")
@@ -186,7 +188,9 @@ class Route(SettingsModel):
         description="Use of a page's text layer: `hint` puts it into the prompt, `only_if_clean` takes it in place of "
         "the picture where it is clean.",
     )
-    hint_tokens: int = Field(1_024, ge=1, description="Most tokens of the text layer in a prompt.")
+    hint_tokens: int = Field(
+        1_024, ge=1, description="Most tokens of a text layer beside its picture, counted as four characters each."
+    )
     merge: MergeRule = Field("per_document", description="How arrays over pages become one.")
     result_topic: TopicName | None = Field(None, description="Topic of the records; unset: `topics.results`.")
     review_topic: TopicName | None = Field(None, description="Topic of the records that someone must see.")
@@ -237,6 +241,11 @@ class Route(SettingsModel):
             raise ValueError(f"response_schema and sampling.{constraint} exclude each other")
         if self.review_topic is None and "review" in (self.on_invalid, self.on_incomplete):
             raise ValueError("review_topic is unset, and on_invalid or on_incomplete sends records there")
+        if self.merge == "per_page" and self.pages.request == "document":
+            raise ValueError(
+                "merge per_page has one value a page, and pages.request document asks for one value of several pages: "
+                "write per_document or per_row, or pages.request page"
+            )
         if not self.ladder and "retry" in (self.on_invalid, self.on_incomplete):
             raise ValueError("ladder is empty, and on_invalid or on_incomplete retries: a greedy answer comes again")
         return self
@@ -245,6 +254,10 @@ class Route(SettingsModel):
     def page_prompt(self) -> str:
         """The prompt with the place of its page."""
         return self.prompt if IMAGE_PLACEHOLDER in self.prompt else f"{self.prompt} {IMAGE_PLACEHOLDER}"
+
+    def prompt_of(self, pictures: int) -> str:
+        """The prompt with the places of so many pages, one after the other."""
+        return self.page_prompt.replace(IMAGE_PLACEHOLDER, pictures * IMAGE_PLACEHOLDER)
 
     @property
     def job_sampling(self) -> dict[str, Any]:

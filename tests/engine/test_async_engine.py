@@ -68,6 +68,56 @@ def on_next_step(engine: AsyncEngine, action: Callable[[], None]) -> None:
     inner.step = stepping  # type: ignore[method-assign]
 
 
+async def test_a_request_fits_where_its_whole_answer_does(engine: AsyncEngine) -> None:
+    limit = engine._engine.max_model_len
+    prompt_tokens = len(engine._engine.input_processor.prompts.untrusted("hello world"))
+    room = limit - prompt_tokens
+    running = engine.submit(ask("other", max_tokens=40))
+    assert await engine.fits(ask("a", max_tokens=room))
+    assert not await engine.fits(ask("b", max_tokens=room + 1)), "its answer would be cut"
+    assert await engine.fits(Request("c", prompt="hello world", sampling=SamplingParams(max_tokens=None)))
+    for refused in ("hello " * 2 * limit, "half a pair: \ud800", "an <|image|>"):
+        assert not await engine.fits(ask("d", refused, 1))
+    assert len((await running).token_ids) == 40
+    await engine.close()
+    with pytest.raises(EngineDead):
+        await engine.fits(ask("e"))
+
+
+async def test_images_count_for_what_fits(vision_model: Path) -> None:
+    async with AsyncEngine(LLMEngine(str(vision_model), **OPTIONS, max_images_per_request=3)) as engine:
+        inner = engine._engine
+        assert inner.processor is not None
+        images = tuple(picture(engine, shade) for shade in (10, 90, 170, 250))
+
+        def request(count: int, max_tokens: int) -> Request:
+            return Request("r", prompt="<|image|>" * count, images=images[:count], sampling=greedy(max_tokens))
+
+        text = len(inner.input_processor.prompts.untrusted("<|image|>" * 3)) - 3
+        room = inner.max_model_len - text - 3 * inner.processor.encoder.num_tokens(images[0].size)
+        assert await engine.fits(request(3, room))
+        assert not await engine.fits(request(3, room + 1))
+        assert not await engine.fits(request(4, 1)), "more than max_images_per_request"
+        assert not await engine.fits(Request("r", prompt="no place", images=images[:1], sampling=greedy(1)))
+
+
+async def test_a_fit_check_under_way_ends_with_the_engine(engine: AsyncEngine) -> None:
+    running = engine.submit(ask("long", max_tokens=40))
+
+    def break_off() -> None:
+        raise MemoryError("planted")
+
+    await anext(aiter(running))
+    on_next_step(engine, break_off)
+
+    async def measure() -> None:
+        while True:
+            await engine.fits(ask("a"))
+
+    with pytest.raises(EngineDead):
+        await measure()
+
+
 async def test_many_requests_at_once_answer_what_each_answers_alone(engine: AsyncEngine) -> None:
     requests = [ask(f"r{n}", f"what is {n} " * (n % 5 + 1), max_tokens=4 + n % 9) for n in range(24)]
     together = await asyncio.gather(*map(engine.submit, requests))

@@ -154,8 +154,12 @@ async def test_what_a_dialect_lacks_is_refused_by_name_before_anything_is_sent()
                     await engine.submit(ask("a", sampling=sampling))
         for dialect, sampling in constraints:
             async with engine_of(server, dialect=dialect) as engine:
+                request = ask("a", sampling=sampling)
                 with pytest.raises(UnsupportedConstraint, match=next(iter(sampling))):
-                    await engine.submit(ask("a", sampling=sampling))
+                    await engine.submit(request)
+                assert request.sampling.constraint is not None
+                with pytest.raises(UnsupportedConstraint, match=next(iter(sampling))):
+                    await engine.compile(request.sampling.constraint)
         async with engine_of(server) as engine:
             with pytest.raises(InvalidInput, match="chat_template_kwargs"):
                 await engine.submit(ask("a", chat_template_kwargs={"enable_thinking": False}))

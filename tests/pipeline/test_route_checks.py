@@ -273,6 +273,18 @@ def test_measured_pages_are_all_different(load: Load) -> None:
     assert stats.encoder_images == 7
 
 
+def test_pages_of_a_document_are_measured_in_as_few_requests_as_take_them(load: Load) -> None:
+    from nanovllm.cli.routes import receipt_page
+
+    (entry,) = load("  sampling: {max_tokens: 4, temperature: 0}\n  pages: {request: document}\n").entries
+    settings = Settings.model_validate({"engine": {"device": "cpu", "max_images_per_request": 3}})
+    with build.build_engine(settings.engine) as engine:
+        cost = measure(engine, entry.route, settings, lambda *page: receipt_page(0, *page), pages=4, points=(224, 224))
+        stats = engine.stats()
+    assert len(cost.answer_tokens) == 3 * 2, "of three pages and of one"
+    assert stats.encoder_images == 1 + 3 * 4
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):

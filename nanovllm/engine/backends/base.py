@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput, TransientError
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
@@ -176,6 +176,21 @@ class EngineBackend(ABC):
     @abstractmethod
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+
+    async def compile(self, constraint: Constraint) -> None:  # noqa: B027
+        """Compile ``constraint`` before a request has it; raises UnsupportedConstraint where it cannot be enforced.
+
+        A backend that computes nothing compiles nothing.
+        """
+
+    async def fits(self, request: Request) -> bool:
+        """Whether ``request`` is taken as it is, with room for its whole answer of ``max_tokens``.
+
+        True for a backend that cannot tell. Raises EngineDead.
+        """
+        if self.death is not None:
+            raise self.death
+        return True
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""

@@ -11,13 +11,14 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import StepOutput
-from nanovllm.errors import EngineDead
+from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.sampling_params import Constraint
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import PreparedImage
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _FitCheck:
+    """A request that is measured, not run."""
+
+    request: Request
+    answer: asyncio.Future[bool]
 
 
 class AsyncEngine(EngineBackend):
@@ -42,8 +51,9 @@ class AsyncEngine(EngineBackend):
         self.capabilities = Capabilities(images=transform is not None, context=engine.max_model_len)
         self._engine = engine
         self._step_timeout_s = step_timeout_s
-        # A request to add, the id of one to abort, or None, which ends the thread.
-        self._commands: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        # A request to add or to measure, the id of one to abort, or None, which ends the thread.
+        self._commands: queue.SimpleQueue[Request | _FitCheck | str | None] = queue.SimpleQueue()
+        self._fit_checks: set[asyncio.Future[bool]] = set()
         self._compiling: dict[str, bool] = {}  # whose constraints are being compiled -> aborted meanwhile
         self._stats = engine.stats()
         self._step_started: float | None = None
@@ -66,6 +76,25 @@ class AsyncEngine(EngineBackend):
         self._thread.start()
         if self._step_timeout_s is not None:
             self._watchdog = self._loop.create_task(self._watch(self._step_timeout_s), name="nanovllm-watchdog")
+
+    async def compile(self, constraint: Constraint) -> None:
+        """Compile ``constraint``; requests with it then find it compiled. Raises UnsupportedConstraint."""
+        await asyncio.wrap_future(self._engine.input_processor.grammars.compile(constraint))
+
+    async def fits(self, request: Request) -> bool:
+        """Whether ``request`` is taken as it is, with room for its whole answer; told between two steps.
+
+        Context, KV cache and ``max_images_per_request`` count. Raises EngineDead.
+        """
+        if self.death is not None:
+            raise self.death
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._fit_checks.add(answer)
+        self._commands.put(_FitCheck(request, answer))
+        try:
+            return await answer
+        finally:
+            self._fit_checks.discard(answer)
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""
@@ -138,6 +167,11 @@ class AsyncEngine(EngineBackend):
             else:
                 generation.deliver(output.chunk, output.finished)
 
+    def _die(self, death: EngineDead) -> None:
+        super()._die(death)
+        for answer in self._fit_checks:
+            _tell(answer, death)
+
     def _refuse(self, request_id: str, error: BaseException) -> None:
         """In the loop: a request could not be added."""
         generation = self._generations.pop(request_id, None)
@@ -181,6 +215,12 @@ class AsyncEngine(EngineBackend):
                 return False
             if isinstance(command, str):
                 self._engine.abort(command)
+            elif isinstance(command, _FitCheck):
+                try:
+                    fits: bool | Exception = self._fits(command.request)
+                except Exception as error:
+                    fits = error
+                loop.call_soon_threadsafe(_tell, command.answer, fits)
             else:
                 try:
                     self._add(command)
@@ -191,18 +231,35 @@ class AsyncEngine(EngineBackend):
             self._stats = self._engine.stats()
 
     def _add(self, request: Request) -> None:
-        prompts = self._engine.input_processor.prompts
-        if request.prompt is not None:
-            tokens = prompts.untrusted(
-                request.prompt, raw_prompt=request.raw_prompt, chat_template_kwargs=request.chat_template_kwargs
-            )
-        else:
-            tokens = prompts.messages(request.messages or (), chat_template_kwargs=request.chat_template_kwargs)
         self._engine.add_request(
-            tokens,
+            self._tokens(request),
             request.sampling,
             images=request.images,
             request_id=request.request_id,
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
+
+    def _fits(self, request: Request) -> bool:
+        try:
+            tokens = self._tokens(request)
+        except InvalidInput:
+            return False
+        return self._engine.input_processor.fits(tokens, request.sampling, request.images)
+
+    def _tokens(self, request: Request) -> list[int]:
+        prompts = self._engine.input_processor.prompts
+        if request.prompt is not None:
+            return prompts.untrusted(
+                request.prompt, raw_prompt=request.raw_prompt, chat_template_kwargs=request.chat_template_kwargs
+            )
+        return prompts.messages(request.messages or (), chat_template_kwargs=request.chat_template_kwargs)
+
+
+def _tell(answer: asyncio.Future[bool], fits: bool | Exception) -> None:
+    if answer.done():
+        return
+    if isinstance(fits, Exception):
+        answer.set_exception(fits)
+    else:
+        answer.set_result(fits)

@@ -114,6 +114,17 @@ class InputProcessor:
             sequences.append(sequence)
         return sequences
 
+    def fits(self, prompt: Prompt, sampling: SamplingParams, images: PromptImages) -> bool:
+        """Whether the prompt and its images are taken, with room for ``max_tokens``; for one token without it."""
+        try:
+            read = read_prompt(prompt)
+            token_ids = self._encode(read)
+            pictures = read.images_with(image_list(images, token_ids.count(self._image_token_id)))
+            token_ids, _ = self._expand(token_ids, pictures, b"")
+        except InvalidInput:
+            return False
+        return len(token_ids) + (sampling.max_tokens or 1) <= self.max_model_len
+
     def images_of(self, prompts: abc.Sequence[ReadPrompt], images: Images) -> list[list[OneImage]]:
         """The images beside each prompt.
 

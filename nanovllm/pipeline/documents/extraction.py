@@ -27,6 +27,7 @@ from nanovllm.messages.document_record import (
 )
 from nanovllm.messages.result import ModelUse, TokenUsage, result_id_for
 from nanovllm.pipeline.documents.evidence import PageTexts, with_evidence
+from nanovllm.pipeline.documents.group_answers import Fits, GroupReader
 from nanovllm.pipeline.documents.merging import MergedPages, merge_pages, merged_fields, merged_schema
 from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader
 from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, added
@@ -51,7 +52,7 @@ class DocumentSource:
 
     def job_id(self, route: Route) -> str:
         """The id of the job that extracts this version by ``route``, equal for every delivery of its event."""
-        version = self.version_id or self.etag or ""
+        version = self.version_id or self.etag or self.sequencer or ""
         digest = hashlib.sha256("\0".join((self.uri, version, route.name)).encode()).hexdigest()
         return f"{route.name}-{digest[:32]}"
 
@@ -62,7 +63,8 @@ class Extraction:
     Args:
         defaults: sampling parameters where the route has none.
         worker: id that the records carry.
-        pages_at_once: most pages of one document that are asked for at once.
+        pages_at_once: most requests for pages of one document at once.
+        fits: the engine's; needed for ``pages.request: document`` alone.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be validated against.
@@ -78,12 +80,16 @@ class Extraction:
         *,
         worker: str,
         pages_at_once: int = 4,
+        fits: Fits | None = None,
     ) -> None:
-        if route.pages.request == "document":
-            raise ConfigurationError(f"route {route.name}: pages.request document is not implemented: write page")
         self._route = route
         self._decoders = decoders
-        self._reader = PageReader(route, decoders, defaults)
+        if route.pages.request == "page":
+            self._reader = PageReader(route, decoders, defaults)
+        elif fits is not None:
+            self._reader = GroupReader(route, decoders, defaults, fits)
+        else:
+            raise ConfigurationError(f"route {route.name}: pages.request document: what the engine takes is not known")
         self._model = ModelUse(**asdict(model))
         self._worker = worker
         self._pages_at_once = pages_at_once
@@ -163,6 +169,8 @@ class Extraction:
                 return await self._reader.answer(data, info, number, ask, tenant=tenant)
 
         try:
+            if isinstance(self._reader, GroupReader):
+                return await self._reader.answers(data, info, numbers, ask, tenant=tenant, at_once=self._pages_at_once)
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(answer(number)) for number in numbers]
         except ExceptionGroup as errors:
@@ -186,6 +194,8 @@ class Extraction:
         if self._schema is None or self._validator is None:
             return None, {}, (), None
         answered = {one.number: one for one in answers if one.has_value}
+        if all(one.status == "blank" for one in answers):
+            return None, {}, (), None
         if not answered:
             return None, {}, (), self._validator.refused("no page has a whole answer")
         merged: MergedPages = merge_pages({number: one.value for number, one in answered.items()}, self._route.merge)
@@ -194,9 +204,12 @@ class Extraction:
         return merged.value, fields, merged.conflicts, self._validator.validate(merged.value)
 
     def _raw_text(self, answers: Sequence[PageAnswer]) -> str | None:
-        """The text of pages without a value; of a route without a schema that of all pages, a form feed between two."""
+        """The text of pages without a value; of a route without a schema that of all pages, a form feed between two.
+
+        One request for several pages has one text.
+        """
         if self._schema is None:
-            return "\f".join(one.text for one in answers)
+            return "\f".join(one.text for one in answers if one.asked_with is None)
         return "\f".join(one.text for one in answers if not one.has_value and one.text) or None
 
 
@@ -213,6 +226,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         source=answer.source,
         error=answer.error,
         attempts=answer.attempts,
+        asked_with=answer.asked_with,
         rotation=answer.rotation,
         tokens=answer.tokens,
         stop=answer.stop,

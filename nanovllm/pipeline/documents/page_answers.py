@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.errors import DeadlineExceeded, NanoVLLMError, SystemicError, TransientError
+from nanovllm.errors import DeadlineExceeded, NanoVLLMError, PromptTooLong, SystemicError, TransientError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import FieldMeta, PageError, PageSource, PageStatus
@@ -37,7 +37,7 @@ class PageAnswer:
 
     ``value`` is meant where ``has_value``; ``fields`` are by JSON pointer into it. ``layer`` is the text that the page
     itself has, ``text`` what the model wrote, or the layer where no model was asked. ``milliseconds`` are by stage, as
-    in `DocumentTimings`.
+    in `DocumentTimings`. ``asked_with``: the page that has value and text of a request for several.
     """
 
     number: int
@@ -50,6 +50,7 @@ class PageAnswer:
     fields: Mapping[str, FieldMeta] = field(default_factory=dict)
     error: PageError | None = None
     attempts: int = 0
+    asked_with: int | None = None
     rotation: int = 0
     tokens: TokenUsage | None = None
     stop: FinishReason | None = None
@@ -63,8 +64,11 @@ class PageAnswer:
 
 
 @dataclass
-class _Page:
-    """One page under way, and what its attempts have taken so far."""
+class PageWork:
+    """One page under way, and what its attempts have taken so far.
+
+    ``is_read``: its text layer stands in place of its picture.
+    """
 
     data: bytes
     info: DocumentInfo
@@ -76,6 +80,7 @@ class _Page:
     tokens: TokenUsage = NO_TOKENS
     milliseconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     asked_ms: float = 0.0
+    is_read: bool = False
 
 
 class PageReader:
@@ -103,14 +108,15 @@ class PageReader:
         Raises:
             SystemicError, TransientError, DeadlineExceeded: of the surroundings; the page can be answered later.
         """
-        work = _Page(data, info, page, ask, tenant)
+        work = PageWork(data, info, page, ask, tenant)
         try:
-            answer = await self._answer(work)
-        except (SystemicError, TransientError, DeadlineExceeded):
-            raise
+            answer = await self._unasked_answer(work) or await self._climb(work)
         except NanoVLLMError as error:
-            reason = PageError(code=error.code, message=str(error), retryable=error.retryable)
-            answer = PageAnswer(page, "failed", error=reason)
+            answer = failed_page(page, error)
+        return self._finished(work, answer)
+
+    def _finished(self, work: PageWork, answer: PageAnswer) -> PageAnswer:
+        """``answer`` with what the page's attempts have taken."""
         if work.asked_ms:
             self._asked_pages += 1
             self._asked_ms += work.asked_ms
@@ -122,36 +128,50 @@ class PageReader:
             milliseconds=dict(work.milliseconds),
         )
 
-    async def _answer(self, work: _Page) -> PageAnswer:
+    async def _unasked_answer(self, work: PageWork) -> PageAnswer | None:
+        """The answer of a page that no model is asked for; None for others, whose text layer is there then."""
         with _timed(work, "text"):
             work.layer = await self._decoders.page_text(
                 work.data, work.number, digest=work.info.digest, tenant=work.tenant
             )
         if work.layer.is_blank:
             return self._unasked(work, PageAnswer(work.number, "blank"))
-        is_read = self._route.text == "only_if_clean" and work.layer.kind is PageKind.CLEAN
-        if is_read and self._route.response_schema is None:
+        work.is_read = self._route.text == "only_if_clean" and work.layer.kind is PageKind.CLEAN
+        if work.is_read and self._route.response_schema is None:
             return self._unasked(work, PageAnswer(work.number, "ok", "text_layer", text=work.layer.text))
-        return await self._climb(work, is_read=is_read)
+        return None
 
-    def _unasked(self, work: _Page, answer: PageAnswer) -> PageAnswer:
+    def _unasked(self, work: PageWork, answer: PageAnswer) -> PageAnswer:
         """``answer``, which saved what the asked pages of this process took on average."""
         work.milliseconds["saved"] += self._asked_ms / max(1, self._asked_pages)
         return answer
 
-    async def _climb(self, work: _Page, *, is_read: bool) -> PageAnswer:
+    async def _climb(self, work: PageWork) -> PageAnswer:
+        """Attempts by the ladder; by the page's picture where its text layer alone is too long for the engine."""
+        try:
+            return await self._climb_steps(work)
+        except PromptTooLong:
+            if not work.is_read:
+                raise
+        work.is_read = False
+        return await self._climb_steps(work)
+
+    async def _climb_steps(self, work: PageWork) -> PageAnswer:
         """Attempts by the ladder, until one is whole or what is not whole is accepted."""
-        route = self._route
-        for step in (LadderStep(), *route.ladder):
-            images = () if is_read else (await self._rendered(work, step),)
+        for step in (LadderStep(), *self._route.ladder):
+            images = () if work.is_read else (await self._rendered(work, step),)
             work.attempts += 1
-            answer = replace(await self._attempt(work, images, step), rotation=step.rotation)
-            policy = route.on_incomplete if answer.stop != "stop" else route.on_invalid
-            if answer.is_whole or policy != "retry":
+            answer = await self._attempt(work, self._prompt(work), images, step)
+            if self._is_accepted(answer):
                 break
         return answer
 
-    async def _rendered(self, work: _Page, step: LadderStep) -> PreparedImage:
+    def _is_accepted(self, answer: PageAnswer) -> bool:
+        """Whether no further attempt is made after ``answer``."""
+        policy = self._route.on_incomplete if answer.stop != "stop" else self._route.on_invalid
+        return answer.is_whole or policy != "retry"
+
+    async def _rendered(self, work: PageWork, step: LadderStep) -> PreparedImage:
         with _timed(work, "render"):
             return await self._decoders.render_page(
                 work.data,
@@ -163,8 +183,9 @@ class PageReader:
                 tenant=work.tenant,
             )
 
-    async def _attempt(self, work: _Page, images: tuple[PreparedImage, ...], step: LadderStep) -> PageAnswer:
-        prompt = self._prompt(work.layer, has_picture=bool(images))
+    async def _attempt(
+        self, work: PageWork, prompt: str, images: tuple[PreparedImage, ...], step: LadderStep
+    ) -> PageAnswer:
         texts: list[str] = []
         values: list[Any] = []
         fields: dict[str, FieldMeta] = {}
@@ -197,19 +218,25 @@ class PageReader:
             has_value=is_ok and self._schemas != [None],
             value=merge_parts(values) if values else None,
             fields=fields,
+            rotation=step.rotation,
             stop=stop,
             is_reused=is_reused,
         )
 
-    def _prompt(self, layer: TextLayer, *, has_picture: bool) -> str:
-        prompt = self._route.page_prompt
-        if not has_picture:
-            prompt = prompt.replace(IMAGE_PLACEHOLDER, "").strip()
-        if has_picture and self._route.text != "hint":
-            return prompt
-        # What stands on a page is no placeholder of an image.
-        text = layer.text[: CHARS_PER_TOKEN * self._route.hint_tokens].replace(IMAGE_PLACEHOLDER, "")
-        return f"{prompt}\n\n{TEXT_IS_DATA}\n\n{text}" if text.strip() else prompt
+    def _prompt(self, work: PageWork) -> str:
+        prompt = self._route.prompt_of(0).strip() if work.is_read else self._route.page_prompt
+        text = self._own_text(work)
+        return f"{prompt}\n\n{TEXT_IS_DATA}\n\n{text}" if text else prompt
+
+    def _own_text(self, work: PageWork) -> str:
+        """What of the page's text layer stands in its prompt; empty where its picture does alone."""
+        if not work.is_read and self._route.text != "hint":
+            return ""
+        # What stands on a page is no placeholder of an image; without the space, what is around one could become one.
+        text = work.layer.text.replace(IMAGE_PLACEHOLDER, " ")
+        if not work.is_read:
+            text = text[: CHARS_PER_TOKEN * self._route.hint_tokens]
+        return text if text.strip() else ""
 
     def _sampling(self, schema: Mapping[str, Any] | None, step: LadderStep) -> SamplingParams:
         given = dict(self._route.sampling)
@@ -217,12 +244,19 @@ class PageReader:
             given |= {"json_schema": dict(schema), "logprobs": 0}
         if step.temperature is not None:
             given["temperature"] = step.temperature
-        own = self._defaults.model_dump(include=self._defaults.model_fields_set)
-        return SamplingParams(**{**own, "temperature": self._defaults.temperature, **given})
+        own = {name: getattr(self._defaults, name) for name in SamplingParams.model_fields}
+        return SamplingParams(**(own | given))
+
+
+def failed_page(number: int, error: NanoVLLMError) -> PageAnswer:
+    """The answer of a page that failed by ``error``, which is raised where it is of the surroundings."""
+    if isinstance(error, (SystemicError, TransientError, DeadlineExceeded)):
+        raise error
+    return PageAnswer(number, "failed", error=PageError(code=error.code, message=str(error), retryable=error.retryable))
 
 
 @contextmanager
-def _timed(work: _Page, stage: str) -> Iterator[None]:
+def _timed(work: PageWork, stage: str) -> Iterator[None]:
     began = time.monotonic()
     try:
         yield

@@ -96,7 +96,8 @@ class ExtractDocument:
         admitted.reservation.resize(len(document.data) + self._page_bytes)
         ask: Ask = AskEngine(self._infer, admitted, self._rates, self._metrics)
         if self._store is not None:
-            ask = self._store(ask, context.tenant)
+            # As the other caches: tenants share pages where tenants.share_caches says so.
+            ask = self._store(ask, context.salt.decode())
         with context.progress.stage("infer"):
             record = await self._extractions[routed.route.name](
                 document.data, routed.source, ask, tenant=context.tenant, record=context.origin.source
@@ -118,7 +119,8 @@ class GuardDocuments:
     async def __call__(self, routed: RoutedEvent, document: FetchedImage, admitted: AdmittedJob) -> DocumentRecord:
         """As ``extract``. Raises CrashedWorker."""
         record = admitted.context.record
-        self._guard.check(record)
+        with admitted.context.progress.stage("infer"):
+            self._guard.check(record)
         try:
             extracted = await self._extract(routed, document, admitted)
         except Exception:  # not one that was cancelled: it may still be at fault

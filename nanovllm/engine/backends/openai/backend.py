@@ -28,8 +28,9 @@ from nanovllm.errors import (
     EngineDead,
     InvalidInput,
     ModelNotFound,
+    UnsupportedConstraint,
 )
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -153,6 +154,13 @@ class OpenAIEngine(EngineBackend):
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """Never: the servers keep embeddings, if anything."""
         return None
+
+    async def compile(self, constraint: Constraint) -> None:
+        """The servers compile it. Raises UnsupportedConstraint where their dialect has no such constraints."""
+        if constraint.kind not in self.capabilities.guided:
+            raise UnsupportedConstraint(
+                f"the dialect {self._options.dialect.name} of remote.dialect has no {constraint.kind}"
+            )
 
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
