@@ -55,8 +55,8 @@ class RemoteSettings(SettingsModel):
     breaker_requests: int = Field(
         3,
         ge=1,
-        description="So many different requests that failed at an endpoint, and none that was answered, stop its use: "
-        "one request at a time tries it until it answers.",
+        description="After so many different requests that failed at an endpoint, and none that was answered, a short "
+        "request of the worker's own decides: where it fails too, the endpoint is left out until one is answered.",
     )
     breaker_wait_s: Seconds = Field(1.0, description="First wait before a stopped endpoint is tried; it doubles.")
     breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait before a stopped endpoint is tried.")

@@ -247,7 +247,7 @@ class OpenAIEngine(EngineBackend):
                         faults += 1
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
-                        raise AnswerFailed(f"{faults} failures, the last one: {endpoint.url} {fault}") from None
+                        raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
                     if endpoint.breaker.is_suspect and not endpoint.is_being_checked:
                         await self._check(endpoint)
             if self._pool.is_down:

@@ -50,7 +50,7 @@ class Endpoint:
         self._faults: Counter[str] = Counter()
         self._timeout_s = options.request_timeout_s
         self._client = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {self._key}"} if self._key else {},
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=httpx.Timeout(options.read_timeout_s, connect=options.connect_timeout_s, pool=None),
             limits=httpx.Limits(
                 max_connections=None,

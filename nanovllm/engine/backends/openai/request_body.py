@@ -40,7 +40,8 @@ class RequestBody:
         if self.path == CHAT:
             images = iter(self.images)
             fields = fields | {"messages": [_message(turn, images, options) for turn in self.turns]}
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+        # Escaped: half a surrogate pair has no bytes in UTF-8.
+        return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
 
 
 def request_body(request: Request, model: str, options: OpenAIOptions) -> RequestBody:
