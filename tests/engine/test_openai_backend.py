@@ -334,6 +334,16 @@ async def test_the_same_engine_behind_a_socket_gives_the_same_texts_tokens_and_p
     assert remote.outputs[0].text_ends == expected.outputs[0].text_ends
 
 
+async def test_probabilities_without_others_still_say_whether_a_token_was_the_best(native: OpenAIServer) -> None:
+    sampling = {"logprobs": 0, "max_tokens": 12, "temperature": 2.0, "seed": 11}
+    async with engine_of(native, dialect="vllm") as engine:
+        output = await engine.submit(ask("a", "What is the total?", sampling=sampling))
+    assert native.asked[-1].body["top_logprobs"] == 1
+    assert output.logprobs is not None
+    assert all([*place] == [token] for token, place in zip(output.token_ids, output.logprobs, strict=True))
+    assert {one.rank for place in output.logprobs for one in place.values()} == {1, 2}
+
+
 async def test_several_outputs_and_constraints_come_back(native: OpenAIServer) -> None:
     async with engine_of(native, dialect="vllm") as engine:
         several = await engine.submit(ask("n", sampling={"n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 6}))

@@ -26,11 +26,14 @@ class _Choice:
 
 
 class Answer:
-    """Collects the events of one answer with ``n`` outputs; ``secrets`` never show in an error."""
+    """Collects the events of one answer with ``n`` outputs; ``secrets`` never show in an error.
 
-    def __init__(self, n: int, *, with_logprobs: bool, secrets: tuple[str, ...] = ()) -> None:
+    ``logprobs`` is how many of the most probable tokens each position has beside the one taken; None: it has none.
+    """
+
+    def __init__(self, n: int, *, logprobs: int | None = None, secrets: tuple[str, ...] = ()) -> None:
         self._choices = [_Choice() for _ in range(n)]
-        self._with_logprobs = with_logprobs
+        self._logprobs = logprobs
         self._secrets = secrets
         self._usage: dict[str, Any] = {}
         self._pieces = 0
@@ -108,7 +111,7 @@ class Answer:
             raise _garbage("content")
         if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
             raise _garbage("token_ids")
-        if self._with_logprobs and one.get("logprobs"):
+        if self._logprobs is not None and one.get("logprobs"):
             entries = _entries(one["logprobs"])
             ids: list[int | None] = [*token_ids] if len(token_ids) == len(entries) else [None] * len(entries)
             choice.entries += zip(entries, ids, strict=True)
@@ -132,8 +135,8 @@ class Answer:
     def _completion(self, index: int, choice: _Choice) -> Completion:
         assert choice.finish_reason is not None
         text, logprobs, ends = "".join(choice.texts), None, None
-        if self._with_logprobs:
-            logprobs = tuple(_position(entry, token_id) for entry, token_id in choice.entries)
+        if self._logprobs is not None:
+            logprobs = tuple(_position(entry, token_id, self._logprobs) for entry, token_id in choice.entries)
             ends = _text_ends([entry for entry, _ in choice.entries], text)
         return Completion(index, text, tuple(choice.token_ids), choice.finish_reason, logprobs, ends)
 
@@ -167,13 +170,17 @@ def _is_entry(entry: Any) -> bool:
     return is_raw and type(entry.get("logprob")) in (int, float)
 
 
-def _position(entry: dict[str, Any], token_id: int | None) -> TokenLogprobs:
-    """Log probabilities at one position; the key of a token whose id the server does not say is minus its rank."""
+def _position(entry: dict[str, Any], token_id: int | None, most: int) -> TokenLogprobs:
+    """Log probabilities at one position: of the token taken and of the ``most`` best.
+
+    The rank of a token that is not among those that the server lists is the next number. The key of one whose id the
+    server does not say is minus its rank.
+    """
     best = sorted(entry.get("top_logprobs") or [], key=lambda one: -one["logprob"])
     rank = next((number for number, one in enumerate(best, 1) if _token(one) == _token(entry)), len(best) + 1)
     named = entry.get("id", token_id)
     position = {_key(named, rank): Logprob(float(entry["logprob"]), rank, entry["token"])}
-    for number, one in enumerate(best, 1):
+    for number, one in enumerate(best[:most], 1):
         if number != rank:
             position.setdefault(_key(one.get("id"), number), Logprob(float(one["logprob"]), number, one["token"]))
     return position

@@ -280,7 +280,7 @@ class OpenAIEngine(EngineBackend):
         # In a thread: signing may ask for credentials, and an image takes a while to encode.
         encoded = await asyncio.to_thread(body.encode, self._options) if body.images else body.encode(self._options)
         sampling = request.sampling
-        answer = Answer(sampling.n, with_logprobs=sampling.logprobs is not None, secrets=endpoint.secrets)
+        answer = Answer(sampling.n, logprobs=sampling.logprobs, secrets=endpoint.secrets)
         self._answers[request.request_id] = answer
         times.sent, times.first_token = time.perf_counter(), 0.0
         async with aclosing(endpoint.answer(body.path, encoded)) as events:

@@ -47,7 +47,8 @@ def _common(sampling: SamplingParams) -> dict[str, Any]:
     if sampling.n > 1:
         fields["n"] = sampling.n
     if sampling.logprobs is not None:
-        fields |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        # At least one: it tells whether the token taken was the most probable.
+        fields |= {"logprobs": True, "top_logprobs": max(1, sampling.logprobs)}
     if sampling.json_schema is not None:
         schema = {"name": "output", "schema": sampling.json_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
