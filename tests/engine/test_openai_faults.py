@@ -173,6 +173,21 @@ async def test_requests_end_with_what_each_server_did_where_none_is_left() -> No
         assert (await engine.submit(ask("later"))).text == "one two three four"
 
 
+@pytest.mark.parametrize("fault", ["error", "die", "garbage", "unfinished", "no events"])
+async def test_a_server_that_fails_with_everything_is_left_out_until_it_answers(fault: Fault) -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.always = fault
+        running = [engine.submit(ask(f"{number}")) for number in range(4)]
+        for generation in running:
+            with pytest.raises(EndpointsUnavailable):
+                await generation
+        assert not engine.stats().endpoints[0].is_up
+        server.always = None
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("later"))).text == "one two three four"
+        assert engine.stats().endpoints[0].is_up
+
+
 @pytest.mark.parametrize("poisonous", [1, 5])
 async def test_requests_that_a_server_cannot_answer_stop_no_endpoint_that_answers_others(poisonous: int) -> None:
     class Picky(EchoEngine):

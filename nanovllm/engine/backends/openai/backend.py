@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.openai.answer import Answer
@@ -65,8 +65,7 @@ class OpenAIEngine(EngineBackend):
 
     def __init__(self, options: OpenAIOptions) -> None:
         """Raises ConfigurationError: ``ca_file`` cannot be read."""
-        file_format = cast(Literal["png", "jpeg"], options.image_format)
-        transform = ImageTransform.for_files(file_format) if options.images else None
+        transform = ImageTransform.for_files(options.image_format) if options.images else None
         super().__init__(
             ModelInfo(options.model or UNKNOWN, options.revision, UNKNOWN), transform, options.max_num_seqs
         )

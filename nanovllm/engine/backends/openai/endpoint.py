@@ -6,19 +6,20 @@ import asyncio
 import random
 import ssl
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import httpx
 
+from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import AnswerWithheld, InvalidInput
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
@@ -114,11 +115,14 @@ class Endpoint:
             listed = await self.models()
             if listed is not None and model not in listed:
                 raise EndpointFault("error", "does not list the model any more")
+            answer = Answer(1, secrets=self.secrets)
             with _transport_faults():
                 async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self.answer(CHAT, probe)) as events:
-                    async for _ in events:
-                        pass
-        except InvalidInput:
+                    async for event in events:
+                        deque(answer.add(event), maxlen=0)
+            if not answer.is_finished:
+                raise EndpointFault("reset", "ends the answer before its end")
+        except (InvalidInput, AnswerWithheld):
             pass  # refused in the words of the protocol: it answers
         except EndpointFault as fault:
             if fault.kind != "overloaded":

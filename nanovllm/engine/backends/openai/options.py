@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import SecretStr
 
@@ -51,5 +52,5 @@ class OpenAIOptions:
     ca_file: Path | None = None
     raw_prompts: bool = False
     chat_template_kwargs: dict[str, object] = field(default_factory=dict)
-    image_format: str = "png"
+    image_format: Literal["png", "jpeg"] = "png"
     sign_url: SignUrl | None = None

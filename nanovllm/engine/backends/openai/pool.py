@@ -71,7 +71,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         waiter = _Waiter(priority, next(self._numbers), affinity, avoided, loop.create_future())
         bisect.insort(self._waiters, waiter)
-        self._serve()
+        self.serve()
         try:
             lease = await waiter.lease
         except asyncio.CancelledError:
@@ -95,13 +95,10 @@ class Pool:
         lease.endpoint.outstanding -= 1
         if lease.is_trial:
             lease.endpoint.breaker.is_trying = False
-        self._serve()
+        self.serve()
 
     def serve(self) -> None:
-        """Look again: an endpoint's state has changed."""
-        self._serve()
-
-    def _serve(self) -> None:
+        """Give places to those who wait, as far as there are some; called when an endpoint's state changes."""
         for waiter in tuple(self._waiters):
             if waiter.lease.done():
                 continue
@@ -159,7 +156,7 @@ class Pool:
         due += [one.breaker.open_until for one in self.endpoints if one.breaker.is_open and not one.breaker.is_trying]
         later = [moment - now for moment in due if moment > now]
         if later:
-            self._timer = asyncio.get_running_loop().call_later(min(later) + 0.001, self._serve)
+            self._timer = asyncio.get_running_loop().call_later(min(later) + 0.001, self.serve)
 
 
 def _score(affinity: bytes, endpoint: Endpoint) -> bytes:
