@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from bench import Bench, answered, eventually, png, reached
 from openai_server import Fault, OpenAIServer, serving
+from parts import Fault as ConnectionFault
 from parts import FaultProxy, S3Part, worker_process
 from PIL import Image
 from pydantic import ValidationError
@@ -83,6 +84,27 @@ async def test_a_server_dies_and_lives_again_and_no_job_is_lost_or_charged(
     results = await bench.results(len(jobs))
     assert len(results) == len(jobs)
     assert await bench.ends() == len(jobs)
+    assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) is None
+
+
+async def test_two_servers_behind_proxies_that_spoil_connections_lose_and_charge_no_job(
+    bench: Bench, images: Callable[[str, bytes], str]
+) -> None:
+    uri = images("one.png", png())
+    jobs = [{"job_id": f"j{n}", "prompt": f"{n} <|image|>", "images": [uri]} for n in range(40)]
+    first, second = OpenAIServer(EchoEngine(delay_s=0.02)), OpenAIServer(EchoEngine(delay_s=0.02))
+    spoilt: list[ConnectionFault] = ["cut", "refuse", "unavailable", "cut", "cut"] * 6
+    async with (
+        serving(first, second),
+        FaultProxy(first.url, spoilt) as one,
+        FaultProxy(second.url, spoilt[2:]) as two,
+        working(bench, settings_of(bench, f"{one.url}/v1", f"{two.url}/v1")),
+    ):
+        await bench.send(*jobs)
+        await answered(bench, {str(job["job_id"]) for job in jobs})
+        await eventually(lambda: reached(bench, len(jobs)))
+        assert one.faults_left + two.faults_left < 2 * len(spoilt) - 20
+    assert len(await bench.results(len(jobs))) == len(jobs)
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) is None
 
 
