@@ -11,7 +11,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nanovllm ./nanovllm
 COPY docs/schemas ./docs/schemas
-RUN pip install ".[worker,documents]"
+RUN pip install ".[worker,documents,remote]"
 # The image runs without a compiler, so the kernels come compiled, for every kind of CPU that a node may have.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN XDG_CACHE_HOME=/opt/nanovllm/cache python -m nanovllm.engine.kernels

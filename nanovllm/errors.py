@@ -15,13 +15,13 @@ worker or object representations, because it travels into dead letters.
         UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
       PermanentError              PERMANENT: a dead letter at once
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, SidecarTaken, DecoderFailed, CrashedWorker
-        MessageTooLarge
+        MessageTooLarge, AnswerWithheld
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
-        FetchFailed, ObjectUnavailable, ObjectRefused, ObjectMissing
+        FetchFailed, ObjectUnavailable, ObjectRefused, ObjectMissing, AnswerFailed
       DeadlineExceeded            EXPIRED: a dead letter
       SystemicError               SYSTEMIC: back to Kafka, no work is taken
-        BrokersUnavailable, AnswersMissing, CredentialsRefused, StoreUnreachable, PoisonLimitReached
-        EngineDead, EngineFault
+        BrokersUnavailable, AnswersMissing, CredentialsRefused (ApiKeyRefused), StoreUnreachable
+        EndpointsUnavailable, PoisonLimitReached, EngineDead, EngineFault
       ConfigurationError          the process ends with exit code 2
         ModelNotFound, UnsupportedModel, MissingTopic, TooFewBrokers, InvalidRoutes
 """
@@ -311,6 +311,20 @@ class TransientError(NanoVLLMError):
     remedy = "Wait; it is retried with backoff."
 
 
+class AnswerFailed(TransientError):
+    """Servers of ``remote.endpoints`` failed with this request as often as the settings allow."""
+
+    code = "answer_failed"
+    remedy = "See what the message says of the servers' failures, repair it, then replay the job."
+
+
+class AnswerWithheld(PermanentError):
+    """A server's filter stopped the answer."""
+
+    code = "answer_withheld"
+    remedy = "Change the prompt or the image, or the filter of the server."
+
+
 class FetchFailed(TransientError):
     """The object store broke off, or answered a server error or, for other objects too, an unknown 4xx code."""
 
@@ -387,6 +401,19 @@ class CredentialsRefused(SystemicError):
 
     code = "credentials_refused"
     remedy = "Give this process valid AWS credentials: check its AWS_ variables, profile, token file and clock."
+
+
+class ApiKeyRefused(CredentialsRefused):
+    """The servers of ``remote.endpoints`` refuse the worker's API key, or its lack."""
+
+    remedy = "Set NANOVLLM_REMOTE__API_KEYS to keys that the servers take: one for all, or one for each endpoint."
+
+
+class EndpointsUnavailable(SystemicError):
+    """None of ``remote.endpoints`` answers as a server of OpenAI's protocol does."""
+
+    code = "endpoints_unavailable"
+    remedy = "Check NANOVLLM_REMOTE__ENDPOINTS, the servers themselves, and the network between."
 
 
 class StoreUnreachable(SystemicError):

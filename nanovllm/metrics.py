@@ -137,6 +137,7 @@ class _EngineCollector(Collector):
         yield _counter("spec_decode_accepted_tokens", "Of those the right ones.", stats.spec_decode_accepted_tokens)
         yield _counter("encoder_images", "Images that went through the vision tower.", stats.encoder_images)
         yield _counter("encoder_seconds", "Time in the vision tower and projector.", stats.encoder_seconds)
+        yield from _endpoints(stats)
         cache = stats.embedding_cache
         if cache is None:
             return
@@ -156,6 +157,23 @@ class _EngineCollector(Collector):
             held.add_metric((tier.name,), tier.bytes)
         yield hits
         yield held
+
+
+def _endpoints(stats: EngineStats) -> Iterator[Metric]:
+    if not stats.endpoints:
+        return
+    name = "nanovllm_endpoint"
+    is_up = GaugeMetricFamily(f"{name}_up", "1 while an endpoint takes requests.", labels=("endpoint",))
+    running = GaugeMetricFamily(f"{name}_requests_running", "Requests at an endpoint.", labels=("endpoint",))
+    requests = CounterMetricFamily(f"{name}_requests", "Requests sent to an endpoint.", labels=("endpoint",))
+    faults = CounterMetricFamily(f"{name}_faults", "Faults of an endpoint by kind.", labels=("endpoint", "kind"))
+    for one in stats.endpoints:
+        is_up.add_metric((one.url,), int(one.is_up))
+        running.add_metric((one.url,), one.running)
+        requests.add_metric((one.url,), one.requests)
+        for kind, number in one.faults:
+            faults.add_metric((one.url, kind), number)
+    yield from (is_up, running, requests, faults)
 
 
 class _PageStoreCollector(Collector):

@@ -38,6 +38,17 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
+class EndpointStats:
+    """One server of an engine that asks servers: requests sent and faults by kind since the start, and its state."""
+
+    url: str
+    is_up: bool
+    running: int = 0
+    requests: int = 0
+    faults: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens.
 
@@ -58,3 +69,4 @@ class EngineStats:
     encoder_images: int = 0
     encoder_seconds: float = 0.0
     embedding_cache: CacheStats | None = None
+    endpoints: tuple[EndpointStats, ...] = ()

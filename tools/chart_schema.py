@@ -61,7 +61,7 @@ def _plain(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _is_secret(node: dict[str, Any]) -> bool:
-    return any(one.get("format") == "password" for one in (node, *node.get("anyOf", ())))
+    return any(one.get("format") == "password" for one in (node, node.get("items", {}), *node.get("anyOf", ())))
 
 
 def main() -> None:

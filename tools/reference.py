@@ -1,4 +1,4 @@
-"""The generated references: JSON Schemas of the messages, and the pages of all settings and dead-letter codes.
+"""The generated references: JSON Schemas of the messages, pages of settings and dead-letter codes, the backends' table.
 
 ``PYTHONPATH=. .venv/bin/python tools/reference.py`` writes them into ``docs/``; a test fails while they differ.
 """
@@ -15,6 +15,10 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
+from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
+from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.document_record import DocumentRecord
@@ -70,6 +74,9 @@ This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/pytho
 """
 
 
+_TABLE_BEGIN, _TABLE_END = "<!-- capabilities, by tools/reference.py -->", "<!-- end of capabilities -->"
+
+
 def schemas() -> dict[str, str]:
     """JSON Schema texts by file name, one for each message and version."""
     texts = {}
@@ -111,6 +118,39 @@ def codes_page() -> str:
     return _CODES_HEAD + "".join(_cells(row) + "\n" for row in rows)
 
 
+def capabilities_table() -> str:
+    """Markdown of what each backend can do, by the capabilities that it declares."""
+    backends = {"`native`": AsyncEngine.capabilities}
+    backends |= {f"`openai`, `{name}`": dialect.capabilities for name, dialect in DIALECTS.items()}
+    backends["`echo`"] = EchoEngine.capabilities
+    able = backends.values()
+    rows = [
+        ("images", *(_yes(one.images) for one in able)),
+        *((kind, *(_yes(kind in one.guided) for one in able)) for kind in GUIDED_KINDS),
+        ("most `logprobs`", *("no" if one.logprobs is None else str(one.logprobs) for one in able)),
+        ("`prompt_logprobs`", *(_yes(one.prompt_logprobs) for one in able)),
+        ("`n` above 1", *(_yes(one.n) for one in able)),
+        ("`deterministic`", *(_yes(one.deterministic) for one in able)),
+        ("chunks while it runs", *(_yes(one.streaming) for one in able)),
+        ("token ids", *(_yes(one.token_ids) for one in able)),
+        ("most strings in `stop`", *(str(one.max_stops or 16) for one in able)),
+        *((f"`{name}`", *(_yes(name in one.sampling) for one in able)) for name in sorted(SAMPLING_NAMES)),
+    ]
+    head = [_cells(("", *backends)), "|" + "---|" * (len(backends) + 1)]
+    return "\n".join([*head, *(_cells(row) for row in rows)]) + "\n"
+
+
+def with_capabilities(page: str) -> str:
+    """``page`` with its table of capabilities made anew."""
+    before, _, rest = page.partition(_TABLE_BEGIN)
+    _, _, behind = rest.partition(_TABLE_END)
+    return f"{before}{_TABLE_BEGIN}\n\n{capabilities_table()}\n{_TABLE_END}{behind}"
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def write(docs: Path) -> None:
     """Write all of it below ``docs``."""
     (docs / "schemas").mkdir(parents=True, exist_ok=True)
@@ -118,6 +158,8 @@ def write(docs: Path) -> None:
         (docs / "schemas" / name).write_text(text, encoding="utf-8")
     (docs / "settings.md").write_text(settings_page(), encoding="utf-8")
     (docs / "dead-letters.md").write_text(codes_page(), encoding="utf-8")
+    backends = docs / "backends.md"
+    backends.write_text(with_capabilities(backends.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _table(rows: list[str]) -> Iterator[str]:

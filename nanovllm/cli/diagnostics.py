@@ -12,6 +12,7 @@ from botocore.exceptions import ClientError
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption
+from nanovllm.cli.run import require_engine
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.admin import topic_states
 from nanovllm.messages.s3_uri import split_s3_uri
@@ -35,11 +36,17 @@ def doctor(
     Asks the brokers and the object store too; what does not answer there is a line of the table.
     """
     settings = load_settings(config)
+    check_settings(settings.s3)
+    rows = _servers(settings) if settings.engine.backend == "openai" else _engine(settings, seconds)
+    print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
+
+
+def _engine(settings: Settings, seconds: float) -> list[Row]:
+    """The choices of the engine in this process, and its speed."""
     require("worker", "torch", "transformers", "PIL")
     from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()
-    check_settings(settings.s3)
     with long_work("loading and measuring the engine"):
         from nanovllm.engine.diagnostics import describe, measure
         from nanovllm.pipeline import build
@@ -49,8 +56,16 @@ def doctor(
         with build.build_engine(settings.engine) as engine:
             defaults = sampling_defaults(settings, engine.generation_defaults)
             findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
-    rows = [(finding.subject, finding.value, finding.note) for finding in findings]
-    print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
+    return [(finding.subject, finding.value, finding.note) for finding in findings]
+
+
+def _servers(settings: Settings) -> list[Row]:
+    """What each endpoint answers, and what its dialect has."""
+    require_engine(settings)
+    from nanovllm.pipeline.build_remote import build_remote_engine, remote_findings
+
+    with long_work("asking the endpoints"):
+        return asyncio.run(remote_findings(build_remote_engine(settings), settings))
 
 
 def surroundings(settings: Settings) -> Iterator[Row]:

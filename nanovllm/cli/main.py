@@ -39,7 +39,7 @@ from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
-from nanovllm.cli.run import run
+from nanovllm.cli.run import require_engine, run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
 from nanovllm.messages.validation import describe_errors
@@ -104,7 +104,7 @@ def worker(
     if print_config:
         print(settings.masked_yaml(), end="")
         return
-    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
+    require_engine(settings)
     from nanovllm.pipeline.app import run_worker
 
     raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))

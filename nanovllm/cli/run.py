@@ -95,6 +95,9 @@ def run(
 
 def require_engine(settings: Settings) -> None:
     """Raise ConfigurationError where what the stages or the engine of ``settings`` need is not installed."""
+    if settings.engine.backend == "openai":
+        require("remote", "httpx", "numpy", "PIL")
+        return
     require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
 
 

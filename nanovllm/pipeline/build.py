@@ -33,6 +33,7 @@ from nanovllm.pipeline.build_documents import (
     document_limits,
     worker_routes,
 )
+from nanovllm.pipeline.build_remote import build_remote_engine, check_remote
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
@@ -48,7 +49,15 @@ from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaul
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
-from nanovllm.pipeline.stages.infer import CallEngine, GuardCrashes, Infer, MeterTokens, ReuseResponses, WaitForSlot
+from nanovllm.pipeline.stages.infer import (
+    AwaitServers,
+    CallEngine,
+    GuardCrashes,
+    Infer,
+    MeterTokens,
+    ReuseResponses,
+    WaitForSlot,
+)
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
 from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
@@ -142,6 +151,8 @@ def build_worker(
     slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
     queue = EngineQueue(slots, FairShares(settings.tenants.weights, are_configured=settings.tenants.are_configured))
     infer: Infer = CallEngine(engine)
+    if settings.engine.backend == "openai":
+        infer = AwaitServers(infer, retry)
     infer_part = infer
     if crash_guard is not None:
         infer = GuardCrashes(infer, crash_guard, retry)
@@ -323,6 +334,9 @@ def check_parts(settings: Settings) -> None:
     engine = settings.engine
     if engine.backend == "echo":
         return
+    if engine.backend == "openai":
+        check_remote(settings)
+        return
     from nanovllm.checkpoints.resolve import resolve_checkpoint
     from nanovllm.engine.execution.loading import choose_device
 
@@ -338,6 +352,8 @@ async def load_engine(settings: Settings) -> EngineBackend:
         from nanovllm.engine.backends.echo import EchoEngine
 
         return EchoEngine(max_num_seqs=options.max_num_seqs)
+    if options.backend == "openai":
+        return build_remote_engine(settings)
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 

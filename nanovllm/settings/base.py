@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode
 from nanovllm.messages.job import TOPIC_PATTERN
 
 
-def _split_list(value: Any) -> Any:
+def split_list(value: Any) -> Any:
     """Accept ``a,b`` or a JSON/YAML list from the environment, where every value is one string."""
     if not isinstance(value, str):
         return value
@@ -30,11 +30,11 @@ def _check_topic(name: str) -> str:
     return name
 
 
-StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
-IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)]
+StrList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
+IntList = Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_list)]
 MAX_TOPIC_CHARS = 249
 TopicName = Annotated[str, AfterValidator(_check_topic), WithJsonSchema({"type": "string", "pattern": TOPIC_PATTERN})]
-TopicList = Annotated[tuple[TopicName, ...], NoDecode, BeforeValidator(_split_list)]
+TopicList = Annotated[tuple[TopicName, ...], NoDecode, BeforeValidator(split_list)]
 Bytes = Annotated[int, Field(ge=1)]
 Millis = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

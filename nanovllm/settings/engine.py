@@ -14,10 +14,14 @@ class EngineSettings(SettingsModel):
     """The model and the limits of the engine."""
 
     model: str | None = Field(
-        None, description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model."
+        None,
+        description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model. With `openai`: the "
+        "name that the servers list; unset: the only one that they list.",
     )
-    backend: Literal["native", "echo"] = Field(
-        "native", description="`echo` answers with the prompt: for tests of the pipeline."
+    backend: Literal["native", "openai", "echo"] = Field(
+        "native",
+        description="`openai` asks servers of OpenAI's protocol (section `remote`); `echo` answers with the prompt: "
+        "for tests of the pipeline.",
     )
     model_aliases: dict[str, str] = Field(
         default_factory=dict, description="Short names for checkpoint directories (JSON object)."

@@ -17,6 +17,7 @@ from nanovllm.settings.engine import EngineSettings, SamplingSettings
 from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
 from nanovllm.settings.images import ImageSettings, ReuseSettings
 from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.topics import TopicSettings
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     s3: S3Settings = S3Settings()
     http: HttpSettings = HttpSettings()
     engine: EngineSettings = EngineSettings()
+    remote: RemoteSettings = RemoteSettings()
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     documents: DocumentSettings = DocumentSettings()
@@ -82,6 +84,8 @@ class Settings(BaseSettings):
             )
         if self.retries.delays_s and self.admission.per_key_order:
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
+        if self.engine.backend == "openai" and not self.remote.endpoints:
+            raise ValueError("engine.backend is openai: name its servers in remote.endpoints")
         self._check_topics()
         if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
             raise ValueError(

@@ -267,6 +267,7 @@ def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
         ({"startupProbe": {"httpGet": {"path": "/"}}}, "httpGet"),
         ({"kafka": {"sasl": {"password": "hunter2"}}}, "password"),
         ({"aws": {"secretAccessKey": "hunter2"}}, "secretAccessKey"),
+        ({"settings": {"remote": {"api_keys": ["hunter2"]}}}, "api_keys"),
         ({"existingSecret": "Not A Name"}, "existingSecret"),
         ({"podAnnotations": {"a": 1}}, "podAnnotations"),
         ({"routes": {"file": {"routes": []}}}, "file"),
@@ -318,6 +319,15 @@ def test_values_that_contradict_one_another_are_refused_with_the_reason(
 def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
     instance = {"settings": {"kafka": {"group_instance_id": "w"}}, "keda": {"enabled": False}}
     assert "Deployment" in render(instance)
+
+
+def test_workers_in_front_of_servers_get_their_names_and_the_key_from_a_secret(render: Render) -> None:
+    remote = {"dialect": "vllm", "endpoints": ["http://vllm.serving:8000/v1"]}
+    objects = render({"settings": {"engine": {"backend": "openai"}, "remote": remote}, "existingSecret": "vllm-key"})
+    data = objects["ConfigMap"]["data"]
+    assert data["NANOVLLM_ENGINE__BACKEND"] == "openai"
+    assert json.loads(data["NANOVLLM_REMOTE__ENDPOINTS"]) == remote["endpoints"]
+    assert {"secretRef": {"name": "vllm-key"}} in container_of(objects)["envFrom"]
 
 
 @every_value_set

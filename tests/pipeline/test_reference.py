@@ -34,6 +34,12 @@ def test_the_page_of_dead_letter_codes_is_that_of_the_errors() -> None:
     assert page == reference.codes_page(), "run: PYTHONPATH=. python tools/reference.py"
 
 
+def test_the_table_of_backends_is_that_of_their_capabilities() -> None:
+    page = (DOCS / "backends.md").read_text()
+    assert reference.capabilities_table() in page
+    assert page == reference.with_capabilities(page), "run: PYTHONPATH=. python tools/reference.py"
+
+
 @pytest.mark.parametrize("name", list(reference.schemas()))
 def test_every_schema_is_a_schema(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(reference.schemas()[name]))

@@ -34,6 +34,7 @@ PLANTED = {
         "sampling",
         "exception",
         "job-data",
+        "api-key",
     )
 }
 
@@ -65,7 +66,11 @@ def test_every_setting_that_sounds_like_a_secret_is_one() -> None:
             )
         ]
 
-    telling = {name for name in names(Settings) if any(word in name for word in ("password", "secret", "credential"))}
+    telling = {
+        name
+        for name in names(Settings)
+        if any(word in name for word in ("password", "secret", "credential", "api_key"))
+    }
     assert telling == set(secret_settings(Settings)) != set()
 
 
@@ -81,12 +86,15 @@ def test_no_secret_setting_is_shown_printed_or_named_in_an_error(
         "NANOVLLM_KAFKA__SSL_KEY_PASSWORD": PLANTED["key-password"],
         "NANOVLLM_S3__ENDPOINT_URL": f"http://user:{PLANTED['endpoint-user']}@s3.example",
         "AWS_SECRET_ACCESS_KEY": PLANTED["aws-key"],
+        "NANOVLLM_REMOTE__ENDPOINTS": "http://a/v1",
+        "NANOVLLM_REMOTE__API_KEYS": PLANTED["api-key"],
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
     assert not leaks(settings.masked_yaml())
     assert not leaks(repr(settings.kafka) + str(settings.model_dump()["kafka"]))
+    assert not leaks(repr(settings.remote) + str(settings.model_dump()["remote"]))
     assert main(["worker", "--print-config"]) == 0
     assert main(["topics", "acls"]) == 0
     for name in values:

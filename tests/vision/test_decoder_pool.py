@@ -26,6 +26,7 @@ from nanovllm.errors import (
     TooManyPixels,
     UnsupportedImageFormat,
 )
+from nanovllm.vision.images import pool as pool_module
 from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import ImageTransform, prepare_image
@@ -48,6 +49,43 @@ async def running(limits: ImageLimits | None = None, **options: Any) -> AsyncIte
         yield pool
     finally:
         await pool.close()
+
+
+async def test_a_child_prepares_files_as_this_process_would_and_sends_no_original_back() -> None:
+    transform = ImageTransform.for_files("png")
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png())).convert("RGBA").save(buffer, "PNG")
+    pool = DecoderPool(transform, workers=1, timeout_s=60.0)
+    await pool.start()
+    try:
+        for data, is_original in ((png(), True), (buffer.getvalue(), False)):
+            image, expected = await pool.prepare(data), prepare_image(data, transform)
+            assert image.file == expected.file
+            assert image.file is not None
+            assert (image.pixels, image.file.is_original) == (None, is_original)
+            assert (image.digest, image.width, image.height) == (expected.digest, expected.width, expected.height)
+        page = await pool.render_page(png(), 1)
+        assert page.file is not None
+        assert not page.file.is_original
+        assert prepare_image(page.file.data, transform).digest == prepare_image(png(), transform).digest
+    finally:
+        await pool.close()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"media_type": "text/html", "is_original": True},
+        {"media_type": "image/png", "is_original": False},
+        {"media_type": "image/png"},
+    ],
+)
+def test_an_answer_that_is_no_file_is_refused(header: dict[str, Any]) -> None:
+    sound = {"digest": "00" * 32, "width": 1, "height": 1}
+    with pytest.raises((ValueError, KeyError)):
+        pool_module._prepared(b"original", sound | header, b"")
+    with pytest.raises(ValueError):
+        pool_module._prepared(b"", sound | {"media_type": "image/png", "is_original": True}, b"")
 
 
 async def test_a_child_prepares_exactly_what_this_process_would() -> None:

@@ -1,6 +1,7 @@
 """The interface of engine backends: requests in, awaitable generations out. No torch.
 
-``AsyncEngine`` is the backend that computes; ``EchoEngine`` answers at once and is for tests of the pipeline.
+``AsyncEngine`` is the backend that computes; ``OpenAIEngine`` asks servers of OpenAI's protocol; ``EchoEngine`` answers
+at once and is for tests of the pipeline.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
-from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.errors import EngineDead, InvalidInput, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
@@ -58,7 +60,8 @@ class Generation:
     Both may be done, in any order and more than once; every iteration starts at the first chunk and ends with one that
     has a ``finish_reason``. Both raise what the request failed with. An aborted request is no failure: it ends with
     ``finish_reason == "abort"`` and the text so far. Belongs to one event loop; cancelling a task that waits does not
-    abort the request.
+    abort the request. A request that began anew elsewhere (`restart`) ends iterations that have had chunks of it with a
+    TransientError; awaiting and later iterations see the new beginning alone.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
@@ -68,6 +71,7 @@ class Generation:
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
+        self._restarts = 0
 
     @property
     def is_finished(self) -> bool:
@@ -93,6 +97,13 @@ class Generation:
         self._output = output
         self._announce()
 
+    def restart(self) -> None:
+        """For backends, in the event loop: the chunks so far are void; the request begins anew."""
+        if not self.is_finished and self._chunks:
+            self._chunks.clear()
+            self._restarts += 1
+            self._announce()
+
     def fail(self, error: BaseException) -> None:
         """For backends, in the event loop: end the request with ``error``."""
         if not self.is_finished:
@@ -103,16 +114,21 @@ class Generation:
         return self._wait().__await__()
 
     async def __aiter__(self) -> AsyncIterator[TokenChunk]:
-        position = 0
+        position, restarts = 0, self._restarts
         while True:
-            while position < len(self._chunks):
-                yield self._chunks[position]
+            if restarts != self._restarts:
+                if position:
+                    raise TransientError(f"request {self.request_id} began anew: its server failed in mid-answer")
+                restarts = self._restarts
+            if position < len(self._chunks):
                 position += 1
-            if self._error is not None:
+                yield self._chunks[position - 1]
+            elif self._error is not None:
                 raise self._error
-            if self._output is not None:
+            elif self._output is not None:
                 return
-            await self._changed.wait()
+            else:
+                await self._changed.wait()
 
     async def _wait(self) -> RequestOutput:
         while self._output is None:
@@ -132,8 +148,10 @@ class EngineBackend(ABC):
 
     ``image_transform`` says how images must be prepared for it; None when it takes no images. About twice as many
     requests as ``max_num_seqs``, which run at once, are worth submitting. ``dead`` is set once the engine can answer
-    nothing any more, and ``death`` says why: watch it and exit.
+    nothing any more, and ``death`` says why: watch it and exit. ``capabilities`` are known once it is started.
     """
+
+    capabilities = Capabilities()
 
     def __init__(self, model_info: ModelInfo, image_transform: ImageTransform | None, max_num_seqs: int) -> None:
         self.model_info = model_info

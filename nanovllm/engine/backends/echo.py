@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import (
     Completion,
     ImageOutcome,
@@ -36,6 +37,8 @@ class EchoEngine(EngineBackend):
     for a request, which then fails with it. ``kill`` makes the engine die. An image is a ``miss`` when its digest is
     new to this engine and a ``hit`` afterwards.
     """
+
+    capabilities = Capabilities(guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False, sampling=frozenset())
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
 from nanovllm.sampling_params import Constraint
@@ -47,6 +48,7 @@ class AsyncEngine(EngineBackend):
         transform = engine.processor.encoder.transform if engine.processor is not None else None
         super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
         self.generation_defaults = engine.generation_defaults
+        self.capabilities = Capabilities(images=transform is not None, context=engine.max_model_len)
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         # A request to add or to measure, the id of one to abort, or None, which ends the thread.

@@ -22,8 +22,8 @@ def log_to_stderr(level: str) -> None:
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(RepeatedLines())
-    # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for.
-    for name in ("aiokafka", "botocore", "boto3", "urllib3"):
+    # aiokafka tells every heartbeat and rebalance step; botocore every credential it looks for; httpx every request.
+    for name in ("aiokafka", "botocore", "boto3", "urllib3", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
     logging.getLogger("botocore.credentials").setLevel(logging.ERROR)

@@ -192,17 +192,24 @@ class ImageCache:
             return prepared, prepared.nbytes
 
         if not may_reuse:
-            return (await decode())[0]
+            return _stored((await decode())[0], image)
         found = self._find_image(digest, salt)
         if found is not None:
             self._metrics.reuse.labels("prepare", "hit").inc()
             return found
         prepared, reuse = await self._cache.get(("pixels", salt, digest), decode)
         self._metrics.reuse.labels("prepare", reuse).inc()
-        return prepared
+        return _stored(prepared, image)
 
     def _downloaded(self, image: FetchedImage) -> FetchedImage:
         if image.uri is not None:
             self._metrics.fetched_objects.inc()
             self._metrics.fetched_bytes.inc(len(image.data))
         return image
+
+
+def _stored(prepared: PreparedImage, image: FetchedImage) -> PreparedImage:
+    """``prepared`` with the place of its file, which an equal file of another job may not have."""
+    if prepared.file is None or not prepared.file.is_original or image.uri is None or image.version_id is None:
+        return prepared
+    return replace(prepared, stored_at=(image.uri, image.version_id))

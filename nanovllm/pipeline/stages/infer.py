@@ -1,6 +1,7 @@
 """The infer stage: the engine's output for a request. What is optional wraps it: response cache, crash guard.
 
-The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``, ``CallEngine``.
+The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``, ``AwaitServers``,
+``CallEngine``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import count
 
 from nanovllm.engine.backends.base import EngineBackend, Request
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, RequestTimings
+from nanovllm.errors import CredentialsRefused, EndpointsUnavailable
 from nanovllm.messages.job import Job
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
@@ -60,6 +62,30 @@ class CallEngine:
             return Inference(await generation)
         finally:
             generation.abort()
+
+
+class AwaitServers:
+    """Holds requests while no server of the engine takes any, and the worker takes no work meanwhile."""
+
+    def __init__(self, infer: Infer, retry: Retry) -> None:
+        self._infer = infer
+        self._retry = retry
+
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
+        """As ``infer``, which is called again for as long as it raises EndpointsUnavailable or CredentialsRefused."""
+
+        async def attempt() -> Inference | Exception:
+            try:
+                return await self._infer(request, admitted)
+            except (EndpointsUnavailable, CredentialsRefused):
+                raise
+            except Exception as error:
+                return error  # of the request, or of the engine for good: not to be tried again
+
+        outcome = await self._retry(attempt, "engine endpoints", admitted.context.progress)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 class GuardCrashes:

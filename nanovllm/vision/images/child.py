@@ -122,9 +122,13 @@ class _Decoder:
 
 
 def _image_answer(image: PreparedImage) -> tuple[dict[str, Any], bytes]:
+    header = {"digest": image.digest.hex(), "width": image.width, "height": image.height}
+    if image.file is not None:
+        # The parent has the original.
+        body = b"" if image.file.is_original else image.file.data
+        return {**header, "media_type": image.file.media_type, "is_original": image.file.is_original}, body
     assert image.pixels is not None  # only an image of the cache has none
-    header = {"shape": image.pixels.shape, "digest": image.digest.hex(), "width": image.width, "height": image.height}
-    return header, image.pixels.tobytes()
+    return {**header, "shape": image.pixels.shape}, image.pixels.tobytes()
 
 
 def _address_space() -> int:

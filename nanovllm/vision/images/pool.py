@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from nanovllm.vision.images.child import LENGTH, message, settings_frame
 from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits
 from nanovllm.vision.images.digest import DIGEST_BYTES
 from nanovllm.vision.images.fair_turns import FairTurns
+from nanovllm.vision.images.image_file import MEDIA_TYPES, ImageFile
 from nanovllm.vision.images.preprocess import MAX_RESIZED_PIXELS, ImageTransform, PreparedImage
 
 START_TIMEOUT_S = 60.0
@@ -86,7 +88,8 @@ class DecoderPool:
         self._document_limits = document_limits
         self._timeout_s = timeout_s
         settings = settings_frame(transform, limits, document_limits, memory_bytes, timeout_s)
-        self._max_image_bytes = 3 * max(limits.max_pixels, document_limits.max_pixels, MAX_RESIZED_PIXELS)
+        raw_bytes = 3 * max(limits.max_pixels, document_limits.max_pixels, MAX_RESIZED_PIXELS)
+        self._max_image_bytes = raw_bytes + raw_bytes // 64  # noise takes more room as a PNG than raw
         self._decoders = [_Decoder(settings) for _ in range(workers)]
         self._turns: FairTurns[_Decoder] = FairTurns()
         self._exchanges: set[asyncio.Task[Any]] = set()
@@ -120,7 +123,7 @@ class DecoderPool:
         """
         if len(data) > self._limits.max_bytes:
             raise ImageTooLarge(f"the image has {len(data)} bytes; {self._limits.max_bytes} are allowed")
-        request = _Request("image", {"kind": "image"}, data, _prepared, self._max_image_bytes)
+        request = _Request("image", {"kind": "image"}, data, partial(_prepared, data), self._max_image_bytes)
         return await self._run(request, tenant)
 
     async def open_document(self, data: bytes, tenant: str = "") -> DocumentInfo:
@@ -167,7 +170,9 @@ class DecoderPool:
         check_rendering(dpi, rotation, bound)
         header = {"kind": "render", "page": page, "dpi": float(dpi), "rotation": rotation, "max_pixels": bound}
         digest = digest or (await asyncio.to_thread(hashlib.sha256, data)).digest()
-        return await self._run(_document_request(header, data, digest, _prepared, self._max_image_bytes), tenant)
+        return await self._run(
+            _document_request(header, data, digest, partial(_prepared, b""), self._max_image_bytes), tenant
+        )
 
     async def page_text(self, data: bytes, page: int, *, digest: bytes | None = None, tenant: str = "") -> TextLayer:
         """Text layer of page ``page`` (from 1), with the measures that decide what it is worth.
@@ -341,16 +346,25 @@ class _WrongAnswer(ValueError):
     """An answer that no decoder process of ours gives: what an image has done to it is unknown."""
 
 
-def _prepared(header: dict[str, Any], payload: bytes) -> PreparedImage:
+def _prepared(original_file: bytes, header: dict[str, Any], payload: bytes) -> PreparedImage:
     """The image of an answer; the process that gave it has worked on foreign bytes, and is not trusted."""
-    height, width, channels = header["shape"]
     digest = bytes.fromhex(header["digest"])
     original = header["width"], header["height"]
+    if len(digest) != DIGEST_BYTES or not all(type(side) is int and side > 0 for side in original):
+        raise _WrongAnswer
+    if "media_type" in header:
+        if header["media_type"] not in MEDIA_TYPES.values() or bool(payload) == header["is_original"]:
+            raise _WrongAnswer
+        data = original_file if header["is_original"] else payload
+        if not data:
+            raise _WrongAnswer  # a page has no file of its own
+        file = ImageFile(data, header["media_type"], is_original=bool(header["is_original"]))
+        return PreparedImage(None, digest, *original, (original[1], original[0]), file=file)
+    height, width, channels = header["shape"]
     is_sound = (
-        all(type(side) is int and side > 0 for side in (height, width, *original))
+        all(type(side) is int and side > 0 for side in (height, width))
         and channels == 3
         and len(payload) == height * width * channels
-        and len(digest) == DIGEST_BYTES
     )
     if not is_sound:
         raise _WrongAnswer

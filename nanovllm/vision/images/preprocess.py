@@ -20,8 +20,9 @@ from PIL import Image
 
 from nanovllm.checkpoints.resolve import read_json_object
 from nanovllm.errors import ConfigurationError, InvalidImage, ModelNotFound, TooManyPixels, UnsupportedModel
-from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb
+from nanovllm.vision.images.decode import DEFAULT_LIMITS, ImageLimits, ImageSource, load_rgb, read_source
 from nanovllm.vision.images.digest import pixel_digest
+from nanovllm.vision.images.image_file import ImageFile, encode_image, is_plain
 from nanovllm.vision.images.preprocessor_fields import check_preprocessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,7 +52,8 @@ class ImageTransform:
     ``(max_height, max_width)``, or ``(min_pixels, max_pixels, multiple)`` for sides that are multiples of a number and
     keep the image's own resolution between two areas; None leaves the size. ``resample`` is Pillow's number of the
     filter. ``crop`` is ``(height, width)``, padded with black where the image is smaller. ``pad_to_square`` pads to a
-    square first, with the mean as colour.
+    square first, with the mean as colour. ``file_format`` prepares files in place of pixels: the one that the image
+    came in where every reader sees the same pixels in it, else one of this format.
     """
 
     resize: ResizeRule | None = "shortest_edge"
@@ -62,6 +64,7 @@ class ImageTransform:
     rescale_factor: float | None = 1 / 255
     mean: Channels | None = CLIP_MEAN
     std: Channels | None = CLIP_STD
+    file_format: Literal["png", "jpeg"] | None = None
 
     @classmethod
     def from_preprocessor_config(cls, config: dict[str, Any] | str | Path) -> Self:
@@ -119,6 +122,11 @@ class ImageTransform:
         """CLIP's default preprocessing at ``size`` pixels a side."""
         return cls(size=(size,), crop=(size, size))
 
+    @classmethod
+    def for_files(cls, file_format: Literal["png", "jpeg"]) -> Self:
+        """No change of the image, prepared as a file."""
+        return cls(resize=None, size=(), crop=None, rescale_factor=None, mean=None, std=None, file_format=file_format)
+
     def resized(self, side: int) -> Self:
         """This preprocessing with square images of ``side`` pixels."""
         if side < 1:
@@ -138,7 +146,10 @@ class ImageTransform:
 
     def to_json(self) -> str:
         """Canonical JSON: equal transforms give equal texts."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = asdict(self)
+        if self.file_format is None:
+            del fields["file_format"]  # the fingerprints of checkpoints are older than this field
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that determines the pixels; part of the encoder's revision."""
@@ -228,12 +239,14 @@ class PreparedImage:
     """Preprocessed image, or its embedding. Compared by identity; equal pictures have equal digests.
 
     Attributes:
-        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is known.
+        pixels: uint8 ``[H, W, 3]`` after the transform; None where the embedding is known, or a file was prepared.
         digest: SHA-256 (32 bytes) of the original RGB pixels and size, before the transform.
         width, height: of the original, in pixels, its EXIF orientation applied.
         size: (height, width) after the transform.
         file_digest: SHA-256 (32 bytes) of the file that the image came in, where it came in one.
         embedding: the encoder's output, found by ``file_digest``. Held as long as this object is.
+        file: in place of pixels, for a transform with ``file_format``.
+        stored_at: S3 URI and version of the object that ``file`` is, byte for byte, where it is one.
     """
 
     pixels: np.ndarray | None
@@ -243,22 +256,34 @@ class PreparedImage:
     size: tuple[int, int]
     file_digest: bytes | None = None
     embedding: Tensor | None = None
+    file: ImageFile | None = None
+    stored_at: tuple[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pixels or of the embedding."""
-        return sum(part.nbytes for part in (self.pixels, self.embedding) if part is not None)
+        """Bytes of the pixels, of the embedding or of the file."""
+        return sum(part.nbytes for part in (self.pixels, self.embedding, self.file) if part is not None)
 
 
 def prepare_image(
     source: ImageSource, transform: ImageTransform, limits: ImageLimits = DEFAULT_LIMITS
 ) -> PreparedImage:
     """Decode, digest and transform one image; see `load_rgb` for what ``source`` may be and what is raised."""
-    return prepare_rgb(load_rgb(source, limits, transform.check), transform)
+    original = None
+    if transform.file_format is not None and isinstance(source := read_source(source, limits), bytes):
+        original = source
+    return prepare_rgb(load_rgb(source, limits, transform.check), transform, original)
 
 
-def prepare_rgb(rgb: Image.Image, transform: ImageTransform) -> PreparedImage:
-    """Digest and transform an RGB image of 8 bits a channel."""
+def prepare_rgb(rgb: Image.Image, transform: ImageTransform, original: bytes | None = None) -> PreparedImage:
+    """Digest and transform an RGB image of 8 bits a channel; ``original`` is the file that it came in."""
+    if transform.file_format is not None:
+        media_type = is_plain(original) if original is not None else None
+        if original is not None and media_type is not None:
+            file = ImageFile(original, media_type, is_original=True)
+        else:
+            file = encode_image(rgb, transform.file_format)
+        return PreparedImage(None, pixel_digest(rgb), rgb.width, rgb.height, (rgb.height, rgb.width), file=file)
     pixels = transform.apply(rgb)
     return PreparedImage(pixels, pixel_digest(rgb), rgb.width, rgb.height, (pixels.shape[0], pixels.shape[1]))
 

@@ -1,0 +1,326 @@
+"""The backend: requests to the endpoints, faults of servers away from requests, outputs back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.backends.openai.answer import Answer
+from nanovllm.engine.backends.openai.endpoint import Endpoint
+from nanovllm.engine.backends.openai.faults import EndpointFault
+from nanovllm.engine.backends.openai.options import OpenAIOptions
+from nanovllm.engine.backends.openai.pool import Pool
+from nanovllm.engine.backends.openai.request_body import RequestBody, request_body
+from nanovllm.engine.outputs import ImageUse, ModelInfo, RequestOutput, RequestTimings, TokenChunk, Usage
+from nanovllm.errors import (
+    AnswerFailed,
+    AnswerWithheld,
+    ApiKeyRefused,
+    ConfigurationError,
+    EngineDead,
+    InvalidInput,
+    ModelNotFound,
+    UnsupportedConstraint,
+)
+from nanovllm.sampling_params import Constraint, SamplingParams
+from nanovllm.statistics import EngineStats
+from nanovllm.vision.images.preprocess import ImageTransform
+
+if TYPE_CHECKING:
+    from nanovllm.vision.images.preprocess import PreparedImage
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
+"""Between the attempts of a request that has no other endpoint, and between looks at servers that are not up yet."""
+
+
+@dataclass
+class _Times:
+    """Moments of a request, of ``time.perf_counter``; ``sent`` and ``first_token`` of its last attempt."""
+
+    begun: float
+    sent: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+class OpenAIEngine(EngineBackend):
+    """Servers of OpenAI's protocol that serve one model, as one engine.
+
+    A server that does not connect, hangs, breaks off, is busy, or answers garbage is never its request's fault: the
+    request goes to another endpoint, or waits; what it has streamed is void then (`Generation.restart`). Where no
+    endpoint takes requests it ends with a SystemicError, which another try may not. A request that a server refuses
+    (400, 413, 422) ends with InvalidInput.
+    """
+
+    def __init__(self, options: OpenAIOptions) -> None:
+        """Raises ConfigurationError: ``ca_file`` cannot be read."""
+        transform = ImageTransform.for_files(options.image_format) if options.images else None
+        super().__init__(
+            ModelInfo(options.model or UNKNOWN, options.revision, UNKNOWN), transform, options.max_num_seqs
+        )
+        self._options = options
+        self.capabilities = replace(options.dialect.capabilities, images=options.images)
+        context = _ssl_context(options)
+        self._endpoints = [Endpoint(one, options, context) for one in options.endpoints]
+        self._pool = Pool(self._endpoints, max_outstanding=options.max_num_seqs, slack=options.affinity_slack)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._answers: dict[str, Answer] = {}
+        self._usage = (0, 0)
+
+    async def start(self) -> None:
+        """Learn the model from the servers; waits until one of them is up.
+
+        Raises:
+            ModelNotFound, ConfigurationError: a server that is up does not list the model, or the model must be named.
+            ApiKeyRefused: every server refuses its API key.
+        """
+        pause_s = FIRST_PAUSE_S
+        while not await self._look():
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
+        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list."""
+        found = await asyncio.gather(*(one.models() for one in self._endpoints), return_exceptions=True)
+        answers: dict[str, Mapping[str, int | None] | EndpointFault | None] = {}
+        for endpoint, answer in zip(self._endpoints, found, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
+                raise answer
+            answers[endpoint.url] = answer
+        return answers
+
+    async def _look(self) -> bool:
+        """Whether an endpoint is up; its model is known then."""
+        listings: dict[str, Mapping[str, int | None] | None] = {}
+        answers = await self.listings()
+        for endpoint in self._endpoints:
+            answer = answers[endpoint.url]
+            if isinstance(answer, EndpointFault):
+                endpoint.last_fault = answer
+                endpoint.breaker.open()
+                logger.warning("%s %s", endpoint.url, answer)
+            else:
+                listings[endpoint.url] = answer
+                endpoint.breaker.succeed()
+        if listings:
+            self._take_model(listings)
+            return True
+        error = self._pool.unavailable()
+        if isinstance(error, ApiKeyRefused):
+            raise error
+        logger.warning("waiting for the engine: %s", error.in_one_line)
+        return False
+
+    def _take_model(self, listings: Mapping[str, Mapping[str, int | None] | None]) -> None:
+        model = self._options.model
+        if model is None:
+            names = {name for listing in listings.values() for name in listing or ()}
+            if len(names) != 1:
+                raise ConfigurationError(
+                    f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
+                    f"{', '.join(sorted(names)[:8])}"
+                    if names
+                    else "engine.model is not set, and the endpoints have no list of models: name the model"
+                )
+            (model,) = names
+        for url, listing in listings.items():
+            if listing is not None and model not in listing:
+                raise ModelNotFound(
+                    f"{url} does not serve {model}; it lists {', '.join(sorted(listing)[:8]) or 'nothing'}: "
+                    "`NANOVLLM_ENGINE__MODEL` names one of these"
+                )
+        contexts = [listing.get(model) for listing in listings.values() if listing is not None]
+        context = min((context for context in contexts if context is not None), default=None)
+        if context is not None and (self._options.default_max_tokens or 0) >= context:
+            raise ConfigurationError(
+                f"sampling.max_tokens {self._options.default_max_tokens} leaves no prompt any room: the servers have a "
+                f"context of {context} tokens"
+            )
+        self.model_info = replace(self.model_info, id=model)
+        self.capabilities = replace(self.capabilities, context=context)
+
+    def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
+        """Never: the servers keep embeddings, if anything."""
+        return None
+
+    async def compile(self, constraint: Constraint) -> None:
+        """The servers compile it. Raises UnsupportedConstraint where their dialect has no such constraints."""
+        if constraint.kind not in self.capabilities.guided:
+            raise UnsupportedConstraint(
+                f"the dialect {self._options.dialect.name} of remote.dialect has no {constraint.kind}"
+            )
+
+    def _begin(self, request: Request, generation: Generation) -> None:
+        task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda done: self._forget(request.request_id, done))
+
+    def _forget(self, request_id: str, done: asyncio.Task[None]) -> None:
+        if self._tasks.get(request_id) is done:  # an aborted request's id may be in use again
+            del self._tasks[request_id]
+
+    def abort(self, request_id: str) -> None:
+        """End a request early, with the text so far; its connection closes, by which the server learns of it."""
+        generation = self._generations.pop(request_id, None)
+        if generation is None:
+            return
+        self._tasks[request_id].cancel()
+        answer = self._answers.pop(request_id, None)
+        text = answer.first_text if answer is not None else ""
+        usage = answer.usage() if answer is not None else Usage(0, 0, 0, 0)
+        output = RequestOutput(request_id, text, (), "abort", usage, RequestTimings())
+        generation.deliver(TokenChunk("", (), "abort"), output)
+
+    def stats(self) -> EngineStats:
+        """Requests at the endpoints and those that wait, tokens as the servers count them, and each endpoint's."""
+        running = self._pool.outstanding
+        return EngineStats(
+            num_requests_running=running,
+            num_requests_waiting=max(0, len(self._generations) - running),
+            prompt_tokens=self._usage[0],
+            generation_tokens=self._usage[1],
+            endpoints=tuple(endpoint.stats() for endpoint in self._endpoints),
+        )
+
+    async def close(self) -> None:
+        """Stop; unfinished generations end with EngineDead."""
+        self._die(EngineDead("the engine was closed"))
+        tasks = tuple(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._pool.close()
+        await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints))
+
+    async def _run(self, request: Request, generation: Generation) -> None:
+        times = _Times(begun=time.perf_counter())
+        try:
+            body = request_body(request, self.model_info.id, self._options)
+            answer = await self._answer(request, body, generation, times)
+            output = self._output(request, answer, times)
+        except Exception as error:
+            self._generations.pop(request.request_id, None)
+            generation.fail(error)
+            return
+        finally:
+            self._answers.pop(request.request_id, None)
+        self._generations.pop(request.request_id, None)
+        usage = output.usage
+        self._usage = self._usage[0] + usage.input_tokens, self._usage[1] + usage.output_tokens
+        *others, last = output.outputs
+        for one in others:
+            generation.deliver(TokenChunk("", (), one.finish_reason, one.index))
+        generation.deliver(TokenChunk("", (), last.finish_reason, last.index), output)
+
+    async def _answer(self, request: Request, body: RequestBody, generation: Generation, times: _Times) -> Answer:
+        """The whole answer of one endpoint, after as many faults of endpoints as there are."""
+        faults, pause_s = 0, FIRST_PAUSE_S
+        failed: set[Endpoint] = set()
+        while True:
+            async with self._pool.lease(request.priority, body.affinity, failed) as lease:
+                endpoint = lease.endpoint
+                try:
+                    if lease.is_trial and not await self._check(endpoint):
+                        failed.add(endpoint)
+                    else:
+                        return await self._attempt(endpoint, request, body, generation, times)
+                except (InvalidInput, AnswerWithheld):
+                    endpoint.succeeded()  # it answered
+                    raise
+                except EndpointFault as fault:
+                    endpoint.failed(fault, request.request_id)
+                    generation.restart()
+                    logger.warning("%s %s", endpoint.url, fault)
+                    if fault.kind != "overloaded":
+                        faults += 1
+                        failed.add(endpoint)
+                    if self._options.max_attempts is not None and faults >= self._options.max_attempts:
+                        raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
+                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked:
+                        await self._check(endpoint)
+            if self._pool.is_down:
+                raise self._pool.unavailable()
+            if failed and not self._pool.has_others(failed):
+                failed.clear()
+                await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _check(self, endpoint: Endpoint) -> bool:
+        """Whether ``endpoint`` answers a request of our own: several others failed there, or its circuit is open."""
+        try:
+            await endpoint.check(self.model_info.id, self._probe)
+        except EndpointFault as fault:
+            logger.warning("%s %s: no requests go there", endpoint.url, fault)
+            return False
+        self._pool.serve()
+        return True
+
+    @property
+    def _probe(self) -> bytes:
+        """The shortest request there is."""
+        request = Request("probe", prompt="ok", sampling=SamplingParams(temperature=0.0, max_tokens=1))
+        options = replace(self._options, chat_template_kwargs={})
+        return request_body(request, self.model_info.id, options).encode(options)
+
+    async def _attempt(
+        self, endpoint: Endpoint, request: Request, body: RequestBody, generation: Generation, times: _Times
+    ) -> Answer:
+        # In a thread: signing may ask for credentials, and an image takes a while to encode.
+        encoded = await asyncio.to_thread(body.encode, self._options) if body.images else body.encode(self._options)
+        sampling = request.sampling
+        answer = Answer(sampling.n, logprobs=sampling.logprobs, secrets=endpoint.secrets)
+        self._answers[request.request_id] = answer
+        times.sent, times.first_token = time.perf_counter(), 0.0
+        async with aclosing(endpoint.answer(body.path, encoded)) as events:
+            async for event in events:
+                for chunk in answer.add(event):
+                    times.last_token = time.perf_counter()
+                    if not times.first_token:
+                        times.first_token = times.last_token
+                    generation.deliver(chunk)
+        if not answer.is_finished:
+            raise EndpointFault("reset", "ends the answer before its end")
+        endpoint.succeeded()
+        return answer
+
+    def _output(self, request: Request, answer: Answer, times: _Times) -> RequestOutput:
+        outputs, usage = answer.completions(), answer.usage()
+        first, ended = outputs[0], time.perf_counter()
+        generation_ms = (times.last_token - times.first_token) * 1000 if times.first_token else 0.0
+        tokens = max(0, usage.output_tokens // len(outputs) - 1)
+        timings = RequestTimings(
+            queue_ms=(times.sent - times.begun) * 1000,
+            time_to_first_token_ms=((times.first_token or ended) - times.begun) * 1000,
+            generation_ms=generation_ms,
+            mean_itl_ms=generation_ms / tokens if tokens else 0.0,
+            e2e_ms=(ended - times.begun) * 1000,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
+            usage=usage,
+            timings=timings,
+            images=tuple(ImageUse(one.digest.hex(), "miss", 0, one.width, one.height) for one in request.images),
+            logprobs=first.logprobs,
+            outputs=outputs,
+        )
+
+
+def _ssl_context(options: OpenAIOptions) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=None if options.ca_file is None else str(options.ca_file))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(f"remote.ca_file {options.ca_file} cannot be read: {error.strerror}") from error

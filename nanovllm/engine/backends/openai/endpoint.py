@@ -1,0 +1,220 @@
+"""One server: its connections, its list of models, and one request's answer from it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import httpx
+
+from nanovllm.engine.backends.openai.answer import Answer
+from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
+from nanovllm.engine.backends.openai.event_stream import events
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
+from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
+from nanovllm.engine.backends.openai.request_body import CHAT
+from nanovllm.errors import AnswerWithheld, InvalidInput
+from nanovllm.statistics import EndpointStats
+
+MAX_LIST_BYTES = 4 * 2**20
+MAX_ERROR_BYTES = 64 * 2**10
+LIST_TIMEOUT_S, PROBE_TIMEOUT_S = 10.0, 30.0
+KEEP_ALIVE_S = 2.0
+"""Of idle connections: servers close theirs after 5 s (uvicorn), and a request may cross the closing."""
+BUSY_WAIT_S, BUSY_MAX_WAIT_S = 0.5, 30.0
+
+
+class Endpoint:
+    """A server with its state: requests at it, pauses that it asked for, and its circuit breaker."""
+
+    def __init__(self, endpoint: EndpointOptions, options: OpenAIOptions, context: ssl.SSLContext) -> None:
+        self.url = endpoint.url
+        self.limit = options.max_concurrency
+        self.outstanding = 0
+        self.paused_until = 0.0
+        self.last_fault: EndpointFault | None = None
+        self.is_being_checked = False
+        self.breaker = Breaker(
+            threshold=options.breaker_requests,
+            first_wait_s=options.breaker_wait_s,
+            longest_wait_s=options.breaker_max_wait_s,
+        )
+        self._key = endpoint.api_key.get_secret_value() if endpoint.api_key is not None else None
+        self._busy_answers = 0
+        self._requests = 0
+        self._faults: Counter[str] = Counter()
+        self._timeout_s = options.request_timeout_s
+        self._client = httpx.AsyncClient(
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {}),
+            timeout=httpx.Timeout(options.read_timeout_s, connect=options.connect_timeout_s, pool=None),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=options.max_concurrency,
+                keepalive_expiry=KEEP_ALIVE_S,
+            ),
+            verify=context,
+            follow_redirects=False,
+        )
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no message may show."""
+        return (self._key,) if self._key else ()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the server wants no requests for now."""
+        return time.monotonic() < self.paused_until
+
+    def stats(self) -> EndpointStats:
+        """Counts since the start, and the state now."""
+        return EndpointStats(
+            url=self.url,
+            is_up=not self.breaker.is_open,
+            running=self.outstanding,
+            requests=self._requests,
+            faults=tuple(sorted(self._faults.items())),
+        )
+
+    async def models(self) -> dict[str, int | None] | None:
+        """The models that the server lists, with their contexts where it says them; None where it has no list.
+
+        Raises:
+            EndpointFault: the server does not answer, or not with a list.
+        """
+        with _transport_faults():
+            async with (
+                asyncio.timeout(LIST_TIMEOUT_S),
+                self._client.stream("GET", f"{self.url}/models") as response,
+            ):
+                body = await _read(response, MAX_LIST_BYTES)
+        if response.status_code in (404, 405):
+            return None
+        if response.status_code != 200:
+            raise _as_fault(fault_of_answer(response.status_code, response.headers, body, self.secrets))
+        try:
+            listed = httpx.Response(200, content=body).json()["data"]
+            return {one["id"]: _context(one) for one in listed if isinstance(one["id"], str)}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise EndpointFault("garbage", "answers /models with what is no list of models") from None
+
+    async def check(self, model: str, probe: bytes) -> None:
+        """Open or close the circuit by what the server answers to ``probe``, a short request of our own for ``model``.
+
+        Raises:
+            EndpointFault: it does not answer, or does not list the model; the circuit is open.
+        """
+        self.is_being_checked = True
+        try:
+            listed = await self.models()
+            if listed is not None and model not in listed:
+                raise EndpointFault("error", "does not list the model any more")
+            answer = Answer(1, secrets=self.secrets)
+            with _transport_faults():
+                async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self.answer(CHAT, probe)) as events:
+                    async for event in events:
+                        deque(answer.add(event), maxlen=0)
+            if not answer.is_finished:
+                raise EndpointFault("reset", "ends the answer before its end")
+        except (InvalidInput, AnswerWithheld):
+            pass  # refused in the words of the protocol: it answers
+        except EndpointFault as fault:
+            if fault.kind != "overloaded":
+                self._faults[fault.kind] += 1
+                self.last_fault = fault
+                self.breaker.open()
+                raise
+        finally:
+            self.is_being_checked = False
+        self.breaker.succeed()
+
+    async def answer(self, path: str, body: bytes) -> AsyncGenerator[dict[str, Any], None]:
+        """The events that answer a request.
+
+        Raises:
+            EndpointFault: the server failed.
+            InvalidInput: it refuses the request.
+        """
+        self._requests += 1
+        headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        with _transport_faults():
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._client.stream("POST", f"{self.url}{path}", content=body, headers=headers) as response,
+            ):
+                if response.status_code != 200:
+                    said = await _read(response, MAX_ERROR_BYTES)
+                    raise fault_of_answer(response.status_code, response.headers, said, self.secrets)
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise EndpointFault("garbage", "answers no event stream")
+                async for event in events(response.aiter_bytes()):
+                    yield event
+
+    def failed(self, fault: EndpointFault, request_id: str) -> None:
+        """Count a fault met by a request: a pause where the server is busy, else a failure for the breaker."""
+        self._faults[fault.kind] += 1
+        self.last_fault = fault
+        if fault.kind == "overloaded":
+            self._busy_answers += 1
+            wait_s = fault.retry_after_s
+            if wait_s is None:
+                wait_s = min(BUSY_MAX_WAIT_S, BUSY_WAIT_S * 2.0 ** min(self._busy_answers - 1, 16))
+                wait_s *= random.uniform(0.5, 1.0)
+            self.paused_until = max(self.paused_until, time.monotonic() + wait_s)
+            return
+        if fault.kind == "connect":
+            request_id = f"{request_id} {self._faults['connect']}"  # no request makes a connection fail
+        self.breaker.fail(request_id)
+        is_certain = fault.kind == "refused" or (fault.kind == "connect" and self.breaker.is_suspect)
+        if is_certain and not self.breaker.is_open:
+            self.breaker.open()
+
+    def succeeded(self) -> None:
+        """A request was answered to its end."""
+        self._busy_answers = 0
+        self.breaker.succeed()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+
+@contextmanager
+def _transport_faults() -> Iterator[None]:
+    """Failures of connections and their time-outs as EndpointFault; their texts hold addresses alone."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error), ())})"
+        raise EndpointFault("connect", f"takes no connection {why}") from None
+    except (httpx.TimeoutException, TimeoutError):
+        raise EndpointFault("timeout", "does not answer in time") from None
+    except httpx.TransportError:
+        raise EndpointFault("reset", "breaks the connection off") from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError):
+        raise EndpointFault("garbage", "answers what cannot be decoded") from None
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    body = b""
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > max_bytes:
+            break
+    return body[:max_bytes]
+
+
+def _as_fault(error: Exception) -> EndpointFault:
+    return error if isinstance(error, EndpointFault) else EndpointFault("error", str(error))
+
+
+def _context(model: dict[str, Any]) -> int | None:
+    """Context of a listed model as vLLM and SGLang say it."""
+    context = model.get("max_model_len")
+    return context if type(context) is int and context > 0 else None

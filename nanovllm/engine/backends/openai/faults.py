@@ -1,0 +1,99 @@
+"""Faults of servers: which answers are the request's own fault, and which are the server's."""
+
+from __future__ import annotations
+
+import json
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+from nanovllm.errors import InvalidInput, NanoVLLMError, PromptTooLong
+
+FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused"]
+
+MAX_MESSAGE_CHARS = 300
+MAX_RETRY_AFTER_S = 300.0
+_OF_THE_REQUEST = (400, 413, 422)
+_BUSY = (429, 503)
+_TOO_LONG = (
+    "context_length_exceeded",
+    "maximum context length",
+    "exceed_context_size",
+    "longer than the maximum model",
+)
+
+
+class EndpointFault(Exception):
+    """A failure that is the server's, not the request's.
+
+    ``retry_after_s``: seconds for which the server wants no requests; None where it does not say.
+    """
+
+    def __init__(self, kind: FaultKind, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+def fault_of_answer(status: int, headers: Any, body: bytes, secrets: tuple[str, ...]) -> EndpointFault | NanoVLLMError:
+    """What an answer other than 200 means; ``secrets`` never show in its message."""
+    if status in (401, 403):
+        # Its text is left out: servers quote the key.
+        return EndpointFault("refused", f"answers {status}: it refuses the API key, or its lack")
+    if status in _BUSY and (status == 429 or headers.get("retry-after") is not None):
+        return EndpointFault("overloaded", f"answers {status}", retry_after(headers.get("retry-after")))
+    said = error_text(body, secrets)
+    if status in _OF_THE_REQUEST and said is not None:
+        return request_fault(said)
+    return EndpointFault("error", f"answers {status}" + (f": {said}" if said else ""))
+
+
+def request_fault(said: str) -> InvalidInput:
+    """The error of a request that a server refuses in the words ``said``."""
+    if any(sign in said.lower() for sign in _TOO_LONG):
+        return PromptTooLong(f"the server refuses the request: {said}")
+    return InvalidInput(f"the server refuses the request: {said}")
+
+
+def error_text(body: bytes, secrets: tuple[str, ...]) -> str | None:
+    """The message of an error in JSON, in one printable line; None for any other body."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return message_in(value, secrets) if isinstance(value, dict) else None
+
+
+def message_in(value: dict[str, Any], secrets: tuple[str, ...]) -> str | None:
+    """As ``error_text``, of a decoded object: ``error.message`` and what other servers write in its place."""
+    error = value.get("error")
+    said = error.get("message") if isinstance(error, dict) else error
+    said = said or value.get("message") or value.get("detail")
+    if said is None:
+        return None
+    if isinstance(error, dict) and error.get("code") == _TOO_LONG[0]:
+        said = f"{said} ({_TOO_LONG[0]})"
+    return shown(said if isinstance(said, str) else json.dumps(said), secrets)
+
+
+def shown(text: str, secrets: tuple[str, ...]) -> str:
+    """Text of a server for a message of ours: without ``secrets``, in one line, escaped and cut."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    text = " ".join(text.split())
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: 2 * MAX_MESSAGE_CHARS])
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header, a number or a date; None where there is none that can be read."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError, OSError):
+            return None
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if seconds == seconds else None

@@ -1,0 +1,139 @@
+"""The engine that asks servers of OpenAI's protocol, from the settings, which are checked before anything is sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
+from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.errors import ConfigurationError, InvalidInput
+from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.objects.s3_client import S3Client, make_client
+from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
+
+if TYPE_CHECKING:
+    from nanovllm.engine.backends.openai.backend import OpenAIEngine
+    from nanovllm.engine.backends.openai.options import SignUrl
+
+ENGINE_SETTINGS = frozenset(
+    {
+        *("backend", "model", "max_num_seqs", "max_images_per_request"),
+        *("chat_template_kwargs", "job_chat_template_kwargs"),
+    }
+)
+"""Settings of ``engine`` that have a meaning for servers; every other one is theirs to set."""
+
+
+def check_remote(settings: Settings) -> None:
+    """Refuse what the settings ask for and the servers' dialect cannot do.
+
+    Raises:
+        ConfigurationError: a setting of the engine in this process, a sampling default, or template variables.
+    """
+    engine, dialect = settings.engine, DIALECTS[settings.remote.dialect]
+    for name in EngineSettings.model_fields.keys() - ENGINE_SETTINGS:
+        default = EngineSettings.model_fields[name].get_default(call_default_factory=True)
+        if getattr(engine, name) != default:
+            raise ConfigurationError(
+                f"engine.{name} is set, which the backend openai has not: set it on the servers, and unset it here"
+            )
+    if not dialect.template_kwargs and (engine.chat_template_kwargs or engine.job_chat_template_kwargs):
+        raise ConfigurationError(
+            f"engine.chat_template_kwargs or job_chat_template_kwargs is set, which the dialect {dialect.name} of "
+            "remote.dialect has not"
+        )
+    try:
+        dialect.capabilities.check(settings.sampling, f"the dialect {dialect.name} of remote.dialect")
+    except InvalidInput as error:
+        raise ConfigurationError(f"sampling: {error}") from None
+    if settings.remote.ca_file is not None and not settings.remote.ca_file.is_file():
+        raise ConfigurationError(f"remote.ca_file {settings.remote.ca_file} is no file")
+
+
+def build_remote_engine(settings: Settings) -> OpenAIEngine:
+    """The backend, not started. Raises ConfigurationError as `check_remote`."""
+    from nanovllm.engine.backends.openai.backend import OpenAIEngine
+    from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
+
+    check_remote(settings)
+    engine, remote = settings.engine, settings.remote
+    keys = remote.api_keys * len(remote.endpoints) if len(remote.api_keys) == 1 else remote.api_keys
+    endpoints = tuple(
+        EndpointOptions(url, keys[number] if keys else None) for number, url in enumerate(remote.endpoints)
+    )
+    return OpenAIEngine(
+        OpenAIOptions(
+            endpoints=endpoints,
+            model=engine.model,
+            revision=remote.revision,
+            dialect=DIALECTS[remote.dialect],
+            images=remote.images,
+            max_num_seqs=engine.max_num_seqs,
+            max_concurrency=remote.max_concurrency,
+            default_max_tokens=settings.sampling.max_tokens,
+            affinity_slack=remote.affinity_slack,
+            connect_timeout_s=remote.connect_timeout_s,
+            read_timeout_s=remote.read_timeout_s,
+            request_timeout_s=remote.request_timeout_s,
+            max_attempts=remote.max_attempts,
+            breaker_requests=remote.breaker_requests,
+            breaker_wait_s=remote.breaker_wait_s,
+            breaker_max_wait_s=remote.breaker_max_wait_s,
+            ca_file=remote.ca_file,
+            raw_prompts=remote.raw_prompts,
+            chat_template_kwargs=engine.chat_template_kwargs,
+            image_format=remote.image_format,
+            sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
+        )
+    )
+
+
+async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tuple[str, str, str]]:
+    """What each server answers now, and what its dialect has: subject, value, note. Closes ``engine``."""
+    rows = []
+    try:
+        for url, answer in (await engine.listings()).items():
+            if isinstance(answer, Exception):
+                rows.append((f"endpoint {url}", "does not answer as it should", str(answer)))
+            elif answer is None:
+                rows.append((f"endpoint {url}", "answers", "it has no list of models"))
+            else:
+                name = settings.engine.model
+                note = "" if name is None or name in answer else f"it does not list {name}"
+                rows.append((f"endpoint {url}", f"answers, and lists {', '.join(sorted(answer)[:8]) or 'none'}", note))
+    finally:
+        await engine.close()
+    able = engine.capabilities
+    rows.append(("dialect", settings.remote.dialect, "remote.dialect"))
+    rows.append(("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in able.guided), ""))
+    lacks = ", ".join(sorted(SAMPLING_NAMES - able.sampling)) or "nothing"
+    rows.append(("sampling", "as the servers sample", f"refused by name: {lacks}"))
+    rows.append(
+        ("images", "as files" if able.images else "none", f"remote.image_transport {settings.remote.image_transport}")
+    )
+    return rows
+
+
+def _signer(settings: Settings) -> SignUrl:
+    def make(s3: S3Settings) -> Any:
+        client = make_client(s3)
+        # botocore 1.44 presigns with version 2 where no version is set, which objects under a KMS key refuse.
+        client.meta.events.register_first("choose-signer.s3.GetObject", lambda **_: "s3v4")
+        return client
+
+    client, seconds = S3Client(settings.s3, make), settings.remote.presigned_s
+
+    def sign(uri: str, version_id: str) -> str:
+        parts = split_object_uri(uri)
+        assert parts is not None  # it was fetched from there
+        which = {"Bucket": parts[0], "Key": parts[1], "VersionId": version_id}
+
+        def generate(s3: Any) -> str:
+            url: str = s3.generate_presigned_url("get_object", Params=which, ExpiresIn=seconds)
+            return url
+
+        return client.call(generate)
+
+    return sign

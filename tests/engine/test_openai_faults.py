@@ -1,0 +1,330 @@
+"""Servers that hang, break off, are busy or answer garbage: the request moves or waits, and is never at fault."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from email.utils import formatdate
+from typing import Any, cast
+
+import pytest
+from openai_server import Fault, OpenAIServer, engine_of, serving
+from parts import FaultProxy, eventually
+
+from nanovllm.demo.child_process import free_port
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
+from nanovllm.engine.backends.openai.event_stream import MAX_EVENT_BYTES, event_data
+from nanovllm.engine.backends.openai.faults import EndpointFault, retry_after, shown
+from nanovllm.errors import AnswerFailed, AnswerWithheld, ApiKeyRefused, EndpointsUnavailable, TransientError
+from nanovllm.sampling_params import SamplingParams
+
+
+def ask(request_id: str, prompt: str = "one two three four", **others: Any) -> Request:
+    return Request(request_id, prompt=prompt, sampling=SamplingParams(max_tokens=64, temperature=0.0), **others)
+
+
+def faults_of(engine: Any) -> dict[str, int]:
+    return {kind: number for one in engine.stats().endpoints for kind, number in one.faults}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("hang", "timeout"),
+        ("silence", "timeout"),
+        ("reset", "reset"),
+        ("die", "reset"),
+        ("unfinished", "reset"),
+        ("error", "error"),
+        ("html", "error"),
+        ("garbage", "garbage"),
+        ("no events", "garbage"),
+        ("busy", "overloaded"),
+    ],
+)
+async def test_every_fault_of_a_server_moves_the_request(fault: Fault, kind: str) -> None:
+    async with serving(OpenAIServer(), OpenAIServer()) as servers, engine_of(*servers, read_timeout_s=0.3) as engine:
+        for server in servers:
+            server.faults = [fault]
+        # Whichever it meets first, the other one has it too: it comes back to a healthy server in the end.
+        output = await engine.submit(ask("a"))
+    assert output.text == "one two three four"
+    assert set(faults_of(engine)) == {kind}
+    assert sum(len(server.asked) for server in servers) >= 2
+
+
+async def test_a_request_of_one_server_waits_for_it() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults = ["error", "reset"]
+        assert (await engine.submit(ask("a"))).text == "one two three four"
+        assert faults_of(engine) == {"error": 1, "reset": 1}
+
+
+async def test_the_total_time_of_a_request_ends_at_one_server_and_goes_on_at_another() -> None:
+    slow, quick = OpenAIServer(EchoEngine(delay_s=60)), OpenAIServer()
+    async with serving(slow, quick), engine_of(slow, quick, request_timeout_s=0.3) as engine:
+        outputs = await asyncio.gather(*(engine.submit(ask(f"{n}", f"{n} two three four")) for n in range(8)))
+    assert [output.text[0] for output in outputs] == [f"{n}" for n in range(8)]
+    assert faults_of(engine)["timeout"] == len(slow.asked) > 0
+
+
+async def test_a_stream_that_begins_anew_tells_who_has_had_its_beginning() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults = ["silence"]
+        generation = engine.submit(ask("a"))
+        chunks = aiter(generation)
+        assert (await anext(chunks)).text
+        await server.kill()
+        await server.start()
+        with pytest.raises(TransientError, match="began anew"):
+            async for _ in chunks:
+                pass
+        assert (await generation).text == "one two three four"
+        assert "".join([chunk.text async for chunk in generation]) == "one two three four"
+
+
+async def test_a_busy_server_gets_no_request_before_the_time_that_it_names() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults, server.retry_after = ["busy"], "1"
+        begun = time.monotonic()
+        await engine.submit(ask("a"))
+        assert time.monotonic() - begun >= 1.0
+        assert len(server.asked) == 2
+        assert engine.stats().endpoints[0].is_up
+
+
+async def test_a_busy_server_does_not_hold_up_the_others() -> None:
+    async with serving(OpenAIServer(), OpenAIServer()) as servers, engine_of(*servers) as engine:
+        for server in servers:
+            server.retry_after = "300"
+        servers[0].always = "busy"
+        await asyncio.gather(*(engine.submit(ask(f"{n}", f"{n} x")) for n in range(8)))
+        assert len(servers[0].asked) <= 8
+        seen = len(servers[0].asked)
+        await asyncio.gather(*(engine.submit(ask(f"again {n}", f"{n} x")) for n in range(8)))
+        assert len(servers[0].asked) == seen > 0
+
+
+def test_retry_after_is_a_number_or_a_date_and_bounded() -> None:
+    assert retry_after("2.5") == 2.5
+    assert 25 < cast(float, retry_after(formatdate(time.time() + 30, usegmt=True))) <= 30
+    assert retry_after(formatdate(time.time() - 30, usegmt=True)) == 0.0
+    assert retry_after("99999") == 300.0
+    assert [retry_after(value) for value in (None, "soon", "nan")] == [None, None, None]
+
+
+async def test_no_endpoint_has_more_requests_than_allowed_and_the_idlest_gets_the_next() -> None:
+    servers = OpenAIServer(EchoEngine(delay_s=0.02)), OpenAIServer(EchoEngine(delay_s=0.02))
+    async with serving(*servers), engine_of(*servers, max_concurrency=3, affinity_slack=0) as engine:
+        await asyncio.gather(*(engine.submit(ask(f"{n}")) for n in range(24)))
+        assert [server.most_at_once for server in servers] == [3, 3]
+        assert engine.stats().num_requests_waiting == 0
+    async with OpenAIServer(EchoEngine(delay_s=0.02)) as server, engine_of(server, max_num_seqs=4) as engine:
+        await asyncio.gather(*(engine.submit(ask(f"{n}")) for n in range(24)))
+        assert server.most_at_once == 4
+
+
+async def test_equal_beginnings_and_images_meet_one_server_until_it_has_more_to_do_than_others() -> None:
+    servers = [OpenAIServer() for _ in range(3)]
+    async with serving(*servers), engine_of(*servers) as engine:
+        for prefix in ("red", "green", "blue", "white", "black"):
+            before = [len(server.asked) for server in servers]
+            for number in range(4):
+                await engine.submit(ask(f"{prefix} {number}", f"{prefix * 200} {number}"))
+            came = [len(server.asked) - old for server, old in zip(servers, before, strict=True)]
+            assert sorted(came) == [0, 0, 4]
+        assert sum(bool(server.asked) for server in servers) >= 2
+    servers = [OpenAIServer(EchoEngine(delay_s=0.1)) for _ in range(2)]
+    async with serving(*servers), engine_of(*servers, affinity_slack=2) as engine:
+        await asyncio.gather(*(engine.submit(ask(f"{n}")) for n in range(12)))
+        assert min(len(server.asked) for server in servers) >= 4
+
+
+async def test_a_dead_server_is_left_out_and_taken_back_when_it_lives() -> None:
+    async with serving(OpenAIServer(), OpenAIServer()) as (first, second), engine_of(first, second) as engine:
+        await first.kill()
+        await asyncio.gather(*(engine.submit(ask(f"{n}", f"{n} x")) for n in range(16)))
+        assert not first.asked
+        assert [one.is_up for one in engine.stats().endpoints] == [False, True]
+        await first.start()
+
+        async def come_back() -> None:
+            while not first.asked:
+                await engine.submit(ask(f"{time.monotonic()}", f"{time.monotonic()}"))
+
+        async with asyncio.timeout(30):
+            await come_back()
+        assert all(one.is_up for one in engine.stats().endpoints)
+        assert first.lists >= 2  # asked for its model before a request tries it
+
+
+async def test_requests_end_with_what_each_server_did_where_none_is_left() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        await server.kill()
+        running = [engine.submit(ask(f"{n}")) for n in range(4)]
+        for generation in running:
+            with pytest.raises(EndpointsUnavailable, match=rf"{server.url} takes no connection"):
+                await generation
+        await server.start()
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("later"))).text == "one two three four"
+
+
+@pytest.mark.parametrize("fault", ["error", "die", "garbage", "unfinished", "no events"])
+async def test_a_server_that_fails_with_everything_is_left_out_until_it_answers(fault: Fault) -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.always = fault
+        running = [engine.submit(ask(f"{number}")) for number in range(4)]
+        for generation in running:
+            with pytest.raises(EndpointsUnavailable):
+                await generation
+        assert not engine.stats().endpoints[0].is_up
+        server.always = None
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("later"))).text == "one two three four"
+        assert engine.stats().endpoints[0].is_up
+
+
+@pytest.mark.parametrize("poisonous", [1, 5])
+async def test_requests_that_a_server_cannot_answer_stop_no_endpoint_that_answers_others(poisonous: int) -> None:
+    class Picky(EchoEngine):
+        def submit(self, request: Request) -> Any:
+            if "poison" in str(request.messages):
+                raise RuntimeError("the tests' server breaks the connection off")
+            return super().submit(request)
+
+    async with OpenAIServer(Picky()) as server, engine_of(server) as engine:
+        poison = [engine.submit(ask(f"p{number}", "poison")) for number in range(poisonous)]
+        # Alone in the engine, as long as they like.
+        await eventually(lambda: sum("poison" in str(asked.body) for asked in server.asked) >= 4 * poisonous)
+        for number in range(8):
+            assert (await engine.submit(ask(f"{number}"))).text == "one two three four"
+        assert engine.stats().endpoints[0].is_up
+        for generation in poison:
+            assert not generation.is_finished
+            generation.abort()
+            assert (await generation).finish_reason == "abort"
+
+
+async def test_a_limit_of_attempts_is_an_error_of_the_request() -> None:
+    async with OpenAIServer() as server, engine_of(server, max_attempts=2) as engine:
+        server.always = "error"
+        with pytest.raises(AnswerFailed, match="2 failures; in the last one the server answers 500: CUDA error"):
+            await engine.submit(ask("a"))
+
+
+async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with OpenAIServer(key="sk-good") as server:
+        async with engine_of(server) as engine:
+            await engine.submit(ask("a"))
+            server.key = "sk-rotated"
+            with pytest.raises(ApiKeyRefused) as caught:
+                await engine.submit(ask("b"))
+            assert "refuses the API key" in str(caught.value)
+            text = str(caught.value) + repr(engine._options) + repr(vars(engine)) + repr(engine.stats())
+            assert "sk-good" not in text
+        wrong = OpenAIServer(key="sk-other")
+        wrong._port = server._port
+        with pytest.raises(ApiKeyRefused):
+            async with engine_of(wrong):
+                pass
+    assert "sk-" not in caplog.text
+
+
+async def test_a_start_waits_for_the_first_server(caplog: pytest.LogCaptureFixture) -> None:
+    server = OpenAIServer()
+    server._port = free_port()
+
+    async def begin() -> str:
+        async with engine_of(server) as engine:
+            return (await engine.submit(ask("a"))).text
+
+    beginning = asyncio.create_task(begin())
+    await eventually(lambda: "waiting for the engine" in caplog.text)
+    async with server:
+        assert await beginning == "one two three four"
+
+
+async def test_a_server_behind_a_proxy_that_spoils_connections_answers_all() -> None:
+    async with OpenAIServer() as server, FaultProxy(server.url, ["refuse", "cut", "unavailable"] * 4) as proxy:
+        async with engine_of(f"{proxy.url}/v1", model="tiny", breaker_requests=1) as engine:
+            texts: list[str] = []
+            async with asyncio.timeout(60):
+                while len(texts) < 8:
+                    try:
+                        texts.append((await engine.submit(ask(f"{time.monotonic()}"))).text)
+                    except EndpointsUnavailable:
+                        await asyncio.sleep(0.02)
+        assert texts == ["one two three four"] * 8
+        assert proxy.faults_left == 0
+
+
+async def test_a_filtered_answer_is_the_jobs() -> None:
+    class Filtered(OpenAIServer):
+        def _events(self, *arguments: Any) -> Any:
+            for event in super()._events(*arguments):
+                for choice in event["choices"]:
+                    if choice.get("finish_reason"):
+                        choice["finish_reason"] = "content_filter"
+                yield event
+
+    async with Filtered() as server, engine_of(server) as engine:
+        with pytest.raises(AnswerWithheld):
+            await engine.submit(ask("a"))
+        assert faults_of(engine) == {}
+
+
+async def test_events_are_read_however_they_are_cut_and_within_bounds() -> None:
+    stream = b': hello\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b":\ndata: 2}\n\ndata: [DONE]\n\n'
+
+    async def cut(size: int) -> list[bytes]:
+        async def chunks() -> Any:
+            for start in range(0, len(stream), size):
+                yield stream[start : start + size]
+
+        return [data async for data in event_data(chunks())]
+
+    for size in (1, 2, 3, 7, 1000):
+        assert await cut(size) == [b'{"a": 1}', b'{"b":\n2}', b"[DONE]"]
+
+    async def endless() -> Any:
+        while True:
+            yield b"x" * 2**20
+
+    with pytest.raises(EndpointFault, match="more than a text has"):
+        async for _ in event_data(endless()):
+            pass
+    assert MAX_EVENT_BYTES < 64 * 2**20
+
+
+def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time() -> None:
+    now = 0.0
+    breaker = Breaker(threshold=2, first_wait_s=1.0, longest_wait_s=3.0, clock=lambda: now)
+    for _ in range(5):
+        breaker.fail("one")
+    assert not breaker.is_suspect
+    breaker.fail("two")
+    assert breaker.is_suspect
+    for wait_s in (1.0, 2.0, 3.0, 3.0):
+        breaker.open()
+        now += wait_s - 0.01
+        assert breaker.is_open
+        assert not breaker.may_try
+        now += 0.02
+        assert breaker.may_try
+        breaker.is_trying = True
+        assert not breaker.may_try
+        breaker.is_trying = False
+    breaker.succeed()
+    assert not breaker.is_open
+    breaker.fail("three")
+    assert not breaker.is_suspect
+
+
+def test_words_of_a_server_are_one_line_escaped_and_cut() -> None:
+    assert shown("a\n\tb\x1b[0m \u202e key", ("key",)) == "a b\\x1b[0m \\u202e ***"
+    assert len(shown("x" * 10_000, ())) == 300
