@@ -316,6 +316,7 @@ class OpenAIEngine(EngineBackend):
             images=tuple(ImageUse(one.digest.hex(), "miss", 0, one.width, one.height) for one in request.images),
             logprobs=first.logprobs,
             outputs=outputs,
+            is_constrained=request.sampling.constraint is not None,  # the server has taken it
         )
 
 
