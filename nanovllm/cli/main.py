@@ -104,7 +104,7 @@ def worker(
     if print_config:
         print(settings.masked_yaml(), end="")
         return
-    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
+    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.loads_model else ()))
     from nanovllm.pipeline.app import run_worker
 
     raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))

@@ -109,7 +109,7 @@ def _show_route(routes: Routes, uri: str, content_type: str | None, size: int | 
 
 def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> Iterator[tuple[str, str, str]]:
     """The rows of what holds. Raises InvalidRoutes with everything that does not."""
-    if settings.engine.backend != "native":
+    if not settings.engine.loads_model:
         raise ConfigurationError(f"engine.backend is {settings.engine.backend}, which has neither tokens nor schemas")
     require_engine(settings)
     from nanovllm.pipeline.app import prepare_threads

@@ -95,7 +95,7 @@ def run(
 
 def require_engine(settings: Settings) -> None:
     """Raise ConfigurationError where what the stages or the engine of ``settings`` need is not installed."""
-    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
+    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.loads_model else ()))
 
 
 def engine_settings(config: Path | None, model: str | None) -> Settings:

@@ -77,14 +77,19 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.checkpoints.resolve import resolve_checkpoint
     from nanovllm.engine.config import GIB, EngineConfig
     from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
-    from nanovllm.engine.models.registry import around_image, decoder_config, image_tokens
+    from nanovllm.engine.models.registry import around_image, decoder_config, image_tokens, is_generic
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
     build.check_parts(settings)
     model = settings.engine.model or build.DEFAULT_MODEL
-    config = EngineConfig.from_options(model, settings.engine.model_dump(exclude=build.WORKER_OPTIONS))
+    config = EngineConfig.from_options(model, build.engine_options(settings.engine))
     checkpoint = Checkpoint(resolve_checkpoint(model))
+    if is_generic(checkpoint, config.backend):
+        raise ConfigurationError(
+            f"{checkpoint.architecture or model!r} runs through transformers' own layers: what its prompts and images "
+            "take is known to an engine with its weights alone; a worker checks its routes when it starts"
+        )
     tokenizer, (text, _) = checkpoint.tokenizer(), decoder_config(checkpoint)
     max_model_len = text.context_limit(config.max_model_len)
     device = choose_device(config.device)

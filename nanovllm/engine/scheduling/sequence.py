@@ -98,6 +98,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text_ends: list[int] = field(default_factory=list)  # beside logprobs: characters of text up to each output token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    states: Any = None  # of layers that carry one, where the model has such layers; None before the first token
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)
