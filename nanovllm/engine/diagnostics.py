@@ -99,9 +99,10 @@ def _threads() -> Finding:
 
 
 def _support(engine: LLMEngine, trial: TrialResult) -> Finding:
+    image = f", {trial.image_tokens} of an image among them" if trial.image_tokens else ""
     value = (
-        f"transformers' layers, measured over {trial.num_tokens} tokens: logits within {trial.error_generated:.0e} of "
-        f"its cached generation and {trial.error_full:.0e} of a full forward pass"
+        f"transformers' layers, measured over {trial.num_tokens} tokens{image}: logits within "
+        f"{trial.error_generated:.0e} of its cached generation and {trial.error_full:.0e} of a full forward pass"
     )
     lost = "layers carry states: no prefix cache, no speculation; a preempted request is computed anew"
     return Finding("support", value, lost if engine.model_runner.model.has_states else "")

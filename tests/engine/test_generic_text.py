@@ -3,68 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from nanovllm.engine.diagnostics import describe
-from nanovllm.engine.execution.model_runner import StepInputs
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_loading import check_release
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.sampling_params import SamplingParams
 from tests.checkpoint_files import edit_json
 from tests.generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
+from tests.generic_parts import GREEDY, Recorded, assert_same, transformers_answer
 
 PROMPTS = [[5 + start * 31 + step * 7 % 300 for step in range(length)] for start, length in enumerate((3, 40, 17))]
-NEW = 64
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 112, "block_size": 16}
-
-
-class Recorded:
-    """An engine whose logits are kept: for each request those of every token that it sampled."""
-
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-        self.engine = LLMEngine(str(directory), **{**SMALL, **options})
-        self._logits: dict[str, list[Tensor]] = defaultdict(list)
-        sample = self.engine.sample
-
-        def record(inputs: StepInputs, logits: Tensor, masks: Any) -> Any:
-            for sequence, row in zip(inputs.sampled_sequences, logits, strict=True):
-                self._logits[sequence.request_id].append(row.clone())
-            return sample(inputs, logits, masks)
-
-        monkeypatch.setattr(self.engine, "sample", record)
-
-    def answers(self, prompts: Sequence[list[int]]) -> list[tuple[list[int], Tensor]]:
-        """New tokens and their logits [tokens, vocab] of prompts that are computed together."""
-        self._logits.clear()
-        outputs = self.engine.generate([list(prompt) for prompt in prompts], GREEDY, use_tqdm=False)
-        self.engine.audit()
-        return [(list(output.token_ids), torch.stack(self._logits[output.request_id])) for output in outputs]
-
-
-def transformers_answer(model: Any, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """What cached generation of transformers makes of a prompt."""
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits)
-
-
-def assert_same(found: tuple[list[int], Tensor], wanted: tuple[list[int], Tensor], tolerance: float) -> None:
-    assert found[0] == wanted[0]
-    assert float((found[1] - wanted[1]).abs().max()) <= tolerance * float(wanted[1].abs().max())
 
 
 @pytest.mark.parametrize("family", [*TEXT_FAMILIES, *STATEFUL_FAMILIES])
@@ -73,9 +31,10 @@ def test_logits_and_greedy_tokens_are_those_of_cached_generation(
 ) -> None:
     directory = make_generic_text(tmp_path, family)
     plain = AutoModelForCausalLM.from_pretrained(directory).eval()
-    wanted = [transformers_answer(plain, prompt) for prompt in PROMPTS]
+    wanted = [transformers_answer(plain, {"input_ids": torch.tensor([prompt])}) for prompt in PROMPTS]
     tolerance = 1e-4 if family in STATEFUL_FAMILIES else 1e-5
-    recorded = Recorded(directory, monkeypatch, max_num_batched_tokens=16, num_speculative_tokens=0)
+    engine = LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0)
+    recorded = Recorded(engine, monkeypatch)
     with recorded.engine:
         for found, answer in zip(recorded.answers(PROMPTS), wanted, strict=True):
             assert_same(found, answer, tolerance)
@@ -93,7 +52,7 @@ def test_a_preempted_request_is_computed_anew_and_stays_the_same(family: str, tm
         assert engine.stats().num_preemptions > 0
         engine.audit()
     assert [list(output.token_ids) for output in outputs] == [
-        transformers_answer(plain, prompt)[0] for prompt in PROMPTS
+        transformers_answer(plain, {"input_ids": torch.tensor([prompt])})[0] for prompt in PROMPTS
     ]
 
 
@@ -104,7 +63,8 @@ def test_the_hand_written_families_and_transformers_layers_give_the_same(
     directory = make_generic_text(tmp_path, family)
     answers = []
     for backend in ("generic", "native"):
-        recorded = Recorded(directory, monkeypatch, backend=backend, num_speculative_tokens=0)
+        engine = LLMEngine(str(directory), **{**SMALL, "backend": backend}, num_speculative_tokens=0)
+        recorded = Recorded(engine, monkeypatch)
         with recorded.engine:
             assert isinstance(recorded.engine.model_runner.model, GenericDecoder) == (backend == "generic")
             answers.append(recorded.answers(PROMPTS))
@@ -221,13 +181,22 @@ def test_missing_tensors_are_refused(tmp_path: Path) -> None:
 def test_a_window_that_neither_configuration_nor_layer_names_fails_the_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full_mask = modeling_llama.create_causal_mask
+    directory = make_generic_text(tmp_path, "llama")
+    full_mask, update = modeling_llama.create_causal_mask, DynamicLayer.update
 
     def windowed(*args: Any, **kwargs: Any) -> Any:
         return full_mask(*args, **kwargs, and_mask_function=lambda batch, head, query, key: key > query - 8)
 
-    directory = make_generic_text(tmp_path, "llama")
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", windowed)
+    def forgetful(self: DynamicLayer, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, *args, **kwargs)
+        self.keys, self.values = keys[:, :, -8:], values[:, :, -8:]
+        return keys, values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "create_causal_mask", windowed)
+        with pytest.raises(UnsupportedModel, match="layer 0: a mask that hides earlier tokens is not supported"):
+            LLMEngine(str(directory), **SMALL)
+    monkeypatch.setattr(DynamicLayer, "update", forgetful)  # a full forward pass does not show it
     with pytest.raises(UnsupportedModel, match=r"does not pass the trial at load: over 112 tokens .* such as a window"):
         LLMEngine(str(directory), **SMALL)
 

@@ -12,10 +12,9 @@ from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
+from nanovllm.engine.execution.generic_models import load_generic_models
 from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.generic import GenericDecoder
-from nanovllm.engine.models.generic_loading import load_transformers_model
-from nanovllm.engine.models.generic_trial import Reference, compute_reference
+from nanovllm.engine.models.generic_trial import Reference
 from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
@@ -82,14 +81,9 @@ def load_models(
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
-    model: TextModel
-    reference = None
     if is_generic(checkpoint, config.backend):
-        plain = load_transformers_model(checkpoint, dtype, device)
-        reference = compute_reference(plain, config.max_model_len)
-        model = GenericDecoder(plain)
-    else:
-        model = load_text_model(checkpoint, dtype, device)
+        return load_generic_models(config, checkpoint, dtype, device)
+    model = load_text_model(checkpoint, dtype, device)
     model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
     encoder = load_encoder(checkpoint, config, model, dtype, device)
     if encoder is not None:
@@ -97,7 +91,7 @@ def load_models(
         choose_torch_layouts(encoder)
         if config.deterministic:
             encoder.batch_size = 1
-    return model, encoder, reference
+    return model, encoder, None
 
 
 def make_processor(

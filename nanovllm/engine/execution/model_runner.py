@@ -88,8 +88,7 @@ class ModelRunner:
         self.trial: TrialResult | None = None
         if isinstance(self.model, GenericDecoder):
             assert reference is not None
-            text.context_limit(config.max_model_len)  # before the trial: it names the layer
-            self.trial = hold_against(self.model, self.attention, reference)
+            self.trial = hold_against(self.model, self.attention, reference, self.encoder)
         elif config.deterministic:
             assert isinstance(self.model, Decoder)
             prove(self.model, self.attention)
@@ -226,9 +225,8 @@ class ModelRunner:
             for span in sequence.images:
                 if span.touches(start, end):
                     assert span.embedding is not None  # attach_image_embeddings ran before
-                    first, last = max(start, span.start), min(end, span.end)
-                    part = span.embedding[first - span.start : last - span.start]
-                    images.append((len(token_ids) + first - start, part))
+                    for first, low, high in span.runs(start, end):
+                        images.append((len(token_ids) + first - start, span.embedding[low:high]))
             if self.model.has_states:
                 sequence.states = sequence.states or SequenceStates()
                 states.append((len(token_ids), len(token_ids) + row.num_tokens, sequence.states))
@@ -294,7 +292,7 @@ class ModelRunner:
         found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {position for span in sequence.images for position in range(span.start, span.end)}
+        images = {span.start + place for span in sequence.images for place in span.places}
         for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
             end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]

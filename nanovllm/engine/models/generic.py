@@ -29,6 +29,7 @@ from nanovllm.engine.models.generic_attention import (
 from nanovllm.engine.models.generic_loading import known_window, max_positions
 from nanovllm.engine.models.generic_states import STATEFUL_LAYERS, RowStates, run_by_sequence, stateful_modules
 from nanovllm.engine.models.text_model import TextModel
+from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 _HIDDEN = "nanovllm_hidden"
@@ -231,6 +232,25 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     found = {getattr(config, name, None) for name in names}
     return tuple(sorted(token for token in found if isinstance(token, int)))
+
+
+def positions(images: Sequence[ImageSpan], start: int, end: int, num_axes: int) -> list[tuple[int, ...]]:
+    """The positions of a sequence's tokens [start, end) on each of ``num_axes``.
+
+    Text counts on, the same on all; the positions of an image's tokens are those of its layout from there.
+    """
+    found: list[tuple[int, ...]] = []
+    saved = 0  # token index minus position
+    for span in images:
+        layout = span.layout
+        assert layout is not None  # the encoder of such a model gives one
+        assert layout.offsets is not None
+        found += [(index - saved,) * num_axes for index in range(start + len(found), min(end, span.start))]
+        begin = span.start - saved
+        for index in range(max(start, span.start), min(end, span.end)):
+            found.append(tuple(begin + offset for offset in layout.offsets[index - span.start]))
+        saved += span.length - layout.advance
+    return found + [(index - saved,) * num_axes for index in range(start + len(found), end)]
 
 
 class _GivenHidden:

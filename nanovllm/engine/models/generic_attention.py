@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nanovllm.engine.attention.base import AttentionBackend
@@ -21,6 +23,9 @@ from nanovllm.engine.models.generic_states import RowStates
 IMPLEMENTATION = "nanovllm"
 """Name of the attention in transformers. It has no mask interface, so that models make no masks for it."""
 STEP = "nanovllm_step"
+RECORDED = "nanovllm_recorded"
+"""Name of torch's attention with a look at the masks, which a forward pass takes as `MASKS`."""
+MASKS = "nanovllm_masks"
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,40 @@ def _attend(
     return nanovllm_step.attend(module, query, key, value, scale, options), None
 
 
+@dataclass
+class MaskRecord:
+    """What the masks of a forward pass of transformers do, by layer, beyond hiding later tokens."""
+
+    features: dict[int, str] = field(default_factory=dict)
+
+    def see(self, module: nn.Module, mask: Tensor, options: Mapping[str, Any]) -> None:
+        """Look at a layer's ``mask`` [batch, heads, queries, keys], boolean or to be added."""
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        is_earlier = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+        if (seen & ~is_earlier).any():
+            self.features[_index(module)] = "attention to later tokens, such as those of an image,"
+        elif (is_earlier & ~seen).any() and options.get("sliding_window") is None:
+            self.features[_index(module)] = "a mask that hides earlier tokens"
+
+
+def _attend_recorded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    nanovllm_masks: MaskRecord | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's attention as transformers calls it; the mask is recorded."""
+    if nanovllm_masks is not None and attention_mask is not None:
+        nanovllm_masks.see(module, attention_mask, options)
+    output: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, **options
+    )
+    return output
+
+
 def _index(module: nn.Module) -> int:
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int):
@@ -153,3 +192,5 @@ def _padded(part: Tensor, width: int) -> Tensor:
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
+ALL_ATTENTION_FUNCTIONS.register(RECORDED, _attend_recorded)
+AttentionMaskInterface.register(RECORDED, sdpa_mask)

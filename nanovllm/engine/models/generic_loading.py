@@ -43,8 +43,7 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     name, config = checkpoint_name(checkpoint.directory), checkpoint.config
     check_config(checkpoint)
     _ = checkpoint.names  # a damaged file is named by the reader of it
-    has_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    factory: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    factory: Any = AutoModelForImageTextToText if has_images(config) else AutoModelForCausalLM
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -69,6 +68,11 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     if unexpected := sorted(map(str, report["unexpected_keys"])):
         logger.warning("%r has %d tensors without a place, such as %s", name, len(unexpected), unexpected[0])
     return model
+
+
+def has_images(config: Any) -> bool:
+    """Whether transformers' model for a ``config`` takes images."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def check_release(version: str) -> None:

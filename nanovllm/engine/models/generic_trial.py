@@ -7,20 +7,27 @@ attention and layouts are the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch
-from nanovllm.engine.models.generic import PROVEN_TOKENS, GenericDecoder, image_token_ids
+from nanovllm.engine.models.generic import PROVEN_TOKENS, GenericDecoder, image_token_ids, positions
+from nanovllm.engine.models.generic_attention import MASKS, RECORDED, MaskRecord
 from nanovllm.engine.models.generic_loading import known_window, max_positions
 from nanovllm.engine.models.generic_states import SequenceStates
-from nanovllm.errors import UnsupportedModel
+from nanovllm.engine.scheduling.sequence import ImageSpan
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.encoders.generic_processor import OneImageProcessor
+from nanovllm.vision.images.preprocess import PreparedImage
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """The largest difference of a logit, relative to the largest logit."""
@@ -28,6 +35,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _PROMPT_TOKENS = 640  # at least, where the context allows: windows that no field names are mostly of 512 or less
 _BEYOND = 32  # tokens behind the largest window that is named
 _NEW_TOKENS = 16
+_IMAGE_SIZE = (96, 128)  # height and width of its image
 _NEIGHBOUR_TOKENS = 5  # of a sequence that is computed beside the trial's
 
 
@@ -38,6 +46,16 @@ class Reference:
     token_ids: tuple[int, ...]
     generated: Tensor  # by generation with transformers' cache
     full: Tensor  # by one forward pass over all tokens
+    image: ReferenceImage | None
+
+
+@dataclass(frozen=True)
+class ReferenceImage:
+    """An image of the prompt: uint8 pixels [H, W, 3], and its tokens' place."""
+
+    pixels: np.ndarray
+    start: int
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,58 +63,115 @@ class TrialResult:
     """The largest differences of a logit from both references, relative to the largest logit."""
 
     num_tokens: int
+    image_tokens: int  # among them
     error_generated: float
     error_full: float
 
 
 @torch.inference_mode()
-def compute_reference(model: Any, max_model_len: int | None) -> Reference:
-    """Let transformers' ``model`` continue a random prompt, greedily.
+def compute_reference(model: Any, max_model_len: int | None, processor: OneImageProcessor | None = None) -> Reference:
+    """Let transformers' ``model`` continue a random prompt, greedily; with a ``processor`` there is an image in it.
 
     ``max_model_len``: the longest context that is asked for, in tokens.
 
-    Raises UnsupportedModel where the model cannot generate.
+    Raises UnsupportedModel where the model cannot generate, and ConfigurationError for a context without room for an
+    image.
     """
     text = model.config.get_text_config()
     wanted = max(_PROMPT_TOKENS, min(known_window(text), PROVEN_TOKENS) + _BEYOND)
-    length = max(1, min(wanted, (max_model_len or max_positions(model.config)) - _NEW_TOKENS))
-    images = image_token_ids(model.config)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(text.vocab_size, (1, 2 * length + 64), generator=generator)
-    prompt = drawn[~torch.isin(drawn, torch.tensor(images, dtype=drawn.dtype))][None, :length].to(model.device)
+    room = (max_model_len or max_positions(model.config)) - _NEW_TOKENS
+    image, inputs = None, dict[str, Tensor]()
+    if processor is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE, 3), np.uint8)
+        image_ids, inputs = processor(pixels)
+        if len(image_ids) + _BEYOND > room:
+            raise ConfigurationError(
+                f"max_model_len={room + _NEW_TOKENS} does not hold an image, which has {len(image_ids)} tokens or "
+                "more; enable_multimodal=False serves the model's text alone"
+            )
+        wanted = max(wanted, len(image_ids) + _PROMPT_TOKENS // 4)
+        start = min(wanted, room) - len(image_ids) - _BEYOND // 2  # where it counts for all logits that are compared
+        image = ReferenceImage(pixels, start, tuple(image_ids))
+    length = max(1, min(wanted, room))
+    tokens = image_token_ids(model.config)
+    drawn = torch.randint(text.vocab_size, (2 * length + 64,), generator=torch.Generator().manual_seed(0))
+    ids = [token for token in drawn.tolist() if token not in tokens][:length]
+    if image is not None:
+        ids[image.start : image.start + len(image.token_ids)] = image.token_ids
+    prompt = torch.tensor([ids], device=model.device)
     settings = GenerationConfig(
         max_new_tokens=_NEW_TOKENS,
         min_new_tokens=_NEW_TOKENS,
         do_sample=False,
         use_cache=True,
-        suppress_tokens=list(images) or None,
+        suppress_tokens=list(tokens) or None,
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=0,
     )
     try:
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-        full = model(input_ids=output.sequences, use_cache=False, logits_to_keep=_NEW_TOKENS + 1).logits
+        more = _image_inputs(model, prompt, inputs, tokens)
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **more)
+        more = _image_inputs(model, output.sequences, inputs, tokens)
+        full = _full_forward(model, output.sequences, more)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # a model of transformers raises whatever it likes
         name = type(model).__name__
         raise UnsupportedModel(f"transformers cannot generate with {name}: {type(error).__name__}: {error}") from error
-    return Reference(
-        tuple(output.sequences[0].tolist()), torch.cat(output.logits).float(), full[0, -_NEW_TOKENS - 1 : -1].float()
-    )
+    generated = torch.cat(output.logits).float()
+    return Reference(tuple(output.sequences[0].tolist()), generated, full[0, -_NEW_TOKENS - 1 : -1].float(), image)
+
+
+def _full_forward(model: Any, token_ids: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the last tokens by one pass.
+
+    Raises UnsupportedModel, by layer, where its masks do more than hide later tokens.
+    """
+    text = model.config.get_text_config()
+    masks = MaskRecord()
+    more = dict[str, Any]()
+    if text._attn_implementation == "sdpa":
+        text._attn_implementation, more = RECORDED, {MASKS: masks}
+    logits: Tensor = model(
+        input_ids=token_ids, use_cache=False, logits_to_keep=_NEW_TOKENS + 1, **inputs, **more
+    ).logits
+    for index, feature in sorted(masks.features.items()):
+        raise UnsupportedModel(f"{type(model).__name__}, layer {index}: {feature} is not supported")
+    return logits
+
+
+def _image_inputs(
+    model: Any, token_ids: Tensor, inputs: Mapping[str, Tensor], image_tokens: Sequence[int]
+) -> dict[str, Tensor]:
+    """What a forward pass of ``model`` takes of a processor's ``inputs``, and which of its tokens are an image's."""
+    if not inputs:
+        return {}
+    takes = inspect.signature(model.forward).parameters
+    found = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+        if name in takes
+    }
+    kinds = torch.isin(token_ids, token_ids.new_tensor(image_tokens)).long()
+    return found | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
 
 
 @torch.inference_mode()
-def hold_against(model: GenericDecoder, attention: AttentionBackend, reference: Reference) -> TrialResult:
+def hold_against(
+    model: GenericDecoder, attention: AttentionBackend, reference: Reference, encoder: ImageEncoder | None = None
+) -> TrialResult:
     """Compute the reference's tokens in chunks, beside another sequence, over paged attention.
 
     Raises UnsupportedModel where a logit differs by more than `TOLERANCES`, which the model's dtype chooses.
     """
     tokens = reference.token_ids
     prompt = len(tokens) - _NEW_TOKENS
-    first = prompt // 3 + 1
+    first = prompt // 3 + 1 if reference.image is None else reference.image.start + 3  # it ends inside the image
     chunks = [size for size in (first, min(16, prompt - first), max(0, prompt - first - 16)) if size > 0]
     try:
-        found = _logits(model, attention, tokens, [*chunks, *[1] * (_NEW_TOKENS - 1)])
+        images = () if reference.image is None or encoder is None else (_embedded(reference.image, encoder),)
+        found = _logits(model, attention, _Row(tokens, images), [*chunks, *[1] * (_NEW_TOKENS - 1)])
     except Exception as error:  # layers of transformers raise whatever they like
         why = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"{model.config.name} does not run over this engine's attention: {why}") from error
@@ -109,25 +184,39 @@ def hold_against(model: GenericDecoder, attention: AttentionBackend, reference: 
             f"those of transformers' cached generation by {errors[0]:.2g} of the largest and from those of its full "
             f"forward pass by {errors[1]:.2g}, {TOLERANCES[dtype]:.0e} being allowed (these two by {apart:.2g} from "
             "each other): it does something that this engine's attention does not do, such as a window or a mask that "
-            "its layers do not name"
+            "its layers do not name, or attention to later tokens inside an image"
         )
-    return TrialResult(len(tokens), *errors)
+    return TrialResult(len(tokens), 0 if not images else images[0].length, *errors)
+
+
+def _embedded(image: ReferenceImage, encoder: ImageEncoder) -> ImageSpan:
+    height, width = image.pixels.shape[:2]
+    prepared = PreparedImage(image.pixels, b"", width, height, (height, width))
+    layout = encoder.layout(prepared.size)
+    if layout is None or layout.token_ids != image.token_ids:
+        raise ValueError("the tokens of an image depend on more than its size")
+    (embedding,) = encoder.embed([prepared])
+    encoder.images_encoded, encoder.encode_seconds = 0, 0.0  # statistics are those of requests
+    if len(embedding) != len(layout.places):
+        raise ValueError(f"an image has {len(embedding)} features for {len(layout.places)} tokens")
+    return ImageSpan(prepared, b"", image.start, len(layout.token_ids), layout=layout, embedding=embedding)
 
 
 @dataclass
 class _Row:
     tokens: Sequence[int]
-    table: list[int]
+    images: tuple[ImageSpan, ...] = ()
+    table: list[int] = field(default_factory=list)
     states: SequenceStates = field(default_factory=SequenceStates)
 
 
-def _logits(model: GenericDecoder, attention: AttentionBackend, tokens: Sequence[int], chunks: Sequence[int]) -> Tensor:
-    """Logits of the last of the ``tokens``, one before each new token; a neighbour goes along, a token a step."""
-    size = attention.block_size
+def _logits(model: GenericDecoder, attention: AttentionBackend, ours: _Row, chunks: Sequence[int]) -> Tensor:
+    """Logits of the last tokens of ``ours``, one before each new token; a neighbour goes along, a token a step."""
+    size, tokens = attention.block_size, ours.tokens
     blocks = -(-len(tokens) // size)
     spare = -(-(_NEIGHBOUR_TOKENS + len(chunks)) // size)
-    ours = _Row(tokens, list(range(blocks)))
-    other = _Row([tokens[-1], *tokens][: _NEIGHBOUR_TOKENS + len(chunks)], list(range(blocks, blocks + spare)))
+    ours.table = list(range(blocks))
+    other = _Row(tokens[-_NEW_TOKENS:], table=list(range(blocks, blocks + spare)))
     dtype = model.embed_tokens.dtype
     caches = [attention.allocate(blocks + spare, *shape, dtype) for shape in model.config.kv_shapes]
     found = []
@@ -147,24 +236,36 @@ def _logits(model: GenericDecoder, attention: AttentionBackend, tokens: Sequence
 def _step(
     model: GenericDecoder, attention: AttentionBackend, caches: Sequence[Tensor], rows: Sequence[tuple[_Row, int, int]]
 ) -> Tensor:
-    device = model.embed_tokens.device
+    device, axes = model.embed_tokens.device, model.config.num_axes
     counts, stops = [count for _, count, _ in rows], [stop for *_, stop in rows]
-    ids = torch.tensor([token for row, count, stop in rows for token in row.tokens[stop - count : stop]], device=device)
-    positions = torch.cat([torch.arange(stop - count, stop, device=device) for _, count, stop in rows])
-    if model.config.num_axes > 1:
-        positions = positions.unsqueeze(1).expand(-1, model.config.num_axes)
-    batch = AttentionBatch(counts, stops, [row.table for row, *_ in rows])
     ends = list(accumulate(counts))
+    ids: list[int] = []
+    places: list[tuple[int, ...]] = []
+    images: list[tuple[int, Tensor]] = []
+    for row, count, stop in rows:
+        for span in row.images:
+            assert span.embedding is not None
+            if span.touches(stop - count, stop):
+                for first, low, high in span.runs(stop - count, stop):
+                    images.append((len(ids) + first - stop + count, span.embedding[low:high]))
+        ids += row.tokens[stop - count : stop]
+        places += (
+            positions(row.images, stop - count, stop, axes) if axes > 1 else [(at,) for at in range(stop)[-count:]]
+        )
+    hidden = model.embed(torch.tensor(ids, device=device).clamp(max=model.config.vocab_size - 1))
+    located = torch.tensor(places, device=device)
+    batch = AttentionBatch(counts, stops, [row.table for row, *_ in rows])
     states = [(end - count, end, row.states) for end, (row, count, _) in zip(ends, rows, strict=True)]
-    hidden: Tensor = model(
-        model.embed(ids),
-        positions,
+    computed: Tensor = model(
+        hidden,
+        located if axes > 1 else located[:, 0],
         caches,
         attention,
         attention.metadata(batch),
+        images,
         states=states if model.has_states else (),
     )
-    return hidden
+    return computed
 
 
 def _difference(found: Tensor, wanted: Tensor, without: Sequence[int]) -> float:

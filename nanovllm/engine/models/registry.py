@@ -10,8 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.config import Backend, EngineConfig
-from nanovllm.engine.models import llava, qwen_vl
+from nanovllm.engine.models import generic, llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
+from nanovllm.engine.models.generic import GenericConfig
 from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
 from nanovllm.engine.models.qwen3 import qwen3
@@ -27,6 +28,8 @@ QWEN_VL = {
     "Qwen2_5_VLForConditionalGeneration": qwen_vl.qwen2_5_vl,
     "Qwen3VLForConditionalGeneration": qwen_vl.qwen3_vl,
 }
+
+_AROUND_IMAGE = (("vision_start_token_id", "vision_end_token_id"), ("image_start_token_id", "image_end_token_id"))
 
 TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "LlamaForCausalLM": llama,
@@ -113,12 +116,17 @@ def load_encoder(
 
 def around_image(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """The tokens before and behind an image, where the family has them."""
-    if checkpoint.architecture not in QWEN_VL:
-        return None
-    config: Any = checkpoint.config
-    return config.vision_start_token_id, config.vision_end_token_id
+    for names in _AROUND_IMAGE:
+        before, behind = (getattr(checkpoint.config, name, None) for name in names)
+        if isinstance(before, int) and isinstance(behind, int):
+            return before, behind
+    return None
 
 
 def positions_of(config: TextConfig, images: Sequence[ImageSpan], start: int, end: int) -> Sequence[Any]:
     """The positions of a sequence's tokens [start, end): plain numbers, or triples where the family has axes."""
-    return range(start, end) if config.position_axes is None else qwen_vl.positions(images, start, end)
+    if config.position_axes is None:
+        return range(start, end)
+    if isinstance(config, GenericConfig):
+        return generic.positions(images, start, end, config.num_axes)
+    return qwen_vl.positions(images, start, end)

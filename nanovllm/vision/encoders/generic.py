@@ -1,0 +1,117 @@
+"""Towers of any image-text model of transformers: its own processor and its own features, one image at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanovllm.errors import UnsupportedModel
+from nanovllm.vision.encoders.base import ImageEncoder, ImageLayout, tower_fields
+from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
+from nanovllm.vision.images.preprocess import ImageTransform
+
+_KNOWN_SIZES = 4096  # whose layouts are kept
+_USUAL_SIDE = 1024  # pixels of the square that tells how many tokens an image takes
+_AS_IT_IS = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
+_TEXT_BEFORE = 2  # tokens, where positions are learnt
+
+
+class GenericEncoder(ImageEncoder):
+    """The parts of a model of transformers that make features of images.
+
+    Images come as they are decoded; the model's processor sees one at a time, so that an image's tokens and features
+    depend on it alone. Raises UnsupportedModel where the model has no such features.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self, model: Any, processor: OneImageProcessor, *, name: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """``model`` has its weights; it keeps the parts that compute on text."""
+        super().__init__()
+        base = model.base_model
+        if not hasattr(base, "get_image_features"):
+            raise UnsupportedModel(f"{type(model).__name__} has no features of images")
+        self._of_model = (base, model.config)  # a tuple: not registered as a module of this one
+        self._processor = processor
+        self._takes = inspect.signature(base.get_image_features).parameters
+        self._image_token_id = image_token_of(model.config)
+        self._layouts = lru_cache(_KNOWN_SIZES)(self._compute_layout)
+        text = {id(module) for module in (*model.get_decoder().modules(), model.get_input_embeddings())}
+        towers = [child for child in base.children() if not text.intersection(map(id, child.modules()))]
+        self.tower = nn.ModuleList(towers)
+        self.transform = _AS_IT_IS
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
+        self.num_vision_tokens = self.num_tokens((_USUAL_SIDE, _USUAL_SIDE))
+        self._finish(name, True, dtype, device)
+        try:
+            self.width = self._embed_one(np.zeros((_USUAL_SIDE // 8, _USUAL_SIDE // 8, 3), np.uint8)).shape[1]
+        except Exception as error:  # a tower of transformers raises whatever it likes
+            why = f"{type(error).__name__}: {error}"
+            raise UnsupportedModel(f"{type(model).__name__} makes no features of an image: {why}") from error
+
+    def layout(self, size: tuple[int, int]) -> ImageLayout:
+        """See ImageEncoder; processors look at the size of an image alone."""
+        return self._layouts(size)
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image, those between its embeddings included."""
+        return len(self.layout(size).token_ids)
+
+    def accepts(self, size: tuple[int, int]) -> bool:
+        """Whether an image has pixels."""
+        return min(size) > 0
+
+    def _architecture(self) -> dict[str, Any]:
+        return {"model": tower_fields(self._of_model[1]), "processor": self._processor.fingerprint()}
+
+    @torch.no_grad()
+    def _compute_layout(self, size: tuple[int, int]) -> ImageLayout:
+        ids, inputs = self._processor(np.zeros((*size, 3), np.uint8))
+        places = tuple(place for place, token in enumerate(ids) if token == self._image_token_id)
+        offsets, advance = self._positions(ids, inputs)
+        return ImageLayout(tuple(ids), places, offsets, advance)
+
+    def _positions(self, ids: list[int], inputs: dict[str, Tensor]) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
+        """Positions of an image's tokens relative to the first's, and of the token behind; None: they count on."""
+        rope_index = getattr(self._of_model[0], "get_rope_index", None)
+        if rope_index is None:
+            return None, len(ids)
+        around, image = [0] * _TEXT_BEFORE, self._image_token_id or 0
+        tokens = torch.tensor([[*around, *ids, 0]])
+        grids = {name: value for name, value in inputs.items() if name.endswith("_grid_thw")}
+        found = rope_index(tokens, mm_token_type_ids=torch.eq(tokens, image).int(), **grids)[0][:, 0]
+        relative = (found[:, _TEXT_BEFORE:] - _TEXT_BEFORE).T.tolist()
+        return tuple(map(tuple, relative[:-1])), int(max(relative[-1]))
+
+    @torch.no_grad()
+    def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        return [self._embed_one(image) for image in images]
+
+    def _embed_one(self, image: np.ndarray) -> Tensor:
+        """Features [places, width] of one image: the tower's, then those for further layers."""
+        _, inputs = self._processor(image)
+        device = next(self.tower.parameters()).device
+        taken = {
+            name: value.to(device, self.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if name in self._takes
+        }
+        output = self._of_model[0].get_image_features(**taken, return_dict=True)
+        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        return torch.cat([_rows(level) for level in levels], -1)
+
+
+def _rows(features: Any) -> Tensor:
+    """Features of tiles, a list or [tiles, n, width], as rows [tiles * n, width]."""
+    if isinstance(features, (list, tuple)):
+        return torch.cat([_rows(part) for part in features])
+    rows: Tensor = features.flatten(0, -2)
+    return rows

@@ -1,0 +1,165 @@
+"""Image-text models of transformers over the engine's attention: as transformers' own processor and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from nanovllm.engine.diagnostics import describe
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.models.generic import GenericDecoder
+from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
+from nanovllm.vision.encoders.generic import GenericEncoder
+from tests.checkpoints import QwenVL, make_qwen_vl
+from tests.generic_checkpoints import IMAGE_FAMILIES, make_generic_images, written_image
+from tests.generic_parts import GREEDY, Recorded, assert_same, transformers_answer
+
+SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
+STATEFUL = ("qwen3_5", "qwen3_5_moe")
+REFUSED = ("gemma3", "mllama")
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+ONE = [picture(1, 40, 60)]
+THREE = [picture(2, 64, 32), picture(3, 90, 130), picture(2, 64, 32)]
+
+
+def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """A prompt as the model's own processor makes it, all images at once."""
+    encoder = engine.model_runner.encoder
+    assert isinstance(encoder, GenericEncoder)
+    processor = encoder._processor._processor
+    found = processor(text=[text], images=list(images) or None, return_mm_token_type_ids=True, return_tensors="pt")
+    decoder = engine.model_runner.model
+    assert isinstance(decoder, GenericDecoder)
+    if not hasattr(decoder.model.base_model, "get_rope_index"):
+        found.pop("mm_token_type_ids", None)
+    return dict(found)
+
+
+@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in REFUSED])
+def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_generic_images(tmp_path, family)
+    image = written_image(family)
+    texts = ["What is the total?", f"Describe this: {image} as JSON", f"{image} and {image}, not {image} hello"]
+    pictures: list[list[Image.Image]] = [[], ONE, THREE]
+    tolerance = 1e-4 if family in STATEFUL else 1e-5
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0) as engine:
+        recorded = Recorded(engine, monkeypatch)
+        decoder = engine.model_runner.model
+        assert isinstance(decoder, GenericDecoder)
+        without = decoder.never_sampled
+        together = recorded.answers(texts, pictures)
+        for found, text, images in zip(together, texts, pictures, strict=True):
+            wanted = transformers_answer(plain, transformers_inputs(engine, text, images), without)
+            assert_same(found, wanted, tolerance, without)
+        assert engine.stats().encoder_images == 3  # of four, two are equal
+        (alone,) = recorded.answers(texts[1:2], [ONE])
+        assert_same(alone, together[1], tolerance, without)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "qwen3_5"])
+def test_a_preempted_request_with_images_stays_the_same(family: str, tmp_path: Path) -> None:
+    directory, image = make_generic_images(tmp_path, family), written_image(family)
+    texts, pictures = [f"{image} {number} {image}" for number in range(3)], [[ONE[0], THREE[1]]] * 3
+    with LLMEngine(str(directory), **SMALL) as roomy:
+        runner = roomy.model_runner
+        wanted = [output.token_ids for output in roomy.generate(texts, GREEDY, pictures, use_tqdm=False)]
+        block_bytes = sum(cache.nbytes for cache in runner.kv_caches) // runner.num_blocks
+    with LLMEngine(str(directory), **SMALL, kv_cache_bytes=13 * block_bytes) as engine:
+        found = [output.token_ids for output in engine.generate(texts, GREEDY, pictures, use_tqdm=False)]
+        assert engine.stats().num_preemptions > 0
+        engine.audit()
+    assert found == wanted
+
+
+def test_a_prefix_is_reused_for_the_same_image_alone(tmp_path: Path) -> None:
+    directory, image = make_generic_images(tmp_path, "idefics3"), written_image("idefics3")
+    with LLMEngine(str(directory), **SMALL) as engine:
+        text = f"Describe this image: {image} What is the total?"
+        first = engine.generate(text, GREEDY, ONE, use_tqdm=False)[0]
+        engine.generate(text, GREEDY, [picture(9, 40, 60)], use_tqdm=False)
+        assert engine.stats().prefix_cache_hits == 0
+        again = engine.generate(text, GREEDY, ONE, use_tqdm=False)[0]
+        assert engine.stats().prefix_cache_hits >= 32
+        assert engine.stats().encoder_images == 2
+    assert again.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_hand_written_family_and_transformers_layers_give_the_same(
+    family: QwenVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_qwen_vl(tmp_path, family=family)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    texts, pictures = [f"Describe {image} as JSON", f"{image} and {image}", "hello"], [ONE, THREE[:2], []]
+    answers = []
+    # The hand-written families may sample image tokens.
+    without_images = GREEDY.model_copy(update={"logit_bias": dict.fromkeys(range(384, 386), -100.0)})
+    for backend in ("generic", "native"):
+        with LLMEngine(str(directory), **{**SMALL, "backend": backend}, num_speculative_tokens=0) as engine:
+            assert isinstance(engine.model_runner.model, GenericDecoder) == (backend == "generic")
+            answers.append(Recorded(engine, monkeypatch).answers(texts, pictures, without_images))
+            if isinstance(engine.model_runner.model, GenericDecoder):
+                without = engine.model_runner.model.never_sampled
+    for generic, native in zip(*answers, strict=True):
+        assert_same(generic, native, 1e-5, without)
+
+
+def test_an_image_token_is_never_sampled(tmp_path: Path) -> None:
+    directory = make_generic_images(tmp_path, "idefics3")
+    with LLMEngine(str(directory), **SMALL) as engine:
+        token = engine.model_runner.image_token_id
+        params = GREEDY.model_copy(update={"logit_bias": {token: 100.0}})
+        (output,) = engine.generate("hello", params, use_tqdm=False)
+    assert token not in output.token_ids
+
+
+def test_what_doctor_says_counts_the_tokens_of_an_image(tmp_path: Path) -> None:
+    with LLMEngine(str(make_generic_images(tmp_path, "idefics3")), **SMALL) as engine:
+        (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
+    assert "measured over 320 tokens, 34 of an image among them" in support.value
+
+
+def test_attention_to_later_tokens_of_an_image_is_refused_by_layer(tmp_path: Path) -> None:
+    directory = make_generic_images(tmp_path, "gemma3")
+    with pytest.raises(UnsupportedModel, match=r"layer 0: attention to later tokens, such as those of an image,"):
+        LLMEngine(str(directory), **SMALL)
+
+
+def test_an_image_that_the_processor_refuses_fails_its_request_alone(tmp_path: Path) -> None:
+    directory, image = make_generic_images(tmp_path, "qwen2_vl"), written_image("qwen2_vl")
+    with LLMEngine(str(directory), **SMALL) as engine:
+        with pytest.raises(InvalidImage, match="refuses an image of 2000x2 pixels"):
+            engine.generate(image, GREEDY, [picture(1, 2, 2000)], use_tqdm=False)
+        assert len(engine.generate(image, GREEDY, ONE, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
+
+
+def test_without_images_its_text_is_served_alone(tmp_path: Path) -> None:
+    with LLMEngine(str(make_generic_images(tmp_path, "internvl")), **SMALL, enable_multimodal=False) as engine:
+        assert engine.processor is None
+        assert len(engine.generate("hello", GREEDY, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
+
+
+@pytest.mark.parametrize("options", [{"max_pixels": 1000}, {"vision_model": "tower"}])
+def test_options_of_other_encoders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"{next(iter(options))}=.* brings towers of its own"):
+        LLMEngine(str(make_generic_images(tmp_path, "internvl")), **SMALL, **options)
+
+
+def test_a_context_without_room_for_an_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="max_model_len=64 does not hold an image, which has 34 tokens"):
+        LLMEngine(str(make_generic_images(tmp_path, "idefics3")), **{**SMALL, "max_model_len": 64})
