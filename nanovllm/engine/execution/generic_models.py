@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import transformers
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.layers.linear import choose_torch_layouts
 from nanovllm.engine.models.generic import GenericDecoder
-from nanovllm.engine.models.generic_loading import has_images, load_transformers_model
+from nanovllm.engine.models.generic_loading import check_config, check_release, has_images, load_transformers_model
 from nanovllm.engine.models.generic_trial import Reference, compute_reference
 from nanovllm.engine.models.llava import composed_encoder
 from nanovllm.errors import ConfigurationError, UnsupportedModel
@@ -32,6 +33,8 @@ def load_generic_models(
         ConfigurationError: options that such a model does not have.
     """
     name = checkpoint_name(checkpoint.directory)
+    check_release(transformers.__version__)
+    check_config(checkpoint)
     processor = None
     if has_images(checkpoint.config) and config.wants_vision is not False:
         for option in _VISION_OPTIONS:

@@ -34,14 +34,9 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     """The checkpoint's model as transformers has it, with the attention that transformers chooses.
 
     Raises:
-        ConfigurationError: an older transformers than `OLDEST`.
-        UnsupportedModel: a model that transformers does not have without the checkpoint's own code, that cannot
-            generate from tokens and images alone, whose layers or weights are not those that transformers knows, or
-            that is quantised.
+        UnsupportedModel: what transformers cannot load, or weights that are missing.
     """
-    check_release(transformers.__version__)
     name, config = checkpoint_name(checkpoint.directory), checkpoint.config
-    check_config(checkpoint)
     _ = checkpoint.names  # a damaged file is named by the reader of it
     factory: Any = AutoModelForImageTextToText if has_images(config) else AutoModelForCausalLM
     shows_progress = transformers_logging.is_progress_bar_enabled()

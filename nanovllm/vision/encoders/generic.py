@@ -47,6 +47,7 @@ class GenericEncoder(ImageEncoder):
         text = {id(module) for module in (*model.get_decoder().modules(), model.get_input_embeddings())}
         towers = [child for child in base.children() if not text.intersection(map(id, child.modules()))]
         self.tower = nn.ModuleList(towers)
+        self.separators = nn.ParameterList(base.parameters(recurse=False))  # some have such between rows and views
         self.transform = _AS_IT_IS
         self.hidden_size = int(model.config.get_text_config().hidden_size)
         self.num_vision_tokens = self.num_tokens((_USUAL_SIDE, _USUAL_SIDE))
