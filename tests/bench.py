@@ -177,7 +177,7 @@ class Bench:
         records = await self.read(self.settings.topics.dead_letters, count)
         return [({name: value.decode() for name, value in record.headers}, record.value) for record in records]
 
-    async def committed(self, partition: int = 0) -> int | None:
+    async def committed(self, partition: int = 0, topic: str | None = None) -> int | None:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap_servers,
             group_id=self.settings.kafka.group_id,
@@ -185,7 +185,7 @@ class Bench:
         )
         await consumer.start()
         try:
-            return await consumer.committed(TopicPartition(self.settings.topics.jobs, partition))
+            return await consumer.committed(TopicPartition(topic or self.settings.topics.jobs, partition))
         finally:
             await consumer.stop()
 

@@ -59,12 +59,6 @@ def s3_node_program() -> Path | None:
     return _program("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
 
 
-def filings_folder() -> Path | None:
-    """Public filings with a person's answers and their schemas: ``DOCUMENTS``, or those beside the repository."""
-    folder = Path(os.environ.get("DOCUMENTS") or REPOSITORY.parent / "shared" / "documents") / "extract-bench"
-    return folder if folder.is_dir() else None
-
-
 @cache
 def docker_answers() -> bool:
     """Whether a Docker daemon answers here."""
@@ -271,10 +265,11 @@ Fault = Literal["refuse", "cut", "unavailable"]
 class FaultProxy:
     """Stands before an HTTP server and spoils connections in their order; once ``faults`` are used up, none.
 
+    None spoils nothing of one request, which gets a connection of its own.
     ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503.
     """
 
-    def __init__(self, upstream_url: str, faults: Iterable[Fault]) -> None:
+    def __init__(self, upstream_url: str, faults: Iterable[Fault | None]) -> None:
         upstream = urlsplit(upstream_url)
         self._upstream = (upstream.hostname or "", upstream.port or 80)
         self._faults = list(faults)
@@ -289,6 +284,10 @@ class FaultProxy:
     def faults_left(self) -> int:
         return len(self._faults)
 
+    def heal(self) -> None:
+        """Spoil nothing any more."""
+        self._faults.clear()
+
     async def __aenter__(self) -> FaultProxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return self
@@ -298,6 +297,7 @@ class FaultProxy:
         self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_single = bool(self._faults)
         fault = self._faults.pop(0) if self._faults else None
         try:
             if fault == "refuse":
@@ -309,6 +309,8 @@ class FaultProxy:
                 return
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
             try:
+                if is_single:
+                    up_writer.write(await reader.readuntil(b"\r\n") + b"Connection: close\r\n")
                 forth = asyncio.create_task(_pump(reader, up_writer))
                 await _pump(up_reader, writer, at_most=300 if fault == "cut" else None)
                 forth.cancel()

@@ -56,8 +56,7 @@ class World:
         return JobProducer(self.kafka, topic=self.topics.jobs)
 
     def reader(self) -> ResultReader:
-        settings = Settings.model_construct(kafka=self.kafka, topics=self.topics)
-        return ResultReader(settings, from_beginning=True, dead_letters=True)
+        return ResultReader(reader_settings(self), from_beginning=True, dead_letters=True)
 
     async def read(self, reader: ResultReader) -> None:
         for outcome in await reader.read():
@@ -138,3 +137,8 @@ class World:
         async with consumer:
             ends = await consumer.end_offsets(partitions)
             return sum([ends[partition] - (await consumer.committed(partition) or 0) for partition in partitions])
+
+
+def reader_settings(world: World) -> Settings:
+    """Brokers and topics of ``world``, without a look at the environment."""
+    return Settings.model_construct(kafka=world.kafka, topics=world.topics)

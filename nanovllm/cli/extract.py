@@ -27,7 +27,7 @@ from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.jsonl import JsonLinesSink
-from nanovllm.sinks.sidecar import head_or_none
+from nanovllm.sinks.sidecar import head_or_none, is_sidecar
 from nanovllm.terminal import long_work, plain, print_json
 
 DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
@@ -150,7 +150,7 @@ def _find(
         objects = _as_they_are(client, list_inventory(client, read_manifest(client, inventory), pattern))
     left_out = 0
     with ThreadPoolExecutor(MAX_ASKED) as pool:
-        for one, route in pool.map(lambda one: (one, forced or _route_of(client, routes, one)), objects):
+        for one, route in pool.map(lambda one: (one, _route_of(client, routes, forced, one)), objects):
             if route is None:
                 left_out += 1
                 continue
@@ -162,14 +162,19 @@ def _find(
         print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
 
 
-def _route_of(client: S3Client, routes: Routes, one: ListedObject) -> Route | None:
-    """The route that takes a listed object; its content type is asked for where that decides."""
+def _route_of(client: S3Client, routes: Routes, forced: Route | None, one: ListedObject) -> Route | None:
+    """The route of a listed object: ``forced`` for all but records, or the one that takes it.
+
+    Whether it is a record, and its content type where that decides, the store is asked.
+    """
     bucket, key = split_s3_uri(one.uri) or ("", "")
     content_type = None
-    if routes.needs_head(bucket, key):
+    if forced is not None or routes.needs_head(bucket, key):
         answer = client.call(lambda s3: head_or_none(s3, bucket, key)) or {}
+        if is_sidecar(answer.get("Metadata", {})):
+            return None
         content_type = answer.get("ContentType")
-    return routes.route_of(bucket, key, content_type, one.size)
+    return forced or routes.route_of(bucket, key, content_type, one.size)
 
 
 def _as_they_are(client: S3Client, listed: Iterable[ListedObject]) -> Iterator[ListedObject]:

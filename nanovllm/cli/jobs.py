@@ -104,9 +104,9 @@ def results(
     config: ConfigOption = None,
     bootstrap_servers: BrokersOption = None,
 ) -> None:
-    """Follow the results as they come; Ctrl-C ends it."""
+    """Follow the results, and the records of documents among them, as they come; Ctrl-C ends it."""
     settings = client_settings(config, bootstrap_servers)
-    reader = ResultReader(settings, from_beginning=from_beginning, dead_letters=dead_letters)
+    reader = ResultReader(settings, from_beginning=from_beginning, dead_letters=dead_letters, documents=True)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_follow(reader, ResultRows(as_json=as_json), count))
 

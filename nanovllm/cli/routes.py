@@ -132,7 +132,7 @@ def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> It
                 picture = partial(receipt_page, number)
                 costs[entry] = measure(engine, entry.route, settings, picture, pages=pages, points=points)
     if not settings.s3.allow:
-        yield "", "s3.allow", "not set: a worker with these settings reads no object"
+        yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
     for entry, check in checks.items():
         yield from _rows(entry, check.budget, costs.get(entry))
 

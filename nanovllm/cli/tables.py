@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from nanovllm.client.results import Outcome
+from nanovllm.errors import counted
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.messages.result import Result
 from nanovllm.terminal import plain, print_json
 
 _WIDTHS = {"job": 24, "inputs": 20, "status": 11, "text": None, "tokens": 9, "cache": 10, "ms": 8}
@@ -47,7 +51,7 @@ class ResultRows:
         head = [job, status]
         if not isinstance(outcome, DeadLetter):
             head += [Text(f"{tokens} tokens"), Text(f"{ms} ms")]
-            if outcome.inputs:
+            if isinstance(outcome, Result) and outcome.inputs:
                 head.append(Text(f"cache {cache}"))
         if inputs.plain != "-":
             head.append(inputs)
@@ -66,6 +70,8 @@ def few(names: Sequence[str]) -> str:
 
 def _cells(outcome: Outcome) -> tuple[Text, ...]:
     job = plain(outcome.job_id or "?")
+    if isinstance(outcome, DocumentRecord):
+        return job, *_document_cells(outcome)
     inputs = plain(few(outcome.inputs if isinstance(outcome, DeadLetter) else outcome.input_names) or "-")
     if isinstance(outcome, DeadLetter):
         status = Text(outcome.error_class, style="red")
@@ -79,4 +85,17 @@ def _cells(outcome: Outcome) -> tuple[Text, ...]:
         Text(f"{usage.input_tokens}+{usage.output_tokens}"),
         Text(", ".join(image.cache for image in outcome.inputs) or "-"),
         Text(f"{outcome.timings_ms.total:,.0f}"),
+    )
+
+
+def _document_cells(record: DocumentRecord) -> tuple[Text, ...]:
+    text = record.text if record.value is None else json.dumps(record.value, ensure_ascii=False)
+    reused = sum(page.reused for page in record.pages)
+    return (
+        plain(record.document.uri),
+        Text(record.status, style="green" if record.status == "complete" else "yellow"),
+        plain((text or "") if record.stored is None else record.stored.uri),
+        Text(f"{record.usage.input_tokens}+{record.usage.output_tokens}"),
+        Text(f"{reused} of {counted(len(record.pages), 'page')} reused" if reused else "-"),
+        Text(f"{record.timings_ms.total:,.0f}"),
     )

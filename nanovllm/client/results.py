@@ -21,13 +21,15 @@ from nanovllm.errors import BrokersUnavailable, InvalidJob, MissingTopic
 from nanovllm.kafka.raw_records import getmany
 from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.result import Result
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.dead_letter_record import read_dead_letter
 
-Outcome = Result | DeadLetter
+Outcome = Result | DeadLetter | DocumentRecord
+_DOCUMENT_TYPE = ("ce_type", f"nanovllm.{DocumentRecord.schema_name}".encode())
 
 
 class ResultReader:
@@ -41,6 +43,7 @@ class ResultReader:
         settings: brokers and topics; ``bootstrap_servers`` alone will do for the default topics.
         from_beginning: also what is there already.
         dead_letters: the dead letters too.
+        documents: the records of documents that stand in the topic of results too.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ResultReader:
         bootstrap_servers: str | None = None,
         from_beginning: bool = False,
         dead_letters: bool = False,
+        documents: bool = False,
     ) -> None:
         settings = settings or client_settings()
         kafka = settings.kafka
@@ -58,6 +62,7 @@ class ResultReader:
         self._results = settings.topics.results
         self._topics = [self._results, *([settings.topics.dead_letters] if dead_letters else [])]
         self._from_beginning = from_beginning
+        self._documents = documents
         self._kafka = kafka
         self.unreadable = 0
 
@@ -101,6 +106,8 @@ class ResultReader:
 
     def _parse(self, record: ConsumerRecord) -> Outcome | None:
         try:
+            if record.topic == self._results and _DOCUMENT_TYPE in record.headers:
+                return DocumentRecord.model_validate(decode_fields(record.value or b"")) if self._documents else None
             if record.topic == self._results:
                 return Result.model_validate(decode_fields(record.value or b""))
             return read_dead_letter(record.headers, record.value)

@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nanovllm.demo.document_outcome import MIN_EXACT_SHARE, DocumentOutcome, DocumentSummary
 from nanovllm.demo.jobs import BROKEN_JOB_ID, DemoJob, DemoSet
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.sinks.jsonl import JsonLinesSink
 
-MIN_EXACT_SHARE = 0.9
 STAGES = ("admit", "fetch", "prepare", "queue", "encode", "prefill", "generate")
 """The stages of one job in the order of time. ``prefill`` is what is left of the time to the first token."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """``summary.json``: jobs sent that have an answer, images named by the answered ones, wall-clock seconds."""
+    """The jobs' part of ``summary.json``: jobs that have an answer, images named by those, wall-clock seconds."""
 
     jobs: int
     answered: int
@@ -46,13 +46,18 @@ class StageLatency:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. ``results`` by job_id; ``worker_exit`` is None while the worker was left running."""
+    """One run.
+
+    ``results`` by job_id; ``dead_letters`` are those of jobs; ``worker_exit`` is None while the worker is left
+    running, ``documents`` in a run without them.
+    """
 
     demo: DemoSet
     results: Mapping[str, Result]
     dead_letters: Sequence[DeadLetter]
     seconds: float
     worker_exit: int | None
+    documents: DocumentOutcome | None = None
 
     def is_exact(self, job: DemoJob) -> bool:
         """Whether the job's text is the truth, character by character."""
@@ -107,17 +112,24 @@ class Outcome:
             found.append("the malformed message is not the one other dead letter, as invalid_job")
         if self.worker_exit not in (0, None):
             found.append(f"the worker ended with exit code {self.worker_exit}")
+        if self.documents is not None:
+            found += self.documents.complaints
         return tuple(found)
 
     def write(self, directory: Path) -> None:
-        """Write ``summary.json``, ``results.jsonl`` and ``dead-letters.jsonl``."""
-        (directory / "summary.json").write_text(json.dumps(asdict(self.summary), indent=2) + "\n")
+        """Write ``summary.json``, ``results.jsonl``, ``dead-letters.jsonl`` and, with documents, ``records.jsonl``."""
+        documents = DocumentSummary() if self.documents is None else self.documents.summary
+        (directory / "summary.json").write_text(json.dumps(asdict(self.summary) | asdict(documents), indent=2) + "\n")
         with JsonLinesSink(directory / "results.jsonl") as results:
             for result in self.results.values():
                 results.write(result)
         with JsonLinesSink(directory / "dead-letters.jsonl") as dead_letters:
             for letter in self.dead_letters:
                 dead_letters.write(letter)
+        if self.documents is not None:
+            with JsonLinesSink(directory / "records.jsonl") as records:
+                for record in self.documents.records.values():
+                    records.write(record)
 
 
 def stage_times(result: Result) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """``nanovllm demo``: broker, store, worker and jobs on one machine, with generated data.
 
 It starts the embedded broker and object store, uploads generated pictures, produces jobs, runs the real worker as a
-process of its own, and compares what comes out with the generator's truth.
+process of its own, stores documents and publishes their events, and compares what comes out with the generator's truth.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from rich.console import Console
 from rich.text import Text
 
 from nanovllm.client.producer import JobProducer
-from nanovllm.client.results import ResultReader
+from nanovllm.client.results import ResultReader, client_settings
 from nanovllm.demo.broker import EmbeddedBroker
-from nanovllm.demo.child_process import LocalProcess, free_port
+from nanovllm.demo.child_process import HOST, LocalProcess, free_port
+from nanovllm.demo.document_outcome import DocumentOutcome, DocumentSummary
+from nanovllm.demo.documents import LETTERS, PREFIX, SCANS, DemoDocuments, demo_documents, write_routes
+from nanovllm.demo.extract import DocumentsAtWork
 from nanovllm.demo.jobs import BUCKET, DEFAULT_JOBS, MALFORMED_MESSAGE, DemoJob, DemoSet, demo_set
 from nanovllm.demo.object_store import CREDENTIALS, EmbeddedObjectStore
 from nanovllm.demo.outcome import Outcome
@@ -35,10 +38,12 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.result import Result
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.topics import TopicSettings
-from nanovllm.settings.worker import ENV_PREFIX, Settings
+from nanovllm.settings.worker import ENV_PREFIX
 from nanovllm.terminal import long_work, plain
 
 TOPICS = TopicSettings()
+ROUTES = "routes.yaml"
+FILES = ("report.html", "results.jsonl", "records.jsonl", "dead-letters.jsonl", "summary.json", "worker.log", ROUTES)
 EXPECTED_DEAD_LETTERS = 2
 STALL_S = 180.0
 """Without any answer for so long, the run is given up: loading the model takes seconds."""
@@ -46,6 +51,7 @@ EXAMPLES = ("json", "total", "text", "describe", "compare")
 
 NEXT = (
     ("README.md, Run it on your own", "your brokers, buckets and model"),
+    ("docs/documents.md", "from the bucket's event to the record"),
     ("docs/guide.md", "the engine in Python"),
 )
 
@@ -69,7 +75,7 @@ def run_demo(*, keep: bool = False, output: Path = Path("build/demo"), jobs: int
     demo = demo_set(jobs)
     output.mkdir(parents=True, exist_ok=True)
     # What an earlier run left must not pass for this one's.
-    for name in ("report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"):
+    for name in FILES:
         (output / name).unlink(missing_ok=True)
     console = Console(highlight=False)
     return asyncio.run(_run(demo, keep, output, console))
@@ -99,7 +105,7 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
     with _step(console, "Starting the embedded broker and object store") as done:
         await asyncio.gather(broker.start(), store.start())
         kafka = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, client_id="nanovllm-demo")
-        await create_topics(kafka, [TOPICS.jobs, TOPICS.results, TOPICS.metrics, TOPICS.dead_letters])
+        await create_topics(kafka, [TOPICS.jobs, TOPICS.results, TOPICS.metrics, TOPICS.dead_letters, TOPICS.events])
         done(f"Kafka on {broker.bootstrap_servers}, S3 on {store.endpoint_url}")
 
     settings = {
@@ -110,7 +116,12 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         "NANOVLLM_S3__ALLOW": f"s3://{BUCKET}/",
         **CREDENTIALS,
     }
-    worker = LocalProcess("worker", [*_COMMAND, "worker"], output / "worker.log", env=_worker_environment(settings))
+    documents, port = _documents(), free_port()
+    if documents is not None:
+        write_routes(output / ROUTES)
+        settings["NANOVLLM_DOCUMENTS__ROUTES"] = str((output / ROUTES).resolve())
+    environment = _worker_environment(settings, port)
+    worker = LocalProcess("worker", [*_COMMAND, "worker"], output / "worker.log", env=environment)
     worker.start()
     parts.callback(worker.stop, grace_s=30.0)
     with _step(console, f"Uploading {len(demo.objects)} images, producing {len(demo.jobs) + 2} messages") as done:
@@ -119,9 +130,14 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         done(f"{demo.distinct_images} different pictures, one image broken, one message malformed")
 
     results, dead_letters = await _collect(demo, kafka, worker)
+    answered, extracted = time.monotonic(), None
+    if documents is not None:
+        extracted = await _extract(documents, DocumentsAtWork(store, kafka, TOPICS, worker, port), console)
+        if not worker.is_running:
+            raise _ended_early(worker)
     with _step(console, "Writing the report" if keep else "Ending the worker, writing the report"):
         worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
-        outcome = Outcome(demo, results, dead_letters, time.monotonic() - started, worker_exit)
+        outcome = Outcome(demo, results, dead_letters, answered - started, worker_exit, extracted)
         outcome.write(output)
         (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
@@ -147,7 +163,20 @@ def _step(console: Console, title: str) -> Iterator[Callable[[str], None]]:
         console.print(f"  [dim]{detail}[/]")
 
 
-def _worker_environment(settings: Mapping[str, str]) -> dict[str, str]:
+def _documents() -> DemoDocuments | None:
+    """The demo's documents; None for the backend that reads no pages."""
+    return None if os.environ.get("NANOVLLM_ENGINE__BACKEND") == "echo" else demo_documents()
+
+
+async def _extract(documents: DemoDocuments, extract: DocumentsAtWork, console: Console) -> DocumentOutcome:
+    events = documents.events
+    with _step(console, f"Storing {len(documents.documents)} PDFs, publishing {len(events)} events") as done:
+        outcome = await extract(documents)
+        done(f"{documents.pages} pages; {documents.repeated.key} was told of twice")
+    return outcome
+
+
+def _worker_environment(settings: Mapping[str, str], port: int) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -157,8 +186,8 @@ def _worker_environment(settings: Mapping[str, str]) -> dict[str, str]:
     quiet = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
     own = {
         "NANOVLLM_WORKER_ID": "demo-worker",
-        "NANOVLLM_HTTP__HOST": "127.0.0.1",
-        "NANOVLLM_HTTP__PORT": str(free_port()),
+        "NANOVLLM_HTTP__HOST": HOST,
+        "NANOVLLM_HTTP__PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
     return quiet | inherited | own | dict(settings)
@@ -191,7 +220,7 @@ async def _collect(
     results: dict[str, Result] = {}
     dead_letters: list[DeadLetter] = []
     # Constructed without a look at the environment, which may name other brokers.
-    settings = Settings.model_construct(kafka=kafka, topics=TOPICS)
+    settings = client_settings(kafka, TOPICS)
     last_answer = time.monotonic()
     with long_work("The worker loads its model and answers", len(demo.jobs) + EXPECTED_DEAD_LETTERS) as show:
         async with ResultReader(settings, from_beginning=True, dead_letters=True) as reader:
@@ -200,7 +229,7 @@ async def _collect(
                 for answer in answers:
                     if isinstance(answer, Result):
                         results[answer.job_id] = answer
-                    else:
+                    elif isinstance(answer, DeadLetter):
                         dead_letters.append(answer)
                 show(len(results) + len(dead_letters))
                 if answers:
@@ -238,10 +267,38 @@ def _show(outcome: Outcome, output: Path, console: Console) -> None:
     _print_line(f"  Dead letters: {summary.dead_letters}", console)
     for letter in outcome.dead_letters:
         _print_line(plain(f"    {letter.job_id or '–'}: {letter.code}"), console)
+    if outcome.documents is not None:
+        _show_documents(outcome.documents.summary, console)
     for complaint in outcome.complaints:
         _print_line(Text(f"✗ {complaint}", style="bold red"), console)
-    console.print("\n[bold]Report[/], with every image, answer and dead letter:")
+    console.print("\n[bold]Report[/], with every image, page, answer and dead letter:")
     console.print(Text(f"  {output / 'report.html'}"), soft_wrap=True)
+
+
+def _show_documents(summary: DocumentSummary, console: Console) -> None:
+    asked = summary.pages - summary.pages_reused - summary.pages_from_text
+    right = f"{summary.values_exact} of {summary.values}"
+    _print_line(
+        f"  Documents: {summary.documents}, with records: {summary.records}; values exactly right: {right}", console
+    )
+    _print_line(
+        f"  Pages: {summary.pages} (the model read {asked}, reused: {summary.pages_reused}, "
+        f"from their own text: {summary.pages_from_text})",
+        console,
+    )
+    _print_line(f"  Events: {summary.events}, skipped as known: {summary.events_skipped}", console)
+
+
+def _document_lines(settings: Mapping[str, str], command: str) -> list[str]:
+    if "NANOVLLM_DOCUMENTS__ROUTES" not in settings:
+        return []
+    routes = shlex.quote(settings["NANOVLLM_DOCUMENTS__ROUTES"])
+    objects = f"s3://{BUCKET}/{PREFIX}/{SCANS}/"
+    return [
+        f"{command} routes check {routes}",
+        f"{command} reconcile {objects} --route {SCANS} --check",
+        f"{command} extract YOUR.pdf --routes {routes} --route {LETTERS} -o records.jsonl",
+    ]
 
 
 def _program() -> str:
@@ -280,6 +337,7 @@ async def _wait_for_the_end(settings: Mapping[str, str], worker: LocalProcess, c
         f"{command} submit --wait --prompt 'What is the total? <|image|>' s3://{BUCKET}/receipts/000.png",
         f"{command} submit --wait --prompt 'Describe this image: <|image|>' YOUR-IMAGE.png",
         f"{command} results --from-beginning",
+        *_document_lines(settings, command),
     ):
         console.print(Text(line), soft_wrap=True)
     console.print("\nCtrl-C ends it.")

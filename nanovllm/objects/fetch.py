@@ -61,11 +61,13 @@ class FetchedImage:
 
 @dataclass(frozen=True)
 class ObjectHead:
-    """What the store says of an object without giving it; ``size`` in bytes."""
+    """What the store says of an object without giving it; ``size`` in bytes, ``etag`` without quotes."""
 
     content_type: str | None
     size: int
     last_modified: datetime | None
+    version_id: str | None
+    etag: str | None
 
 
 class AllowList:
@@ -169,7 +171,13 @@ class ObjectFetcher:
 
         def ask(client: Any) -> ObjectHead:
             answer = client.head_object(Bucket=bucket, Key=key, **which)
-            return ObjectHead(answer.get("ContentType"), answer["ContentLength"], answer.get("LastModified"))
+            return ObjectHead(
+                answer.get("ContentType"),
+                answer["ContentLength"],
+                answer.get("LastModified"),
+                _lasting(answer.get("VersionId")),
+                (answer.get("ETag") or "").strip('"') or None,
+            )
 
         async with self._connections:
             try:
@@ -239,8 +247,7 @@ class ObjectFetcher:
         if ref.etag is not None and tag.strip('"') != ref.etag:
             # Not every store, or proxy before one, knows the condition.
             raise ObjectChanged("the object has another entity tag than the job names")
-        version_id = answer.get("VersionId") or ref.version_id
-        version_id = None if version_id == "null" else version_id
+        version_id = _lasting(answer.get("VersionId") or ref.version_id)
         digest = hashlib.sha256(data).hexdigest()
         return FetchedImage(data, digest, ref.uri, version_id, tag, answer.get("Metadata") or {})
 
@@ -320,5 +327,9 @@ async def _in_daemon_thread(read: Callable[[], T]) -> T:
 
 
 def _version_in(error: ClientError) -> str | None:
-    version: str | None = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id")
-    return None if version == "null" else version
+    return _lasting(error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id"))
+
+
+def _lasting(version_id: str | None) -> str | None:
+    """A version that is never overwritten; "null" is S3's own while versioning is suspended."""
+    return None if version_id == "null" else version_id

@@ -175,6 +175,7 @@ def build_worker(
                 engine=engine,
                 decoders=decoders,
                 fetcher=fetcher,
+                breaker=breaker,
                 holds=holds,
                 admit=admit,
                 rates=rates,

@@ -22,15 +22,17 @@ from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.events.order import is_newer_version
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
+from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.answer_document import AnswerDocument
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.context import Progress
 from nanovllm.pipeline.stages.extract_document import AdmitEvent, ExtractDocument, ExtractRouted, GuardDocuments
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
-from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
+from nanovllm.pipeline.stages.fetch import Fetch
 from nanovllm.pipeline.stages.fetch_document import FetchDocument
 from nanovllm.pipeline.stages.infer import Infer
 from nanovllm.pipeline.stages.observe import observe_event
@@ -54,6 +56,7 @@ class DocumentParts:
     engine: EngineBackend
     decoders: DecoderPool | None
     fetcher: ObjectFetcher
+    breaker: CircuitBreaker
     holds: BucketHolds
     admit: Admit
     rates: TokenRates
@@ -101,6 +104,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         for entry in routes.entries
     }
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
+    ask = AskStore(parts.breaker, retry, max_attempts=attempts)
     fetcher = parts.fetcher.for_documents(settings.documents.max_bytes, routes.buckets)
     documents = ImageCache(WatchedFetcher(fetcher, parts.holds), None, engine.find_image, parts.metrics, max_bytes=0)
     sidecars = Sidecars(client.call, is_newer_version)
@@ -109,9 +113,8 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         pages = PageStore(
             routes.page_store,
             client.call,
-            attempt=lambda request: retry(
-                request, OBJECT_STORE, Progress(time.monotonic()), max_attempts=settings.s3.max_attempts
-            ),
+            # Without an end: no document is at fault where it fails.
+            attempt=lambda request: retry(request, "page store", Progress(time.monotonic())),
         )
         parts.metrics.watch_page_store(lambda: asdict(pages.counts))
         store = partial(_kept, pages, engine.model_info)
@@ -126,20 +129,19 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     if parts.crash_guard is not None:
         extract = GuardDocuments(extract, parts.crash_guard)
     return EventStages(
-        route=RouteEvent(routes, fetcher.head, retry, max_attempts=attempts),
+        route=RouteEvent(routes, fetcher.head, ask),
         admit=AdmitEvent(parts.admit, defaults),
         fetch=FetchDocument(
             parts.make_fetch(documents, max_bytes=settings.documents.max_bytes),
-            fetcher.head,
+            fetcher,
             sidecars,
             engine.model_info,
+            ask,
             retry,
             max_attempts=attempts,
         ),
         extract=extract,
-        answer=AnswerDocument(
-            parts.builder, parts.sink, sidecars, parts.large_results, parts.limit, retry, max_attempts=attempts
-        ),
+        answer=AnswerDocument(parts.builder, parts.sink, sidecars, parts.large_results, parts.limit, ask, retry),
         failure=parts.failure,
         publish=parts.publish.together,
         observe=partial(observe_event, parts.metrics, parts.health),

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.engine.backends.base import EngineBackend, Request
-from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError
+from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError, UnsupportedConstraint
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
+from nanovllm.pipeline.documents.page_answers import MAX_LEAVES
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.documents.schema_parts import split_schema
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.pipeline.stages.admit import sampling_defaults
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 
@@ -43,7 +46,7 @@ class FoundDocument:
 
 def extract_documents(
     settings: Settings,
-    documents: Iterable[FoundDocument],
+    documents: Sequence[FoundDocument],
     on_record: Callable[[DocumentRecord], None],
     on_failure: Callable[[FoundDocument, NanoVLLMError], None],
     on_same: Callable[[FoundDocument], None],
@@ -59,7 +62,8 @@ def extract_documents(
     The first SIGINT or SIGTERM lets the documents at work end and begins no more.
 
     Raises:
-        ConfigurationError: the engine cannot be made, or takes no images.
+        ConfigurationError: the engine cannot be made, or takes no images; a route asks for what is not implemented.
+        UnsupportedConstraint: the engine cannot enforce the schema of a route.
         SystemicError: the surroundings allow no further document.
     """
     signals = StopSignals(code_before_work=FAILED)
@@ -71,7 +75,7 @@ def extract_documents(
 
 async def _extract_all(
     settings: Settings,
-    documents: Iterable[FoundDocument],
+    documents: Sequence[FoundDocument],
     on_record: Callable[[DocumentRecord], None],
     on_failure: Callable[[FoundDocument, NanoVLLMError], None],
     on_same: Callable[[FoundDocument], None],
@@ -105,6 +109,14 @@ async def _extract_all(
                 )
             return extractions[route.name]
 
+        for route in {found.route.name: found.route for found in documents}.values():
+            try:
+                extraction_of(route)
+                for sampling in _samplings(route):
+                    if sampling.constraint is not None:
+                        await parts.engine.compile(sampling.constraint)
+            except UnsupportedConstraint as error:
+                raise UnsupportedConstraint(f"route {route.name}: {error}") from None
         sidecars = Sidecars(S3Client(settings.s3).call)
 
         async def extract(found: FoundDocument) -> None:
@@ -137,6 +149,15 @@ async def _extract_all(
         finally:
             ticking.cancel()
         return not stopped.is_set()
+
+
+def _samplings(route: Route) -> Iterator[SamplingParams]:
+    """The sampling of each request of a page: one, or one for each part of a wide schema."""
+    if route.response_schema is None:
+        yield SamplingParams(**route.sampling)
+        return
+    for part in split_schema(route.response_schema, MAX_LEAVES):
+        yield SamplingParams(**route.sampling, json_schema=part)
 
 
 def _asking(engine: EngineBackend) -> Ask:

@@ -188,7 +188,9 @@ class Route(SettingsModel):
         description="Use of a page's text layer: `hint` puts it into the prompt, `only_if_clean` takes it in place of "
         "the picture where it is clean.",
     )
-    hint_tokens: int = Field(1_024, ge=1, description="Most tokens of the text layer in a prompt.")
+    hint_tokens: int = Field(
+        1_024, ge=1, description="Most tokens of a text layer beside its picture, counted as four characters each."
+    )
     merge: MergeRule = Field("per_document", description="How arrays over pages become one.")
     result_topic: TopicName | None = Field(None, description="Topic of the records; unset: `topics.results`.")
     review_topic: TopicName | None = Field(None, description="Topic of the records that someone must see.")

@@ -239,9 +239,9 @@ class Sidecar:
     def _outcome_beside(self, client: Any, ours: SidecarMetadata, there: SidecarMetadata) -> SidecarOutcome | None:
         """What is left to do beside the record that is ``there``; None: replace it."""
         is_newer = self._is_newer(ours.source, there.source)
+        if ours.delivery is not None and _stored(ours).delivery == there.delivery:
+            return "written" if ours.is_done_by(there) else None
         if ours.is_done_by(there):
-            if ours.delivery is not None and _stored(ours).delivery == there.delivery:
-                return "written"
             # Content that came back (A, B, A) is written once more: its record must not look older than that of B.
             return None if is_newer else "same"
         if is_newer is None and not _stored(ours).source.has_content_of(_stored(there).source):

@@ -19,11 +19,20 @@ from parts import eventually
 
 from nanovllm.demo.child_process import LocalProcess
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.result import Result
 from nanovllm.terminal import LINE_S
 
 COMMAND = [sys.executable, "-m", "nanovllm.cli.main"]
-FILES = {"report.html", "results.jsonl", "dead-letters.jsonl", "summary.json", "worker.log"}
+FILES = {
+    "report.html",
+    "results.jsonl",
+    "records.jsonl",
+    "dead-letters.jsonl",
+    "summary.json",
+    "worker.log",
+    "routes.yaml",
+}
 TINY_MODEL = Path(__file__).resolve().parents[2] / "nanovllm" / "checkpoints" / "assets" / "tiny-receipts"
 needs_the_model = pytest.mark.skipif(
     not (TINY_MODEL / "model.safetensors").exists(), reason="the tiny checkpoint is not in this tree"
@@ -78,11 +87,20 @@ def test_the_demo_answers_every_job_and_says_how_many_texts_are_right(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     results = [Result.model_validate_json(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len({result.job_id for result in results}) == summary["jobs"]
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    records = [DocumentRecord.model_validate_json(line) for line in lines]
+    assert [record.status for record in records] == ["complete"] * 3
+    assert (summary["documents"], summary["records"], summary["pages"]) == (3, 3, 7)
+    assert (summary["pages_reused"], summary["pages_from_text"]) == (1, 1)
+    assert (summary["events"], summary["events_skipped"]) == (4, 1)
+    assert summary["values_exact"] >= 0.75 * summary["values"]
+    with_evidence = {meta.text for record in records for meta in record.fields.values() if meta.evidence == "exact"}
+    assert with_evidence, "values stand in the text that the scanner recognised"
     lines = (tmp_path / "dead-letters.jsonl").read_text().splitlines()
     letters = {letter.code: letter for letter in map(DeadLetter.model_validate_json, lines)}
     assert letters.keys() == {"invalid_image", "invalid_job"}
     assert letters["invalid_image"].job_id == "demo-broken-image"
-    for text in ("✓", "p95", "Dead letters: 2", "Exactly right"):
+    for text in ("✓", "p95", "Dead letters: 2", "Exactly right", "Documents: 3", "reused: 1", "skipped as known: 1"):
         assert text in ended.stdout
     last = ended.stdout.splitlines()[-30:]
     assert all(len(line) <= 80 for line in last if str(tmp_path) not in line)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 from bench import Bench, bench_on
-from parts import S3Part
+from document_bench import Documents
+from parts import S3Part, create_topic
 
 
 @pytest.fixture
@@ -28,3 +30,10 @@ def images(s3: S3Part) -> Callable[[str, bytes], str]:
     if "images" not in names:
         s3.client.create_bucket(Bucket="images")
     return lambda key, body: s3.put("images", key, body)
+
+
+@pytest.fixture
+async def documents(bench: Bench, s3: S3Part, unique: Callable[[str], str], tmp_path: Path) -> Documents:
+    events = unique("events")
+    await create_topic(bench.bootstrap_servers, events, partitions=2)
+    return Documents(bench, s3, s3.make_bucket(), events, tmp_path)

@@ -11,13 +11,24 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from nanovllm.demo.jobs import BROKEN_JOB_ID, demo_set
+from nanovllm.demo.document_outcome import DocumentOutcome
+from nanovllm.demo.documents import demo_documents, write_routes
+from nanovllm.demo.jobs import BROKEN_JOB_ID, BUCKET, demo_set
 from nanovllm.demo.outcome import Outcome, percentile, stage_times
 from nanovllm.demo.report import render_report
 from nanovllm.errors import ConfigurationError
 from nanovllm.messages.base import Source
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.document_record import DocumentRecord, DocumentUse, FieldMeta, PageError, PageUse, RouteUse
 from nanovllm.messages.result import InputUse, ModelUse, Result, StageTimings, TokenUsage
+from nanovllm.pipeline.route_checks import check_routes
+from nanovllm.pipeline.routing.routes import load_routes
+from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
+from nanovllm.training.synthetic import DEMO_SEED, generator, receipt
+from nanovllm.vision.documents.pages import DocumentLimits
+from nanovllm.vision.documents.pdf import PdfDocument
+from nanovllm.vision.documents.text_layer import PageKind
 from nanovllm.vision.images.digest import pixel_digest
 
 
@@ -52,10 +63,55 @@ def dead(code, *, job_id=None, message="why") -> DeadLetter:
     )
 
 
-def outcome(demo, results, letters=None, worker_exit=0) -> Outcome:
+def record(document, **changed) -> DocumentRecord:
+    values = [dict(truth) for truth in document.truths]
+    is_letter = document.route == "letters"
+    return DocumentRecord(
+        job_id=document.key,
+        result_id="r",
+        status="complete",
+        document=DocumentUse(uri=document.uri, sha256="0", size=1, media_type="application/pdf", pages=len(values)),
+        route=RouteUse(name=document.route, digest="d"),
+        value=None if is_letter else values,
+        fields={
+            f"/{at}/{name}": FieldMeta(source="model", evidence="exact", page=at + 1, text=text, span=(0, 4))
+            for at, value in enumerate(values)
+            for name, text in value.items()
+        },
+        pages=tuple(
+            PageUse(
+                number=number,
+                status="ok",
+                source="text_layer" if is_letter else "model",
+                tokens=None if is_letter else TokenUsage(input_tokens=60, output_tokens=9),
+                reused=document.key.endswith("tuesday.pdf") and number == 1,
+            )
+            for number in range(1, len(values) + 1)
+        ),
+        text="Dear customer" if is_letter else None,
+        constrained=not is_letter,
+        model=ModelUse(id="tiny", revision="r1", parameter_digest="d1"),
+        usage=TokenUsage(input_tokens=60, output_tokens=9),
+        worker="worker-1",
+    ).model_copy(update=changed)
+
+
+def extracted(records=None, sidecars=None, ended=None) -> DocumentOutcome:
+    demo = demo_documents()
+    records = {one.key: record(one) for one in demo.documents} | (records or {})
+    return DocumentOutcome(
+        demo,
+        {one.document.uri: one for one in records.values() if one is not None},
+        records | (sidecars or {}),
+        Counter(result=3, same=1) if ended is None else ended,
+        1.5,
+    )
+
+
+def outcome(demo, results, letters=None, worker_exit=0, documents=None) -> Outcome:
     if letters is None:
         letters = [dead("invalid_image", job_id=BROKEN_JOB_ID), dead("invalid_job")]
-    return Outcome(demo, {result.job_id: result for result in results}, letters, 12.345, worker_exit)
+    return Outcome(demo, {result.job_id: result for result in results}, letters, 12.345, worker_exit, documents)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +190,84 @@ def test_percentiles_are_values_that_were_seen():
     assert percentile([7.0], 50) == 7.0
 
 
+def test_two_of_the_documents_share_a_page_and_no_page_shows_what_a_job_asks_about():
+    documents = demo_documents()
+    shown = {}
+    for document in documents.documents:
+        pdf = PdfDocument(document.data, DocumentLimits())
+        for number in range(1, len(document.truths) + 1):
+            page = pdf.render(number, dpi=72, rotation=0, max_pixels=10**6)
+            shown[document.key, number] = pixel_digest(page)
+        pdf.close()
+    assert len(shown) == documents.pages == len(set(shown.values())) + documents.shared_pages
+    assert shown["documents/scans/monday.pdf", 4] == shown["documents/scans/tuesday.pdf", 1]
+    drawn = receipt(generator(700, seed=DEMO_SEED, split="heldout"), "heldout")
+    assert shown["documents/scans/monday.pdf", 1] == pixel_digest(drawn.image)
+    of_jobs = demo_set(48)
+    for key in of_jobs.pictures:
+        with Image.open(io.BytesIO(of_jobs.objects[key])) as image:
+            assert pixel_digest(image.convert("RGB")) not in shown.values()
+
+
+def test_the_documents_text_is_none_what_a_scanner_recognised_or_what_a_program_wrote():
+    scan, recognised, letter = (PdfDocument(one.data, DocumentLimits()) for one in demo_documents().documents)
+    assert [scan.text(number).text for number in range(1, 5)] == [""] * 4
+    page = recognised.text(2)
+    assert page.kind is PageKind.SCANNED
+    assert all(value in page.text for value in demo_documents().documents[1].truths[1].values())
+    assert letter.text(1).kind is PageKind.CLEAN
+    assert "EUR 118.40" in letter.text(1).text
+
+
+def test_the_routes_of_the_demo_pass_the_checks_of_the_shipped_model(tmp_path):
+    file = tmp_path / "routes.yaml"
+    write_routes(file)
+    found = load_routes(file)
+    check_routes(found, Settings(s3=S3Settings(allow=(f"s3://{BUCKET}/",))))
+    for document in demo_documents().documents:
+        route = found.route_of(BUCKET, document.key, None, None)
+        assert route is not None
+        assert route.name == document.route
+
+
+def test_documents_without_fault_have_no_complaint_and_their_figures_stand_beside_those_of_jobs(demo, tmp_path):
+    run = outcome(demo, perfect(demo), documents=extracted())
+    assert run.complaints == ()
+    run.write(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["documents"], summary["records"], summary["pages"]) == (3, 3, 7)
+    assert (summary["pages_reused"], summary["pages_from_text"]) == (1, 1)
+    assert summary["values_exact"] == summary["values"] == 24
+    assert (summary["events"], summary["events_skipped"]) == (4, 1)
+    assert summary["jobs"] == summary["answered"] == 24
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [DocumentRecord.model_validate_json(line) for line in lines] == list(run.documents.records.values())
+
+
+def test_each_fault_of_documents_is_a_complaint(demo):
+    scan, second, letter = demo_documents().documents
+
+    def complaint(**changed):
+        return " ".join(outcome(demo, perfect(demo), documents=extracted(**changed)).complaints)
+
+    assert "1 of 3 documents have no record" in complaint(records={letter.key: None})
+    assert "only 8 of 24 values" in complaint(records={scan.key: record(scan, value=[{}] * 4)})
+    assert "not the one beside" in complaint(sidecars={scan.key: None})
+    unused = tuple(page.model_copy(update={"reused": False}) for page in record(second).pages)
+    assert "0 pages were reused" in complaint(records={second.key: record(second, pages=unused)})
+    asked = (PageUse(number=1, status="ok", source="model", tokens=TokenUsage(input_tokens=1, output_tokens=1)),)
+    assert "its own text" in complaint(records={letter.key: record(letter, pages=asked)})
+    assert "'result': 4" in complaint(ended=Counter(result=4))
+
+
 def test_the_files_hold_what_the_run_gave(demo, tmp_path):
     run = outcome(demo, perfect(demo))
     run.write(tmp_path)
     names = "jobs answered exact images distinct_images encoder_runs cache_hits dead_letters seconds"
-    assert list(json.loads((tmp_path / "summary.json").read_text())) == names.split()
+    documents = "documents records pages pages_reused pages_from_text values values_exact events events_skipped"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == [*names.split(), *documents.split()]
+    assert not any(summary[name] for name in documents.split()), "no documents in this run"
     results = [Result.model_validate_json(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     letters = [
         DeadLetter.model_validate_json(line) for line in (tmp_path / "dead-letters.jsonl").read_text().splitlines()
@@ -185,6 +314,42 @@ def test_model_text_and_reasons_cannot_break_out_of_the_report(demo):
     page = render_report(outcome(demo, results, letters))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 3
+
+
+def test_the_report_shows_each_page_its_values_where_they_came_from_and_their_evidence(demo):
+    page = render_report(outcome(demo, perfect(demo), documents=extracted()))
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.seen["img"] == 27 + 7
+    assert all(source.startswith("data:image/jpeg;base64,") for source in tags.sources)
+    documents = page.partition("<h2>Documents")[2].partition("<h2>")[0]
+    for document in demo_documents().documents:
+        assert document.uri in documents
+        assert all(value in documents for truth in document.truths for value in truth.values())
+    assert documents.count('<span class="yes">') == 24
+    assert documents.count("characters 0 to 4 (exact)") == 24
+    assert documents.count("no model was asked") == 2
+    assert documents.count("the model, 9 tokens") == 5
+    assert "Dear customer" in documents
+
+
+def test_values_and_texts_of_documents_cannot_break_out_of_the_report(demo):
+    scan, second, letter = demo_documents().documents
+    attack = '</pre><script>alert("x")</script>'
+    values = [dict.fromkeys(truth, attack) for truth in scan.truths]
+    evidence = {path: meta.model_copy(update={"text": attack}) for path, meta in record(scan).fields.items()}
+    error = PageError(code="invalid_page", message=attack, retryable=False)
+    failed = (PageUse(number=1, status="failed", error=error), *record(second).pages[1:])
+    changed = {
+        scan.key: record(scan, value=values, fields=evidence),
+        second.key: record(second, value=None, fields={}, pages=failed),
+        letter.key: record(letter, text=attack),
+    }
+    page = render_report(outcome(demo, perfect(demo), documents=extracted(changed)))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 2 * 16
+    assert "no record" in render_report(outcome(demo, [], [], documents=extracted({letter.key: None})))
 
 
 def test_a_run_without_any_answer_still_has_a_report(demo):

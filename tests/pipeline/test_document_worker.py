@@ -4,119 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_plus
 
 import pytest
-import yaml
-from bench import Bench, eventually
+from bench import eventually
+from document_bench import Documents, event
 from document_files import FIELDS, drawn, receipts_pdf, receipts_route
-from parts import S3Part, create_topic, worker_process
+from parts import create_topic, worker_process
 
 from nanovllm.messages.document_record import DocumentRecord
-from nanovllm.pipeline import build
-from nanovllm.pipeline.worker import Worker
-from nanovllm.settings.documents import DocumentSettings
-from nanovllm.settings.engine import EngineSettings
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def event(
-    bucket: str,
-    key: str,
-    *,
-    etag: str | None = None,
-    version_id: str | None = None,
-    sequencer: str | None = None,
-    name: str = "ObjectCreated:Put",
-    time: datetime | None = None,
-) -> dict[str, Any]:
-    """A record of AWS."""
-    subject = {"key": quote_plus(key, safe="/"), "eTag": etag, "versionId": version_id, "sequencer": sequencer}
-    return {
-        "eventVersion": "2.1",
-        "eventSource": "aws:s3",
-        "eventTime": (time or datetime.now(UTC)).isoformat(),
-        "eventName": name,
-        "s3": {"bucket": {"name": bucket}, "object": {name: value for name, value in subject.items() if value}},
-    }
-
-
-@dataclass
-class Documents:
-    """A bench with a topic of events, a bucket, and the shipped model."""
-
-    bench: Bench
-    s3: S3Part
-    bucket: str
-    events: str
-    folder: Path
-
-    def settings(self, *routes: Mapping[str, Any], page_store: bool = False, **more: Any) -> dict[str, Any]:
-        file = self.folder / "routes.yaml"
-        store = {"page_store": f"s3://{self.bucket}/kept"} if page_store else {}
-        file.write_text(
-            yaml.safe_dump({"version": 1, **store, "routes": [dict(route) for route in routes]}, sort_keys=False)
-        )
-        topics = self.bench.settings.topics.model_copy(update={"events": self.events})
-        return {
-            "documents": DocumentSettings(routes=file),
-            "engine": EngineSettings(max_num_seqs=8),
-            "topics": topics,
-            "s3": self.bench.settings.s3.model_copy(update={"allow": ()}),
-        } | more
-
-    def put(self, key: str, body: bytes) -> dict[str, Any]:
-        """Store an object; its event."""
-        answer = self.s3.client.put_object(Bucket=self.bucket, Key=key, Body=body)
-        return event(self.bucket, key, etag=answer["ETag"].strip('"'), version_id=answer.get("VersionId"))
-
-    async def send(self, *messages: Any, partition: int = 0) -> None:
-        for message in messages:
-            value = message if isinstance(message, bytes) else json.dumps(message).encode()
-            await self.bench.producer.send_and_wait(self.events, value, partition=partition)
-
-    def counted(self) -> Counter[str]:
-        """Events by what came of them."""
-        samples = [one for metric in self.bench.metrics.events.collect() for one in metric.samples]
-        return Counter({one.labels["outcome"]: int(one.value) for one in samples if one.name.endswith("_total")})
-
-    async def ended(self, count: int) -> None:
-        await eventually(lambda: self.counted().total() >= count, timeout_s=120)
-
-    async def records(self, count: int, topic: str | None = None) -> list[DocumentRecord]:
-        found = await self.bench.read(topic or self.bench.settings.topics.results, count)
-        return [DocumentRecord.model_validate_json(one.value) for one in found]
-
-    @asynccontextmanager
-    async def working(self, **settings: Any) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
-        effective = self.bench.settings.model_copy(update=settings)
-        engine = await build.load_engine(effective)
-        await engine.start()
-        decoders = build.build_decoders(effective, engine)
-        assert decoders is not None
-        await decoders.start()
-        bench = replace(self.bench, decoders=decoders)
-        try:
-            async with bench.working(engine, **settings) as at_work:
-                yield at_work
-        finally:
-            await decoders.close()
-            await engine.close()
-
-
-@pytest.fixture
-async def documents(bench: Bench, s3: S3Part, unique: Callable[[str], str], tmp_path: Path) -> Documents:
-    events = unique("events")
-    await create_topic(bench.bootstrap_servers, events, partitions=2)
-    return Documents(bench, s3, s3.make_bucket(), events, tmp_path)
 
 
 def by_key(records: list[DocumentRecord]) -> dict[str, DocumentRecord]:
@@ -192,6 +95,24 @@ async def test_the_newest_version_of_an_object_wins_and_a_late_one_is_superseded
     [record] = await documents.records(1)
     assert record.document.version_id == second["s3"]["object"]["versionId"]
     assert record.document.sequencer == "0B"
+
+
+async def test_an_event_that_names_no_content_is_of_what_is_there(documents: Documents) -> None:
+    one, two = (receipts_pdf([receipt.image]) for receipt in drawn(2))
+    bare = event(documents.bucket, "in/a.pdf")
+    settings = documents.settings(receipts_route(documents.bucket))
+    documents.put("in/a.pdf", one)
+    async with documents.working(**settings):
+        await documents.send(bare, bare)
+        await documents.ended(2)
+        documents.put("in/a.pdf", two)
+        await documents.send(bare)
+        await documents.ended(3)
+    assert documents.counted() == {"result": 2, "same": 1}
+    first, second = await documents.records(2)
+    assert first.document.etag is not None
+    assert first.document.etag != second.document.etag
+    assert first.job_id != second.job_id
 
 
 async def test_an_object_that_was_written_again_since_is_source_changed_and_another_entity_tag_is_told(
@@ -310,6 +231,20 @@ async def test_a_record_whose_worker_ended_before_it_was_published_is_published_
     assert documents.counted() == {"result": 1, "same": 1}
     [record] = await documents.records(1)
     assert record.pages[0].reused
+
+
+async def test_a_sidecar_s_missing_bucket_is_waited_for_and_drops_nothing(documents: Documents) -> None:
+    put = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    records = f"{documents.bucket}-records"
+    route = receipts_route(documents.bucket, sidecar={"place": f"s3://{records}/{{key}}.json"})
+    await documents.send(put)
+    async with documents.working(**documents.settings(route)) as (worker, _):
+        await eventually(lambda: worker.faults.are_present, timeout_s=60)
+        assert not documents.counted()
+        documents.s3.client.create_bucket(Bucket=records)
+        await documents.ended(1)
+    assert documents.counted() == {"result": 1}
+    assert documents.s3.client.head_object(Bucket=records, Key="in/a.pdf.json")
 
 
 ROUTES_OF_A_WORKER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import io
 import json
@@ -21,7 +22,10 @@ from parts import S3Part
 from PIL import Image
 
 from nanovllm.demo.broker import EmbeddedBroker
+from nanovllm.demo.child_process import LocalProcess, free_port
+from nanovllm.demo.documents import demo_documents
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.settings.loading import unknown_variables
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -91,6 +95,44 @@ def test_the_compose_file_makes_the_object_that_its_head_asks_about(s3: S3Part) 
         subprocess.run(command, env=environment, check=True)
     picture = s3.client.get_object(Bucket=asked[1], Key=asked[2])["Body"].read()
     assert Image.open(io.BytesIO(picture)).size == (224, 224)
+
+
+@pytest.mark.slow
+async def test_the_compose_files_worker_makes_a_record_of_the_document_that_a_program_stores(
+    s3: S3Part, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compose = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "routes.yaml").write_text(compose["configs"]["routes"]["content"])
+    document = demo_documents().documents[1]
+    (tmp_path / "tuesday.pdf").write_bytes(document.data)
+    broker = EmbeddedBroker()
+    await broker.start()
+    environment = compose["services"]["worker"]["environment"] | {
+        "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+        "NANOVLLM_S3__ENDPOINT_URL": s3.endpoint_url,
+        "NANOVLLM_DOCUMENTS__ROUTES": str(tmp_path / "routes.yaml"),
+        "NANOVLLM_HTTP__PORT": str(free_port()),
+        "BROKERS": broker.bootstrap_servers,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.suppress(s3.client.exceptions.BucketAlreadyOwnedByYou):
+        s3.client.create_bucket(Bucket="receipts")
+    command = [sys.executable, "-m", "nanovllm.cli.main"]
+    await asyncio.to_thread(subprocess.run, [*command, "topics", "create"], check=True)
+    worker = LocalProcess("worker", [*command, "worker"], tmp_path / "worker.log")
+    worker.start()
+    try:
+        uri = "s3://receipts/documents/tuesday.pdf"
+        assert await program("documents").main(str(tmp_path / "tuesday.pdf"), uri) == 0, worker.tail(20)
+    finally:
+        worker.stop()
+        broker.stop()
+    printed = capsys.readouterr().out
+    record = DocumentRecord.model_validate_json(printed[printed.index("{") :])
+    assert record.value == [dict(truth) for truth in document.truths]
+    beside = s3.client.get_object(Bucket="receipts", Key="documents/tuesday.pdf.json")["Body"].read()
+    assert DocumentRecord.model_validate_json(beside) == record
 
 
 def test_the_compose_file_sets_what_a_worker_knows() -> None:

@@ -121,6 +121,28 @@ def test_pages_of_receipts_become_valid_records_and_nothing_is_computed_twice(
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"name": "a receipt"}, "route receipts: json_schema: 'name' at # is no keyword of JSON Schema"),
+        (
+            {"type": "object", "properties": {f"p{number}": {} for number in range(200)}, "maxProperties": 9},
+            "route receipts: # has 200 leaves and cannot be split because of maxProperties",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused_before_a_document_is_read(
+    tmp_path: Path, capsys: Capture, schema: dict[str, Any], said: str
+) -> None:
+    routes, output = tmp_path / "routes.yaml", tmp_path / "records.jsonl"
+    routes.write_text(ROUTES.replace(json.dumps(SCHEMA), json.dumps(schema)))
+    (tmp_path / "a.pdf").write_bytes(receipts_pdf([one.image for one in drawn(1)]))
+    assert main(["extract", str(tmp_path / "a.pdf"), "-r", str(routes), "--route", "receipts", "-o", str(output)]) == 2
+    (refusal,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nanovllm: ")]
+    assert said in refusal
+    assert not (tmp_path / "records.failures.jsonl").read_text()
+
+
 def test_a_clean_text_layer_is_read_and_no_model_is_asked(tmp_path: Path, routes: str) -> None:
     letter, output = tmp_path / "letter.pdf", tmp_path / "records.jsonl"
     letter.write_bytes(text_pdf([*PROSE, *PROSE], PROSE))
@@ -196,8 +218,9 @@ def test_objects_have_sidecars_and_equal_pages_are_computed_once(
         sidecar = store.client.get_object(Bucket=bucket, Key=f"receipts/{name}.json")
         assert DocumentRecord.model_validate_json(sidecar["Body"].read()) == records[name]
     output.unlink()
-    assert main(command) == 0
-    assert records_in(output) == {}, "each has a sidecar of its version and route"
+    for more in ([], ["--route", "receipts"]):
+        assert main([*command, *more]) == 0
+        assert records_in(output) == {}, "each has a sidecar of its version and route, and a sidecar is no document"
 
 
 def test_objects_of_an_inventory_are_extracted_as_they_are_now(tmp_path: Path, store: S3Part, capsys: Capture) -> None:

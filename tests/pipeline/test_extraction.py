@@ -33,9 +33,11 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_outputs import KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route
 from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -116,6 +118,16 @@ def extraction(decoders: DecoderPool, route: Route | None = None, **options: Any
 
 
 LADDER = [{"dpi": 144}, {"rotation": 90}, {"temperature": 0.7}, {"max_pixels": 200_000}]
+
+
+async def test_what_a_route_leaves_unset_of_its_sampling_is_as_the_settings_have_it(decoders: DecoderPool) -> None:
+    script = Script()
+    defaults = sampling_defaults(Settings(), {"top_p": 0.5})
+    route = route_of(sampling={"repetition_penalty": 1.5})
+    await Extraction(route, decoders, MODEL, defaults, worker="w")(numbered(1), SOURCE, script)
+    sampling = script.requests[0].sampling
+    assert (sampling.max_tokens, sampling.temperature) == (256, 0.0)
+    assert (sampling.top_p, sampling.repetition_penalty) == (0.5, 1.5)
 
 
 async def test_each_step_of_the_ladder_changes_its_own_part_of_the_request(decoders: DecoderPool) -> None:
@@ -332,6 +344,22 @@ async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(
     assert [page.source for page in record.pages] == ["text_layer", "model", "text_layer"]
     assert len(script.requests) == 1
     assert record.timings_ms.saved == 0.0 + 50.0
+
+
+async def test_a_clean_text_layer_stands_whole_in_the_prompt_or_the_picture_does(decoders: DecoderPool) -> None:
+    def too_long_as_text(request: PageRequest) -> PageOutput:
+        if not request.images:
+            raise PromptTooLong("more than the context takes")
+        return output()
+
+    data, route = text_pdf(PROSE * 4), route_of(text="only_if_clean", hint_tokens=4)
+    whole, picture = Script(), Script(too_long_as_text)
+    await extraction(decoders, route)(data, SOURCE, whole)
+    assert PROSE[-1] in whole.requests[0].prompt
+    assert not whole.requests[0].images
+    record = await extraction(decoders, route)(data, SOURCE, picture)
+    assert [len(request.images) for request in picture.requests] == [0, 1]
+    assert (record.status, record.pages[0].source, record.pages[0].attempts) == ("complete", "model", 2)
 
 
 async def test_a_repetition_that_was_stopped_saves_the_rest_of_its_tokens(decoders: DecoderPool) -> None:

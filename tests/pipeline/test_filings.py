@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
-from parts import filings_folder
+from filings import FILINGS, FOLDER, answers, folded, letters_and_digits, needs_filings, shown
 from transformers import AutoTokenizer
 
 import nanovllm.checkpoints
@@ -25,18 +23,9 @@ from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.sampling_params import Constraint, SamplingParams
 
-pytestmark = [pytest.mark.documents, pytest.mark.slow]
+pytestmark = [pytest.mark.documents, pytest.mark.slow, needs_filings]
 
-FOLDER = filings_folder()
-FILINGS = sorted(path for path in FOLDER.glob("*/*.pdf")) if FOLDER else []
 TINY = Path(nanovllm.checkpoints.__file__).parent / "assets" / "tiny-receipts"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder() -> Path:
-    if FOLDER is None:
-        pytest.skip("public filings: no DOCUMENTS and no ../shared/documents")
-    return FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +45,6 @@ def compiler() -> Iterator[GrammarCompiler]:
     compiler = GrammarCompiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     yield compiler
     compiler.close()
-
-
-def answers(filing: Path, min_chars: int) -> Iterator[Any]:
-    """A person's leaves of ``min_chars`` and more characters."""
-    for _, leaf in leaves(json.loads(filing.with_suffix(".gold.json").read_text())):
-        if not isinstance(leaf, bool) and leaf not in (None, [], {}) and len(shown(leaf)) >= min_chars:
-            yield leaf
-
-
-def shown(leaf: Any) -> str:
-    return leaf if isinstance(leaf, str) else json.dumps(leaf)
-
-
-def folded(text: str) -> str:
-    return " ".join(text.split())
-
-
-def letters_and_digits(text: str) -> str:
-    """Finds more than any reasonable search: whatever it misses stands nowhere."""
-    return re.sub(r"[\W_]+", "", text.casefold())
 
 
 def whole(texts: Mapping[int, str]) -> str:
@@ -133,10 +102,8 @@ COMPILE = {
 
 
 @pytest.mark.parametrize(("name", "refused"), COMPILE.items())
-def test_schemas_compile_or_are_refused_by_keyword(
-    name: str, refused: str | None, folder: Path, compiler: GrammarCompiler
-) -> None:
-    schema = json.loads((folder / name).read_text())
+def test_schemas_compile_or_are_refused_by_keyword(name: str, refused: str | None, compiler: GrammarCompiler) -> None:
+    schema = json.loads((FOLDER / name).read_text())
     if refused is not None:
         with pytest.raises(UnsupportedConstraint, match=refused):
             compiler.matcher(Constraint("json_schema", json.dumps(schema)))
@@ -145,8 +112,8 @@ def test_schemas_compile_or_are_refused_by_keyword(
     assert SchemaValidator(schema).schema_sha256
 
 
-def test_the_schema_of_369_leaves_splits_into_parts_that_compile(folder: Path, compiler: GrammarCompiler) -> None:
-    schema = json.loads((folder / "10kq" / "schema.json").read_text())
+def test_the_schema_of_369_leaves_splits_into_parts_that_compile(compiler: GrammarCompiler) -> None:
+    schema = json.loads((FOLDER / "10kq" / "schema.json").read_text())
     assert count_leaves(schema) == 369
     parts = split_schema(schema, 100)
     assert [count_leaves(part) for part in parts] == [3, 98, 63, 100, 49, 56]
@@ -155,8 +122,8 @@ def test_the_schema_of_369_leaves_splits_into_parts_that_compile(folder: Path, c
 
 
 @pytest.mark.parametrize("max_leaves", [20, 5])
-def test_outputs_under_guidance_are_valid_or_incomplete_whole_and_split(folder: Path, max_leaves: int) -> None:
-    schema = json.loads((folder / "credit_agreement" / "schema.json").read_text())
+def test_outputs_under_guidance_are_valid_or_incomplete_whole_and_split(max_leaves: int) -> None:
+    schema = json.loads((FOLDER / "credit_agreement" / "schema.json").read_text())
     parts, validator = split_schema(schema, max_leaves), SchemaValidator(schema)
     params = [
         SamplingParams(temperature=3.0, seed=seed, max_tokens=300, json_schema=part)
@@ -179,10 +146,10 @@ def test_outputs_under_guidance_are_valid_or_incomplete_whole_and_split(folder: 
 
 
 @pytest.mark.parametrize("kind", ["10kq", "credit_agreement"])
-def test_verdicts_on_answers_are_those_of_jsonschema_place_by_place(kind: str, folder: Path) -> None:
-    schema = json.loads((folder / kind / "schema.json").read_text())
+def test_verdicts_on_answers_are_those_of_jsonschema_place_by_place(kind: str) -> None:
+    schema = json.loads((FOLDER / kind / "schema.json").read_text())
     validator, oracle = SchemaValidator(schema), jsonschema.Draft202012Validator(schema)
-    for path in sorted((folder / kind).glob("*.gold.json")):
+    for path in sorted((FOLDER / kind).glob("*.gold.json")):
         value = json.loads(path.read_text())
         expected = ["".join(f"/{part}" for part in error.absolute_path) for error in oracle.iter_errors(value)]
         assert sorted(one.path for one in validator.validate(value).errors) == sorted(expected)[:20]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from parts import FaultProxy, S3Part
 
-from nanovllm.errors import ConfigurationError, NanoVLLMError, ObjectNotFound
+from nanovllm.errors import ConfigurationError, NanoVLLMError, StoreUnreachable
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.documents.page_store import FORMAT_VERSION, PageKey, PageStore, PageStoreCounts
 from nanovllm.settings.s3 import S3Settings
@@ -154,7 +154,7 @@ async def test_a_store_that_fails_is_an_error_and_no_miss(s3: S3Part) -> None:
     bucket = s3.make_bucket()
     with pytest.raises(ConfigurationError, match="s3://"):
         PageStore("bucket", call_of(s3.endpoint_url))
-    with pytest.raises(ObjectNotFound, match="NoSuchBucket"):
+    with pytest.raises(StoreUnreachable, match="NoSuchBucket"):
         await PageStore("s3://no-such-bucket-here", call_of(s3.endpoint_url)).get(KEY)
     async with FaultProxy(s3.endpoint_url, ["unavailable"]) as proxy:
         pages = PageStore(f"s3://{bucket}", call_of(proxy.url))

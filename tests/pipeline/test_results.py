@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import pytest
 from bench import Bench, png
+from sample_messages import document_record, result
 
 from nanovllm import DeadLetter, JobProducer, Result, ResultReader
 from nanovllm.client.producer import SyncJobProducer
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import InvalidInput
+from nanovllm.messages.document_record import DocumentRecord
+from nanovllm.sinks.cloud_events import event_record
 
 
 async def test_a_reader_iterates_over_what_comes(bench: Bench) -> None:
@@ -24,6 +27,20 @@ async def test_a_reader_iterates_over_what_comes(bench: Bench) -> None:
                 break
     assert {outcome.job_id for outcome in seen if isinstance(outcome, Result)} == {"a", "b"}
     assert [outcome.code for outcome in seen if isinstance(outcome, DeadLetter)] == ["invalid_job"]
+
+
+async def test_records_of_documents_in_the_topic_of_results_are_read_where_asked_for(bench: Bench) -> None:
+    topic = bench.settings.topics.results
+    for message in (document_record(), result()):
+        record = event_record(message, topic, "json")
+        await bench.producer.send_and_wait(topic, record.value, key=record.key, headers=list(record.headers))
+    for documents, seen in ((False, {Result}), (True, {Result, DocumentRecord})):
+        async with ResultReader(bench.settings, from_beginning=True, documents=documents) as reader:
+            found: set[type] = set()
+            async with asyncio.timeout(60):
+                while found != seen:
+                    found |= {type(outcome) for outcome in await reader.read()}
+            assert reader.unreadable == 0
 
 
 def producer(bench: Bench) -> JobProducer:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 from rich.console import Console
-from sample_messages import dead_letter, result
+from sample_messages import dead_letter, document_record, result
 
 from nanovllm.cli.dlq import COLUMNS, SHORT_COLUMNS, _row, _short_row
 from nanovllm.cli.tables import ResultRows, few
@@ -51,6 +51,13 @@ def test_results_off_a_terminal_are_plain_lines_whatever_their_length(capsys: Ca
     head, text = capsys.readouterr().out.splitlines()
     assert head == "r-1  ok  60+3 tokens  20 ms  cache hit  s3://bucket/k"
     assert text == "  " + "word " * 60 + "end"
+
+
+def test_records_of_documents_are_rows_among_them(capsys: Capture) -> None:
+    ResultRows(as_json=False).show(document_record())
+    head, text = capsys.readouterr().out.splitlines()
+    assert document_record().document.uri in head
+    assert json.loads(text) == document_record().value
 
 
 def test_results_at_a_wide_terminal_are_columns_under_one_head(capsys: Capture) -> None:

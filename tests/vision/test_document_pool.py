@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filings import filings
+from filings import FILINGS, needs_filings
 from pdf_files import (
     PROSE,
     content_bomb_pdf,
@@ -286,7 +286,8 @@ def test_an_answer_with_impossible_pages_is_none(sizes: bytes) -> None:
 
 @pytest.mark.slow
 @pytest.mark.documents
-@pytest.mark.parametrize("path", filings(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@needs_filings
+@pytest.mark.parametrize("path", FILINGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 async def test_the_text_layer_of_a_public_filing_is_clean_on_every_page(path: Path) -> None:
     data = path.read_bytes()  # noqa: ASYNC240 (nothing else runs on this loop)
     async with running(workers=2) as pool:

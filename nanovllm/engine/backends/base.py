@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
@@ -158,6 +158,12 @@ class EngineBackend(ABC):
     @abstractmethod
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """The image that came in a file of this SHA-256, embedded already; None where it is not at hand."""
+
+    async def compile(self, constraint: Constraint) -> None:  # noqa: B027
+        """Compile ``constraint`` before a request has it; raises UnsupportedConstraint where it cannot be enforced.
+
+        A backend that computes nothing compiles nothing.
+        """
 
     async def fits(self, request: Request) -> bool:
         """Whether ``request`` is taken as it is, with room for its whole answer of ``max_tokens``.

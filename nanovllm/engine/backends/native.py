@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
+from nanovllm.sampling_params import Constraint
 from nanovllm.statistics import EngineStats
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class AsyncEngine(EngineBackend):
         self._thread.start()
         if self._step_timeout_s is not None:
             self._watchdog = self._loop.create_task(self._watch(self._step_timeout_s), name="nanovllm-watchdog")
+
+    async def compile(self, constraint: Constraint) -> None:
+        """Compile ``constraint``; requests with it then find it compiled. Raises UnsupportedConstraint."""
+        await asyncio.wrap_future(self._engine.input_processor.grammars.compile(constraint))
 
     async def fits(self, request: Request) -> bool:
         """Whether ``request`` is taken as it is, with room for its whole answer; told between two steps.

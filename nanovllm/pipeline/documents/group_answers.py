@@ -155,6 +155,10 @@ class GroupReader(PageReader):
         except NanoVLLMError as error:
             if isinstance(error, PromptTooLong) and len(pages) > 1:
                 return await self._by_halves(pages, steps)
+            if isinstance(error, PromptTooLong) and pages[0].is_read:
+                pages[0].is_read = False
+                await self._draw(pages[0], steps[0])
+                return await self._climb_together(pages, steps)
             answers = [failed_page(page.number, error) for page in pages]
         if answers[0].error is not None or self._is_accepted(answers[0]) or not steps[1:]:
             return list(map(self._finished, pages, answers))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.errors import DeadlineExceeded, NanoVLLMError, SystemicError, TransientError
+from nanovllm.errors import DeadlineExceeded, NanoVLLMError, PromptTooLong, SystemicError, TransientError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import FieldMeta, PageError, PageSource, PageStatus
@@ -147,6 +147,16 @@ class PageReader:
         return answer
 
     async def _climb(self, work: PageWork) -> PageAnswer:
+        """Attempts by the ladder; by the page's picture where its text layer alone is too long for the engine."""
+        try:
+            return await self._climb_steps(work)
+        except PromptTooLong:
+            if not work.is_read:
+                raise
+        work.is_read = False
+        return await self._climb_steps(work)
+
+    async def _climb_steps(self, work: PageWork) -> PageAnswer:
         """Attempts by the ladder, until one is whole or what is not whole is accepted."""
         for step in (LadderStep(), *self._route.ladder):
             images = () if work.is_read else (await self._rendered(work, step),)
@@ -223,7 +233,9 @@ class PageReader:
         if not work.is_read and self._route.text != "hint":
             return ""
         # What stands on a page is no placeholder of an image; without the space, what is around one could become one.
-        text = work.layer.text[: CHARS_PER_TOKEN * self._route.hint_tokens].replace(IMAGE_PLACEHOLDER, " ")
+        text = work.layer.text.replace(IMAGE_PLACEHOLDER, " ")
+        if not work.is_read:
+            text = text[: CHARS_PER_TOKEN * self._route.hint_tokens]
         return text if text.strip() else ""
 
     def _sampling(self, schema: Mapping[str, Any] | None, step: LadderStep) -> SamplingParams:
@@ -232,8 +244,8 @@ class PageReader:
             given |= {"json_schema": dict(schema), "logprobs": 0}
         if step.temperature is not None:
             given["temperature"] = step.temperature
-        own = self._defaults.model_dump(include=self._defaults.model_fields_set)
-        return SamplingParams(**{**own, "temperature": self._defaults.temperature, **given})
+        own = {name: getattr(self._defaults, name) for name in SamplingParams.model_fields}
+        return SamplingParams(**(own | given))
 
 
 def failed_page(number: int, error: NanoVLLMError) -> PageAnswer:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput
-from nanovllm.errors import InvalidInput, PermanentError, StoreUnreachable
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.result import TokenUsage
 from nanovllm.pipeline.documents.fields import pieces_of
@@ -110,19 +108,16 @@ class KeepOutputs:
         """The output, or an equal request's: of several that ask at once, the first that is kept.
 
         Raises:
-            StoreUnreachable: the page store refuses what it was asked.
             NanoVLLMError: as ``ask`` and `PageStore`.
         """
         key = self._key(request)
-        with _faults_of_store():
-            kept = await self._store.get(key)
+        kept = await self._store.get(key)
         if kept is not None:
             return PageOutput.from_json(kept)
         output = await self._ask(request)
         if output.finish_reason != "stop":
             return output
-        with _faults_of_store():
-            first = PageOutput.from_json(await self._store.put(key, output.to_json()))
+        first = PageOutput.from_json(await self._store.put(key, output.to_json()))
         return replace(output, text=first.text, pieces=first.pieces, logprobs=first.logprobs)
 
     def _key(self, request: PageRequest) -> PageKey:
@@ -143,12 +138,3 @@ class KeepOutputs:
 def added(one: TokenUsage, other: TokenUsage) -> TokenUsage:
     """The sum of both."""
     return TokenUsage(**{name: getattr(one, name) + getattr(other, name) for name in TokenUsage.model_fields})
-
-
-@contextmanager
-def _faults_of_store() -> Iterator[None]:
-    """What the store refuses is no fault of the page."""
-    try:
-        yield
-    except (PermanentError, InvalidInput) as error:
-        raise StoreUnreachable(f"the page store refuses a part: {error}") from error

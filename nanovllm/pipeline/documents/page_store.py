@@ -18,7 +18,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from nanovllm.errors import ConfigurationError, FetchFailed
+from nanovllm.errors import ConfigurationError, FetchFailed, InvalidInput, PermanentError, StoreUnreachable
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.conditional_put import put_if_absent, put_if_unchanged
 from nanovllm.objects.errors import status_of
@@ -125,7 +125,9 @@ class PageStore:
         """The finished page; None where there is none that can be used.
 
         Raises:
-            NanoVLLMError: as ``S3Client.call``. Without ``s3:ListBucket`` AWS answers 403 for what is not there.
+            StoreUnreachable: it refuses what it is asked. Without ``s3:ListBucket`` AWS answers 403 for what is not
+                there.
+            NanoVLLMError: as ``S3Client.call``.
         """
         part = await self._request(lambda client: self._read(client, key))
         payload = None if part is None else self._checked(key, part[0])
@@ -147,7 +149,7 @@ class PageStore:
         A page beyond the limit is not kept. What cannot be used is replaced.
 
         Raises:
-            NanoVLLMError: as ``S3Client.call``; TransientError where other writers won every time.
+            NanoVLLMError: as ``get``; TransientError where other writers won every time.
         """
         if len(payload) > self._max_part_bytes:
             self.counts.oversized += 1
@@ -172,7 +174,14 @@ class PageStore:
 
     async def _request(self, operation: Callable[[Any], Any]) -> Any:
         async with self._requests:
-            return await self._attempt(lambda: asyncio.to_thread(self._call, operation))
+            return await self._attempt(lambda: self._ask(operation))
+
+    async def _ask(self, operation: Callable[[Any], Any]) -> Any:
+        try:
+            return await asyncio.to_thread(self._call, operation)
+        except (PermanentError, InvalidInput) as error:
+            # Its bucket, the rights there: no fault of the page.
+            raise StoreUnreachable(f"the page store s3://{self._bucket} refuses what it is asked: {error}") from error
 
     def _read(self, client: Any, key: PageKey) -> tuple[bytes | None, str] | None:
         """The bytes and the entity tag of a part; None: there is none; bytes None: they are too many."""

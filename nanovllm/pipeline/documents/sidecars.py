@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo
+from nanovllm.errors import ObjectForbidden, ObjectNotFound, StoreUnreachable
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import encode
 from nanovllm.messages.s3_uri import split_object_uri
@@ -33,6 +35,7 @@ class Sidecars:
         """What ``put`` of this version's record would return without writing; None where it would write.
 
         Raises:
+            StoreUnreachable: the place that the route names is missing, or refuses what it is asked.
             SidecarTaken, InvalidInput, NanoVLLMError: as `Sidecar.put`.
         """
         place = _place(source, route)
@@ -40,12 +43,13 @@ class Sidecars:
             return None
         uri, version = place
         metadata = SidecarMetadata(source.job_id(route), model.revision, route.digest, version, delivery)
-        return await self._sidecar.beside(uri, metadata)
+        with _faults_of_place(uri):
+            return await self._sidecar.beside(uri, metadata)
 
     async def put(
         self, record: DocumentRecord, source: DocumentSource, route: Route, *, delivery: str | None = None
     ) -> SidecarOutcome | None:
-        """Write the sidecar that the route asks for; None where it asks for none. Raises as `Sidecar.put`.
+        """Write the sidecar that the route asks for; None where it asks for none. Raises as ``beside``.
 
         ``delivery``: as in `SidecarMetadata`.
         """
@@ -54,7 +58,8 @@ class Sidecars:
             return None
         uri, version = place
         metadata = SidecarMetadata(record.job_id, record.model.revision, route.digest, version, delivery)
-        return await self._sidecar.put(uri, body_of(record, route.sidecar.format), metadata, route.sidecar.format)
+        with _faults_of_place(uri):
+            return await self._sidecar.put(uri, body_of(record, route.sidecar.format), metadata, route.sidecar.format)
 
 
 def body_of(record: DocumentRecord, fmt: SidecarFormat) -> bytes:
@@ -73,6 +78,18 @@ def body_of(record: DocumentRecord, fmt: SidecarFormat) -> bytes:
     if record.validation is None:
         return "\n\n---\n\n".join((record.text or "").split("\f")).encode()
     return f"```json\n{json.dumps(record.value, indent=2, ensure_ascii=False)}\n```".encode()
+
+
+@contextmanager
+def _faults_of_place(uri: str) -> Iterator[None]:
+    """The place is the route's: what is refused there is no fault of the document."""
+    try:
+        yield
+    except (ObjectNotFound, ObjectForbidden) as error:
+        raise StoreUnreachable(
+            f"the sidecar {uri} cannot be read or written ({error}); it needs its bucket, and the rights s3:GetObject, "
+            "s3:PutObject and s3:ListBucket there"
+        ) from error
 
 
 def _place(source: DocumentSource, route: Route) -> tuple[str, SourceVersion] | None:

@@ -178,6 +178,6 @@ def _time(fields: Fields, name: str) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(text)
-    except ValueError:
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):  # the latter: a year that UTC does not have
         raise InvalidEvent(f"{name} is no ISO 8601 time") from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -7,9 +7,9 @@ from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.pipeline.documents.sidecars import Sidecars
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError, Extracted, JobContext
 from nanovllm.pipeline.stages.failure import DeadLetterLimit
-from nanovllm.pipeline.stages.fetch import OBJECT_STORE
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.stages.route_event import RoutedEvent
@@ -33,17 +33,16 @@ class AnswerDocument:
         sidecars: Sidecars,
         large_results: S3ResultStore | None,
         limit: DeadLetterLimit,
+        ask: AskStore,
         retry: Retry,
-        *,
-        max_attempts: int,
     ) -> None:
         self._builder = builder
         self._sink = sink
         self._sidecars = sidecars
         self._large_results = large_results
         self._limit = limit
+        self._ask = ask
         self._retry = retry
-        self._max_attempts = max_attempts
 
     async def __call__(self, routed: RoutedEvent, record: DocumentRecord) -> Extracted:
         """The outcome with its records.
@@ -58,11 +57,10 @@ class AnswerDocument:
             published = await self._document_record(routed.route, record, context)
             records = (published, self._metrics(record, context))
             await self._sink.check(records)
-            outcome = await self._retry(
+            outcome = await self._ask(
+                routed.source.uri,
                 lambda: self._sidecars.put(record, routed.source, routed.route, delivery=routed.delivery),
-                OBJECT_STORE,
                 context.progress,
-                max_attempts=self._max_attempts,
             )
         if outcome in ("same", "superseded"):
             raise EventSkippedError(outcome)

@@ -119,7 +119,8 @@ class GuardDocuments:
     async def __call__(self, routed: RoutedEvent, document: FetchedImage, admitted: AdmittedJob) -> DocumentRecord:
         """As ``extract``. Raises CrashedWorker."""
         record = admitted.context.record
-        self._guard.check(record)
+        with admitted.context.progress.stage("infer"):
+            self._guard.check(record)
         try:
             extracted = await self._extract(routed, document, admitted)
         except Exception:  # not one that was cancelled: it may still be at fault

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from datetime import datetime
 
 from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ObjectChanged, ObjectMissing, ObjectNotFound
-from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import FetchedImage, ObjectHead
+from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.stages.admit import AdmittedJob
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError
 from nanovllm.pipeline.stages.failure import first_cause
 from nanovllm.pipeline.stages.fetch import OBJECT_STORE, Fetch
@@ -25,17 +24,20 @@ class FetchDocument:
     def __init__(
         self,
         fetch: Fetch,
-        head: Callable[[ImageRef], Awaitable[ObjectHead]],
+        fetcher: ObjectFetcher,
         sidecars: Sidecars,
         model: ModelInfo,
+        ask: AskStore,
         retry: Retry,
         *,
         max_attempts: int,
     ) -> None:
+        """``max_attempts`` at a missing object that its route waits for."""
         self._fetch = fetch
-        self._head = head
+        self._fetcher = fetcher
         self._sidecars = sidecars
         self._model = model
+        self._ask = ask
         self._retry = retry
         self._max_attempts = max_attempts
 
@@ -49,19 +51,17 @@ class FetchDocument:
         """
         route, progress = routed.route, admitted.context.progress
         with progress.stage("fetch"):
-            beside = await self._retry(
+            # Before its sidecar is asked for, whose key is made of the object's.
+            self._fetcher.check(routed.ref)
+            beside = await self._ask(
+                routed.source.uri,
                 lambda: self._sidecars.beside(routed.source, route, self._model, delivery=routed.delivery),
-                OBJECT_STORE,
                 progress,
-                max_attempts=self._max_attempts,
             )
         if beside in ("same", "superseded"):
             raise EventSkippedError(beside)
         try:
-            # With on_missing: retry an object that is missing is asked for as often as one that cannot be had.
-            document = await self._retry(
-                lambda: self._read(routed, admitted), OBJECT_STORE, progress, max_attempts=self._max_attempts
-            )
+            document = await self._document(routed, admitted)
         except ObjectNotFound:
             if route.on_missing == "drop":
                 raise EventSkippedError("missing") from None
@@ -70,16 +70,27 @@ class FetchDocument:
             raise EventSkippedError("sidecar")
         return document
 
+    async def _document(self, routed: RoutedEvent, admitted: AdmittedJob) -> FetchedImage:
+        if routed.route.on_missing != "retry":
+            return await self._read(routed, admitted)
+
+        async def read() -> FetchedImage:
+            try:
+                return await self._read(routed, admitted)
+            except ObjectNotFound as error:
+                raise ObjectMissing(str(error)) from error
+
+        return await self._retry(read, OBJECT_STORE, admitted.context.progress, max_attempts=self._max_attempts)
+
     async def _read(self, routed: RoutedEvent, admitted: AdmittedJob) -> FetchedImage:
         try:
             return (await self._fetch(admitted))[0]
         except ExceptionGroup as group:
             error = first_cause(group)
-        if isinstance(error, ObjectNotFound) and routed.route.on_missing == "retry":
-            admitted.reservation.give_bytes_back()
-            raise ObjectMissing(str(error)) from error
+        admitted.reservation.give_bytes_back()
         if isinstance(error, ObjectChanged):
-            now = await self._head(routed.ref)
+            progress = admitted.context.progress
+            now = await self._ask(routed.source.uri, lambda: self._fetcher.head(routed.ref), progress)
             if _is_after(now.last_modified, routed.event.event_time):
                 # The event of what is there now is under way, or has come.
                 raise EventSkippedError("source_changed") from None

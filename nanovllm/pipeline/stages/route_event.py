@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
@@ -15,9 +15,8 @@ from nanovllm.objects.fetch import ObjectHead
 from nanovllm.pipeline.documents.extraction import DocumentSource
 from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
 from nanovllm.pipeline.routing.routes import Routes
+from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
-from nanovllm.pipeline.stages.fetch import OBJECT_STORE
-from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.settings.routes import Route
 
 
@@ -41,13 +40,10 @@ class RoutedEvent:
 class RouteEvent:
     """Finds the route of an event's object; ``head`` asks the store where content type or size decide."""
 
-    def __init__(
-        self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], retry: Retry, *, max_attempts: int
-    ) -> None:
+    def __init__(self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], ask: AskStore) -> None:
         self._routes = routes
         self._head = head
-        self._retry = retry
-        self._max_attempts = max_attempts
+        self._ask = ask
 
     async def __call__(self, event: ObjectEvent, context: JobContext) -> RoutedEvent:
         """The routed event, whose context has the job's id, the route's topic and its deadline.
@@ -59,38 +55,53 @@ class RouteEvent:
         """
         if event.kind != "created":
             raise EventSkippedError(event.kind)
+        candidates = self._routes.candidates(event.bucket, event.key)
+        if not candidates:
+            raise EventSkippedError("no_route")
         version_id = None if event.version_id == NULL_VERSION else event.version_id
-        uri = f"s3://{event.bucket}/{event.key}"
+        ref = _ref(f"s3://{event.bucket}/{event.key}", version_id, event.etag)
         with context.progress.stage("admit"):
-            route = await self._route_of(event, _ref(uri, version_id, event.etag), context)
-        source = DocumentSource(uri, version_id, event.etag, event.sequencer, event.event_time, event.dialect)
+            head = await self._asked(ref, context)
+        route: Route | None
+        if isinstance(head, ObjectNotFound):
+            route = candidates[0]  # which of them would take it is not known any more
+        else:
+            content_type, size = (None, event.size) if head is None else (head.content_type, head.size)
+            route = self._routes.route_of(event.bucket, event.key, content_type, size)
+        if route is None:
+            raise EventSkippedError("no_route")
+        if isinstance(head, ObjectHead) and not (ref.version_id or ref.etag):
+            # The event of some stores names no content: it is what is there now.
+            ref = _ref(f"s3://{event.bucket}/{event.key}", head.version_id, head.etag)
+        source = DocumentSource(
+            ref.uri or "", ref.version_id, ref.etag, event.sequencer, event.event_time, event.dialect
+        )
         began = event.event_time or context.progress.received_at
         context = replace(
             context,
             job_id=source.job_id(route),
-            expires_at=None if route.deadline_s is None else began + timedelta(seconds=route.deadline_s),
+            expires_at=_expiry(began, route.deadline_s),
             result_topic=route.result_topic,
         )
-        return RoutedEvent(event, route, source, _ref(uri, version_id, event.etag), context)
+        return RoutedEvent(event, route, source, ref, context)
 
-    async def _route_of(self, event: ObjectEvent, ref: ImageRef, context: JobContext) -> Route:
-        content_type, size = None, event.size
-        candidates = self._routes.candidates(event.bucket, event.key)
-        if not candidates:
-            raise EventSkippedError("no_route")
-        if self._routes.needs_head(event.bucket, event.key):
-            try:
-                head = await self._retry(
-                    lambda: self._head(ref), OBJECT_STORE, context.progress, max_attempts=self._max_attempts
-                )
-            except ObjectNotFound:
-                # Which of them would take it is not known any more.
-                return candidates[0]
-            content_type, size = head.content_type, head.size
-        route = self._routes.route_of(event.bucket, event.key, content_type, size)
-        if route is None:
-            raise EventSkippedError("no_route")
-        return route
+    async def _asked(self, ref: ImageRef, context: JobContext) -> ObjectHead | ObjectNotFound | None:
+        """What the store says of the object, where that decides; None: it need not be asked."""
+        if (ref.version_id or ref.etag) and not self._routes.needs_head(*ref.bucket_and_key):
+            return None
+        try:
+            return await self._ask(ref.identity, lambda: self._head(ref), context.progress)
+        except ObjectNotFound as missing:
+            return missing
+
+
+def _expiry(began: datetime, deadline_s: float | None) -> datetime | None:
+    if deadline_s is None:
+        return None
+    try:
+        return began + timedelta(seconds=deadline_s)
+    except OverflowError:
+        return None  # beyond the calendar
 
 
 def _ref(uri: str, version_id: str | None, etag: str | None) -> ImageRef:
