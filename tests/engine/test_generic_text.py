@@ -145,6 +145,13 @@ def test_layers_of_an_unknown_type_are_refused(tmp_path: Path) -> None:
         LLMEngine(str(directory), **SMALL)
 
 
+def test_another_head_than_that_of_a_language_model_is_refused(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "mistral")
+    edit_json(directory / "config.json", architectures=["MistralForSequenceClassification"])
+    with pytest.raises(UnsupportedModel, match=r"'MistralForSequenceClassification' .* MistralForCausalLM is"):
+        LLMEngine(str(directory), **SMALL)
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     directory = make_generic_text(tmp_path, "llama")
     ran = tmp_path / "ran"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, Qwen3VLVisionModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nanovllm.engine.layers.linear import Linear
@@ -20,6 +21,7 @@ from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES
 from nanovllm.pipeline.route_checks import A4, Points, rendered_size
 from nanovllm.vision.encoders.qwen import native_tokens, native_transform
 from nanovllm.vision.images.preprocess import ImageTransform
+from tests.generic_checkpoints import IMAGE_FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BF16_BYTES = 2
@@ -160,7 +162,8 @@ def test_what_runs_today_is_what_the_registry_has() -> None:
     assert architectures(section("Checkpoints that run today")) == {*TEXT_FAMILIES, LLAVA, *QWEN_VL}
 
 
-def test_what_is_not_supported_yet_is_not_in_the_registry() -> None:
-    named = architectures(section("Not supported yet"))
+def test_what_runs_through_transformers_layers_is_tested_and_not_in_the_registry() -> None:
+    named = architectures(section("Through transformers' layers")) - {"DotsOCRForCausalLM"}
     assert len(named) > 5
     assert named.isdisjoint({*TEXT_FAMILIES, LLAVA, *QWEN_VL})
+    assert named <= {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family] for family in IMAGE_FAMILIES}

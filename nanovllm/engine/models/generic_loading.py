@@ -84,12 +84,19 @@ def check_config(checkpoint: Checkpoint) -> None:
     """Raise UnsupportedModel for a configuration whose model no attention over tokens in order can compute."""
     config = checkpoint.config
     text: Any = config.get_text_config()
-    known = (*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if config.model_type not in known:
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if has_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = mapping.get(config.model_type)
+    if known is None:
         raise UnsupportedModel(
             f"architecture {checkpoint.architecture!r} is not supported: transformers {transformers.__version__} has "
             f"no model of type {config.model_type!r} that answers text or images with text, and code of a checkpoint "
             "is not run"
+        )
+    classes = (known,) if isinstance(known, str) else tuple(known)
+    if checkpoint.architecture not in ("", *classes):
+        raise UnsupportedModel(
+            f"architecture {checkpoint.architecture!r} is not supported: for models of type {config.model_type!r} "
+            f"{' or '.join(classes)} is"
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{checkpoint.architecture!r} is an encoder-decoder, which is not supported")
