@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from nanovllm.engine.execution.model_runner import StepInputs
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.models.generic_loading import OLDEST
 from nanovllm.sampling_params import SamplingParams
 
+needs_release = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST,
+    reason="transformers is older than these models need",
+)
 NEW = 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.generic import GenericEncoder
+from nanovllm.vision.images.pool import DecoderPool
 from tests.checkpoints import QwenVL, make_qwen_vl
 from tests.generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
-from tests.generic_parts import GREEDY, Recorded, assert_same, transformers_answer
+from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+
+pytestmark = needs_release
 
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
@@ -156,6 +162,28 @@ def test_layers_that_no_attention_over_tokens_computes_are_refused(
     AutoConfig.for_model(family, text_config={"num_hidden_layers": 2, **text}).save_pretrained(directory)
     with pytest.raises(UnsupportedModel, match=message):
         LLMEngine(str(directory), **SMALL)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "glm_ocr", "lighton_ocr"])
+async def test_a_job_with_an_image_of_a_decoder_process_is_a_turn_of_the_chat_template(
+    family: str, tmp_path: Path
+) -> None:
+    directory, image = make_generic_images(tmp_path, family), written_image(family)
+    file = io.BytesIO()
+    ONE[0].save(file, "PNG")
+    rendered = f"<|im_start|>user\nWhat is {image} here?<|im_end|>\n<|im_start|>assistant\n"
+    with LLMEngine(str(directory), **SMALL) as engine:
+        wanted = engine.generate(rendered, GREEDY, ONE, use_tqdm=False)[0]
+    async with AsyncEngine(LLMEngine(str(directory), **SMALL)) as backend:
+        assert backend.image_transform is not None
+        pool = DecoderPool(backend.image_transform, workers=1, timeout_s=60.0)
+        await pool.start()
+        prepared = await pool.prepare(file.getvalue())
+        await pool.close()
+        request = Request("job", prompt="What is <|image|> here?", images=(prepared,), sampling=GREEDY)
+        assert await backend.fits(request)
+        found = await backend.submit(request)
+    assert (found.token_ids, found.usage) == (wanted.token_ids, wanted.usage)
 
 
 def test_an_image_that_the_processor_refuses_fails_its_request_alone(tmp_path: Path) -> None:

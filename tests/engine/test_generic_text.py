@@ -19,7 +19,9 @@ from nanovllm.engine.models.generic_loading import check_release
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from tests.checkpoint_files import edit_json
 from tests.generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
-from tests.generic_parts import GREEDY, Recorded, assert_same, transformers_answer
+from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+
+pytestmark = needs_release
 
 PROMPTS = [[5 + start * 31 + step * 7 % 300 for step in range(length)] for start, length in enumerate((3, 40, 17))]
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 112, "block_size": 16}
@@ -140,7 +142,9 @@ def test_up_to_its_window_a_model_with_one_runs(tmp_path: Path) -> None:
 
 def test_layers_of_an_unknown_type_are_refused(tmp_path: Path) -> None:
     directory = make_generic_text(tmp_path, "llama")
-    edit_json(directory / "config.json", model_type="gemma3_text", layer_types=["full_attention", "chunked_attention"])
+    kinds = ["full_attention", "chunked_attention"]
+    architectures = ["Gemma3ForCausalLM"]
+    edit_json(directory / "config.json", model_type="gemma3_text", architectures=architectures, layer_types=kinds)
     with pytest.raises(UnsupportedModel, match="layer 1: layers of type 'chunked_attention'"):
         LLMEngine(str(directory), **SMALL)
 
