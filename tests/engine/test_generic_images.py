@@ -20,7 +20,7 @@ from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.images.pool import DecoderPool
-from tests.checkpoints import QwenVL, make_qwen_vl
+from tests.checkpoints import QwenVL, make_llava, make_qwen_vl
 from tests.generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
 from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
 
@@ -125,6 +125,23 @@ def test_the_hand_written_family_and_transformers_layers_give_the_same(
                 without = engine.model_runner.model.never_sampled
     for generic, native in zip(*answers, strict=True):
         assert_same(generic, native, 1e-5, without)
+
+
+def test_equal_checkpoints_have_equal_embeddings_wherever_they_lie(tmp_path: Path) -> None:
+    revisions = set()
+    for name in ("one", "other"):
+        with LLMEngine(str(make_generic_images(tmp_path / name, "mistral3")), **SMALL) as engine:
+            assert engine.processor is not None
+            revisions.add(engine.processor.encoder.revision)
+    assert len(revisions) == 1
+
+
+def test_llava_over_a_text_family_without_code_runs_through_transformers_layers(tmp_path: Path) -> None:
+    directory = make_llava(tmp_path, size=64, text="mistral", sliding_window=None)
+    image = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+    with LLMEngine(str(directory), **{**SMALL, "backend": "auto"}) as engine:
+        assert isinstance(engine.model_runner.model, GenericDecoder)
+        assert len(engine.generate("<|image|> hello", GREEDY, [image], use_tqdm=False)[0].token_ids) == 64
 
 
 def test_an_image_token_is_never_sampled(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from nanovllm.engine.diagnostics import describe
+from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_loading import check_release
@@ -97,6 +98,20 @@ def test_a_model_with_states_reuses_no_prefix_drafts_nothing_and_says_so(tmp_pat
         assert engine.stats().prefix_cache_hits == engine.stats().spec_decode_draft_tokens == 0
         (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
         assert "no prefix cache, no speculation" in support.note
+
+
+def test_linear_layers_have_the_layouts_of_this_machine(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "mistral", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    native = make_generic_text(
+        tmp_path / "native", "qwen3", hidden_size=512, intermediate_size=1024, num_hidden_layers=1
+    )
+    kinds = []
+    for checkpoint, backend in ((directory, "generic"), (native, "native")):
+        with LLMEngine(str(checkpoint), **{**SMALL, "backend": backend}) as engine:
+            layers = [one for one in engine.model_runner.model.modules() if isinstance(one, Linear)]
+            kinds.append({layer.layout for layer in layers if layer.in_features == 1024})
+            assert engine.model_runner.trial is None or engine.model_runner.trial.error_full < 1e-5
+    assert kinds[0] == kinds[1]
 
 
 def test_what_doctor_says_of_support_is_measured(tmp_path: Path) -> None:
@@ -189,27 +204,28 @@ def test_missing_tensors_are_refused(tmp_path: Path) -> None:
         LLMEngine(str(directory), **SMALL)
 
 
+@pytest.mark.parametrize(("window", "max_model_len"), [(8, 112), (600, 700)])
 def test_a_window_that_neither_configuration_nor_layer_names_fails_the_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    window: int, max_model_len: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make_generic_text(tmp_path, "llama")
     full_mask, update = modeling_llama.create_causal_mask, DynamicLayer.update
 
     def windowed(*args: Any, **kwargs: Any) -> Any:
-        return full_mask(*args, **kwargs, and_mask_function=lambda batch, head, query, key: key > query - 8)
+        return full_mask(*args, **kwargs, and_mask_function=lambda batch, head, query, key: key > query - window)
 
     def forgetful(self: DynamicLayer, *args: Any, **kwargs: Any) -> Any:
         keys, values = update(self, *args, **kwargs)
-        self.keys, self.values = keys[:, :, -8:], values[:, :, -8:]
+        self.keys, self.values = keys[:, :, -window:], values[:, :, -window:]
         return keys, values
 
     with monkeypatch.context() as patch:
         patch.setattr(modeling_llama, "create_causal_mask", windowed)
         with pytest.raises(UnsupportedModel, match="layer 0: a mask that hides earlier tokens is not supported"):
-            LLMEngine(str(directory), **SMALL)
+            LLMEngine(str(directory), **{**SMALL, "max_model_len": max_model_len})
     monkeypatch.setattr(DynamicLayer, "update", forgetful)  # a full forward pass does not show it
-    with pytest.raises(UnsupportedModel, match=r"does not pass the trial at load: over 112 tokens .* such as a window"):
-        LLMEngine(str(directory), **SMALL)
+    with pytest.raises(UnsupportedModel, match=r"does not pass the trial at load: over \d+ tokens .* such as a window"):
+        LLMEngine(str(directory), **{**SMALL, "max_model_len": max_model_len})
 
 
 def test_logits_of_another_scale_fail_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

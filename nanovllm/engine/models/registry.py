@@ -46,6 +46,8 @@ def text_architecture(config: Any) -> str:
 def is_generic(checkpoint: Checkpoint, backend: Backend) -> bool:
     """Whether transformers' layers compute the model: where that is asked for, or no family is written for it."""
     is_written = checkpoint.architecture in (*TEXT_FAMILIES, LLAVA, *QWEN_VL)
+    if checkpoint.architecture == LLAVA:
+        is_written = text_architecture(checkpoint.config.get_text_config()) in TEXT_FAMILIES
     return not is_written if backend == "auto" else backend == "generic"
 
 

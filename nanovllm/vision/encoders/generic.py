@@ -71,7 +71,9 @@ class GenericEncoder(ImageEncoder):
         return min(size) > 0
 
     def _architecture(self) -> dict[str, Any]:
-        return {"model": tower_fields(self._of_model[1]), "processor": self._processor.fingerprint()}
+        model = tower_fields(self._of_model[1])
+        model.pop("_name_or_path", None)  # where it lies
+        return {"model": model, "processor": self._processor.fingerprint()}
 
     @torch.no_grad()
     def _compute_layout(self, size: tuple[int, int]) -> ImageLayout:

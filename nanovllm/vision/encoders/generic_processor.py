@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -54,9 +55,9 @@ class OneImageProcessor:
         """
         token = self._processor.image_token
         try:
-            found = self._processor(
-                text=[token], images=[np.ascontiguousarray(pixels)], add_special_tokens=False, return_tensors="pt"
-            )
+            # As an image of Pillow: of an array of three rows a processor takes the rows for channels.
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            found = self._processor(text=[token], images=[image], add_special_tokens=False, return_tensors="pt")
         except Exception as error:  # a processor raises whatever it likes
             why = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_SHOWN_CHARS]
             height, width = pixels.shape[:2]
@@ -73,7 +74,11 @@ class OneImageProcessor:
 
     def fingerprint(self) -> dict[str, Any]:
         """What determines the outputs, for a digest."""
-        options = {name: value for name, value in vars(self._processor).items() if isinstance(value, (str, int, float))}
+        options = {
+            name: value
+            for name, value in vars(self._processor).items()
+            if isinstance(value, (str, int, float)) and name != "chat_template"
+        }
         return {"class": type(self._processor).__name__, "images": self._processor.image_processor.to_dict(), **options}
 
 
