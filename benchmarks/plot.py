@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from html import escape
 from pathlib import Path
@@ -22,29 +23,35 @@ _LEFT, _WIDTH, _BAR, _GAP = 110, 520, 18, 34  # pixels
 
 
 def draw_bars(report: dict[str, Any], path: Path) -> None:
-    """Write the picture; each group has its own scale, because workloads differ by orders of magnitude."""
-    parts: list[str] = []
-    y = 28
-    for row in report["results"]:
-        parts.append(
-            _text(10, y, f"{row['workload']}, {row['model']}, {row['precision']}: tokens per second", bold=True)
-        )
-        y += 8
-        speeds = {
+    """Write the picture of a report of ``compare.py``; each row has its own scale: workloads differ by magnitudes."""
+    machine = report["machine"]
+    load = machine["load_average_at_start"][0]
+    groups = {
+        f"{row['workload']}, {row['model']}, {row['precision']}: tokens per second": {
             name: engine.get("decode_tokens_per_second", engine.get("useful_tokens_per_second"))
             for name, engine in row["engines"].items()
         }
-        highest = max(speeds.values())
-        for name, speed in speeds.items():
-            width = max(1, round(_WIDTH * speed / highest))
+        for row in report["results"]
+    }
+    draw_groups(groups, f"{machine['cpu']}, {report['settings']['threads']} threads, load at start {load}", path)
+
+
+def draw_groups(groups: dict[str, dict[str, float]], note: str, path: Path) -> None:
+    """Write bars as an SVG file: for each title a group of named values with a scale of its own; a note below."""
+    parts: list[str] = []
+    y = 28
+    for title, values in groups.items():
+        parts.append(_text(10, y, title, bold=True))
+        y += 8
+        highest = max(values.values())
+        for (name, value), colour in zip(values.items(), itertools.cycle(COLOURS.values())):
+            width = max(1, round(_WIDTH * value / highest))
+            fill = COLOURS.get(name, colour)
             parts.append(_text(10, y + 13, name))
-            parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width}" height="{_BAR - 3}" fill="{COLOURS[name]}"/>')
-            parts.append(_text(_LEFT + width + 6, y + 13, f"{speed:.1f}"))
+            parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width}" height="{_BAR - 3}" fill="{fill}"/>')
+            parts.append(_text(_LEFT + width + 6, y + 13, f"{value:.1f}"))
             y += _BAR
         y += _GAP - 8
-    machine = report["machine"]
-    load = machine["load_average_at_start"][0]
-    note = f"{machine['cpu']}, {report['settings']['threads']} threads, load at start {load}"
     parts.append(_text(10, y, note))
     size = f'width="{_LEFT + _WIDTH + 90}" height="{y + 14}"'
     body = "\n".join(parts)

@@ -56,6 +56,10 @@ MAX_CONSTRAINT_CHARS = 65_536
 MAX_SCHEMA_CHARS = 262_144  # most of a large schema is prose
 
 
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
+"""The sampling parameters that confine an output; one at most is set."""
+
+
 class Constraint(NamedTuple):
     """What an output must conform to: a JSON schema (as JSON), a regular expression, a JSON list of choices, or a
     grammar in llguidance's variant of Lark.

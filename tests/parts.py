@@ -259,14 +259,20 @@ class S3Part:
         return f"s3://{bucket}/{key}"
 
 
-Fault = Literal["refuse", "cut", "unavailable"]
+Fault = Literal["refuse", "cut", "unavailable", "forbidden"]
+
+_STATUS_LINES: Mapping[str | None, bytes] = {
+    "unavailable": b"HTTP/1.1 503 Slow Down",
+    "forbidden": b"HTTP/1.1 403 Forbidden",
+}
 
 
 class FaultProxy:
     """Stands before an HTTP server and spoils connections in their order; once ``faults`` are used up, none.
 
     None spoils nothing of one request, which gets a connection of its own.
-    ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503.
+    ``refuse`` closes at once, ``cut`` in the middle of the answer's first bytes, ``unavailable`` answers 503,
+    ``forbidden`` 403.
     """
 
     def __init__(self, upstream_url: str, faults: Iterable[Fault | None]) -> None:
@@ -302,9 +308,9 @@ class FaultProxy:
         try:
             if fault == "refuse":
                 return
-            if fault == "unavailable":
+            if fault in _STATUS_LINES:
                 await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                writer.write(_STATUS_LINES[fault] + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 await writer.drain()
                 return
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
@@ -382,6 +388,16 @@ class VersityNode:
             self._process.kill()
 
 
+def python_process(directory: Path, *command: str, settings: Mapping[str, str], name: str) -> LocalProcess:
+    """A process of this Python, not started yet; its log is in ``directory``.
+
+    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
+    env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
+    return LocalProcess(name, [sys.executable, *command], directory / f"{name}.log", env=env)
+
+
 def worker_process(
     directory: Path,
     *options: str,
@@ -389,11 +405,6 @@ def worker_process(
     name: str = "worker",
     program: Sequence[str] = ("-m", "nanovllm.cli.main"),
 ) -> LocalProcess:
-    """``nanovllm worker`` as its own process, not started yet.
-
-    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
-    """
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
-    own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *program, "worker", *options]
-    return LocalProcess(name, command, directory / f"{name}.log", env=inherited | own | dict(settings))
+    """``nanovllm worker`` as a `python_process`."""
+    own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0"}
+    return python_process(directory, *program, "worker", *options, settings=own | dict(settings), name=name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from chaos.broker_logs import job_of
-from parts import S3Part, create_topic, eventually, unique_name, worker_process
+from parts import S3Part, create_topic, eventually, python_process, unique_name, worker_process
 
 from nanovllm.client.producer import JobProducer
 from nanovllm.client.results import ResultReader
@@ -21,17 +21,22 @@ from nanovllm.settings.topics import TopicSettings
 from nanovllm.settings.worker import Settings
 
 PARTITIONS = 4
+TOPICS = ("jobs", "results", "metrics", "dead_letters", "in_flight", "events")
 
 
 @dataclass
 class World:
-    """``results`` and ``dead_letters`` by job_id, as far as ``read`` has read them; a job may be answered twice."""
+    """``results`` and ``dead_letters`` by job_id, as far as ``read`` has read them; a job may be answered twice.
+
+    ``events`` is a topic of events that is there already; unset: one of its own, which is not created.
+    """
 
     bootstrap_servers: str
     s3: S3Part
     directory: Path
     worker_settings: dict[str, str]
     bucket: str = ""
+    events: str = ""
     topics: TopicSettings = field(init=False)
     group: str = field(default_factory=lambda: unique_name("group"))
     results: dict[str, list[Result]] = field(default_factory=lambda: defaultdict(list))
@@ -39,8 +44,8 @@ class World:
 
     def __post_init__(self) -> None:
         base = unique_name("world")
-        names = {name: f"{base}.{name}" for name in ("jobs", "results", "metrics", "dead_letters", "in_flight")}
-        self.topics = TopicSettings(**names)
+        names = {name: f"{base}.{name}" for name in TOPICS}
+        self.topics = TopicSettings(**(names | ({"events": self.events} if self.events else {})))
         self.bucket = self.bucket or self.s3.make_bucket()
 
     @property
@@ -65,16 +70,16 @@ class World:
             else:
                 self.dead_letters[outcome.job_id or ""].append(outcome)
 
-    def worker(self, name: str, *options: str, **process: Any) -> LocalProcess:
-        settings = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that name brokers, topics and the store, as for a worker."""
+        return {
             "NANOVLLM_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers,
             "NANOVLLM_KAFKA__GROUP_ID": self.group,
             # As short as an Apache Kafka broker allows by default.
             "NANOVLLM_KAFKA__SESSION_TIMEOUT_MS": "6000",
             "NANOVLLM_KAFKA__HEARTBEAT_INTERVAL_MS": "1000",
-            **{f"NANOVLLM_TOPICS__{key.upper()}": getattr(self.topics, key) for key in ("jobs", "results", "metrics")},
-            "NANOVLLM_TOPICS__DEAD_LETTERS": self.topics.dead_letters,
-            "NANOVLLM_TOPICS__IN_FLIGHT": self.topics.in_flight,
+            **{f"NANOVLLM_TOPICS__{name.upper()}": getattr(self.topics, name) for name in TOPICS},
             "NANOVLLM_S3__ENDPOINT_URL": self.s3.endpoint_url,
             "NANOVLLM_S3__ADDRESSING_STYLE": "path",
             "NANOVLLM_S3__ALLOW": f"s3://{self.bucket}/",
@@ -82,7 +87,13 @@ class World:
             **self.s3.environment,
             **self.worker_settings,
         }
-        return worker_process(self.directory, *options, settings=settings, name=name, **process)
+
+    def worker(self, name: str, *options: str, **process: Any) -> LocalProcess:
+        return worker_process(self.directory, *options, settings=self.environment, name=name, **process)
+
+    def process(self, name: str, *command: str) -> LocalProcess:
+        """A program of Python's, such as ``-m nanovllm.cli.main dlq list``."""
+        return python_process(self.directory, *command, settings=self.environment, name=name)
 
     async def drain(self, name: str) -> None:
         """Run a worker until nothing is left to do."""
@@ -127,9 +138,9 @@ class World:
             ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
             return ends
 
-    async def lag(self) -> int:
-        """Jobs that the group has not committed."""
-        partitions = [TopicPartition(self.topics.jobs, number) for number in range(PARTITIONS)]
+    async def lag(self, topic: str = "") -> int:
+        """Records of ``topic``, or of the jobs' own, that the group has not committed."""
+        partitions = [TopicPartition(topic or self.topics.jobs, number) for number in range(PARTITIONS)]
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap_servers, group_id=self.group, enable_auto_commit=False
         )

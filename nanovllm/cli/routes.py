@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,18 +19,18 @@ from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, cou
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
-from nanovllm.settings.routes import CONSTRAINTS
+from nanovllm.sampling_params import CONSTRAINTS
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from nanovllm.pipeline.route_checks import Cost, Points, TokenBudget
+    from nanovllm.pipeline.route_checks import Points, TokenBudget
+    from nanovllm.pipeline.route_costs import Cost
 
 MISUSE = 2
-MEASURED_PAGES = 32
-"""The engine's batches make pages cheaper: with a few at once, 1,000 look dearer than they are."""
+DOCUMENT_PAGES = 6
+"""No multiple of the pages that are asked at once: the last ones of a document leave a gap, as they usually do."""
+SCAN_DPI = 150
 COLUMNS = ("route", "what", "is")
 _PAPERS = {"a4": (595.0, 842.0), "a3": (842.0, 1191.0), "letter": (612.0, 792.0)}
 
@@ -46,13 +47,12 @@ def routes_check(
     size: Annotated[int | None, typer.Option(min=0, help="Bytes of that object.")] = None,
     page: Annotated[str, typer.Option(help="Size of a usual page: a4, a3, letter, or WIDTHxHEIGHT in points.")] = "a4",
     measure: Annotated[
-        bool, typer.Option("--measure", help="Load the engine, answer synthetic pages, and say what 1,000 would take.")
+        bool, typer.Option("--measure", help="Extract synthetic documents, and say what 1,000 pages would take.")
     ] = False,
+    document_pages: Annotated[int, typer.Option(min=1, help="Pages of a measured document.")] = DOCUMENT_PAGES,
     pages: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Pages measured at once, in each of three rounds; unset: engine.max_num_seqs, 32 at most."
-        ),
+        typer.Option(min=1, help="Pages measured in each of three rounds; unset: as many as are asked at once."),
     ] = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
@@ -67,8 +67,7 @@ def routes_check(
     if object is not None:
         raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
     settings = engine_settings(config, model)
-    pages = pages or min(MEASURED_PAGES, settings.engine.max_num_seqs)
-    rows = list(_check(routes, settings, points, pages if measure else 0))
+    rows = list(_check(routes, settings, points, (document_pages, pages) if measure else None))
     print_table(COLUMNS, rows, as_json=as_json)
 
 
@@ -107,8 +106,14 @@ def _show_route(routes: Routes, uri: str, content_type: str | None, size: int | 
     return FAILED if route is None else DONE
 
 
-def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> Iterator[tuple[str, str, str]]:
-    """The rows of what holds. Raises InvalidRoutes with everything that does not."""
+def _check(
+    routes: Routes, settings: Settings, points: Points, measured: tuple[int, int | None] | None
+) -> Iterator[tuple[str, str, str]]:
+    """The rows of what holds; ``measured`` are pages of a document and of a round.
+
+    Raises:
+        InvalidRoutes: with everything that does not hold.
+    """
     if not settings.engine.loads_model:
         raise ConfigurationError(f"engine.backend is {settings.engine.backend}, which has neither tokens nor schemas")
     require_engine(settings)
@@ -116,21 +121,29 @@ def _check(routes: Routes, settings: Settings, points: Points, pages: int) -> It
 
     prepare_threads()
     from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, check_routes, limits_of, measure
+    from nanovllm.pipeline.route_checks import check_route, check_routes, limits_of
 
     with long_work("checking the routes"):
         checks = check_routes(routes, settings, points)
     costs: dict[RouteEntry, Cost] = {}
-    if pages:
-        require("worker", "PIL")
+    if measured is not None:
+        require("documents", "pypdfium2", "jsonschema_rs")
+        from nanovllm.pipeline.route_costs import measure, pages_at_once
+
+        document_pages, pages = measured
         with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
             limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
             checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
             if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
                 raise InvalidRoutes(refusals)
-            for number, entry in enumerate(routes.entries):
-                picture = partial(receipt_page, number)
-                costs[entry] = measure(engine, entry.route, settings, picture, pages=pages, points=points)
+            costs = measure(
+                engine,
+                {entry: entry.route for entry in routes.entries},
+                settings,
+                partial(receipts_document, points),
+                pages=pages or pages_at_once(settings, document_pages),
+                document_pages=document_pages,
+            )
     if not settings.s3.allow:
         yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
     for entry, check in checks.items():
@@ -164,14 +177,18 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
         mean, least, most = cost.of(1_000)
         yield name, "seconds of 1,000 pages", f"{mean:.1f}"
         yield name, "by rounds", f"{least:.1f} to {most:.1f}"
-        cut = f", {cost.cut_answers} of {len(cost.answer_tokens)} cut off" if cost.cut_answers else ""
+        cut = f", {counted(cost.incomplete_pages, 'page')} without a whole one" if cost.incomplete_pages else ""
         yield name, "answers", f"{min(cost.answer_tokens)} to {max(cost.answer_tokens)} tokens{cut}"
     yield name, "digest", route.digest
 
 
-def receipt_page(seed: int, number: int, size: tuple[int, int]) -> Image.Image:
-    """A receipt in a (width, height): no two are alike, so that no cache has an embedding of it."""
+def receipts_document(points: Points, numbers: Sequence[int]) -> bytes:
+    """A scan of receipts as a PDF; no two numbers are alike, so that no cache has an embedding of a page."""
     from nanovllm.training import synthetic
 
-    drawn = synthetic.receipt(synthetic.generator(number, seed=seed, split="heldout"), "heldout")
-    return drawn.image.resize(size)
+    width, height = (max(1, round(side / 72 * SCAN_DPI)) for side in points)
+    receipts = [synthetic.receipt(synthetic.generator(one, seed=0, split="heldout"), "heldout") for one in numbers]
+    scans = [receipt.image.resize((width, height)) for receipt in receipts]
+    file = io.BytesIO()
+    scans[0].save(file, "PDF", save_all=True, append_images=scans[1:], resolution=SCAN_DPI)
+    return file.getvalue()

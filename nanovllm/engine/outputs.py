@@ -104,6 +104,7 @@ class RequestOutput(Record):
 
     ``outputs`` holds all ``n`` outputs; ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the
     first. ``prompt_logprobs`` has an entry for each prompt token; the first one's is empty, and so are images'.
+    ``is_constrained``: every token was confined to the constraint of the sampling parameters.
     """
 
     request_id: str
@@ -116,6 +117,7 @@ class RequestOutput(Record):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     outputs: tuple[Completion, ...] = ()
+    is_constrained: bool = False
 
 
 @dataclass(frozen=True)

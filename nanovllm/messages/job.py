@@ -33,7 +33,7 @@ from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
 from nanovllm.messages.s3_uri import MAX_KEY_BYTES, split_object_uri
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
-from nanovllm.sampling_params import MAX_SCHEMA_CHARS, SamplingParams, at_most
+from nanovllm.sampling_params import CONSTRAINTS, MAX_SCHEMA_CHARS, SamplingParams, at_most
 
 MAX_METADATA_BYTES = 65_536
 MAX_ITEMS = 4_096
@@ -426,6 +426,11 @@ class Job(_Strict):
                 f"chat_template_kwargs: {refused[0][:64]!r} is not among the names that this worker lets jobs set "
                 "(engine.job_chat_template_kwargs)"
             )
+
+    @property
+    def asks_for_constraint(self) -> bool:
+        """Whether its sampling confines the output."""
+        return any(self.sampling.get(name) is not None for name in CONSTRAINTS)
 
     def sampling_params(self, defaults: SamplingParams, max_tokens: int | None = None) -> SamplingParams:
         """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.

@@ -110,6 +110,11 @@ class Result(Message):
     outputs: tuple[Output, ...] | None = Field(
         None, description="With `n` above 1 all outputs; the fields beside repeat the first."
     )
+    constrained: bool | None = Field(
+        None,
+        description="Whether every token was confined to the job's `json_schema`, `regex`, `choice` or `grammar`; "
+        "unset for a job without one.",
+    )
     reused: Reused | None = Field(
         None, description="Not computed for this job: for an equal one before (`hit`), or at the same time (`joined`)."
     )

@@ -42,6 +42,7 @@ from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.stages.route_event import RouteEvent
 from nanovllm.settings.documents import DocumentSettings
+from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
@@ -80,6 +81,19 @@ def worker_routes(settings: Settings) -> Routes | None:
     return None if path is None else load_routes(path)
 
 
+def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
+    """The extraction of a route, for a worker and without one. Raises as `Extraction`."""
+    return Extraction(
+        route,
+        decoders,
+        engine.model_info,
+        sampling_defaults(settings, engine.generation_defaults),
+        worker=settings.worker_id,
+        pages_at_once=settings.documents.pages_at_once,
+        fits=engine.fits,
+    )
+
+
 def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts) -> EventStages:
     """The stages of events.
 
@@ -91,22 +105,12 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     if decoders is None:
         raise ConfigurationError(f"the model {engine.model_info.id} takes no images: it reads no pages")
     defaults = sampling_defaults(settings, engine.generation_defaults)
-    extractions = {
-        entry.route.name: Extraction(
-            entry.route,
-            decoders,
-            engine.model_info,
-            defaults,
-            worker=settings.worker_id,
-            pages_at_once=settings.documents.pages_at_once,
-            fits=engine.fits,
-        )
-        for entry in routes.entries
-    }
+    extractions = {entry.route.name: extraction_of(entry.route, settings, engine, decoders) for entry in routes.entries}
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
     ask = AskStore(parts.breaker, retry, max_attempts=attempts)
     fetcher = parts.fetcher.for_documents(settings.documents.max_bytes, routes.buckets)
-    documents = ImageCache(WatchedFetcher(fetcher, parts.holds), None, engine.find_image, parts.metrics, max_bytes=0)
+    watched = WatchedFetcher(fetcher, parts.holds)
+    documents = ImageCache(watched, None, engine.find_image, parts.metrics, max_bytes=0)
     sidecars = Sidecars(client.call, is_newer_version)
     store = None
     if routes.page_store is not None:
@@ -129,7 +133,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     if parts.crash_guard is not None:
         extract = GuardDocuments(extract, parts.crash_guard)
     return EventStages(
-        route=RouteEvent(routes, fetcher.head, ask),
+        route=RouteEvent(routes, watched, parts.holds, ask),
         admit=AdmitEvent(parts.admit, defaults),
         fetch=FetchDocument(
             parts.make_fetch(documents, max_bytes=settings.documents.max_bytes),

@@ -15,6 +15,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
+from nanovllm.pipeline.build_documents import extraction_of
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_answers import MAX_LEAVES
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutput, PageRequest
@@ -24,14 +25,12 @@ from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
-from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_AT_ONCE = 2
 TICK_S = 0.25
 
 
@@ -73,6 +72,11 @@ def extract_documents(
     return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_same, page_store, on_tick, signals))
 
 
+def documents_at_once(settings: Settings) -> int:
+    """As many documents as fill the engine's batch where each has as many pages as are asked at once."""
+    return max(1, settings.engine.max_num_seqs // settings.documents.pages_at_once)
+
+
 async def _extract_all(
     settings: Settings,
     documents: Sequence[FoundDocument],
@@ -85,33 +89,19 @@ async def _extract_all(
 ) -> bool:
     await asyncio.to_thread(build.check_parts, settings)
     async with build.started_parts(settings) as parts:
-        if parts.decoders is None:
+        if (decoders := parts.decoders) is None:
             raise ConfigurationError(f"the model {parts.engine.model_info.id} takes no images: it reads no pages")
         stopped = asyncio.Event()
         signals.hand_to(stopped.set, has_taken=lambda: True)
         extractions: dict[str, Extraction] = {}
-        slots = asyncio.Semaphore(DOCUMENTS_AT_ONCE)
-        ask = _asking(parts.engine)
+        slots = asyncio.Semaphore(documents_at_once(settings))
+        ask = asking(parts.engine)
         if page_store is not None:
             ask = KeepOutputs(ask, PageStore(page_store, S3Client(settings.s3).call), parts.engine.model_info)
 
-        def extraction_of(route: Route) -> Extraction:
-            if route.name not in extractions:
-                assert parts.decoders is not None
-                extractions[route.name] = Extraction(
-                    route,
-                    parts.decoders,
-                    parts.engine.model_info,
-                    sampling_defaults(settings, parts.engine.generation_defaults),
-                    worker=settings.worker_id,
-                    pages_at_once=settings.documents.pages_at_once,
-                    fits=parts.engine.fits,
-                )
-            return extractions[route.name]
-
         for route in {found.route.name: found.route for found in documents}.values():
             try:
-                extraction_of(route)
+                extractions[route.name] = extraction_of(route, settings, parts.engine, decoders)
                 for sampling in _samplings(route):
                     if sampling.constraint is not None:
                         await parts.engine.compile(sampling.constraint)
@@ -124,7 +114,8 @@ async def _extract_all(
                 if await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
-                record = await extraction_of(found.route)(await asyncio.to_thread(found.read), found.source, ask)
+                data = await asyncio.to_thread(found.read)
+                record = await extractions[found.route.name](data, found.source, ask)
                 await sidecars.put(record, found.source, found.route)
             except SystemicError:
                 raise
@@ -160,7 +151,8 @@ def _samplings(route: Route) -> Iterator[SamplingParams]:
         yield SamplingParams(**route.sampling, json_schema=part)
 
 
-def _asking(engine: EngineBackend) -> Ask:
+def asking(engine: EngineBackend) -> Ask:
+    """Asks the engine for each page."""
     numbers = count(1)
 
     async def ask(request: PageRequest) -> PageOutput:

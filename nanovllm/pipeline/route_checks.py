@@ -7,7 +7,6 @@ read, never its weights.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,20 +29,16 @@ from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
-    from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+    from nanovllm.vision.images.preprocess import ImageTransform
 
 Points = tuple[float, float]
 """Width and height of a page in points."""
 
 POINTS_PER_INCH = 72
 A4: Points = (595.0, 842.0)
-ROUNDS = 3
-"""Rounds of a measurement; their spread is shown beside its mean."""
 
 
 @dataclass(frozen=True)
@@ -346,75 +341,3 @@ def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
             fits, too_many = (middle, too_many) if most_tokens(limits, middle) <= room else (fits, middle)
         return f"pages.max_pixels {fits} fits, or lower sampling.max_tokens"
     return "shorten the prompt, or lower sampling.max_tokens or hint_tokens"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of pages as measured, by rounds, and the tokens of their prompts and answers."""
-
-    seconds_a_page: tuple[float, ...]
-    prompt_tokens: int
-    answer_tokens: tuple[int, ...]
-    cut_answers: int
-
-    def of(self, pages: int) -> tuple[float, float, float]:
-        """Seconds of so many pages: the mean, and of the quickest and slowest round."""
-        times = self.seconds_a_page
-        return pages * sum(times) / len(times), pages * min(times), pages * max(times)
-
-
-def measure(
-    engine: LLMEngine,
-    route: Route,
-    settings: Settings,
-    picture: Callable[[int, tuple[int, int]], Image.Image],
-    *,
-    pages: int,
-    points: Points = A4,
-) -> Cost:
-    """Answer ``pages`` pages at once, in each of ``ROUNDS`` rounds after one page that is not counted.
-
-    With ``pages.request: document`` they are in as few requests as the engine takes them in. ``picture`` makes the page
-    of a number in a (width, height). Reading, rendering and preparing pages is not timed: in a worker it goes on beside
-    the engine.
-    """
-    from nanovllm.vision.images.preprocess import prepare_image
-
-    limits = limits_of(engine, settings)
-    assert limits.transform is not None
-    sampling = page_sampling(route, limits, settings)
-    _, dpi, max_pixels = next(_resolutions(route, settings))
-    size = rendered_size(points, dpi, max_pixels)
-    seconds: list[float] = []
-    answers: list[int] = []
-    cut, numbers, prompt_tokens = 0, iter(range(1 + ROUNDS * pages)), 0
-    for count in (1, *[pages] * ROUNDS):
-        images = [prepare_image(picture(next(numbers), size), limits.transform) for _ in range(count)]
-        requests = _requests(engine, route, sampling, images)
-        prompts = [limits.prompts.untrusted(route.prompt_of(len(group))) for group in requests]
-        started = time.perf_counter()
-        outputs = engine.generate(prompts, sampling, requests, use_tqdm=False)
-        elapsed = time.perf_counter() - started
-        if not prompt_tokens:  # the page that is not counted
-            prompt_tokens = outputs[0].usage.input_tokens
-            continue
-        seconds.append(elapsed / count)
-        answers += [len(output.token_ids) for output in outputs]
-        cut += sum(output.finish_reason == "length" for output in outputs)
-    return Cost(tuple(seconds), prompt_tokens, tuple(answers), cut)
-
-
-def _requests(
-    engine: LLMEngine, route: Route, sampling: SamplingParams, images: list[PreparedImage]
-) -> list[list[PreparedImage]]:
-    """The pages' pictures as an extraction puts them into requests."""
-    if route.pages.request == "page":
-        return [[image] for image in images]
-    processor, requests = engine.input_processor, [images[:1]]
-    for image in images[1:]:
-        prompt = processor.prompts.untrusted(route.prompt_of(len(requests[-1]) + 1))
-        if processor.fits(prompt, sampling, [*requests[-1], image]):
-            requests[-1].append(image)
-        else:
-            requests.append([image])
-    return requests

@@ -15,7 +15,7 @@ from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
 from nanovllm.messages.s3_uri import split_prefix_uri, split_s3_uri
 from nanovllm.messages.validation import describe_errors
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import CONSTRAINTS, SamplingParams
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel, TopicName
 
 TextPolicy = Literal["ignore", "hint", "only_if_clean"]
@@ -34,7 +34,6 @@ CONTENT_TYPES: dict[SidecarFormat, str] = {
 _SUFFIXES: dict[SidecarFormat, str] = {"json": ".json", "jsonl": ".jsonl", "markdown": ".md"}
 # What says where a record goes and when, not what stands in it.
 _NOT_DIGESTED = {"match", "result_topic", "review_topic", "priority", "deadline_s", "on_missing"}
-CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 _PAGES = re.compile(r" *(-?[1-9][0-9]{0,8})(-(-?[1-9][0-9]{0,8})?)? *")
 _CONTENT_TYPE = re.compile(r"(\*|[a-z0-9!#$&^_.+-]+)/(\*|[a-z0-9!#$&^_.+-]+)")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_]{1,62}")

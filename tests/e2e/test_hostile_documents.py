@@ -109,8 +109,13 @@ class Process:
         found = re.findall(r'nanovllm_events_total\{outcome="(\w+)"\} ([0-9.]+)', self._get("/metrics"))
         return {outcome: int(float(number)) for outcome, number in found}
 
+    async def settled_steps(self) -> int:
+        """Steps of the engine so far, which the worker tells four times a second."""
+        await asyncio.sleep(2.0)
+        return self.engine_steps()
+
     def engine_steps(self) -> int:
-        """Steps of the engine so far."""
+        """Steps of the engine that were told last."""
         found = re.search(r"^nanovllm_engine_steps_total ([0-9.e+]+)$", self._get("/metrics"), re.MULTILINE)
         assert found
         return int(float(found[1]))
@@ -191,13 +196,13 @@ async def working(broker: str, s3: S3Part, folder: Path) -> AsyncIterator[Proces
 
 async def good_and_alive(worker: Process, known: int) -> None:
     """Good documents have their records, a clean one without a step of the engine, and the worker is ready."""
-    steps = worker.engine_steps()
+    steps = await worker.settled_steps()
     ends = await worker.ends([worker.put("in/clean.pdf", CLEAN)], known)
     assert sources_in(ends.records["in/clean.pdf"]) == ["text_layer"]
-    assert worker.engine_steps() == steps
+    assert await worker.settled_steps() == steps
     ends = await worker.ends([worker.put("in/scan.pdf", SCANNED)], known + 1)
     assert sources_in(ends.records["in/scan.pdf"]) == ["model"]
-    assert worker.engine_steps() > steps
+    await eventually(lambda: worker.engine_steps() > steps)
     assert worker.is_ready()
     assert "Traceback" not in worker.process.log.read_text()
 

@@ -87,11 +87,11 @@ async def test_the_newest_version_of_an_object_wins_and_a_late_one_is_superseded
     first["s3"]["object"]["sequencer"], second["s3"]["object"]["sequencer"] = "0A", "0B"
     settings = documents.settings(receipts_route(documents.bucket))
     async with documents.working(**settings):
-        await documents.send(second)
-        await documents.ended(1)
+        await documents.send({"Records": [second, first]})
+        await documents.ended(2)
         await documents.send(first, second, partition=1)
-        await documents.ended(3)
-    assert documents.counted() == {"result": 1, "superseded": 1, "same": 1}
+        await documents.ended(4)
+    assert documents.counted() == {"result": 1, "superseded": 2, "same": 1}
     [record] = await documents.records(1)
     assert record.document.version_id == second["s3"]["object"]["versionId"]
     assert record.document.sequencer == "0B"
@@ -115,12 +115,14 @@ async def test_an_event_that_names_no_content_is_of_what_is_there(documents: Doc
     assert first.job_id != second.job_id
 
 
+@pytest.mark.parametrize("is_long_ago", [True, False], ids=["long ago", "in one second"])
 async def test_an_object_that_was_written_again_since_is_source_changed_and_another_entity_tag_is_told(
-    documents: Documents,
+    documents: Documents, is_long_ago: bool
 ) -> None:
     first = documents.put("in/a.pdf", b"old")
-    first["eventTime"] = LONG_AGO.isoformat()
     second = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    written: datetime = documents.s3.client.head_object(Bucket=documents.bucket, Key="in/a.pdf")["LastModified"]
+    first["eventTime"] = (LONG_AGO if is_long_ago else written + timedelta(milliseconds=900)).isoformat()
     strange = documents.put("in/b.pdf", b"%PDF")
     strange["s3"]["object"]["eTag"] = "0" * 32
     strange["eventTime"] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
@@ -156,11 +158,11 @@ async def test_an_object_that_is_gone_is_what_its_route_says(
 async def test_of_several_events_in_a_record_each_has_an_end_of_its_own(documents: Documents) -> None:
     good = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
     broken, empty = documents.put("in/b.pdf", b"%PDF-1.7 and nothing else"), documents.put("in/c.pdf", b"")
-    await documents.send({"Records": [broken, good, empty]}, b"no event")
+    await documents.send({"Records": [broken, good, empty, good]}, b"no event")
     async with documents.working(**documents.settings(receipts_route(documents.bucket), delivery="exactly_once")):
-        await documents.ended(3)
+        await documents.ended(4)
         letters = await documents.bench.dead_letters(3)
-    assert documents.counted() == {"result": 1, "dead_letter": 2}
+    assert documents.counted() == {"result": 1, "dead_letter": 2, "same": 1}
     codes = {headers["nanovllm_code"]: value for headers, value in letters}
     assert set(codes) == {"invalid_document", "invalid_event"} or len(codes) == 3
     assert json.loads(codes["invalid_document"]) in ({"Records": [broken]}, {"Records": [empty]})

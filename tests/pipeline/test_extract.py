@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import subprocess
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fpdf import FPDF
+from document_files import receipts_pdf
 from inventories import put_inventory
 from parts import S3Part
 from pdf_files import PROSE, text_pdf
-from PIL import Image
 
 from nanovllm.cli.main import main
 from nanovllm.messages.document_record import DocumentRecord
@@ -53,18 +51,6 @@ routes:
     text: only_if_clean
     sampling: {temperature: 0, max_tokens: 8}
 """.replace("SCHEMA", json.dumps(SCHEMA))
-
-
-def receipts_pdf(images: Sequence[Image.Image]) -> bytes:
-    """A PDF without a text layer, whose pages are ``images`` at 72 dpi."""
-    pdf = FPDF(unit="pt", format=(224, 224))
-    pdf.set_auto_page_break(False)
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        pdf.add_page()
-        pdf.image(buffer, 0, 0, 224, 224)
-    return bytes(pdf.output())
 
 
 def drawn(count: int) -> list[Receipt]:
@@ -208,7 +194,7 @@ def test_objects_have_sidecars_and_equal_pages_are_computed_once(
     text = text.replace("routes:", f"page_store: s3://{bucket}/kept\nroutes:", 1)
     routes.write_text(text.replace("    merge: per_page", "    sidecar: {format: json}\n    merge: per_page"))
     command = ["extract", f"s3://{bucket}/receipts/**", "-r", str(routes), "-o", str(output)]
-    monkeypatch.setattr("nanovllm.pipeline.extract.DOCUMENTS_AT_ONCE", 1)
+    monkeypatch.setenv("NANOVLLM_ENGINE__MAX_NUM_SEQS", "1")  # one document after another
     assert main(command) == 0
     records = records_in(output)
     assert not records["a.pdf"].pages[0].reused

@@ -305,8 +305,18 @@ async def test_of_two_that_ask_at_once_both_have_the_answer_that_was_kept_first(
     assert not any(record.pages[0].reused for record in records)
 
 
+async def test_equal_pages_that_one_process_asks_for_at_once_are_computed_once(
+    decoders: DecoderPool, s3: S3Part
+) -> None:
+    script = Script()
+    ask, run = keeping(s3, s3.make_bucket(), script), extraction(decoders)
+    one, other = await asyncio.gather(*(run(pages("page 1", text), SOURCE, ask) for text in ("page 2", "page 3")))
+    assert script.asked == [1, 2, 3]
+    assert sorted(record.pages[0].reused for record in (one, other)) == [False, True]
+
+
 async def test_a_page_store_that_refuses_is_no_fault_of_the_page(decoders: DecoderPool, s3: S3Part) -> None:
-    with pytest.raises(StoreUnreachable, match="page store refuses"):
+    with pytest.raises(StoreUnreachable, match=r"page store .* refuses"):
         await extraction(decoders)(numbered(1), SOURCE, keeping(s3, "there-is-no-such-bucket", Script()))
 
 

@@ -16,6 +16,7 @@ from document_files import drawn, receipts_pdf
 from parts import Fault, FaultProxy, VersityNode, create_topic, s3_node_program
 from pdf_files import PROSE, text_pdf
 
+from nanovllm.pipeline.failure.bucket_holds import REFUSED_OBJECTS
 from nanovllm.settings.engine import EngineSettings
 
 ECHO = EngineSettings(backend="echo")
@@ -194,6 +195,20 @@ async def test_an_outage_of_the_store_stops_the_intake_of_events(documents: Docu
     assert documents.counted() == {"result": len(sent)}
 
 
+async def test_a_bucket_that_refuses_every_head_is_held_back(documents: Documents) -> None:
+    for number in range(30):
+        documents.put(f"in/{number}.pdf", CLEAN)
+    async with FaultProxy(documents.s3.endpoint_url, ["forbidden"] * 10_000) as proxy:
+        s3 = documents.bench.settings.s3.model_copy(update={"endpoint_url": proxy.url, "allow": ()})
+        # Without an entity tag: the store is asked what is there.
+        await documents.send(*(event(documents.bucket, f"in/{number}.pdf") for number in range(30)))
+        async with documents.working(**documents.settings(text_route(documents.bucket), engine=ECHO, s3=s3)) as at_work:
+            await eventually(lambda: at_work[0].health.held_buckets)
+            proxy.heal()
+            await documents.ended(30)
+    assert documents.counted() == {"dead_letter": REFUSED_OBJECTS - 1, "result": 31 - REFUSED_OBJECTS}
+
+
 @pytest.mark.parametrize("delivery", DELIVERIES)
 async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents, delivery: str) -> None:
     sent = [documents.put(f"in/{number}.pdf", receipts_pdf([drawn(1)[0].image])) for number in range(3)]
@@ -216,7 +231,7 @@ async def test_a_page_store_s_missing_bucket_is_waited_for(documents: Documents,
 NO_OBJECTS = {
     "in/../in/a+b.pdf": "forbidden_uri",
     "in/./a+b.pdf": "forbidden_uri",
-    f"in/{'k' * 300}.pdf": "invalid_input",  # longer than the name of a file
+    f"in/{'k' * 300}.pdf": "object_refused",  # longer than the name of a file: HEAD says 400, and no more
     "in/a+b.pdf/below a file.pdf": "object_not_found",
     "in/\\\n .pdf ": "object_not_found",
 }

@@ -616,3 +616,13 @@ async def test_a_fault_of_the_worker_while_it_drains_is_not_a_clean_end(bench: B
         with pytest.raises(RuntimeError, match="a fault of ours"):
             await running
     assert await bench.committed() in (None, 0)
+
+
+async def test_a_result_says_whether_its_constraint_was_enforced(bench: Bench) -> None:
+    await bench.send(
+        {"job_id": "free", "prompt": "p"}, {"job_id": "asked", "prompt": "p", "sampling": {"choice": ["yes", "no"]}}
+    )
+    async with bench.working(EchoEngine()):
+        results = await bench.results(2)
+    assert results["asked"]["constrained"] is False, "the echo engine confines nothing"
+    assert "constrained" not in results["free"]

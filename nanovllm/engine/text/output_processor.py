@@ -150,6 +150,7 @@ def output_of(request: RequestState) -> RequestOutput:
         logprobs=outputs[0].logprobs,
         prompt_logprobs=tuple(first.prompt_logprobs) if first.sampling.prompt_logprobs is not None else None,
         outputs=outputs,
+        is_constrained=all(sequence.matcher is not None for sequence in request.sequences),
     )
 
 

@@ -142,7 +142,8 @@ class Extraction:
             conflicts=conflicts,
             text=self._raw_text(answers),
             validation=validation,
-            constrained=self._schema is not None and all(one.source != "text_layer" for one in answers),
+            constrained=self._schema is not None
+            and all(one.is_constrained for one in answers if one.source is not None),
             suspicious_text=any(suspicious.values()),
             model=self._model,
             usage=_usage(answers),

@@ -54,6 +54,7 @@ class PageAnswer:
     rotation: int = 0
     tokens: TokenUsage | None = None
     stop: FinishReason | None = None
+    is_constrained: bool = False
     is_reused: bool = False
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -190,7 +191,7 @@ class PageReader:
         values: list[Any] = []
         fields: dict[str, FieldMeta] = {}
         stop: FinishReason | None = None
-        is_reused = True
+        is_reused = is_constrained = True
         for schema in self._schemas:
             sampling = self._sampling(schema, step)
             output = await work.ask(PageRequest(prompt, images, sampling))
@@ -201,6 +202,7 @@ class PageReader:
             work.milliseconds["saved"] += output.unspent_ms(sampling)
             work.asked_ms += output.engine_ms
             is_reused = is_reused and output.is_reused
+            is_constrained = is_constrained and output.is_constrained
             stop = output.finish_reason if stop in (None, "stop") else stop
             if schema is not None and output.finish_reason == "stop":
                 try:
@@ -220,6 +222,7 @@ class PageReader:
             fields=fields,
             rotation=step.rotation,
             stop=stop,
+            is_constrained=is_constrained,
             is_reused=is_reused,
         )
 

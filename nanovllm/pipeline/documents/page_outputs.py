@@ -30,7 +30,8 @@ class PageRequest:
 class PageOutput:
     """What a page needs of a request's output; ``pieces`` and ``logprobs`` of each token, where they are known.
 
-    ``milliseconds`` are by stage, as in `DocumentTimings`; ``token_ms`` is the mean time between two tokens.
+    ``milliseconds`` are by stage, as in `DocumentTimings`; ``token_ms`` is the mean time between two tokens;
+    ``is_constrained`` as in `RequestOutput`.
     """
 
     text: str
@@ -40,6 +41,7 @@ class PageOutput:
     logprobs: tuple[float | None, ...] = ()
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     token_ms: float = 0.0
+    is_constrained: bool = False
     is_reused: bool = False
 
     @property
@@ -72,11 +74,12 @@ class PageOutput:
             tuple(logprobs[: len(pieces)]),
             {"queue": times.queue_ms, "encode": times.encode_ms, "generation": times.e2e_ms},
             times.mean_itl_ms,
+            output.is_constrained,
         )
 
     def to_json(self) -> bytes:
         """What is kept of it; of its times the engine's alone, which is what a reuse saves."""
-        names = ("text", "pieces", "logprobs", "engine_ms")
+        names = ("text", "pieces", "logprobs", "engine_ms", "is_constrained")
         return json.dumps({name: getattr(self, name) for name in names}).encode()
 
     @classmethod
@@ -84,8 +87,17 @@ class PageOutput:
         """The kept output: its tokens and its time were spent before, and none for this request."""
         fields = json.loads(data)
         pieces, logprobs = tuple(fields["pieces"]), tuple(fields["logprobs"])
-        saved = {"saved": fields["engine_ms"]}
-        return cls(fields["text"], "stop", NO_TOKENS, pieces, logprobs, saved, is_reused=True)
+        saved, is_constrained = {"saved": fields["engine_ms"]}, fields["is_constrained"]
+        return cls(
+            fields["text"],
+            "stop",
+            NO_TOKENS,
+            pieces,
+            logprobs,
+            saved,
+            is_constrained=is_constrained,
+            is_reused=True,
+        )
 
 
 Ask = Callable[[PageRequest], Awaitable[PageOutput]]
@@ -111,13 +123,14 @@ class KeepOutputs:
             NanoVLLMError: as ``ask`` and `PageStore`.
         """
         key = self._key(request)
-        kept = await self._store.get(key)
-        if kept is not None:
-            return PageOutput.from_json(kept)
-        output = await self._ask(request)
-        if output.finish_reason != "stop":
-            return output
-        first = PageOutput.from_json(await self._store.put(key, output.to_json()))
+        async with self._store.turn(key):
+            kept = await self._store.get(key)
+            if kept is not None:
+                return PageOutput.from_json(kept)
+            output = await self._ask(request)
+            if output.finish_reason != "stop":
+                return output
+            first = PageOutput.from_json(await self._store.put(key, output.to_json()))
         return replace(output, text=first.text, pieces=first.pieces, logprobs=first.logprobs)
 
     def _key(self, request: PageRequest) -> PageKey:

@@ -10,11 +10,12 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 from botocore.exceptions import ClientError
 
@@ -115,11 +116,19 @@ class PageStore:
         self._max_part_bytes = max_part_bytes
         self._requests = asyncio.Semaphore(max_requests)
         self._attempt = attempt
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.counts = PageStoreCounts()
 
     def object_key(self, key: PageKey) -> str:
         """Where the part lies: below a folder of its tenant, which a policy or a lifecycle rule can name."""
         return "/".join(filter(None, (self._prefix, _folder(key.tenant), key.digest[:2], key.digest)))
+
+    @asynccontextmanager
+    async def turn(self, key: PageKey) -> AsyncIterator[None]:
+        """Hold the page ``key`` inside: an equal page of this process waits, and finds what is kept meanwhile."""
+        lock = self._turns.setdefault(key.digest, asyncio.Lock())
+        async with lock:
+            yield
 
     async def get(self, key: PageKey) -> bytes | None:
         """The finished page; None where there is none that can be used.

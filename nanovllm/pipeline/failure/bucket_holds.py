@@ -7,14 +7,17 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from nanovllm.errors import NanoVLLMError, ObjectForbidden, ObjectUnavailable, SystemicError, TransientError
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
+from nanovllm.objects.fetch import FetchedImage, ObjectFetcher, ObjectHead
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 REFUSED_OBJECTS = 20
 PROBE_INTERVAL_S = 3.0
@@ -149,9 +152,16 @@ class WatchedFetcher:
         """As `ObjectFetcher.fetch`. Raises BucketHeldError where the object's bucket is held back from ``tenant``."""
         if ref.data is not None:
             return await self._fetcher.fetch(ref)
+        return await self._watch(ref, self._fetcher.fetch(ref, held=held), tenant)
+
+    async def head(self, ref: ImageRef, tenant: str = "") -> ObjectHead:
+        """As `ObjectFetcher.head`. Raises BucketHeldError as ``fetch``."""
+        return await self._watch(ref, self._fetcher.head(ref), tenant)
+
+    async def _watch(self, ref: ImageRef, asked: Awaitable[T], tenant: str) -> T:
         bucket, key = ref.bucket_and_key
         try:
-            image = await self._fetcher.fetch(ref, held=held)
+            answer = await asked
         except (ObjectForbidden, ObjectUnavailable) as error:
             if self._holds.refused(bucket, key, error, tenant):
                 raise BucketHeldError from error
@@ -162,4 +172,4 @@ class WatchedFetcher:
             self._holds.answered(bucket, tenant)
             raise
         self._holds.answered(bucket, tenant)
-        return image
+        return answer

@@ -91,11 +91,12 @@ class FetchDocument:
         if isinstance(error, ObjectChanged):
             progress = admitted.context.progress
             now = await self._ask(routed.source.uri, lambda: self._fetcher.head(routed.ref), progress)
-            if _is_after(now.last_modified, routed.event.event_time):
+            if _may_be_after(now.last_modified, routed.event.event_time):
                 # The event of what is there now is under way, or has come.
                 raise EventSkippedError("source_changed") from None
         raise error
 
 
-def _is_after(time: datetime | None, other: datetime | None) -> bool:
-    return time is not None and other is not None and time > other
+def _may_be_after(written: datetime | None, event: datetime | None) -> bool:
+    """Whether an object of that age may have been written after the event: ``written`` has whole seconds."""
+    return written is not None and event is not None and written >= event.replace(microsecond=0)

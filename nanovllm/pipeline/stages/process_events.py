@@ -25,7 +25,7 @@ class EventStages:
     events of a record, and returns those that the brokers acknowledged.
     """
 
-    route: Callable[[ObjectEvent, JobContext], Awaitable[RoutedEvent]]
+    route: Callable[[ObjectEvent, JobContext, Reservation], Awaitable[RoutedEvent]]
     admit: Callable[[RoutedEvent, Reservation], Awaitable[AdmittedJob]]
     fetch: Callable[[RoutedEvent, AdmittedJob], Awaitable[FetchedImage]]
     extract: Callable[[RoutedEvent, FetchedImage, AdmittedJob], Awaitable[DocumentRecord]]
@@ -42,13 +42,14 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
         SystemicError: as `process_job`.
     """
     ended: list[EndedEvent] = []
+    jobs: set[str] = set()
     for event, notification in received.events:
         context = received.context
         if len(received.events) > 1:
             # What is dead-lettered or waits for a retry is this event, not those beside it.
             alone = replace(context.record, value=notification)
             context = replace(context, record=alone, progress=replace(context.progress, seconds={}))
-        ended.append(await _process_event(event, context, reservation, stages))
+        ended.append(await _process_event(event, context, reservation, stages, jobs))
         reservation.give_bytes_back()
     published = await stages.publish(ended, reservation)
     received.context.record.complete()
@@ -57,11 +58,16 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
 
 
 async def _process_event(
-    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages
+    event: ObjectEvent, context: JobContext, reservation: Reservation, stages: EventStages, jobs: set[str]
 ) -> EndedEvent:
+    """``jobs``: the ids of those of the record so far."""
     try:
-        routed = await stages.route(event, context)
+        routed = await stages.route(event, context, reservation)
         context = routed.context
+        if context.job_id in jobs:
+            # Its sidecar has this very record for its writer, which would publish it twice.
+            raise EventSkippedError("same")
+        jobs.add(context.job_id)
         async with context.deadline():
             admitted = await stages.admit(routed, reservation)
             document = await stages.fetch(routed, admitted)

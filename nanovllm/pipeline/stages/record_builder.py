@@ -71,6 +71,7 @@ class RecordBuilder:
             logprobs=_logprobs(output.logprobs),
             prompt_logprobs=_logprobs(output.prompt_logprobs),
             outputs=tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
+            constrained=output.is_constrained if job.asks_for_constraint else None,
             reused=inference.reused,
             usage=TokenUsage(**output.usage),
             model=ModelUse(**asdict(self.model)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -12,8 +11,10 @@ from nanovllm.errors import InvalidEvent, ObjectNotFound
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.validation import describe_errors
 from nanovllm.objects.fetch import ObjectHead
+from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.documents.extraction import DocumentSource
 from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
+from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds, WatchedFetcher
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.ask_store import AskStore
 from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
@@ -32,20 +33,22 @@ class RoutedEvent:
 
     @property
     def delivery(self) -> str:
-        """The Kafka record that it came in first, equal in its retries: topic, partition, offset and time."""
+        """The Kafka record that it came in first, equal in its retries, and the sequencer, for records of several."""
         source = self.context.origin.source
-        return f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
+        record = f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
+        return f"{record}#{self.event.sequencer or ''}"
 
 
 class RouteEvent:
-    """Finds the route of an event's object; ``head`` asks the store where content type or size decide."""
+    """Finds the route of an event's object, which is asked for where content type or size decide."""
 
-    def __init__(self, routes: Routes, head: Callable[[ImageRef], Awaitable[ObjectHead]], ask: AskStore) -> None:
+    def __init__(self, routes: Routes, fetcher: WatchedFetcher, holds: BucketHolds, ask: AskStore) -> None:
         self._routes = routes
-        self._head = head
+        self._fetcher = fetcher
+        self._holds = holds
         self._ask = ask
 
-    async def __call__(self, event: ObjectEvent, context: JobContext) -> RoutedEvent:
+    async def __call__(self, event: ObjectEvent, context: JobContext, reservation: Reservation) -> RoutedEvent:
         """The routed event, whose context has the job's id, the route's topic and its deadline.
 
         Raises:
@@ -61,7 +64,7 @@ class RouteEvent:
         version_id = None if event.version_id == NULL_VERSION else event.version_id
         ref = _ref(f"s3://{event.bucket}/{event.key}", version_id, event.etag)
         with context.progress.stage("admit"):
-            head = await self._asked(ref, context)
+            head = await self._asked(ref, context, reservation)
         route: Route | None
         if isinstance(head, ObjectNotFound):
             route = candidates[0]  # which of them would take it is not known any more
@@ -85,14 +88,23 @@ class RouteEvent:
         )
         return RoutedEvent(event, route, source, ref, context)
 
-    async def _asked(self, ref: ImageRef, context: JobContext) -> ObjectHead | ObjectNotFound | None:
+    async def _asked(
+        self, ref: ImageRef, context: JobContext, reservation: Reservation
+    ) -> ObjectHead | ObjectNotFound | None:
         """What the store says of the object, where that decides; None: it need not be asked."""
-        if (ref.version_id or ref.etag) and not self._routes.needs_head(*ref.bucket_and_key):
+        bucket, key = ref.bucket_and_key
+        if (ref.version_id or ref.etag) and not self._routes.needs_head(bucket, key):
             return None
-        try:
-            return await self._ask(ref.identity, lambda: self._head(ref), context.progress)
-        except ObjectNotFound as missing:
-            return missing
+        while True:
+            if self._holds.is_held(bucket, context.tenant):
+                with reservation.without_slot():
+                    await self._holds.wait([bucket], context.tenant)
+            try:
+                return await self._ask(ref.identity, lambda: self._fetcher.head(ref, context.tenant), context.progress)
+            except ObjectNotFound as missing:
+                return missing
+            except BucketHeldError:
+                continue
 
 
 def _expiry(began: datetime, deadline_s: float | None) -> datetime | None:
