@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import prepare_rgb
 from tests.checkpoints import QwenVL, make_llava, make_qwen_vl
 from tests.generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
 from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
@@ -38,6 +40,20 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 ONE = [picture(1, 40, 60)]
 TALL = picture(2, 64, 32)
 THREE = [TALL, picture(3, 90, 130), TALL]
+
+
+def record_threads(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads in which the model's processor is called."""
+    encoder, names = engine.model_runner.encoder, list[str]()
+    assert isinstance(encoder, GenericEncoder)
+    processor = encoder._processor
+
+    def record(pixels: np.ndarray) -> Any:
+        names.append(threading.current_thread().name)
+        return processor(pixels)
+
+    monkeypatch.setattr(encoder, "_processor", record)
+    return names
 
 
 def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
@@ -183,7 +199,7 @@ def test_layers_that_no_attention_over_tokens_computes_are_refused(
 
 @pytest.mark.parametrize("family", ["idefics3", "glm_ocr", "lighton_ocr"])
 async def test_a_job_with_an_image_of_a_decoder_process_is_a_turn_of_the_chat_template(
-    family: str, tmp_path: Path
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, image = make_generic_images(tmp_path, family), written_image(family)
     file = io.BytesIO()
@@ -198,8 +214,11 @@ async def test_a_job_with_an_image_of_a_decoder_process_is_a_turn_of_the_chat_te
         prepared = await pool.prepare(file.getvalue())
         await pool.close()
         request = Request("job", prompt="What is <|image|> here?", images=(prepared,), sampling=GREEDY)
-        assert await backend.fits(request)
+        threads = record_threads(backend._engine, monkeypatch)
         found = await backend.submit(request)
+        assert await backend.fits(request)
+    assert len(threads) == 1
+    assert threads[0].startswith("nanovllm-images"), "beside the engine's steps"
     assert (found.token_ids, found.usage) == (wanted.token_ids, wanted.usage)
 
 
@@ -209,6 +228,19 @@ def test_an_image_that_the_processor_refuses_fails_its_request_alone(tmp_path: P
         with pytest.raises(InvalidImage, match="refuses an image of 2000x2 pixels"):
             engine.generate(image, GREEDY, [picture(1, 2, 2000)], use_tqdm=False)
         assert len(engine.generate(image, GREEDY, ONE, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
+
+
+async def test_a_job_whose_image_the_processor_refuses_fails_alone(tmp_path: Path) -> None:
+    directory = make_generic_images(tmp_path, "qwen2_vl")
+    async with AsyncEngine(LLMEngine(str(directory), **SMALL)) as backend:
+        assert backend.image_transform is not None
+        bad, good = (prepare_rgb(one, backend.image_transform) for one in (picture(1, 2, 2000), ONE[0]))
+        jobs = [Request(name, prompt="<|image|>", images=(one,), sampling=GREEDY) for name, one in
+                (("bad", bad), ("good", good))]  # fmt: skip
+        refused, answered = [backend.submit(job) for job in jobs]
+        with pytest.raises(InvalidImage, match="refuses an image of 2000x2 pixels"):
+            await refused
+        assert len((await answered).token_ids) == GREEDY.max_tokens
 
 
 def test_without_images_its_text_is_served_alone(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class ImageEncoder(nn.Module, ABC):
     dtype: torch.dtype  # of the parameters and the embeddings
     batch_size = 32  # most images in one pass of the tower
     batch_patches: int  # most patches in one pass
+    preprocesses = False  # whether `preprocess` spares the encoder's thread work
     tower: Any
 
     def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -77,6 +78,12 @@ class ImageEncoder(nn.Module, ABC):
         Raises InvalidImage for a size that the model does not take.
         """
         return None
+
+    def preprocess(self, image: PreparedImage) -> None:
+        """Do the part of `embed` that needs no tower, in any thread; the next `embed` of the image takes it.
+
+        Raises InvalidImage for an image that the model does not take.
+        """
 
     def accepts(self, size: tuple[int, int]) -> bool:
         """Whether the transform makes images of this (height, width)."""

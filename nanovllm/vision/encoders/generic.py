@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanovllm.errors import UnsupportedModel
+from nanovllm.errors import InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, ImageLayout, tower_fields
 from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
-from nanovllm.vision.images.preprocess import ImageTransform
+from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 _KNOWN_SIZES = 4096  # whose layouts are kept
 _USUAL_SIDE = 1024  # pixels of the square that tells how many tokens an image takes
 _AS_IT_IS = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
+_MAX_WAITING_BYTES = 512 << 20  # of images that are preprocessed and wait for the tower
 _TEXT_BEFORE = 2  # tokens, where positions are learnt
+
+
+Inputs = dict[str, Tensor]
+"""What a processor makes of an image, by the names of the model's arguments."""
 
 
 class GenericEncoder(ImageEncoder):
@@ -30,6 +35,7 @@ class GenericEncoder(ImageEncoder):
     """
 
     batch_size = 1
+    preprocesses = True
 
     def __init__(
         self, model: Any, processor: OneImageProcessor, *, name: str, dtype: torch.dtype, device: torch.device
@@ -43,7 +49,9 @@ class GenericEncoder(ImageEncoder):
         self._processor = processor
         self._takes = inspect.signature(base.get_image_features).parameters
         self._image_token_id = image_token_of(model.config)
-        self._layouts = lru_cache(_KNOWN_SIZES)(self._compute_layout)
+        self._layouts: dict[tuple[int, int], ImageLayout] = {}
+        self._inputs: dict[bytes, Inputs] = {}  # of images that are preprocessed, by their digests
+        self._lock = Lock()
         text = {id(module) for module in (*model.get_decoder().modules(), model.get_input_embeddings())}
         towers = [child for child in base.children() if not text.intersection(map(id, child.modules()))]
         self.tower = nn.ModuleList(towers)
@@ -53,14 +61,43 @@ class GenericEncoder(ImageEncoder):
         self.num_vision_tokens = self.num_tokens((_USUAL_SIDE, _USUAL_SIDE))
         self._finish(name, True, dtype, device)
         try:
-            self.width = self._embed_one(np.zeros((_USUAL_SIDE // 8, _USUAL_SIDE // 8, 3), np.uint8)).shape[1]
+            _, inputs = processor(np.zeros((_USUAL_SIDE // 8, _USUAL_SIDE // 8, 3), np.uint8))
+            self.width = self._features(inputs).shape[1]
         except Exception as error:  # a tower of transformers raises whatever it likes
             why = f"{type(error).__name__}: {error}"
             raise UnsupportedModel(f"{type(model).__name__} makes no features of an image: {why}") from error
 
     def layout(self, size: tuple[int, int]) -> ImageLayout:
         """See ImageEncoder; processors look at the size of an image alone."""
-        return self._layouts(size)
+        known = self._layouts.get(size)
+        return known or self._learn(size, *self._processor(np.zeros((*size, 3), np.uint8)))
+
+    def preprocess(self, image: PreparedImage) -> None:
+        """See ImageEncoder: the model's processor, which may take a page a tenth of a second and more."""
+        if image.pixels is None or image.digest in self._inputs:
+            return
+        ids, inputs = self._processor(image.pixels)
+        layout = self._layouts.get(image.size) or self._learn(image.size, ids, inputs)
+        if layout.token_ids != tuple(ids):
+            raise InvalidImage("the model's processor gives this image other tokens than others of its size")
+        with self._lock:
+            self._inputs[image.digest] = inputs
+            while sum(map(_nbytes, self._inputs.values())) > _MAX_WAITING_BYTES:
+                del self._inputs[next(iter(self._inputs))]
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+        """See ImageEncoder."""
+        embeddings = []
+        for image in images:
+            with self._lock:
+                inputs = self._inputs.pop(image.digest, None)
+            with self._counted(1):
+                if inputs is None:
+                    assert image.pixels is not None
+                    _, inputs = self._processor(image.pixels)
+                embeddings.append(self._features(inputs))
+        return embeddings
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """Tokens of an image, those between its embeddings included."""
@@ -75,14 +112,15 @@ class GenericEncoder(ImageEncoder):
         model.pop("_name_or_path", None)  # where it lies
         return {"model": model, "processor": self._processor.fingerprint()}
 
-    @torch.no_grad()
-    def _compute_layout(self, size: tuple[int, int]) -> ImageLayout:
-        ids, inputs = self._processor(np.zeros((*size, 3), np.uint8))
+    def _learn(self, size: tuple[int, int], ids: list[int], inputs: Inputs) -> ImageLayout:
         places = tuple(place for place, token in enumerate(ids) if token == self._image_token_id)
         offsets, advance = self._positions(ids, inputs)
-        return ImageLayout(tuple(ids), places, offsets, advance)
+        if len(self._layouts) >= _KNOWN_SIZES:
+            self._layouts.clear()
+        self._layouts[size] = layout = ImageLayout(tuple(ids), places, offsets, advance)
+        return layout
 
-    def _positions(self, ids: list[int], inputs: dict[str, Tensor]) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
+    def _positions(self, ids: list[int], inputs: Inputs) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
         """Positions of an image's tokens relative to the first's, and of the token behind; None: they count on."""
         rope_index = getattr(self._of_model[0], "get_rope_index", None)
         if rope_index is None:
@@ -94,13 +132,12 @@ class GenericEncoder(ImageEncoder):
         relative = (found[:, _TEXT_BEFORE:] - _TEXT_BEFORE).T.tolist()
         return tuple(map(tuple, relative[:-1])), int(max(relative[-1]))
 
-    @torch.no_grad()
     def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        return [self._embed_one(image) for image in images]
+        return [self._features(self._processor(image)[1]) for image in images]
 
-    def _embed_one(self, image: np.ndarray) -> Tensor:
+    @torch.no_grad()
+    def _features(self, inputs: Inputs) -> Tensor:
         """Features [places, width] of one image: the tower's, then those for further layers."""
-        _, inputs = self._processor(image)
         device = next(self.tower.parameters()).device
         taken = {
             name: value.to(device, self.dtype if value.is_floating_point() else None)
@@ -110,6 +147,10 @@ class GenericEncoder(ImageEncoder):
         output = self._of_model[0].get_image_features(**taken, return_dict=True)
         levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
         return torch.cat([_rows(level) for level in levels], -1)
+
+
+def _nbytes(inputs: Inputs) -> int:
+    return sum(value.nbytes for value in inputs.values())
 
 
 def _rows(features: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class OneImageProcessor:
 
     def __init__(self, checkpoint: Checkpoint, image_token_id: int) -> None:
         self._image_token_id = image_token_id
+        self._lock = Lock()
         self._name = checkpoint_name(checkpoint.directory)
         try:
             images = AutoImageProcessor.from_pretrained(
@@ -48,7 +50,7 @@ class OneImageProcessor:
             ) from error
 
     def __call__(self, pixels: np.ndarray) -> tuple[list[int], dict[str, Tensor]]:
-        """The tokens of uint8 pixels [H, W, 3], and what goes with them to the model by name.
+        """The tokens of uint8 pixels [H, W, 3], and what goes with them to the model by name; one thread at a time.
 
         Raises:
             InvalidImage: an image that the processor refuses.
@@ -57,7 +59,8 @@ class OneImageProcessor:
         try:
             # As an image of Pillow: of an array of three rows a processor takes the rows for channels.
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            found = self._processor(text=[token], images=[image], add_special_tokens=False, return_tensors="pt")
+            with self._lock:
+                found = self._processor(text=[token], images=[image], add_special_tokens=False, return_tensors="pt")
         except Exception as error:  # a processor raises whatever it likes
             why = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_SHOWN_CHARS]
             height, width = pixels.shape[:2]
