@@ -88,6 +88,24 @@ class GenericConfig:
         return limit
 
 
+def stated_config(config: Any) -> GenericConfig:
+    """What a transformers ``config`` itself says of the shape: an estimate for what is to be known without weights."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layer = AttentionLayer(heads, getattr(text, "num_key_value_heads", None) or heads, dim, dim, dim**-0.5, None, ())
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
+    return GenericConfig(
+        name=str(config.model_type),
+        vocab_size=int(text.vocab_size),
+        hidden_size=int(text.hidden_size),
+        max_positions=max_positions(config),
+        layers={index: layer for index, kind in enumerate(kinds) if kind not in STATEFUL_LAYERS},
+        position_axes=None,
+        unproven_window=window if (window := known_window(text)) > PROVEN_TOKENS else None,
+    )
+
+
 class GenericDecoder(TextModel):
     """The decoder and the head of a model of transformers; its other parts (towers) belong to an encoder.
 

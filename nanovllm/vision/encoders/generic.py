@@ -18,7 +18,8 @@ from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 _KNOWN_SIZES = 4096  # whose layouts are kept
 _USUAL_SIDE = 1024  # pixels of the square that tells how many tokens an image takes
-_AS_IT_IS = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
+AS_DECODED = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
+"""Of images that go to a processor of transformers: nothing is done to them."""
 _MAX_WAITING_BYTES = 512 << 20  # of images that are preprocessed and wait for the tower
 _TEXT_BEFORE = 2  # tokens, where positions are learnt
 
@@ -56,7 +57,7 @@ class GenericEncoder(ImageEncoder):
         towers = [child for child in base.children() if not text.intersection(map(id, child.modules()))]
         self.tower = nn.ModuleList(towers)
         self.separators = nn.ParameterList(base.parameters(recurse=False))  # some have such between rows and views
-        self.transform = _AS_IT_IS
+        self.transform = AS_DECODED
         self.hidden_size = int(model.config.get_text_config().hidden_size)
         self.num_vision_tokens = self.num_tokens((_USUAL_SIDE, _USUAL_SIDE))
         self._finish(name, True, dtype, device)
