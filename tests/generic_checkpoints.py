@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from checkpoint_files import edit_json
+from checkpoints import CHAT_TEMPLATE, IM_START, make_tokenizer, randomise
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-from tests.checkpoint_files import edit_json
-from tests.checkpoints import CHAT_TEMPLATE, IM_START, make_tokenizer, randomise
 
 _LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import QwenVL, make_llava, make_qwen_vl
+from generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
+from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -22,9 +25,6 @@ from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import prepare_rgb
-from tests.checkpoints import QwenVL, make_llava, make_qwen_vl
-from tests.generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
-from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
 
 pytestmark = needs_release
 

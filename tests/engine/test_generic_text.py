@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import edit_json
+from generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
+from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
@@ -18,9 +21,6 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_loading import check_release
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from tests.checkpoint_files import edit_json
-from tests.generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
-from tests.generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
 
 pytestmark = needs_release
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from generic_checkpoints import IMAGE_FAMILIES
 from transformers import AutoConfig, Qwen3VLVisionModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -21,7 +22,6 @@ from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES
 from nanovllm.pipeline.route_checks import A4, Points, rendered_size
 from nanovllm.vision.encoders.qwen import native_tokens, native_transform
 from nanovllm.vision.images.preprocess import ImageTransform
-from tests.generic_checkpoints import IMAGE_FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BF16_BYTES = 2
