@@ -81,6 +81,12 @@ def test_auto_takes_the_hand_written_family_where_there_is_one(tmp_path: Path) -
             assert isinstance(engine.model_runner.model, GenericDecoder) is is_generic
 
 
+def test_native_takes_no_other_family(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "mistral")
+    with pytest.raises(UnsupportedModel, match="'MistralForCausalLM' is not supported; supported are LlamaForCausalLM"):
+        LLMEngine(str(directory), **{**SMALL, "backend": "native"})
+
+
 def test_prefixes_and_drafts_are_reused_as_by_a_hand_written_family(tmp_path: Path) -> None:
     prompt = [7, 8, 9, 10] * 12
     with LLMEngine(str(make_generic_text(tmp_path, "mistral")), **SMALL) as engine:

@@ -124,8 +124,9 @@ class GenericDecoder(TextModel):
         self.decoder = model.get_decoder()
         self.embed_tokens = model.get_input_embeddings().weight
         self.lm_head = model.get_output_embeddings()
-        self._parameters_of_decoder = inspect.signature(self.decoder.forward).parameters
-        if "position_ids" not in self._parameters_of_decoder:
+        if self.lm_head is None:
+            raise UnsupportedModel(f"{type(model).__name__} has no output head")
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
             raise UnsupportedModel(f"{type(model).__name__}: its decoder takes no position_ids")
         kinds = getattr(self.text, "layer_types", None) or ()
         stateful = stateful_modules(self.decoder, kinds)
