@@ -47,6 +47,14 @@ def extract(
         str | None,
         typer.Option(help="manifest.json of an S3 Inventory that the prefixes and globs are taken from, unlisted."),
     ] = None,
+    sidecars: Annotated[
+        bool,
+        typer.Option(
+            "--sidecars",
+            help="Write the routes' sidecars too, and pass over objects that have theirs; a worker then makes no "
+            "records of them.",
+        ),
+    ] = False,
     failures: Annotated[
         Path | None, typer.Option(help="Documents without a record; unset: beside the output, as NAME.failures.jsonl.")
     ] = None,
@@ -101,6 +109,7 @@ def extract(
                     on_failure,
                     on_same,
                     page_store=routes.page_store,
+                    with_sidecars=sidecars,
                     on_tick=lambda: show(statuses.total() + codes.total() + same),
                 )
     summary: dict[str, Any] = {"records": dict(statuses), "failures": dict(codes), "same": same}
@@ -143,7 +152,7 @@ def _find(
     client = S3Client(settings.s3)
     objects: Iterable[ListedObject]
     if pattern is None:
-        objects = [find_object(client, source)]
+        objects = [_object(client, source)]
     elif inventory is None:
         objects = listing_of(settings.s3)(pattern)
     else:
@@ -160,6 +169,13 @@ def _find(
             )
     if left_out:
         print(f"{source}: {counted(left_out, 'object')} that no route takes left out", file=sys.stderr)
+
+
+def _object(client: S3Client, uri: str) -> ListedObject:
+    try:
+        return find_object(client, uri)
+    except ObjectNotFound as error:
+        raise InvalidInput(f"{plain(uri).plain} is no object ({error}); of a prefix write the / behind it") from None
 
 
 def _route_of(client: S3Client, routes: Routes, forced: Route | None, one: ListedObject) -> Route | None:

@@ -23,6 +23,7 @@ from nanovllm.client.results import ResultReader
 from nanovllm.client.upload import ImageUploader
 from nanovllm.errors import AnswersMissing, InvalidInput, counted
 from nanovllm.messages.result import Result
+from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json
@@ -100,13 +101,21 @@ def results(
     ] = False,
     count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many.")] = None,
     dead_letters: Annotated[bool, typer.Option("--dead-letters", help="Dead letters too.")] = False,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(help="More topics of results; unset: those of the routes, where documents.routes names a file."),
+    ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
     bootstrap_servers: BrokersOption = None,
 ) -> None:
     """Follow the results, and the records of documents among them, as they come; Ctrl-C ends it."""
     settings = client_settings(config, bootstrap_servers)
-    reader = ResultReader(settings, from_beginning=from_beginning, dead_letters=dead_letters, documents=True)
+    routes = settings.documents.routes
+    topics = topic or ([] if routes is None else load_routes(routes).topics)
+    reader = ResultReader(
+        settings, from_beginning=from_beginning, dead_letters=dead_letters, documents=True, topics=topics
+    )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_follow(reader, ResultRows(as_json=as_json), count))
 

@@ -8,7 +8,7 @@ async with ResultReader(bootstrap_servers="localhost:9092", dead_letters=True) a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Self
 
@@ -44,6 +44,7 @@ class ResultReader:
         from_beginning: also what is there already.
         dead_letters: the dead letters too.
         documents: the records of documents that stand in the topic of results too.
+        topics: more topics of results and records, such as those of routes.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class ResultReader:
         from_beginning: bool = False,
         dead_letters: bool = False,
         documents: bool = False,
+        topics: Sequence[str] = (),
     ) -> None:
         settings = settings or client_settings()
         kafka = settings.kafka
         if bootstrap_servers:
             kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
-        self._results = settings.topics.results
-        self._topics = [self._results, *([settings.topics.dead_letters] if dead_letters else [])]
+        self._results = frozenset([settings.topics.results, *topics])
+        self._topics = [*self._results, *([settings.topics.dead_letters] if dead_letters else [])]
         self._from_beginning = from_beginning
         self._documents = documents
         self._kafka = kafka
@@ -106,9 +108,9 @@ class ResultReader:
 
     def _parse(self, record: ConsumerRecord) -> Outcome | None:
         try:
-            if record.topic == self._results and _DOCUMENT_TYPE in record.headers:
+            if record.topic in self._results and _DOCUMENT_TYPE in record.headers:
                 return DocumentRecord.model_validate(decode_fields(record.value or b"")) if self._documents else None
-            if record.topic == self._results:
+            if record.topic in self._results:
                 return Result.model_validate(decode_fields(record.value or b""))
             return read_dead_letter(record.headers, record.value)
         except (InvalidJob, ValidationError):

@@ -1,4 +1,4 @@
-"""The names of a job's images in its message, which need not be a valid job: a dead letter holds such messages."""
+"""The names of a job's images, or of an event's objects, in a message that need not be valid: as dead letters are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def input_names(value: bytes | None) -> tuple[str, ...]:
         fields = decode_fields(value or b"")
     except InvalidJob:
         return ()
-    found = [*_of_images(fields.get("images")), *_of_messages(fields.get("messages"))]
+    events = [*_of_events(fields.get("Records")), *_of_bridge_event(fields.get("detail"))]
+    found = [*_of_images(fields.get("images")), *_of_messages(fields.get("messages")), *events]
     return tuple(name for name in found if isinstance(name, str) and 0 < len(name) <= MAX_URI_CHARS)
 
 
@@ -32,6 +33,19 @@ def _of_messages(messages: Any) -> Iterator[Any]:
             url = image.get("url") if isinstance(image, dict) else None
             if isinstance(url, str) and url.startswith("s3://"):  # others hold the image itself
                 yield url
+
+
+def _of_events(records: Any) -> Iterator[str]:
+    """Objects as the notification spells them: which stores encode their keys is not known here."""
+    for record in _items(records):
+        s3 = record.get("s3") if isinstance(record, dict) else None
+        yield from _of_bridge_event(s3)
+
+
+def _of_bridge_event(detail: Any) -> Iterator[str]:
+    bucket, subject = (detail.get(name) for name in ("bucket", "object")) if isinstance(detail, dict) else (None, None)
+    if isinstance(bucket, dict) and isinstance(subject, dict):
+        yield f"s3://{bucket.get('name')}/{subject.get('key')}"
 
 
 def _items(value: Any) -> list[Any]:

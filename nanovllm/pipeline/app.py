@@ -100,7 +100,10 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
-            logger.warning("s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)")
+            logger.warning(
+                "s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)%s",
+                "; documents are read from the buckets of the routes" if settings.documents.routes else "",
+            )
         # What a user must change is found before the model is loaded, which takes minutes: first what can be known
         # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
@@ -156,6 +159,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             time.monotonic() - joining_since,
         )
         await worker.run(source, exit_when_drained=exit_when_drained)
+        logger.info("stopped: what has ended is committed, the rest goes to the group's other members")
 
 
 def _check(settings: Settings) -> None:
@@ -176,7 +180,8 @@ def _check(settings: Settings) -> None:
             raise ConfigurationError(
                 f"documents.routes needs an engine that reads pages; engine.backend is {settings.engine.backend}"
             )
-        check_routes(routes, settings)
+        with _phase(f"the routes of {settings.documents.routes} hold"):
+            check_routes(routes, settings)
 
 
 async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:

@@ -51,13 +51,13 @@ def extract_documents(
     on_same: Callable[[FoundDocument], None],
     *,
     page_store: str | None = None,
+    with_sidecars: bool = False,
     on_tick: Callable[[], object] = lambda: None,
 ) -> bool:
     """Extract every one of ``documents``; False where a signal ended the work before the end.
 
-    One that has a sidecar of its version and route is not read; ``on_same`` is told.
-
-    ``page_store`` is the ``s3://bucket/prefix`` of finished pages; None: none are kept.
+    ``with_sidecars``: sidecars are written, and a document that has one of its version and route is not read;
+    ``on_same`` is told. ``page_store`` is the ``s3://bucket/prefix`` of finished pages; None: none are kept.
     The first SIGINT or SIGTERM lets the documents at work end and begins no more.
 
     Raises:
@@ -69,7 +69,9 @@ def extract_documents(
     forbid_debugging()
     prepare_threads()
     log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
-    return asyncio.run(_extract_all(settings, documents, on_record, on_failure, on_same, page_store, on_tick, signals))
+    return asyncio.run(
+        _extract_all(settings, documents, on_record, on_failure, on_same, page_store, with_sidecars, on_tick, signals)
+    )
 
 
 def documents_at_once(settings: Settings) -> int:
@@ -84,6 +86,7 @@ async def _extract_all(
     on_failure: Callable[[FoundDocument, NanoVLLMError], None],
     on_same: Callable[[FoundDocument], None],
     page_store: str | None,
+    with_sidecars: bool,
     on_tick: Callable[[], object],
     signals: StopSignals,
 ) -> bool:
@@ -107,16 +110,17 @@ async def _extract_all(
                         await parts.engine.compile(sampling.constraint)
             except UnsupportedConstraint as error:
                 raise UnsupportedConstraint(f"route {route.name}: {error}") from None
-        sidecars = Sidecars(S3Client(settings.s3).call)
+        sidecars = Sidecars(S3Client(settings.s3).call) if with_sidecars else None
 
         async def extract(found: FoundDocument) -> None:
             try:
-                if await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
+                if sidecars and await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
                 data = await asyncio.to_thread(found.read)
                 record = await extractions[found.route.name](data, found.source, ask)
-                await sidecars.put(record, found.source, found.route)
+                if sidecars:
+                    await sidecars.put(record, found.source, found.route)
             except SystemicError:
                 raise
             except NanoVLLMError as error:

@@ -20,6 +20,8 @@ from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
+from nanovllm.pipeline.documents.merging import merged_schema
+from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
 from nanovllm.pipeline.stages.admit import sampling_defaults
@@ -225,6 +227,11 @@ def check_route(
             limits.grammars.matcher(constraint)
         except (UnsupportedConstraint, ConfigurationError) as error:
             refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
+    try:
+        if not refusals and route.response_schema is not None:
+            SchemaValidator(merged_schema(route.response_schema, route.merge))
+    except UnsupportedConstraint as error:
+        refusals.append(routes.refusal(entry, f"response_schema: {error}", "response_schema"))
     refusals += [routes.refusal(entry, why, *place) for place, why in _unrenderable(route, limits, settings, points)]
     if refusals:
         return RouteCheck(tuple(refusals))

@@ -54,6 +54,8 @@ def _check_bucket(bucket: str) -> str:
 def _check_key_glob(glob: str) -> str:
     if glob.startswith("s3://"):
         raise ValueError("is a URI: the bucket has a name of its own here, and the key begins behind it")
+    if "{" in glob and "[{]" not in glob:
+        raise ValueError("has braces, which stand for themselves: write a list of globs (or [{] for a brace)")
     if glob.endswith("/"):
         raise ValueError("ends with a slash, as no object's key does: ** behind it takes all that lies below")
     return glob

@@ -33,7 +33,7 @@ async def test_documents_survive_kills(kafka_broker, tmp_path, delivery: str) ->
 @pytest.mark.parametrize("seed", range(2, 12))
 @pytest.mark.parametrize("delivery", MODES)
 async def test_documents_survive_kills_of_many_seeds(kafka_broker, tmp_path, delivery: str, seed: int) -> None:
-    await survives(kafka_broker, tmp_path, delivery, seed=seed, kills=10)
+    await survives(kafka_broker, tmp_path, delivery, seed=seed, kills=7)
 
 
 async def survives(kafka_broker: str, directory: Path, delivery: str, *, seed: int, kills: int) -> None:

@@ -277,6 +277,12 @@ def test_the_images_of_a_message_have_names_whether_it_is_a_job_or_not(pack: Any
         assert input_names(value) == ()
 
 
+def test_objects_of_an_event_are_its_inputs() -> None:
+    s3 = {"bucket": {"name": "inbox"}, "object": {"key": "a.pdf"}}
+    assert input_names(json.dumps({"Records": [{"s3": s3}, {"s3": None}, 7]}).encode()) == ("s3://inbox/a.pdf",)
+    assert input_names(json.dumps({"detail-type": "Object Created", "detail": s3}).encode()) == ("s3://inbox/a.pdf",)
+
+
 @pytest.mark.parametrize("pack", [lambda fields: json.dumps(fields).encode(), msgpack.packb])
 def test_a_misspelt_field_is_named_with_the_one_that_is_meant(pack: Any) -> None:
     with pytest.raises(InvalidJob, match=r"^job: unknown name samplng: did you mean sampling\?$"):

@@ -14,6 +14,7 @@ from sample_messages import document_record
 from nanovllm.messages.document_record import DocumentRecord, PageError, PageUse
 from nanovllm.messages.encoding import encode
 from nanovllm.messages.result import StoredResult
+from nanovllm.pipeline.documents.sidecars import body_of
 from tools import reference
 
 SCHEMA = json.loads(reference.schemas()["document_record.v1.json"])
@@ -69,3 +70,16 @@ def test_a_stored_record_is_without_what_may_be_large() -> None:
 
 def test_a_record_names_no_tenant() -> None:
     assert "tenant" not in json.dumps(SCHEMA)
+
+
+def test_a_markdown_sidecar_shows_what_a_page_says_in_a_fence_that_it_cannot_leave() -> None:
+    pages = (
+        PageUse(number=1, status="ok", source="text_layer"),
+        PageUse(number=2, status="ok", source="model"),
+    )
+    text = "<b>``` ````\n# no heading\f# heading"
+    record = document_record(validation=None, value=None, fields={}, text=text, pages=pages)
+    assert body_of(record, "markdown").decode() == ("`````text\n<b>``` ````\n# no heading\n`````\n\n---\n\n# heading")
+    cut = document_record(value=None, fields={}, text='{"aw')
+    assert body_of(cut, "jsonl").decode() == '{"text": "{\\"aw"}'
+    assert body_of(cut, "markdown").decode() == '```text\n{"aw\n```'

@@ -249,6 +249,21 @@ async def test_a_sidecar_s_missing_bucket_is_waited_for_and_drops_nothing(docume
     assert documents.s3.client.head_object(Bucket=records, Key="in/a.pdf.json")
 
 
+async def test_a_replayed_event_whose_sidecar_is_there_is_published(documents: Documents) -> None:
+    put = documents.put("in/a.pdf", receipts_pdf([drawn(1)[0].image]))
+    settings = documents.settings(receipts_route(documents.bucket), page_store=True)
+    await documents.send(put)
+    async with documents.working(**settings):
+        await documents.ended(1)
+        await documents.bench.producer.send_and_wait(
+            documents.events, json.dumps(put).encode(), partition=1, headers=[("nanovllm_replays", b"1")]
+        )
+        await documents.ended(2)
+    assert documents.counted() == {"result": 2}
+    first, second = await documents.records(2)
+    assert first.result_id == second.result_id
+
+
 ROUTES_OF_A_WORKER = """
 version: 1
 routes:

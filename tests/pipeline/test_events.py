@@ -224,6 +224,45 @@ def records_of(case: str) -> list[dict[str, Any]]:
     return [one for part in [CASES[case]["message"]] for one in (part if isinstance(part, list) else part["Records"])]
 
 
+NAMES = (
+    *(
+        "Records",
+        "s3",
+        "detail",
+        "detail-type",
+        "eventName",
+        "source",
+        "Event",
+        "Message",
+        "body",
+        "specversion",
+        "data",
+    ),
+    *("eventVersion", "eventTime", "bucket", "object", "name", "key", "size", "eTag", "versionId", "sequencer"),
+)
+TEXTS = st.text(max_size=8) | st.sampled_from(["aws.s3", "Object Created", "2.1"])
+PARTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(PARTS)
+def test_a_message_of_whatever_parts_is_events_or_no_event(message: object) -> None:
+    with contextlib.suppress(InvalidEvent):
+        assert split_events(json.dumps(message).encode())
+
+
+@pytest.mark.parametrize("s3", [[], "text", None, 7])
+def test_a_message_of_two_forms_is_read_by_the_one_that_it_has(s3: object) -> None:
+    detail = {"bucket": {"name": "b"}, "object": {"key": "k"}}
+    message = {"source": "aws.s3", "detail-type": "Object Created", "detail": detail, "s3": s3}
+    [(event, alone)] = split_events(json.dumps(message).encode())
+    assert (event.bucket, event.key, event.dialect) == ("b", "k", "eventbridge")
+    assert parse_events(alone) == [event]
+
+
 @pytest.mark.parametrize("case", ["aws-keys", "aws-versions", "aws-removed-and-other"])
 def test_powertools_agrees_about_records(case: str) -> None:
     models = pytest.importorskip("aws_lambda_powertools.utilities.parser.models", reason="the extra dev has it")

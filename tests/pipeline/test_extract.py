@@ -193,7 +193,7 @@ def test_objects_have_sidecars_and_equal_pages_are_computed_once(
     text = ROUTES.replace("bucket: inbox", f"bucket: {bucket}")
     text = text.replace("routes:", f"page_store: s3://{bucket}/kept\nroutes:", 1)
     routes.write_text(text.replace("    merge: per_page", "    sidecar: {format: json}\n    merge: per_page"))
-    command = ["extract", f"s3://{bucket}/receipts/**", "-r", str(routes), "-o", str(output)]
+    command = ["extract", f"s3://{bucket}/receipts/**", "-r", str(routes), "-o", str(output), "--sidecars"]
     monkeypatch.setenv("NANOVLLM_ENGINE__MAX_NUM_SEQS", "1")  # one document after another
     assert main(command) == 0
     records = records_in(output)

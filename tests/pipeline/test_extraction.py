@@ -20,6 +20,7 @@ from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import (
     DeadlineExceeded,
     EngineFault,
+    InvalidPage,
     NanoVLLMError,
     PagesFailed,
     PromptTooLong,
@@ -354,6 +355,17 @@ async def test_a_page_read_from_its_text_layer_saves_what_pages_take_on_average(
     assert [page.source for page in record.pages] == ["text_layer", "model", "text_layer"]
     assert len(script.requests) == 1
     assert record.timings_ms.saved == 0.0 + 50.0
+
+
+async def test_a_page_whose_text_layer_cannot_be_read_is_asked_by_its_picture(
+    decoders: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreadable(*_: Any, **__: Any) -> Any:
+        raise InvalidPage("page 1 of the PDF cannot be read")
+
+    monkeypatch.setattr(decoders, "page_text", unreadable)
+    record = await extraction(decoders, route_of(text="only_if_clean"))(pages("page 1"), SOURCE, Script())
+    assert (record.status, record.pages[0].source) == ("complete", "model")
 
 
 async def test_a_clean_text_layer_stands_whole_in_the_prompt_or_the_picture_does(decoders: DecoderPool) -> None:

@@ -80,6 +80,28 @@ def test_the_schema_of_pages_is_an_array_of_the_whole_and_references_still_lead(
     schema = {"$defs": {"n": {"type": "integer"}}, "type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}}
     jsonschema.validate([{"a": 1}, {}], merged_schema(schema, "per_page"))
     assert not jsonschema.Draft202012Validator(merged_schema(schema, "per_page")).is_valid([{"a": "1"}])
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"properties": {"b": {"type": "integer"}, "a": {"$ref": "#/properties/b"}}}, {"a": 1}, {"a": "1"}),
+        (
+            {"anyOf": [{"type": "integer"}, {"type": "object", "additionalProperties": {"$ref": "#"}}]},
+            {"a": 1},
+            {"a": "1"},
+        ),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"const": {"$ref": "#"}}}},
+            {"a": {"$ref": "#"}},
+            {"a": 1},
+        ),
+    ],
+)
+def test_references_of_a_schema_per_page_mean_what_they_meant(schema: Any, right: Any, wrong: Any) -> None:
+    whole = jsonschema.Draft202012Validator(merged_schema(schema, "per_page"))
+    assert whole.is_valid([right, right])
+    assert not whole.is_valid([right, wrong])
     assert merged_schema(schema, "per_row") == schema
 
 

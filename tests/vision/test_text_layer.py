@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pikepdf
@@ -139,16 +140,23 @@ def test_text_keeps_words_lines_and_characters_of_all_planes() -> None:
     assert layer.words[0].right < layer.words[1].left
     assert layer.words[0].bottom < layer.words[2].top
 
-    def emoji(pdf: pikepdf.Pdf) -> None:
-        cmap = (
-            b"/CIDInit /ProcSet findresource begin 12 dict begin begincmap /CMapName /X def /CMapType 2 def "
-            b"1 begincodespacerange <00> <ff> endcodespacerange 1 beginbfchar <6f> <d83ddcc4> endbfchar "
-            b"endcmap end end"
-        )
-        for font in pdf.pages[0].Resources.Font.values():
-            font.ToUnicode = pdf.make_stream(cmap)
+    assert "\U0001f4c4" in layer_of(edited(text_pdf(("one",)), partial(map_o_to, b"d83ddcc4"))).text
 
-    assert "\U0001f4c4" in layer_of(edited(text_pdf(("one",)), emoji)).text
+
+@pytest.mark.parametrize("half", [b"d83d", b"dcc4"])
+def test_half_a_character_is_none_and_those_beside_it_stay(half: bytes) -> None:
+    assert layer_of(edited(text_pdf(("one two o",)), partial(map_o_to, half))).text == "\ufffdne tw\ufffd \ufffd"
+
+
+def map_o_to(code: bytes, pdf: pikepdf.Pdf) -> None:
+    """Let the letter o of the first page's fonts stand for another character, in UTF-16."""
+    cmap = (
+        b"/CIDInit /ProcSet findresource begin 12 dict begin begincmap /CMapName /X def /CMapType 2 def "
+        b"1 begincodespacerange <00> <ff> endcodespacerange 1 beginbfchar <6f> <" + code + b"> endbfchar "
+        b"endcmap end end"
+    )
+    for font in pdf.pages[0].Resources.Font.values():
+        font.ToUnicode = pdf.make_stream(cmap)
 
 
 def test_hidden_words_are_marked() -> None:

@@ -17,6 +17,9 @@ from nanovllm.messages.document_record import Conflict, FieldMeta
 from nanovllm.pipeline.documents.fields import missing_properties
 from nanovllm.pipeline.documents.json_spans import escaped, leaves
 
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+"""Keywords whose values are no schemas."""
+
 MergeRule = Literal["per_document", "per_page", "per_row"]
 
 
@@ -53,9 +56,21 @@ def merged_schema(schema: Mapping[str, Any], rule: MergeRule) -> dict[str, Any]:
     """The schema of what ``merge_pages`` returns for values of ``schema``."""
     if rule != "per_page":
         return dict(schema)
-    # References are from the root: what they name moves up with them.
-    shared = {key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema}
-    return {**shared, "type": "array", "items": {key: part for key, part in schema.items() if key not in shared}}
+    # References are from the root, which moves.
+    return {"type": "array", "items": _moved(schema, "#/items")}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """``schema`` with its references (``#``, ``#/…``) for a place at ``root``."""
+    if isinstance(schema, list):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: part if name in _VALUES else _moved(part, root) for name, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = root + reference[1:]
+    return moved
 
 
 def merged_fields(

@@ -3,7 +3,7 @@
 Normalisation: compatibility decomposition (NFKD, which makes equal what NFKC does: ligatures, full width, superscripts;
 an accented letter is a letter and its accent) and case folding; a hyphen or dash between two letters goes, with a line
 break behind it, every other one is ``-``; quotation marks are ``'`` or ``"``; invisible characters (soft hyphens,
-zero-width spaces) go; white space is one space.
+zero-width spaces, fillers, variation selectors, controls) go; white space is one space.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ _LETTER = r"[^\W\d_]"
 _INNER_HYPHEN = rf"(?<={_LETTER})[{_HYPHENS}\u00ad](?:[^\S\n]*+\n\s*+)?(?={_LETTER})"
 # PDFium gives U+0002 or U+FFFE for the hyphen of a word that goes on in the next line.
 _BROKEN_WORD = r"[\u0002\ufffe]\s*"
-_SPECIAL = re.compile(rf"(?P<dropped>{_INNER_HYPHEN}|{_BROKEN_WORD})|\s+|[^\x00-\x7f]|`")
+# Shown as nothing though their category is not Cf (Unicode 16, Default_Ignorable_Code_Point), and control characters.
+_INVISIBLE = (
+    r"[\x00-\x08\x0e-\x1b\x7f\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0"
+    r"\U000e0000-\U000e0fff]"
+)
+_SPECIAL = re.compile(rf"(?P<dropped>{_INNER_HYPHEN}|{_BROKEN_WORD}|{_INVISIBLE})|\s+|[^\x00-\x7f]|`")
 
 _FOLDED = {
     **dict.fromkeys(_HYPHENS[1:], "-"),

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.errors import DeadlineExceeded, NanoVLLMError, PromptTooLong, SystemicError, TransientError
+from nanovllm.errors import (
+    DeadlineExceeded,
+    DecoderFailed,
+    InvalidPage,
+    NanoVLLMError,
+    PromptTooLong,
+    SystemicError,
+    TransientError,
+)
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import FieldMeta, PageError, PageSource, PageStatus
@@ -131,10 +139,13 @@ class PageReader:
 
     async def _unasked_answer(self, work: PageWork) -> PageAnswer | None:
         """The answer of a page that no model is asked for; None for others, whose text layer is there then."""
-        with _timed(work, "text"):
-            work.layer = await self._decoders.page_text(
-                work.data, work.number, digest=work.info.digest, tenant=work.tenant
-            )
+        try:
+            with _timed(work, "text"):
+                work.layer = await self._decoders.page_text(
+                    work.data, work.number, digest=work.info.digest, tenant=work.tenant
+                )
+        except (InvalidPage, DecoderFailed):
+            return None  # its picture may be there all the same
         if work.layer.is_blank:
             return self._unasked(work, PageAnswer(work.number, "blank"))
         work.is_read = self._route.text == "only_if_clean" and work.layer.kind is PageKind.CLEAN

@@ -24,7 +24,7 @@ from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.conditional_put import put_if_absent, put_if_unchanged
 from nanovllm.objects.errors import status_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of parts and of their keys; incremented when either changes, so that older parts are not found."""
 DEFAULT_MAX_PART_BYTES = 4 * 1024 * 1024
 DEFAULT_MAX_REQUESTS = 16
@@ -237,7 +237,9 @@ def _part(key: PageKey, payload: bytes) -> bytes:
 
 
 def _folder(tenant: str) -> str:
-    """A segment of a key for each tenant, and for no other: the name where it is plain, or its digest."""
+    """A segment of a key for each tenant, and for no other: the name where it is plain, or its digest; ``~``: none."""
+    if not tenant:
+        return "~"
     if _PLAIN_NAME.fullmatch(tenant):
         return tenant
     return "~" + hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()

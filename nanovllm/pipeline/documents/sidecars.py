@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,19 +66,32 @@ class Sidecars:
 def body_of(record: DocumentRecord, fmt: SidecarFormat) -> bytes:
     """The record as JSON; as JSON lines its values, one for each page where pages are not merged; as Markdown its text.
 
-    A record without a schema has its pages' text in place of values.
+    A record without a schema has its pages' text in place of values, and so has one without a value.
     """
     if fmt == "json":
         return encode(record, "json")
+    texts = (record.text or "").split("\f")
+    if record.validation is not None and record.value is not None:
+        values = record.value if isinstance(record.value, list) else [record.value]
+        if fmt == "markdown":
+            return _fenced(json.dumps(record.value, indent=2, ensure_ascii=False), "json").encode()
+    else:
+        values = [{"text": text} for text in texts]
     if fmt == "jsonl":
-        pages = [{"text": text} for text in (record.text or "").split("\f")]
-        values = (
-            pages if record.validation is None else record.value if isinstance(record.value, list) else [record.value]
-        )
         return "\n".join(json.dumps(value, ensure_ascii=False) for value in values).encode()
-    if record.validation is None:
-        return "\n\n---\n\n".join((record.text or "").split("\f")).encode()
-    return f"```json\n{json.dumps(record.value, indent=2, ensure_ascii=False)}\n```".encode()
+    is_plain = record.validation is not None
+    # What a model writes is Markdown; what a page itself says, or a value that is none, is not.
+    read = [is_plain or page.source == "text_layer" for page in record.pages]
+    read += [is_plain] * (len(texts) - len(read))
+    shown = [_fenced(text) if plain else text for text, plain in zip(texts, read, strict=False)]
+    return "\n\n---\n\n".join(shown).encode()
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    """``text`` in a fence that it does not contain (CommonMark 0.31, 4.5)."""
+    longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 @contextmanager

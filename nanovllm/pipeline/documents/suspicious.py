@@ -98,6 +98,8 @@ _CLAUSE_BEGIN = re.compile(
     r"(?:^|[.;:!?,()\[\]\"'*>\u2022\n-]|\b(?:please|instead|must|always|and|then|only|simply|now))\s*$", re.IGNORECASE
 )
 _MAX_BEFORE_CHARS = 16
+# Cyrillic and Greek letters that look like Latin ones, one for one.
+_LOOKALIKES = str.maketrans("аеорсухіѕјԁһԛԝкοαινρυ", "aeopcyxisjdhqwkoaivpu")
 _PATTERNS: tuple[tuple[SuspiciousRule, re.Pattern[str], bool], ...] = (
     *((rule, re.compile("|".join(patterns)), False) for rule, patterns in _RULES.items()),
     ("dictated_answer", re.compile("|".join(_ORDERS_TO_ANSWER)), True),
@@ -122,8 +124,9 @@ def suspicious_spans(text: str) -> tuple[SuspiciousSpan, ...]:
 
 def _matches(text: str) -> Iterator[tuple[SuspiciousRule, Span]]:
     page = NormalisedText(text)
+    text_to_search = page.text.translate(_LOOKALIKES)
     for rule, pattern, begins_clause in _PATTERNS:
-        for match in pattern.finditer(page.text):
+        for match in pattern.finditer(text_to_search):
             start, end = page.original_span(*match.span())
             if not begins_clause or _CLAUSE_BEGIN.search(text[max(0, start - _MAX_BEFORE_CHARS) : start]):
                 yield rule, (start, end)

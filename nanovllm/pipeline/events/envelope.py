@@ -41,7 +41,7 @@ def split_events(value: bytes) -> list[tuple[ObjectEvent, bytes]]:
     for notification in _notifications(value):
         if len(found) == MAX_EVENTS:
             raise InvalidEvent(f"the message holds more than {MAX_EVENTS} events")
-        is_record = "s3" in notification
+        is_record = "eventName" in notification and "detail-type" not in notification
         alone = json.dumps({"Records": [notification]} if is_record else notification, ensure_ascii=False)
         found.append((read_notification(notification), alone.encode()))
     if not found:

@@ -41,7 +41,7 @@ def is_notification(part: Fields) -> bool:
     """Whether ``part`` has one of the two forms, or is S3's test event."""
     return (
         part.get("Event") == _TEST_EVENT
-        or (isinstance(part.get("s3"), dict) and "eventName" in part)
+        or _is_record(part)
         or (isinstance(part.get("detail"), dict) and "detail-type" in part)
     )
 
@@ -55,7 +55,11 @@ def read_notification(part: Fields) -> ObjectEvent:
     if part.get("Event") == _TEST_EVENT:
         bucket, time = _text(part, "Bucket") or "", _time(part, "Time")
         return ObjectEvent(bucket, "", None, None, None, None, time, "test", "TestEvent", "aws")
-    return _read_record(part) if "s3" in part else _read_bridge_event(part)
+    return _read_record(part) if _is_record(part) else _read_bridge_event(part)
+
+
+def _is_record(part: Fields) -> bool:
+    return isinstance(part.get("s3"), dict) and "eventName" in part
 
 
 def _read_record(record: Fields) -> ObjectEvent:

@@ -62,7 +62,7 @@ class AnswerDocument:
                 lambda: self._sidecars.put(record, routed.source, routed.route, delivery=routed.delivery),
                 context.progress,
             )
-        if outcome in ("same", "superseded"):
+        if outcome in routed.ends_with:
             raise EventSkippedError(outcome)
         self._limit.reset()
         return Extracted(records, record)

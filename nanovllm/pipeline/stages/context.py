@@ -69,7 +69,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class JobContext:
-    """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart."""
+    """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart.
+
+    ``subject``: the URI of its document, for logs.
+    """
 
     record: ConsumedRecord
     origin: Origin
@@ -80,6 +83,7 @@ class JobContext:
     salt: bytes = b""
     expires_at: datetime | None = None
     result_topic: str | None = None
+    subject: str | None = None
 
     @property
     def total_attempts(self) -> int:

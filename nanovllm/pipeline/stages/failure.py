@@ -66,7 +66,10 @@ class Failure:
         self._limit.count()
         stage = context.progress.failed_stage
         record, reason = await self._builder.dead_letter(context, reason)
-        logger.warning("job %r is a dead letter: %s in stage %s: %r", context.job_id, reason.code, stage, str(reason))
+        of = f" of {context.subject!r}" if context.subject else ""
+        logger.warning(
+            "job %r%s is a dead letter: %s in stage %s: %r", context.job_id, of, reason.code, stage, str(reason)
+        )
         return DeadLettered((record,), reason)
 
 

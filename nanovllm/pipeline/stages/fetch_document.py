@@ -58,7 +58,7 @@ class FetchDocument:
                 lambda: self._sidecars.beside(routed.source, route, self._model, delivery=routed.delivery),
                 progress,
             )
-        if beside in ("same", "superseded"):
+        if beside in routed.ends_with:
             raise EventSkippedError(beside)
         try:
             document = await self._document(routed, admitted)

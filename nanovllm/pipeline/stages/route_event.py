@@ -17,7 +17,7 @@ from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds, WatchedFetcher
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.ask_store import AskStore
-from nanovllm.pipeline.stages.context import EventSkippedError, JobContext
+from nanovllm.pipeline.stages.context import EventSkippedError, JobContext, SkipReason
 from nanovllm.settings.routes import Route
 
 
@@ -33,10 +33,18 @@ class RoutedEvent:
 
     @property
     def delivery(self) -> str:
-        """The Kafka record that it came in first, equal in its retries, and the sequencer, for records of several."""
+        """The Kafka record that it came in first, equal in its retries, and the job, for records of several events."""
         source = self.context.origin.source
         record = f"{source.topic}/{source.partition}/{source.offset}@{source.timestamp_ms}"
-        return f"{record}#{self.event.sequencer or ''}"
+        return f"{record}#{self.context.job_id}"
+
+    @property
+    def ends_with(self) -> tuple[SkipReason, ...]:
+        """What beside its sidecar ends it without a record.
+
+        A replayed one whose record is there is published: the topic may have refused the record behind the sidecar.
+        """
+        return ("superseded",) if self.context.origin.replays else ("same", "superseded")
 
 
 class RouteEvent:
@@ -85,6 +93,7 @@ class RouteEvent:
             job_id=source.job_id(route),
             expires_at=_expiry(began, route.deadline_s),
             result_topic=route.result_topic,
+            subject=source.uri,
         )
         return RoutedEvent(event, route, source, ref, context)
 

@@ -200,27 +200,28 @@ class _Coordinates:
 
 
 def _read_glyphs(text: pypdfium2.PdfTextPage, count: int, shown: _Coordinates) -> Iterator[Glyph]:
-    left, right, bottom, top = (ctypes.c_double() for _ in range(4))
+    sides = [ctypes.c_double() for _ in range(4)]
     modes: dict[int, bool] = {}
-    high: str | None = None
-    for index in range(count):
-        code = pdfium.FPDFText_GetUnicode(text, index)
-        if 0xD800 <= code < 0xDC00 and high is None:  # the first half of a character outside of the basic plane
-            high = chr(code)
-            continue
-        character = "-" if code in _HYPHENS else chr(code) if 0 < code < 0x110000 else "\ufffd"
-        if high is not None:
-            character = (high + character).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            high = None
-        elif 0xD800 <= code < 0xE000:
-            character = "\ufffd"
+
+    def glyph(index: int, character: str) -> Glyph:
         if character.isspace():
-            yield Glyph(character, (0.0, 0.0, 0.0, 0.0))
-            continue
+            return Glyph(character, (0.0, 0.0, 0.0, 0.0))
+        left, right, bottom, top = sides
         pdfium.FPDFText_GetCharBox(text, index, left, right, bottom, top)
         box = shown.box(left.value, bottom.value, right.value, top.value)
         is_mapped = pdfium.FPDFText_HasUnicodeMapError(text, index) != 1
-        yield Glyph(character, box, is_mapped, _is_visible(text, index, modes))
+        return Glyph(character, box, is_mapped, _is_visible(text, index, modes))
+
+    codes = [pdfium.FPDFText_GetUnicode(text, index) for index in range(count)]
+    for index, code in enumerate(codes):
+        following = codes[index + 1] if index + 1 < count else 0
+        if 0xDC00 <= code < 0xE000 and index and 0xD800 <= codes[index - 1] < 0xDC00:
+            # The second half of a character outside of the basic plane.
+            high = chr(codes[index - 1])
+            yield glyph(index, (high + chr(code)).encode("utf-16", "surrogatepass").decode("utf-16"))
+        elif not (0xD800 <= code < 0xDC00 and 0xDC00 <= following < 0xE000):
+            is_none = not 0 < code < 0x110000 or 0xD800 <= code < 0xE000
+            yield glyph(index, "\ufffd" if is_none else "-" if code in _HYPHENS else chr(code))
 
 
 def _is_visible(text: pypdfium2.PdfTextPage, index: int, modes: dict[int, bool]) -> bool:
