@@ -114,7 +114,7 @@ def _check(
     Raises:
         InvalidRoutes: with everything that does not hold.
     """
-    if settings.engine.backend != "native":
+    if not settings.engine.loads_model:
         raise ConfigurationError(f"engine.backend is {settings.engine.backend}, which has neither tokens nor schemas")
     require_engine(settings)
     from nanovllm.pipeline.app import prepare_threads

@@ -98,7 +98,7 @@ def require_engine(settings: Settings) -> None:
     if settings.engine.backend == "openai":
         require("remote", "httpx", "numpy", "PIL")
         return
-    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.backend == "native" else ()))
+    require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.loads_model else ()))
 
 
 def engine_settings(config: Path | None, model: str | None) -> Settings:

@@ -15,6 +15,9 @@ MAX_DRAFT_STEP_TOKENS = 16
 """A step of more tokens has no drafts: up to about here reading the weights is its cost, and a token adds little."""
 
 
+Backend = Literal["auto", "native", "generic"]
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What a user may decide about an engine; ``None`` leaves the decision to the checkpoint or the machine.
@@ -23,6 +26,9 @@ class EngineConfig:
     """
 
     model: str
+    backend: Backend = (
+        "auto"  # which code computes the model: this engine's families, transformers' layers, or by model
+    )
     max_num_batched_tokens: int | None = None  # the token budget of one step; None: 512 on a CPU, 2048 on a GPU
     max_num_seqs: int = 64
     max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
@@ -81,6 +87,8 @@ class EngineConfig:
             raise ConfigurationError(f"quantization={self.quantization!r} is not supported, only None and 'int8' are")
         if self.kv_cache_dtype not in ("auto", "bfloat16"):
             raise ConfigurationError(f"kv_cache_dtype={self.kv_cache_dtype!r} is neither 'auto' nor 'bfloat16'")
+        if self.backend not in ("auto", "native", "generic"):
+            raise ConfigurationError(f"backend={self.backend!r} is none of auto, native, generic")
         if self.generation_config not in ("auto", "vllm"):
             raise ConfigurationError(f"generation_config={self.generation_config!r} is neither 'auto' nor 'vllm'")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):

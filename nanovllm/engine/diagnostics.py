@@ -20,6 +20,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.models.generic_trial import TrialResult
 from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
@@ -45,6 +46,8 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
+    if (trial := engine.model_runner.trial) is not None:
+        yield _support(engine, trial)
     yield Finding("transformers", transformers.__version__, untested_version())
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
@@ -93,6 +96,16 @@ def _threads() -> Finding:
     notes = [f"more than the {cores} cores: set OMP_NUM_THREADS={cores}"] if threads > cores else []
     notes += ["they spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"] if spins else []
     return Finding("threads", f"{threads} on {counted(cores, 'core')}", "; ".join(notes))
+
+
+def _support(engine: LLMEngine, trial: TrialResult) -> Finding:
+    image = f", {trial.image_tokens} of an image among them" if trial.image_tokens else ""
+    value = (
+        f"transformers' layers, measured over {trial.num_tokens} tokens{image}: logits within "
+        f"{trial.error_generated:.0e} of its cached generation and {trial.error_full:.0e} of a full forward pass"
+    )
+    lost = "layers carry states: no prefix cache, no speculation; a preempted request is computed anew"
+    return Finding("support", value, lost if engine.model_runner.model.has_states else "")
 
 
 def _sampling_defaults(engine: LLMEngine, defaults: SamplingParams) -> Finding:

@@ -75,11 +75,11 @@ class LLMEngine:
             BlockManager(
                 self.model_runner.num_blocks,
                 self.model_runner.attention.block_size,
-                enable_prefix_caching=self.config.enable_prefix_caching,
+                enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
             ),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
-            num_speculative_tokens=self.config.num_speculative_tokens,
+            num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len

@@ -176,7 +176,7 @@ def _check(settings: Settings) -> None:
     if routes is not None:
         from nanovllm.pipeline.route_checks import check_routes
 
-        if settings.engine.backend != "native":
+        if not settings.engine.loads_model:
             raise ConfigurationError(
                 f"documents.routes needs an engine that reads pages; engine.backend is {settings.engine.backend}"
             )

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.kafka.recovering_producer import RecoveringProducer
@@ -373,8 +373,12 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
     from nanovllm.engine.llm_engine import LLMEngine
 
     _register_aliases(settings)
-    options = settings.model_dump(exclude=WORKER_OPTIONS)
-    return LLMEngine(settings.model or DEFAULT_MODEL, **options)
+    return LLMEngine(settings.model or DEFAULT_MODEL, **engine_options(settings))
+
+
+def engine_options(settings: EngineSettings) -> dict[str, Any]:
+    """The engine's own options among the settings of one that loads a model."""
+    return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend}
 
 
 def _register_aliases(settings: EngineSettings) -> None:

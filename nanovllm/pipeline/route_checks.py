@@ -32,6 +32,7 @@ from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.engine.models.text_model import TextConfig
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
     from nanovllm.vision.images.preprocess import ImageTransform
@@ -73,24 +74,30 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.checkpoints.checkpoint import Checkpoint
     from nanovllm.checkpoints.resolve import resolve_checkpoint
     from nanovllm.engine.config import GIB, EngineConfig
+    from nanovllm.engine.execution.generic_models import generic_image_tokens
     from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
-    from nanovllm.engine.models.registry import around_image, decoder_config, image_tokens
+    from nanovllm.engine.models.generic import stated_config
+    from nanovllm.engine.models.registry import around_image, decoder_config, image_tokens, is_generic
     from nanovllm.engine.sampling.grammar_compiler import GrammarCompiler
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
     build.check_parts(settings)
     model = settings.engine.model or build.DEFAULT_MODEL
-    config = EngineConfig.from_options(model, settings.engine.model_dump(exclude=build.WORKER_OPTIONS))
+    config = EngineConfig.from_options(model, build.engine_options(settings.engine))
     checkpoint = Checkpoint(resolve_checkpoint(model))
-    tokenizer, (text, _) = checkpoint.tokenizer(), decoder_config(checkpoint)
+    tokenizer = checkpoint.tokenizer()
+    text: TextConfig
+    if is_generic(checkpoint, config.backend):
+        text, images = stated_config(checkpoint.config), generic_image_tokens(config, checkpoint)
+    else:
+        text, images = decoder_config(checkpoint)[0], image_tokens(checkpoint, config)
     max_model_len = text.context_limit(config.max_model_len)
     device = choose_device(config.device)
     kv_bytes = config.kv_cache_bytes or (GIB if device.type == "cpu" else None)
     if kv_bytes is not None:
         item_bytes = 2 if config.kv_cache_dtype == "bfloat16" else choose_dtype(config, checkpoint, device).itemsize
-        token_bytes = 2 * text.num_key_value_heads * text.head_dim * item_bytes * text.num_hidden_layers
+        token_bytes = 2 * item_bytes * sum(heads * width for heads, width in text.kv_shapes)
         max_model_len = min(max_model_len, kv_bytes // token_bytes)
-    images = image_tokens(checkpoint, config)
     grammars = GrammarCompiler(tokenizer, text.vocab_size, sorted(checkpoint.eos_token_ids(text.vocab_size, tokenizer)))
     try:
         yield ModelLimits(

@@ -18,10 +18,12 @@ class EngineSettings(SettingsModel):
         description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model. With `openai`: the "
         "name that the servers list; unset: the only one that they list.",
     )
-    backend: Literal["native", "openai", "echo"] = Field(
-        "native",
-        description="`openai` asks servers of OpenAI's protocol (section `remote`); `echo` answers with the prompt: "
-        "for tests of the pipeline.",
+    backend: Literal["auto", "native", "generic", "openai", "echo"] = Field(
+        "auto",
+        description="`native`: the families that this engine has code for; `generic`: transformers' own layers over "
+        "its attention, after a trial at load; `auto`: native where the family is one of them, else generic; `openai` "
+        "asks servers of OpenAI's protocol (section `remote`); `echo` answers with the prompt: for tests of the "
+        "pipeline.",
     )
     model_aliases: dict[str, str] = Field(
         default_factory=dict, description="Short names for checkpoint directories (JSON object)."
@@ -81,6 +83,11 @@ class EngineSettings(SettingsModel):
         (), description="Names of those variables that a job may set in its own `chat_template_kwargs`."
     )
     step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether this process computes with a checkpoint's weights, and needs torch and transformers."""
+        return self.backend in ("auto", "native", "generic")
 
 
 class SamplingSettings(SamplingParams):

@@ -152,6 +152,15 @@ class VisionProcessor:
         found = self.find(digest, salt)
         return found or replace(prepare_image(source, self.encoder.transform, self.limits), file_digest=digest)
 
+    def preprocess(self, images: Sequence[PreparedImage], salt: bytes = b"") -> None:
+        """Do what the encoder can do beforehand for images without an embedding at hand; in any thread.
+
+        Raises InvalidImage for an image that the model does not take.
+        """
+        for image in images:
+            if image.embedding is None and not self.cache.touch(self.key(image, salt)):
+                self.encoder.preprocess(image)
+
     def find(self, file_digest: bytes, salt: bytes = b"") -> PreparedImage | None:
         """Image of the file with this SHA-256, with its embedding, if the cache has it."""
         found = self.cache.find(embedding_key(file_digest, self.encoder.revision, salt, kind="file"))

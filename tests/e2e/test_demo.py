@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from generic_parts import needs_release
 from parts import eventually
 
 from nanovllm.demo.child_process import LocalProcess
@@ -65,6 +66,15 @@ def run(command: list[str], **settings: str) -> subprocess.CompletedProcess[str]
 
 def summary_of(output: Path) -> dict[str, float]:
     return json.loads((output / "summary.json").read_text())
+
+
+@needs_the_model
+@needs_release
+def test_the_demo_is_as_right_through_transformers_layers(tmp_path):
+    ended = run_demo(tmp_path, "--jobs", "24", NANOVLLM_ENGINE__BACKEND="generic")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert summary_of(tmp_path)["exact"] >= 0.9 * 24
+    assert "transformers' layers, measured over" in (tmp_path / "worker.log").read_text()
 
 
 @needs_the_model

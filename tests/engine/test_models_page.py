@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from generic_checkpoints import IMAGE_FAMILIES
 from transformers import AutoConfig, Qwen3VLVisionModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nanovllm.engine.layers.linear import Linear
@@ -160,7 +162,8 @@ def test_what_runs_today_is_what_the_registry_has() -> None:
     assert architectures(section("Checkpoints that run today")) == {*TEXT_FAMILIES, LLAVA, *QWEN_VL}
 
 
-def test_what_is_not_supported_yet_is_not_in_the_registry() -> None:
-    named = architectures(section("Not supported yet"))
+def test_what_runs_through_transformers_layers_is_tested_and_not_in_the_registry() -> None:
+    named = architectures(section("Through transformers' layers")) - {"DotsOCRForCausalLM"}
     assert len(named) > 5
     assert named.isdisjoint({*TEXT_FAMILIES, LLAVA, *QWEN_VL})
+    assert named <= {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family] for family in IMAGE_FAMILIES}

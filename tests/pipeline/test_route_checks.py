@@ -7,10 +7,13 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from checkpoints import QwenVL, make_llava, make_qwen3, make_qwen_vl
+from generic_checkpoints import make_generic_images
+from generic_parts import needs_release
 
 from nanovllm.cli.main import main
 from nanovllm.errors import InvalidInput
@@ -79,7 +82,17 @@ def test_the_example_fits_the_shipped_model(tiny: ModelLimits) -> None:
         assert check.budget.total <= check.budget.max_model_len
 
 
-@pytest.mark.parametrize("make", [make_qwen_vl, make_llava])
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_qwen_vl,
+        make_llava,
+        *(
+            pytest.param(partial(make_generic_images, family=family), marks=needs_release, id=family)
+            for family in ("idefics3", "glm_ocr", "qwen3_5")
+        ),
+    ],
+)
 def test_limits_read_from_files_are_those_of_the_loaded_engine(make: Callable[[Path], Path], tmp_path: Path) -> None:
     settings = Settings.model_validate({"engine": {"model": str(make(tmp_path / "m")), "device": "cpu"}})
     with model_limits(settings) as read, build.build_engine(settings.engine) as engine:

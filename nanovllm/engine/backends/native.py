@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.capabilities import Capabilities
@@ -54,7 +55,8 @@ class AsyncEngine(EngineBackend):
         # A request to add or to measure, the id of one to abort, or None, which ends the thread.
         self._commands: queue.SimpleQueue[Request | _FitCheck | str | None] = queue.SimpleQueue()
         self._fit_checks: set[asyncio.Future[bool]] = set()
-        self._compiling: dict[str, bool] = {}  # whose constraints are being compiled -> aborted meanwhile
+        self._compiling: dict[str, bool] = {}  # what is compiled or preprocessed -> aborted meanwhile
+        self._preprocessing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-images")
         self._stats = engine.stats()
         self._step_started: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -103,17 +105,24 @@ class AsyncEngine(EngineBackend):
         return super().submit(request)
 
     def _begin(self, request: Request, generation: Generation) -> None:
-        """Compile a constraint first, beside steps and loop."""
-        constraint = request.sampling.constraint
-        if constraint is None:
+        """Compile a constraint and preprocess images first, beside steps and loop."""
+        constraint, processor = request.sampling.constraint, self._engine.processor
+        waits: list[asyncio.Future[Any]] = []
+        if constraint is not None:
+            waits.append(asyncio.wrap_future(self._engine.input_processor.grammars.compile(constraint)))
+        if request.images and processor is not None and processor.encoder.preprocesses:
+            work = self._preprocessing.submit(processor.preprocess, request.images, request.cache_salt)
+            waits.append(asyncio.wrap_future(work))
+        if not waits:
             self._commands.put(request)
             return
-        assert self._loop is not None
         self._compiling[request.request_id] = False
-        compiling = asyncio.wrap_future(self._engine.input_processor.grammars.compile(constraint))
+        compiling: asyncio.Future[Any] = waits[0] if len(waits) == 1 else asyncio.gather(*waits)
 
         def queue_request(done: asyncio.Future[object]) -> None:
             aborted = self._compiling.pop(request.request_id)
+            if done.cancelled():  # the engine was closed, which ended the generation
+                return
             error = done.exception()
             if error is not None:
                 self._refuse(request.request_id, error)
@@ -144,6 +153,7 @@ class AsyncEngine(EngineBackend):
             self._watchdog.cancel()
         if self._thread is not None:
             self._commands.put(None)
+            self._preprocessing.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._thread.join, self._step_timeout_s)
 
     async def _watch(self, step_timeout_s: float) -> None:

@@ -11,13 +11,14 @@ from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, Gra
 from nanovllm.engine.config import GIB, EngineConfig
 from nanovllm.engine.execution.cuda_graphs import compute_rows, graph_sizes
 from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError
 
 
 def kv_cache_bytes(
     config: EngineConfig,
     device: torch.device,
-    model: Decoder,
+    model: TextModel,
     attention: AttentionBackend,
     *,
     has_graphs: bool,
@@ -34,7 +35,7 @@ def kv_cache_bytes(
         return GIB
     try:
         peak = peak_bytes(device, lambda: largest_step(config, model, attention))
-        if has_graphs and isinstance(attention, GraphAttention):
+        if has_graphs and isinstance(attention, GraphAttention) and isinstance(model, Decoder):
             # Their pool is apart from what other steps use.
             peak += peak_bytes(device, lambda: largest_graph_step(config, model, attention))
     except torch.OutOfMemoryError:
@@ -57,7 +58,7 @@ def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
 
 
 @torch.inference_mode()
-def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBackend) -> Tensor:
+def largest_step(config: EngineConfig, model: TextModel, attention: AttentionBackend) -> Tensor:
     """Compute as much as any step: the last tokens of a longest prompt, and the logits that all seats would sample."""
     limit = model.config.context_limit(config.max_model_len)
     device = model.embed_tokens.device
@@ -67,7 +68,7 @@ def largest_step(config: EngineConfig, model: Decoder, attention: AttentionBacke
     ids = torch.zeros(length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device)
     if model.config.position_axes is not None:
-        positions = positions.unsqueeze(1).expand(-1, 3)
+        positions = positions.unsqueeze(1).expand(-1, model.config.num_axes)
     hidden = model(model.embed(ids), positions, caches, attention, metadata)
     logits = model.logits(hidden[: config.max_num_seqs])
     # Sampling with top_p keeps this many copies.
@@ -84,8 +85,8 @@ def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAtt
     return compute_rows(model, attention, _one_block_for_all(model, attention), inputs)
 
 
-def _one_block_for_all(model: Decoder, attention: AttentionBackend) -> list[Tensor]:
-    """A cache of one block that all layers and all pages of a table share: the results are not read."""
-    shape = model.config
-    cache = attention.allocate(1, shape.num_key_value_heads, shape.head_dim, model.embed_tokens.dtype)
-    return [cache] * shape.num_hidden_layers
+def _one_block_for_all(model: TextModel, attention: AttentionBackend) -> list[Tensor]:
+    """A cache of one block that all layers of a shape and all pages of a table share: the results are not read."""
+    shapes = model.config.kv_shapes
+    caches = {shape: attention.allocate(1, *shape, model.embed_tokens.dtype) for shape in set(shapes)}
+    return [caches[shape] for shape in shapes]

@@ -12,9 +12,11 @@ from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
+from nanovllm.engine.execution.generic_models import load_generic_models
 from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.decoder import Decoder
-from nanovllm.engine.models.registry import load_encoder, load_text_model
+from nanovllm.engine.models.generic_trial import Reference
+from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
+from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
@@ -71,11 +73,16 @@ def choose_image_token_id(checkpoint: Checkpoint, tokenizer: Any, vocab_size: in
 
 def load_models(
     config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> tuple[Decoder, ImageEncoder | None]:
-    """The text model and the image encoder, their weights in the layouts of this machine."""
+) -> tuple[TextModel, ImageEncoder | None, Reference | None]:
+    """The text model and the image encoder, their weights in the layouts of this machine.
+
+    A model of transformers comes with what transformers itself computes with it.
+    """
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
+    if is_generic(checkpoint, config.backend):
+        return load_generic_models(config, checkpoint, dtype, device)
     model = load_text_model(checkpoint, dtype, device)
     model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
     encoder = load_encoder(checkpoint, config, model, dtype, device)
@@ -84,7 +91,7 @@ def load_models(
         choose_torch_layouts(encoder)
         if config.deterministic:
             encoder.batch_size = 1
-    return model, encoder
+    return model, encoder, None
 
 
 def make_processor(

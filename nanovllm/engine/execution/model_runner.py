@@ -21,6 +21,10 @@ from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
 from nanovllm.engine.layers.device_copy import together
+from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.generic import GenericDecoder
+from nanovllm.engine.models.generic_states import RowStates, SequenceStates
+from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
@@ -43,6 +47,7 @@ class StepTokens:
     attention: Any
     sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
     scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
+    states: tuple[RowStates, ...]  # of every row, where layers of the model carry a state; else empty
 
 
 @dataclass(frozen=True)
@@ -71,19 +76,24 @@ class ModelRunner:
         self.text_of = lambda token: str(tokenizer.decode([token]))
         self.device = loading.choose_device(config.device)
         self.dtype = loading.choose_dtype(config, checkpoint, self.device)
-        self.model, self.encoder = loading.load_models(config, checkpoint, self.dtype, self.device)
+        self.model, self.encoder, reference = loading.load_models(config, checkpoint, self.dtype, self.device)
         self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
         self.around_image = around_image(checkpoint)
         self.processor: VisionProcessor | None = None
         if self.encoder is not None:
             self.processor = loading.make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
-        heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+        heads = Heads(text.num_attention_heads, *text.kv_shapes[0])
         self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
-        if config.deterministic:
+        self.trial: TrialResult | None = None
+        if isinstance(self.model, GenericDecoder):
+            assert reference is not None
+            self.trial = hold_against(self.model, self.attention, reference, self.encoder)
+        elif config.deterministic:
+            assert isinstance(self.model, Decoder)
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
-        self.why_no_graphs = why_no_graphs(config, self.attention, recorder)
+        self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
         self.kv_caches = self._allocate_kv_caches()
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
@@ -91,6 +101,7 @@ class ModelRunner:
         if self.why_no_graphs is None:
             assert recorder is not None
             assert isinstance(self.attention, GraphAttention)
+            assert isinstance(self.model, Decoder)
             self.graphs = DecodeGraphs(
                 self.model,
                 self.attention,
@@ -103,20 +114,21 @@ class ModelRunner:
 
     def _allocate_kv_caches(self) -> list[Tensor]:
         """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
-        config, text = self.config, self.model.config
+        config = self.config
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         budget = kv_cache_bytes(
             config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
         )
         dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
-        shape = (text.num_key_value_heads, text.head_dim, dtype)
-        block_bytes = self._allocate(1, *shape).nbytes * text.num_hidden_layers
+        shapes = [(*shape, dtype) for shape in self.model.config.kv_shapes]
+        sizes = {shape: self._allocate(1, *shape).nbytes for shape in set(shapes)}
+        block_bytes = sum(sizes[shape] for shape in shapes)
         spare = 1 if self.why_no_graphs is None else 0
         self.num_blocks = budget // block_bytes - spare
         if self.num_blocks < 1:
             least = block_bytes * (1 + spare)
             raise ConfigurationError(f"the KV cache must have {least} bytes to hold a block; raise kv_cache_bytes")
-        return [self._allocate(self.num_blocks + spare, *shape) for _ in range(text.num_hidden_layers)]
+        return [self._allocate(self.num_blocks + spare, *shape) for shape in shapes]
 
     def _allocate(self, num_blocks: int, *shape: Any) -> Tensor:
         """The cache of a layer; ConfigurationError where the machine does not have the memory."""
@@ -207,14 +219,17 @@ class ModelRunner:
         sampled: list[Sequence] = []
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
+        states: list[RowStates] = []
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
                 if span.touches(start, end):
                     assert span.embedding is not None  # attach_image_embeddings ran before
-                    first, last = max(start, span.start), min(end, span.end)
-                    part = span.embedding[first - span.start : last - span.start]
-                    images.append((len(token_ids) + first - start, part))
+                    for first, low, high in span.runs(start, end):
+                        images.append((len(token_ids) + first - start, span.embedding[low:high]))
+            if self.model.has_states:
+                sequence.states = sequence.states or SequenceStates()
+                states.append((len(token_ids), len(token_ids) + row.num_tokens, sequence.states))
             if sequence.lacks_prompt_logprobs:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
@@ -244,6 +259,7 @@ class ModelRunner:
             attention=self.attention.metadata(batch),
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
+            states=tuple(states),
         )
         return StepInputs(rows, tuple(sampled), tokens)
 
@@ -254,8 +270,9 @@ class ModelRunner:
             return StepResult(tokens(), ())
         hidden = self.model.embed(tokens.token_ids)
         wanted = None if tokens.scored else tokens.sampling_indices
+        states: dict[str, Any] = {"states": tokens.states} if tokens.states else {}
         hidden = self.model(
-            hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted
+            hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted, **states
         )
         scores = tuple(
             (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
@@ -275,7 +292,7 @@ class ModelRunner:
         found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {position for span in sequence.images for position in range(span.start, span.end)}
+        images = {span.start + place for span in sequence.images for place in span.places}
         for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
             end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]

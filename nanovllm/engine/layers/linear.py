@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,14 @@ class Linear(nn.Module):
         self.layout: Layout = "plain"
         self._multiply: Multiply | None = None
         self._tile: int | None = None
+
+    @classmethod
+    def sharing(cls, layer: nn.Linear) -> Self:
+        """A layer with the weight and bias of ``layer``."""
+        with torch.device("meta"):
+            made = cls(layer.in_features, layer.out_features)
+        made.weight, made.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        return made
 
     def choose_layout(
         self, quantization: Quantization | None = None, *, keep_weight: bool = False, tile: int | None = None
@@ -97,6 +105,17 @@ def choose_torch_layouts(module: nn.Module) -> None:
             if multiply is not None:
                 layer.forward = multiply  # type: ignore[assignment]
                 layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
+
+
+def adopt_torch_linears(module: nn.Module, *, only: nn.Module | None = None) -> None:
+    """Put a `Linear` in the place of every ``torch.nn.Linear`` inside ``module``, or of ``only`` that one.
+
+    It shares the weight, and takes inputs [1, T, in_features] too.
+    """
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and only in (None, layer):
+                setattr(parent, name, Linear.sharing(layer))
 
 
 def has_panels(dtype: torch.dtype, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from nanovllm.engine.layers import huge_pages
 from nanovllm.engine.layers.linear import Linear, Quantization
 from nanovllm.engine.layers.rotary import check_rope, known_positions, rotary_table
 from nanovllm.engine.layers.token_ops import Rotary, gated_silu, rms_norm, rotate_heads
+from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
 
@@ -76,6 +77,16 @@ class DecoderConfig:
             source=config,
             **family,
         )
+
+    @property
+    def num_axes(self) -> int:
+        """How many positions a token has."""
+        return 1 if self.position_axes is None else 1 + max(self.position_axes)
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Heads of keys and values, and their width, of every layer."""
+        return ((self.num_key_value_heads, self.head_dim),) * self.num_hidden_layers
 
     def context_limit(self, asked: int | None) -> int:
         """The longest context in tokens: what was ``asked`` for, or else all positions that the model knows.
@@ -183,8 +194,11 @@ class DecoderLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Decoder(nn.Module):
+class Decoder(TextModel):
     """The text model: embedding, layers, norm, and the output head for the rows that sample."""
+
+    config: DecoderConfig
+    lm_head: Linear
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

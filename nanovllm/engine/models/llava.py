@@ -13,7 +13,7 @@ import torch
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name, resolve_checkpoint
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.clip import PROJECTOR_PREFIXES, TOWER_PREFIXES, VisionEncoder
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -55,7 +55,7 @@ def image_tokens(checkpoint: Checkpoint, config: EngineConfig) -> tuple[ImageTra
     return transform, lambda size: tokens
 
 
-def composed_encoder(config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
+def composed_encoder(config: EngineConfig, text: TextModel, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
     """A separate vision model in front of a text model; ConfigurationError for an option that its tower lacks."""
     _refuse_pixel_bounds(config)
     return VisionEncoder(

@@ -9,12 +9,14 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
-from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.models import llava, qwen_vl
+from nanovllm.engine.config import Backend, EngineConfig
+from nanovllm.engine.models import generic, llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
+from nanovllm.engine.models.generic import GenericConfig
 from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
 from nanovllm.engine.models.qwen3 import qwen3
+from nanovllm.engine.models.text_model import TextConfig, TextModel
 from nanovllm.engine.models.weight_map import load_decoder
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel
@@ -27,6 +29,8 @@ QWEN_VL = {
     "Qwen3VLForConditionalGeneration": qwen_vl.qwen3_vl,
 }
 
+_AROUND_IMAGE = (("vision_start_token_id", "vision_end_token_id"), ("image_start_token_id", "image_end_token_id"))
+
 TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
@@ -37,6 +41,14 @@ TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
 def text_architecture(config: Any) -> str:
     """The ``…ForCausalLM`` that transformers has for a text configuration; its ``model_type`` where it has none."""
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+
+
+def is_generic(checkpoint: Checkpoint, backend: Backend) -> bool:
+    """Whether transformers' layers compute the model: where that is asked for, or no family is written for it."""
+    is_written = checkpoint.architecture in (*TEXT_FAMILIES, LLAVA, *QWEN_VL)
+    if checkpoint.architecture == LLAVA:
+        is_written = text_architecture(checkpoint.config.get_text_config()) in TEXT_FAMILIES
+    return not is_written if backend == "auto" else backend == "generic"
 
 
 def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -93,7 +105,7 @@ def image_tokens(
 
 
 def load_encoder(
-    checkpoint: Checkpoint, config: EngineConfig, text: Decoder, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, config: EngineConfig, text: TextModel, dtype: torch.dtype, device: torch.device
 ) -> ImageEncoder | None:
     """The vision encoder: a vision-language checkpoint's own, the separate one that was asked for, or None."""
     own = {LLAVA: llava.own_encoder, **dict.fromkeys(QWEN_VL, qwen_vl.own_encoder)}.get(checkpoint.architecture)
@@ -106,12 +118,17 @@ def load_encoder(
 
 def around_image(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """The tokens before and behind an image, where the family has them."""
-    if checkpoint.architecture not in QWEN_VL:
-        return None
-    config: Any = checkpoint.config
-    return config.vision_start_token_id, config.vision_end_token_id
+    for names in _AROUND_IMAGE:
+        before, behind = (getattr(checkpoint.config, name, None) for name in names)
+        if isinstance(before, int) and isinstance(behind, int):
+            return before, behind
+    return None
 
 
-def positions_of(config: DecoderConfig, images: Sequence[ImageSpan], start: int, end: int) -> Sequence[Any]:
+def positions_of(config: TextConfig, images: Sequence[ImageSpan], start: int, end: int) -> Sequence[Any]:
     """The positions of a sequence's tokens [start, end): plain numbers, or triples where the family has axes."""
-    return range(start, end) if config.position_axes is None else qwen_vl.positions(images, start, end)
+    if config.position_axes is None:
+        return range(start, end)
+    if isinstance(config, GenericConfig):
+        return generic.positions(images, start, end, config.num_axes)
+    return qwen_vl.positions(images, start, end)

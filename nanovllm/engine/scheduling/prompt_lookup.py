@@ -85,7 +85,10 @@ class PromptLookup:
         drafts = drafter.own.continuation(run, length)
         if not drafts and (template := self._templates.get(_template(sequence))) is not None:
             drafts = template.continuation(run, length)
-        impossible = {*sequence.stop_token_ids, *(sequence.token_ids[span.start] for span in sequence.images[:1])}
+        impossible = {
+            *sequence.stop_token_ids,
+            *(sequence.token_ids[span.start + span.places[0]] for span in sequence.images[:1]),
+        }
         drafts = drafts[: next((index for index, token in enumerate(drafts) if token in impossible), None)]
         if sequence.matcher is not None:
             drafts = drafts[: sequence.matcher.num_allowed(drafts)]

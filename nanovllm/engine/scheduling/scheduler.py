@@ -226,6 +226,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
+        sequence.states = None
         sequence.drop_embeddings()
 
     def audit(self) -> None:

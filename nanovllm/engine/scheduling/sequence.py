@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 from array import array
+from bisect import bisect_left
+from collections import abc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from nanovllm.engine.outputs import FinishReason, ImageOutcome, TokenLogprobs
     from nanovllm.sampling_params import SamplingParams
+    from nanovllm.vision.encoders.base import ImageLayout
     from nanovllm.vision.images.preprocess import PreparedImage
 
 _ARRIVALS_PER_PRIORITY = 1000
@@ -42,7 +46,7 @@ class SequenceStatus(Enum):
 class ImageSpan:
     """An image of a sequence and its token positions [start, end).
 
-    ``embedding`` [length, hidden] is held only while the sequence runs and has not computed past ``end``.
+    ``embedding`` [embeddings, hidden] is held only while the sequence runs and has not computed past ``end``.
     """
 
     image: PreparedImage
@@ -50,6 +54,7 @@ class ImageSpan:
     start: int
     length: int
     grid: tuple[int, int] | None = None  # rows and columns of its tokens, where positions are two-dimensional
+    layout: ImageLayout | None = None  # of its tokens, where not all are embeddings
     embedding: torch.Tensor | None = None
     outcome: ImageOutcome | None = None  # of the first look-up; None while there was none
 
@@ -57,6 +62,29 @@ class ImageSpan:
     def end(self) -> int:
         """The first position after the image."""
         return self.start + self.length
+
+    @property
+    def places(self) -> abc.Sequence[int]:
+        """Where embeddings stand, relative to ``start``, ascending."""
+        return range(self.length) if self.layout is None else self.layout.places
+
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The unbroken runs of embeddings in [start, end), which the image touches.
+
+        Of each the position of the first, and its rows [from, to) of ``embedding``.
+        """
+        if self.layout is None:
+            first, last = max(start, self.start), min(end, self.end)
+            yield first, first - self.start, last - self.start
+            return
+        places = self.layout.places
+        first, last = (bisect_left(places, edge - self.start) for edge in (start, end))
+        while first < last:
+            to = first + 1
+            while to < last and places[to] == places[to - 1] + 1:
+                to += 1
+            yield self.start + places[first], first, to
+            first = to
 
     def touches(self, start: int, end: int) -> bool:
         """Whether the image has a position in [start, end)."""
@@ -98,6 +126,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text_ends: list[int] = field(default_factory=list)  # beside logprobs: characters of text up to each output token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    states: Any = None  # of layers that carry one, where the model has such layers; None before the first token
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)

@@ -200,10 +200,11 @@ class InputProcessor:
                 expanded.append(token_id)
                 continue
             image = self.processor.prepare(next(waiting), salt)
-            grid = self.processor.encoder.grid(image.size)
-            length = self.processor.encoder.num_tokens(image.size)
-            spans.append(ImageSpan(image, self.processor.key(image, salt), len(expanded), length, grid))
-            expanded += [token_id] * length
+            encoder, key = self.processor.encoder, self.processor.key(image, salt)
+            layout = encoder.layout(image.size)
+            tokens = [token_id] * encoder.num_tokens(image.size) if layout is None else layout.token_ids
+            spans.append(ImageSpan(image, key, len(expanded), len(tokens), encoder.grid(image.size), layout))
+            expanded += tokens
         return expanded, tuple(spans)
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:

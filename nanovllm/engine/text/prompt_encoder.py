@@ -107,6 +107,8 @@ class PromptEncoder:
 
     def trusted(self, prompt: str) -> list[int]:
         """The tokens of a prompt whose author may write special tokens. No chat template is applied."""
+        if IMAGE_PLACEHOLDER in self._image_text:  # the image token's own text, and its neighbours may be written too
+            prompt = prompt.replace(self._image_text, IMAGE_PLACEHOLDER)
         pieces = split_images(prompt)
         self._check_length(pieces, self._backend)
         text = "".join(self._image_text_or_raise() if piece is None else piece for piece in pieces)

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The tokens of an image, where they are more than embeddings in a row.
+
+    Attributes:
+        token_ids: image tokens, and those of structure before, between and behind them.
+        places: where among them embeddings stand, ascending.
+        offsets: their positions, on each axis, relative to that of the first; None where they count on by one.
+        advance: from the position of the first token to that of the token behind the image.
+    """
+
+    token_ids: tuple[int, ...]
+    places: tuple[int, ...]
+    offsets: tuple[tuple[int, ...], ...] | None
+    advance: int
 
 
 class ImageEncoder(nn.Module, ABC):
@@ -29,6 +47,7 @@ class ImageEncoder(nn.Module, ABC):
     dtype: torch.dtype  # of the parameters and the embeddings
     batch_size = 32  # most images in one pass of the tower
     batch_patches: int  # most patches in one pass
+    preprocesses = False  # whether `preprocess` spares the encoder's thread work
     tower: Any
 
     def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -52,6 +71,19 @@ class ImageEncoder(nn.Module, ABC):
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """Rows and columns of such an image's tokens, where positions are two-dimensional."""
         return None
+
+    def layout(self, size: tuple[int, int]) -> ImageLayout | None:
+        """Tokens of such an image; None where all of them are embeddings.
+
+        Raises InvalidImage for a size that the model does not take.
+        """
+        return None
+
+    def preprocess(self, image: PreparedImage) -> None:
+        """Do the part of `embed` that needs no tower, in any thread; the next `embed` of the image takes it.
+
+        Raises InvalidImage for an image that the model does not take.
+        """
 
     def accepts(self, size: tuple[int, int]) -> bool:
         """Whether the transform makes images of this (height, width)."""

@@ -1,0 +1,275 @@
+"""The trial at load of a model of transformers: the engine's logits against the model's own, from the same weights.
+
+Two references, because neither is the truth for every model: generation with transformers' cache, in which some models
+have windows that a full forward pass does not show, and a full forward pass. They are computed before the model's
+attention and layouts are the engine's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch
+from nanovllm.engine.models.generic import PROVEN_TOKENS, GenericDecoder, image_token_ids, positions
+from nanovllm.engine.models.generic_attention import MASKS, RECORDED, MaskRecord
+from nanovllm.engine.models.generic_loading import known_window, max_positions
+from nanovllm.engine.models.generic_states import SequenceStates
+from nanovllm.engine.scheduling.sequence import ImageSpan
+from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.encoders.generic_processor import OneImageProcessor
+from nanovllm.vision.images.preprocess import PreparedImage
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""The largest difference of a logit, relative to the largest logit."""
+
+_PROMPT_TOKENS = 640  # at least, where the context allows: windows that no field names are mostly of 512 or less
+_BEYOND = 32  # tokens behind the largest window that is named
+_NEW_TOKENS = 16
+_IMAGE_SIZE = (96, 128)  # height and width of its image
+_NEIGHBOUR_TOKENS = 5  # of a sequence that is computed beside the trial's
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes: a prompt and its continuation, and the logits [new tokens, vocab] of that."""
+
+    token_ids: tuple[int, ...]
+    generated: Tensor  # by generation with transformers' cache
+    full: Tensor  # by one forward pass over all tokens
+    image: ReferenceImage | None
+
+
+@dataclass(frozen=True)
+class ReferenceImage:
+    """An image of the prompt: uint8 pixels [H, W, 3], and its tokens' place."""
+
+    pixels: np.ndarray
+    start: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The largest differences of a logit from both references, relative to the largest logit."""
+
+    num_tokens: int
+    image_tokens: int  # among them
+    error_generated: float
+    error_full: float
+
+
+@torch.inference_mode()
+def compute_reference(model: Any, max_model_len: int | None, processor: OneImageProcessor | None = None) -> Reference:
+    """Let transformers' ``model`` continue a random prompt, greedily; with a ``processor`` there is an image in it.
+
+    ``max_model_len``: the longest context that is asked for, in tokens.
+
+    Raises UnsupportedModel where the model cannot generate, and ConfigurationError for a context without room for an
+    image.
+    """
+    text = model.config.get_text_config()
+    wanted = max(_PROMPT_TOKENS, min(known_window(text), PROVEN_TOKENS) + _BEYOND)
+    room = (max_model_len or max_positions(model.config)) - _NEW_TOKENS
+    image, inputs = None, dict[str, Tensor]()
+    if processor is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE, 3), np.uint8)
+        image_ids, inputs = processor(pixels)
+        if len(image_ids) + _BEYOND > room:
+            raise ConfigurationError(
+                f"max_model_len={room + _NEW_TOKENS} does not hold an image, which has {len(image_ids)} tokens or "
+                "more; enable_multimodal=False serves the model's text alone"
+            )
+        wanted = max(wanted, len(image_ids) + _PROMPT_TOKENS // 4)
+        start = min(wanted, room) - len(image_ids) - _BEYOND // 2  # where it counts for all logits that are compared
+        image = ReferenceImage(pixels, start, tuple(image_ids))
+    length = max(1, min(wanted, room))
+    tokens = image_token_ids(model.config)
+    drawn = torch.randint(text.vocab_size, (2 * length + 64,), generator=torch.Generator().manual_seed(0))
+    ids = [token for token in drawn.tolist() if token not in tokens][:length]
+    if image is not None:
+        ids[image.start : image.start + len(image.token_ids)] = image.token_ids
+    prompt = torch.tensor([ids], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS,
+        min_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        suppress_tokens=list(tokens) or None,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    try:
+        more = _image_inputs(model, prompt, inputs, tokens)
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **more)
+        more = _image_inputs(model, output.sequences, inputs, tokens)
+        full = _full_forward(model, output.sequences, more)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # a model of transformers raises whatever it likes
+        name = type(model).__name__
+        raise UnsupportedModel(f"transformers cannot generate with {name}: {type(error).__name__}: {error}") from error
+    generated = torch.cat(output.logits).float()
+    return Reference(tuple(output.sequences[0].tolist()), generated, full[0, -_NEW_TOKENS - 1 : -1].float(), image)
+
+
+def _full_forward(model: Any, token_ids: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the last tokens by one pass.
+
+    Raises UnsupportedModel, by layer, where its masks do more than hide later tokens.
+    """
+    text = model.config.get_text_config()
+    masks = MaskRecord()
+    more = dict[str, Any]()
+    if text._attn_implementation == "sdpa":
+        text._attn_implementation, more = RECORDED, {MASKS: masks}
+    logits: Tensor = model(
+        input_ids=token_ids, use_cache=False, logits_to_keep=_NEW_TOKENS + 1, **inputs, **more
+    ).logits
+    for index, feature in sorted(masks.features.items()):
+        raise UnsupportedModel(f"{type(model).__name__}, layer {index}: {feature} is not supported")
+    return logits
+
+
+def _image_inputs(
+    model: Any, token_ids: Tensor, inputs: Mapping[str, Tensor], image_tokens: Sequence[int]
+) -> dict[str, Tensor]:
+    """What a forward pass of ``model`` takes of a processor's ``inputs``, and which of its tokens are an image's."""
+    if not inputs:
+        return {}
+    takes = inspect.signature(model.forward).parameters
+    found = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+        if name in takes
+    }
+    kinds = torch.isin(token_ids, token_ids.new_tensor(image_tokens)).long()
+    return found | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+
+
+@torch.inference_mode()
+def hold_against(
+    model: GenericDecoder, attention: AttentionBackend, reference: Reference, encoder: ImageEncoder | None = None
+) -> TrialResult:
+    """Compute the reference's tokens in chunks, beside another sequence, over paged attention.
+
+    Raises UnsupportedModel where a logit differs by more than `TOLERANCES`, which the model's dtype chooses.
+    """
+    tokens = reference.token_ids
+    prompt = len(tokens) - _NEW_TOKENS
+    first = prompt // 3 + 1 if reference.image is None else reference.image.start + 3  # it ends inside the image
+    chunks = [size for size in (first, min(16, prompt - first), max(0, prompt - first - 16)) if size > 0]
+    try:
+        images = () if reference.image is None or encoder is None else (_embedded(reference.image, encoder),)
+        found = _logits(model, attention, _Row(tokens, images), [*chunks, *[1] * (_NEW_TOKENS - 1)])
+    except Exception as error:  # layers of transformers raise whatever they like
+        why = f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(f"{model.config.name} does not run over this engine's attention: {why}") from error
+    dtype = model.embed_tokens.dtype
+    errors = [_difference(found, wanted, model.never_sampled) for wanted in (reference.generated, reference.full)]
+    apart = _difference(reference.generated, reference.full, model.never_sampled)
+    if not max(errors) <= TOLERANCES[dtype]:  # a NaN is refused too
+        raise UnsupportedModel(
+            f"{model.config.name} does not pass the trial at load: over {len(tokens)} tokens its logits differ from "
+            f"those of transformers' cached generation by {errors[0]:.2g} of the largest and from those of its full "
+            f"forward pass by {errors[1]:.2g}, {TOLERANCES[dtype]:.0e} being allowed (these two by {apart:.2g} from "
+            "each other): it does something that this engine's attention does not do, such as a window or a mask that "
+            "its layers do not name, or attention to later tokens inside an image"
+        )
+    return TrialResult(len(tokens), 0 if not images else images[0].length, *errors)
+
+
+def _embedded(image: ReferenceImage, encoder: ImageEncoder) -> ImageSpan:
+    height, width = image.pixels.shape[:2]
+    prepared = PreparedImage(image.pixels, b"", width, height, (height, width))
+    layout = encoder.layout(prepared.size)
+    if layout is None or layout.token_ids != image.token_ids:
+        raise ValueError("the tokens of an image depend on more than its size")
+    (embedding,) = encoder.embed([prepared])
+    encoder.images_encoded, encoder.encode_seconds = 0, 0.0  # statistics are those of requests
+    if len(embedding) != len(layout.places):
+        raise ValueError(f"an image has {len(embedding)} features for {len(layout.places)} tokens")
+    return ImageSpan(prepared, b"", image.start, len(layout.token_ids), layout=layout, embedding=embedding)
+
+
+@dataclass
+class _Row:
+    tokens: Sequence[int]
+    images: tuple[ImageSpan, ...] = ()
+    table: list[int] = field(default_factory=list)
+    states: SequenceStates = field(default_factory=SequenceStates)
+
+
+def _logits(model: GenericDecoder, attention: AttentionBackend, ours: _Row, chunks: Sequence[int]) -> Tensor:
+    """Logits of the last tokens of ``ours``, one before each new token; a neighbour goes along, a token a step."""
+    size, tokens = attention.block_size, ours.tokens
+    blocks = -(-len(tokens) // size)
+    spare = -(-(_NEIGHBOUR_TOKENS + len(chunks)) // size)
+    ours.table = list(range(blocks))
+    other = _Row(tokens[-_NEW_TOKENS:], table=list(range(blocks, blocks + spare)))
+    dtype = model.embed_tokens.dtype
+    caches = [attention.allocate(blocks + spare, *shape, dtype) for shape in model.config.kv_shapes]
+    found = []
+    other_end = 0
+    for end, chunk in zip(accumulate(chunks), chunks, strict=True):
+        more = min(len(other.tokens), other_end + (1 if other_end else _NEIGHBOUR_TOKENS)) - other_end
+        other_end += more
+        rows = [(row, count, stop) for row, count, stop in ((other, more, other_end), (ours, chunk, end)) if count]
+        rows.sort(key=lambda row: (row[1] != 1, row[2]))  # single tokens first, as in every step
+        hidden = _step(model, attention, caches, rows)
+        last = sum(count for _, count, _ in rows[: [row is ours for row, *_ in rows].index(True) + 1]) - 1
+        if end >= len(tokens) - _NEW_TOKENS:
+            found.append(model.logits(hidden[last : last + 1]))
+    return torch.cat(found).float()
+
+
+def _step(
+    model: GenericDecoder, attention: AttentionBackend, caches: Sequence[Tensor], rows: Sequence[tuple[_Row, int, int]]
+) -> Tensor:
+    device, axes = model.embed_tokens.device, model.config.num_axes
+    counts, stops = [count for _, count, _ in rows], [stop for *_, stop in rows]
+    ends = list(accumulate(counts))
+    ids: list[int] = []
+    places: list[tuple[int, ...]] = []
+    images: list[tuple[int, Tensor]] = []
+    for row, count, stop in rows:
+        for span in row.images:
+            assert span.embedding is not None
+            if span.touches(stop - count, stop):
+                for first, low, high in span.runs(stop - count, stop):
+                    images.append((len(ids) + first - stop + count, span.embedding[low:high]))
+        ids += row.tokens[stop - count : stop]
+        places += (
+            positions(row.images, stop - count, stop, axes) if axes > 1 else [(at,) for at in range(stop)[-count:]]
+        )
+    hidden = model.embed(torch.tensor(ids, device=device).clamp(max=model.config.vocab_size - 1))
+    located = torch.tensor(places, device=device)
+    batch = AttentionBatch(counts, stops, [row.table for row, *_ in rows])
+    states = [(end - count, end, row.states) for end, (row, count, _) in zip(ends, rows, strict=True)]
+    computed: Tensor = model(
+        hidden,
+        located if axes > 1 else located[:, 0],
+        caches,
+        attention,
+        attention.metadata(batch),
+        images,
+        states=states if model.has_states else (),
+    )
+    return computed
+
+
+def _difference(found: Tensor, wanted: Tensor, without: Sequence[int]) -> float:
+    keep = torch.ones(found.shape[1], dtype=torch.bool, device=found.device)
+    keep[list(without)] = False
+    found, wanted = found[:, keep], wanted[:, keep]
+    return float((found - wanted).abs().max() / wanted.abs().max())

@@ -1,0 +1,67 @@
+"""What tests of models of transformers share: recorded logits, and the answers of transformers itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from nanovllm.engine.execution.model_runner import StepInputs
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.models.generic_loading import OLDEST
+from nanovllm.sampling_params import SamplingParams
+
+needs_release = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST,
+    reason="transformers is older than these models need",
+)
+NEW = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+
+Answer = tuple[list[int], Tensor]
+"""New tokens, and the logits [tokens, vocab] that they are drawn from."""
+
+
+class Recorded:
+    """An engine whose logits are kept: for each request those of every token that it sampled."""
+
+    def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine = engine
+        self._logits: dict[str, list[Tensor]] = defaultdict(list)
+        sample = engine.sample
+
+        def record(inputs: StepInputs, logits: Tensor, masks: Any) -> Any:
+            for sequence, row in zip(inputs.sampled_sequences, logits, strict=True):
+                self._logits[sequence.request_id].append(row.clone())
+            return sample(inputs, logits, masks)
+
+        monkeypatch.setattr(engine, "sample", record)
+
+    def answers(self, prompts: Sequence[Any], images: Any = None, sampling: SamplingParams = GREEDY) -> list[Answer]:
+        """The answers to prompts that are computed together."""
+        self._logits.clear()
+        outputs = self.engine.generate(list(prompts), sampling, images, use_tqdm=False)
+        self.engine.audit()
+        return [(list(output.token_ids), torch.stack(self._logits[output.request_id])) for output in outputs]
+
+
+def transformers_answer(model: Any, inputs: Mapping[str, Tensor], without: Sequence[int] = ()) -> Answer:
+    """What cached generation of transformers makes of a prompt, ``without`` some tokens."""
+    output = model.generate(
+        **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True, suppress_tokens=list(without) or None,
+    )  # fmt: skip
+    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(output.logits)
+
+
+def assert_same(found: Answer, wanted: Answer, tolerance: float, without: Sequence[int] = ()) -> None:
+    """Equal tokens, and logits within ``tolerance`` of the largest."""
+    assert found[0] == wanted[0]
+    kept = [token for token in range(wanted[1].shape[1]) if token not in without]
+    difference = (found[1][:, kept] - wanted[1][:, kept]).abs().max()
+    assert float(difference) <= tolerance * float(wanted[1].abs().max())
