@@ -22,10 +22,10 @@ demo: .venv/.demo ## Images into Kafka, text out: the whole way on this machine
 	@$(PY) -m nanovllm.cli.main demo
 
 test: .venv/.dev ## The tests for every day (15 minutes on 2 quiet cores, twice that on busy ones)
-	$(PY) -m pytest -m "not slow and not proof"
+	$(PY) tools/side_by_side.py -m "not slow and not proof"
 
-test-all: .venv/.dev ## All that CI runs (20 minutes on 2 quiet cores)
-	$(PY) -m pytest -m "not proof"
+test-all: .venv/.dev ## All that CI runs (25 minutes on 2 quiet cores)
+	$(PY) tools/side_by_side.py -m "not proof"
 
 proof: .venv/.dev ## Held-out accuracy, 20,000 new examples of every property, and whatever else takes long
 	$(PY) -m pytest -m "proof or hypothesis" --hypothesis-profile thorough --timeout 7200
