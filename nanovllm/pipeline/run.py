@@ -54,12 +54,13 @@ def run_lines(
 
 
 def without_kafka(settings: Settings) -> Settings:
-    """``settings`` without what is done by topics: lanes, delayed retries, transactions, the record of crashes."""
+    """``settings`` without what is done by topics: lanes, events, delayed retries, transactions, crash records."""
     return settings.model_copy(
         update={
             "delivery": "at_least_once",
             "result_format": "json",
             "topics": settings.topics.model_copy(update={"lanes": {}}),
+            "documents": settings.documents.model_copy(update={"routes": None}),
             "retries": settings.retries.model_copy(update={"delays_s": ()}),
             "dead_letters": settings.dead_letters.model_copy(update={"crash_limit": None}),
             # The end of a file is known, other than that of a topic.

@@ -116,6 +116,12 @@ async def test_each_line_becomes_a_result_or_a_dead_letter(tmp_path: Path) -> No
     assert "line 1" in letters["jobs.jsonl:0:6"].message
 
 
+async def test_the_routes_of_a_worker_are_none_of_a_run_s(tmp_path: Path) -> None:
+    run = Run(tmp_path, documents={"routes": str(tmp_path / "no-such-routes.yaml")})
+    await run({"job_id": "a", "prompt": "p"})
+    assert [line["job_id"] for line in read_objects(run.results)] == ["a"]
+
+
 async def test_a_run_that_is_repeated_computes_nothing_again(tmp_path: Path) -> None:
     run = Run(tmp_path)
     lines: list[Mapping[str, Any] | str] = [{"job_id": "a", "prompt": "one"}, {"prompt": "two"}, "no JSON", {"x": 1}]
