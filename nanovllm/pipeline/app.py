@@ -160,7 +160,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
 
 
 def _check(settings: Settings) -> None:
-    """Find out what can be known of parts and routes before weights are read; it imports torch, for seconds.
+    """Find out what can be known of parts and routes before weights are read, or servers are asked.
+
+    It imports torch where this process computes, for seconds.
 
     Raises:
         ConfigurationError: as `check_parts` and, with its InvalidRoutes, `check_routes`.
@@ -173,10 +175,6 @@ def _check(settings: Settings) -> None:
     if routes is not None:
         from nanovllm.pipeline.route_checks import check_routes
 
-        if not settings.engine.loads_model:
-            raise ConfigurationError(
-                f"documents.routes needs an engine that reads pages; engine.backend is {settings.engine.backend}"
-            )
         with _phase(f"the routes of {settings.documents.routes} hold"):
             check_routes(routes, settings)
 

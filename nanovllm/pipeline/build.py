@@ -327,7 +327,7 @@ def check_parts(settings: Settings) -> None:
     """
     if settings.documents.routes is not None:
         worker_routes(settings)
-        check_extra()
+        check_extra("remote" if settings.engine.backend == "openai" else "worker")
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)

@@ -91,6 +91,7 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
         worker=settings.worker_id,
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
+        logprobs=engine.capabilities.logprobs is not None,
     )
 
 
@@ -152,12 +153,16 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     )
 
 
-def check_extra() -> None:
-    """Find out whether documents can be read and records validated. Raises ConfigurationError where they cannot."""
+def check_extra(extra: str) -> None:
+    """Find out whether documents can be read and records validated; ``extra`` is what the engine needs beside.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
     missing = [name for name in ("pypdfium2", "jsonschema_rs") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"documents.routes needs {' and '.join(missing)}: pip install '.[worker,documents]' in a clone"
+            f"documents.routes needs {' and '.join(missing)}: pip install '.[{extra},documents]' in a clone"
         )
 
 

@@ -10,7 +10,13 @@ from itertools import count
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.engine.backends.base import EngineBackend, Request
-from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError, UnsupportedConstraint
+from nanovllm.errors import (
+    ConfigurationError,
+    EndpointsUnavailable,
+    NanoVLLMError,
+    SystemicError,
+    UnsupportedConstraint,
+)
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
@@ -22,6 +28,7 @@ from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutpu
 from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.schema_parts import split_schema
 from nanovllm.pipeline.documents.sidecars import Sidecars
+from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
@@ -156,10 +163,10 @@ def _samplings(route: Route) -> Iterator[SamplingParams]:
 
 
 def asking(engine: EngineBackend) -> Ask:
-    """Asks the engine for each page."""
-    numbers = count(1)
+    """Asks the engine for each page; while no server of it answers, a page waits."""
+    numbers, backoff = count(1), Backoff()
 
-    async def ask(request: PageRequest) -> PageOutput:
+    async def attempt(request: PageRequest) -> PageOutput:
         generation = engine.submit(
             Request(f"page#{next(numbers)}", prompt=request.prompt, images=request.images, sampling=request.sampling)
         )
@@ -167,5 +174,15 @@ def asking(engine: EngineBackend) -> Ask:
             return PageOutput.of(await generation)
         finally:
             generation.abort()
+
+    async def ask(request: PageRequest) -> PageOutput:
+        failures = 0
+        while True:
+            try:
+                return await attempt(request)
+            except EndpointsUnavailable as error:
+                logger.warning("waiting for the engine: %s", error.in_one_line)
+            failures += 1
+            await asyncio.sleep(backoff.wait_s(failures))
 
     return ask

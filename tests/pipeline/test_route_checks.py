@@ -18,15 +18,14 @@ from generic_parts import needs_release
 from nanovllm.cli.main import main
 from nanovllm.errors import InvalidInput
 from nanovllm.pipeline import build
+from nanovllm.pipeline.documents.page_sizes import A4, rendered_size
 from nanovllm.pipeline.route_checks import (
-    A4,
     ModelLimits,
     check_route,
     check_settings,
     limits_of,
     model_limits,
     most_tokens,
-    rendered_size,
 )
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.worker import Settings

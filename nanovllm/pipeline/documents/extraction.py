@@ -65,6 +65,7 @@ class Extraction:
         worker: id that the records carry.
         pages_at_once: most requests for pages of one document at once.
         fits: the engine's; needed for ``pages.request: document`` alone.
+        logprobs: whether the engine gives log probabilities, of which fields have theirs.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be validated against.
@@ -81,13 +82,14 @@ class Extraction:
         worker: str,
         pages_at_once: int = 4,
         fits: Fits | None = None,
+        logprobs: bool = True,
     ) -> None:
         self._route = route
         self._decoders = decoders
         if route.pages.request == "page":
-            self._reader = PageReader(route, decoders, defaults)
+            self._reader = PageReader(route, decoders, defaults, logprobs=logprobs)
         elif fits is not None:
-            self._reader = GroupReader(route, decoders, defaults, fits)
+            self._reader = GroupReader(route, decoders, defaults, fits, logprobs=logprobs)
         else:
             raise ConfigurationError(f"route {route.name}: pages.request document: what the engine takes is not known")
         self._model = ModelUse(**asdict(model))

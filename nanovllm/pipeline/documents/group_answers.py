@@ -47,13 +47,16 @@ class GroupReader(PageReader):
     Args:
         defaults: sampling parameters where the route has none.
         fits: of the engine that is asked.
+        logprobs: as in `PageReader`.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be asked for in parts.
     """
 
-    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams, fits: Fits) -> None:
-        super().__init__(route, decoders, defaults)
+    def __init__(
+        self, route: Route, decoders: DecoderPool, defaults: SamplingParams, fits: Fits, *, logprobs: bool = True
+    ) -> None:
+        super().__init__(route, decoders, defaults, logprobs=logprobs)
         self._fits = fits
         self._steps = (LadderStep(), *route.ladder)
 

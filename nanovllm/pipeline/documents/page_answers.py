@@ -97,15 +97,17 @@ class PageReader:
 
     Args:
         defaults: sampling parameters where the route has none.
+        logprobs: whether log probabilities are asked for, where fields have some.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be asked for in parts.
     """
 
-    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams) -> None:
+    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams, *, logprobs: bool = True) -> None:
         self._route = route
         self._decoders = decoders
         self._defaults = defaults
+        self._logprobs = 0 if logprobs else None
         schema = route.response_schema
         self._schemas = [None] if schema is None else split_schema(schema, MAX_LEAVES)
         self._asked_pages = 0
@@ -255,7 +257,7 @@ class PageReader:
     def _sampling(self, schema: Mapping[str, Any] | None, step: LadderStep) -> SamplingParams:
         given = dict(self._route.sampling)
         if schema is not None:
-            given |= {"json_schema": dict(schema), "logprobs": 0}
+            given |= {"json_schema": dict(schema), "logprobs": self._logprobs}
         if step.temperature is not None:
             given["temperature"] = step.temperature
         own = {name: getattr(self._defaults, name) for name in SamplingParams.model_fields}
