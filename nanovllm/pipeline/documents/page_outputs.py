@@ -63,8 +63,8 @@ class PageOutput:
         first = output.outputs[0] if output.outputs else None
         if first is not None and first.text_ends is not None and first.logprobs is not None:
             pieces = pieces_of(first.text, first.text_ends)
-            taken = zip(first.token_ids, first.logprobs, strict=True)
-            logprobs = [place[token].logprob if token in place else None for token, place in taken]
+            # The token taken is the first of each position; servers do not say every token's id.
+            logprobs = [next(iter(place.values())).logprob if place else None for place in first.logprobs]
         times, usage = output.timings, TokenUsage(**output.usage)
         return cls(
             output.text,
