@@ -173,7 +173,7 @@ async def test_extract_and_routes_check_ask_servers_without_torch_installed(
         routes = route_file(tmp_path, receipts_route("inbox", sidecar=None))
         command = ("extract", str(tmp_path / "a.pdf"), "-r", str(routes), "--route", "receipts", "-o", str(output))
         server.faults = ["error", "busy"]
-        extracted = await without_torch(environment, *command)
+        extracted = await without_torch(environment | variables(server, REMOTE__LOGPROBS="false"), *command)
         assert extracted.returncode == 0, extracted.stderr
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(checked.stdout)}
     assert rows["", "tokens"].startswith("estimated")
@@ -186,6 +186,8 @@ async def test_extract_and_routes_check_ask_servers_without_torch_installed(
     record = DocumentRecord.model_validate_json(output.read_text())
     assert record.status == "complete"
     assert [page.status for page in record.pages] == ["ok", "ok"]
+    assert not any("logprobs" in asked.body for asked in server.asked)
+    assert all(one.logprob_min is None for one in record.fields.values())
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,7 @@ async def test_extract_and_routes_check_ask_servers_without_torch_installed(
         ({}, {"sampling": {"stop": list("abcde")}}, "sampling.stop is set"),
         ({"REMOTE__DIALECT": "llamacpp"}, {"response_schema": None, "sampling": {"regex": "a+"}}, "has no regex"),
         ({}, {"response_schema": {"type": 7}}, "response_schema: "),
+        ({"REMOTE__LOGPROBS": "false"}, {"sampling": {"logprobs": 1}}, "has no logprobs"),
         ({"REMOTE__IMAGES": "false"}, {}, "the model takes no images"),
         ({}, {"sampling": {"max_tokens": 2_048}}, "2048 tokens of answer leave no room in the 2048 that the servers"),
     ],
