@@ -16,10 +16,10 @@ import typer
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.errors import InvalidInput, InvalidRoutes, counted
+from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
-from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
+from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes, read_routes
 from nanovllm.sampling_params import CONSTRAINTS
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
@@ -67,9 +67,9 @@ def routes_check(
     Each refusal is one line with file and line number, and makes exit code 2. With --object, exit code 1: no route.
     """
     points = _points(page)
-    routes = load_routes(file)
     if object is not None:
-        raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
+        raise typer.Exit(_show_route(load_routes(file), object, content_type, size, as_json))
+    routes = read_routes(file)
     settings = engine_settings(config, model)
     rows = list(_check(routes, settings, points, (document_pages, pages) if measure else None))
     print_table(COLUMNS, rows, as_json=as_json)
@@ -118,7 +118,12 @@ def _check(
     Raises:
         InvalidRoutes: with everything that does not hold.
     """
-    require_engine(settings)
+    try:
+        require_engine(settings)
+    except ConfigurationError:
+        if routes.refusals:
+            raise InvalidRoutes(routes.refusals) from None
+        raise
     from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()

@@ -248,7 +248,7 @@ def route_limits(settings: Settings, context: int | None = None) -> Iterator[Rou
 def check_routes(
     routes: Routes, settings: Settings, points: Points = A4, *, context: int | None = None
 ) -> dict[RouteEntry, RouteCheck]:
-    """Every route held against the settings, and against the model by its files, or what servers can do.
+    """Every route held against the others, the settings, and the model by its files, or what servers can do.
 
     ``points``: see `check_route`; ``context``: see `route_limits`.
 
@@ -256,9 +256,14 @@ def check_routes(
         InvalidRoutes: with everything that does not hold.
         ConfigurationError: as `route_limits`.
     """
-    refusals = list(check_settings(routes, settings))
-    with route_limits(settings, context) as limits:
-        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    refusals = [*routes.refusals, *check_settings(routes, settings)]
+    try:
+        with route_limits(settings, context) as limits:
+            checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    except ConfigurationError:
+        if refusals:  # of the file: they are to be mended whatever the engine is
+            raise InvalidRoutes(dict.fromkeys(refusals)) from None
+        raise
     refusals += [refusal for check in checks.values() for refusal in check.refusals]
     if refusals:
         raise InvalidRoutes(dict.fromkeys(refusals))

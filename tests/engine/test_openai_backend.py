@@ -377,7 +377,12 @@ async def test_a_request_fits_by_its_images_and_an_estimate_of_its_tokens() -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["Invoice 2026-11-30: total 1,234.50 EUR, payable within 30 days", "Straßenbahnhaltestelle am Rathaus in Köln", "総額 12 円"]
+    "text",
+    [
+        "Invoice 2026-11-30: total 1,234.50 EUR, payable within 30 days",
+        "Straßenbahnhaltestelle am Rathaus in Köln",
+        "総額 12 円",
+    ],
 )
 def test_estimated_tokens_of_texts_are_no_fewer_than_a_tokenizer_of_words_and_digits_makes(text: str) -> None:
     words = re.findall(r" ?[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]", text)

@@ -222,11 +222,14 @@ async def test_routes_that_servers_cannot_heed_are_refused_with_file_and_line(
     assert f"{tmp_path}/routes.yaml:" in refusal
 
 
-async def test_a_worker_process_makes_records_without_torch(
+async def test_a_worker_process_makes_records_without_torch_and_reads_its_routes_once(
     documents: Documents, model: EngineBackend, tmp_path: Path
 ) -> None:
     route = receipts_route(documents.bucket)
-    routes = documents.settings(route)["documents"].routes
+    written = documents.settings(route)["documents"].routes
+    routes = tmp_path / "pipe.yaml"
+    os.mkfifo(routes)  # whoever reads it a second time waits for ever
+    writing = asyncio.create_task(asyncio.to_thread(routes.write_bytes, written.read_bytes()))
     await documents.send(documents.put("in/a.pdf", receipts_pdf([one.image for one in drawn(2)])))
     async with serving(OpenAIServer(model)) as (server,):
         server.gate = asyncio.Event()
@@ -251,6 +254,7 @@ async def test_a_worker_process_makes_records_without_torch(
             await eventually(lambda: not worker.is_running, timeout_s=120)
         finally:
             worker.kill()
+    await writing
     assert worker.exit_code == 0, worker.tail(30)
     assert "libtorch" not in maps
     (record,) = await documents.records(1)

@@ -250,6 +250,25 @@ def test_objects_that_no_worker_may_read_are_told(load: Load, allow: list[str], 
     assert not found or f"4: route r: takes {example}, which s3.allow" in found[0]
 
 
+def test_all_that_is_wrong_with_a_file_is_told_in_one_go(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "routes.yaml"
+    routes = [
+        "- {name: malformed, prompt: p, match: {bucket: inbox, key: a, keys: b}}",
+        "- {name: unread, prompt_file: none.txt, match: {bucket: inbox, key: b}}",
+        "- {name: one, prompt: p, match: {bucket: inbox, key: 'c/**'}}",
+        "- {name: other, prompt: p, match: {bucket: inbox, key: '**/d'}}",
+        "- {name: topic, prompt: p, match: {bucket: inbox, key: e}, result_topic: nanovllm.jobs}",
+        "- {name: schema, prompt: p, match: {bucket: inbox, key: f}, response_schema: {type: nothing}}",
+    ]
+    file.write_text("\n".join(["routes:", *routes]))
+    assert main(["routes", "check", str(file)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [int(line.partition("routes.yaml:")[2].partition(":")[0]) for line in told] == [3, 2, 5, 6, 7]
+    file.write_text("\n".join(["routes:", *routes[:2]]))
+    assert main(["routes", "check", str(file)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_large_results_where_a_route_reads_are_a_loop(load: Load) -> None:
     for place, is_loop in (("s3://inbox/in", True), ("s3://inbox", True), ("s3://inbox/out", False)):
         settings = Settings.model_validate({"s3": {"large_results": place}})
