@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -124,8 +125,10 @@ async def _extract_all(
                 if sidecars and await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
+                began = time.monotonic()
                 data = await asyncio.to_thread(found.read)
-                record = await extractions[found.route.name](data, found.source, ask)
+                fetched_s = time.monotonic() - began
+                record = await extractions[found.route.name](data, found.source, ask, fetched_s=fetched_s)
                 if sidecars:
                     await sidecars.put(record, found.source, found.route)
             except SystemicError:

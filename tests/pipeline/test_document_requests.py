@@ -6,13 +6,12 @@ import asyncio
 import io
 import json
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pikepdf
 import pytest
-import pytest_asyncio
 from parts import S3Part
 from pdf_files import PROSE, edited, image_pdf, many_pages_pdf, scan, text_pdf
 from pydantic import ValidationError
@@ -59,14 +58,6 @@ WHOLE = '{"award": "ten"}'
 CUT = '{"aw'
 
 Fits = Callable[[Request], Awaitable[bool]]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def decoders() -> AsyncIterator[DecoderPool]:
-    pool = DecoderPool(ImageTransform.for_clip(32), workers=1, timeout_s=60.0)
-    await pool.start()
-    yield pool
-    await pool.close()
 
 
 planted = pytest.mark.asyncio(loop_scope="module")

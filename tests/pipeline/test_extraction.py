@@ -6,12 +6,11 @@ import asyncio
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pikepdf
 import pytest
-import pytest_asyncio
 from fpdf import FPDF
 from parts import S3Part
 from pdf_files import PROSE, edited, image_pdf, many_pages_pdf, scan, text_pdf, tiff
@@ -40,7 +39,6 @@ from nanovllm.settings.routes import Route
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.pool import DecoderPool
-from nanovllm.vision.images.preprocess import ImageTransform
 
 SCHEMA = {
     "type": "object",
@@ -54,14 +52,6 @@ WHOLE = '{"award": "ten"}'
 BLANK: tuple[str, ...] = ()
 
 Answer = Callable[[PageRequest], PageOutput]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def decoders() -> AsyncIterator[DecoderPool]:
-    pool = DecoderPool(ImageTransform.for_clip(32), workers=1, timeout_s=60.0)
-    await pool.start()
-    yield pool
-    await pool.close()
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -19,6 +19,7 @@ from document_bench import Documents
 from document_files import drawn, receipts_pdf, receipts_route
 from openai_server import OpenAIServer, serving
 from parts import worker_process
+from pdf_files import text_pdf
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import InvalidRoutes
@@ -132,6 +133,26 @@ async def test_servers_that_die_in_mid_document_cost_no_document_and_leave_no_ha
     assert [page.number for page in record.pages] == [1, 2, 3, 4, 5, 6]
     assert {page.attempts for page in record.pages} == {1}, "a fault of a server is no step of the ladder"
     assert all(one.logprob_min is not None for one in record.fields.values()), "servers need not tell ids of tokens"
+
+
+async def test_outcomes_that_wait_for_the_other_events_of_their_record_are_counted(documents: Documents) -> None:
+    blank, asked = documents.put("in/blank.pdf", text_pdf(())), documents.put("in/b.pdf", text_pdf(["words"]))
+    settings = documents.settings(receipts_route(documents.bucket, sidecar=None))
+    held = []
+    for events in ([asked], [blank, asked]):
+        async with serving(OpenAIServer()) as (server,):
+            server.gate = asyncio.Event()
+            async with documents.working(**settings | in_front_of(server)) as (worker, _):
+                ended = documents.counted().total()
+                await documents.send({"Records": events})
+                await eventually(lambda server=server: bool(server.asked))  # type: ignore[misc]
+                held.append(worker.admission.bytes - len(json.dumps({"Records": events})))
+                server.gate.set()
+                await documents.ended(ended + len(events))
+                await eventually(lambda worker=worker: worker.admission.bytes == 0)  # type: ignore[misc]
+    found = await documents.bench.read(documents.bench.settings.topics.results, 3)
+    (record,) = [one for one in found if b"blank.pdf" in one.value]
+    assert held[1] - held[0] >= len(record.value)
 
 
 def variables(*servers: OpenAIServer, **settings: str) -> dict[str, str]:

@@ -100,11 +100,18 @@ class Extraction:
         self._validator = None if self._schema is None else SchemaValidator(self._schema)
 
     async def __call__(
-        self, data: bytes, source: DocumentSource, ask: Ask, *, tenant: str = "", record: Source | None = None
+        self,
+        data: bytes,
+        source: DocumentSource,
+        ask: Ask,
+        *,
+        tenant: str = "",
+        record: Source | None = None,
+        fetched_s: float = 0.0,
     ) -> DocumentRecord:
         """The record of a document whose bytes are ``data`` and whose pages ``ask`` is asked for.
 
-        ``record`` is the Kafka record that asked for it.
+        ``record`` is the Kafka record that asked for it, ``fetched_s`` the seconds in which its bytes were read.
 
         Raises:
             InvalidDocument, DocumentEncrypted, DocumentTooLarge, TooManyPages: no page can be read.
@@ -150,7 +157,10 @@ class Extraction:
             model=self._model,
             usage=_usage(answers),
             timings_ms=DocumentTimings(
-                **_spent(answers), merge=1_000 * (ended - merging), total=1_000 * (ended - began)
+                **_spent(answers),
+                fetch=1_000 * fetched_s,
+                merge=1_000 * (ended - merging),
+                total=1_000 * (ended - began),
             ),
             source=record,
             worker=self._worker,
