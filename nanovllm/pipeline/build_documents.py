@@ -92,6 +92,7 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
         logprobs=engine.capabilities.logprobs is not None,
+        beginning=engine.beginning,
     )
 
 

@@ -21,6 +21,7 @@ from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.merging import merged_schema
+from nanovllm.pipeline.documents.page_answers import with_text
 from nanovllm.pipeline.documents.page_sizes import A4, Points, rendered_size
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.pipeline.routing.key_sets import KeySet
@@ -333,8 +334,9 @@ def token_budget(
     Raises:
         InvalidInput: the model cannot take the prompt at all.
     """
-    one = limits.text_tokens(route.page_prompt)
-    around = limits.text_tokens(route.prompt_of(2)) - one
+    alone = limits.text_tokens(route.page_prompt)
+    around = limits.text_tokens(route.prompt_of(2)) - alone
+    one = limits.text_tokens(with_text(route.page_prompt, ".")) if route.text == "hint" else alone
     resolutions = list(_resolutions(route, settings))
     _, dpi, usual_area = resolutions[0]
     pages = [(limits.most_tokens(dpi, area, points), place) for place, dpi, area in resolutions]

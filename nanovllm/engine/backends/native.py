@@ -98,6 +98,10 @@ class AsyncEngine(EngineBackend):
         finally:
             self._fit_checks.discard(answer)
 
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens. Raises InvalidInput: no tokenizer takes the text."""
+        return self._engine.input_processor.prompts.beginning(text, max_tokens)
+
     def submit(self, request: Request) -> Generation:
         """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""
         if self._thread is None:
