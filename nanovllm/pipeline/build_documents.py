@@ -9,7 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -123,7 +122,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
             attempt=lambda request: retry(request, "page store", Progress(time.monotonic())),
         )
         parts.metrics.watch_page_store(lambda: asdict(pages.counts))
-        store = partial(_kept, pages, engine.model_info)
+        store = partial(_kept, pages, engine)
     extract: ExtractRouted = ExtractDocument(
         extractions,
         parts.infer,
@@ -172,5 +171,5 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
     return DocumentLimits(**{limit.name: getattr(documents, limit.name) for limit in fields(DocumentLimits)})
 
 
-def _kept(store: PageStore, model: ModelInfo, ask: Ask, tenant: str) -> KeepOutputs:
-    return KeepOutputs(ask, store, model, tenant=tenant)
+def _kept(store: PageStore, engine: EngineBackend, ask: Ask, tenant: str) -> KeepOutputs:
+    return KeepOutputs(ask, store, engine.model_info, engine.output_options, tenant=tenant)

@@ -108,7 +108,8 @@ async def _extract_all(
         slots = asyncio.Semaphore(documents_at_once(settings))
         ask = asking(parts.engine)
         if page_store is not None:
-            ask = KeepOutputs(ask, PageStore(page_store, S3Client(settings.s3).call), parts.engine.model_info)
+            store = PageStore(page_store, S3Client(settings.s3).call)
+            ask = KeepOutputs(ask, store, parts.engine.model_info, parts.engine.output_options)
 
         for route in {found.route.name: found.route for found in documents}.values():
             try:

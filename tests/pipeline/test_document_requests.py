@@ -462,7 +462,7 @@ def test_an_extraction_without_an_engine_s_measure_is_refused() -> None:
 async def test_the_page_store_has_a_request_under_all_its_pictures(decoders: DecoderPool, s3: S3Part) -> None:
     bucket, script = s3.make_bucket(), Script(lambda group: output(f'{{"award": "{group}"}}'))
     call = S3Client(S3Settings(endpoint_url=s3.endpoint_url, addressing_style="path")).call
-    ask = KeepOutputs(script, PageStore(f"s3://{bucket}/kept", call), MODEL)
+    ask = KeepOutputs(script, PageStore(f"s3://{bucket}/kept", call), MODEL, {})
     run = Extraction(route_of(), decoders, MODEL, SamplingParams(temperature=0), worker="w", fits=takes(2))
     data, other = numbered(4), text_pdf(["page 1"], ["page 2"], ["page 3"], ["another page 4"])
     await script.know(decoders, data)

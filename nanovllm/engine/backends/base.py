@@ -194,6 +194,11 @@ class EngineBackend(ABC):
             raise self.death
         return True
 
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """What decides an output beside model and request, as JSON: what is kept of outputs is kept under it."""
+        return {} if self.image_transform is None else {"images": self.image_transform.fingerprint()}
+
     def beginning(self, text: str, max_tokens: int) -> str:
         """The beginning of ``text`` with at most so many tokens; for a backend that cannot count, about so many.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput
 from nanovllm.messages.base import FinishReason
@@ -107,13 +108,17 @@ class KeepOutputs:
     """Asks for what the page store does not have, and keeps outputs that ended by themselves.
 
     What decides an output is its key: the picture's digest, the prompt with whatever text it holds, all sampling
-    parameters, the schema, and the model. A seed is one of them: an output that was drawn once stays.
+    parameters, the schema, the model and the engine's options. A seed is one of them: an output that was drawn once
+    stays.
     """
 
-    def __init__(self, ask: Ask, store: PageStore, model: ModelInfo, *, tenant: str = "") -> None:
+    def __init__(
+        self, ask: Ask, store: PageStore, model: ModelInfo, options: Mapping[str, Any], *, tenant: str = ""
+    ) -> None:
+        """``options``: the engine's ``output_options``."""
         self._ask = ask
         self._store = store
-        self._model = asdict(model)
+        self._model = {**asdict(model), "options": options}
         self._tenant = tenant
 
     async def __call__(self, request: PageRequest) -> PageOutput:

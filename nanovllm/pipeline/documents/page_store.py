@@ -42,7 +42,7 @@ class PageKey:
 
     Attributes:
         page_digest: of the rendered page's pixels.
-        model: revision and parameters (dtype, quantization, tokens of an image) of the model.
+        model: revision of the model, and the engine's options that decide outputs (dtype, quantization, transform).
         prompt: as the model gets it, with the words of the text layer where it has them.
         sampling: all parameters, defaults included.
         response_schema: the constraint, as JSON; None: none.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.openai.answer import Answer
@@ -171,6 +171,12 @@ class OpenAIEngine(EngineBackend):
             return False
         context = self.capabilities.context
         return context is None or request_tokens(request) <= context
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """Dialect, format of images, and variables of the chat template."""
+        own = {"dialect": self._options.dialect.name, "chat_template_kwargs": self._options.chat_template_kwargs}
+        return {**super().output_options, **own}
 
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
