@@ -96,6 +96,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.topic_limits import TopicLimits
         from nanovllm.kafka.topic_presence import require_topics
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.route_checks import check_routes
         from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
         from nanovllm.sinks.kafka import KafkaSink
 
@@ -123,6 +124,9 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         health.is_model_loaded = True
         model = parts.engine.model_info
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
+        if routes is not None and not settings.engine.loads_model:
+            # What servers take is known only now.
+            check_routes(routes, settings, context=parts.engine.capabilities.context)
 
         health.wait_for(f"the brokers {brokers}")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings, routes))

@@ -52,8 +52,7 @@ class ModelLimits:
     defaults: SamplingParams
     transform: ImageTransform | None
     tokens_of: Callable[[tuple[int, int]], int]
-
-    is_estimate: ClassVar = False
+    is_estimate: ClassVar[bool] = False
 
     @property
     def image_token_id(self) -> int | None:

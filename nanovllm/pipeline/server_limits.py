@@ -24,7 +24,7 @@ class ServerLimits:
     max_model_len: int | None
     max_images: int
     defaults: SamplingParams
-    is_estimate: ClassVar = True
+    is_estimate: ClassVar[bool] = True
 
     @property
     def takes_images(self) -> bool:

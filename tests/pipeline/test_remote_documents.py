@@ -243,6 +243,37 @@ async def test_routes_that_servers_cannot_heed_are_refused_with_file_and_line(
     assert f"{tmp_path}/routes.yaml:" in refusal
 
 
+def worker_variables(documents: Documents, server: OpenAIServer, routes: Path) -> dict[str, str]:
+    return {
+        **documents.bench.environment,
+        **documents.s3.environment,
+        **variables(server),
+        "NANOVLLM_TOPICS__EVENTS": documents.events,
+        "NANOVLLM_DOCUMENTS__ROUTES": str(routes),
+        "NANOVLLM_KAFKA__GROUP_ID": documents.bench.settings.kafka.group_id,
+        "NANOVLLM_S3__ENDPOINT_URL": documents.s3.endpoint_url,
+        "NANOVLLM_S3__ADDRESSING_STYLE": "path",
+        "NANOVLLM_ADMISSION__IDLE_EXIT_S": "1",
+    }
+
+
+async def test_a_worker_ends_before_its_first_document_where_an_answer_leaves_no_prompt_any_room(
+    documents: Documents, tmp_path: Path
+) -> None:
+    route = receipts_route(documents.bucket, sampling={"max_tokens": 64})
+    routes = documents.settings(route)["documents"].routes
+    async with serving(OpenAIServer(context=64)) as (server,):
+        settings = worker_variables(documents, server, routes) | {"NANOVLLM_SAMPLING__MAX_TOKENS": "8"}
+        worker = worker_process(tmp_path, "--exit-when-drained", settings=settings)
+        worker.start()
+        try:
+            await eventually(lambda: not worker.is_running, timeout_s=120)
+        finally:
+            worker.kill()
+    assert worker.exit_code == 2, worker.tail(30)
+    assert "64 tokens of answer leave no room in the 64 that the servers have" in worker.tail(30)
+
+
 async def test_a_worker_process_makes_records_without_torch_and_reads_its_routes_once(
     documents: Documents, model: EngineBackend, tmp_path: Path
 ) -> None:
@@ -254,17 +285,7 @@ async def test_a_worker_process_makes_records_without_torch_and_reads_its_routes
     await documents.send(documents.put("in/a.pdf", receipts_pdf([one.image for one in drawn(2)])))
     async with serving(OpenAIServer(model)) as (server,):
         server.gate = asyncio.Event()
-        settings = {
-            **documents.bench.environment,
-            **documents.s3.environment,
-            **variables(server),
-            "NANOVLLM_TOPICS__EVENTS": documents.events,
-            "NANOVLLM_DOCUMENTS__ROUTES": str(routes),
-            "NANOVLLM_KAFKA__GROUP_ID": documents.bench.settings.kafka.group_id,
-            "NANOVLLM_S3__ENDPOINT_URL": documents.s3.endpoint_url,
-            "NANOVLLM_S3__ADDRESSING_STYLE": "path",
-            "NANOVLLM_ADMISSION__IDLE_EXIT_S": "1",
-        }
+        settings = worker_variables(documents, server, routes)
         worker = worker_process(tmp_path, "--exit-when-drained", settings=settings)
         worker.start()
         try:
