@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,15 @@ MAX_DRAFT_STEP_TOKENS = 16
 
 
 Backend = Literal["auto", "native", "generic"]
+
+IMAGE_BOUNDS = ("min_pixels", "max_pixels", "max_image_tokens")
+"""Options of towers that take images at their own size."""
+
+HAND_WRITTEN_ALONE = ("deterministic", "quantization", *IMAGE_BOUNDS)
+"""Options that transformers' own layers and processors do not have."""
+
+WITHOUT_STATES_ALONE = ("enable_prefix_caching", "num_speculative_tokens")
+"""Options that have no effect where layers carry a state of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,12 @@ class EngineConfig:
         if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
             raise ConfigurationError(f"unknown engine option: {', '.join(unknown)}")
         return cls(model=str(model), **options)
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise ConfigurationError, with the reason ``why``, for the first of ``names`` that is not at its default."""
+        for name in names:
+            if (value := getattr(self, name)) != getattr(EngineConfig, name):
+                raise ConfigurationError(f"{name}={str(value) if isinstance(value, Path) else value!r}, but {why}")
 
     @property
     def max_decode_tokens(self) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.config import IMAGE_BOUNDS
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
@@ -249,7 +250,7 @@ def test_without_images_its_text_is_served_alone(tmp_path: Path) -> None:
         assert len(engine.generate("hello", GREEDY, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
 
 
-@pytest.mark.parametrize("options", [{"max_pixels": 1000}, {"vision_model": "tower"}])
+@pytest.mark.parametrize("options", [*({name: 1000} for name in IMAGE_BOUNDS), {"vision_model": "tower"}])
 def test_options_of_other_encoders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(options))}=.* brings towers of its own"):
         LLMEngine(str(make_generic_images(tmp_path, "internvl")), **SMALL, **options)

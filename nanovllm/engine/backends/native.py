@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
-from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, Capabilities
+from nanovllm.engine.config import HAND_WRITTEN_ALONE, WITHOUT_STATES_ALONE
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
 from nanovllm.sampling_params import Constraint
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import PreparedImage
 
 logger = logging.getLogger(__name__)
+
+GENERIC = Capabilities(deterministic=False, settings=ENGINE_FEATURES - frozenset(HAND_WRITTEN_ALONE))
+"""Of a model that runs through transformers' own layers."""
+GENERIC_WITH_STATES = replace(GENERIC, settings=GENERIC.settings - frozenset(WITHOUT_STATES_ALONE))
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class AsyncEngine(EngineBackend):
         transform = engine.processor.encoder.transform if engine.processor is not None else None
         super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
         self.generation_defaults = engine.generation_defaults
-        self.capabilities = Capabilities(images=transform is not None, context=engine.max_model_len)
+        able = self.capabilities
+        if engine.model_runner.trial is not None:
+            able = GENERIC_WITH_STATES if engine.model_runner.model.has_states else GENERIC
+        self.capabilities = replace(able, images=transform is not None, context=engine.max_model_len)
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         # A request to add or to measure, the id of one to abort, or None, which ends the thread.

@@ -141,6 +141,7 @@ def _capabilities(guided: set[GuidedKind], *sampling: str, **others: Any) -> Cap
         guided=frozenset(guided),
         prompt_logprobs=False,
         deterministic=False,
+        settings=frozenset(),
         sampling=_STANDARD | frozenset(sampling),
         **others,
     )
