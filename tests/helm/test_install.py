@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import os
 import random
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from bench import png
+from certificates import write_certificate
 from helm_python import Config
 from kubernetes import client, config
+from local_pod import LocalPod
+from openai_server import OpenAIServer
 from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
 
 from nanovllm.demo.child_process import LocalProcess, free_port
@@ -238,6 +246,103 @@ def test_keda_logs_in_with_tls_and_scram(
         )
         helm.uninstall("nanovllm")
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
+
+
+@contextlib.contextmanager
+def served(server: OpenAIServer) -> Iterator[None]:
+    """``server`` in an event loop of a thread, while the test waits."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(60)
+        yield
+        asyncio.run_coroutine_threadsafe(server.__aexit__(), loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def send_job(bootstrap_servers: str, topic: str, job: dict[str, Any]) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers) as producer:
+        await producer.send_and_wait(topic, json.dumps(job).encode())
+
+
+async def read_result(bootstrap_servers: str, topic: str) -> dict[str, Any]:
+    async with (
+        asyncio.timeout(60),
+        AIOKafkaConsumer(topic, bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest") as consumer,
+    ):
+        result: dict[str, Any] = json.loads((await consumer.getone()).value)
+        return result
+
+
+@pytest.mark.parametrize("example", ["openai-vllm", "openai-hosted"])
+def test_a_job_brings_a_worker_in_front_of_servers_that_answers_it_and_goes(
+    example: str,
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    kafka_broker: str,
+    unique: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    topics = {name: unique(name.replace("_", "-")) for name in ("jobs", "results", "metrics", "dead_letters")}
+    asyncio.run(create_topic(kafka_broker, *topics.values()))
+    values = yaml.safe_load((chart_path / "examples" / f"{example}.yaml").read_text(encoding="utf-8"))
+    settings, key, is_secure = values["settings"], unique("sk-hunter2"), "ca" in values["remote"]
+    server = OpenAIServer(
+        model=settings["engine"]["model"],
+        key=key,
+        tells_token_ids=settings["remote"]["dialect"] == "vllm",
+        certificate=write_certificate(tmp_path / "ca.crt", address="127.0.0.1").with_suffix(".pem")
+        if is_secure
+        else None,
+    )
+    core = client.CoreV1Api(api)
+    keys = values["remote"]["apiKeys"]["existingSecret"]
+    core.create_namespaced_secret(namespace, secret(keys, **{"api-keys": key}))
+    if is_secure:
+        bundle = {"metadata": {"name": "ca-bundle"}, "data": {"ca.crt": (tmp_path / "ca.crt").read_text()}}
+        core.create_namespaced_config_map(namespace, bundle)
+    with served(server), Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        settings |= {
+            "kafka": {"bootstrap_servers": kafka_broker, "group_id": topics["jobs"]},
+            "topics": topics,
+            "http": {"port": free_port()},
+        }
+        settings["remote"]["endpoints"] = [server.url]
+        values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
+        image = base64.b64encode(png()).decode()
+        job = {"job_id": "one", "prompt": "what is <|image|>", "images": [{"data": image}]}
+        asyncio.run(send_job(kafka_broker, topics["jobs"], job))
+        (pod,) = wait_for(lambda: core.list_namespaced_pod(namespace).items, "a job brought no worker")
+        assert key not in str(pod), "the API key stands in the pod"
+        assert key not in str(core.list_namespaced_config_map(namespace).items)
+        worker = LocalPod(api, pod, tmp_path)
+        worker.process.start()
+        try:
+            wait_for(lambda: worker.passes("readiness") or not worker.process.is_running, "the worker is not ready")
+            assert worker.process.is_running, worker.process.tail(20)
+            assert worker.passes("startup")
+            assert worker.passes("liveness")
+            result = asyncio.run(read_result(kafka_broker, topics["results"]))
+            wait_for(lambda: replicas(api, namespace) == 0, "the job is done, and still a worker runs")
+            assert worker.process.stop(grace_s=pod.spec.termination_grace_period_seconds) == 0
+        finally:
+            worker.process.kill()
+        helm.uninstall("nanovllm")
+    assert (result["job_id"], result["status"], result["model"]["id"]) == ("one", "ok", server.model)
+    assert result["text"].startswith("what is")
+    (asked,) = server.asked
+    assert len(asked.image_urls) == 1
+    assert asked.headers["authorization"] == f"Bearer {key}"
+    assert key not in worker.process.log.read_text()
+    wait_for(lambda: set(leftovers(api, namespace)) <= {"ca-bundle"}, "an uninstalled release leaves objects behind")
 
 
 def secret(name: str, **texts: str) -> dict[str, Any]:
