@@ -86,6 +86,11 @@ class Settings(BaseSettings):
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
         if self.engine.backend == "openai" and not self.remote.endpoints:
             raise ValueError("engine.backend is openai: name its servers in remote.endpoints")
+        if self.engine.backend != "openai" and self.remote.endpoints:
+            raise ValueError(
+                f"remote.endpoints names servers, and engine.backend is {self.engine.backend}, which asks none: set it "
+                "to openai, or unset them"
+            )
         self._check_topics()
         if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
             raise ValueError(

@@ -294,6 +294,8 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
         remote(api_keys=["a\nb"])
     with pytest.raises(ValidationError, match=r"remote\.endpoints"):
         Settings.model_validate({"engine": {"backend": "openai"}})
+    with pytest.raises(ValidationError, match=r"engine\.backend is auto, which asks none: set it to openai"):
+        Settings.model_validate({"remote": {"endpoints": ("http://a/v1",)}})
     shown = repr(remote(api_keys="sk-hunter2")) + str(remote(api_keys="sk-hunter2").model_dump(mode="json"))
     assert "hunter2" not in shown
 
