@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +15,9 @@ from kubernetes.utils.quantity import parse_quantity
 from parts import python_process
 
 from nanovllm.demo.child_process import LocalProcess
+
+_COMPILED = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+"""Where the kernels are, which the image has compiled."""
 
 
 class LocalPod:
@@ -30,7 +34,7 @@ class LocalPod:
         self.process: LocalProcess = python_process(
             directory,
             *("-m", "nanovllm.cli.main", *self._container.args),
-            settings=self.environment,
+            settings={"XDG_CACHE_HOME": _COMPILED} | self.environment,
             name=pod.metadata.name,
         )
 
@@ -47,6 +51,8 @@ class LocalPod:
     def _mounted(self, name: str) -> Path:
         """The folder of the volume ``name``, with the files that a Secret or ConfigMap gives it."""
         (volume,) = (one for one in self._spec.volumes if one.name == name)
+        if volume.host_path is not None:
+            return Path(volume.host_path.path)
         folder = self._directory / name
         folder.mkdir()
         source = volume.secret or volume.config_map

@@ -29,6 +29,7 @@ from local_pod import LocalPod
 from openai_server import OpenAIServer
 from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
 
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.demo.child_process import LocalProcess, free_port
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
@@ -278,6 +279,43 @@ async def read_result(bootstrap_servers: str, topic: str) -> dict[str, Any]:
         return result
 
 
+def answer_of_a_pod(
+    chart_path: Path, kubeconfig: Path, api: client.ApiClient, namespace: str, values: Values, broker: str, folder: Path
+) -> tuple[dict[str, Any], client.V1Pod]:
+    """The result of a job whose lag brings a pod, which runs here as a process until KEDA takes it away again."""
+    name, core = namespace.replace("_", "-"), client.CoreV1Api(api)
+    topics = {use: f"{name}-{use}" for use in ("jobs", "results", "metrics", "dead_letters")}
+    asyncio.run(create_topic(broker, *topics.values()))
+    values["settings"] |= {
+        "kafka": {"bootstrap_servers": broker, "group_id": name},
+        "topics": topics,
+        "http": {"port": free_port()},
+    }
+    values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
+    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
+        image = base64.b64encode(png()).decode()
+        job = {"job_id": "one", "prompt": "what is <|image|>", "images": [{"data": image}]}
+        asyncio.run(send_job(broker, topics["jobs"], job))
+        (pod,) = wait_for(lambda: core.list_namespaced_pod(namespace).items, "a job brought no worker")
+        worker = LocalPod(api, pod, folder)
+        worker.process.start()
+        try:
+            wait_for(lambda: worker.passes("readiness") or not worker.process.is_running, "not ready", within_s=180)
+            assert worker.process.is_running, worker.process.tail(20)
+            assert worker.passes("startup")
+            assert worker.passes("liveness")
+            result = asyncio.run(read_result(broker, topics["results"]))
+            wait_for(lambda: replicas(api, namespace) == 0, "the job is done, and still a worker runs")
+            assert worker.process.stop(grace_s=pod.spec.termination_grace_period_seconds) == 0
+        finally:
+            worker.process.kill()
+        helm.uninstall("nanovllm")
+    assert (result["job_id"], result["status"]) == ("one", "ok")
+    return result, pod
+
+
 @pytest.mark.parametrize("example", ["openai-vllm", "openai-hosted"])
 def test_a_job_brings_a_worker_in_front_of_servers_that_answers_it_and_goes(
     example: str,
@@ -289,60 +327,46 @@ def test_a_job_brings_a_worker_in_front_of_servers_that_answers_it_and_goes(
     unique: Callable[[str], str],
     tmp_path: Path,
 ) -> None:
-    topics = {name: unique(name.replace("_", "-")) for name in ("jobs", "results", "metrics", "dead_letters")}
-    asyncio.run(create_topic(kafka_broker, *topics.values()))
     values = yaml.safe_load((chart_path / "examples" / f"{example}.yaml").read_text(encoding="utf-8"))
-    settings, key, is_secure = values["settings"], unique("sk-hunter2"), "ca" in values["remote"]
+    settings, key, core = values["settings"], unique("sk-hunter2"), client.CoreV1Api(api)
+    certificate: Path | None = None
+    keys = secret(values["remote"]["apiKeys"]["existingSecret"], **{"api-keys": key})
+    core.create_namespaced_secret(namespace, keys)
+    if "ca" in values["remote"]:
+        authority = write_certificate(tmp_path / "ca.crt", address="127.0.0.1")
+        certificate = authority.with_suffix(".pem")
+        bundle = {"metadata": {"name": "ca-bundle"}, "data": {"ca.crt": authority.read_text()}}
+        core.create_namespaced_config_map(namespace, bundle)
     server = OpenAIServer(
         model=settings["engine"]["model"],
         key=key,
         tells_token_ids=settings["remote"]["dialect"] == "vllm",
-        certificate=write_certificate(tmp_path / "ca.crt", address="127.0.0.1").with_suffix(".pem")
-        if is_secure
-        else None,
+        certificate=certificate,
     )
-    core = client.CoreV1Api(api)
-    keys = values["remote"]["apiKeys"]["existingSecret"]
-    core.create_namespaced_secret(namespace, secret(keys, **{"api-keys": key}))
-    if is_secure:
-        bundle = {"metadata": {"name": "ca-bundle"}, "data": {"ca.crt": (tmp_path / "ca.crt").read_text()}}
-        core.create_namespaced_config_map(namespace, bundle)
-    with served(server), Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
-        settings |= {
-            "kafka": {"bootstrap_servers": kafka_broker, "group_id": topics["jobs"]},
-            "topics": topics,
-            "http": {"port": free_port()},
-        }
+    with served(server):
         settings["remote"]["endpoints"] = [server.url]
-        values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
-        helm.install(chart_path, "nanovllm", values, namespace=namespace)
-        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
-        image = base64.b64encode(png()).decode()
-        job = {"job_id": "one", "prompt": "what is <|image|>", "images": [{"data": image}]}
-        asyncio.run(send_job(kafka_broker, topics["jobs"], job))
-        (pod,) = wait_for(lambda: core.list_namespaced_pod(namespace).items, "a job brought no worker")
-        assert key not in str(pod), "the API key stands in the pod"
-        assert key not in str(core.list_namespaced_config_map(namespace).items)
-        worker = LocalPod(api, pod, tmp_path)
-        worker.process.start()
-        try:
-            wait_for(lambda: worker.passes("readiness") or not worker.process.is_running, "the worker is not ready")
-            assert worker.process.is_running, worker.process.tail(20)
-            assert worker.passes("startup")
-            assert worker.passes("liveness")
-            result = asyncio.run(read_result(kafka_broker, topics["results"]))
-            wait_for(lambda: replicas(api, namespace) == 0, "the job is done, and still a worker runs")
-            assert worker.process.stop(grace_s=pod.spec.termination_grace_period_seconds) == 0
-        finally:
-            worker.process.kill()
-        helm.uninstall("nanovllm")
-    assert (result["job_id"], result["status"], result["model"]["id"]) == ("one", "ok", server.model)
+        result, pod = answer_of_a_pod(chart_path, kubeconfig, api, namespace, values, kafka_broker, tmp_path)
+    assert result["model"]["id"] == server.model
     assert result["text"].startswith("what is")
     (asked,) = server.asked
     assert len(asked.image_urls) == 1
     assert asked.headers["authorization"] == f"Bearer {key}"
-    assert key not in worker.process.log.read_text()
+    assert key not in str(pod), "the API key stands in the pod"
+    assert key not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
     wait_for(lambda: set(leftovers(api, namespace)) <= {"ca-bundle"}, "an uninstalled release leaves objects behind")
+
+
+def test_a_job_brings_a_worker_that_reads_weights_from_its_volume_and_tries_them(
+    chart_path: Path, kubeconfig: Path, api: client.ApiClient, namespace: str, kafka_broker: str, tmp_path: Path
+) -> None:
+    values = yaml.safe_load((chart_path / "examples" / "generic.yaml").read_text(encoding="utf-8"))
+    values["model"] = {"volume": {"hostPath": {"path": str(resolve_checkpoint("tiny-receipts"))}}}
+    values["settings"]["engine"] |= {"model": "/models", "max_model_len": 512}
+    values["resources"]["requests"]["cpu"] = "1500m"
+    result, _ = answer_of_a_pod(chart_path, kubeconfig, api, namespace, values, kafka_broker, tmp_path)
+    assert result["usage"]["image_tokens"] == 49
+    (log,) = tmp_path.glob("*.log")
+    assert "transformers' layers, measured over" in log.read_text()
 
 
 def secret(name: str, **texts: str) -> dict[str, Any]:
