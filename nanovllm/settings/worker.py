@@ -21,6 +21,7 @@ from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.vllm import VllmSettings
 
 ENV_PREFIX = "NANOVLLM_"
 
@@ -67,6 +68,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     engine: EngineSettings = EngineSettings()
     remote: RemoteSettings = RemoteSettings()
+    vllm: VllmSettings = VllmSettings()
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     documents: DocumentSettings = DocumentSettings()
