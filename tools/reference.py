@@ -19,6 +19,7 @@ from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, GUIDED_KINDS,
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.vllm.sampling import CAPABILITIES as VLLM_CAPABILITIES
 from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.document_record import DocumentRecord
@@ -126,6 +127,7 @@ def capabilities_table() -> str:
         "`generic`, layers with states": GENERIC_WITH_STATES,
     }
     backends |= {f"`openai`, `{name}`": dialect.capabilities for name, dialect in DIALECTS.items()}
+    backends["`vllm`"] = VLLM_CAPABILITIES
     backends["`echo`"] = EchoEngine.capabilities
     able = backends.values()
     rows = [

@@ -181,7 +181,7 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
         "openai": {"max_completion_tokens": 9, "seed": 2**62 + 3, "n": 2, "top_logprobs": 3},
         "vllm": {"max_tokens": 9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "bad_words": ["no"],
                  "min_tokens": 2, "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False,
-                 "include_stop_str_in_output": True, "return_token_ids": True},
+                 "include_stop_str_in_output": True, "return_token_ids": True, "top_logprobs": 4},
         "sglang": {"max_tokens": 9, "top_k": 7, "no_stop_trim": True, "stop_token_ids": [3], "ignore_eos": True},
         "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": -1, "ignore_eos": True},
     }  # fmt: skip
@@ -284,13 +284,18 @@ async def test_a_raw_prompt_is_a_completion_where_it_is_allowed() -> None:
 
 
 async def test_a_tenants_salt_goes_to_servers_that_know_one_and_never_as_it_is() -> None:
-    async with OpenAIServer() as server:
-        for dialect in ("vllm", "openai"):
-            async with engine_of(server, dialect=dialect) as engine:
-                await engine.submit(ask("a", cache_salt=b"secret salt"))
-    assert len(server.asked[0].body["cache_salt"]) == 64
-    assert "cache_salt" not in server.asked[1].body
-    assert all("secret salt" not in json.dumps(asked.body) for asked in server.asked)
+    image = prepare_image(picture(), ImageTransform.for_files("png"))
+    asked = []
+    for dialect in ("vllm", "openai"):
+        for salt in (b"secret salt", b"other", b""):
+            async with OpenAIServer() as server, engine_of(server, dialect=dialect) as engine:
+                await engine.submit(ask("a", "see <|image|>", images=(image,), cache_salt=salt))
+            asked.append(server.asked[0].body)
+    salts = [body.get("cache_salt", "") for body in asked]
+    names = [body["messages"][0]["content"][1].get("uuid", "") for body in asked]
+    assert [*map(len, salts)] == [*map(len, names)] == [64, 64, 0, 0, 0, 0]
+    assert len({*salts[:2], *names[:2]}) == 4
+    assert all("secret salt" not in json.dumps(body) for body in asked)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +343,7 @@ async def test_probabilities_without_others_still_say_whether_a_token_was_the_be
     sampling = {"logprobs": 0, "max_tokens": 12, "temperature": 2.0, "seed": 11}
     async with engine_of(native, dialect="vllm") as engine:
         output = await engine.submit(ask("a", "What is the total?", sampling=sampling))
-    assert native.asked[-1].body["top_logprobs"] == 1
+    assert native.asked[-1].body["top_logprobs"] == 2
     assert output.logprobs is not None
     assert all([*place] == [token] for token, place in zip(output.token_ids, output.logprobs, strict=True))
     assert {one.rank for place in output.logprobs for one in place.values()} == {1, 2}

@@ -151,18 +151,6 @@ OF_BACKENDS: dict[str, dict[str, Any]] = {
 BACKENDS = set(get_args(EngineSettings.model_fields["backend"].annotation))
 
 
-def _params(sets: dict[str, dict[str, Any]]) -> list[Any]:
-    """Each set of values as a parameter; one for a backend that the worker does not have is skipped."""
-    marks = {
-        name: pytest.mark.skip(f"the worker's settings have no engine.backend {backend}")
-        for name, values in sets.items()
-        if (backend := values.get("settings", {}).get("engine", {}).get("backend", "auto")) not in BACKENDS
-    }
-    return [
-        pytest.param(values, id=name, marks=[marks[name]] if name in marks else []) for name, values in sets.items()
-    ]
-
-
 CORE_KINDS = {
     "Deployment",
     "ConfigMap",
@@ -174,8 +162,10 @@ CORE_KINDS = {
 }
 KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
 
-every_value_set = pytest.mark.parametrize("values", _params(VALUES | OF_BACKENDS))
-every_backend = pytest.mark.parametrize("values", _params(OF_BACKENDS))
+every_value_set = pytest.mark.parametrize(
+    "values", [*VALUES.values(), *OF_BACKENDS.values()], ids=[*VALUES, *OF_BACKENDS]
+)
+every_backend = pytest.mark.parametrize("values", OF_BACKENDS.values(), ids=OF_BACKENDS.keys())
 Render = Callable[..., dict[str, dict[str, Any]]]
 
 
@@ -376,6 +366,14 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
         ),
         ({"gpu": {"count": 2}}, "computes on one"),
         (
+            {"settings": {"engine": {"backend": "vllm"}, "vllm": {"tensor_parallel_size": 2}}, "gpu": {"count": 1}},
+            "gpu.count is 1, but settings.vllm divides the model among 2 GPUs",
+        ),
+        (
+            {"settings": {"vllm": {"tensor_parallel_size": 2}}, "gpu": {"count": 1}},
+            "among 2 GPUs, but settings.engine.backend is auto",
+        ),
+        (
             remote("http://a/v1", extraEnv=[{"name": "NANOVLLM_REMOTE__API_KEYS", "value": "hunter2"}]),
             "NANOVLLM_REMOTE__API_KEYS is a secret",
         ),
@@ -391,6 +389,14 @@ def test_values_that_contradict_one_another_are_refused_with_the_reason(
     assert "hunter2" not in str(refusal.value)
 
 
+def test_vllm_gets_all_of_its_gpus_in_one_pod_or_by_ray(render: Render) -> None:
+    vllm: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    for count, more in ((8, {}), (4, {"distributed_executor_backend": "ray"}), (0, {})):
+        values = {"settings": {"engine": {"backend": "vllm"}, "vllm": vllm | more}, "gpu": {"count": count}}
+        limits = container_of(render(values))["resources"]["limits"]
+        assert limits.get("nvidia.com/gpu") == (str(count) if count else None)
+
+
 def test_a_secret_variable_from_a_secret_is_taken(render: Render) -> None:
     reference = {"secretKeyRef": {"name": "keys", "key": "one"}}
     extra = [{"name": "NANOVLLM_REMOTE__API_KEYS", "valueFrom": reference}]
@@ -404,7 +410,7 @@ def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
 
 def test_every_backend_has_a_file_of_values() -> None:
     backends = {values["settings"]["engine"]["backend"] for values in OF_BACKENDS.values()}
-    assert backends - {"vllm"} == BACKENDS - {"auto", "vllm"}
+    assert backends == BACKENDS - {"auto"}
 
 
 @every_backend

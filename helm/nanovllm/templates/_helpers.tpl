@@ -119,6 +119,14 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and (has $backend (list "auto" "native" "generic")) (gt (int .Values.gpu.count) 1) }}
 {{- fail (printf "gpu.count is %d, but settings.engine.backend is %s, which computes on one: set it to 1, or take a backend for several" (int .Values.gpu.count) $backend) }}
 {{- end }}
+{{- $vllm := default dict .Values.settings.vllm }}
+{{- $needed := mul (default 1 $vllm.tensor_parallel_size) (default 1 $vllm.pipeline_parallel_size) | int }}
+{{- if and (eq $backend "vllm") (ne (default "" $vllm.distributed_executor_backend) "ray") .Values.gpu.count (lt (int .Values.gpu.count) $needed) }}
+{{- fail (printf "gpu.count is %d, but settings.vllm divides the model among %d GPUs: raise it, or take distributed_executor_backend ray for several machines" (int .Values.gpu.count) $needed) }}
+{{- end }}
+{{- if and (ne $backend "vllm") (gt $needed 1) }}
+{{- fail (printf "settings.vllm divides the model among %d GPUs, but settings.engine.backend is %s: set it to vllm, or leave settings.vllm out" $needed $backend) }}
+{{- end }}
 {{- $endpoints := default list (default dict .Values.settings.remote).endpoints }}
 {{- if and (eq $backend "openai") (not $endpoints) }}
 {{- fail "settings.engine.backend is openai, and settings.remote.endpoints is empty: name the servers" }}

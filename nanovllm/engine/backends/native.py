@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, Capabilities
+from nanovllm.engine.backends.prompt_tokens import prompt_tokens
 from nanovllm.engine.config import HAND_WRITTEN_ALONE, WITHOUT_STATES_ALONE
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
@@ -250,7 +251,7 @@ class AsyncEngine(EngineBackend):
 
     def _add(self, request: Request) -> None:
         self._engine.add_request(
-            self._tokens(request),
+            prompt_tokens(self._engine.input_processor.prompts, request),
             request.sampling,
             images=request.images,
             request_id=request.request_id,
@@ -260,18 +261,10 @@ class AsyncEngine(EngineBackend):
 
     def _fits(self, request: Request) -> bool:
         try:
-            tokens = self._tokens(request)
+            tokens = prompt_tokens(self._engine.input_processor.prompts, request)
         except InvalidInput:
             return False
         return self._engine.input_processor.fits(tokens, request.sampling, request.images)
-
-    def _tokens(self, request: Request) -> list[int]:
-        prompts = self._engine.input_processor.prompts
-        if request.prompt is not None:
-            return prompts.untrusted(
-                request.prompt, raw_prompt=request.raw_prompt, chat_template_kwargs=request.chat_template_kwargs
-            )
-        return prompts.messages(request.messages or (), chat_template_kwargs=request.chat_template_kwargs)
 
 
 def _tell(answer: asyncio.Future[bool], fits: bool | Exception) -> None:

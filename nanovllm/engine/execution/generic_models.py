@@ -20,9 +20,9 @@ from nanovllm.engine.models.generic_trial import Reference, compute_reference
 from nanovllm.engine.models.llava import composed_encoder
 from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder
-from nanovllm.vision.encoders.generic import AS_DECODED, GenericEncoder
+from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
-from nanovllm.vision.images.preprocess import ImageTransform
+from nanovllm.vision.images.preprocess import AS_DECODED, ImageTransform
 
 _VISION_OPTIONS = ("vision_model", "projector", *IMAGE_BOUNDS, "max_image_size", "num_vision_tokens")
 

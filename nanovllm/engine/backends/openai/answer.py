@@ -76,10 +76,12 @@ class Answer:
         """Tokens as the server counts them; where it does not, pieces of text count as output tokens."""
         details = self._usage.get("prompt_tokens_details")
         details = details if isinstance(details, dict) else {}
+        kinds = details.get("multimodal_tokens")  # vLLM's
+        image_tokens = kinds.get("image") if isinstance(kinds, dict) else details.get("image_tokens")
         return Usage(
             input_tokens=_count(self._usage.get("prompt_tokens")) or 0,
             output_tokens=self._output_tokens(),
-            image_tokens=_count(details.get("image_tokens")) or 0,
+            image_tokens=_count(image_tokens) or 0,
             cached_tokens=_count(details.get("cached_tokens")) or 0,
         )
 
@@ -177,7 +179,9 @@ def _position(entry: dict[str, Any], token_id: int | None, most: int) -> TokenLo
     server does not say is minus its rank.
     """
     best = sorted(entry.get("top_logprobs") or [], key=lambda one: -one["logprob"])
-    rank = next((number for number, one in enumerate(best, 1) if _token(one) == _token(entry)), len(best) + 1)
+    # Tokens that are parts of one character may have equal texts.
+    equal = [number for number, one in enumerate(best, 1) if _token(one) == _token(entry)]
+    rank = min(equal, key=lambda number: abs(best[number - 1]["logprob"] - entry["logprob"]), default=len(best) + 1)
     named = entry.get("id", token_id)
     position = {_key(named, rank): Logprob(float(entry["logprob"]), rank, entry["token"])}
     for number, one in enumerate(best[:most], 1):

@@ -15,18 +15,23 @@ from nanovllm.engine.backends.capabilities import Capabilities, GuidedKind
 from nanovllm.sampling_params import SamplingParams
 
 _STANDARD = frozenset({"top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"})
+_MOST_TOP_LOGPROBS = 20  # vLLM's --max-logprobs, unless it is set
 _MAX_UINT32_SEED = 2**32 - 1  # llama.cpp takes this one for a random seed
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow."""
+    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow.
+
+    ``image_uuid``: the server caches an image under the ``uuid`` beside it.
+    """
 
     name: str
     capabilities: Capabilities
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    image_uuid: bool = False
 
 
 def _common(sampling: SamplingParams) -> dict[str, Any]:
@@ -86,6 +91,9 @@ def _vllm(sampling: SamplingParams) -> dict[str, Any]:
         fields["structured_outputs"] = {"regex": sampling.regex}
     elif sampling.grammar is not None:
         fields["structured_outputs"] = {"grammar": sampling.grammar}
+    if sampling.logprobs is not None:
+        # vLLM lists the token taken before the best ones, as one of these.
+        fields["top_logprobs"] = min(max(2, sampling.logprobs + 1), _MOST_TOP_LOGPROBS)
     return fields
 
 
@@ -165,6 +173,7 @@ DIALECTS = {
             ),
             _vllm,
             cache_salt=True,
+            image_uuid=True,
         ),
         Dialect(
             "sglang",
