@@ -103,9 +103,10 @@ def _port(settings: Settings) -> Row:
 
 def _brokers(settings: Settings) -> Iterator[Row]:
     from nanovllm.pipeline.build import required_topics
+    from nanovllm.pipeline.build_documents import worker_routes
 
     patience = {"request_timeout_ms": min(PATIENCE_MS, settings.kafka.request_timeout_ms)}
-    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings)
+    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings, worker_routes(settings))
     try:
         states = asyncio.run(topic_states(kafka, names))
     except NanoVLLMError as error:

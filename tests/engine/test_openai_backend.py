@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,7 +23,9 @@ from PIL import Image
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.estimates import text_tokens
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import (
     ConfigurationError,
@@ -337,6 +340,58 @@ async def test_the_same_engine_behind_a_socket_gives_the_same_texts_tokens_and_p
         assert sorted(one.text for one in mine.values()) == sorted(one.text for one in theirs.values())
         assert all(key == token or key == -one.rank for key, one in mine.items())
     assert remote.outputs[0].text_ends == expected.outputs[0].text_ends
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "ends"),
+    [
+        ("a€b", [b"a", b"\xe2", b"\x82\xac", b"b"], (1, 1, 2, 3)),
+        ("a€b", [b"a", "\ufffd", "\ufffd", b"b"], (1, 1, 2, 3)),
+        ("a 🙂, b", [b"a", " \ufffd", "\ufffd", "\ufffd,", b" b"], (1, 1, 1, 4, 6)),
+        ("🙂", ["\ufffd", "\ufffd"], (0, 1)),
+        ("ab", [b"ab", b"<|im_end|>"], (2, 2)),
+        ("ab", [b"a", b"bSTOP"], (1, 2)),
+        ("a", [b"a", "\ufffd"], (1, 1)),
+        ("abc", [b"a", b"c"], None),
+        ("abc", [b"a", b"b"], None),
+        ("a€b", [b"a", "\ufffd", b"x"], None),
+    ],
+)
+def test_tokens_end_in_the_text_also_where_servers_write_parts_of_characters_as_replacements(
+    text: str, tokens: list[bytes | str], ends: tuple[int, ...] | None
+) -> None:
+    answer = Answer(1, logprobs=0)
+    raw = [token if isinstance(token, bytes) else token.encode() for token in tokens]
+    content = [{"token": one.decode(errors="replace"), "bytes": [*one], "logprob": -0.5} for one in raw]
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": {"content": content}, "finish_reason": "stop"}
+    assert list(answer.add({"choices": [choice]}))
+    (completion,) = answer.completions()
+    assert completion.text_ends == ends
+
+
+async def test_a_request_fits_by_its_images_and_an_estimate_of_its_tokens() -> None:
+    long = "words of a prompt " * 100
+    async with OpenAIServer(context=1_024) as server, engine_of(server, max_images_per_request=1) as engine:
+        image = prepare_image(Image.new("RGB", (280, 280)), engine.image_transform or ImageTransform())
+        assert await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 800}))
+        assert not await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 900}))
+        assert not await engine.fits(ask("a", "short", images=(image, image)))
+        assert not await engine.fits(ask("a", long, sampling={"max_tokens": 500}))
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        assert await engine.fits(ask("a", long, sampling={"max_tokens": 500})), "servers need not tell their context"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Invoice 2026-11-30: total 1,234.50 EUR, payable within 30 days",
+        "Straßenbahnhaltestelle am Rathaus in Köln",
+        "総額 12 円",
+    ],
+)
+def test_estimated_tokens_of_texts_are_no_fewer_than_a_tokenizer_of_words_and_digits_makes(text: str) -> None:
+    words = re.findall(r" ?[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]", text)
+    assert len(words) <= text_tokens(text) <= len(text)
 
 
 async def test_probabilities_without_others_still_say_whether_a_token_was_the_best(native: OpenAIServer) -> None:

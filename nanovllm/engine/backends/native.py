@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,18 @@ class AsyncEngine(EngineBackend):
             return await answer
         finally:
             self._fit_checks.discard(answer)
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """Vision tower and transform, formats of numbers, and variables of the chat template."""
+        processor, config = self._engine.processor, self._engine.config
+        images = None if processor is None else processor.encoder.revision
+        names = ("dtype", "quantization", "kv_cache_dtype", "num_vision_tokens", "chat_template_kwargs")
+        return {"images": images, **{name: getattr(config, name) for name in names}}
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens. Raises InvalidInput: no tokenizer takes the text."""
+        return self._engine.input_processor.prompts.beginning(text, max_tokens)
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""

@@ -13,6 +13,7 @@ from nanovllm.errors import AnswerWithheld
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "loop"}
 _NO_MORE_THAN = 2**31
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
@@ -199,10 +200,31 @@ def _key(token_id: Any, rank: int) -> int:
 
 
 def _text_ends(entries: Sequence[dict[str, Any]], text: str) -> tuple[int, ...] | None:
-    """As ``Completion.text_ends``; None where the tokens are not the text's."""
-    decoder, decoded, ends = codecs.getincrementaldecoder("utf-8")("replace"), "", []
+    """As ``Completion.text_ends``; None where the tokens are not the text's.
+
+    Servers write U+FFFD for a part of a character, also in ``bytes`` (vLLM): such tokens end where the next whole one
+    begins. Tokens behind the text, such as the end of a sequence, end with it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ends: list[int] = []
+    at, parts = 0, 0  # how many characters are known, and at most how many the tokens since then stand for
     for entry in entries:
         raw = entry.get("bytes")
-        decoded += decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
-        ends.append(min(len(decoded), len(text)))
-    return tuple(ends) if decoded.startswith(text) else None
+        piece = decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
+        if parts and piece and REPLACEMENT not in piece:
+            found = text.find(piece, at, at + parts + len(piece))
+            if found < 0:
+                return None
+            at, parts, ends[-1] = found, 0, found
+        if text.startswith(piece, at) and not parts:
+            at += len(piece)
+        elif piece.startswith(text[at:]) and not parts:
+            at = len(text)
+        elif REPLACEMENT in piece:
+            parts += len(piece)
+        elif piece:
+            return None
+        ends.append(at)
+    if parts:
+        ends[-1] = at = len(text)
+    return tuple(ends) if at == len(text) else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import SecretStr
 
+from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.backends.openai.dialects import DIALECTS, Dialect
 
 SignUrl = Callable[[str, str], str]
@@ -38,6 +39,8 @@ class OpenAIOptions:
     revision: str = "unknown"
     dialect: Dialect = field(default=DIALECTS["openai"])
     images: bool = True
+    logprobs: bool = True
+    max_images_per_request: int = 16
     max_num_seqs: int = 64
     max_concurrency: int = 64
     default_max_tokens: int | None = None
@@ -54,3 +57,9 @@ class OpenAIOptions:
     chat_template_kwargs: dict[str, object] = field(default_factory=dict)
     image_format: Literal["png", "jpeg"] = "png"
     sign_url: SignUrl | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the dialect's servers can do, as far as these options let them."""
+        able = self.dialect.capabilities
+        return replace(able, images=self.images, logprobs=able.logprobs if self.logprobs else None)

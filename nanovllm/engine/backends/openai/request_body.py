@@ -54,7 +54,7 @@ def request_body(request: Request, model: str, options: OpenAIOptions) -> Reques
         InvalidInput: it asks for what the dialect or the settings do not have, or its images and placeholders differ.
     """
     dialect, sampling = options.dialect, request.sampling
-    dialect.capabilities.check(sampling, f"the dialect {dialect.name} of remote.dialect")
+    options.capabilities.check(sampling, f"the dialect {dialect.name} of remote.dialect")
     fields: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     fields |= dialect.write(sampling)
     kwargs = options.chat_template_kwargs | dict(request.chat_template_kwargs or {})
