@@ -85,6 +85,12 @@ def variables(brokers: str, topics: dict[str, str], server: OpenAIServer) -> dic
     }
 
 
+def peak_memory_kib(pid: int) -> int:
+    """The most resident memory that a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0])
+
+
 async def start_once(python: Path, environment: dict[str, str], directory: Path) -> Start:
     """One worker, started, measured and stopped."""
     log = directory / f"{unique_name('worker')}.log"
@@ -97,8 +103,7 @@ async def start_once(python: Path, environment: dict[str, str], directory: Path)
         if found is None or worker.pid is None:
             raise SystemExit(f"the worker did not start:\n{worker.tail(30)}")
         process = psutil.Process(worker.pid)
-        cpu, children = process.cpu_times(), process.children()
-        peak_kib = re.findall(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{worker.pid}/status").read_text(), re.MULTILINE)[0]
+        cpu, children, peak_kib = process.cpu_times(), process.children(), peak_memory_kib(worker.pid)
         times = [child.cpu_times() for child in children]
         resident = sum(child.memory_info().rss for child in children)
     finally:
@@ -110,7 +115,7 @@ async def start_once(python: Path, environment: dict[str, str], directory: Path)
         seconds=round(consuming - begun - joining_s, 3),
         joining_s=joining_s,
         cpu_s=round(cpu.user + cpu.system, 2),
-        peak_mib=round(int(peak_kib) / 1024, 1),
+        peak_mib=round(peak_kib / 1024, 1),
         decoders=len(children),
         decoders_cpu_s=round(sum(one.user + one.system for one in times), 2),
         decoders_mib=round(resident / 2**20, 1),

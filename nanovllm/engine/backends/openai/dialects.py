@@ -16,6 +16,10 @@ from nanovllm.sampling_params import SamplingParams
 
 _STANDARD = frozenset({"top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"})
 _MAX_UINT32_SEED = 2**32 - 1  # llama.cpp takes this one for a random seed
+_OTHER_SAMPLERS_OFF = {"mirostat": 0, "xtc_probability": 0.0, "typical_p": 1.0, "dry_multiplier": 0.0}
+"""llama.cpp's samplers that `SamplingParams` has not: a GGUF file and the server's command line may turn them on."""
+_EVERY_CONTEXT = 2**20
+"""Tokens that llama.cpp's penalties look back on: 64 by default, -1 is refused; a request takes 4 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,16 @@ def _llamacpp(sampling: SamplingParams) -> dict[str, Any]:
         "top_k": max(0, sampling.top_k),
         "min_p": sampling.min_p,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,  # the whole context: by default the last 64 tokens
         "ignore_eos": sampling.ignore_eos,
+        **_OTHER_SAMPLERS_OFF,
     }
+    if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+        fields["repeat_last_n"] = _EVERY_CONTEXT
     if "seed" in fields:
         fields["seed"] %= _MAX_UINT32_SEED
+    if sampling.json_schema is not None:
+        del fields["response_format"]  # which its completions of raw prompts ignore
+        fields["json_schema"] = sampling.json_schema
     if sampling.choice is not None:
         fields["grammar"] = "root ::= " + " | ".join(map(_gbnf, sampling.choice))
     return fields

@@ -215,6 +215,7 @@ def _as_fault(error: Exception) -> EndpointFault:
 
 
 def _context(model: dict[str, Any]) -> int | None:
-    """Context of a listed model as vLLM and SGLang say it."""
-    context = model.get("max_model_len")
+    """Context of a listed model as vLLM and SGLang say it, or as llama.cpp does of one slot."""
+    meta = model.get("meta")
+    context = model.get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
     return context if type(context) is int and context > 0 else None

@@ -18,7 +18,7 @@ _BUSY = (429, 503)
 _TOO_LONG = (
     "context_length_exceeded",
     "maximum context length",
-    "exceed_context_size",
+    "exceeds the available context size",
     "longer than the maximum model",
 )
 
