@@ -99,7 +99,7 @@ async def test_jobs_in_front_of_a_server_that_dies_are_answered_guided_or_refuse
         "regex": "unsupported_constraint",
         "picture": "invalid_input",
     }
-    assert seen["nanovllm_jobs_total", ("ok",)] == len(jobs)
+    assert seen["nanovllm_jobs_total", ("result",)] == len(jobs)
     assert seen["nanovllm_jobs_total", ("dead_letter",)] == len(refused)
     assert seen["nanovllm_endpoint_up", (server.url,)] == 1
     assert seen["nanovllm_endpoint_requests_total", (server.url,)] > len(jobs)
