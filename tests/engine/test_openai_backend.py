@@ -181,7 +181,7 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
                  "min_tokens": 2, "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False,
                  "include_stop_str_in_output": True, "return_token_ids": True},
         "sglang": {"max_tokens": 9, "top_k": 7, "no_stop_trim": True, "stop_token_ids": [3], "ignore_eos": True},
-        "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": -1, "ignore_eos": True},
+        "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": 2**20, "ignore_eos": True},
     }  # fmt: skip
     common = {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["x"]}
     for name, fields in wire.items():
@@ -192,7 +192,8 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
     # What a server would fill in by its own defaults, or the checkpoint's, is written out.
     plain = SamplingParams(temperature=0.0)
     assert DIALECTS["vllm"].write(plain)["top_k"] == DIALECTS["sglang"].write(plain)["top_k"] == -1
-    assert DIALECTS["llamacpp"].write(plain)["top_k"] == 0
+    assert DIALECTS["llamacpp"].write(plain)["top_k"] == DIALECTS["llamacpp"].write(plain)["mirostat"] == 0
+    assert "repeat_last_n" not in DIALECTS["llamacpp"].write(plain)
     assert DIALECTS["vllm"].write(plain)["repetition_penalty"] == 1.0
     assert "seed" not in DIALECTS["openai"].write(SamplingParams(temperature=0.0, seed=1))
 
@@ -202,8 +203,9 @@ def test_constraints_are_written_as_each_dialect_has_them() -> None:
         return DIALECTS[dialect].write(SamplingParams(temperature=0.0, **sampling))
 
     schema = {"type": "object"}
-    for dialect in DIALECTS:
+    for dialect in DIALECTS.keys() - {"llamacpp"}:
         assert write(dialect, json_schema=schema)["response_format"]["json_schema"]["schema"] == schema
+    assert write("llamacpp", json_schema=schema)["json_schema"] == schema
     assert write("vllm", regex="a+")["structured_outputs"] == {"regex": "a+"}
     assert write("vllm", choice=["a", "b"])["structured_outputs"] == {"choice": ["a", "b"]}
     assert write("vllm", grammar="x")["structured_outputs"] == {"grammar": "x"}
