@@ -15,6 +15,8 @@ MAX_MESSAGE_CHARS = 300
 MAX_RETRY_AFTER_S = 300.0
 _OF_THE_REQUEST = (400, 413, 422)
 _BUSY = (429, 503)
+_REFUSED_WITH_500 = ("image input is not supported",)
+"""What llama.cpp's server says to a picture that it has no encoder for, as if it had failed."""
 _TOO_LONG = (
     "context_length_exceeded",
     "maximum context length",
@@ -43,7 +45,7 @@ def fault_of_answer(status: int, headers: Any, body: bytes, secrets: tuple[str, 
     if status in _BUSY and (status == 429 or headers.get("retry-after") is not None):
         return EndpointFault("overloaded", f"answers {status}", retry_after(headers.get("retry-after")))
     said = error_text(body, secrets)
-    if status in _OF_THE_REQUEST and said is not None:
+    if said is not None and (status in _OF_THE_REQUEST or any(sign in said for sign in _REFUSED_WITH_500)):
         return request_fault(said)
     return EndpointFault("error", f"answers {status}" + (f": {said}" if said else ""))
 
