@@ -55,7 +55,7 @@ class LlamaServer:
         # The keys and values in float32 as well: greedy texts are compared with float32's.
         command = [str(program), "--model", str(model), "--alias", MODEL, "--host", "127.0.0.1"]
         command += ["--port", str(self._port), "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_TOKENS)]
-        command += ["--threads", "1", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-webui", *options]
+        command += ["--threads", "1", "--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", *options]
         self._process = LocalProcess("llama-server", command, directory / "llama-server.log")
 
     @property

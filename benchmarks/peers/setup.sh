@@ -39,7 +39,7 @@ llama.cpp)
     # Native: the whole point is this machine's own instructions.
     cmake -S "$dir/source/vendor/llama.cpp" -B "$dir/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-    # The server is what the tests with the marker llamacpp run against: a quarter of an hour on two cores.
+    # The server is what the tests with the marker llamacpp run against; it takes eleven minutes of CPU time.
     cmake --build "$dir/build" --parallel --target llama-batched-bench llama-quantize llama-server
     ;;
 *)

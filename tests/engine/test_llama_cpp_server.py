@@ -112,13 +112,22 @@ async def test_sampling_parameters_reach_the_sampler_and_its_own_defaults_do_not
 ) -> None:
     asked = {"temperature": 0.75, "top_k": 7, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 1.5, "seed": 2**40 + 5}
     await engine.submit(ask("asked", presence_penalty=0.5, frequency_penalty=0.25, **asked))
-    await engine.submit(ask("plain", "What is the total?"))
-    seen = {slot["params"]["temperature"]: slot["params"] for slot in server.slots() if "params" in slot}
+    seen = [slot["params"] for slot in server.slots() if "params" in slot]
     wire = {"top_k": 7, "top_p": 0.5, "min_p": 0.25, "repeat_penalty": 1.5, "repeat_last_n": 2**20, "mirostat": 0}
     wire |= {"presence_penalty": 0.5, "frequency_penalty": 0.25, "seed": (2**40 + 5) % (2**32 - 1)}
-    assert {name: seen[0.75][name] for name in wire} == wire
-    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "mirostat": 0, "dry_multiplier": 0.0}
-    assert {name: seen[0.0][name] for name in neutral} == neutral
+    assert wire in [{name: one[name] for name in wire} for one in seen]
+    await engine.submit(ask("plain"))
+    seen = [slot["params"] for slot in server.slots() if "params" in slot]
+    neutral = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+        "mirostat": 0,
+        "dry_multiplier": 0.0,
+    }
+    assert neutral in [{name: one[name] for name in neutral} for one in seen]
 
 
 async def test_a_seed_repeats_a_text_and_penalties_and_biases_change_it(engine: OpenAIEngine) -> None:
@@ -176,13 +185,16 @@ async def test_log_probabilities_are_those_of_this_projects_own_engine(
     assert output.outputs[0].text_ends == expected.outputs[0].text_ends
 
 
-async def test_log_probabilities_count_the_tokens_inside_a_character(engine: OpenAIEngine) -> None:
+async def test_log_probabilities_are_missing_inside_a_character_and_not_where_a_stop_may_begin(engine: OpenAIEngine) -> None:
     output = await engine.submit(ask("a", choice=["日本"], logprobs=0))
-    assert output.text == "日本"
     assert output.logprobs is not None
-    assert len(output.logprobs) in (output.usage.output_tokens, output.usage.output_tokens - 1)  # the end has none
-    assert output.outputs[0].text_ends is not None
-    assert output.outputs[0].text_ends[-1] == 2
+    assert output.usage.output_tokens > 4
+    assert [place.text for position in output.logprobs for place in position.values()] == ["日", "本"]
+    assert output.outputs[0].text_ends == (1, 2)
+    stopped = await engine.submit(ask("b", choice=["a red fox"], stop=["a red cat", "x"], logprobs=0))
+    assert stopped.text == "a red fo"
+    assert stopped.logprobs is not None
+    assert "".join(place.text for position in stopped.logprobs for place in position.values()) == "a red fo"
 
 
 async def test_what_the_request_is_to_blame_for_is_refused_and_no_fault_of_the_server(engine: OpenAIEngine) -> None:
