@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.demo.child_process import LocalProcess, free_port
 
 MODEL = "small"
-SLOTS, SLOT_TOKENS = 2, 512
+SLOTS, SLOT_TOKENS, CONTEXT = 2, 512, 16_384
 WHERE = "llama.cpp's server: no LLAMA_SERVER, and none built by benchmarks/peers/setup.sh llama.cpp ../peers/llama.cpp"
 
 
@@ -32,7 +32,7 @@ def make_checkpoint(directory: Path) -> tuple[Path, Path]:
 
     Greedy texts are ASCII: what a decoder makes of bytes that are no UTF-8 differs.
     """
-    checkpoint = make_qwen3(directory / "checkpoint", seed=3)
+    checkpoint = make_qwen3(directory / "checkpoint", seed=3, max_position_embeddings=CONTEXT)
     tokenizer = make_tokenizer()
     others = [index for index in range(len(tokenizer)) if not tokenizer.decode([index]).isascii()]
 
@@ -46,15 +46,15 @@ def make_checkpoint(directory: Path) -> tuple[Path, Path]:
 
 
 class LlamaServer:
-    """A server with two slots over the GGUF file ``model``; it takes ``options`` of the command line."""
+    """A server with two slots over the GGUF file ``model``; ``options`` are of its command line."""
 
-    def __init__(self, model: Path, directory: Path, *options: str) -> None:
+    def __init__(self, model: Path, directory: Path, *options: str, slot_tokens: int = SLOT_TOKENS) -> None:
         program = llama_server_program()
         assert program is not None, "ask llama_server_program() first"
         self._port = free_port()
         # The keys and values in float32 as well: greedy texts are compared with float32's.
         command = [str(program), "--model", str(model), "--alias", MODEL, "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_TOKENS)]
+        command += ["--port", str(self._port), "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * slot_tokens)]
         command += ["--threads", "1", "--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", *options]
         self._process = LocalProcess("llama-server", command, directory / "llama-server.log")
 

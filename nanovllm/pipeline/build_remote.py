@@ -45,7 +45,7 @@ def check_remote(settings: Settings) -> None:
             "remote.dialect has not"
         )
     try:
-        dialect.capabilities.check(settings.sampling, f"the dialect {dialect.name} of remote.dialect")
+        dialect.check(settings.sampling)
     except InvalidInput as error:
         raise ConfigurationError(f"sampling: {error}") from None
     if settings.remote.ca_file is not None and not settings.remote.ca_file.is_file():

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.llama_cpp_schema import left_out
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import (
     ConfigurationError,
@@ -211,6 +213,45 @@ def test_constraints_are_written_as_each_dialect_has_them() -> None:
     assert write("vllm", grammar="x")["structured_outputs"] == {"grammar": "x"}
     assert write("sglang", choice=["a.b", "c d"])["regex"] == r"(a\.b)|(c d)"
     assert write("llamacpp", choice=['say "a"', "b\n"])["grammar"] == 'root ::= "say \\"a\\"" | "b\\x0A"'
+
+
+@pytest.mark.parametrize(
+    ("schema", "left"),
+    [
+        ({"type": "object", "properties": {"a": {"not": {"const": 1}}}}, ["not at #/properties/a"]),
+        ({"type": "number", "minimum": 0}, ["minimum at #"]),
+        ({"type": "integer", "minimum": 0, "multipleOf": 5}, ["multipleOf at #"]),
+        ({"type": ["integer", "number"], "maximum": 0}, ["maximum at #"]),
+        ({"minimum": 3}, ["minimum at #"]),
+        ({"type": "array", "items": {}, "uniqueItems": True}, ["uniqueItems at #"]),
+        ({"items": {}, "prefixItems": [{}]}, ["prefixItems at #"]),
+        ({"properties": {"a": {}}, "required": ["a", "b"], "allOf": [{}]}, ["allOf at #", "required at #"]),
+        ({"type": "string", "pattern": "^\\d+$"}, ["pattern at #"]),
+        ({"type": "string", "pattern": "total"}, ["pattern at #"]),
+        ({"type": "string", "pattern": "^[0-9]{2,4}(?:x|\\.)?$", "maxLength": 3}, ["maxLength at #"]),
+        ({"type": "string", "format": "email"}, ["format at #"]),
+        ({"anyOf": [{"type": "string"}], "minLength": 2}, ["minLength at #"]),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"if": {}}}}, ["if at #/$defs/a"]),
+        ({"type": "string", "minimum": 3, "format": "date-time", "title": "another type's keyword"}, []),
+        ({"properties": {"a": {"enum": [1, None]}}, "required": ["a"], "additionalProperties": False}, []),
+        ({"oneOf": [{"type": "null"}, {"type": "integer", "minimum": 1}]}, []),
+        ({}, []),
+    ],
+)  # fmt: skip
+async def test_a_schema_that_llama_cpp_would_not_enforce_is_refused_by_keyword_and_path(
+    schema: dict[str, Any], left: list[str]
+) -> None:
+    assert list(left_out(schema)) == left
+    async with OpenAIServer() as server, engine_of(server, dialect="llamacpp") as engine:
+        sampling = SamplingParams(json_schema=schema)
+        assert sampling.constraint is not None
+        if not left:
+            await engine.compile(sampling.constraint)
+            return
+        for refused in (engine.compile(sampling.constraint), engine.submit(ask("a", sampling={"json_schema": schema}))):
+            with pytest.raises(UnsupportedConstraint, match=f"does not enforce {re.escape(left[0])}"):
+                await refused
+    assert server.asked == []
 
 
 async def test_a_refusal_of_the_request_is_its_own_error_with_the_servers_words_escaped() -> None:

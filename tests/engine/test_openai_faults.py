@@ -342,6 +342,7 @@ def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time()
         (400, {"message": "request (9 tokens) exceeds the available context size (8 tokens)"}, PromptTooLong),
         (400, {"message": "Field 'seed': no number"}, InvalidInput),
         (500, {"message": "image input is not supported - hint: provide the mmproj"}, InvalidInput),
+        (500, {"message": "The model produced output that does not match the expected peg format"}, AnswerFailed),
         (500, {"message": "CUDA error"}, EndpointFault),
         (503, {"message": "Loading model", "type": "unavailable_error", "code": 503}, EndpointFault),
     ],

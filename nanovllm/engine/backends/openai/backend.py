@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import ssl
@@ -155,11 +156,12 @@ class OpenAIEngine(EngineBackend):
         return None
 
     async def compile(self, constraint: Constraint) -> None:
-        """The servers compile it. Raises UnsupportedConstraint where their dialect has no such constraints."""
+        """The servers compile it. Raises UnsupportedConstraint where they would not, or would not enforce it."""
+        dialect = self._options.dialect
         if constraint.kind not in self.capabilities.guided:
-            raise UnsupportedConstraint(
-                f"the dialect {self._options.dialect.name} of remote.dialect has no {constraint.kind}"
-            )
+            raise UnsupportedConstraint(f"{dialect.title} has no {constraint.kind}")
+        if constraint.kind == "json_schema":
+            dialect.check_schema(json.loads(constraint.text))
 
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
@@ -235,7 +237,7 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     else:
                         return await self._attempt(endpoint, request, body, generation, times)
-                except (InvalidInput, AnswerWithheld):
+                except (InvalidInput, AnswerWithheld, AnswerFailed):
                     endpoint.succeeded()  # it answered
                     raise
                 except EndpointFault as fault:

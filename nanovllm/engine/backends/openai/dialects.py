@@ -7,11 +7,13 @@ what it knows is therefore always written.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.backends.capabilities import Capabilities, GuidedKind
+from nanovllm.engine.backends.openai.llama_cpp_schema import left_out
+from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 
 _STANDARD = frozenset({"top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"})
@@ -24,13 +26,45 @@ _EVERY_CONTEXT = 2**20
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow."""
+    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``check`` lets pass.
+
+    ``left_out`` says what of a JSON schema its servers take and do not enforce; None: they refuse that themselves.
+    """
 
     name: str
     capabilities: Capabilities
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    left_out: Callable[[dict[str, Any]], Iterable[str]] | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"the dialect {self.name} of remote.dialect"
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Refuse what ``sampling`` asks for and the servers have not.
+
+        Raises:
+            UnsupportedConstraint: a kind of constraint, or a JSON schema that they would not enforce.
+            InvalidInput: anything else.
+        """
+        self.capabilities.check(sampling, self.title)
+        if sampling.json_schema is not None:
+            self.check_schema(sampling.json_schema)
+
+    def check_schema(self, schema: dict[str, Any]) -> None:
+        """Raise UnsupportedConstraint for a JSON schema that the servers would not enforce."""
+        if self.left_out is None:
+            return
+        try:
+            found = list(self.left_out(schema))
+        except RecursionError:
+            raise UnsupportedConstraint("json_schema is nested too deeply") from None
+        if found:
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UnsupportedConstraint(f"json_schema: {self.title} does not enforce {found[0]}{more}: leave it out")
 
 
 def _common(sampling: SamplingParams) -> dict[str, Any]:
@@ -194,6 +228,7 @@ DIALECTS = {
                 token_ids=False,
             ),
             _llamacpp,
+            left_out=left_out,
         ),
     )
 }

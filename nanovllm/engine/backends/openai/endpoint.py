@@ -19,7 +19,7 @@ from nanovllm.engine.backends.openai.event_stream import events
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import AnswerWithheld, InvalidInput
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
@@ -122,7 +122,7 @@ class Endpoint:
                         deque(answer.add(event), maxlen=0)
             if not answer.is_finished:
                 raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld):
+        except (InvalidInput, AnswerWithheld, AnswerFailed):
             pass  # refused in the words of the protocol: it answers
         except EndpointFault as fault:
             if fault.kind != "overloaded":
@@ -139,7 +139,7 @@ class Endpoint:
 
         Raises:
             EndpointFault: the server failed.
-            InvalidInput: it refuses the request.
+            InvalidInput, AnswerFailed: it refuses the request, or cannot read its model's answer.
         """
         self._requests += 1
         headers = {"content-type": "application/json", "accept": "text/event-stream"}

@@ -7,7 +7,7 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from nanovllm.errors import InvalidInput, NanoVLLMError, PromptTooLong
+from nanovllm.errors import AnswerFailed, InvalidInput, NanoVLLMError, PromptTooLong
 
 FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused"]
 
@@ -17,6 +17,8 @@ _OF_THE_REQUEST = (400, 413, 422)
 _BUSY = (429, 503)
 _REFUSED_WITH_500 = ("image input is not supported",)
 """What llama.cpp's server says to a picture that it has no encoder for, as if it had failed."""
+_UNREADABLE = "produced output that does not match the expected"
+"""What it says where its parser of answers (off by ``--skip-chat-parsing``) does not take what the model wrote."""
 _TOO_LONG = (
     "context_length_exceeded",
     "maximum context length",
@@ -45,9 +47,20 @@ def fault_of_answer(status: int, headers: Any, body: bytes, secrets: tuple[str, 
     if status in _BUSY and (status == 429 or headers.get("retry-after") is not None):
         return EndpointFault("overloaded", f"answers {status}", retry_after(headers.get("retry-after")))
     said = error_text(body, secrets)
-    if said is not None and (status in _OF_THE_REQUEST or any(sign in said for sign in _REFUSED_WITH_500)):
+    if said is not None and (found := fault_in_words(said)) is not None:
+        return found
+    if status in _OF_THE_REQUEST and said is not None:
         return request_fault(said)
     return EndpointFault("error", f"answers {status}" + (f": {said}" if said else ""))
+
+
+def fault_in_words(said: str) -> InvalidInput | AnswerFailed | None:
+    """The error of a request that a server would fail with again, by its words alone; None: they do not say so."""
+    if any(sign in said for sign in _REFUSED_WITH_500):
+        return request_fault(said)
+    if _UNREADABLE in said:
+        return AnswerFailed(f"the server cannot read the answer: {said}")
+    return None
 
 
 def request_fault(said: str) -> InvalidInput:
