@@ -44,19 +44,20 @@ async def eventually(is_true: Callable[[], object], *, within_s: float = 60.0, w
         await asyncio.sleep(0.02)
 
 
-def _program(variable: str, default: Path) -> Path | None:
+def program_of(variable: str, default: Path) -> Path | None:
+    """The program that an environment variable names, or ``default``; None where there is none."""
     program = Path(os.environ.get(variable) or default)
     return program if os.access(program, os.X_OK) else None
 
 
 def kafka_node_program() -> Path | None:
     """The program that runs one Apache Kafka node: ``KAFKA_NODE``, or the one beside the repository."""
-    return _program("KAFKA_NODE", REPOSITORY.parent / "shared" / "kafka" / "kafka-node")
+    return program_of("KAFKA_NODE", REPOSITORY.parent / "shared" / "kafka" / "kafka-node")
 
 
 def s3_node_program() -> Path | None:
     """The program that runs a real S3 server: ``S3_NODE``, or the one beside the repository."""
-    return _program("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
+    return program_of("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
 
 
 @cache

@@ -43,7 +43,7 @@ def check_remote(settings: Settings) -> None:
             "remote.dialect has not"
         )
     try:
-        remote_options(settings).capabilities.check(settings.sampling, f"the dialect {dialect.name} of remote.dialect")
+        remote_options(settings).check(settings.sampling)
     except InvalidInput as error:
         raise ConfigurationError(f"sampling: {error}") from None
     if settings.remote.ca_file is not None and not settings.remote.ca_file.is_file():

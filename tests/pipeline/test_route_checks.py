@@ -395,6 +395,6 @@ def test_a_backend_without_tokens_proves_nothing(capsys: Capture, monkeypatch: p
 @pytest.mark.parametrize("option", [{"deterministic": True}, {"quantization": "int8"}, {"max_pixels": 10_000}])
 def test_options_that_transformers_layers_do_not_have_are_refused_without_weights(option: dict[str, object]) -> None:
     settings = Settings.model_validate({"engine": {"backend": "generic", **option}})
-    with pytest.raises(ConfigurationError, match=f"{next(iter(option))}=.*'tiny-receipts'.*: unset it"):
-        with model_limits(settings):
-            pass
+    message = f"{next(iter(option))}=.*'tiny-receipts'.*: unset it"
+    with pytest.raises(ConfigurationError, match=message), model_limits(settings):
+        pass

@@ -9,6 +9,7 @@ _TOO_LONG = (
     "context_length_exceeded",
     "maximum context length",
     "exceed_context_size",
+    "exceeds the available context size",
     "longer than the maximum model",
 )
 

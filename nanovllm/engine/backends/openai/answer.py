@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, message_in, request_fault
+from nanovllm.engine.backends.openai.faults import (
+    EndpointFault,
+    fault_in_words,
+    fault_of_answer,
+    message_in,
+    request_fault,
+)
 from nanovllm.engine.outputs import Completion, FinishReason, Logprob, TokenChunk, TokenLogprobs, Usage
 from nanovllm.errors import AnswerWithheld
 
@@ -56,6 +62,7 @@ class Answer:
             EndpointFault: the event is none of the protocol, or says that the server failed.
             InvalidInput: it says that the server refuses the request.
             AnswerWithheld: a filter of the server stopped the answer.
+            AnswerFailed: the server cannot read what its model wrote.
         """
         if event.get("error") or event.get("object") == "error":
             raise self._error(event)
@@ -94,12 +101,14 @@ class Answer:
         error = event.get("error")
         code = error.get("code") if isinstance(error, dict) else event.get("code")
         said = message_in(event, self._secrets) or "no message"
+        if (found := fault_in_words(said)) is not None:
+            return found
         if code in (400, 422):
             return request_fault(said)
         if isinstance(code, int) and 400 <= code < 600:
-            found = fault_of_answer(code, {}, b"", self._secrets)
-            if isinstance(found, EndpointFault):
-                return EndpointFault(found.kind, f"fails in mid-answer: {said}")
+            fault = fault_of_answer(code, {}, b"", self._secrets)
+            if isinstance(fault, EndpointFault):
+                return EndpointFault(fault.kind, f"fails in mid-answer: {said}")
         return EndpointFault("error", f"fails in mid-answer: {said}")
 
     def _add(self, one: Any) -> TokenChunk | None:

@@ -20,7 +20,7 @@ from nanovllm.engine.backends.openai.event_stream import events
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import AnswerWithheld, InvalidInput
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
@@ -123,7 +123,7 @@ class Endpoint:
                         deque(answer.add(event), maxlen=0)
             if not answer.is_finished:
                 raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld):
+        except (InvalidInput, AnswerWithheld, AnswerFailed):
             pass  # refused in the words of the protocol: it answers
         except EndpointFault as fault:
             if fault.kind != "overloaded":
@@ -140,7 +140,7 @@ class Endpoint:
 
         Raises:
             EndpointFault: the server failed.
-            InvalidInput: it refuses the request.
+            InvalidInput, AnswerFailed: it refuses the request, or cannot read its model's answer.
         """
         self._requests += 1
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
@@ -216,6 +216,7 @@ def _as_fault(error: Exception) -> EndpointFault:
 
 
 def _context(model: dict[str, Any]) -> int | None:
-    """Context of a listed model as vLLM and SGLang say it."""
-    context = model.get("max_model_len")
+    """Context of a listed model as vLLM and SGLang say it, or as llama.cpp does of one slot."""
+    meta = model.get("meta")
+    context = model.get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
     return context if type(context) is int and context > 0 else None

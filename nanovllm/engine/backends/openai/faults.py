@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 from nanovllm.engine.backends.foreign_errors import refusal, shown
-from nanovllm.errors import InvalidInput, NanoVLLMError
+from nanovllm.errors import AnswerFailed, InvalidInput, NanoVLLMError
 
 FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused"]
 
@@ -16,6 +16,10 @@ MAX_RETRY_AFTER_S = 300.0
 _OF_THE_REQUEST = (400, 413, 422)
 _BUSY = (429, 503)
 _TOO_LONG_CODE = "context_length_exceeded"
+_REFUSED_WITH_500 = ("image input is not supported",)
+"""What llama.cpp's server says to a picture that it has no encoder for, as if it had failed."""
+_UNREADABLE = "produced output that does not match the expected"
+"""What it says where its parser of answers (off by ``--skip-chat-parsing``) does not take what the model wrote."""
 
 
 class EndpointFault(Exception):
@@ -38,9 +42,20 @@ def fault_of_answer(status: int, headers: Any, body: bytes, secrets: tuple[str, 
     if status in _BUSY and (status == 429 or headers.get("retry-after") is not None):
         return EndpointFault("overloaded", f"answers {status}", retry_after(headers.get("retry-after")))
     said = error_text(body, secrets)
+    if said is not None and (found := fault_in_words(said)) is not None:
+        return found
     if status in _OF_THE_REQUEST and said is not None:
         return request_fault(said)
     return EndpointFault("error", f"answers {status}" + (f": {said}" if said else ""))
+
+
+def fault_in_words(said: str) -> InvalidInput | AnswerFailed | None:
+    """The error of a request that a server would fail with again, by its words alone; None: they do not say so."""
+    if any(sign in said for sign in _REFUSED_WITH_500):
+        return request_fault(said)
+    if _UNREADABLE in said:
+        return AnswerFailed(f"the server cannot read the answer: {said}")
+    return None
 
 
 def request_fault(said: str) -> InvalidInput:

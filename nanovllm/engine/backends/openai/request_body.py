@@ -54,12 +54,12 @@ def request_body(request: Request, model: str, options: OpenAIOptions) -> Reques
         InvalidInput: it asks for what the dialect or the settings do not have, or its images and placeholders differ.
     """
     dialect, sampling = options.dialect, request.sampling
-    options.capabilities.check(sampling, f"the dialect {dialect.name} of remote.dialect")
+    options.check(sampling)
     fields: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     fields |= dialect.write(sampling)
     kwargs = options.chat_template_kwargs | dict(request.chat_template_kwargs or {})
     if kwargs and not dialect.template_kwargs:
-        raise InvalidInput(f"chat_template_kwargs: the dialect {dialect.name} of remote.dialect has none")
+        raise InvalidInput(f"chat_template_kwargs: {dialect.title} has none")
     if kwargs:
         fields["chat_template_kwargs"] = kwargs
     if request.cache_salt and dialect.cache_salt:
