@@ -1,6 +1,6 @@
 """What sampling costs a step beside the same rows taken greedily, by kind of request; by turns, medians.
 
-Needs no checkpoint: random logits of 32 rows over 151,936 tokens (Qwen's vocabulary). Writes a JSON file (``--output``).
+Needs no checkpoint: random logits of 32 rows over 151,936 tokens (Qwen's vocabulary). Writes a JSON file.
 """
 
 from __future__ import annotations
