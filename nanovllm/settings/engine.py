@@ -38,13 +38,20 @@ class EngineSettings(SettingsModel):
         None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's. Deprecated."
     )
     kv_cache_bytes: Bytes | None = Field(
-        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1 GiB on a CPU."
+        None, description="Size of the KV cache; unset: by gpu_memory_utilization or cpu_memory_utilization."
     )
     kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
         "auto", description="`auto`: the model's own type; `bfloat16` halves the cache of a float32 model, on a CPU."
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
+    )
+    cpu_memory_utilization: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="Share of the machine's memory, or of the control group's limit, that the engine takes on a CPU; "
+        "the KV cache has 1 GiB at least.",
     )
     enforce_eager: bool = Field(False, description="Record no CUDA graphs: a quicker start, slower small steps.")
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
