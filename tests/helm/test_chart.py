@@ -408,9 +408,14 @@ def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
     assert "Deployment" in render(instance)
 
 
-def test_every_backend_has_a_file_of_values() -> None:
+def test_every_backend_has_a_file_of_values_that_the_docs_name() -> None:
     backends = {values["settings"]["engine"]["backend"] for values in OF_BACKENDS.values()}
     assert backends == BACKENDS - {"auto"}
+    page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert all(
+        f"| `{name}.yaml` | `{values['settings']['engine']['backend']}` |" in page
+        for name, values in OF_BACKENDS.items()
+    )
 
 
 @every_backend

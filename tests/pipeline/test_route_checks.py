@@ -16,7 +16,7 @@ from generic_checkpoints import make_generic_images
 from generic_parts import needs_release
 
 from nanovllm.cli.main import main
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.pipeline import build
 from nanovllm.pipeline.route_checks import (
     A4,
@@ -354,3 +354,12 @@ def test_a_backend_without_tokens_proves_nothing(capsys: Capture, monkeypatch: p
     monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "echo")
     assert main(["routes", "check", str(EXAMPLE)]) == 2
     assert "engine.backend is echo" in capsys.readouterr().err
+
+
+@needs_release
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"quantization": "int8"}, {"max_pixels": 10_000}])
+def test_options_that_transformers_layers_do_not_have_are_refused_without_weights(option: dict[str, object]) -> None:
+    settings = Settings.model_validate({"engine": {"backend": "generic", **option}})
+    message = f"{next(iter(option))}=.*'tiny-receipts'.*: unset it"
+    with pytest.raises(ConfigurationError, match=message), model_limits(settings):
+        pass
