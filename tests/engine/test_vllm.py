@@ -275,6 +275,20 @@ async def test_an_aborted_request_ends_in_process_too(in_process: ProcessEngine)
     assert after.generation_tokens - before.generation_tokens <= 24
 
 
+async def test_aborts_at_any_moment_leave_an_image_that_can_be_asked_about(
+    in_process: ProcessEngine, wanted: list[RequestOutput]
+) -> None:
+    for number in range(12):
+        generation = in_process.submit(
+            request_for(in_process, f"{number}", "see <|image|>", (0,), sampling=LONG, cache_salt=bytes([number // 4]))
+        )
+        await asyncio.sleep(0.01 * number)
+        generation.abort()
+        assert (await generation).finish_reason == "abort"
+    for salt in (b"", *map(bytes, ([0], [1], [2]))):
+        assert (await ask(in_process, PROMPTS[1][0], PROMPTS[1][1], cache_salt=salt)).text == wanted[1].text
+
+
 async def test_in_process_it_tells_ids_ranks_ends_of_tokens_and_prompts_as_the_native_engine_does(
     in_process: ProcessEngine, wanted: list[RequestOutput]
 ) -> None:
