@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import edit_json
 from engine_parts import noise_image
 from openai_server import OpenAIServer, engine_of
 from parts import eventually
@@ -327,31 +329,37 @@ async def test_text_of_a_prompt_never_becomes_a_special_token(in_process: Proces
     ][-40:]
 
 
+async def test_a_model_that_vllm_does_not_know_is_refused_in_its_words(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "odd")
+    edit_json(tmp_path / "odd" / "config.json", architectures=["NoSuchModel"])
+    process = VllmProcess(vllm_python(), tmp_path / "odd", tmp_path / "odd.log")
+    with pytest.raises(RuntimeError, match=r"ConfigurationError: vLLM does not start with 'tiny': .*NoSuchModel"):
+        await process.start()
+
+
 async def test_a_server_that_is_killed_in_mid_answer_loses_nothing_and_comes_back(
     server: VllmServer, native_engine: LLMEngine
 ) -> None:
     sampling = {"max_tokens": 300, "ignore_eos": True}
     async with OpenAIServer(AsyncEngine(native_engine)) as other:
-        async with engine_of(server.url, dialect="vllm", model="tiny", breaker_requests=1) as engine:
+        await other.kill()
+        async with engine_of(server.url, other, dialect="vllm", model="tiny", breaker_requests=1) as engine:
             before = await ask(engine, "quick brown fox", sampling=sampling)
-        options = {"dialect": "vllm", "model": "tiny", "affinity_slack": 64, "breaker_requests": 1}
-        async with engine_of(server.url, other, **options) as engine:
             generation = engine.submit(request_for(engine, "a", "quick brown fox", sampling=sampling))
             await eventually(lambda: generation.chunks)
-            assert not other.asked
+            await other.start()
             server.kill()
             output = await generation
-            assert output.text == before.text
-            assert [len(other.asked), output.usage.output_tokens] == [1, 300]
-            fate = {one.url: one for one in engine.stats().endpoints}
-            assert not fate[server.url].is_up
-            assert fate[server.url].faults
+            assert (output.text, output.usage.output_tokens) == (before.text, 300)
+            assert other.asked[-1].body["max_tokens"] == 300
+            fate = engine.stats().endpoints[0]
+            assert fate.faults
+            assert not fate.is_up
             await server.start()
             while not engine.stats().endpoints[0].is_up:
                 await ask(engine, f"hello {asyncio.get_running_loop().time()}", sampling={"max_tokens": 1})
-            asked = len(other.asked)
+            await other.kill()
             assert (await ask(engine, "quick brown fox", sampling=sampling)).text == before.text
-            assert len(other.asked) == asked
 
 
 async def test_the_death_of_vllms_engine_ends_every_request_and_is_told(
