@@ -33,7 +33,6 @@ from nanovllm.pipeline.build_documents import (
     document_limits,
 )
 from nanovllm.pipeline.build_remote import build_remote_engine, check_remote
-from nanovllm.pipeline.build_vllm import build_vllm_engine, check_vllm
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
@@ -341,12 +340,14 @@ def check_parts(settings: Settings) -> None:
     if engine.backend == "openai":
         check_remote(settings)
         return
-    from nanovllm.engine.execution.loading import choose_device
-
     directory = checkpoint_directory(engine)
     if engine.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import check_vllm
+
         check_vllm(settings, directory)
         return
+    from nanovllm.engine.execution.loading import choose_device
+
     choose_device(engine.device)
 
 
@@ -360,6 +361,8 @@ async def load_engine(settings: Settings) -> EngineBackend:
     if options.backend == "openai":
         return build_remote_engine(settings)
     if options.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import build_vllm_engine
+
         return await asyncio.to_thread(build_vllm_engine, settings, checkpoint_directory(options))
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe

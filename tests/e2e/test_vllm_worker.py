@@ -108,12 +108,14 @@ async def test_jobs_through_kafka_and_s3_are_answered_as_by_the_native_engine(
     expected = {job_id: found[0] for job_id, found in own.results.items()}
     assert {*results} == {"text", "one", "two", "guided"}
     for job_id in ("text", "one", "two"):
-        assert results[job_id].text == expected[job_id].text
+        assert results[job_id].token_ids == expected[job_id].token_ids
+        # Of a character that max_tokens cuts vLLM's text has nothing, and the native engine's U+FFFD.
+        assert results[job_id].text.rstrip("\ufffd") == expected[job_id].text.rstrip("\ufffd")
         assert results[job_id].usage.input_tokens == expected[job_id].usage.input_tokens
         assert results[job_id].usage.output_tokens == expected[job_id].usage.output_tokens
     assert {*json.loads(results["guided"].text)} == {"total", "paid"}
     assert results["guided"].finish_reason == "stop"
-    dead = {job_id: letters[0].error.code for job_id, letters in world.dead_letters.items()}
+    dead = {job_id: letters[0].code for job_id, letters in world.dead_letters.items()}
     assert dead == {
         "schema": "invalid_input" if backend == "openai" else "unsupported_constraint",
         "hot": "invalid_input",

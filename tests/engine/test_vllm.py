@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import edit_json
 from engine_parts import noise_image
 from openai_server import OpenAIServer, engine_of
 from parts import eventually
@@ -275,6 +278,20 @@ async def test_an_aborted_request_ends_in_process_too(in_process: ProcessEngine)
     assert after.generation_tokens - before.generation_tokens <= 24
 
 
+async def test_aborts_at_any_moment_leave_an_image_that_can_be_asked_about(
+    in_process: ProcessEngine, wanted: list[RequestOutput]
+) -> None:
+    for number in range(12):
+        generation = in_process.submit(
+            request_for(in_process, f"{number}", "see <|image|>", (0,), sampling=LONG, cache_salt=bytes([number // 4]))
+        )
+        await asyncio.sleep(0.01 * number)
+        generation.abort()
+        assert (await generation).finish_reason == "abort"
+    for salt in (b"", *map(bytes, ([0], [1], [2]))):
+        assert (await ask(in_process, PROMPTS[1][0], PROMPTS[1][1], cache_salt=salt)).text == wanted[1].text
+
+
 async def test_in_process_it_tells_ids_ranks_ends_of_tokens_and_prompts_as_the_native_engine_does(
     in_process: ProcessEngine, wanted: list[RequestOutput]
 ) -> None:
@@ -313,31 +330,39 @@ async def test_text_of_a_prompt_never_becomes_a_special_token(in_process: Proces
     ][-40:]
 
 
+async def test_a_model_that_vllm_does_not_know_is_refused_in_its_words(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "odd")
+    edit_json(tmp_path / "odd" / "config.json", architectures=["NoSuchModel"])
+    process = VllmProcess(vllm_python(), tmp_path / "odd", tmp_path / "odd.log")
+    with pytest.raises(RuntimeError, match=r"ConfigurationError: vLLM does not start with 'tiny': .*NoSuchModel"):
+        await process.start()
+
+
 async def test_a_server_that_is_killed_in_mid_answer_loses_nothing_and_comes_back(
     server: VllmServer, native_engine: LLMEngine
 ) -> None:
     sampling = {"max_tokens": 300, "ignore_eos": True}
-    async with OpenAIServer(AsyncEngine(native_engine)) as other:
-        async with engine_of(server.url, dialect="vllm", model="tiny", breaker_requests=1) as engine:
-            before = await ask(engine, "quick brown fox", sampling=sampling)
-        options = {"dialect": "vllm", "model": "tiny", "affinity_slack": 64, "breaker_requests": 1}
-        async with engine_of(server.url, other, **options) as engine:
-            generation = engine.submit(request_for(engine, "a", "quick brown fox", sampling=sampling))
-            await eventually(lambda: generation.chunks)
-            assert not other.asked
-            server.kill()
-            output = await generation
-            assert output.text == before.text
-            assert [len(other.asked), output.usage.output_tokens] == [1, 300]
-            fate = {one.url: one for one in engine.stats().endpoints}
-            assert not fate[server.url].is_up
-            assert fate[server.url].faults
-            await server.start()
-            while not engine.stats().endpoints[0].is_up:
-                await ask(engine, f"hello {asyncio.get_running_loop().time()}", sampling={"max_tokens": 1})
-            asked = len(other.asked)
-            assert (await ask(engine, "quick brown fox", sampling=sampling)).text == before.text
-            assert len(other.asked) == asked
+    options = {"dialect": "vllm", "model": "tiny", "breaker_requests": 1, "affinity_slack": 64}
+    async with OpenAIServer(AsyncEngine(native_engine)) as other, engine_of(server.url, other, **options) as engine:
+        for number in itertools.count():  # until vLLM takes it, which then takes it again
+            prompt, asked = f"quick brown fox {number}", len(other.asked)
+            before = await ask(engine, prompt, sampling=sampling)
+            if len(other.asked) == asked:
+                break
+        generation = engine.submit(request_for(engine, "a", prompt, sampling=sampling))
+        await eventually(lambda: generation.chunks)
+        server.kill()
+        output = await generation
+        assert (output.text, output.usage.output_tokens) == (before.text, 300)
+        assert len(other.asked) == asked + 1
+        fate = engine.stats().endpoints[0]
+        assert fate.faults
+        assert not fate.is_up
+        await server.start()
+        while not engine.stats().endpoints[0].is_up:
+            await ask(engine, f"hello {asyncio.get_running_loop().time()}", sampling={"max_tokens": 1})
+        await other.kill()
+        assert (await ask(engine, prompt, sampling=sampling)).text == before.text
 
 
 async def test_the_death_of_vllms_engine_ends_every_request_and_is_told(

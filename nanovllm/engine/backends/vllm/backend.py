@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -69,6 +70,7 @@ class VllmEngine(EngineBackend):
         self._options = options
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, Answer] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-prompts")
         self._last_progress = 0.0
         self._watchdog: asyncio.Task[None] | None = None
 
@@ -89,7 +91,9 @@ class VllmEngine(EngineBackend):
     def _begin(self, request: Request, generation: Generation) -> None:
         if len(self._generations) == 1:
             self._last_progress = time.monotonic()
-        task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
+        begun = time.perf_counter()
+        self._answers[request.request_id] = Answer(request, begun)
+        task = asyncio.create_task(self._run(request, generation, begun), name="nanovllm-request")
         self._tasks[request.request_id] = task
         task.add_done_callback(lambda done: self._forget(request.request_id, done))
 
@@ -118,11 +122,10 @@ class VllmEngine(EngineBackend):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._loaded.grammars.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._engine.shutdown)
 
-    async def _run(self, request: Request, generation: Generation) -> None:
-        begun = time.perf_counter()
-        self._answers[request.request_id] = Answer(request, begun)
+    async def _run(self, request: Request, generation: Generation, begun: float) -> None:
         try:
             output = (await self._answer(request, generation, begun)).output()
         except EngineDeadError as error:
@@ -144,7 +147,8 @@ class VllmEngine(EngineBackend):
     async def _answer(self, request: Request, generation: Generation, begun: float) -> Answer:
         """All that vLLM answers, after as many attempts as it takes."""
         prompts, constraint = self._loaded.prompts, request.sampling.constraint
-        token_ids = prompt_tokens(prompts, request)
+        loop = asyncio.get_running_loop()
+        token_ids = await loop.run_in_executor(self._thread, prompt_tokens, prompts, request)
         self._check(request, token_ids)
         if constraint is not None:
             await self.compile(constraint)
@@ -152,7 +156,8 @@ class VllmEngine(EngineBackend):
             rendered = await self._rendered(token_ids, request.images, request.cache_salt)
             runs = image_runs(token_ids, prompts.image_token_id, rendered)
             answer = self._answers[request.request_id] = Answer(request, begun, runs)
-            parameters = _parameters(request.sampling, constraint, self._room(len(rendered["prompt_token_ids"])))
+            room = self._room(len(rendered["prompt_token_ids"]))
+            parameters = await loop.run_in_executor(self._thread, _parameters, request.sampling, constraint, room)
             outputs = self._engine.generate(rendered, parameters, request.request_id, priority=request.priority)
             async with aclosing(outputs):
                 async for output in outputs:
@@ -247,9 +252,11 @@ def _parameters(sampling: SamplingParams, constraint: Constraint | None, room: i
 
 
 def _fault(error: Exception) -> Exception:
-    """What a request failed with; vLLM's refusals are the request's own fault."""
+    """What a request failed with: a refusal of vLLM is its own fault, any other error of vLLM may pass."""
     if isinstance(error, VLLMClientError):
         return refusal(shown(str(error)), "vLLM")
+    if isinstance(error, VLLMError):
+        return AnswerFailed(f"vLLM's engine fails with the request: {shown(str(error.__cause__ or error))}")
     return error
 
 
