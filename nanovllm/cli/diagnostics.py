@@ -37,7 +37,13 @@ def doctor(
     """
     settings = load_settings(config)
     check_settings(settings.s3)
-    rows = _servers(settings) if settings.engine.backend == "openai" else _engine(settings, seconds)
+    match settings.engine.backend:
+        case "openai":
+            rows = _servers(settings)
+        case "vllm":
+            rows = _vllm(settings)
+        case _:
+            rows = _engine(settings, seconds)
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 
 
@@ -66,6 +72,15 @@ def _servers(settings: Settings) -> list[Row]:
 
     with long_work("asking the endpoints"):
         return asyncio.run(remote_findings(build_remote_engine(settings), settings))
+
+
+def _vllm(settings: Settings) -> list[Row]:
+    """What vLLM would be given."""
+    require_engine(settings)
+    from nanovllm.pipeline.build import checkpoint_directory
+    from nanovllm.pipeline.build_vllm import vllm_findings
+
+    return vllm_findings(settings, checkpoint_directory(settings.engine))
 
 
 def surroundings(settings: Settings) -> Iterator[Row]:

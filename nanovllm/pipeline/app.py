@@ -159,7 +159,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             raise
         health.wait_for(None)
         logger.info(
-            "consuming %s as %s in group %s, which took %.1f s to join",
+            "consuming %s as %s in group %s, which took %.2f s to join",
             ", ".join(source.topics),
             settings.worker_id,
             settings.kafka.group_id,

@@ -340,11 +340,14 @@ def check_parts(settings: Settings) -> None:
     if engine.backend == "openai":
         check_remote(settings)
         return
-    from nanovllm.checkpoints.resolve import resolve_checkpoint
+    directory = checkpoint_directory(engine)
+    if engine.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import check_vllm
+
+        check_vllm(settings, directory)
+        return
     from nanovllm.engine.execution.loading import choose_device
 
-    _register_aliases(engine)
-    resolve_checkpoint(engine.model or DEFAULT_MODEL)
     choose_device(engine.device)
 
 
@@ -357,6 +360,10 @@ async def load_engine(settings: Settings) -> EngineBackend:
         return EchoEngine(max_num_seqs=options.max_num_seqs)
     if options.backend == "openai":
         return build_remote_engine(settings)
+    if options.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import build_vllm_engine
+
+        return await asyncio.to_thread(build_vllm_engine, settings, checkpoint_directory(options))
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 
@@ -382,6 +389,14 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 def engine_options(settings: EngineSettings) -> dict[str, Any]:
     """The engine's own options among the settings of one that loads a model."""
     return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend}
+
+
+def checkpoint_directory(settings: EngineSettings) -> Path:
+    """Where the checkpoint is that the settings name. Raises ModelNotFound."""
+    from nanovllm.checkpoints.resolve import resolve_checkpoint
+
+    _register_aliases(settings)
+    return resolve_checkpoint(settings.model or DEFAULT_MODEL)
 
 
 def _register_aliases(settings: EngineSettings) -> None:

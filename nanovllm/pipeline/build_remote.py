@@ -11,7 +11,6 @@ from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptio
 from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.s3_client import S3Client, make_client
-from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 
@@ -34,19 +33,17 @@ def check_remote(settings: Settings) -> None:
         ConfigurationError: a setting of the engine in this process, a sampling default, or template variables.
     """
     engine, dialect = settings.engine, DIALECTS[settings.remote.dialect]
-    for name in EngineSettings.model_fields.keys() - ENGINE_SETTINGS:
-        default = EngineSettings.model_fields[name].get_default(call_default_factory=True)
-        if getattr(engine, name) != default:
-            raise ConfigurationError(
-                f"engine.{name} is set, which the backend openai has not: set it on the servers, and unset it here"
-            )
+    for name in engine.set_beside(ENGINE_SETTINGS):
+        raise ConfigurationError(
+            f"engine.{name} is set, which the backend openai has not: set it on the servers, and unset it here"
+        )
     if not dialect.template_kwargs and (engine.chat_template_kwargs or engine.job_chat_template_kwargs):
         raise ConfigurationError(
             f"engine.chat_template_kwargs or job_chat_template_kwargs is set, which the dialect {dialect.name} of "
             "remote.dialect has not"
         )
     try:
-        remote_options(settings).capabilities.check(settings.sampling, f"the dialect {dialect.name} of remote.dialect")
+        remote_options(settings).check(settings.sampling)
     except InvalidInput as error:
         raise ConfigurationError(f"sampling: {error}") from None
     if settings.remote.ca_file is not None and not settings.remote.ca_file.is_file():

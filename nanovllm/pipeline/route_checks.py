@@ -93,14 +93,15 @@ RouteLimits = ModelLimits | ServerLimits
 def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     """The limits of the model that ``settings`` name, from its files; it imports torch, for seconds.
 
-    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows.
+    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows. On a CPU
+    the least cache counts, so that the answer is the same on every machine.
 
     Raises:
         ConfigurationError, UnsupportedModel, ModelNotFound: it would not be served either.
     """
     from nanovllm.checkpoints.checkpoint import Checkpoint
     from nanovllm.checkpoints.resolve import resolve_checkpoint
-    from nanovllm.engine.config import GIB, EngineConfig
+    from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
     from nanovllm.engine.execution.generic_models import generic_image_tokens
     from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
     from nanovllm.engine.models.generic import stated_config
@@ -120,7 +121,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
         text, images = decoder_config(checkpoint)[0], image_tokens(checkpoint, config)
     max_model_len = text.context_limit(config.max_model_len)
     device = choose_device(config.device)
-    kv_bytes = config.kv_cache_bytes or (GIB if device.type == "cpu" else None)
+    kv_bytes = config.kv_cache_bytes or (LEAST_KV_BYTES if device.type == "cpu" else None)
     if kv_bytes is not None:
         item_bytes = 2 if config.kv_cache_dtype == "bfloat16" else choose_dtype(config, checkpoint, device).itemsize
         token_bytes = 2 * item_bytes * sum(heads * width for heads, width in text.kv_shapes)

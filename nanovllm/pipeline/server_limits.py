@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.openai.dialects import Dialect
 from nanovllm.engine.backends.openai.estimates import TEMPLATE_TOKENS, image_tokens, text_tokens
+from nanovllm.errors import UnsupportedConstraint
 from nanovllm.pipeline.build_remote import check_remote, remote_options
 from nanovllm.pipeline.documents.page_sizes import Points, rendered_size
 from nanovllm.pipeline.stages.admit import sampling_defaults
@@ -20,7 +22,7 @@ class ServerLimits:
     """What servers take of a prompt with a page; ``max_model_len`` None where they do not tell it."""
 
     capabilities: Capabilities
-    dialect: str
+    dialect: Dialect
     max_model_len: int | None
     max_images: int
     defaults: SamplingParams
@@ -47,7 +49,12 @@ class ServerLimits:
         """What of ``sampling`` is refused: the parameter, and why."""
         for what in self.capabilities.lacking(sampling):
             parameter = next(word for word in what.split() if word in SamplingParams.model_fields)
-            yield parameter, f"is set, and the dialect {self.dialect} of remote.dialect has no {what}"
+            yield parameter, f"is set, and {self.dialect.title} has no {what}"
+        if sampling.json_schema is not None:
+            try:
+                self.dialect.check_schema(sampling.json_schema)
+            except UnsupportedConstraint as error:
+                yield "json_schema", f"is refused: {error}"
 
 
 def server_limits(settings: Settings, context: int | None) -> ServerLimits:
@@ -60,7 +67,7 @@ def server_limits(settings: Settings, context: int | None) -> ServerLimits:
     options = remote_options(settings)
     return ServerLimits(
         capabilities=options.capabilities,
-        dialect=options.dialect.name,
+        dialect=options.dialect,
         max_model_len=context,
         max_images=settings.engine.max_images_per_request,
         defaults=sampling_defaults(settings, {}),

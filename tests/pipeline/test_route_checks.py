@@ -17,7 +17,7 @@ from generic_parts import needs_release
 from pdf_files import text_pdf
 
 from nanovllm.cli.main import main
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.page_sizes import A4, rendered_size
@@ -389,3 +389,12 @@ def test_a_backend_without_tokens_proves_nothing(capsys: Capture, monkeypatch: p
     monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "echo")
     assert main(["routes", "check", str(EXAMPLE)]) == 2
     assert "engine.backend is echo" in capsys.readouterr().err
+
+
+@needs_release
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"quantization": "int8"}, {"max_pixels": 10_000}])
+def test_options_that_transformers_layers_do_not_have_are_refused_without_weights(option: dict[str, object]) -> None:
+    settings = Settings.model_validate({"engine": {"backend": "generic", **option}})
+    message = f"{next(iter(option))}=.*'tiny-receipts'.*: unset it"
+    with pytest.raises(ConfigurationError, match=message), model_limits(settings):
+        pass

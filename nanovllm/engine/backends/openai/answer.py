@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, message_in, request_fault
+from nanovllm.engine.backends.openai.faults import (
+    EndpointFault,
+    fault_in_words,
+    fault_of_answer,
+    message_in,
+    request_fault,
+)
 from nanovllm.engine.outputs import Completion, FinishReason, Logprob, TokenChunk, TokenLogprobs, Usage
 from nanovllm.errors import AnswerWithheld
 
@@ -56,6 +62,7 @@ class Answer:
             EndpointFault: the event is none of the protocol, or says that the server failed.
             InvalidInput: it says that the server refuses the request.
             AnswerWithheld: a filter of the server stopped the answer.
+            AnswerFailed: the server cannot read what its model wrote.
         """
         if event.get("error") or event.get("object") == "error":
             raise self._error(event)
@@ -77,10 +84,12 @@ class Answer:
         """Tokens as the server counts them; where it does not, pieces of text count as output tokens."""
         details = self._usage.get("prompt_tokens_details")
         details = details if isinstance(details, dict) else {}
+        kinds = details.get("multimodal_tokens")  # vLLM's
+        image_tokens = kinds.get("image") if isinstance(kinds, dict) else details.get("image_tokens")
         return Usage(
             input_tokens=_count(self._usage.get("prompt_tokens")) or 0,
             output_tokens=self._output_tokens(),
-            image_tokens=_count(details.get("image_tokens")) or 0,
+            image_tokens=_count(image_tokens) or 0,
             cached_tokens=_count(details.get("cached_tokens")) or 0,
         )
 
@@ -92,12 +101,14 @@ class Answer:
         error = event.get("error")
         code = error.get("code") if isinstance(error, dict) else event.get("code")
         said = message_in(event, self._secrets) or "no message"
+        if (found := fault_in_words(said)) is not None:
+            return found
         if code in (400, 422):
             return request_fault(said)
         if isinstance(code, int) and 400 <= code < 600:
-            found = fault_of_answer(code, {}, b"", self._secrets)
-            if isinstance(found, EndpointFault):
-                return EndpointFault(found.kind, f"fails in mid-answer: {said}")
+            fault = fault_of_answer(code, {}, b"", self._secrets)
+            if isinstance(fault, EndpointFault):
+                return EndpointFault(fault.kind, f"fails in mid-answer: {said}")
         return EndpointFault("error", f"fails in mid-answer: {said}")
 
     def _add(self, one: Any) -> TokenChunk | None:
@@ -178,7 +189,9 @@ def _position(entry: dict[str, Any], token_id: int | None, most: int) -> TokenLo
     server does not say is minus its rank.
     """
     best = sorted(entry.get("top_logprobs") or [], key=lambda one: -one["logprob"])
-    rank = next((number for number, one in enumerate(best, 1) if _token(one) == _token(entry)), len(best) + 1)
+    # Tokens that are parts of one character may have equal texts.
+    equal = [number for number, one in enumerate(best, 1) if _token(one) == _token(entry)]
+    rank = min(equal, key=lambda number: abs(best[number - 1]["logprob"] - entry["logprob"]), default=len(best) + 1)
     named = entry.get("id", token_id)
     position = {_key(named, rank): Logprob(float(entry["logprob"]), rank, entry["token"])}
     for number, one in enumerate(best[:most], 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import ssl
@@ -156,11 +157,12 @@ class OpenAIEngine(EngineBackend):
         return None
 
     async def compile(self, constraint: Constraint) -> None:
-        """The servers compile it. Raises UnsupportedConstraint where their dialect has no such constraints."""
+        """The servers compile it. Raises UnsupportedConstraint where they would not, or would not enforce it."""
+        dialect = self._options.dialect
         if constraint.kind not in self.capabilities.guided:
-            raise UnsupportedConstraint(
-                f"the dialect {self._options.dialect.name} of remote.dialect has no {constraint.kind}"
-            )
+            raise UnsupportedConstraint(f"{dialect.title} has no {constraint.kind}")
+        if constraint.kind == "json_schema":
+            dialect.check_schema(json.loads(constraint.text))
 
     async def fits(self, request: Request) -> bool:
         """Whether ``request`` has no more images than is allowed, and by estimate no more tokens than the context.
@@ -252,7 +254,7 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     else:
                         return await self._attempt(endpoint, request, body, generation, times)
-                except (InvalidInput, AnswerWithheld):
+                except (InvalidInput, AnswerWithheld, AnswerFailed):
                     endpoint.succeeded()  # it answered
                     raise
                 except EndpointFault as fault:
@@ -338,6 +340,8 @@ class OpenAIEngine(EngineBackend):
 
 
 def _ssl_context(options: OpenAIOptions) -> ssl.SSLContext:
+    if not any(endpoint.url.startswith("https:") for endpoint in options.endpoints):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody; the system's certificates take 30 ms to read
     try:
         return ssl.create_default_context(cafile=None if options.ca_file is None else str(options.ca_file))
     except (OSError, ssl.SSLError) as error:

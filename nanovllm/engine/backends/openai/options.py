@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.backends.openai.dialects import DIALECTS, Dialect
+from nanovllm.sampling_params import SamplingParams
 
 SignUrl = Callable[[str, str], str]
 """From the S3 URI and the version of an object to a URL that gives it; may block, and raises SystemicError."""
@@ -63,3 +64,14 @@ class OpenAIOptions:
         """What the dialect's servers can do, as far as these options let them."""
         able = self.dialect.capabilities
         return replace(able, images=self.images, logprobs=able.logprobs if self.logprobs else None)
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Refuse what ``sampling`` asks for and the servers have not.
+
+        Raises:
+            UnsupportedConstraint: a kind of constraint, or a JSON schema that they would not enforce.
+            InvalidInput: anything else.
+        """
+        self.capabilities.check(sampling, self.dialect.title)
+        if sampling.json_schema is not None:
+            self.dialect.check_schema(sampling.json_schema)
