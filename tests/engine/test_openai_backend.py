@@ -261,7 +261,7 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
             async with engine_of(server, other):
                 pass
         with pytest.raises(ModelNotFound, match="does not serve tiny; it lists other"):
-            async with engine_of(server, other, model="tiny"):
+            async with engine_of(other, model="tiny"):
                 pass
     async with OpenAIServer(context=256) as server:
         with pytest.raises(ConfigurationError, match=r"sampling\.max_tokens 256 leaves no prompt any room"):

@@ -20,13 +20,17 @@ _MAX_UINT32_SEED = 2**32 - 1  # llama.cpp takes this one for a random seed
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow."""
+    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow.
+
+    ``names_listed_model``: the model that an answer names is one that the server lists.
+    """
 
     name: str
     capabilities: Capabilities
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    names_listed_model: bool = False
 
 
 def _common(sampling: SamplingParams) -> dict[str, Any]:
@@ -164,6 +168,7 @@ DIALECTS = {
             ),
             _vllm,
             cache_salt=True,
+            names_listed_model=True,
         ),
         Dialect(
             "sglang",
@@ -175,6 +180,7 @@ DIALECTS = {
             ),
             _sglang,
             cache_salt=True,
+            names_listed_model=True,
         ),
         Dialect(
             "llamacpp",
