@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import QwenVL, make_llava, make_qwen_vl
 from generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
-from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -86,13 +86,17 @@ def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
         decoder = engine.model_runner.model
         assert isinstance(decoder, GenericDecoder)
         without = decoder.never_sampled
+        inputs = [transformers_inputs(engine, text, images) for text, images in zip(texts, pictures, strict=True)]
+        wanted = [transformers_answer(plain, one, without) for one in inputs]
         together = recorded.answers(texts, pictures)
-        for found, text, images in zip(together, texts, pictures, strict=True):
-            wanted = transformers_answer(plain, transformers_inputs(engine, text, images), without)
-            assert_same(found, wanted, tolerance, without)
+        assert recorded.is_mixed
         assert engine.stats().encoder_images == len({id(one) for images in pictures for one in images})
-        (alone,) = recorded.answers(texts[1:2], [ONE])
-        assert_same(alone, together[1], tolerance, without)
+        alone = [recorded.answers([text], [images])[0] for text, images in zip(texts, pictures, strict=True)]
+        longest = max(one["input_ids"].shape[1] for one in inputs) + NEW
+        preempted = recorded.preempted(texts, pictures, tokens=longest)
+        for found in (together, alone, preempted):
+            for one, answer in zip(found, wanted, strict=True):
+                assert_same(one, answer, tolerance, without)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "qwen3_5"])
