@@ -50,7 +50,6 @@ from nanovllm.messages.result import Result, TokenLogprobs
 pytestmark = [pytest.mark.kafka, needs_release]
 
 BACKENDS = ("native", "generic", "openai")
-WITH_DOCUMENTS = ("native", "generic")
 SERVER = Path(__file__).resolve().parents[1] / "openai_server_program.py"
 READ_S = 100.0
 IMAGE_TOKENS = 49
@@ -188,13 +187,11 @@ def run(request: pytest.FixtureRequest, place: Place, jobs: Jobs, native: Run) -
 
 async def run_jobs(world: World, backend: str, jobs: Jobs) -> Run:
     await world.create_topics()
-    expected = len(jobs.records)
+    expected = len(jobs.records) + 1
     async with AIOKafkaProducer(**producer_kwargs(world.kafka)) as producer:
         for job_id, value in jobs.records.items():
             await producer.send_and_wait(world.topics.jobs, value, key=job_id.encode())
-        if backend in WITH_DOCUMENTS:
-            await put_document(world, producer, f"in/{backend}.pdf")
-            expected += 1
+        await put_document(world, producer, f"in/{backend}.pdf")
     await world.drain("worker")
     results: dict[str, Result] = {}
     dead_letters: dict[str, DeadLetter] = {}
@@ -314,7 +311,6 @@ def test_an_image_is_embedded_once_in_the_worker_and_sent_to_a_server_each_time(
     assert max(result.usage.cached_tokens for result in results) > 0
 
 
-@pytest.mark.parametrize("run", WITH_DOCUMENTS, indirect=True)
 def test_a_document_becomes_a_record(run: Run, native: Run) -> None:
     ((record,), (wanted,)) = run.documents, native.documents
     assert (record.status, record.constrained, len(record.pages)) == ("complete", True, PAGES)
