@@ -25,7 +25,7 @@ from nanovllm.engine.backends.openai.backend import OpenAIEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.outputs import Completion, RequestOutput
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
@@ -70,7 +70,7 @@ class OpenAIServer:
 
     ``faults`` are met by requests in their order; then by none. ``always`` is met by every request that none of them
     meets, while it is set. ``key`` is the API key that it asks for. ``tells_token_ids`` as vLLM does.
-    ``certificate``: a PEM file with its key, for TLS.
+    ``certificate``: a PEM file with its key, for TLS. ``port`` 0 takes a free one.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class OpenAIServer:
         tells_token_ids: bool = False,
         lists_models: bool = True,
         certificate: Path | None = None,
+        port: int = 0,
     ) -> None:
         self.engine = engine or EchoEngine()
         self.model = model
@@ -109,7 +110,7 @@ class OpenAIServer:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
         self._numbers = count()
-        self._port = 0
+        self._port = port
 
     @property
     def url(self) -> str:
@@ -224,7 +225,8 @@ class OpenAIServer:
         if not answering.cancelled() and (error := answering.exception()) is not None:
             if not isinstance(error, InvalidInput):
                 raise error
-            await self._json(writer, 400, {"error": {"message": str(error), "code": 400}})
+            said = f"This model's maximum context length: {error}" if isinstance(error, PromptTooLong) else str(error)
+            await self._json(writer, 400, {"error": {"message": said, "code": 400}})
             return True
         return not answering.cancelled() and answering.result()
 
