@@ -132,7 +132,7 @@ def _check(
 
         document_pages, pages = measured
         with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
-            limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
+            limits = limits_of(engine)  # the engine's own: its KV cache is there
             checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
             if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
                 raise InvalidRoutes(refusals)
@@ -165,7 +165,7 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
     constraint = next((one for one in CONSTRAINTS if route.job_sampling.get(one) is not None), None)
     yield name, "constraint", "none" if constraint is None else f"{constraint} compiles"
     if budget is not None:
-        page = f"{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most"
+        page = f"{budget.page_tokens:,} tokens at {budget.dpi:.4g} dpi, {budget.most_page_tokens:,} at most"
         yield name, "page", page
         hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
         parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
-from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.dialects import DIALECTS, Dialect
 from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.s3_client import S3Client, make_client
+from nanovllm.pipeline.documents.model_profile import model_profile
 from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 ENGINE_SETTINGS = frozenset(
     {
         *("backend", "model", "max_num_seqs", "max_images_per_request"),
-        *("chat_template_kwargs", "job_chat_template_kwargs"),
+        *("chat_template_kwargs", "job_chat_template_kwargs", "profile"),
     }
 )
 """Settings of ``engine`` that have a meaning for servers; every other one is theirs to set."""
@@ -83,7 +84,7 @@ def build_remote_engine(settings: Settings) -> OpenAIEngine:
             breaker_max_wait_s=remote.breaker_max_wait_s,
             ca_file=remote.ca_file,
             raw_prompts=remote.raw_prompts,
-            chat_template_kwargs=engine.chat_template_kwargs,
+            chat_template_kwargs=_template_kwargs(engine, DIALECTS[remote.dialect]),
             image_format=remote.image_format,
             sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
         )
@@ -114,6 +115,12 @@ async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tupl
         ("images", "as files" if able.images else "none", f"remote.image_transport {settings.remote.image_transport}")
     )
     return rows
+
+
+def _template_kwargs(engine: EngineSettings, dialect: Dialect) -> dict[str, object]:
+    """Variables of the chat template for every request: the settings', over those of the model's profile."""
+    model = model_profile(engine)
+    return model.template_kwargs(model.profile) if dialect.template_kwargs else {}
 
 
 def _signer(settings: Settings) -> SignUrl:

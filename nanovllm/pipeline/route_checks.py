@@ -7,28 +7,33 @@ read, never its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
 from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.merging import merged_schema
+from nanovllm.pipeline.documents.model_profile import ModelProfile, heeded_sampling, model_profile
+from nanovllm.pipeline.documents.page_task import PageTask, beyond_profile, page_task
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.engine import DEFAULT_MODEL
 from nanovllm.settings.located_yaml import Place
-from nanovllm.settings.routes import Route
+from nanovllm.settings.routes import LadderStep, Route
 from nanovllm.settings.worker import Settings
+from nanovllm.vision.documents.pages import PageInfo
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
@@ -52,7 +57,7 @@ class ModelLimits:
     grammars: GrammarCompiler
     max_model_len: int
     max_images: int
-    defaults: SamplingParams
+    generation_defaults: Mapping[str, Any]
     transform: ImageTransform | None
     tokens_of: Callable[[tuple[int, int]], int]
 
@@ -82,7 +87,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
     build.check_parts(settings)
-    model = settings.engine.model or build.DEFAULT_MODEL
+    model = settings.engine.model or DEFAULT_MODEL
     config = EngineConfig.from_options(model, build.engine_options(settings.engine))
     checkpoint = Checkpoint(resolve_checkpoint(model))
     tokenizer = checkpoint.tokenizer()
@@ -112,9 +117,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
             grammars=grammars,
             max_model_len=max_model_len,
             max_images=config.max_images_per_request,
-            defaults=sampling_defaults(
-                settings, checkpoint.generation_defaults if config.generation_config == "auto" else {}
-            ),
+            generation_defaults=checkpoint.generation_defaults if config.generation_config == "auto" else {},
             transform=images[0] if images else None,
             tokens_of=images[1] if images else lambda size: 0,
         )
@@ -122,7 +125,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
         grammars.close()
 
 
-def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
+def limits_of(engine: LLMEngine) -> ModelLimits:
     """The limits of an engine that is loaded."""
     processor = engine.input_processor
     encoder = engine.processor.encoder if engine.processor is not None else None
@@ -131,7 +134,7 @@ def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
         grammars=processor.grammars,
         max_model_len=engine.max_model_len,
         max_images=engine.config.max_images_per_request,
-        defaults=sampling_defaults(settings, engine.generation_defaults),
+        generation_defaults=engine.generation_defaults,
         transform=None if encoder is None else encoder.transform,
         tokens_of=(lambda size: 0) if encoder is None else encoder.num_tokens,
     )
@@ -167,7 +170,8 @@ def _unreadable(routes: Routes, entry: RouteEntry, allow: tuple[str, ...]) -> It
 class TokenBudget:
     """The tokens of a route's longest prompt of one page, and how many the model takes.
 
-    ``page_tokens`` are those of a page of the size in question, ``most_page_tokens`` those that no page exceeds.
+    ``page_tokens`` are those of a page of the size in question at ``dpi``, ``most_page_tokens`` those that no page
+    exceeds.
     """
 
     prompt_tokens: int
@@ -177,6 +181,7 @@ class TokenBudget:
     max_tokens: int
     max_model_len: int
     pages_a_prompt: int
+    dpi: float
 
     @property
     def total(self) -> int:
@@ -211,13 +216,18 @@ def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dic
 def check_route(
     routes: Routes, entry: RouteEntry, limits: ModelLimits, settings: Settings, points: Points = A4
 ) -> RouteCheck:
-    """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
-    route = entry.route
+    """Whether the model's profile has what the route asks for, and the model compiles its schema, and takes its largest
+    page with prompt and answer.
+    """
+    route, model = entry.route, model_profile(settings.engine)
     if limits.transform is None or limits.max_images < 1:
         why = "the model takes no images: see engine.model and engine.max_images_per_request"
         return RouteCheck((routes.refusal(entry, why),))
+    if beyond := [routes.refusal(entry, why, *place) for place, why in beyond_profile(route, model)]:
+        return RouteCheck(tuple(beyond))
     try:
-        sampling = page_sampling(route, limits, settings)
+        task = page_task(route, model)
+        sampling = page_sampling(route, task, model, limits, settings)
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, str(error), "sampling", "max_tokens"),))
     refusals = []
@@ -232,11 +242,13 @@ def check_route(
             SchemaValidator(merged_schema(route.response_schema, route.merge))
     except UnsupportedConstraint as error:
         refusals.append(routes.refusal(entry, f"response_schema: {error}", "response_schema"))
-    refusals += [routes.refusal(entry, why, *place) for place, why in _unrenderable(route, limits, settings, points)]
+    refusals += [
+        routes.refusal(entry, why, *place) for place, why in _unrenderable(route, task, limits, settings, points)
+    ]
     if refusals:
         return RouteCheck(tuple(refusals))
     try:
-        budget, place = token_budget(route, limits, settings, sampling, points)
+        budget, place = token_budget(route, task, limits, settings, sampling, points)
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
     if budget.total > budget.max_model_len:
@@ -249,17 +261,27 @@ def check_route(
     return RouteCheck((), budget)
 
 
-def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> SamplingParams:
+def page_sampling(
+    route: Route, task: PageTask, model: ModelProfile, limits: ModelLimits, settings: Settings
+) -> SamplingParams:
     """The sampling of a page of ``route``, as a worker decides it. Raises InvalidInput: it asks for too much."""
+    schema = {} if route.response_schema is None else {"json_schema": route.response_schema}
     try:
-        job = Job(job_id="page", prompt=route.page_prompt, sampling=route.job_sampling)
+        job = Job(job_id="page", prompt=task.prompt, sampling={**task.sampling, **schema})
     except ValidationError as error:
         raise InvalidInput(describe_errors(error, "sampling")) from None
-    return job.sampling_params(limits.defaults, settings.admission.max_tokens)
+    of_profile = heeded_sampling(model.of(route), SAMPLING_NAMES)
+    defaults = sampling_defaults(settings, limits.generation_defaults, of_profile)
+    return job.sampling_params(defaults, settings.admission.max_tokens)
 
 
 def token_budget(
-    route: Route, limits: ModelLimits, settings: Settings, sampling: SamplingParams, points: Points
+    route: Route,
+    task: PageTask,
+    limits: ModelLimits,
+    settings: Settings,
+    sampling: SamplingParams,
+    points: Points,
 ) -> tuple[TokenBudget, Place]:
     """The tokens of a prompt with one page, and which part of the route allows the largest page.
 
@@ -267,9 +289,9 @@ def token_budget(
         InvalidInput: the model cannot take the prompt at all.
     """
     assert limits.transform is not None
-    one = _text_tokens(route.page_prompt, limits)
-    around = _text_tokens(route.prompt_of(2), limits) - one
-    resolutions = list(_resolutions(route, settings))
+    one = _text_tokens(task, 1, route, limits)
+    around = _text_tokens(task, 2, route, limits) - one
+    resolutions = list(_resolutions(route, task, settings, points))
     _, dpi, usual_area = resolutions[0]
     place, _, area = max(resolutions, key=lambda item: item[2])
     most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
@@ -284,30 +306,35 @@ def token_budget(
         max_tokens=answer,
         max_model_len=limits.max_model_len,
         pages_a_prompt=max(0, fit),
+        dpi=dpi,
     )
     return budget, place
 
 
-def _resolutions(route: Route, settings: Settings) -> Iterator[tuple[Place, int, int]]:
-    """Every resolution and largest area that pages are rendered in, and where the route says so."""
-    pages, limit = route.pages, settings.images.max_pixels
-    yield ("pages",), pages.dpi, min(limit, pages.max_pixels or limit)
-    for number, step in enumerate(route.ladder):
-        if step.dpi is not None or step.max_pixels is not None:
-            yield ("ladder", number), step.dpi or pages.dpi, min(limit, step.max_pixels or pages.max_pixels or limit)
+def _resolutions(
+    route: Route, task: PageTask, settings: Settings, points: Points
+) -> Iterator[tuple[Place, float, int]]:
+    """Every resolution of a usual page, and largest area, and where the route says so."""
+    page, limit = PageInfo(1, *points), settings.images.max_pixels
+    for number, step in enumerate((LadderStep(), *route.ladder)):
+        place: Place = ("ladder", number - 1) if number else ("pages",)
+        if not number or step.dpi is not None or step.max_pixels is not None:
+            yield place, task.dpi(route, step, page), min(limit, task.max_pixels(route, step) or limit)
 
 
-def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
+def _unrenderable(
+    route: Route, task: PageTask, limits: ModelLimits, settings: Settings, points: Points
+) -> Iterator[tuple[Place, str]]:
     """Why the model's preprocessing refuses a usual page, at each resolution."""
     assert limits.transform is not None
-    for place, dpi, max_pixels in _resolutions(route, settings):
+    for place, dpi, max_pixels in _resolutions(route, task, settings, points):
         try:
             limits.transform.check(*rendered_size(points, dpi, max_pixels))
         except InvalidInput as error:
-            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi: {error}"
+            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi:.4g} dpi: {error}"
 
 
-def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
+def rendered_size(points: Points, dpi: float, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels of a page of this size, within the largest area."""
     width, height = (side / POINTS_PER_INCH * dpi for side in points)
     scale = min(1.0, sqrt(max_pixels / (width * height)))
@@ -335,8 +362,9 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
     return min(largest // multiple**2, max(bound(max_pixels, 0.5), bound(smallest, 1.0)))
 
 
-def _text_tokens(prompt: str, limits: ModelLimits) -> int:
-    tokens = limits.prompts.untrusted(prompt)
+def _text_tokens(task: PageTask, pictures: int, route: Route, limits: ModelLimits) -> int:
+    prompt, variables = task.for_schema(task.prompt_of(pictures), route.response_schema)
+    tokens = limits.prompts.untrusted(prompt, chat_template_kwargs=variables)
     return sum(token != limits.image_token_id for token in tokens)
 
 

@@ -96,9 +96,9 @@ def test_the_example_fits_the_shipped_model(tiny: ModelLimits) -> None:
 def test_limits_read_from_files_are_those_of_the_loaded_engine(make: Callable[[Path], Path], tmp_path: Path) -> None:
     settings = Settings.model_validate({"engine": {"model": str(make(tmp_path / "m")), "device": "cpu"}})
     with model_limits(settings) as read, build.build_engine(settings.engine) as engine:
-        loaded = limits_of(engine, settings)
+        loaded = limits_of(engine)
         assert (read.max_model_len, read.max_images) == (loaded.max_model_len, loaded.max_images)
-        assert (read.transform, read.defaults) == (loaded.transform, loaded.defaults)
+        assert (read.transform, read.generation_defaults) == (loaded.transform, loaded.generation_defaults)
         assert read.image_token_id == loaded.image_token_id
         assert read.prompts.untrusted("a <|image|> b") == loaded.prompts.untrusted("a <|image|> b")
         for size in ((224, 224), (56, 112)):
