@@ -47,6 +47,8 @@ Points = tuple[float, float]
 
 POINTS_PER_INCH = 72
 A4: Points = (595.0, 842.0)
+MOST_MEASURED_PIXELS = 1 << 24
+"""Of an image whose tokens are measured; every processor of transformers shrinks larger ones."""
 
 
 @dataclass(frozen=True)
@@ -345,12 +347,15 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
     """The most tokens of an image of up to ``max_pixels``, whatever its proportions.
 
     Under a pixel budget sides are rounded to multiples, up by half of one at most (by one where an image is enlarged),
-    and two sides with one area are together at their longest where the image is as narrow as is allowed.
+    and two sides with one area are together at their longest where the image is as narrow as is allowed. What a
+    processor of transformers makes of an image is measured, at the proportions of pages.
     """
     from nanovllm.vision.images.preprocess import MOST_ELONGATED
 
     transform = limits.transform
     assert transform is not None
+    if transform.resize is None:
+        return max(limits.tokens_of(size) for size in _measured_sizes(max_pixels))
     if transform.resize != "pixel_budget":
         return limits.tokens_of(transform.output_size or (0, 0))
     smallest, largest, multiple = transform.size
@@ -360,6 +365,13 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
         return int(area / multiple**2 + slack * sides + slack**2)
 
     return min(largest // multiple**2, max(bound(max_pixels, 0.5), bound(smallest, 1.0)))
+
+
+def _measured_sizes(max_pixels: int) -> Iterator[tuple[int, int]]:
+    """Heights and widths of images of an area: from three times as wide as high to three times as high as wide."""
+    area = min(max_pixels, MOST_MEASURED_PIXELS)
+    for proportion in (1 / 3, 1 / sqrt(2), 1.0, sqrt(2), 3.0):
+        yield max(1, int(sqrt(area * proportion))), max(1, int(sqrt(area / proportion)))
 
 
 def _text_tokens(task: PageTask, pictures: int, route: Route, limits: ModelLimits) -> int:
@@ -377,4 +389,6 @@ def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
             middle = (fits + too_many) // 2
             fits, too_many = (middle, too_many) if most_tokens(limits, middle) <= room else (fits, middle)
         return f"pages.max_pixels {fits} fits, or lower sampling.max_tokens"
+    if transform is not None and transform.resize is None:
+        return "lower pages.max_pixels, sampling.max_tokens or hint_tokens, or shorten the prompt"
     return "shorten the prompt, or lower sampling.max_tokens or hint_tokens"
