@@ -14,6 +14,7 @@ from checkpoint_files import edit_json
 from checkpoints import make_qwen_vl
 from generic_checkpoints import make_generic_images
 from generic_parts import needs_release
+from pdf_files import text_pdf
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.profiles import (
@@ -26,6 +27,7 @@ from nanovllm.checkpoints.profiles import (
     shipped_profiles,
     template_reads,
 )
+from nanovllm.cli.main import main
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import ConfigurationError, InvalidRoutes
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
@@ -368,3 +370,21 @@ def test_a_prompt_reaches_the_model_behind_its_picture_as_it_was_trained(
     tokens = encoder.untrusted(prompt)
     assert tokens.count(image) == 1
     assert turn in tokenizer.decode(tokens[tokens.index(image) + 1 :])
+
+
+@needs_release
+def test_a_model_that_writes_anything_leaves_a_marked_record(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(text_pdf("one page"))
+    checkpoint = make_generic_images(tmp_path / "m", "idefics3")
+    (tmp_path / "worker.yaml").write_text(
+        f"engine: {{model: {checkpoint}, profile: granite-docling, kv_cache_bytes: 4194304}}\n"
+    )
+    (tmp_path / "routes.yaml").write_text(
+        "routes:\n- name: r\n  match: {bucket: inbox, key: '*'}\n  task: markdown\n  sampling: {max_tokens: 16}\n"
+    )
+    records = tmp_path / "records.jsonl"
+    arguments = ["extract", str(tmp_path / "a.pdf"), "--routes", str(tmp_path / "routes.yaml"), "--route", "r"]
+    assert main([*arguments, "-o", str(records), "--config", str(tmp_path / "worker.yaml")]) == 0
+    (record,) = map(json.loads, records.read_text().splitlines())
+    assert record["pages"][0]["unparsed"] is True
+    assert record["text"]

@@ -105,7 +105,8 @@ def profile_rows(model: ModelProfile) -> Iterator[tuple[str, str, str]]:
         shown = prompt if len(prompt) <= _SHOWN_CHARS else f"{prompt[:_SHOWN_CHARS]}…"
         yield f"profile {task}", shown, f"answer: {form.parser.replace('_', ' ')}"
     sampling = ", ".join(f"{name} {value}" for name, value in sorted(profile.sampling.items()))
-    yield "profile sampling", sampling or "none", "below settings, routes and jobs; above generation_config.json"
+    order = "below settings, routes and jobs; above generation_config.json"
+    yield "profile sampling", sampling or "as without", order if sampling else ""
     given = model.template_kwargs(profile)
     unread = sorted(profile.chat_template_kwargs.keys() - given.keys())
     yield (
@@ -117,6 +118,6 @@ def profile_rows(model: ModelProfile) -> Iterator[tuple[str, str, str]]:
     parts = [f"{size.dpi} dpi"] if size.dpi else []
     parts += [f"{size.longest_side} pixels on the longer side"] if size.longest_side else []
     parts += [f"at most {size.max_pixels:,} pixels"] if size.max_pixels else []
-    yield "profile pages", ", ".join(parts) or "as routes say", "where a route does not say"
+    yield "profile pages", ", ".join(parts) or "as routes say", "where a route does not say" if parts else ""
     for source in profile.sources:
         yield "profile source", source, ""
