@@ -26,7 +26,8 @@ SchemaForm = Literal["nuextract", "empty_values"]
 NO_PROFILE = "none"
 SCHEMA_PLACEHOLDER = "{schema}"
 _SHIPPED = Path(__file__).parent / "assets" / "profiles"
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
+_TEMPLATE_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
+"""In the order in which a processor, then a tokenizer of transformers 5 takes them; the first that has one counts."""
 _TOKENIZER = "tokenizer.json"
 
 
@@ -209,7 +210,7 @@ def choose_profile(
 
 def template_reads(directory: Path, variable: str) -> bool:
     """Whether the chat template of a checkpoint has the word ``variable``."""
-    return any(re.search(rf"\b{re.escape(variable)}\b", text) for text in _templates(directory))
+    return re.search(rf"\b{re.escape(variable)}\b", _template(directory)) is not None
 
 
 def _is_told(match: Match, fields: Mapping[str, Any], directory: Path | None) -> bool:
@@ -238,21 +239,23 @@ def _field(fields: Mapping[str, Any], place: str) -> Any:
     return found
 
 
-def _templates(directory: Path) -> Iterator[str]:
+def _template(directory: Path) -> str:
+    """The chat template of a checkpoint, several one after the other; empty where it has none that can be read."""
     for name in _TEMPLATE_FILES:
         text = _text_of(directory / name)
         if name.endswith(".jinja"):
-            yield text
-            continue
-        try:
-            found = json.loads(text or "{}")
-        except ValueError:
-            continue  # found at load, with its remedy
-        template = found.get("chat_template") if isinstance(found, dict) else None
-        if isinstance(template, list):
-            yield from (str(one.get("template")) for one in template if isinstance(one, dict))
-        elif template is not None:
-            yield str(template)
+            found: Any = text
+        else:
+            try:
+                fields = json.loads(text or "{}")
+            except ValueError:
+                continue  # found at load, with its remedy
+            found = fields.get("chat_template") if isinstance(fields, dict) else None
+        if isinstance(found, list):
+            found = "\n".join(str(one.get("template")) for one in found if isinstance(one, dict))
+        if found:
+            return str(found)
+    return ""
 
 
 def _text_of(file: Path) -> str:

@@ -24,7 +24,7 @@ from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 
 if TYPE_CHECKING:
-    from nanovllm.pipeline.route_checks import Points, TokenBudget
+    from nanovllm.pipeline.route_checks import Points, RouteCheck
     from nanovllm.pipeline.route_costs import Cost
 
 MISUSE = 2
@@ -147,10 +147,10 @@ def _check(
     if not settings.s3.allow:
         yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
     for entry, check in checks.items():
-        yield from _rows(entry, check.budget, costs.get(entry))
+        yield from _rows(entry, check, costs.get(entry))
 
 
-def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
+def _rows(entry: RouteEntry, check: RouteCheck, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
     route, match = entry.route, entry.route.match
     name = route.name
     conditions = [f"not {', '.join(match.exclude)}"] if match.exclude else []
@@ -164,7 +164,9 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
     yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
     constraint = next((one for one in CONSTRAINTS if route.job_sampling.get(one) is not None), None)
     yield name, "constraint", "none" if constraint is None else f"{constraint} compiles"
-    if budget is not None:
+    asked = "its prompt" if route.task is None else f"the task {route.task}"
+    yield name, "asks by", f"{asked}, profile {check.profile}"
+    if (budget := check.budget) is not None:
         page = f"{budget.page_tokens:,} tokens at {budget.dpi:.4g} dpi, {budget.most_page_tokens:,} at most"
         yield name, "page", page
         hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""

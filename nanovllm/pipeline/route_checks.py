@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from nanovllm.checkpoints.profiles import NO_PROFILE
 from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
 from nanovllm.messages.job import Job
@@ -193,10 +194,11 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class RouteCheck:
-    """What became of one route: its refusals, and its budget where that could be told."""
+    """What became of one route: its refusals, its budget where that could be told, and its profile's name."""
 
     refusals: tuple[str, ...]
     budget: TokenBudget | None = None
+    profile: str = NO_PROFILE
 
 
 def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dict[RouteEntry, RouteCheck]:
@@ -260,7 +262,8 @@ def check_route(
             f"are {budget.total}, and the model takes {budget.max_model_len}: {_remedy(budget, limits)}"
         )
         return RouteCheck((routes.refusal(entry, why, *place, "max_pixels"),), budget)
-    return RouteCheck((), budget)
+    profile = model.of(route)
+    return RouteCheck((), budget, NO_PROFILE if profile is None else profile.name)
 
 
 def page_sampling(

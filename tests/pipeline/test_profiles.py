@@ -349,7 +349,7 @@ def test_routes_check_names_the_line_of_what_the_profile_cannot_do(tmp_path: Pat
     file.write_text(f"{head}  task: text\n  sampling: {{max_tokens: 64}}\n  pages: {{max_pixels: 2304}}\n")
     (check,) = check_routes(load_routes(file), settings).values()
     assert check.budget is not None
-    assert check.budget.dpi == 200
+    assert (check.budget.dpi, check.profile) == (200, "glm-ocr")
 
 
 @needs_release

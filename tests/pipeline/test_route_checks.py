@@ -279,6 +279,7 @@ def test_the_command_says_what_holds(capsys: Capture) -> None:
     assert main(["routes", "check", str(EXAMPLE), "--json"]) == 0
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(capsys.readouterr().out)}
     assert rows["receipts", "constraint"] == "json_schema compiles"
+    assert rows["receipts", "asks by"] == "its prompt, profile none"
     assert rows["totals", "constraint"] == "regex compiles"
     assert rows["receipts", "tokens"].endswith("of 512")
     assert rows["", "s3.allow"].startswith("not set")
