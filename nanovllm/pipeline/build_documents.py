@@ -9,7 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -17,7 +16,7 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.documents.extraction import Extraction
-from nanovllm.pipeline.documents.model_profile import heeded_sampling, model_profile
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs
 from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.page_task import page_task
@@ -85,7 +84,7 @@ def worker_routes(settings: Settings) -> Routes | None:
 
 def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
     """The extraction of a route, for a worker and without one. Raises as `Extraction`."""
-    model = model_profile(settings.engine)
+    model = served_profile(settings)
     of_profile = heeded_sampling(model.of(route), engine.capabilities.sampling)
     return Extraction(
         route,
@@ -96,6 +95,8 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
         task=page_task(route, model),
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
+        logprobs=engine.capabilities.logprobs is not None,
+        beginning=engine.beginning,
     )
 
 
@@ -125,7 +126,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
             attempt=lambda request: retry(request, "page store", Progress(time.monotonic())),
         )
         parts.metrics.watch_page_store(lambda: asdict(pages.counts))
-        store = partial(_kept, pages, engine.model_info)
+        store = partial(_kept, pages, engine)
     extract: ExtractRouted = ExtractDocument(
         extractions,
         parts.infer,
@@ -156,12 +157,16 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     )
 
 
-def check_extra() -> None:
-    """Find out whether documents can be read and records validated. Raises ConfigurationError where they cannot."""
+def check_extra(extra: str) -> None:
+    """Find out whether documents can be read and records validated; ``extra`` is what the engine needs beside.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
     missing = [name for name in ("pypdfium2", "jsonschema_rs") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"documents.routes needs {' and '.join(missing)}: pip install '.[worker,documents]' in a clone"
+            f"documents.routes needs {' and '.join(missing)}: pip install '.[{extra},documents]' in a clone"
         )
 
 
@@ -170,5 +175,5 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
     return DocumentLimits(**{limit.name: getattr(documents, limit.name) for limit in fields(DocumentLimits)})
 
 
-def _kept(store: PageStore, model: ModelInfo, ask: Ask, tenant: str) -> KeepOutputs:
-    return KeepOutputs(ask, store, model, tenant=tenant)
+def _kept(store: PageStore, engine: EngineBackend, ask: Ask, tenant: str) -> KeepOutputs:
+    return KeepOutputs(ask, store, engine.model_info, engine.output_options, tenant=tenant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from email.utils import formatdate
@@ -17,8 +18,16 @@ from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_EVENT_BYTES, event_data
-from nanovllm.engine.backends.openai.faults import EndpointFault, retry_after, shown
-from nanovllm.errors import AnswerFailed, AnswerWithheld, ApiKeyRefused, EndpointsUnavailable, TransientError
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after, shown
+from nanovllm.errors import (
+    AnswerFailed,
+    AnswerWithheld,
+    ApiKeyRefused,
+    EndpointsUnavailable,
+    InvalidInput,
+    PromptTooLong,
+    TransientError,
+)
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -323,6 +332,25 @@ def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time()
     assert not breaker.is_open
     breaker.fail("three")
     assert not breaker.is_suspect
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (400, {"message": "This model's maximum context length is 8 tokens"}, PromptTooLong),
+        (400, {"message": "too long", "code": "context_length_exceeded"}, PromptTooLong),
+        (400, {"message": "request (9 tokens) exceeds the available context size (8 tokens)"}, PromptTooLong),
+        (400, {"message": "Field 'seed': no number"}, InvalidInput),
+        (500, {"message": "image input is not supported - hint: provide the mmproj"}, InvalidInput),
+        (500, {"message": "The model produced output that does not match the expected peg format"}, AnswerFailed),
+        (500, {"message": "CUDA error"}, EndpointFault),
+        (503, {"message": "Loading model", "type": "unavailable_error", "code": 503}, EndpointFault),
+    ],
+)
+def test_a_servers_words_say_whether_the_request_is_to_blame(
+    status: int, error: dict[str, Any], kind: type[Exception]
+) -> None:
+    assert type(fault_of_answer(status, {}, json.dumps({"error": error}).encode(), ())) is kind
 
 
 def test_words_of_a_server_are_one_line_escaped_and_cut() -> None:

@@ -95,7 +95,7 @@ async def test_a_page_has_the_size_that_the_profile_says(decoders: DecoderPool) 
 
 
 async def test_variables_of_the_template_are_part_of_what_a_finished_page_is_found_by() -> None:
-    keep = KeepOutputs(Model(""), store=None, model=MODEL)  # type: ignore[arg-type]  # no page is asked for
+    keep = KeepOutputs(Model(""), store=None, model=MODEL, options={})  # type: ignore[arg-type]  # no page is asked for
     plain = PageRequest("p", (), SamplingParams())
     keys = [keep._key(replace(plain, chat_template_kwargs=kwargs)).digest for kwargs in ({}, {"a": 1}, {"a": 2})]
     assert len(set(keys)) == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from nanovllm.checkpoints.profiles import (
     template_reads,
 )
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
+from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import DEFAULT_MODEL, EngineSettings
 from nanovllm.settings.routes import Route
+from nanovllm.settings.worker import Settings
 
 _SHOWN_CHARS = 80
 
@@ -27,12 +29,14 @@ _SHOWN_CHARS = 80
 class ModelProfile:
     """The profile of a model, or none, with the variables of its chat template that the settings give.
 
-    ``directory`` is that of its checkpoint; None where servers have it.
+    ``directory`` is that of its checkpoint; None where servers have it. ``takes_variables``: whether requests may have
+    variables of the chat template.
     """
 
     choice: ProfileChoice
     directory: Path | None
     own_template_kwargs: Mapping[str, Any]
+    takes_variables: bool = True
 
     @property
     def profile(self) -> Profile | None:
@@ -45,6 +49,8 @@ class ModelProfile:
 
     def template_kwargs(self, profile: Profile | None, form: TaskForm | None = None) -> dict[str, Any]:
         """Variables of the chat template: those of ``profile`` and ``form`` that it reads, below the settings'."""
+        if not self.takes_variables:
+            return {}
         of_profile = {} if profile is None else profile.chat_template_kwargs
         of_form = {} if form is None else form.chat_template_kwargs
         known = {name: value for name, value in {**of_profile, **of_form}.items() if self._reads(name)}
@@ -65,7 +71,7 @@ def model_profile(engine: EngineSettings) -> ModelProfile:
         ModelNotFound: the checkpoint is not there.
     """
     directory, names = None, [engine.model] if engine.model else []
-    if engine.loads_model:
+    if engine.loads_model or engine.backend == "vllm":
         model = engine.model or DEFAULT_MODEL
         directory = resolve_checkpoint(engine.model_aliases.get(model, model))
         names = [checkpoint_name(directory), model]
@@ -74,6 +80,13 @@ def model_profile(engine: EngineSettings) -> ModelProfile:
     else:
         choice = choose_profile(names, None if directory is None else read_config(directory), directory)
     return ModelProfile(choice, directory, engine.chat_template_kwargs)
+
+
+def served_profile(settings: Settings) -> ModelProfile:
+    """The profile for ``settings``, with what servers take of it. Raises as `model_profile`."""
+    is_remote = settings.engine.backend == "openai"
+    takes = not is_remote or DIALECTS[settings.remote.dialect].template_kwargs
+    return replace(model_profile(settings.engine), takes_variables=takes)
 
 
 def heeded_sampling(profile: Profile | None, heeded: frozenset[str]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def beyond_profile(route: Route, model: ModelProfile) -> Iterator[tuple[Place, s
         can = f"it has {', '.join(profile.tasks)}" if profile.tasks else "it has none of its own"
         free = ", or a prompt" if profile.free_instructions else ""
         yield ("task",), f"task {route.task}: {who} has no such task; {can}: write one of them{free}"
+    if form is not None and form.schema_as == "nuextract" and not model.takes_variables:
+        yield ("task",), f"task schema: {who} has schemas in its chat template, which remote.dialect cannot fill in"
     if profile.free_instructions:
         return
     if route.prompt is not None and (form is None or not _is_own_prompt(route, form)):

@@ -13,13 +13,14 @@ from typing import Any
 
 import httpx
 
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import AnswerWithheld, InvalidInput
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
@@ -122,7 +123,7 @@ class Endpoint:
                         deque(answer.add(event), maxlen=0)
             if not answer.is_finished:
                 raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld):
+        except (InvalidInput, AnswerWithheld, AnswerFailed):
             pass  # refused in the words of the protocol: it answers
         except EndpointFault as fault:
             if fault.kind != "overloaded":
@@ -139,7 +140,7 @@ class Endpoint:
 
         Raises:
             EndpointFault: the server failed.
-            InvalidInput: it refuses the request.
+            InvalidInput, AnswerFailed: it refuses the request, or cannot read its model's answer.
         """
         self._requests += 1
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
@@ -191,7 +192,7 @@ def _transport_faults() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error), ())})"
+        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error))})"
         raise EndpointFault("connect", f"takes no connection {why}") from None
     except (httpx.TimeoutException, TimeoutError):
         raise EndpointFault("timeout", "does not answer in time") from None
@@ -215,6 +216,7 @@ def _as_fault(error: Exception) -> EndpointFault:
 
 
 def _context(model: dict[str, Any]) -> int | None:
-    """Context of a listed model as vLLM and SGLang say it."""
-    context = model.get("max_model_len")
+    """Context of a listed model as vLLM and SGLang say it, or as llama.cpp does of one slot."""
+    meta = model.get("meta")
+    context = model.get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
     return context if type(context) is int and context > 0 else None
