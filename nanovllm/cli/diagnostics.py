@@ -12,13 +12,13 @@ from botocore.exceptions import ClientError
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption
-from nanovllm.cli.run import require_engine
+from nanovllm.cli.run import engine_settings, require_engine
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.admin import topic_states
 from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client, check_settings
-from nanovllm.settings.loading import load_settings
+from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, print_table
 
@@ -27,15 +27,18 @@ PATIENCE_MS = 5_000
 
 
 def doctor(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory, alias or cached hub name, over engine.model.")
+    ] = None,
     config: ConfigOption = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
-    """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it.
+    """Say what this machine and checkpoint get, and why: device, attention, weights, memory, profile; and measure it.
 
     Asks the brokers and the object store too; what does not answer there is a line of the table.
     """
-    settings = load_settings(config)
+    settings = engine_settings(config, checkpoint)
     check_settings(settings.s3)
     match settings.engine.backend:
         case "openai":
@@ -44,6 +47,7 @@ def doctor(
             rows = _vllm(settings)
         case _:
             rows = _engine(settings, seconds)
+    rows += profile_rows(model_profile(settings.engine))
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 
 
@@ -54,13 +58,16 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
 
     prepare_threads()
     with long_work("loading and measuring the engine"):
+        from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
         from nanovllm.engine.diagnostics import describe, measure
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.documents.model_profile import heeded_sampling
         from nanovllm.pipeline.stages.admit import sampling_defaults
 
         build.image_limits(settings.images)
         with build.build_engine(settings.engine) as engine:
-            defaults = sampling_defaults(settings, engine.generation_defaults)
+            of_profile = heeded_sampling(model_profile(settings.engine).profile, SAMPLING_NAMES)
+            defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
             findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
     return [(finding.subject, finding.value, finding.note) for finding in findings]
 

@@ -160,7 +160,7 @@ def _check(
     if is_remote and routes.page_store is not None and "revision" not in settings.remote.model_fields_set:
         yield "", "remote.revision", "not set: pages that are kept stay when the servers get another model of this name"
     for entry, check in checks.items():
-        yield from _rows(entry, check.budget, costs.get(entry))
+        yield from _rows(entry, check, costs.get(entry))
 
 
 def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineBackend, dict[RouteEntry, RouteCheck]]:
@@ -170,7 +170,7 @@ def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineB
     from nanovllm.pipeline.route_checks import check_route, limits_of
 
     engine = build_engine(settings.engine)
-    limits = limits_of(engine, settings)
+    limits = limits_of(engine)
     checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
     if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
         engine.close()
@@ -178,7 +178,7 @@ def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineB
     return AsyncEngine(engine, step_timeout_s=settings.engine.step_timeout_s), checks
 
 
-def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
+def _rows(entry: RouteEntry, check: RouteCheck, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
     route, match = entry.route, entry.route.match
     name = route.name
     conditions = [f"not {', '.join(match.exclude)}"] if match.exclude else []
@@ -190,8 +190,10 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
     objects = ", ".join(f"s3://{bucket}/{key}" for bucket in match.bucket for key in match.key)
     yield name, "takes", "; ".join([objects, *conditions])
     yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
-    yield name, "constraint", _constraint(route.job_sampling, budget)
-    if budget is not None:
+    yield name, "constraint", _constraint(route.job_sampling, check.budget)
+    asked = "its prompt" if route.task is None else f"the task {route.task}"
+    yield name, "asks by", f"{asked}, profile {check.profile}"
+    if (budget := check.budget) is not None:
         yield from ((name, what, said) for what, said in _budget_rows(route, budget))
     if cost is not None:
         mean, least, most = cost.of(1_000)
@@ -211,7 +213,7 @@ def _constraint(sampling: Mapping[str, Any], budget: TokenBudget | None) -> str:
 
 def _budget_rows(route: Route, budget: TokenBudget) -> Iterator[tuple[str, str]]:
     about, limit = "about " if budget.is_estimate else "", budget.max_model_len
-    yield "page", f"{about}{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most"
+    yield "page", f"{about}{budget.page_tokens:,} tokens at {budget.dpi:.4g} dpi, {budget.most_page_tokens:,} at most"
     hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
     parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"
     whole = f"{about}{parts} + {budget.max_tokens:,} of answer = {budget.total:,}"

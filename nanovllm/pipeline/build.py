@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
@@ -39,6 +40,7 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.consuming.topic_watch import TopicWatch
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, model_profile, profile_rows
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
@@ -68,7 +70,7 @@ from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive, R
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
-from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.engine import DEFAULT_MODEL, EngineSettings
 from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
@@ -81,8 +83,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nanovllm.worker")
 
-DEFAULT_MODEL = "tiny-receipts"
-WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_chat_template_kwargs"}
+WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "profile", "job_chat_template_kwargs"}
 """Settings of ``engine`` that are no options of the engine itself."""
 
 
@@ -170,7 +171,9 @@ def build_worker(
         answer = AnswerByClaimCheck(builder, engine, limit, large_results, retry)
 
     publish = Publish(sink, retry, failure, metrics)
-    admit = Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
+    of_profile = heeded_sampling(model_profile(settings.engine).profile, engine.capabilities.sampling)
+    defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
+    admit = Admit(settings, defaults, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
     make_fetch = partial(
         Fetch,
         breaker=breaker,
@@ -369,8 +372,11 @@ async def load_engine(settings: Settings) -> EngineBackend:
 
     # In a thread: the probes answer while weights are read, and a signal ends the process.
     engine = await asyncio.to_thread(build_engine, options)
-    for finding in describe(engine, sampling_defaults(settings, engine.generation_defaults)):
+    model = model_profile(options)
+    defaults = sampling_defaults(settings, engine.generation_defaults, heeded_sampling(model.profile, SAMPLING_NAMES))
+    for finding in describe(engine, defaults):
         logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
+    logger.info("%s: %s (%s)", *next(profile_rows(model)))
     return AsyncEngine(engine, step_timeout_s=options.step_timeout_s)
 
 
@@ -388,7 +394,9 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 
 def engine_options(settings: EngineSettings) -> dict[str, Any]:
     """The engine's own options among the settings of one that loads a model."""
-    return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend}
+    model = model_profile(settings)
+    template = {"chat_template_kwargs": model.template_kwargs(model.profile)}
+    return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend, **template}
 
 
 def checkpoint_directory(settings: EngineSettings) -> Path:

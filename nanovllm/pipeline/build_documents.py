@@ -16,8 +16,10 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.documents.extraction import Extraction
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs
 from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.documents.page_task import page_task
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.events.order import is_newer_version
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
@@ -82,12 +84,15 @@ def worker_routes(settings: Settings) -> Routes | None:
 
 def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
     """The extraction of a route, for a worker and without one. Raises as `Extraction`."""
+    model = served_profile(settings)
+    of_profile = heeded_sampling(model.of(route), engine.capabilities.sampling)
     return Extraction(
         route,
         decoders,
         engine.model_info,
-        sampling_defaults(settings, engine.generation_defaults),
+        sampling_defaults(settings, engine.generation_defaults, of_profile),
         worker=settings.worker_id,
+        task=page_task(route, model),
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
         logprobs=engine.capabilities.logprobs is not None,
@@ -105,7 +110,6 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     engine, decoders, retry = parts.engine, parts.decoders, parts.retry
     if decoders is None:
         raise ConfigurationError(f"the model {engine.model_info.id} takes no images: it reads no pages")
-    defaults = sampling_defaults(settings, engine.generation_defaults)
     extractions = {entry.route.name: extraction_of(entry.route, settings, engine, decoders) for entry in routes.entries}
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
     ask = AskStore(parts.breaker, retry, max_attempts=attempts)
@@ -135,7 +139,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         extract = GuardDocuments(extract, parts.crash_guard)
     return EventStages(
         route=RouteEvent(routes, watched, parts.holds, ask),
-        admit=AdmitEvent(parts.admit, defaults),
+        admit=AdmitEvent(parts.admit),
         fetch=FetchDocument(
             parts.make_fetch(documents, max_bytes=settings.documents.max_bytes),
             fetcher,

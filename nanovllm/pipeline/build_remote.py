@@ -11,6 +11,7 @@ from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptio
 from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.s3_client import S3Client, make_client
+from nanovllm.pipeline.documents.model_profile import served_profile
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 ENGINE_SETTINGS = frozenset(
     {
         *("backend", "model", "max_num_seqs", "max_images_per_request"),
-        *("chat_template_kwargs", "job_chat_template_kwargs"),
+        *("chat_template_kwargs", "job_chat_template_kwargs", "profile"),
     }
 )
 """Settings of ``engine`` that have a meaning for servers; every other one is theirs to set."""
@@ -57,6 +58,7 @@ def remote_options(settings: Settings) -> OpenAIOptions:
     endpoints = tuple(
         EndpointOptions(url, keys[number] if keys else None) for number, url in enumerate(remote.endpoints)
     )
+    model = served_profile(settings)
     return OpenAIOptions(
         endpoints=endpoints,
         model=engine.model,
@@ -78,7 +80,7 @@ def remote_options(settings: Settings) -> OpenAIOptions:
         breaker_max_wait_s=remote.breaker_max_wait_s,
         ca_file=remote.ca_file,
         raw_prompts=remote.raw_prompts,
-        chat_template_kwargs=engine.chat_template_kwargs,
+        chat_template_kwargs=model.template_kwargs(model.profile),
         image_format=remote.image_format,
         sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
     )

@@ -10,6 +10,7 @@ from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.vllm.options import VllmOptions
 from nanovllm.engine.backends.vllm.sampling import CAPABILITIES
 from nanovllm.errors import ConfigurationError, InvalidInput
+from nanovllm.pipeline.documents.model_profile import model_profile
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ ENGINE_SETTINGS = frozenset(
     {
         *("backend", "model", "model_aliases", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "dtype"),
         *("kv_cache_bytes", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching", "generation_config"),
-        *("max_images_per_request", "chat_template_kwargs", "job_chat_template_kwargs", "step_timeout_s"),
+        *("max_images_per_request", "chat_template_kwargs", "job_chat_template_kwargs", "profile", "step_timeout_s"),
     }
 )
 """Settings of ``engine`` that have a meaning for vLLM."""
@@ -49,6 +50,7 @@ def vllm_options(settings: Settings, directory: Path) -> VllmOptions:
     engine, vllm = settings.engine, settings.vllm
     # A directory is named by its last part: the name is part of results, which must not contain a worker's paths.
     name = engine.model if engine.model and not Path(engine.model).is_dir() else directory.resolve().name
+    profile = model_profile(engine)
     return VllmOptions(
         model=name,
         directory=directory,
@@ -65,7 +67,7 @@ def vllm_options(settings: Settings, directory: Path) -> VllmOptions:
         pipeline_parallel_size=vllm.pipeline_parallel_size,
         distributed_executor_backend=vllm.distributed_executor_backend,
         generation_config=engine.generation_config,
-        chat_template_kwargs=engine.chat_template_kwargs,
+        chat_template_kwargs=profile.template_kwargs(profile.profile),
         step_timeout_s=engine.step_timeout_s,
         extra_args=vllm.extra_args,
     )

@@ -172,7 +172,13 @@ def asking(engine: EngineBackend) -> Ask:
 
     async def attempt(request: PageRequest) -> PageOutput:
         generation = engine.submit(
-            Request(f"page#{next(numbers)}", prompt=request.prompt, images=request.images, sampling=request.sampling)
+            Request(
+                f"page#{next(numbers)}",
+                prompt=request.prompt,
+                images=request.images,
+                sampling=request.sampling,
+                chat_template_kwargs=request.chat_template_kwargs or None,
+            )
         )
         try:
             return PageOutput.of(await generation)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.backends.openai.dialects import Dialect
@@ -12,7 +12,6 @@ from nanovllm.engine.backends.openai.estimates import TEMPLATE_TOKENS, image_tok
 from nanovllm.errors import UnsupportedConstraint
 from nanovllm.pipeline.build_remote import check_remote, remote_options
 from nanovllm.pipeline.documents.page_sizes import Points, rendered_size
-from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 
@@ -25,7 +24,7 @@ class ServerLimits:
     dialect: Dialect
     max_model_len: int | None
     max_images: int
-    defaults: SamplingParams
+    generation_defaults: ClassVar[dict[str, Any]] = {}
     is_estimate: ClassVar[bool] = True
 
     @property
@@ -33,15 +32,21 @@ class ServerLimits:
         """Whether a prompt may have an image."""
         return self.capabilities.images and self.max_images > 0
 
-    def text_tokens(self, prompt: str) -> int:
+    @property
+    def heeded(self) -> frozenset[str]:
+        """The sampling parameters that the servers heed."""
+        return self.capabilities.sampling
+
+    def text_tokens(self, prompt: str, template_kwargs: Mapping[str, Any]) -> int:
         """About how many tokens the text of ``prompt`` has, with what a chat template puts around it."""
-        return TEMPLATE_TOKENS + text_tokens(prompt)
+        texts = (value for value in template_kwargs.values() if isinstance(value, str))
+        return TEMPLATE_TOKENS + text_tokens("\n".join((prompt, *texts)))
 
     def page_tokens(self, width: int, height: int) -> int:
         """About how many tokens an image of so many pixels has."""
         return image_tokens(width, height)
 
-    def most_tokens(self, dpi: int, max_pixels: int, points: Points) -> int:
+    def most_tokens(self, dpi: float, max_pixels: int, points: Points) -> int:
         """About how many tokens a page of ``points`` has at this resolution; servers scale larger ones down."""
         return image_tokens(*rendered_size(points, dpi, max_pixels))
 
@@ -70,5 +75,4 @@ def server_limits(settings: Settings, context: int | None) -> ServerLimits:
         dialect=options.dialect,
         max_model_len=context,
         max_images=settings.engine.max_images_per_request,
-        defaults=sampling_defaults(settings, {}),
     )

@@ -10,6 +10,8 @@ from pydantic import Field
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
 
+DEFAULT_MODEL = "tiny-receipts"
+
 
 class EngineSettings(SettingsModel):
     """The model and the limits of the engine."""
@@ -86,6 +88,11 @@ class EngineSettings(SettingsModel):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description='Variables of the chat template (JSON object), such as `{"enable_thinking": false}` for Qwen3.',
+    )
+    profile: str | None = Field(
+        None,
+        description="Profile of the model: prompts, sampling, pages and template variables below those that are set; "
+        "`none`: none; unset: by the checkpoint's name, files or family.",
     )
     job_chat_template_kwargs: StrList = Field(
         (), description="Names of those variables that a job may set in its own `chat_template_kwargs`."

@@ -606,7 +606,7 @@ def test_as_many_pages_are_in_a_prompt_as_the_check_of_routes_says(
     monkeypatch.setenv("NANOVLLM_ENGINE__MAX_MODEL_LEN", "204")
     loaded, settings = load_routes(routes), Settings()
     with build.build_engine(settings.engine) as engine:
-        budget = check_route(loaded, loaded.entries[0], limits_of(engine, settings), settings).budget
+        budget = check_route(loaded, loaded.entries[0], limits_of(engine), settings).budget
         assert budget is not None
         of_prompt = budget.prompt_tokens
     assert budget.pages_a_prompt == 3

@@ -97,9 +97,9 @@ def test_the_example_fits_the_shipped_model(tiny: ModelLimits) -> None:
 def test_limits_read_from_files_are_those_of_the_loaded_engine(make: Callable[[Path], Path], tmp_path: Path) -> None:
     settings = Settings.model_validate({"engine": {"model": str(make(tmp_path / "m")), "device": "cpu"}})
     with model_limits(settings) as read, build.build_engine(settings.engine) as engine:
-        loaded = limits_of(engine, settings)
+        loaded = limits_of(engine)
         assert (read.max_model_len, read.max_images) == (loaded.max_model_len, loaded.max_images)
-        assert (read.transform, read.defaults) == (loaded.transform, loaded.defaults)
+        assert (read.transform, read.generation_defaults) == (loaded.transform, loaded.generation_defaults)
         assert read.image_token_id == loaded.image_token_id
         assert read.prompts.untrusted("a <|image|> b") == loaded.prompts.untrusted("a <|image|> b")
         for size in ((224, 224), (56, 112)):
@@ -314,6 +314,7 @@ def test_the_command_says_what_holds(capsys: Capture) -> None:
     assert main(["routes", "check", str(EXAMPLE), "--json"]) == 0
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(capsys.readouterr().out)}
     assert rows["receipts", "constraint"] == "json_schema compiles"
+    assert rows["receipts", "asks by"] == "its prompt, profile none"
     assert rows["totals", "constraint"] == "regex compiles"
     assert rows["receipts", "tokens"].endswith("of 512")
     assert rows["", "s3.allow"].startswith("not set")

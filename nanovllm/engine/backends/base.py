@@ -31,7 +31,7 @@ class Request:
     Exactly one of ``prompt`` (``<|image|>`` marks each image's position) and ``messages`` (OpenAI chat form, images as
     parts) is set. ``images`` are in the order of their positions. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
-    out; ``chat_template_kwargs`` are variables of the template, and no text, which the template would write as its own.
+    out; ``chat_template_kwargs`` are variables of the template, whose texts it writes as its own: a job gives none.
     Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
 
@@ -43,7 +43,7 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     raw_prompt: bool = False
-    chat_template_kwargs: Mapping[str, bool | int | float | None] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -30,8 +30,10 @@ from nanovllm.messages.result import ModelUse, TokenUsage, result_id_for
 from nanovllm.pipeline.documents.evidence import PageTexts, with_evidence
 from nanovllm.pipeline.documents.group_answers import Fits, GroupReader
 from nanovllm.pipeline.documents.merging import MergedPages, merge_pages, merged_fields, merged_schema
+from nanovllm.pipeline.documents.model_profile import NO_MODEL_PROFILE
 from nanovllm.pipeline.documents.page_answers import Beginning, PageAnswer, PageReader
 from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, added
+from nanovllm.pipeline.documents.page_task import PageTask, page_task
 from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.sampling_params import SamplingParams
@@ -64,6 +66,7 @@ class Extraction:
     Args:
         defaults: sampling parameters where the route has none.
         worker: id that the records carry.
+        task: what the route asks for; None: of a model without a profile.
         pages_at_once: most requests for pages of one document at once.
         fits: the engine's; needed for ``pages.request: document`` alone.
         logprobs: whether the engine gives log probabilities, of which fields have theirs.
@@ -82,6 +85,7 @@ class Extraction:
         defaults: SamplingParams,
         *,
         worker: str,
+        task: PageTask | None = None,
         pages_at_once: int = 4,
         fits: Fits | None = None,
         logprobs: bool = True,
@@ -89,10 +93,11 @@ class Extraction:
     ) -> None:
         self._route = route
         self._decoders = decoders
+        task = page_task(route, NO_MODEL_PROFILE) if task is None else task
         if route.pages.request == "page":
-            self._reader = PageReader(route, decoders, defaults, logprobs=logprobs, beginning=beginning)
+            self._reader = PageReader(route, decoders, defaults, task, logprobs=logprobs, beginning=beginning)
         elif fits is not None:
-            self._reader = GroupReader(route, decoders, defaults, fits, logprobs=logprobs, beginning=beginning)
+            self._reader = GroupReader(route, decoders, defaults, task, fits, logprobs=logprobs, beginning=beginning)
         else:
             raise ConfigurationError(f"route {route.name}: pages.request document: what the engine takes is not known")
         self._model = ModelUse(**asdict(model))
@@ -247,6 +252,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         tokens=answer.tokens,
         stop=answer.stop,
         reused=answer.is_reused,
+        unparsed=answer.is_unparsed,
         suspicious_text=suspicious,
     )
 

@@ -23,9 +23,11 @@ from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.base import FinishReason
 from nanovllm.messages.document_record import FieldMeta, PageError, PageSource, PageStatus
 from nanovllm.messages.result import TokenUsage
+from nanovllm.pipeline.documents.answers.reading import ReadAnswer
 from nanovllm.pipeline.documents.fields import fields_of
 from nanovllm.pipeline.documents.json_spans import parse_output
 from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, PageRequest, added
+from nanovllm.pipeline.documents.page_task import PageTask
 from nanovllm.pipeline.documents.schema_parts import merge_parts, split_schema
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import LadderStep, Route
@@ -50,6 +52,7 @@ class PageAnswer:
     ``value`` is meant where ``has_value``; ``fields`` are by JSON pointer into it. ``layer`` is the text that the page
     itself has, ``text`` what the model wrote, or the layer where no model was asked. ``milliseconds`` are by stage, as
     in `DocumentTimings`. ``asked_with``: the page that has value and text of a request for several.
+    ``is_unparsed``: the text is as the model wrote it, as its profile's parser could not read it.
     """
 
     number: int
@@ -68,6 +71,7 @@ class PageAnswer:
     stop: FinishReason | None = None
     is_constrained: bool = False
     is_reused: bool = False
+    is_unparsed: bool = False
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -102,6 +106,7 @@ class PageReader:
 
     Args:
         defaults: sampling parameters where the route has none.
+        task: what the route asks for.
         logprobs: whether log probabilities are asked for, where fields have some.
         beginning: of a text, with so many tokens: ``EngineBackend.beginning``.
 
@@ -114,11 +119,13 @@ class PageReader:
         route: Route,
         decoders: DecoderPool,
         defaults: SamplingParams,
+        task: PageTask,
         *,
         logprobs: bool,
         beginning: Beginning,
     ) -> None:
         self._route = route
+        self._task = task
         self._decoders = decoders
         self._defaults = defaults
         self._logprobs = 0 if logprobs else None
@@ -208,9 +215,9 @@ class PageReader:
             return await self._decoders.render_page(
                 work.data,
                 work.number,
-                dpi=step.dpi or self._route.pages.dpi,
+                dpi=self._task.dpi(self._route, step, work.info.pages[work.number - 1]),
                 rotation=step.rotation,
-                max_pixels=step.max_pixels or self._route.pages.max_pixels,
+                max_pixels=self._task.max_pixels(self._route, step),
                 digest=work.info.digest,
                 tenant=work.tenant,
             )
@@ -225,7 +232,8 @@ class PageReader:
         is_reused = is_constrained = True
         for schema in self._schemas:
             sampling = self._sampling(schema, step)
-            output = await work.ask(PageRequest(prompt, images, sampling))
+            asked, variables = self._task.for_schema(prompt, schema)
+            output = await work.ask(PageRequest(asked, images, sampling, variables))
             texts.append(output.text)
             work.tokens = added(work.tokens, output.usage)
             for name, spent in output.milliseconds.items():
@@ -242,12 +250,14 @@ class PageReader:
                     continue
                 values.append(parsed.value)
                 fields |= fields_of(parsed, schema, output.pieces, output.logprobs)
+        read = self._task.read("\n".join(texts)) if self._schemas == [None] else ReadAnswer("\n".join(texts))
         is_ok = stop == "stop" and (self._schemas == [None] or len(values) == len(self._schemas))
         return PageAnswer(
             work.number,
             "ok" if is_ok else "incomplete",
             "model",
-            text="\n".join(texts),
+            text=read.text,
+            is_unparsed=read.is_unparsed,
             has_value=is_ok and self._schemas != [None],
             value=merge_parts(values) if values else None,
             fields=fields,
@@ -258,7 +268,7 @@ class PageReader:
         )
 
     def _prompt(self, work: PageWork) -> str:
-        prompt = self._route.prompt_of(0).strip() if work.is_read else self._route.page_prompt
+        prompt = self._task.prompt_of(0).strip() if work.is_read else self._task.prompt
         text = self._own_text(work)
         return with_text(prompt, text) if text else prompt
 
@@ -268,7 +278,7 @@ class PageReader:
         return text if text.strip() else ""
 
     def _sampling(self, schema: Mapping[str, Any] | None, step: LadderStep) -> SamplingParams:
-        given = dict(self._route.sampling)
+        given = dict(self._task.sampling)
         if schema is not None:
             given |= {"json_schema": dict(schema), "logprobs": self._logprobs}
         if step.temperature is not None:

@@ -20,11 +20,15 @@ NO_TOKENS = TokenUsage(input_tokens=0, output_tokens=0)
 
 @dataclass(frozen=True)
 class PageRequest:
-    """One request for a page; ``images`` are empty where its text layer stands in place of its picture."""
+    """One request for a page; ``images`` are empty where its text layer stands in place of its picture.
+
+    ``chat_template_kwargs`` are variables of the chat template, whose values are trusted.
+    """
 
     prompt: str
     images: tuple[PreparedImage, ...]
     sampling: SamplingParams
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ Ask = Callable[[PageRequest], Awaitable[PageOutput]]
 class KeepOutputs:
     """Asks for what the page store does not have, and keeps outputs that ended by themselves.
 
-    What decides an output is its key: the picture's digest, the prompt with whatever text it holds, all sampling
-    parameters, the schema, the model and the engine's options. A seed is one of them: an output that was drawn once
-    stays.
+    What decides an output is its key: the picture's digest, the prompt with whatever text it holds, variables of the
+    chat template, all sampling parameters, the schema, the model and the engine's options. A seed is one of them: an
+    output that was drawn once stays.
     """
 
     def __init__(
@@ -141,6 +145,8 @@ class KeepOutputs:
     def _key(self, request: PageRequest) -> PageKey:
         sampling = request.sampling.model_dump(mode="json")
         schema = sampling.pop("json_schema")
+        if request.chat_template_kwargs:
+            sampling["chat_template_kwargs"] = dict(request.chat_template_kwargs)
         return PageKey(
             page_digest="".join(image.digest.hex() for image in request.images),
             model=self._model,

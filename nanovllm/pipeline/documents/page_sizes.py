@@ -12,7 +12,7 @@ Points = tuple[float, float]
 A4: Points = (595.0, 842.0)
 
 
-def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
+def rendered_size(points: Points, dpi: float, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels of a page of this size, within the largest area."""
     width, height = (side / POINTS_PER_INCH * dpi for side in points)
     scale = min(1.0, sqrt(max_pixels / (width * height)))
