@@ -239,7 +239,7 @@ class OpenAIServer:
             for one in output.outputs:
                 yield common | {"choices": [{"index": one.index, "delta": {"role": "assistant", "content": ""}}]}
         for one in output.outputs:
-            for text, token_ids, logprobs in _pieces(one, asked.body):
+            for text, token_ids, logprobs in _pieces(one, asked.body, self.tells_token_ids):
                 choice: dict[str, Any] = {"index": one.index, "finish_reason": None}
                 choice |= {"delta": {"content": text}} if is_chat else {"text": text}
                 if self.tells_token_ids:
@@ -320,8 +320,13 @@ def _sampling(body: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams.model_validate(fields)
 
 
-def _pieces(one: Completion, body: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[dict[str, Any]] | None]]:
-    """Text, token ids and log probabilities of each event: a token an event where probabilities are asked for."""
+def _pieces(
+    one: Completion, body: Mapping[str, Any], taken_first: bool
+) -> Iterator[tuple[str, list[int], list[dict[str, Any]] | None]]:
+    """Text, token ids and log probabilities of each event: a token an event where probabilities are asked for.
+
+    As vLLM does where ``taken_first``: the token taken stands before the best ones, as one of these.
+    """
     if not body.get("logprobs") or one.logprobs is None or one.text_ends is None:
         middle = len(one.text) // 2
         yield one.text[:middle], [*one.token_ids], None
@@ -331,7 +336,8 @@ def _pieces(one: Completion, body: Mapping[str, Any]) -> Iterator[tuple[str, lis
     for token, end, place in zip(one.token_ids, one.text_ends, one.logprobs, strict=True):
         best = [{"token": it.text, "bytes": [*it.text.encode()], "logprob": it.logprob} for it in place.values()]
         taken = best[0]
-        ranked = sorted(best, key=lambda entry: -float(str(entry["logprob"])))[: body["top_logprobs"]]
+        ranked = sorted(best, key=lambda entry: (taken_first and entry is not taken, -float(str(entry["logprob"]))))
+        ranked = ranked[: body["top_logprobs"]]
         yield one.text[begin:end], [token], [taken | {"top_logprobs": ranked}]
         begin = end
 

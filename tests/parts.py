@@ -389,14 +389,16 @@ class VersityNode:
             self._process.kill()
 
 
-def python_process(directory: Path, *command: str, settings: Mapping[str, str], name: str) -> LocalProcess:
-    """A process of this Python, not started yet; its log is in ``directory``.
+def python_process(
+    directory: Path, *command: str, settings: Mapping[str, str], name: str, python: str | Path = sys.executable
+) -> LocalProcess:
+    """A process of ``python``, by default this one, not started yet; its log is in ``directory``.
 
     ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
     """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
     env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
-    return LocalProcess(name, [sys.executable, *command], directory / f"{name}.log", env=env)
+    return LocalProcess(name, [str(python), *command], directory / f"{name}.log", env=env)
 
 
 def worker_process(
@@ -405,7 +407,10 @@ def worker_process(
     settings: Mapping[str, str],
     name: str = "worker",
     program: Sequence[str] = ("-m", "nanovllm.cli.main"),
+    python: str | Path = sys.executable,
 ) -> LocalProcess:
     """``nanovllm worker`` as a `python_process`."""
     own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0"}
-    return python_process(directory, *program, "worker", *options, settings=own | dict(settings), name=name)
+    return python_process(
+        directory, *program, "worker", *options, settings=own | dict(settings), name=name, python=python
+    )

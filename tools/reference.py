@@ -15,10 +15,11 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
-from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
+from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.vllm.sampling import CAPABILITIES as VLLM_CAPABILITIES
 from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.document_record import DocumentRecord
@@ -120,8 +121,13 @@ def codes_page() -> str:
 
 def capabilities_table() -> str:
     """Markdown of what each backend can do, by the capabilities that it declares."""
-    backends = {"`native`": AsyncEngine.capabilities}
+    backends = {
+        "`native`": AsyncEngine.capabilities,
+        "`generic`": GENERIC,
+        "`generic`, layers with states": GENERIC_WITH_STATES,
+    }
     backends |= {f"`openai`, `{name}`": dialect.capabilities for name, dialect in DIALECTS.items()}
+    backends["`vllm`"] = VLLM_CAPABILITIES
     backends["`echo`"] = EchoEngine.capabilities
     able = backends.values()
     rows = [
@@ -135,6 +141,7 @@ def capabilities_table() -> str:
         ("token ids", *(_yes(one.token_ids) for one in able)),
         ("most strings in `stop`", *(str(one.max_stops or 16) for one in able)),
         *((f"`{name}`", *(_yes(name in one.sampling) for one in able)) for name in sorted(SAMPLING_NAMES)),
+        *((f"`engine.{name}`", *(_yes(name in one.settings) for one in able)) for name in sorted(ENGINE_FEATURES)),
     ]
     head = [_cells(("", *backends)), "|" + "---|" * (len(backends) + 1)]
     return "\n".join([*head, *(_cells(row) for row in rows)]) + "\n"

@@ -37,7 +37,13 @@ def doctor(
     """
     settings = load_settings(config)
     check_settings(settings.s3)
-    rows = _servers(settings) if settings.engine.backend == "openai" else _engine(settings, seconds)
+    match settings.engine.backend:
+        case "openai":
+            rows = _servers(settings)
+        case "vllm":
+            rows = _vllm(settings)
+        case _:
+            rows = _engine(settings, seconds)
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 
 
@@ -68,6 +74,15 @@ def _servers(settings: Settings) -> list[Row]:
         return asyncio.run(remote_findings(build_remote_engine(settings), settings))
 
 
+def _vllm(settings: Settings) -> list[Row]:
+    """What vLLM would be given."""
+    require_engine(settings)
+    from nanovllm.pipeline.build import checkpoint_directory
+    from nanovllm.pipeline.build_vllm import vllm_findings
+
+    return vllm_findings(settings, checkpoint_directory(settings.engine))
+
+
 def surroundings(settings: Settings) -> Iterator[Row]:
     """What answers of all that a worker with ``settings`` speaks to; nothing is created, and a wait is short."""
     yield _port(settings)
@@ -88,9 +103,10 @@ def _port(settings: Settings) -> Row:
 
 def _brokers(settings: Settings) -> Iterator[Row]:
     from nanovllm.pipeline.build import required_topics
+    from nanovllm.pipeline.build_documents import worker_routes
 
     patience = {"request_timeout_ms": min(PATIENCE_MS, settings.kafka.request_timeout_ms)}
-    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings)
+    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings, worker_routes(settings))
     try:
         states = asyncio.run(topic_states(kafka, names))
     except NanoVLLMError as error:

@@ -31,7 +31,6 @@ from nanovllm.pipeline.build_documents import (
     build_event_stages,
     check_extra,
     document_limits,
-    worker_routes,
 )
 from nanovllm.pipeline.build_remote import build_remote_engine, check_remote
 from nanovllm.pipeline.consuming.assignments import Assignments
@@ -45,6 +44,7 @@ from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
@@ -56,6 +56,7 @@ from nanovllm.pipeline.stages.infer import (
     Infer,
     MeterTokens,
     ReuseResponses,
+    TimeStage,
     WaitForSlot,
 )
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
@@ -120,17 +121,19 @@ def build_worker(
     metrics: Metrics,
     health: Health,
     *,
+    routes: Routes | None,
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
     decode: DecodeJob | None = None,
 ) -> Worker:
     """A worker without a source, which is not started; its parts and whatever the sink needs are.
 
-    ``backoff`` is between attempts in place. ``decode`` in place of `decode_job` makes jobs of records.
+    ``routes`` are those of ``documents.routes``. ``backoff`` is between attempts in place. ``decode`` in place of
+    `decode_job` makes jobs of records.
     """
     engine, decoders, fetcher = parts
     backoff = backoff or Backoff()
-    retry_topics, routes = RetryTopics.of(settings), worker_routes(settings)
+    retry_topics = RetryTopics.of(settings)
     lanes = retry_topics.lanes
     faults = ActiveFaults(health, metrics, lapse_s=2 * backoff.cap_s + 5.0)
     retry = Retry(faults, backoff, metrics)
@@ -212,7 +215,7 @@ def build_worker(
         admit=admit,
         fetch=make_fetch(images, max_bytes=settings.images.max_bytes),
         prepare=Prepare(images, retry),
-        infer=MeterTokens(infer, queue, rates),
+        infer=TimeStage(MeterTokens(infer, queue, rates)),
         answer=answer,
         failure=failure,
         publish=publish,
@@ -232,6 +235,7 @@ def build_worker(
         health=health,
         lanes=lanes,
         key_order=KeyOrder() if settings.admission.per_key_order else None,
+        written_topics=written_topics(settings, routes),
     )
 
 
@@ -255,7 +259,7 @@ def build_source(worker: Worker, limits: TopicLimits, crash_guard: CrashGuard | 
         drain=worker.drain,
         drain_timeout_s=settings.admission.drain_timeout_s,
         delays_s=retry_topics.delays_s,
-        watch=TopicWatch(worker.lanes, written_topics(settings), metrics),
+        watch=TopicWatch(worker.lanes, worker.written_topics, metrics),
     )
 
 
@@ -268,9 +272,9 @@ def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | No
     return FetchShares(max(1, min(settings.s3.max_connections, with_bytes)), settings.admission.max_bytes)
 
 
-def written_topics(settings: Settings) -> list[str]:
-    """The topics that a worker writes results, metrics, dead letters and delayed retries to. Raises InvalidRoutes."""
-    topics, routes = settings.topics, worker_routes(settings)
+def written_topics(settings: Settings, routes: Routes | None) -> list[str]:
+    """The topics that a worker with ``routes`` writes results, metrics, dead letters and delayed retries to."""
+    topics = settings.topics
     written = [
         topics.results,
         topics.metrics,
@@ -281,10 +285,10 @@ def written_topics(settings: Settings) -> list[str]:
     return list(dict.fromkeys([*written, *RetryTopics.of(settings).delays_s]))
 
 
-def required_topics(settings: Settings) -> list[str]:
-    """The topics that must be there before a worker starts."""
+def required_topics(settings: Settings, routes: Routes | None) -> list[str]:
+    """The topics that must be there before a worker with ``routes`` starts."""
     in_flight = [settings.topics.in_flight] if settings.dead_letters.crash_limit else []
-    return list(dict.fromkeys([*RetryTopics.of(settings).lanes, *written_topics(settings), *in_flight]))
+    return list(dict.fromkeys([*RetryTopics.of(settings).lanes, *written_topics(settings, routes), *in_flight]))
 
 
 def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
@@ -322,12 +326,11 @@ def check_parts(settings: Settings) -> None:
     """Find out what can be known of the parts before weights are read; it imports torch, for seconds.
 
     Raises:
-        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or routes, an image format, the device or the
-            model are not there.
+        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or what reads documents, an image format, the
+            device or the model are not there.
     """
     if settings.documents.routes is not None:
-        worker_routes(settings)
-        check_extra()
+        check_extra("remote" if settings.engine.backend == "openai" else "worker")
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)
@@ -337,11 +340,14 @@ def check_parts(settings: Settings) -> None:
     if engine.backend == "openai":
         check_remote(settings)
         return
-    from nanovllm.checkpoints.resolve import resolve_checkpoint
+    directory = checkpoint_directory(engine)
+    if engine.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import check_vllm
+
+        check_vllm(settings, directory)
+        return
     from nanovllm.engine.execution.loading import choose_device
 
-    _register_aliases(engine)
-    resolve_checkpoint(engine.model or DEFAULT_MODEL)
     choose_device(engine.device)
 
 
@@ -354,6 +360,10 @@ async def load_engine(settings: Settings) -> EngineBackend:
         return EchoEngine(max_num_seqs=options.max_num_seqs)
     if options.backend == "openai":
         return build_remote_engine(settings)
+    if options.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import build_vllm_engine
+
+        return await asyncio.to_thread(build_vllm_engine, settings, checkpoint_directory(options))
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 
@@ -379,6 +389,14 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 def engine_options(settings: EngineSettings) -> dict[str, Any]:
     """The engine's own options among the settings of one that loads a model."""
     return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend}
+
+
+def checkpoint_directory(settings: EngineSettings) -> Path:
+    """Where the checkpoint is that the settings name. Raises ModelNotFound."""
+    from nanovllm.checkpoints.resolve import resolve_checkpoint
+
+    _register_aliases(settings)
+    return resolve_checkpoint(settings.model or DEFAULT_MODEL)
 
 
 def _register_aliases(settings: EngineSettings) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -91,6 +90,8 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
         worker=settings.worker_id,
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
+        logprobs=engine.capabilities.logprobs is not None,
+        beginning=engine.beginning,
     )
 
 
@@ -121,7 +122,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
             attempt=lambda request: retry(request, "page store", Progress(time.monotonic())),
         )
         parts.metrics.watch_page_store(lambda: asdict(pages.counts))
-        store = partial(_kept, pages, engine.model_info)
+        store = partial(_kept, pages, engine)
     extract: ExtractRouted = ExtractDocument(
         extractions,
         parts.infer,
@@ -152,12 +153,16 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     )
 
 
-def check_extra() -> None:
-    """Find out whether documents can be read and records validated. Raises ConfigurationError where they cannot."""
+def check_extra(extra: str) -> None:
+    """Find out whether documents can be read and records validated; ``extra`` is what the engine needs beside.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
     missing = [name for name in ("pypdfium2", "jsonschema_rs") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"documents.routes needs {' and '.join(missing)}: pip install '.[worker,documents]' in a clone"
+            f"documents.routes needs {' and '.join(missing)}: pip install '.[{extra},documents]' in a clone"
         )
 
 
@@ -166,5 +171,5 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
     return DocumentLimits(**{limit.name: getattr(documents, limit.name) for limit in fields(DocumentLimits)})
 
 
-def _kept(store: PageStore, model: ModelInfo, ask: Ask, tenant: str) -> KeepOutputs:
-    return KeepOutputs(ask, store, model, tenant=tenant)
+def _kept(store: PageStore, engine: EngineBackend, ask: Ask, tenant: str) -> KeepOutputs:
+    return KeepOutputs(ask, store, engine.model_info, engine.output_options, tenant=tenant)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import ValidationError
 
@@ -21,9 +21,12 @@ from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.merging import merged_schema
+from nanovllm.pipeline.documents.page_answers import with_text
+from nanovllm.pipeline.documents.page_sizes import A4, Points, rendered_size
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
+from nanovllm.pipeline.server_limits import ServerLimits, server_limits
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.located_yaml import Place
@@ -37,12 +40,6 @@ if TYPE_CHECKING:
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
     from nanovllm.vision.images.preprocess import ImageTransform
 
-Points = tuple[float, float]
-"""Width and height of a page in points."""
-
-POINTS_PER_INCH = 72
-A4: Points = (595.0, 842.0)
-
 
 @dataclass(frozen=True)
 class ModelLimits:
@@ -55,25 +52,56 @@ class ModelLimits:
     defaults: SamplingParams
     transform: ImageTransform | None
     tokens_of: Callable[[tuple[int, int]], int]
+    is_estimate: ClassVar[bool] = False
 
     @property
     def image_token_id(self) -> int | None:
         """The token that stands once for each image; None for a model without images."""
         return self.prompts.image_token_id
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether a prompt may have an image."""
+        return self.transform is not None and self.max_images > 0
+
+    def text_tokens(self, prompt: str) -> int:
+        """Tokens of the text of ``prompt``. Raises InvalidInput: the model cannot take it at all."""
+        return sum(token != self.image_token_id for token in self.prompts.untrusted(prompt))
+
+    def page_tokens(self, width: int, height: int) -> int:
+        """Tokens of an image of so many pixels. Raises InvalidInput: preprocessing refuses it."""
+        assert self.transform is not None
+        return self.tokens_of(self.transform.check(width, height))
+
+    def most_tokens(self, dpi: int, max_pixels: int, points: Points) -> int:
+        """The most tokens of a page of up to ``max_pixels``, whatever its proportions."""
+        return most_tokens(self, max_pixels)
+
+    def lacking(self, sampling: SamplingParams) -> Iterator[tuple[str, str]]:
+        """What of ``sampling`` is refused: the parameter, and why."""
+        if (constraint := sampling.constraint) is not None:
+            try:
+                self.grammars.matcher(constraint)
+            except (UnsupportedConstraint, ConfigurationError) as error:
+                yield constraint.kind, f"does not compile: {error}"
+
+
+RouteLimits = ModelLimits | ServerLimits
+
 
 @contextmanager
 def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     """The limits of the model that ``settings`` name, from its files; it imports torch, for seconds.
 
-    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows.
+    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows. On a CPU
+    the least cache counts, so that the answer is the same on every machine.
 
     Raises:
         ConfigurationError, UnsupportedModel, ModelNotFound: it would not be served either.
     """
     from nanovllm.checkpoints.checkpoint import Checkpoint
     from nanovllm.checkpoints.resolve import resolve_checkpoint
-    from nanovllm.engine.config import GIB, EngineConfig
+    from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
     from nanovllm.engine.execution.generic_models import generic_image_tokens
     from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
     from nanovllm.engine.models.generic import stated_config
@@ -93,7 +121,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
         text, images = decoder_config(checkpoint)[0], image_tokens(checkpoint, config)
     max_model_len = text.context_limit(config.max_model_len)
     device = choose_device(config.device)
-    kv_bytes = config.kv_cache_bytes or (GIB if device.type == "cpu" else None)
+    kv_bytes = config.kv_cache_bytes or (LEAST_KV_BYTES if device.type == "cpu" else None)
     if kv_bytes is not None:
         item_bytes = 2 if config.kv_cache_dtype == "bfloat16" else choose_dtype(config, checkpoint, device).itemsize
         token_bytes = 2 * item_bytes * sum(heads * width for heads, width in text.kv_shapes)
@@ -167,7 +195,8 @@ def _unreadable(routes: Routes, entry: RouteEntry, allow: tuple[str, ...]) -> It
 class TokenBudget:
     """The tokens of a route's longest prompt of one page, and how many the model takes.
 
-    ``page_tokens`` are those of a page of the size in question, ``most_page_tokens`` those that no page exceeds.
+    ``page_tokens`` are those of a page of the size in question, ``most_page_tokens`` those that no page exceeds: by
+    estimate where ``is_estimate``. ``max_model_len`` None: servers do not tell it.
     """
 
     prompt_tokens: int
@@ -175,8 +204,14 @@ class TokenBudget:
     most_page_tokens: int
     hint_tokens: int
     max_tokens: int
-    max_model_len: int
+    max_model_len: int | None
     pages_a_prompt: int
+    is_estimate: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is not known to be, or estimated, beyond what the model takes."""
+        return self.max_model_len is None or self.total <= self.max_model_len
 
     @property
     def total(self) -> int:
@@ -192,16 +227,44 @@ class RouteCheck:
     budget: TokenBudget | None = None
 
 
-def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dict[RouteEntry, RouteCheck]:
-    """Every route held against the settings, and against the model by its files; ``points``: see `check_route`.
+@contextmanager
+def route_limits(settings: Settings, context: int | None = None) -> Iterator[RouteLimits]:
+    """The limits of the model in this process, or of servers with ``context`` tokens; None: they do not tell it.
+
+    Raises:
+        ConfigurationError: as `model_limits`; an engine that reads no pages.
+    """
+    if settings.engine.loads_model:
+        with model_limits(settings) as limits:
+            yield limits
+    elif settings.engine.backend == "openai":
+        yield server_limits(settings, context)
+    else:
+        raise ConfigurationError(
+            f"routes need an engine that reads pages; engine.backend is {settings.engine.backend}: take native, "
+            "generic or openai"
+        )
+
+
+def check_routes(
+    routes: Routes, settings: Settings, points: Points = A4, *, context: int | None = None
+) -> dict[RouteEntry, RouteCheck]:
+    """Every route held against the others, the settings, and the model by its files, or what servers can do.
+
+    ``points``: see `check_route`; ``context``: see `route_limits`.
 
     Raises:
         InvalidRoutes: with everything that does not hold.
-        ConfigurationError: as `model_limits`.
+        ConfigurationError: as `route_limits`.
     """
-    refusals = list(check_settings(routes, settings))
-    with model_limits(settings) as limits:
-        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    refusals = [*routes.refusals, *check_settings(routes, settings)]
+    try:
+        with route_limits(settings, context) as limits:
+            checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    except ConfigurationError:
+        if refusals:  # of the file: they are to be mended whatever the engine is
+            raise InvalidRoutes(dict.fromkeys(refusals)) from None
+        raise
     refusals += [refusal for check in checks.values() for refusal in check.refusals]
     if refusals:
         raise InvalidRoutes(dict.fromkeys(refusals))
@@ -209,11 +272,14 @@ def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dic
 
 
 def check_route(
-    routes: Routes, entry: RouteEntry, limits: ModelLimits, settings: Settings, points: Points = A4
+    routes: Routes, entry: RouteEntry, limits: RouteLimits, settings: Settings, points: Points = A4
 ) -> RouteCheck:
-    """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
+    """Whether the model takes the route's schema and sampling, and its largest page with prompt and answer.
+
+    ``points`` are width and height of a usual page. Of estimated tokens the answer's alone refuse a route.
+    """
     route = entry.route
-    if limits.transform is None or limits.max_images < 1:
+    if not limits.takes_images:
         why = "the model takes no images: see engine.model and engine.max_images_per_request"
         return RouteCheck((routes.refusal(entry, why),))
     try:
@@ -221,12 +287,9 @@ def check_route(
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, str(error), "sampling", "max_tokens"),))
     refusals = []
-    if (constraint := sampling.constraint) is not None:
-        name = ("response_schema",) if route.response_schema is not None else ("sampling", constraint.kind)
-        try:
-            limits.grammars.matcher(constraint)
-        except (UnsupportedConstraint, ConfigurationError) as error:
-            refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
+    for parameter, why in limits.lacking(sampling):
+        where = ["response_schema"] if parameter == "json_schema" else ["sampling", parameter]
+        refusals.append(routes.refusal(entry, f"{'.'.join(where)} {why}", *where))
     try:
         if not refusals and route.response_schema is not None:
             SchemaValidator(merged_schema(route.response_schema, route.merge))
@@ -239,17 +302,22 @@ def check_route(
         budget, place = token_budget(route, limits, settings, sampling, points)
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
-    if budget.total > budget.max_model_len:
+    if budget.fits or budget.max_model_len is None:
+        return RouteCheck((), budget)
+    if isinstance(limits, ModelLimits):
         why = (
             f"{budget.prompt_tokens} tokens of prompt, up to {budget.most_page_tokens} of a page"
             f"{f', {budget.hint_tokens} of its text' if budget.hint_tokens else ''} and {budget.max_tokens} of answer "
             f"are {budget.total}, and the model takes {budget.max_model_len}: {_remedy(budget, limits)}"
         )
         return RouteCheck((routes.refusal(entry, why, *place, "max_pixels"),), budget)
+    if budget.max_tokens >= budget.max_model_len:
+        why = f"{budget.max_tokens} tokens of answer leave no room in the {budget.max_model_len} that the servers have"
+        return RouteCheck((routes.refusal(entry, why, "sampling", "max_tokens"),), budget)
     return RouteCheck((), budget)
 
 
-def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> SamplingParams:
+def page_sampling(route: Route, limits: RouteLimits, settings: Settings) -> SamplingParams:
     """The sampling of a page of ``route``, as a worker decides it. Raises InvalidInput: it asks for too much."""
     try:
         job = Job(job_id="page", prompt=route.page_prompt, sampling=route.job_sampling)
@@ -259,31 +327,34 @@ def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> Samp
 
 
 def token_budget(
-    route: Route, limits: ModelLimits, settings: Settings, sampling: SamplingParams, points: Points
+    route: Route, limits: RouteLimits, settings: Settings, sampling: SamplingParams, points: Points
 ) -> tuple[TokenBudget, Place]:
     """The tokens of a prompt with one page, and which part of the route allows the largest page.
 
     Raises:
         InvalidInput: the model cannot take the prompt at all.
     """
-    assert limits.transform is not None
-    one = _text_tokens(route.page_prompt, limits)
-    around = _text_tokens(route.prompt_of(2), limits) - one
+    alone = limits.text_tokens(route.page_prompt)
+    around = limits.text_tokens(route.prompt_of(2)) - alone
+    one = limits.text_tokens(with_text(route.page_prompt, ".")) if route.text == "hint" else alone
     resolutions = list(_resolutions(route, settings))
     _, dpi, usual_area = resolutions[0]
-    place, _, area = max(resolutions, key=lambda item: item[2])
-    most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
+    pages = [(limits.most_tokens(dpi, area, points), place) for place, dpi, area in resolutions]
+    most, place = max(pages, key=lambda page: page[0])
+    hint = route.hint_tokens if route.text == "hint" else 0
     answer = sampling.max_tokens or settings.admission.max_tokens
-    room = limits.max_model_len - answer - one + around
-    fit = min(limits.max_images, room // (most + around + hint)) if route.pages.request == "document" else 1
+    fit = limits.max_images
+    if limits.max_model_len is not None:
+        fit = min(fit, (limits.max_model_len - answer - one + around) // (most + around + hint))
     budget = TokenBudget(
         prompt_tokens=one,
-        page_tokens=limits.tokens_of(limits.transform.check(*rendered_size(points, dpi, usual_area))),
+        page_tokens=limits.page_tokens(*rendered_size(points, dpi, usual_area)),
         most_page_tokens=most,
         hint_tokens=hint,
         max_tokens=answer,
         max_model_len=limits.max_model_len,
-        pages_a_prompt=max(0, fit),
+        pages_a_prompt=max(0, fit) if route.pages.request == "document" else 1,
+        is_estimate=limits.is_estimate,
     )
     return budget, place
 
@@ -297,21 +368,13 @@ def _resolutions(route: Route, settings: Settings) -> Iterator[tuple[Place, int,
             yield ("ladder", number), step.dpi or pages.dpi, min(limit, step.max_pixels or pages.max_pixels or limit)
 
 
-def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
+def _unrenderable(route: Route, limits: RouteLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
     """Why the model's preprocessing refuses a usual page, at each resolution."""
-    assert limits.transform is not None
     for place, dpi, max_pixels in _resolutions(route, settings):
         try:
-            limits.transform.check(*rendered_size(points, dpi, max_pixels))
+            limits.page_tokens(*rendered_size(points, dpi, max_pixels))
         except InvalidInput as error:
             yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi: {error}"
-
-
-def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels of a page of this size, within the largest area."""
-    width, height = (side / POINTS_PER_INCH * dpi for side in points)
-    scale = min(1.0, sqrt(max_pixels / (width * height)))
-    return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
@@ -335,13 +398,8 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
     return min(largest // multiple**2, max(bound(max_pixels, 0.5), bound(smallest, 1.0)))
 
 
-def _text_tokens(prompt: str, limits: ModelLimits) -> int:
-    tokens = limits.prompts.untrusted(prompt)
-    return sum(token != limits.image_token_id for token in tokens)
-
-
 def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
-    room = budget.max_model_len - (budget.total - budget.most_page_tokens)
+    room = limits.max_model_len - (budget.total - budget.most_page_tokens)
     transform = limits.transform
     if transform is not None and transform.resize == "pixel_budget" and most_tokens(limits, 1) <= room:
         fits, too_many = 1, transform.size[1]

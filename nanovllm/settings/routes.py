@@ -190,7 +190,9 @@ class Route(SettingsModel):
         "the picture where it is clean.",
     )
     hint_tokens: int = Field(
-        1_024, ge=1, description="Most tokens of a text layer beside its picture, counted as four characters each."
+        1_024,
+        ge=1,
+        description="Most tokens of a text layer beside its picture; in front of servers four characters count as one.",
     )
     merge: MergeRule = Field("per_document", description="How arrays over pages become one.")
     result_topic: TopicName | None = Field(None, description="Topic of the records; unset: `topics.results`.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from nanovllm.engine.backends.base import Request
-from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
+from nanovllm.engine.config import IMAGE_BOUNDS
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import prepare_rgb
@@ -222,6 +226,27 @@ async def test_a_job_with_an_image_of_a_decoder_process_is_a_turn_of_the_chat_te
     assert (found.token_ids, found.usage) == (wanted.token_ids, wanted.usage)
 
 
+@pytest.mark.parametrize(("family", "declared"), [("idefics3", GENERIC), ("qwen3_5", GENERIC_WITH_STATES)])
+async def test_what_the_backend_declares_it_does_with_images(
+    family: str, declared: Capabilities, tmp_path: Path
+) -> None:
+    asked: dict[str, dict[str, Any]] = {"regex": {"regex": "(ab){2}c"}, "n": {"n": 2}, "scores": {"prompt_logprobs": 1}}
+    async with AsyncEngine(LLMEngine(str(make_generic_images(tmp_path, family)), **SMALL)) as backend:
+        assert backend.capabilities == replace(declared, context=SMALL["max_model_len"])
+        assert backend.image_transform is not None
+        images = (prepare_rgb(ONE[0], backend.image_transform),) * 2
+        running = {
+            name: backend.submit(
+                Request(name, prompt="<|image|> or <|image|>", images=images, sampling=SamplingParams(**params))
+            )
+            for name, params in asked.items()
+        }
+        found = {name: await generation for name, generation in running.items()}
+    assert found["regex"].text == "ababc"
+    assert len(found["n"].outputs) == 2
+    assert len(found["scores"].prompt_logprobs or ()) == found["scores"].usage.input_tokens
+
+
 def test_an_image_that_the_processor_refuses_fails_its_request_alone(tmp_path: Path) -> None:
     directory, image = make_generic_images(tmp_path, "qwen2_vl"), written_image("qwen2_vl")
     with LLMEngine(str(directory), **SMALL) as engine:
@@ -249,7 +274,7 @@ def test_without_images_its_text_is_served_alone(tmp_path: Path) -> None:
         assert len(engine.generate("hello", GREEDY, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
 
 
-@pytest.mark.parametrize("options", [{"max_pixels": 1000}, {"vision_model": "tower"}])
+@pytest.mark.parametrize("options", [*({name: 1000} for name in IMAGE_BOUNDS), {"vision_model": "tower"}])
 def test_options_of_other_encoders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(options))}=.* brings towers of its own"):
         LLMEngine(str(make_generic_images(tmp_path, "internvl")), **SMALL, **options)

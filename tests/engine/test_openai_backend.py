@@ -21,7 +21,9 @@ from PIL import Image
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.estimates import text_tokens
 from nanovllm.engine.backends.openai.llama_cpp_schema import left_out
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import (
@@ -181,7 +183,7 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
         "openai": {"max_completion_tokens": 9, "seed": 2**62 + 3, "n": 2, "top_logprobs": 3},
         "vllm": {"max_tokens": 9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "bad_words": ["no"],
                  "min_tokens": 2, "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False,
-                 "include_stop_str_in_output": True, "return_token_ids": True},
+                 "include_stop_str_in_output": True, "return_token_ids": True, "top_logprobs": 4},
         "sglang": {"max_tokens": 9, "top_k": 7, "no_stop_trim": True, "stop_token_ids": [3], "ignore_eos": True},
         "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": 2**20, "ignore_eos": True},
     }  # fmt: skip
@@ -325,13 +327,18 @@ async def test_a_raw_prompt_is_a_completion_where_it_is_allowed() -> None:
 
 
 async def test_a_tenants_salt_goes_to_servers_that_know_one_and_never_as_it_is() -> None:
-    async with OpenAIServer() as server:
-        for dialect in ("vllm", "openai"):
-            async with engine_of(server, dialect=dialect) as engine:
-                await engine.submit(ask("a", cache_salt=b"secret salt"))
-    assert len(server.asked[0].body["cache_salt"]) == 64
-    assert "cache_salt" not in server.asked[1].body
-    assert all("secret salt" not in json.dumps(asked.body) for asked in server.asked)
+    image = prepare_image(picture(), ImageTransform.for_files("png"))
+    asked = []
+    for dialect in ("vllm", "openai"):
+        for salt in (b"secret salt", b"other", b""):
+            async with OpenAIServer() as server, engine_of(server, dialect=dialect) as engine:
+                await engine.submit(ask("a", "see <|image|>", images=(image,), cache_salt=salt))
+            asked.append(server.asked[0].body)
+    salts = [body.get("cache_salt", "") for body in asked]
+    names = [body["messages"][0]["content"][1].get("uuid", "") for body in asked]
+    assert [*map(len, salts)] == [*map(len, names)] == [64, 64, 0, 0, 0, 0]
+    assert len({*salts[:2], *names[:2]}) == 4
+    assert all("secret salt" not in json.dumps(body) for body in asked)
 
 
 @pytest.fixture(scope="module")
@@ -375,11 +382,63 @@ async def test_the_same_engine_behind_a_socket_gives_the_same_texts_tokens_and_p
     assert remote.outputs[0].text_ends == expected.outputs[0].text_ends
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "ends"),
+    [
+        ("a€b", [b"a", b"\xe2", b"\x82\xac", b"b"], (1, 1, 2, 3)),
+        ("a€b", [b"a", "\ufffd", "\ufffd", b"b"], (1, 1, 2, 3)),
+        ("a 🙂, b", [b"a", " \ufffd", "\ufffd", "\ufffd,", b" b"], (1, 1, 1, 4, 6)),
+        ("🙂", ["\ufffd", "\ufffd"], (0, 1)),
+        ("ab", [b"ab", b"<|im_end|>"], (2, 2)),
+        ("ab", [b"a", b"bSTOP"], (1, 2)),
+        ("a", [b"a", "\ufffd"], (1, 1)),
+        ("abc", [b"a", b"c"], None),
+        ("abc", [b"a", b"b"], None),
+        ("a€b", [b"a", "\ufffd", b"x"], None),
+    ],
+)
+def test_tokens_end_in_the_text_also_where_servers_write_parts_of_characters_as_replacements(
+    text: str, tokens: list[bytes | str], ends: tuple[int, ...] | None
+) -> None:
+    answer = Answer(1, logprobs=0)
+    raw = [token if isinstance(token, bytes) else token.encode() for token in tokens]
+    content = [{"token": one.decode(errors="replace"), "bytes": [*one], "logprob": -0.5} for one in raw]
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": {"content": content}, "finish_reason": "stop"}
+    assert list(answer.add({"choices": [choice]}))
+    (completion,) = answer.completions()
+    assert completion.text_ends == ends
+
+
+async def test_a_request_fits_by_its_images_and_an_estimate_of_its_tokens() -> None:
+    long = "words of a prompt " * 100
+    async with OpenAIServer(context=1_024) as server, engine_of(server, max_images_per_request=1) as engine:
+        image = prepare_image(Image.new("RGB", (280, 280)), engine.image_transform or ImageTransform())
+        assert await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 800}))
+        assert not await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 900}))
+        assert not await engine.fits(ask("a", "short", images=(image, image)))
+        assert not await engine.fits(ask("a", long, sampling={"max_tokens": 500}))
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        assert await engine.fits(ask("a", long, sampling={"max_tokens": 500})), "servers need not tell their context"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Invoice 2026-11-30: total 1,234.50 EUR, payable within 30 days",
+        "Straßenbahnhaltestelle am Rathaus in Köln",
+        "総額 12 円",
+    ],
+)
+def test_estimated_tokens_of_texts_are_no_fewer_than_a_tokenizer_of_words_and_digits_makes(text: str) -> None:
+    words = re.findall(r" ?[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]", text)
+    assert len(words) <= text_tokens(text) <= len(text)
+
+
 async def test_probabilities_without_others_still_say_whether_a_token_was_the_best(native: OpenAIServer) -> None:
     sampling = {"logprobs": 0, "max_tokens": 12, "temperature": 2.0, "seed": 11}
     async with engine_of(native, dialect="vllm") as engine:
         output = await engine.submit(ask("a", "What is the total?", sampling=sampling))
-    assert native.asked[-1].body["top_logprobs"] == 1
+    assert native.asked[-1].body["top_logprobs"] == 2
     assert output.logprobs is not None
     assert all([*place] == [token] for token, place in zip(output.token_ids, output.logprobs, strict=True))
     assert {one.rank for place in output.logprobs for one in place.values()} == {1, 2}

@@ -18,6 +18,8 @@ from nanovllm.errors import EngineDead, InvalidInput, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
+USUAL_CHARS_PER_TOKEN = 4
+
 if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
@@ -192,6 +194,18 @@ class EngineBackend(ABC):
             raise self.death
         return True
 
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """What decides an output beside model and request, as JSON: what is kept of outputs is kept under it."""
+        return {} if self.image_transform is None else {"images": self.image_transform.fingerprint()}
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens; for a backend that cannot count, about so many.
+
+        May be called in any thread. Raises InvalidInput: no tokenizer takes the text.
+        """
+        return beginning_by_chars(text, max_tokens)
+
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
         generation = Generation(request.request_id, self.abort)
@@ -229,3 +243,8 @@ class EngineBackend(ABC):
             generation.fail(death)
         self._generations.clear()
         self.dead.set()
+
+
+def beginning_by_chars(text: str, max_tokens: int) -> str:
+    """The beginning of ``text`` with about so many tokens."""
+    return text[: USUAL_CHARS_PER_TOKEN * max_tokens]

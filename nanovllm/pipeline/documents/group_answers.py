@@ -20,7 +20,7 @@ from nanovllm.engine.backends.base import Request
 from nanovllm.errors import NanoVLLMError, PromptTooLong
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.result import TokenUsage
-from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader, PageWork, failed_page
+from nanovllm.pipeline.documents.page_answers import Beginning, PageAnswer, PageReader, PageWork, failed_page
 from nanovllm.pipeline.documents.page_outputs import Ask, added
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import LadderStep, Route
@@ -47,13 +47,23 @@ class GroupReader(PageReader):
     Args:
         defaults: sampling parameters where the route has none.
         fits: of the engine that is asked.
+        logprobs, beginning: as in `PageReader`.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be asked for in parts.
     """
 
-    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams, fits: Fits) -> None:
-        super().__init__(route, decoders, defaults)
+    def __init__(
+        self,
+        route: Route,
+        decoders: DecoderPool,
+        defaults: SamplingParams,
+        fits: Fits,
+        *,
+        logprobs: bool,
+        beginning: Beginning,
+    ) -> None:
+        super().__init__(route, decoders, defaults, logprobs=logprobs, beginning=beginning)
         self._fits = fits
         self._steps = (LadderStep(), *route.ladder)
 

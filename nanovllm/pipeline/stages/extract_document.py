@@ -99,11 +99,14 @@ class ExtractDocument:
             # As the other caches: tenants share pages where tenants.share_caches says so.
             ask = self._store(ask, context.salt.decode())
         with context.progress.stage("infer"):
-            record = await self._extractions[routed.route.name](
-                document.data, routed.source, ask, tenant=context.tenant, record=context.origin.source
+            return await self._extractions[routed.route.name](
+                document.data,
+                routed.source,
+                ask,
+                tenant=context.tenant,
+                record=context.origin.source,
+                fetched_s=context.progress.seconds.get("fetch", 0.0),
             )
-        fetched_ms = 1_000 * context.progress.seconds.get("fetch", 0.0)
-        return record.model_copy(update={"timings_ms": record.timings_ms.model_copy(update={"fetch": fetched_ms})})
 
 
 class GuardDocuments:

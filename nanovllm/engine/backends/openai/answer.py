@@ -19,6 +19,7 @@ from nanovllm.errors import AnswerWithheld
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "loop"}
 _NO_MORE_THAN = 2**31
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
@@ -83,10 +84,12 @@ class Answer:
         """Tokens as the server counts them; where it does not, pieces of text count as output tokens."""
         details = self._usage.get("prompt_tokens_details")
         details = details if isinstance(details, dict) else {}
+        kinds = details.get("multimodal_tokens")  # vLLM's
+        image_tokens = kinds.get("image") if isinstance(kinds, dict) else details.get("image_tokens")
         return Usage(
             input_tokens=_count(self._usage.get("prompt_tokens")) or 0,
             output_tokens=self._output_tokens(),
-            image_tokens=_count(details.get("image_tokens")) or 0,
+            image_tokens=_count(image_tokens) or 0,
             cached_tokens=_count(details.get("cached_tokens")) or 0,
         )
 
@@ -186,7 +189,9 @@ def _position(entry: dict[str, Any], token_id: int | None, most: int) -> TokenLo
     server does not say is minus its rank.
     """
     best = sorted(entry.get("top_logprobs") or [], key=lambda one: -one["logprob"])
-    rank = next((number for number, one in enumerate(best, 1) if _token(one) == _token(entry)), len(best) + 1)
+    # Tokens that are parts of one character may have equal texts.
+    equal = [number for number, one in enumerate(best, 1) if _token(one) == _token(entry)]
+    rank = min(equal, key=lambda number: abs(best[number - 1]["logprob"] - entry["logprob"]), default=len(best) + 1)
     named = entry.get("id", token_id)
     position = {_key(named, rank): Logprob(float(entry["logprob"]), rank, entry["token"])}
     for number, one in enumerate(best[:most], 1):
@@ -204,10 +209,31 @@ def _key(token_id: Any, rank: int) -> int:
 
 
 def _text_ends(entries: Sequence[dict[str, Any]], text: str) -> tuple[int, ...] | None:
-    """As ``Completion.text_ends``; None where the tokens are not the text's."""
-    decoder, decoded, ends = codecs.getincrementaldecoder("utf-8")("replace"), "", []
+    """As ``Completion.text_ends``; None where the tokens are not the text's.
+
+    Servers write U+FFFD for a part of a character, also in ``bytes`` (vLLM): such tokens end where the next whole one
+    begins. Tokens behind the text, such as the end of a sequence, end with it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ends: list[int] = []
+    at, parts = 0, 0  # how many characters are known, and at most how many the tokens since then stand for
     for entry in entries:
         raw = entry.get("bytes")
-        decoded += decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
-        ends.append(min(len(decoded), len(text)))
-    return tuple(ends) if decoded.startswith(text) else None
+        piece = decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
+        if parts and piece and REPLACEMENT not in piece:
+            found = text.find(piece, at, at + parts + len(piece))
+            if found < 0:
+                return None
+            at, parts, ends[-1] = found, 0, found
+        if text.startswith(piece, at) and not parts:
+            at += len(piece)
+        elif piece.startswith(text[at:]) and not parts:
+            at = len(text)
+        elif REPLACEMENT in piece:
+            parts += len(piece)
+        elif piece:
+            return None
+        ends.append(at)
+    if parts:
+        ends[-1] = at = len(text)
+    return tuple(ends) if at == len(text) else None

@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import Endpoint
+from nanovllm.engine.backends.openai.estimates import request_tokens
 from nanovllm.engine.backends.openai.faults import EndpointFault
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.backends.openai.pool import Pool
@@ -71,7 +72,7 @@ class OpenAIEngine(EngineBackend):
             ModelInfo(options.model or UNKNOWN, options.revision, UNKNOWN), transform, options.max_num_seqs
         )
         self._options = options
-        self.capabilities = replace(options.dialect.capabilities, images=options.images)
+        self.capabilities = options.capabilities
         context = _ssl_context(options)
         self._endpoints = [Endpoint(one, options, context) for one in options.endpoints]
         self._pool = Pool(self._endpoints, max_outstanding=options.max_num_seqs, slack=options.affinity_slack)
@@ -162,6 +163,22 @@ class OpenAIEngine(EngineBackend):
             raise UnsupportedConstraint(f"{dialect.title} has no {constraint.kind}")
         if constraint.kind == "json_schema":
             dialect.check_schema(json.loads(constraint.text))
+
+    async def fits(self, request: Request) -> bool:
+        """Whether ``request`` has no more images than is allowed, and by estimate no more tokens than the context.
+
+        A context that no server tells has room. Raises EngineDead.
+        """
+        if not await super().fits(request) or len(request.images) > self._options.max_images_per_request:
+            return False
+        context = self.capabilities.context
+        return context is None or request_tokens(request) <= context
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """Dialect, format of images, and variables of the chat template."""
+        own = {"dialect": self._options.dialect.name, "chat_template_kwargs": self._options.chat_template_kwargs}
+        return {**super().output_options, **own}
 
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")

@@ -17,6 +17,7 @@ from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 
 _STANDARD = frozenset({"top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"})
+_MOST_TOP_LOGPROBS = 20  # vLLM's --max-logprobs, unless it is set
 _MAX_UINT32_SEED = 2**32 - 1  # llama.cpp takes this one for a random seed
 _OTHER_SAMPLERS_OFF = {"mirostat": 0, "xtc_probability": 0.0, "typical_p": 1.0, "dry_multiplier": 0.0}
 """llama.cpp's samplers that `SamplingParams` has not: a GGUF file and the server's command line may turn them on."""
@@ -26,9 +27,10 @@ _EVERY_CONTEXT = 2**20
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``check`` lets pass.
+    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow.
 
-    ``left_out`` says what of a JSON schema its servers take and do not enforce; None: they refuse that themselves.
+    ``image_uuid``: the server caches an image under the ``uuid`` beside it. ``left_out`` says what of a JSON schema its
+    servers take and do not enforce; None: they refuse that themselves.
     """
 
     name: str
@@ -36,23 +38,13 @@ class Dialect:
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    image_uuid: bool = False
     left_out: Callable[[dict[str, Any]], Iterable[str]] | None = None
 
     @property
     def title(self) -> str:
         """What messages call it."""
         return f"the dialect {self.name} of remote.dialect"
-
-    def check(self, sampling: SamplingParams) -> None:
-        """Refuse what ``sampling`` asks for and the servers have not.
-
-        Raises:
-            UnsupportedConstraint: a kind of constraint, or a JSON schema that they would not enforce.
-            InvalidInput: anything else.
-        """
-        self.capabilities.check(sampling, self.title)
-        if sampling.json_schema is not None:
-            self.check_schema(sampling.json_schema)
 
     def check_schema(self, schema: dict[str, Any]) -> None:
         """Raise UnsupportedConstraint for a JSON schema that the servers would not enforce."""
@@ -124,6 +116,9 @@ def _vllm(sampling: SamplingParams) -> dict[str, Any]:
         fields["structured_outputs"] = {"regex": sampling.regex}
     elif sampling.grammar is not None:
         fields["structured_outputs"] = {"grammar": sampling.grammar}
+    if sampling.logprobs is not None:
+        # vLLM lists the token taken before the best ones, as one of these.
+        fields["top_logprobs"] = min(max(2, sampling.logprobs + 1), _MOST_TOP_LOGPROBS)
     return fields
 
 
@@ -184,6 +179,7 @@ def _capabilities(guided: set[GuidedKind], *sampling: str, **others: Any) -> Cap
         guided=frozenset(guided),
         prompt_logprobs=False,
         deterministic=False,
+        settings=frozenset(),
         sampling=_STANDARD | frozenset(sampling),
         **others,
     )
@@ -207,6 +203,7 @@ DIALECTS = {
             ),
             _vllm,
             cache_salt=True,
+            image_uuid=True,
         ),
         Dialect(
             "sglang",

@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
 from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
@@ -191,7 +192,7 @@ def _transport_faults() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error), ())})"
+        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error))})"
         raise EndpointFault("connect", f"takes no connection {why}") from None
     except (httpx.TimeoutException, TimeoutError):
         raise EndpointFault("timeout", "does not answer in time") from None
