@@ -1,6 +1,6 @@
 """The start of a worker in front of servers, installed with the extra `remote` alone: from exec to its first poll.
 
-    python benchmarks/remote_start.py [--runs 5]
+    python benchmarks/remote_start.py [--runs 5] [--realtime]
 
 Makes an environment in build/remote with `pip install '.[remote]'`, checks that torch and transformers are not in it,
 and starts workers from it against Apache Kafka, in front of the tests' server of OpenAI's protocol. Seconds end where
@@ -39,6 +39,7 @@ from nanovllm.demo.child_process import LocalProcess
 
 CONSUMING = re.compile(r"^(\S+ \S+) INFO nanovllm\.worker: consuming .* which took ([\d.]+) s to join", re.MULTILINE)
 MAX_SECONDS, MAX_MIB = 2.0, 150.0
+REALTIME = ("chrt", "--fifo", "1")
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def peak_memory_kib(pid: int) -> int:
     return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
-async def start_once(python: Path, environment: dict[str, str], directory: Path) -> Start:
+async def start_once(command: list[str], environment: dict[str, str], directory: Path) -> Start:
     """One worker, started, measured and stopped."""
     log = directory / f"{unique_name('worker')}.log"
-    worker = LocalProcess("worker", [str(python), "-m", "nanovllm.cli.main", "worker"], log, env=environment)
+    worker = LocalProcess("worker", [*command, "-m", "nanovllm.cli.main", "worker"], log, env=environment)
     begun = time.time()
     worker.start()
     try:
@@ -122,7 +123,7 @@ async def start_once(python: Path, environment: dict[str, str], directory: Path)
     )
 
 
-async def measure(python: Path, runs: int) -> list[Start]:
+async def measure(command: list[str], runs: int) -> list[Start]:
     """``runs`` starts one after another, on an Apache Kafka of their own."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -131,23 +132,28 @@ async def measure(python: Path, runs: int) -> list[Start]:
             topics = {name: f"{base}.{name}" for name in ("jobs", "results", "metrics", "dead_letters")}
             await create_topic(node.bootstrap_servers, *topics.values())
             environment = variables(node.bootstrap_servers, topics, server)
-            starts = [await start_once(python, environment, directory) for _ in range(runs + 1)]
+            starts = [await start_once(command, environment, directory) for _ in range(runs + 1)]
     return starts[1:]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--realtime", action="store_true", help="let nothing else on this machine delay the workers (Linux, root)"
+    )
     add_output(parser, "remote-start.json")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    starts = asyncio.run(measure(install(ROOT / "build" / "remote"), options.runs))
+    command = [*(REALTIME if options.realtime else ()), str(install(ROOT / "build" / "remote"))]
+    starts = asyncio.run(measure(command, options.runs))
     figures: dict[str, Any] = {
         name: statistics.median(getattr(start, name) for start in starts) for name in Start.__dataclass_fields__
     }
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load_average_at_start": load}
-    command = f"python benchmarks/remote_start.py --runs {options.runs}"
-    written = {"command": command, "machine": machine, **figures, "runs": [asdict(start) for start in starts]}
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load_average_at_start": round(load, 2)}
+    machine["is_realtime"] = options.realtime
+    asked = f"python benchmarks/remote_start.py --runs {options.runs}" + " --realtime" * options.realtime
+    written = {"command": asked, "machine": machine, **figures, "runs": [asdict(start) for start in starts]}
     write_text(options.output, json.dumps(written, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     return 0 if figures["seconds"] <= MAX_SECONDS and figures["peak_mib"] <= MAX_MIB else 1

@@ -252,8 +252,8 @@ def route_limits(settings: Settings, context: int | None = None) -> Iterator[Rou
         yield server_limits(settings, context)
     else:
         raise ConfigurationError(
-            f"routes need an engine that reads pages; engine.backend is {settings.engine.backend}, which has neither "
-            "tokens nor schemas"
+            f"routes need an engine that reads pages; engine.backend is {settings.engine.backend}: take native, "
+            "generic or openai"
         )
 
 

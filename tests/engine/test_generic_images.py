@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_files import edit_json
 from checkpoints import QwenVL, make_llava, make_qwen_vl
 from generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
-from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -34,6 +36,8 @@ pytestmark = needs_release
 
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
+IN_TILES = ("idefics3", "granite_docling", "internvl", "deepseek_ocr2")
+REFUSED = ("gemma3", "lfm2_vl")
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
@@ -44,6 +48,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 ONE = [picture(1, 40, 60)]
 TALL = picture(2, 64, 32)
 THREE = [TALL, picture(3, 90, 130), TALL]
+LARGE = [picture(4, 800, 1600)]
 
 
 def record_threads(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -73,7 +78,12 @@ def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Ima
     return dict(found)
 
 
-@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family != "gemma3"])
+def num_tiles(inputs: dict[str, Any]) -> int:
+    """Pictures that a tower sees of an image, where it sees pictures and not patches."""
+    return sum(value.flatten(0, -4).shape[0] for name, value in inputs.items() if name.startswith("pixel_values"))
+
+
+@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in REFUSED])
 def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,22 +91,28 @@ def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     image = written_image(family)
     texts = ["What is the total?", f"Describe this: {image} as JSON", f"{image} and {image}, not {image} hello"]
     pictures: list[list[Image.Image]] = [[], ONE, THREE]
-    if family == "deepseek_ocr2":  # its towers are large: 145 tokens an image are the least
-        texts, pictures = texts[:2], pictures[:2]
+    options = {**SMALL, "max_num_batched_tokens": 16, "num_speculative_tokens": 0}
+    if family == "deepseek_ocr2":  # its tiles have 768 pixels a side, and 144 tokens
+        pictures[1], options["max_model_len"] = LARGE, 640
     tolerance = 1e-4 if family in STATEFUL else 1e-5
     plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
-    with LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0) as engine:
+    with LLMEngine(str(directory), **options) as engine:
         recorded = Recorded(engine, monkeypatch)
         decoder = engine.model_runner.model
         assert isinstance(decoder, GenericDecoder)
         without = decoder.never_sampled
+        inputs = [transformers_inputs(engine, text, images) for text, images in zip(texts, pictures, strict=True)]
+        assert family not in IN_TILES or num_tiles(inputs[1]) > 1
+        wanted = [transformers_answer(plain, one, without) for one in inputs]
         together = recorded.answers(texts, pictures)
-        for found, text, images in zip(together, texts, pictures, strict=True):
-            wanted = transformers_answer(plain, transformers_inputs(engine, text, images), without)
-            assert_same(found, wanted, tolerance, without)
+        assert recorded.is_mixed
         assert engine.stats().encoder_images == len({id(one) for images in pictures for one in images})
-        (alone,) = recorded.answers(texts[1:2], [ONE])
-        assert_same(alone, together[1], tolerance, without)
+        alone = [recorded.answers([text], [images])[0] for text, images in zip(texts, pictures, strict=True)]
+        longest = max(one["input_ids"].shape[1] for one in inputs) + NEW
+        preempted = recorded.preempted(texts, pictures, tokens=longest)
+        for found in (together, alone, preempted):
+            for one, answer in zip(found, wanted, strict=True):
+                assert_same(one, answer, tolerance, without)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "qwen3_5"])
@@ -177,6 +193,36 @@ def test_what_doctor_says_counts_the_tokens_of_an_image(tmp_path: Path) -> None:
     with LLMEngine(str(make_generic_images(tmp_path, "idefics3")), **SMALL) as engine:
         (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
     assert "measured over 320 tokens, 34 of an image among them" in support.value
+
+
+def test_a_processor_that_needs_torchvision_is_refused_and_the_text_of_its_model_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_generic_images(tmp_path, "lfm2_vl")
+    with pytest.raises(UnsupportedModel, match=r"torchvision: Lfm2VlImageProcessor.*enable_multimodal=False serves"):
+        LLMEngine(str(directory), **SMALL)
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **SMALL, enable_multimodal=False, num_speculative_tokens=0) as engine:
+        prompt = [7, 8, 9, 10] * 8
+        without = engine.model_runner.model.never_sampled
+        wanted = transformers_answer(plain, {"input_ids": torch.tensor([prompt])}, without)
+        assert_same(Recorded(engine, monkeypatch).answers([prompt])[0], wanted, 1e-4, without)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kind", "message"),
+    [
+        ("processor_config.json", "processor_class", "AutoProcessor", "transformers has no processor 'Own'"),
+        ("preprocessor_config.json", "image_processor_type", "AutoImageProcessor", "code of the checkpoint, which is"),
+    ],
+)
+def test_code_of_a_processor_is_not_run(file: str, name: str, kind: str, message: str, tmp_path: Path) -> None:
+    directory, ran = make_generic_images(tmp_path, "idefics3"), tmp_path / "ran"
+    (directory / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit_json(directory / file, **{name: "Own", "auto_map": {kind: "own.Own"}})
+    with pytest.raises(UnsupportedModel, match=message):
+        LLMEngine(str(directory), **SMALL)
+    assert not ran.exists()
 
 
 def test_attention_to_later_tokens_of_an_image_is_refused_by_layer(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_files import edit_json
 from generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
-from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
@@ -48,13 +48,16 @@ def test_logits_and_greedy_tokens_are_those_of_cached_generation(
     engine = LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0)
     recorded = Recorded(engine, monkeypatch)
     with recorded.engine:
-        for found, answer in zip(recorded.answers(PROMPTS), wanted, strict=True):
-            assert_same(found, answer, tolerance)
-        assert_same(recorded.answers(PROMPTS[1:2])[0], wanted[1], tolerance)
+        together = recorded.answers(PROMPTS)
+        alone = [recorded.answers([prompt])[0] for prompt in PROMPTS]
+        preempted = recorded.preempted(PROMPTS, tokens=max(map(len, PROMPTS)) + NEW)
+        for found in (together, alone, preempted):
+            for one, answer in zip(found, wanted, strict=True):
+                assert_same(one, answer, tolerance)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3_5_text"])
-def test_a_preempted_request_is_computed_anew_and_stays_the_same(family: str, tmp_path: Path) -> None:
+def test_a_preempted_request_with_drafts_stays_the_same(family: str, tmp_path: Path) -> None:
     directory = make_generic_text(tmp_path, family)
     plain = AutoModelForCausalLM.from_pretrained(directory).eval()
     with LLMEngine(str(directory), **SMALL) as roomy:

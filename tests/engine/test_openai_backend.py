@@ -304,7 +304,7 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
             async with engine_of(server, other):
                 pass
         with pytest.raises(ModelNotFound, match="does not serve tiny; it lists other"):
-            async with engine_of(server, other, model="tiny"):
+            async with engine_of(other, model="tiny"):
                 pass
     async with OpenAIServer(context=256) as server:
         with pytest.raises(ConfigurationError, match=r"sampling\.max_tokens 256 leaves no prompt any room"):
@@ -400,7 +400,7 @@ async def test_the_same_engine_behind_a_socket_gives_the_same_texts_tokens_and_p
 def test_tokens_end_in_the_text_also_where_servers_write_parts_of_characters_as_replacements(
     text: str, tokens: list[bytes | str], ends: tuple[int, ...] | None
 ) -> None:
-    answer = Answer(1, logprobs=0)
+    answer = Answer(SamplingParams(logprobs=0))
     raw = [token if isinstance(token, bytes) else token.encode() for token in tokens]
     content = [{"token": one.decode(errors="replace"), "bytes": [*one], "logprob": -0.5} for one in raw]
     choice = {"index": 0, "delta": {"content": text}, "logprobs": {"content": content}, "finish_reason": "stop"}

@@ -291,7 +291,7 @@ routes:
         (
             ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"'),
             {"NANOVLLM_ENGINE__BACKEND": "echo"},
-            ["documents.routes needs an engine that reads pages; engine.backend is echo"],
+            ["routes need an engine that reads pages; engine.backend is echo"],
         ),
         (
             ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"')

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_COMMANDS_BETWEEN_STEPS = 256
+
 GENERIC = Capabilities(deterministic=False, settings=ENGINE_FEATURES - frozenset(HAND_WRITTEN_ALONE))
 """Of a model that runs through transformers' own layers."""
 GENERIC_WITH_STATES = replace(GENERIC, settings=GENERIC.settings - frozenset(WITHOUT_STATES_ALONE))
@@ -232,12 +234,13 @@ class AsyncEngine(EngineBackend):
             self._engine.close()
 
     def _run_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Run all queued commands, waiting for one when there is nothing to compute; False after ``close``.
+        """Run the queued commands, waiting for one when there is nothing to compute; False after ``close``.
 
         An idle engine that gets a request with images waits ``encoder_linger_s`` for more, to encode them in one batch.
         """
         was_idle, linger_until = not self._engine.has_unfinished(), 0.0
-        while True:
+        # Bounded: who measures again at every answer would keep the queue full, and no step would come.
+        for _ in range(MAX_COMMANDS_BETWEEN_STEPS):
             timeout_s = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
             try:
                 command = self._commands.get(timeout=timeout_s)
@@ -261,6 +264,7 @@ class AsyncEngine(EngineBackend):
                 if was_idle and not linger_until and any(image.embedding is None for image in command.images):
                     linger_until = time.monotonic() + self._engine.config.encoder_linger_s
             self._stats = self._engine.stats()
+        return True
 
     def _add(self, request: Request) -> None:
         self._engine.add_request(

@@ -44,6 +44,8 @@ class OneImageProcessor:
             )
         except Exception as error:  # a family's constructor raises whatever it likes
             why = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_SHOWN_CHARS]
+            if "trust_remote_code" in str(error):
+                why = "its processor is code of the checkpoint, which is never run"
             raise UnsupportedModel(
                 f"images of {self._name!r} cannot be processed here: {why}; enable_multimodal=False serves its "
                 "text alone"

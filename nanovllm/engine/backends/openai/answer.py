@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES
 from nanovllm.engine.backends.openai.faults import (
     EndpointFault,
     fault_in_words,
@@ -16,9 +18,15 @@ from nanovllm.engine.backends.openai.faults import (
 )
 from nanovllm.engine.outputs import Completion, FinishReason, Logprob, TokenChunk, TokenLogprobs, Usage
 from nanovllm.errors import AnswerWithheld
+from nanovllm.sampling_params import SamplingParams
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "loop"}
 _NO_MORE_THAN = 2**31
+_MANY_TOKENS = 2**17
+"""Of an answer without a limit, from a server that does not say its context."""
+_FEW_PIECES, _PIECES_A_TOKEN = 1_024, 8
+"""Servers cut texts into tokens, proxies sometimes into characters."""
+_BYTES_A_TOKEN, _BYTES_A_LOGPROB = 2_048, 512
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -33,15 +41,29 @@ class _Choice:
 
 
 class Answer:
-    """Collects the events of one answer with ``n`` outputs; ``secrets`` never show in an error.
+    """Collects the events of one answer to a request with ``sampling``; ``secrets`` never show in an error.
 
-    ``logprobs`` is how many of the most probable tokens each position has beside the one taken; None: it has none.
+    ``context`` of the model is in tokens. ``models`` are the names that the answer may come under; None: any.
+    ``max_bytes`` is the most that it may have on the wire.
     """
 
-    def __init__(self, n: int, *, logprobs: int | None = None, secrets: tuple[str, ...] = ()) -> None:
-        self._choices = [_Choice() for _ in range(n)]
-        self._logprobs = logprobs
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        *,
+        context: int | None = None,
+        secrets: tuple[str, ...] = (),
+        models: Collection[str] | None = None,
+    ) -> None:
+        self._choices = [_Choice() for _ in range(sampling.n)]
+        self._logprobs = sampling.logprobs
         self._secrets = secrets
+        self._models = models
+        tokens = sampling.n * (sampling.max_tokens or context or _MANY_TOKENS)
+        entries = 0 if sampling.logprobs is None else 2 + sampling.logprobs
+        wanted = MAX_EVENT_BYTES + tokens * (_BYTES_A_TOKEN + entries * _BYTES_A_LOGPROB)
+        self.max_bytes = min(MAX_ANSWER_BYTES, wanted)
+        self._max_pieces = _FEW_PIECES + _PIECES_A_TOKEN * tokens
         self._usage: dict[str, Any] = {}
         self._pieces = 0
 
@@ -66,6 +88,9 @@ class Answer:
         """
         if event.get("error") or event.get("object") == "error":
             raise self._error(event)
+        model = event.get("model")
+        if self._models is not None and isinstance(model, str) and model not in self._models:
+            raise EndpointFault("garbage", f"answers as another model: {shown(model, self._secrets)}")
         if isinstance(event.get("usage"), dict):
             self._usage = event["usage"]
         choices = event.get("choices", [])
@@ -127,9 +152,12 @@ class Answer:
             entries = _entries(one["logprobs"])
             ids: list[int | None] = [*token_ids] if len(token_ids) == len(entries) else [None] * len(entries)
             choice.entries += zip(entries, ids, strict=True)
+        if text or token_ids:
+            self._pieces += 1
+            if self._pieces > self._max_pieces:
+                raise EndpointFault("garbage", "answers more than it was asked for")
         if text:
             choice.texts.append(text)
-            self._pieces += 1
         choice.token_ids += token_ids
         reason = one.get("finish_reason")
         if reason is not None:

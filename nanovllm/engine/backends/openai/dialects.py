@@ -31,6 +31,7 @@ class Dialect:
 
     ``image_uuid``: the server caches an image under the ``uuid`` beside it. ``left_out`` says what of a JSON schema its
     servers take and do not enforce; None: they refuse that themselves.
+    ``names_listed_model``: the model that an answer names is one that the server lists.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Dialect:
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    names_listed_model: bool = False
     image_uuid: bool = False
     left_out: Callable[[dict[str, Any]], Iterable[str]] | None = None
 
@@ -203,6 +205,7 @@ DIALECTS = {
             ),
             _vllm,
             cache_salt=True,
+            names_listed_model=True,
             image_uuid=True,
         ),
         Dialect(
@@ -215,6 +218,7 @@ DIALECTS = {
             ),
             _sglang,
             cache_salt=True,
+            names_listed_model=True,
         ),
         Dialect(
             "llamacpp",

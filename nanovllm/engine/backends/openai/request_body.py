@@ -36,6 +36,10 @@ class RequestBody:
     affinity: bytes
     cache_salt: bytes = b""
 
+    def has_urls(self, options: OpenAIOptions) -> bool:
+        """Whether the server must fetch an image by a URL."""
+        return options.sign_url is not None and any(image.stored_at is not None for image in self.images)
+
     def encode(self, options: OpenAIOptions) -> bytes:
         """The body. Signs URLs of images and encodes the others: may block. Raises SystemicError as ``sign_url``."""
         fields = self.fields
