@@ -31,6 +31,8 @@ TEXT_FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},  # scaled logits
     "phi3": {"sliding_window": None},  # one matrix for queries, keys and values
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 2048},  # learnt positions
+    "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 2048},  # one head of keys and values
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},  # its head calls the decoder
     "olmo2": {},
     "glm4": {"head_dim": 16},
     "deepseek_v3": {  # keys wider than values

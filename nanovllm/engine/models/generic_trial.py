@@ -178,7 +178,14 @@ def hold_against(
     dtype = model.embed_tokens.dtype
     errors = [_difference(found, wanted, model.never_sampled) for wanted in (reference.generated, reference.full)]
     apart = _difference(reference.generated, reference.full, model.never_sampled)
-    if not max(errors) <= TOLERANCES[dtype]:  # a NaN is refused too
+    for logits in (reference.generated, reference.full, found):
+        if not logits[:, _kept(logits, model.never_sampled)].isfinite().all():
+            whose = "this engine's" if logits is found else "transformers'"
+            raise UnsupportedModel(
+                f"{model.config.name}: {whose} logits of the trial at load are not finite in {dtype}: the weights are "
+                "damaged, or want another dtype"
+            )
+    if max(errors) > TOLERANCES[dtype]:
         raise UnsupportedModel(
             f"{model.config.name} does not pass the trial at load: over {len(tokens)} tokens its logits differ from "
             f"those of transformers' cached generation by {errors[0]:.2g} of the largest and from those of its full "
@@ -269,7 +276,12 @@ def _step(
 
 
 def _difference(found: Tensor, wanted: Tensor, without: Sequence[int]) -> float:
-    keep = torch.ones(found.shape[1], dtype=torch.bool, device=found.device)
-    keep[list(without)] = False
+    keep = _kept(found, without)
     found, wanted = found[:, keep], wanted[:, keep]
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _kept(logits: Tensor, without: Sequence[int]) -> Tensor:
+    keep = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    keep[list(without)] = False
+    return keep
