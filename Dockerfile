@@ -1,20 +1,26 @@
 # A worker for CPUs:  docker build -t nanovllm .
-# For GPUs take a CUDA base, torch from the index that fits its driver, and the extra cuda. Neither image has been built yet.
+# In front of servers (engine.backend: openai), without torch:  docker build --build-arg EXTRAS=remote -t nanovllm-remote .
+# For GPUs take a CUDA base, torch from the index that fits its driver, and the extra cuda. No image has been built yet.
 
 FROM python:3.12-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/nanovllm
 ENV PATH=/opt/nanovllm/bin:$PATH
+ARG EXTRAS=worker,documents,remote
 # By itself, before the sources: pip's own index would bring the CUDA build, and this layer outlives changes of ours.
-RUN pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<3"
+RUN case ",$EXTRAS," in *,worker,*) \
+        pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<3" ;; \
+    esac
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nanovllm ./nanovllm
 COPY docs/schemas ./docs/schemas
-RUN pip install ".[worker,documents,remote]"
+RUN pip install ".[$EXTRAS]"
 # The image runs without a compiler, so the kernels come compiled, for every kind of CPU that a node may have.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN XDG_CACHE_HOME=/opt/nanovllm/cache python -m nanovllm.engine.kernels
+RUN case ",$EXTRAS," in *,worker,*) \
+        apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* && \
+        XDG_CACHE_HOME=/opt/nanovllm/cache python -m nanovllm.engine.kernels ;; \
+    esac
 
 FROM python:3.12-slim
 COPY --from=build /opt/nanovllm /opt/nanovllm

@@ -312,7 +312,7 @@ class TransientError(NanoVLLMError):
 
 
 class AnswerFailed(TransientError):
-    """Servers of ``remote.endpoints`` failed with this request as often as the settings allow."""
+    """Servers of ``remote.endpoints``, or vLLM's engine, failed with this request as often as is allowed, or would."""
 
     code = "answer_failed"
     remedy = "See what the message says of the servers' failures, repair it, then replay the job."

@@ -1,4 +1,7 @@
-"""Terminal output: text of models and producers without markup and escape sequences."""
+"""Terminal output: text of models and producers without markup and escape sequences.
+
+Rich is imported by what draws with it: a worker, whose start counts, draws nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 Cell = str | bool | int | list[str]
 
@@ -32,6 +32,8 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u
 
 def plain(text: str) -> Text:
     """``text`` as it is, in one line: line ends as ``↵``, unprintable characters as their escapes, no markup."""
+    from rich.text import Text
+
     line = text.replace("\r\n", "\n").replace("\n", "↵")
     return Text(_UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), line))
 
@@ -48,6 +50,9 @@ def print_table(
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
+    from rich.console import Console
+    from rich.table import Table
+
     console, cells = console or Console(), [[plain(_in_words(cell)) for cell in row] for row in rows]
     if not console.is_terminal:
         _print_lines([list(columns), *([cell.plain for cell in row] for row in cells)])
@@ -73,6 +78,8 @@ def _in_words(cell: Cell) -> str:
 
 def _print_lines(rows: Sequence[Sequence[str]]) -> None:
     """Each row in one line, its columns below one another and two spaces apart."""
+    from rich.cells import cell_len
+
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         padded = (text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True))
@@ -81,6 +88,8 @@ def _print_lines(rows: Sequence[Sequence[str]]) -> None:
 
 def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> int:
     """Width in cells of the narrowest table that folds no word outside its last column."""
+    from rich.cells import cell_len
+
     texts = ([name, *(row[at].plain for row in rows)] for at, name in enumerate(columns))
     longest = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in texts]
     longest[-1] = min(longest[-1], LAST_COLUMN_CELLS)
@@ -88,6 +97,8 @@ def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> int:
 
 
 def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    from rich.table import Table
+
     for number, row in enumerate(rows):
         block = Table.grid(padding=(0, 2, 0, 0))
         block.add_column(no_wrap=True, style="bold")
@@ -111,6 +122,10 @@ def long_work(what: str, total: int | None = None) -> Iterator[Callable[[int], N
 
     Yields a function that takes how much of ``total`` is done.
     """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console, done, started = Console(stderr=True), [0], time.monotonic()
     if console.is_terminal:
         bar = (BarColumn(), MofNCompleteColumn()) if total else (SpinnerColumn(),)

@@ -24,6 +24,7 @@ from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.build import Parts, build_source, build_worker
+from nanovllm.pipeline.build_documents import worker_routes
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.source import JobSource
@@ -122,6 +123,7 @@ class Bench:
             sink,
             self.metrics,
             self.health,
+            routes=worker_routes(effective),
             backoff=Backoff(base_s=0.01, cap_s=0.05),
         )
         source = build_source(worker, sink.limits)

@@ -257,6 +257,15 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
               "mlp_layer_types": ["dense", "sparse"], **_rope(3, 3, 2)},
         named_tokens={name.removesuffix("_id"): token for name, token in _ERNIE_TOKENS.items()},
     ),
+    "lfm2_vl": ImageFamily(  # its processor needs torchvision
+        tokens={"image_token_id": "<image>"},
+        tower={**_VISION, "model_type": "siglip2_vision_model", "patch_size": 8, "num_patches": 64},
+        processor="Lfm2VlProcessor",
+        image_processor="Lfm2VlImageProcessor",
+        image_options={},
+        text={"model_type": "lfm2", **STATEFUL_FAMILIES["lfm2"]},
+        config={"downsample_factor": 2, "projector_hidden_size": 48},
+    ),
     "gemma3": ImageFamily(
         tokens={"image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>",
                 "eoi_token_index": "<end_of_image>"},
@@ -291,7 +300,11 @@ def make_generic_images(directory: Path, family: str, *, seed: int = 0) -> Path:
     tokenizer.save_pretrained(directory)
     if parts.named_tokens:
         edit_json(directory / "tokenizer_config.json", extra_special_tokens=parts.named_tokens)
-    getattr(transformers, parts.image_processor)(**parts.image_options).save_pretrained(directory)
+    if parts.image_processor.endswith("Pil"):
+        getattr(transformers, parts.image_processor)(**parts.image_options).save_pretrained(directory)
+    else:
+        fields = {"image_processor_type": parts.image_processor, **parts.image_options}
+        (directory / "preprocessor_config.json").write_text(json.dumps(fields))
     options = {"processor_class": parts.processor, **parts.processor_options}
     (directory / "processor_config.json").write_text(json.dumps(options))
     return Path(directory)

@@ -28,26 +28,50 @@ Answer = tuple[list[int], Tensor]
 
 
 class Recorded:
-    """An engine whose logits are kept: for each request those of every token that it sampled."""
+    """An engine whose logits are kept: for each request those of every token that it sampled.
+
+    ``is_mixed``: a step has sampled for requests with images and for requests without.
+    """
 
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine = engine
+        self.is_mixed = False
         self._logits: dict[str, list[Tensor]] = defaultdict(list)
         sample = engine.sample
 
         def record(inputs: StepInputs, logits: Tensor, masks: Any) -> Any:
             for sequence, row in zip(inputs.sampled_sequences, logits, strict=True):
                 self._logits[sequence.request_id].append(row.clone())
+            self.is_mixed |= len({bool(sequence.images) for sequence in inputs.sampled_sequences}) == 2
             return sample(inputs, logits, masks)
 
         monkeypatch.setattr(engine, "sample", record)
 
-    def answers(self, prompts: Sequence[Any], images: Any = None, sampling: SamplingParams = GREEDY) -> list[Answer]:
-        """The answers to prompts that are computed together."""
+    def answers(
+        self,
+        prompts: Sequence[Any],
+        images: Any = None,
+        sampling: SamplingParams = GREEDY,
+        *,
+        tokens: int | None = None,
+    ) -> list[Answer]:
+        """The answers to prompts that are computed together, anew; the KV cache has room for ``tokens``, or has all."""
         self._logits.clear()
+        blocks = self.engine.scheduler.blocks
+        taken = blocks.allocate(blocks.num_free)  # so that none has a prefix
+        room = len(taken) if tokens is None else blocks.blocks_for(tokens)
+        blocks.free(taken[:room])
         outputs = self.engine.generate(list(prompts), sampling, images, use_tqdm=False)
+        blocks.free(taken[room:])
         self.engine.audit()
         return [(list(output.token_ids), torch.stack(self._logits[output.request_id])) for output in outputs]
+
+    def preempted(self, prompts: Sequence[Any], images: Any = None, *, tokens: int) -> list[Answer]:
+        """As `answers`, where ``tokens`` are so few that a request is computed again."""
+        before = self.engine.stats().num_preemptions
+        found = self.answers(prompts, images, tokens=tokens)
+        assert self.engine.stats().num_preemptions > before
+        return found
 
 
 def transformers_answer(model: Any, inputs: Mapping[str, Tensor], without: Sequence[int] = ()) -> Answer:

@@ -87,7 +87,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if index in added else 1 for index in range(len(tokens))])
+    plain, control, user_defined = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+    kinds = {index: control if token.special else user_defined for index, token in added.items()}
+    writer.add_token_types([kinds.get(index, plain) for index in range(len(tokens))])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     usual = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.pad_token_id, "add_bos_token": False}
     for name, value in {**usual, **metadata}.items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import json
 import ssl
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +25,21 @@ from nanovllm.engine.backends.openai.backend import OpenAIEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.outputs import Completion, RequestOutput
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.images.preprocess import PreparedImage, prepare_image
 
-Fault = Literal["hang", "reset", "busy", "error", "garbage", "no events", "die", "silence", "unfinished", "bad", "html"]
+Fault = Literal[
+    "hang", "reset", "busy", "error", "garbage", "no events", "die", "silence", "unfinished", "bad", "html",
+    "redirect", "compressed", "endless", "no images",
+]  # fmt: skip
 """What a request meets in place of an answer.
 
 ``hang`` and ``silence`` go quiet before and in the middle of an answer; ``reset``, ``die`` and ``unfinished`` close
 before it, in its middle, and in its middle as if it were whole; ``busy`` is 429; ``error`` 500; ``garbage`` an event
-that is none; ``no events`` 200 with HTML; ``bad`` a 400 of the protocol and ``html`` one of a proxy.
+that is none; ``no events`` 200 with HTML; ``bad`` a 400 of the protocol and ``html`` one of a proxy; ``redirect``
+307 to ``target``; ``compressed`` gzip that nobody asked for; ``endless`` text without end; ``no images`` refuses
+requests with URLs of images, which it cannot fetch.
 """
 
 _SAME_NAMES = (
@@ -49,6 +56,7 @@ class Asked:
     path: str
     headers: Mapping[str, str]
     body: dict[str, Any]
+    at: float = field(default_factory=time.monotonic)
 
     @property
     def image_urls(self) -> list[str]:
@@ -62,7 +70,7 @@ class OpenAIServer:
 
     ``faults`` are met by requests in their order; then by none. ``always`` is met by every request that none of them
     meets, while it is set. ``key`` is the API key that it asks for. ``tells_token_ids`` as vLLM does.
-    ``certificate``: a PEM file with its key, for TLS.
+    ``certificate``: a PEM file with its key, for TLS. ``port`` 0 takes a free one.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class OpenAIServer:
         tells_token_ids: bool = False,
         lists_models: bool = True,
         certificate: Path | None = None,
+        port: int = 0,
     ) -> None:
         self.engine = engine or EchoEngine()
         self.model = model
@@ -83,6 +92,9 @@ class OpenAIServer:
         self.faults: list[Fault] = []
         self.always: Fault | None = None
         self.retry_after: str | None = None
+        self.target = ""
+        self.busy_lists = 0
+        """So many questions for the models are answered 429."""
         self.asked: list[Asked] = []
         self.lists = 0
         self.at_once = self.most_at_once = 0
@@ -98,7 +110,7 @@ class OpenAIServer:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
         self._numbers = count()
-        self._port = 0
+        self._port = port
 
     @property
     def url(self) -> str:
@@ -147,6 +159,10 @@ class OpenAIServer:
             said = f"Incorrect API key provided: {headers.get('authorization')}"
             await self._json(writer, 401, {"error": {"message": said, "code": "invalid_api_key"}})
             return True
+        if method == "GET" and self.busy_lists:
+            self.busy_lists -= 1
+            await self._busy(writer)
+            return True
         if method == "GET" and path == "/v1/models" and self.lists_models:
             self.lists += 1
             entry = {"id": self.model, "object": "model", "max_model_len": self.context}
@@ -173,8 +189,7 @@ class OpenAIServer:
             case "reset":
                 return False
             case "busy":
-                more = {} if self.retry_after is None else {"retry-after": self.retry_after}
-                await self._json(writer, 429, {"error": {"message": "slow down"}}, more)
+                await self._busy(writer)
                 return True
             case "error":
                 await self._json(writer, 500, {"error": {"message": "CUDA error"}})
@@ -183,6 +198,16 @@ class OpenAIServer:
                 await self._json(
                     writer, 400, {"error": {"message": f"no\n\x1b[31m such thing {self.key}", "code": 400}}
                 )
+                return True
+            case "redirect":
+                await self._json(writer, 307, {}, {"location": self.target})
+                return True
+            case "no images" if any(url.startswith("http") for url in asked.image_urls):
+                await self._json(writer, 400, {"error": {"message": "Cannot fetch the image", "code": 400}})
+                return True
+            case "compressed":
+                body = gzip.compress(b"data: [DONE]\n\n")
+                await self._send(writer, 200, body, "text/event-stream", {"content-encoding": "gzip"})
                 return True
             case "html" | "no events":
                 await self._send(writer, 400 if fault == "html" else 200, b"<html>proxy</html>", "text/html")
@@ -200,7 +225,8 @@ class OpenAIServer:
         if not answering.cancelled() and (error := answering.exception()) is not None:
             if not isinstance(error, InvalidInput):
                 raise error
-            await self._json(writer, 400, {"error": {"message": str(error), "code": 400}})
+            said = f"This model's maximum context length: {error}" if isinstance(error, PromptTooLong) else str(error)
+            await self._json(writer, 400, {"error": {"message": said, "code": 400}})
             return True
         return not answering.cancelled() and answering.result()
 
@@ -216,6 +242,9 @@ class OpenAIServer:
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         events = list(self._events(asked, output))
+        while fault == "endless":
+            # The event in the middle has text.
+            await self._chunk(writer, b"data: " + json.dumps(events[len(events) // 2]).encode() + b"\n\n")
         for number, event in enumerate(events):
             if number == max(1, len(events) // 2) and fault in ("die", "silence", "garbage", "unfinished"):
                 if fault == "die":
@@ -239,7 +268,7 @@ class OpenAIServer:
             for one in output.outputs:
                 yield common | {"choices": [{"index": one.index, "delta": {"role": "assistant", "content": ""}}]}
         for one in output.outputs:
-            for text, token_ids, logprobs in _pieces(one, asked.body):
+            for text, token_ids, logprobs in _pieces(one, asked.body, self.tells_token_ids):
                 choice: dict[str, Any] = {"index": one.index, "finish_reason": None}
                 choice |= {"delta": {"content": text}} if is_chat else {"text": text}
                 if self.tells_token_ids:
@@ -282,6 +311,10 @@ class OpenAIServer:
         assert self.engine.image_transform is not None
         return prepare_image(data, self.engine.image_transform)
 
+    async def _busy(self, writer: asyncio.StreamWriter) -> None:
+        more = {} if self.retry_after is None else {"retry-after": self.retry_after}
+        await self._json(writer, 429, {"error": {"message": "slow down"}}, more)
+
     async def _json(
         self, writer: asyncio.StreamWriter, status: int, value: object, headers: Mapping[str, str] | None = None
     ) -> None:
@@ -320,8 +353,13 @@ def _sampling(body: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams.model_validate(fields)
 
 
-def _pieces(one: Completion, body: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[dict[str, Any]] | None]]:
-    """Text, token ids and log probabilities of each event: a token an event where probabilities are asked for."""
+def _pieces(
+    one: Completion, body: Mapping[str, Any], taken_first: bool
+) -> Iterator[tuple[str, list[int], list[dict[str, Any]] | None]]:
+    """Text, token ids and log probabilities of each event: a token an event where probabilities are asked for.
+
+    As vLLM does where ``taken_first``: the token taken stands before the best ones, as one of these.
+    """
     if not body.get("logprobs") or one.logprobs is None or one.text_ends is None:
         middle = len(one.text) // 2
         yield one.text[:middle], [*one.token_ids], None
@@ -331,7 +369,8 @@ def _pieces(one: Completion, body: Mapping[str, Any]) -> Iterator[tuple[str, lis
     for token, end, place in zip(one.token_ids, one.text_ends, one.logprobs, strict=True):
         best = [{"token": it.text, "bytes": [*it.text.encode()], "logprob": it.logprob} for it in place.values()]
         taken = best[0]
-        ranked = sorted(best, key=lambda entry: -float(str(entry["logprob"])))[: body["top_logprobs"]]
+        ranked = sorted(best, key=lambda entry: (taken_first and entry is not taken, -float(str(entry["logprob"]))))
+        ranked = ranked[: body["top_logprobs"]]
         yield one.text[begin:end], [token], [taken | {"top_logprobs": ranked}]
         begin = end
 

@@ -44,19 +44,20 @@ async def eventually(is_true: Callable[[], object], *, within_s: float = 60.0, w
         await asyncio.sleep(0.02)
 
 
-def _program(variable: str, default: Path) -> Path | None:
+def program_of(variable: str, default: Path) -> Path | None:
+    """The program that an environment variable names, or ``default``; None where there is none."""
     program = Path(os.environ.get(variable) or default)
     return program if os.access(program, os.X_OK) else None
 
 
 def kafka_node_program() -> Path | None:
     """The program that runs one Apache Kafka node: ``KAFKA_NODE``, or the one beside the repository."""
-    return _program("KAFKA_NODE", REPOSITORY.parent / "shared" / "kafka" / "kafka-node")
+    return program_of("KAFKA_NODE", REPOSITORY.parent / "shared" / "kafka" / "kafka-node")
 
 
 def s3_node_program() -> Path | None:
     """The program that runs a real S3 server: ``S3_NODE``, or the one beside the repository."""
-    return _program("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
+    return program_of("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
 
 
 @cache
@@ -388,14 +389,16 @@ class VersityNode:
             self._process.kill()
 
 
-def python_process(directory: Path, *command: str, settings: Mapping[str, str], name: str) -> LocalProcess:
-    """A process of this Python, not started yet; its log is in ``directory``.
+def python_process(
+    directory: Path, *command: str, settings: Mapping[str, str], name: str, python: str | Path = sys.executable
+) -> LocalProcess:
+    """A process of ``python``, by default this one, not started yet; its log is in ``directory``.
 
     ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
     """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
     env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
-    return LocalProcess(name, [sys.executable, *command], directory / f"{name}.log", env=env)
+    return LocalProcess(name, [str(python), *command], directory / f"{name}.log", env=env)
 
 
 def worker_process(
@@ -404,7 +407,10 @@ def worker_process(
     settings: Mapping[str, str],
     name: str = "worker",
     program: Sequence[str] = ("-m", "nanovllm.cli.main"),
+    python: str | Path = sys.executable,
 ) -> LocalProcess:
     """``nanovllm worker`` as a `python_process`."""
     own = {"NANOVLLM_HTTP__HOST": "127.0.0.1", "NANOVLLM_HTTP__PORT": "0"}
-    return python_process(directory, *program, "worker", *options, settings=own | dict(settings), name=name)
+    return python_process(
+        directory, *program, "worker", *options, settings=own | dict(settings), name=name, python=python
+    )

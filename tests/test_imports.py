@@ -56,6 +56,26 @@ def test_producers_and_readers_import_without_torch_installed(tmp_path: Path) ->
     )
 
 
+def test_a_worker_in_front_of_servers_starts_without_what_only_engines_and_other_commands_need(tmp_path: Path) -> None:
+    unneeded = ("torch", "transformers", "tokenizers", "safetensors", "llguidance", "tqdm", "jinja2")  # not installed
+    unneeded += ("boto3", "rich.console", "pypdfium2", "jsonschema_rs", "moto")  # they cost its start
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys({unneeded!r})
+import nanovllm.cli.main, nanovllm.pipeline.app, nanovllm.sinks.kafka, nanovllm.pipeline.run
+import nanovllm.vision.images.child
+from nanovllm.settings.worker import Settings
+from nanovllm.pipeline.build import check_parts
+from nanovllm.pipeline.build_remote import build_remote_engine
+settings = Settings.model_validate(
+    dict(engine=dict(backend="openai", model="m"), remote=dict(endpoints=("http://127.0.0.1:1/v1",)))
+)
+check_parts(settings)
+print(build_remote_engine(settings).model_info.id)
+"""
+    assert run(script, tmp_path) == "m\n"
+
+
 def test_a_job_is_made_and_a_result_is_read_without_torch_installed(tmp_path: Path) -> None:
     run(
         REFUSE_HEAVY

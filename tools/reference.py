@@ -15,10 +15,12 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
 
-from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
+from nanovllm.checkpoints.profiles import shipped_profiles
+from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.vllm.sampling import CAPABILITIES as VLLM_CAPABILITIES
 from nanovllm.errors import NanoVLLMError, errors_of_dead_letters
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.document_record import DocumentRecord
@@ -74,7 +76,8 @@ This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/pytho
 """
 
 
-_TABLE_BEGIN, _TABLE_END = "<!-- capabilities, by tools/reference.py -->", "<!-- end of capabilities -->"
+_CAPABILITIES = ("<!-- capabilities, by tools/reference.py -->", "<!-- end of capabilities -->")
+_PROFILES = ("<!-- profiles, by tools/reference.py -->", "<!-- end of profiles -->")
 
 
 def schemas() -> dict[str, str]:
@@ -120,8 +123,13 @@ def codes_page() -> str:
 
 def capabilities_table() -> str:
     """Markdown of what each backend can do, by the capabilities that it declares."""
-    backends = {"`native`": AsyncEngine.capabilities}
+    backends = {
+        "`native`": AsyncEngine.capabilities,
+        "`generic`": GENERIC,
+        "`generic`, layers with states": GENERIC_WITH_STATES,
+    }
     backends |= {f"`openai`, `{name}`": dialect.capabilities for name, dialect in DIALECTS.items()}
+    backends["`vllm`"] = VLLM_CAPABILITIES
     backends["`echo`"] = EchoEngine.capabilities
     able = backends.values()
     rows = [
@@ -135,6 +143,7 @@ def capabilities_table() -> str:
         ("token ids", *(_yes(one.token_ids) for one in able)),
         ("most strings in `stop`", *(str(one.max_stops or 16) for one in able)),
         *((f"`{name}`", *(_yes(name in one.sampling) for one in able)) for name in sorted(SAMPLING_NAMES)),
+        *((f"`engine.{name}`", *(_yes(name in one.settings) for one in able)) for name in sorted(ENGINE_FEATURES)),
     ]
     head = [_cells(("", *backends)), "|" + "---|" * (len(backends) + 1)]
     return "\n".join([*head, *(_cells(row) for row in rows)]) + "\n"
@@ -142,9 +151,35 @@ def capabilities_table() -> str:
 
 def with_capabilities(page: str) -> str:
     """``page`` with its table of capabilities made anew."""
-    before, _, rest = page.partition(_TABLE_BEGIN)
-    _, _, behind = rest.partition(_TABLE_END)
-    return f"{before}{_TABLE_BEGIN}\n\n{capabilities_table()}\n{_TABLE_END}{behind}"
+    return _with_table(page, _CAPABILITIES, capabilities_table())
+
+
+def profiles_table() -> str:
+    """Markdown of the shipped profiles."""
+    rows = [
+        (
+            f"`{one.name}`",
+            f"{one.title}{'. *Regions*' if one.reads_regions else ''}",
+            ", ".join(f"`{task}`" for task in one.tasks) or "none",
+            _yes(one.free_instructions),
+            _yes(one.several_pages),
+        )
+        for one in shipped_profiles().values()
+    ]
+    head = [_cells(("profile", "of", "tasks", "prompts of one's own", "several pages")), "|---|---|---|---|---|"]
+    return "\n".join([*head, *(_cells(row) for row in rows)]) + "\n"
+
+
+def with_profiles(page: str) -> str:
+    """``page`` with its table of profiles made anew."""
+    return _with_table(page, _PROFILES, profiles_table())
+
+
+def _with_table(page: str, marks: tuple[str, str], table: str) -> str:
+    begin, end = marks
+    before, _, rest = page.partition(begin)
+    _, _, behind = rest.partition(end)
+    return f"{before}{begin}\n\n{table}\n{end}{behind}"
 
 
 def _yes(is_so: bool) -> str:
@@ -158,8 +193,9 @@ def write(docs: Path) -> None:
         (docs / "schemas" / name).write_text(text, encoding="utf-8")
     (docs / "settings.md").write_text(settings_page(), encoding="utf-8")
     (docs / "dead-letters.md").write_text(codes_page(), encoding="utf-8")
-    backends = docs / "backends.md"
-    backends.write_text(with_capabilities(backends.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, renew in (("backends.md", with_capabilities), ("profiles.md", with_profiles)):
+        page = docs / name
+        page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _table(rows: list[str]) -> Iterator[str]:

@@ -30,6 +30,8 @@ vllm)
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
     pip install --quiet --no-deps "torchvision==0.28.*"
     : > "$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py"
+    # For engine.backend vllm: this project with what its base needs; the extra vllm would bring another vLLM.
+    pip install --quiet --editable "$(dirname "$0")/../.."
     ;;
 llama.cpp)
     pip install --quiet numpy gguf "transformers>=5,<6" "torch==$TORCH"
@@ -38,8 +40,9 @@ llama.cpp)
     tar -xf "$dir"/sdist/llama_cpp_python-*.tar.gz -C "$dir/source" --strip-components 1
     # Native: the whole point is this machine's own instructions.
     cmake -S "$dir/source/vendor/llama.cpp" -B "$dir/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-        -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-    cmake --build "$dir/build" --parallel --target llama-batched-bench llama-quantize
+        -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+    # The server is what the tests with the marker llamacpp run against; it takes eleven minutes of CPU time.
+    cmake --build "$dir/build" --parallel --target llama-batched-bench llama-quantize llama-server
     ;;
 *)
     echo "$peer is none of transformers, openvino, llama.cpp, vllm" >&2

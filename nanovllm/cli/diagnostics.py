@@ -12,13 +12,13 @@ from botocore.exceptions import ClientError
 
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption
-from nanovllm.cli.run import require_engine
+from nanovllm.cli.run import engine_settings, require_engine
 from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.admin import topic_states
 from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client, check_settings
-from nanovllm.settings.loading import load_settings
+from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, print_table
 
@@ -27,17 +27,27 @@ PATIENCE_MS = 5_000
 
 
 def doctor(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory, alias or cached hub name, over engine.model.")
+    ] = None,
     config: ConfigOption = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
-    """Say what this machine and checkpoint get, and why: device, attention, weights, memory; and measure it.
+    """Say what this machine and checkpoint get, and why: device, attention, weights, memory, profile; and measure it.
 
     Asks the brokers and the object store too; what does not answer there is a line of the table.
     """
-    settings = load_settings(config)
+    settings = engine_settings(config, checkpoint)
     check_settings(settings.s3)
-    rows = _servers(settings) if settings.engine.backend == "openai" else _engine(settings, seconds)
+    match settings.engine.backend:
+        case "openai":
+            rows = _servers(settings)
+        case "vllm":
+            rows = _vllm(settings)
+        case _:
+            rows = _engine(settings, seconds)
+    rows += profile_rows(model_profile(settings.engine))
     print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
 
 
@@ -48,13 +58,16 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
 
     prepare_threads()
     with long_work("loading and measuring the engine"):
+        from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
         from nanovllm.engine.diagnostics import describe, measure
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.documents.model_profile import heeded_sampling
         from nanovllm.pipeline.stages.admit import sampling_defaults
 
         build.image_limits(settings.images)
         with build.build_engine(settings.engine) as engine:
-            defaults = sampling_defaults(settings, engine.generation_defaults)
+            of_profile = heeded_sampling(model_profile(settings.engine).profile, SAMPLING_NAMES)
+            defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
             findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
     return [(finding.subject, finding.value, finding.note) for finding in findings]
 
@@ -66,6 +79,15 @@ def _servers(settings: Settings) -> list[Row]:
 
     with long_work("asking the endpoints"):
         return asyncio.run(remote_findings(build_remote_engine(settings), settings))
+
+
+def _vllm(settings: Settings) -> list[Row]:
+    """What vLLM would be given."""
+    require_engine(settings)
+    from nanovllm.pipeline.build import checkpoint_directory
+    from nanovllm.pipeline.build_vllm import vllm_findings
+
+    return vllm_findings(settings, checkpoint_directory(settings.engine))
 
 
 def surroundings(settings: Settings) -> Iterator[Row]:
@@ -88,9 +110,10 @@ def _port(settings: Settings) -> Row:
 
 def _brokers(settings: Settings) -> Iterator[Row]:
     from nanovllm.pipeline.build import required_topics
+    from nanovllm.pipeline.build_documents import worker_routes
 
     patience = {"request_timeout_ms": min(PATIENCE_MS, settings.kafka.request_timeout_ms)}
-    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings)
+    kafka, names = settings.kafka.model_copy(update=patience), required_topics(settings, worker_routes(settings))
     try:
         states = asyncio.run(topic_states(kafka, names))
     except NanoVLLMError as error:

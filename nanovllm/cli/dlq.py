@@ -15,7 +15,6 @@ import typer
 
 from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import BrokersOption, ConfigOption, JsonOption, client_settings
-from nanovllm.cli.tables import few
 from nanovllm.client.dead_letters import DeadLetterRecord, LetterFilter, read_dead_letters
 from nanovllm.client.replay import Replay, replay
 from nanovllm.errors import InvalidInput, errors_of_dead_letters
@@ -205,6 +204,8 @@ def _row(record: DeadLetterRecord) -> tuple[Cell, ...]:
 
 
 def _replay_row(one: Replay) -> tuple[str, ...]:
+    from nanovllm.cli.tables import few
+
     letter = one.entry.letter
     return one.entry.position, letter.job_id or "", few(one.entry.inputs), one.state, one.reason
 

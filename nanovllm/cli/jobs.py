@@ -9,15 +9,13 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.filesize import decimal
 
 from nanovllm.cli.journal import Journal
 from nanovllm.cli.sending import Sent, finder_of, forbidden_uris, listing_of, send_all
 from nanovllm.cli.sources import Submission, plan_submissions
-from nanovllm.cli.tables import ResultRows
 from nanovllm.client.producer import JobKey, JobProducer
 from nanovllm.client.results import ResultReader
 from nanovllm.client.upload import ImageUploader
@@ -27,6 +25,9 @@ from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.loading import CONFIG_VARIABLE, load_settings
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import plain, print_json
+
+if TYPE_CHECKING:
+    from nanovllm.cli.tables import ResultRows
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", envvar=CONFIG_VARIABLE, help="YAML or TOML file of settings.")
@@ -110,6 +111,8 @@ def results(
     bootstrap_servers: BrokersOption = None,
 ) -> None:
     """Follow the results, and the records of documents among them, as they come; Ctrl-C ends it."""
+    from nanovllm.cli.tables import ResultRows
+
     settings = client_settings(config, bootstrap_servers)
     routes = settings.documents.routes
     topics = topic or ([] if routes is None else load_routes(routes).topics)
@@ -150,6 +153,8 @@ def _show_plan(submissions: list[Submission], journal: Journal, as_json: bool) -
             {"jobs": len(left), "images": images, "bytes": sum(known), "unknown_sizes": unknown, "sent_before": before}
         )
         return
+    from rich.filesize import decimal
+
     size = f" ({decimal(sum(known))})" if known else ""
     print(f"{counted(len(left), 'job')}, {counted(images, 'image')}, {sum(known):,} bytes{size}")
     if unknown:
@@ -164,6 +169,8 @@ async def _submit(
     """Send everything, wait where asked; whether something failed or did not come."""
     if wait_s is None:
         return (await send()).is_interrupted
+    from nanovllm.cli.tables import ResultRows
+
     # Before the first job is sent, so that no answer can be missed.
     async with ResultReader(settings, dead_letters=True) as reader:
         sent = await send()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +19,16 @@ from nanovllm.cli.run import ModelOption, engine_settings, require_engine
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
-from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes
+from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes, read_routes
 from nanovllm.sampling_params import CONSTRAINTS
+from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain, print_json, print_table
 
 if TYPE_CHECKING:
-    from nanovllm.pipeline.route_checks import Points, TokenBudget
+    from nanovllm.engine.backends.base import EngineBackend
+    from nanovllm.pipeline.documents.page_sizes import Points
+    from nanovllm.pipeline.route_checks import RouteCheck, TokenBudget
     from nanovllm.pipeline.route_costs import Cost
 
 MISUSE = 2
@@ -63,9 +67,9 @@ def routes_check(
     Each refusal is one line with file and line number, and makes exit code 2. With --object, exit code 1: no route.
     """
     points = _points(page)
-    routes = load_routes(file)
     if object is not None:
-        raise typer.Exit(_show_route(routes, object, content_type, size, as_json))
+        raise typer.Exit(_show_route(load_routes(file), object, content_type, size, as_json))
+    routes = read_routes(file)
     settings = engine_settings(config, model)
     rows = list(_check(routes, settings, points, (document_pages, pages) if measure else None))
     print_table(COLUMNS, rows, as_json=as_json)
@@ -114,30 +118,35 @@ def _check(
     Raises:
         InvalidRoutes: with everything that does not hold.
     """
-    if not settings.engine.loads_model:
-        raise ConfigurationError(f"engine.backend is {settings.engine.backend}, which has neither tokens nor schemas")
-    require_engine(settings)
+    try:
+        require_engine(settings)
+    except ConfigurationError:
+        if routes.refusals:
+            raise InvalidRoutes(routes.refusals) from None
+        raise
     from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()
-    from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, check_routes, limits_of
+    from nanovllm.pipeline.build_remote import build_remote_engine, listed_context
+    from nanovllm.pipeline.route_checks import check_routes
 
+    is_remote = settings.engine.backend == "openai"
     with long_work("checking the routes"):
-        checks = check_routes(routes, settings, points)
+        context = asyncio.run(listed_context(settings)) if is_remote else None
+        checks = check_routes(routes, settings, points, context=context)
     costs: dict[RouteEntry, Cost] = {}
     if measured is not None:
         require("documents", "pypdfium2", "jsonschema_rs")
         from nanovllm.pipeline.route_costs import measure, pages_at_once
 
         document_pages, pages = measured
-        with long_work("loading and measuring the engine"), build_engine(settings.engine) as engine:
-            limits = limits_of(engine, settings)  # the engine's own: its KV cache is there
-            checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
-            if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
-                raise InvalidRoutes(refusals)
+        with long_work("loading and measuring the engine"):
+            if is_remote:
+                backend: EngineBackend = build_remote_engine(settings)
+            else:
+                backend, checks = _loaded(routes, settings, points)
             costs = measure(
-                engine,
+                backend,
                 {entry: entry.route for entry in routes.entries},
                 settings,
                 partial(receipts_document, points),
@@ -146,11 +155,30 @@ def _check(
             )
     if not settings.s3.allow:
         yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
+    if is_remote:
+        yield "", "tokens", "estimated, by characters and pixels: the servers count them otherwise"
+    if is_remote and routes.page_store is not None and "revision" not in settings.remote.model_fields_set:
+        yield "", "remote.revision", "not set: pages that are kept stay when the servers get another model of this name"
     for entry, check in checks.items():
-        yield from _rows(entry, check.budget, costs.get(entry))
+        yield from _rows(entry, check, costs.get(entry))
 
 
-def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
+def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineBackend, dict[RouteEntry, RouteCheck]]:
+    """The engine of this process, and the checks by its own limits: its KV cache is there. Raises InvalidRoutes."""
+    from nanovllm.engine.backends.native import AsyncEngine
+    from nanovllm.pipeline.build import build_engine
+    from nanovllm.pipeline.route_checks import check_route, limits_of
+
+    engine = build_engine(settings.engine)
+    limits = limits_of(engine)
+    checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    if refusals := dict.fromkeys(refusal for check in checks.values() for refusal in check.refusals):
+        engine.close()
+        raise InvalidRoutes(refusals)
+    return AsyncEngine(engine, step_timeout_s=settings.engine.step_timeout_s), checks
+
+
+def _rows(entry: RouteEntry, check: RouteCheck, cost: Cost | None) -> Iterator[tuple[str, str, str]]:
     route, match = entry.route, entry.route.match
     name = route.name
     conditions = [f"not {', '.join(match.exclude)}"] if match.exclude else []
@@ -162,17 +190,11 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
     objects = ", ".join(f"s3://{bucket}/{key}" for bucket in match.bucket for key in match.key)
     yield name, "takes", "; ".join([objects, *conditions])
     yield name, "writes", "no sidecar" if route.sidecar is None else route.sidecar.template
-    constraint = next((one for one in CONSTRAINTS if route.job_sampling.get(one) is not None), None)
-    yield name, "constraint", "none" if constraint is None else f"{constraint} compiles"
-    if budget is not None:
-        page = f"{budget.page_tokens:,} tokens at {route.pages.dpi} dpi, {budget.most_page_tokens:,} at most"
-        yield name, "page", page
-        hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
-        parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"
-        whole = f"{parts} + {budget.max_tokens:,} of answer = {budget.total:,}"
-        yield name, "tokens", f"{whole} of {budget.max_model_len:,}"
-        if route.pages.request == "document":
-            yield name, "prompts", f"up to {counted(budget.pages_a_prompt, 'page')} each"
+    yield name, "constraint", _constraint(route.job_sampling, check.budget)
+    asked = "its prompt" if route.task is None else f"the task {route.task}"
+    yield name, "asks by", f"{asked}, profile {check.profile}"
+    if (budget := check.budget) is not None:
+        yield from ((name, what, said) for what, said in _budget_rows(route, budget))
     if cost is not None:
         mean, least, most = cost.of(1_000)
         yield name, "seconds of 1,000 pages", f"{mean:.1f}"
@@ -180,6 +202,26 @@ def _rows(entry: RouteEntry, budget: TokenBudget | None, cost: Cost | None) -> I
         cut = f", {counted(cost.incomplete_pages, 'page')} without a whole one" if cost.incomplete_pages else ""
         yield name, "answers", f"{min(cost.answer_tokens)} to {max(cost.answer_tokens)} tokens{cut}"
     yield name, "digest", route.digest
+
+
+def _constraint(sampling: Mapping[str, Any], budget: TokenBudget | None) -> str:
+    constraint = next((one for one in CONSTRAINTS if sampling.get(one) is not None), None)
+    if constraint is None:
+        return "none"
+    return f"{constraint}, compiled by the servers" if budget and budget.is_estimate else f"{constraint} compiles"
+
+
+def _budget_rows(route: Route, budget: TokenBudget) -> Iterator[tuple[str, str]]:
+    about, limit = "about " if budget.is_estimate else "", budget.max_model_len
+    yield "page", f"{about}{budget.page_tokens:,} tokens at {budget.dpi:.4g} dpi, {budget.most_page_tokens:,} at most"
+    hint = f" + {budget.hint_tokens:,} of its text" if budget.hint_tokens else ""
+    parts = f"{budget.prompt_tokens:,} of prompt + {budget.most_page_tokens:,} of a page{hint}"
+    whole = f"{about}{parts} + {budget.max_tokens:,} of answer = {budget.total:,}"
+    yield "tokens", f"{whole} of {'what the servers take, which they do not tell' if limit is None else f'{limit:,}'}"
+    if not budget.fits:
+        yield "fit", "may be too long: lower pages.max_pixels, pages.dpi, sampling.max_tokens or hint_tokens"
+    if route.pages.request == "document":
+        yield "prompts", f"up to {about}{counted(budget.pages_a_prompt, 'page')} each"
 
 
 def receipts_document(points: Points, numbers: Sequence[int]) -> bytes:

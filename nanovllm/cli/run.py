@@ -98,6 +98,9 @@ def require_engine(settings: Settings) -> None:
     if settings.engine.backend == "openai":
         require("remote", "httpx", "numpy", "PIL")
         return
+    if settings.engine.backend == "vllm":
+        require("vllm", "vllm", "numpy", "PIL", "torch", "transformers")
+        return
     require("worker", "numpy", "PIL", *(("torch", "transformers") if settings.engine.loads_model else ()))
 
 

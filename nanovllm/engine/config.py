@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from nanovllm.errors import ConfigurationError
 
-GIB = 1 << 30
+LEAST_KV_BYTES = 1 << 30
+"""What the KV cache has on a CPU however little memory there is, unless it is configured."""
 
 MAX_DRAFT_STEP_TOKENS = 16
 """A step of more tokens has no drafts: up to about here reading the weights is its cost, and a token adds little."""
 
 
 Backend = Literal["auto", "native", "generic"]
+
+IMAGE_BOUNDS = ("min_pixels", "max_pixels", "max_image_tokens")
+"""Options of towers that take images at their own size."""
+
+HAND_WRITTEN_ALONE = ("deterministic", "quantization", *IMAGE_BOUNDS)
+"""Options that transformers' own layers and processors do not have."""
+
+WITHOUT_STATES_ALONE = ("enable_prefix_caching", "num_speculative_tokens")
+"""Options that have no effect where layers carry a state of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,10 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
     block_size: int | None = None  # None: the attention backend's
-    kv_cache_bytes: int | None = None  # None: 1 GiB on the CPU, what gpu_memory_utilization leaves on a GPU
+    kv_cache_bytes: int | None = None  # None: what cpu_memory_utilization, or gpu_memory_utilization, leaves
     kv_cache_dtype: Literal["auto", "bfloat16"] = "auto"  # the model's own; "bfloat16" halves a float32 one, on a CPU
     gpu_memory_utilization: float = 0.9
+    cpu_memory_utilization: float = 0.4  # of the machine's memory or the control group's limit; 1 GiB of cache at least
     enable_prefix_caching: bool = True
     embedding_cache_bytes: int = 256 << 20  # beside the encoder
     embedding_cache_host_bytes: int = 0  # in the host's memory, for what leaves a GPU's
@@ -76,8 +87,9 @@ class EngineConfig:
                      "num_speculative_tokens"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigurationError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.tensor_parallel_size != 1:
             raise ConfigurationError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: the native engine runs on one GPU; "
@@ -100,6 +112,12 @@ class EngineConfig:
         if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
             raise ConfigurationError(f"unknown engine option: {', '.join(unknown)}")
         return cls(model=str(model), **options)
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise ConfigurationError, with the reason ``why``, for the first of ``names`` that is not at its default."""
+        for name in names:
+            if (value := getattr(self, name)) != getattr(EngineConfig, name):
+                raise ConfigurationError(f"{name}={str(value) if isinstance(value, Path) else value!r}, but {why}")
 
     @property
     def max_decode_tokens(self) -> int:

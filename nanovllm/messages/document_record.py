@@ -117,6 +117,10 @@ class PageUse(Message):
     )
     stop: FinishReason | None = Field(None, description="Why the last attempt's text ended.")
     reused: bool = Field(False, description="The answer is an earlier one of an equal page.")
+    unparsed: bool = Field(
+        False,
+        description="The answer is not of the form that the model's profile says: its text is as the model wrote it.",
+    )
     suspicious_text: tuple[SuspiciousSpan, ...] = ()
 
     @model_validator(mode="after")

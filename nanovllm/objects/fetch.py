@@ -34,6 +34,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.objects.errors import classify, status_of
 from nanovllm.objects.s3_client import S3Client
+from nanovllm.objects.versions import lasting_version
 from nanovllm.settings.s3 import S3Settings
 
 CHUNK_BYTES = 256 * 1024
@@ -175,7 +176,7 @@ class ObjectFetcher:
                 answer.get("ContentType"),
                 answer["ContentLength"],
                 answer.get("LastModified"),
-                _lasting(answer.get("VersionId")),
+                lasting_version(answer.get("VersionId")),
                 (answer.get("ETag") or "").strip('"') or None,
             )
 
@@ -247,7 +248,7 @@ class ObjectFetcher:
         if ref.etag is not None and tag.strip('"') != ref.etag:
             # Not every store, or proxy before one, knows the condition.
             raise ObjectChanged("the object has another entity tag than the job names")
-        version_id = _lasting(answer.get("VersionId") or ref.version_id)
+        version_id = lasting_version(answer.get("VersionId") or ref.version_id)
         digest = hashlib.sha256(data).hexdigest()
         return FetchedImage(data, digest, ref.uri, version_id, tag, answer.get("Metadata") or {})
 
@@ -327,9 +328,4 @@ async def _in_daemon_thread(read: Callable[[], T]) -> T:
 
 
 def _version_in(error: ClientError) -> str | None:
-    return _lasting(error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id"))
-
-
-def _lasting(version_id: str | None) -> str | None:
-    """A version that is never overwritten; "null" is S3's own while versioning is suspended."""
-    return None if version_id == "null" else version_id
+    return lasting_version(error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-version-id"))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, InvalidRoutes, NanoVLLMError
@@ -19,6 +19,9 @@ from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.settings.worker import Settings
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.routing.routes import Routes
 
 logger = logging.getLogger("nanovllm.worker")
 
@@ -93,6 +96,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         from nanovllm.kafka.topic_limits import TopicLimits
         from nanovllm.kafka.topic_presence import require_topics
         from nanovllm.pipeline import build
+        from nanovllm.pipeline.route_checks import check_routes
         from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
         from nanovllm.sinks.kafka import KafkaSink
 
@@ -104,10 +108,12 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         # What a user must change is found before the model is loaded, which takes minutes: first what can be known
         # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
         client_kwargs(settings.kafka)
-        await asyncio.to_thread(_check, settings)
+        routes = await asyncio.to_thread(_check, settings)
         health.wait_for(f"the brokers {brokers}")
         with _phase("the brokers and topics are there"):
-            required = partial(require_topics, settings.kafka, build.required_topics(settings), may_be_created=False)
+            required = partial(
+                require_topics, settings.kafka, build.required_topics(settings, routes), may_be_created=False
+            )
             await _until_reachable(required)
         health.wait_for(None)
 
@@ -118,9 +124,12 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         health.is_model_loaded = True
         model = parts.engine.model_info
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
+        if routes is not None and not settings.engine.loads_model:
+            # What servers take is known only now.
+            check_routes(routes, settings, context=parts.engine.capabilities.context)
 
         health.wait_for(f"the brokers {brokers}")
-        read_limits = partial(message_limits, settings.kafka, build.written_topics(settings))
+        read_limits = partial(message_limits, settings.kafka, build.written_topics(settings, routes))
         limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
         dead_letters = settings.topics.dead_letters
         if small := too_small_for_dead_letters(dead_letters, limits.record_bytes(dead_letters)):
@@ -129,7 +138,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         stack.push_async_callback(producer.stop)
         await producer.start()
         guard = build.build_crash_guard(settings, producer)
-        worker = build.build_worker(settings, parts, KafkaSink(producer, limits), metrics, health, crash_guard=guard)
+        sink = KafkaSink(producer, limits)
+        worker = build.build_worker(settings, parts, sink, metrics, health, routes=routes, crash_guard=guard)
         source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
         # These objects stay: the collector need not look through them again and again while jobs pass.
@@ -149,7 +159,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             raise
         health.wait_for(None)
         logger.info(
-            "consuming %s as %s in group %s, which took %.1f s to join",
+            "consuming %s as %s in group %s, which took %.2f s to join",
             ", ".join(source.topics),
             settings.worker_id,
             settings.kafka.group_id,
@@ -159,26 +169,26 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         logger.info("stopped: what has ended is committed, the rest goes to the group's other members")
 
 
-def _check(settings: Settings) -> None:
-    """Find out what can be known of parts and routes before weights are read; it imports torch, for seconds.
+def _check(settings: Settings) -> Routes | None:
+    """The worker's routes; finds out what can be known of them and the parts before a model is loaded or asked.
+
+    It imports torch where this process computes, for seconds.
 
     Raises:
         ConfigurationError: as `check_parts` and, with its InvalidRoutes, `check_routes`.
     """
     from nanovllm.pipeline.build import check_parts
-    from nanovllm.pipeline.build_documents import worker_routes
+    from nanovllm.pipeline.routing.routes import read_routes
 
     check_parts(settings)
-    routes = worker_routes(settings)
+    path = settings.documents.routes
+    routes = None if path is None else read_routes(path)
     if routes is not None:
         from nanovllm.pipeline.route_checks import check_routes
 
-        if not settings.engine.loads_model:
-            raise ConfigurationError(
-                f"documents.routes needs an engine that reads pages; engine.backend is {settings.engine.backend}"
-            )
         with _phase(f"the routes of {settings.documents.routes} hold"):
             check_routes(routes, settings)
+    return routes
 
 
 async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:

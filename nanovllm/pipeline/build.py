@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.engine.backends.base import EngineBackend
+from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
@@ -31,7 +32,6 @@ from nanovllm.pipeline.build_documents import (
     build_event_stages,
     check_extra,
     document_limits,
-    worker_routes,
 )
 from nanovllm.pipeline.build_remote import build_remote_engine, check_remote
 from nanovllm.pipeline.consuming.assignments import Assignments
@@ -40,11 +40,13 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.consuming.topic_watch import TopicWatch
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, model_profile, profile_rows
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure
@@ -56,6 +58,7 @@ from nanovllm.pipeline.stages.infer import (
     Infer,
     MeterTokens,
     ReuseResponses,
+    TimeStage,
     WaitForSlot,
 )
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
@@ -67,7 +70,7 @@ from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive, R
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
 from nanovllm.pipeline.worker import Worker
-from nanovllm.settings.engine import EngineSettings
+from nanovllm.settings.engine import DEFAULT_MODEL, EngineSettings
 from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
@@ -80,8 +83,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nanovllm.worker")
 
-DEFAULT_MODEL = "tiny-receipts"
-WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "job_chat_template_kwargs"}
+WORKER_OPTIONS = {"backend", "model", "model_aliases", "step_timeout_s", "profile", "job_chat_template_kwargs"}
 """Settings of ``engine`` that are no options of the engine itself."""
 
 
@@ -120,17 +122,19 @@ def build_worker(
     metrics: Metrics,
     health: Health,
     *,
+    routes: Routes | None,
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
     decode: DecodeJob | None = None,
 ) -> Worker:
     """A worker without a source, which is not started; its parts and whatever the sink needs are.
 
-    ``backoff`` is between attempts in place. ``decode`` in place of `decode_job` makes jobs of records.
+    ``routes`` are those of ``documents.routes``. ``backoff`` is between attempts in place. ``decode`` in place of
+    `decode_job` makes jobs of records.
     """
     engine, decoders, fetcher = parts
     backoff = backoff or Backoff()
-    retry_topics, routes = RetryTopics.of(settings), worker_routes(settings)
+    retry_topics = RetryTopics.of(settings)
     lanes = retry_topics.lanes
     faults = ActiveFaults(health, metrics, lapse_s=2 * backoff.cap_s + 5.0)
     retry = Retry(faults, backoff, metrics)
@@ -167,7 +171,9 @@ def build_worker(
         answer = AnswerByClaimCheck(builder, engine, limit, large_results, retry)
 
     publish = Publish(sink, retry, failure, metrics)
-    admit = Admit(settings, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
+    of_profile = heeded_sampling(model_profile(settings.engine).profile, engine.capabilities.sampling)
+    defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
+    admit = Admit(settings, defaults, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
     make_fetch = partial(
         Fetch,
         breaker=breaker,
@@ -212,7 +218,7 @@ def build_worker(
         admit=admit,
         fetch=make_fetch(images, max_bytes=settings.images.max_bytes),
         prepare=Prepare(images, retry),
-        infer=MeterTokens(infer, queue, rates),
+        infer=TimeStage(MeterTokens(infer, queue, rates)),
         answer=answer,
         failure=failure,
         publish=publish,
@@ -232,6 +238,7 @@ def build_worker(
         health=health,
         lanes=lanes,
         key_order=KeyOrder() if settings.admission.per_key_order else None,
+        written_topics=written_topics(settings, routes),
     )
 
 
@@ -255,7 +262,7 @@ def build_source(worker: Worker, limits: TopicLimits, crash_guard: CrashGuard | 
         drain=worker.drain,
         drain_timeout_s=settings.admission.drain_timeout_s,
         delays_s=retry_topics.delays_s,
-        watch=TopicWatch(worker.lanes, written_topics(settings), metrics),
+        watch=TopicWatch(worker.lanes, worker.written_topics, metrics),
     )
 
 
@@ -268,9 +275,9 @@ def _fetch_shares(settings: Settings, engine: EngineBackend) -> FetchShares | No
     return FetchShares(max(1, min(settings.s3.max_connections, with_bytes)), settings.admission.max_bytes)
 
 
-def written_topics(settings: Settings) -> list[str]:
-    """The topics that a worker writes results, metrics, dead letters and delayed retries to. Raises InvalidRoutes."""
-    topics, routes = settings.topics, worker_routes(settings)
+def written_topics(settings: Settings, routes: Routes | None) -> list[str]:
+    """The topics that a worker with ``routes`` writes results, metrics, dead letters and delayed retries to."""
+    topics = settings.topics
     written = [
         topics.results,
         topics.metrics,
@@ -281,10 +288,10 @@ def written_topics(settings: Settings) -> list[str]:
     return list(dict.fromkeys([*written, *RetryTopics.of(settings).delays_s]))
 
 
-def required_topics(settings: Settings) -> list[str]:
-    """The topics that must be there before a worker starts."""
+def required_topics(settings: Settings, routes: Routes | None) -> list[str]:
+    """The topics that must be there before a worker with ``routes`` starts."""
     in_flight = [settings.topics.in_flight] if settings.dead_letters.crash_limit else []
-    return list(dict.fromkeys([*RetryTopics.of(settings).lanes, *written_topics(settings), *in_flight]))
+    return list(dict.fromkeys([*RetryTopics.of(settings).lanes, *written_topics(settings, routes), *in_flight]))
 
 
 def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
@@ -322,12 +329,11 @@ def check_parts(settings: Settings) -> None:
     """Find out what can be known of the parts before weights are read; it imports torch, for seconds.
 
     Raises:
-        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or routes, an image format, the device or the
-            model are not there.
+        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or what reads documents, an image format, the
+            device or the model are not there.
     """
     if settings.documents.routes is not None:
-        worker_routes(settings)
-        check_extra()
+        check_extra("remote" if settings.engine.backend == "openai" else "worker")
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)
@@ -337,11 +343,14 @@ def check_parts(settings: Settings) -> None:
     if engine.backend == "openai":
         check_remote(settings)
         return
-    from nanovllm.checkpoints.resolve import resolve_checkpoint
+    directory = checkpoint_directory(engine)
+    if engine.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import check_vllm
+
+        check_vllm(settings, directory)
+        return
     from nanovllm.engine.execution.loading import choose_device
 
-    _register_aliases(engine)
-    resolve_checkpoint(engine.model or DEFAULT_MODEL)
     choose_device(engine.device)
 
 
@@ -354,13 +363,20 @@ async def load_engine(settings: Settings) -> EngineBackend:
         return EchoEngine(max_num_seqs=options.max_num_seqs)
     if options.backend == "openai":
         return build_remote_engine(settings)
+    if options.backend == "vllm":
+        from nanovllm.pipeline.build_vllm import build_vllm_engine
+
+        return await asyncio.to_thread(build_vllm_engine, settings, checkpoint_directory(options))
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 
     # In a thread: the probes answer while weights are read, and a signal ends the process.
     engine = await asyncio.to_thread(build_engine, options)
-    for finding in describe(engine, sampling_defaults(settings, engine.generation_defaults)):
+    model = model_profile(options)
+    defaults = sampling_defaults(settings, engine.generation_defaults, heeded_sampling(model.profile, SAMPLING_NAMES))
+    for finding in describe(engine, defaults):
         logger.info("%s: %s%s", finding.subject, finding.value, f" ({finding.note})" if finding.note else "")
+    logger.info("%s: %s (%s)", *next(profile_rows(model)))
     return AsyncEngine(engine, step_timeout_s=options.step_timeout_s)
 
 
@@ -378,7 +394,17 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 
 def engine_options(settings: EngineSettings) -> dict[str, Any]:
     """The engine's own options among the settings of one that loads a model."""
-    return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend}
+    model = model_profile(settings)
+    template = {"chat_template_kwargs": model.template_kwargs(model.profile)}
+    return {**settings.model_dump(exclude=WORKER_OPTIONS), "backend": settings.backend, **template}
+
+
+def checkpoint_directory(settings: EngineSettings) -> Path:
+    """Where the checkpoint is that the settings name. Raises ModelNotFound."""
+    from nanovllm.checkpoints.resolve import resolve_checkpoint
+
+    _register_aliases(settings)
+    return resolve_checkpoint(settings.model or DEFAULT_MODEL)
 
 
 def _register_aliases(settings: EngineSettings) -> None:

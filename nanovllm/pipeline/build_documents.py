@@ -9,7 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
@@ -17,8 +16,10 @@ from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
 from nanovllm.pipeline.documents.extraction import Extraction
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs
 from nanovllm.pipeline.documents.page_store import PageStore
+from nanovllm.pipeline.documents.page_task import page_task
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.events.order import is_newer_version
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
@@ -83,14 +84,19 @@ def worker_routes(settings: Settings) -> Routes | None:
 
 def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decoders: DecoderPool) -> Extraction:
     """The extraction of a route, for a worker and without one. Raises as `Extraction`."""
+    model = served_profile(settings)
+    of_profile = heeded_sampling(model.of(route), engine.capabilities.sampling)
     return Extraction(
         route,
         decoders,
         engine.model_info,
-        sampling_defaults(settings, engine.generation_defaults),
+        sampling_defaults(settings, engine.generation_defaults, of_profile),
         worker=settings.worker_id,
+        task=page_task(route, model),
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
+        logprobs=engine.capabilities.logprobs is not None,
+        beginning=engine.beginning,
     )
 
 
@@ -104,7 +110,6 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     engine, decoders, retry = parts.engine, parts.decoders, parts.retry
     if decoders is None:
         raise ConfigurationError(f"the model {engine.model_info.id} takes no images: it reads no pages")
-    defaults = sampling_defaults(settings, engine.generation_defaults)
     extractions = {entry.route.name: extraction_of(entry.route, settings, engine, decoders) for entry in routes.entries}
     client, attempts = S3Client(settings.s3), settings.s3.max_attempts
     ask = AskStore(parts.breaker, retry, max_attempts=attempts)
@@ -121,7 +126,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
             attempt=lambda request: retry(request, "page store", Progress(time.monotonic())),
         )
         parts.metrics.watch_page_store(lambda: asdict(pages.counts))
-        store = partial(_kept, pages, engine.model_info)
+        store = partial(_kept, pages, engine)
     extract: ExtractRouted = ExtractDocument(
         extractions,
         parts.infer,
@@ -134,7 +139,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         extract = GuardDocuments(extract, parts.crash_guard)
     return EventStages(
         route=RouteEvent(routes, watched, parts.holds, ask),
-        admit=AdmitEvent(parts.admit, defaults),
+        admit=AdmitEvent(parts.admit),
         fetch=FetchDocument(
             parts.make_fetch(documents, max_bytes=settings.documents.max_bytes),
             fetcher,
@@ -152,12 +157,16 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
     )
 
 
-def check_extra() -> None:
-    """Find out whether documents can be read and records validated. Raises ConfigurationError where they cannot."""
+def check_extra(extra: str) -> None:
+    """Find out whether documents can be read and records validated; ``extra`` is what the engine needs beside.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
     missing = [name for name in ("pypdfium2", "jsonschema_rs") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"documents.routes needs {' and '.join(missing)}: pip install '.[worker,documents]' in a clone"
+            f"documents.routes needs {' and '.join(missing)}: pip install '.[{extra},documents]' in a clone"
         )
 
 
@@ -166,5 +175,5 @@ def document_limits(documents: DocumentSettings) -> DocumentLimits:
     return DocumentLimits(**{limit.name: getattr(documents, limit.name) for limit in fields(DocumentLimits)})
 
 
-def _kept(store: PageStore, model: ModelInfo, ask: Ask, tenant: str) -> KeepOutputs:
-    return KeepOutputs(ask, store, model, tenant=tenant)
+def _kept(store: PageStore, engine: EngineBackend, ask: Ask, tenant: str) -> KeepOutputs:
+    return KeepOutputs(ask, store, engine.model_info, engine.output_options, tenant=tenant)

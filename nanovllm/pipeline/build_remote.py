@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions, SignUrl
 from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.s3_client import S3Client, make_client
-from nanovllm.settings.engine import EngineSettings
+from nanovllm.pipeline.documents.model_profile import served_profile
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 
 if TYPE_CHECKING:
     from nanovllm.engine.backends.openai.backend import OpenAIEngine
-    from nanovllm.engine.backends.openai.options import SignUrl
 
 ENGINE_SETTINGS = frozenset(
     {
         *("backend", "model", "max_num_seqs", "max_images_per_request"),
-        *("chat_template_kwargs", "job_chat_template_kwargs"),
+        *("chat_template_kwargs", "job_chat_template_kwargs", "profile"),
     }
 )
 """Settings of ``engine`` that have a meaning for servers; every other one is theirs to set."""
@@ -33,61 +34,80 @@ def check_remote(settings: Settings) -> None:
         ConfigurationError: a setting of the engine in this process, a sampling default, or template variables.
     """
     engine, dialect = settings.engine, DIALECTS[settings.remote.dialect]
-    for name in EngineSettings.model_fields.keys() - ENGINE_SETTINGS:
-        default = EngineSettings.model_fields[name].get_default(call_default_factory=True)
-        if getattr(engine, name) != default:
-            raise ConfigurationError(
-                f"engine.{name} is set, which the backend openai has not: set it on the servers, and unset it here"
-            )
+    for name in engine.set_beside(ENGINE_SETTINGS):
+        raise ConfigurationError(
+            f"engine.{name} is set, which the backend openai has not: set it on the servers, and unset it here"
+        )
     if not dialect.template_kwargs and (engine.chat_template_kwargs or engine.job_chat_template_kwargs):
         raise ConfigurationError(
             f"engine.chat_template_kwargs or job_chat_template_kwargs is set, which the dialect {dialect.name} of "
             "remote.dialect has not"
         )
     try:
-        dialect.capabilities.check(settings.sampling, f"the dialect {dialect.name} of remote.dialect")
+        remote_options(settings).check(settings.sampling)
     except InvalidInput as error:
         raise ConfigurationError(f"sampling: {error}") from None
     if settings.remote.ca_file is not None and not settings.remote.ca_file.is_file():
         raise ConfigurationError(f"remote.ca_file {settings.remote.ca_file} is no file")
 
 
-def build_remote_engine(settings: Settings) -> OpenAIEngine:
-    """The backend, not started. Raises ConfigurationError as `check_remote`."""
-    from nanovllm.engine.backends.openai.backend import OpenAIEngine
-    from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
-
-    check_remote(settings)
+def remote_options(settings: Settings) -> OpenAIOptions:
+    """The backend's options."""
     engine, remote = settings.engine, settings.remote
     keys = remote.api_keys * len(remote.endpoints) if len(remote.api_keys) == 1 else remote.api_keys
     endpoints = tuple(
         EndpointOptions(url, keys[number] if keys else None) for number, url in enumerate(remote.endpoints)
     )
-    return OpenAIEngine(
-        OpenAIOptions(
-            endpoints=endpoints,
-            model=engine.model,
-            revision=remote.revision,
-            dialect=DIALECTS[remote.dialect],
-            images=remote.images,
-            max_num_seqs=engine.max_num_seqs,
-            max_concurrency=remote.max_concurrency,
-            default_max_tokens=settings.sampling.max_tokens,
-            affinity_slack=remote.affinity_slack,
-            connect_timeout_s=remote.connect_timeout_s,
-            read_timeout_s=remote.read_timeout_s,
-            request_timeout_s=remote.request_timeout_s,
-            max_attempts=remote.max_attempts,
-            breaker_requests=remote.breaker_requests,
-            breaker_wait_s=remote.breaker_wait_s,
-            breaker_max_wait_s=remote.breaker_max_wait_s,
-            ca_file=remote.ca_file,
-            raw_prompts=remote.raw_prompts,
-            chat_template_kwargs=engine.chat_template_kwargs,
-            image_format=remote.image_format,
-            sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
-        )
+    model = served_profile(settings)
+    return OpenAIOptions(
+        endpoints=endpoints,
+        model=engine.model,
+        revision=remote.revision,
+        dialect=DIALECTS[remote.dialect],
+        images=remote.images,
+        logprobs=remote.logprobs,
+        max_images_per_request=engine.max_images_per_request,
+        max_num_seqs=engine.max_num_seqs,
+        max_concurrency=remote.max_concurrency,
+        default_max_tokens=settings.sampling.max_tokens,
+        affinity_slack=remote.affinity_slack,
+        connect_timeout_s=remote.connect_timeout_s,
+        read_timeout_s=remote.read_timeout_s,
+        request_timeout_s=remote.request_timeout_s,
+        max_attempts=remote.max_attempts,
+        breaker_requests=remote.breaker_requests,
+        breaker_wait_s=remote.breaker_wait_s,
+        breaker_max_wait_s=remote.breaker_max_wait_s,
+        ca_file=remote.ca_file,
+        raw_prompts=remote.raw_prompts,
+        chat_template_kwargs=model.template_kwargs(model.profile),
+        image_format=remote.image_format,
+        sign_url=_signer(settings) if remote.image_transport == "presigned" else None,
     )
+
+
+def build_remote_engine(settings: Settings) -> OpenAIEngine:
+    """The backend, not started. Raises ConfigurationError as `check_remote`."""
+    from nanovllm.engine.backends.openai.backend import OpenAIEngine
+
+    check_remote(settings)
+    return OpenAIEngine(remote_options(settings))
+
+
+async def listed_context(settings: Settings) -> int | None:
+    """The smallest context of the model that a server lists, each asked once; None where none tells one.
+
+    Raises:
+        ConfigurationError: as `check_remote`.
+    """
+    engine = build_remote_engine(settings)
+    try:
+        listings = [one for one in (await engine.listings()).values() if isinstance(one, Mapping)]
+    finally:
+        await engine.close()
+    name = settings.engine.model
+    contexts = [listed.get(name) if name else next(iter(listed.values()), None) for listed in listings]
+    return min((context for context in contexts if context is not None), default=None)
 
 
 async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tuple[str, str, str]]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.engine.backends.base import EngineBackend, Request
-from nanovllm.errors import ConfigurationError, NanoVLLMError, SystemicError, UnsupportedConstraint
+from nanovllm.errors import (
+    ConfigurationError,
+    EndpointsUnavailable,
+    NanoVLLMError,
+    SystemicError,
+    UnsupportedConstraint,
+)
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline import build
@@ -22,6 +29,7 @@ from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs, PageOutpu
 from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.schema_parts import split_schema
 from nanovllm.pipeline.documents.sidecars import Sidecars
+from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
@@ -100,7 +108,8 @@ async def _extract_all(
         slots = asyncio.Semaphore(documents_at_once(settings))
         ask = asking(parts.engine)
         if page_store is not None:
-            ask = KeepOutputs(ask, PageStore(page_store, S3Client(settings.s3).call), parts.engine.model_info)
+            store = PageStore(page_store, S3Client(settings.s3).call)
+            ask = KeepOutputs(ask, store, parts.engine.model_info, parts.engine.output_options)
 
         for route in {found.route.name: found.route for found in documents}.values():
             try:
@@ -117,8 +126,10 @@ async def _extract_all(
                 if sidecars and await sidecars.beside(found.source, found.route, parts.engine.model_info) == "same":
                     on_same(found)
                     return
+                began = time.monotonic()
                 data = await asyncio.to_thread(found.read)
-                record = await extractions[found.route.name](data, found.source, ask)
+                fetched_s = time.monotonic() - began
+                record = await extractions[found.route.name](data, found.source, ask, fetched_s=fetched_s)
                 if sidecars:
                     await sidecars.put(record, found.source, found.route)
             except SystemicError:
@@ -156,16 +167,32 @@ def _samplings(route: Route) -> Iterator[SamplingParams]:
 
 
 def asking(engine: EngineBackend) -> Ask:
-    """Asks the engine for each page."""
-    numbers = count(1)
+    """Asks the engine for each page; while no server of it answers, a page waits."""
+    numbers, backoff = count(1), Backoff()
 
-    async def ask(request: PageRequest) -> PageOutput:
+    async def attempt(request: PageRequest) -> PageOutput:
         generation = engine.submit(
-            Request(f"page#{next(numbers)}", prompt=request.prompt, images=request.images, sampling=request.sampling)
+            Request(
+                f"page#{next(numbers)}",
+                prompt=request.prompt,
+                images=request.images,
+                sampling=request.sampling,
+                chat_template_kwargs=request.chat_template_kwargs or None,
+            )
         )
         try:
             return PageOutput.of(await generation)
         finally:
             generation.abort()
+
+    async def ask(request: PageRequest) -> PageOutput:
+        failures = 0
+        while True:
+            try:
+                return await attempt(request)
+            except EndpointsUnavailable as error:
+                logger.warning("waiting for the engine: %s", error.in_one_line)
+            failures += 1
+            await asyncio.sleep(backoff.wait_s(failures))
 
     return ask

@@ -7,28 +7,37 @@ read, never its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
+from nanovllm.checkpoints.profiles import NO_PROFILE, Profile
+from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, UnsupportedConstraint
 from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.merging import merged_schema
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
+from nanovllm.pipeline.documents.page_answers import with_text
+from nanovllm.pipeline.documents.page_sizes import A4, Points, rendered_size
+from nanovllm.pipeline.documents.page_task import PageTask, beyond_profile, page_task
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, below, example_object, loops
+from nanovllm.pipeline.server_limits import ServerLimits, server_limits
 from nanovllm.pipeline.stages.admit import sampling_defaults
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.settings.engine import DEFAULT_MODEL
 from nanovllm.settings.located_yaml import Place
-from nanovllm.settings.routes import Route
+from nanovllm.settings.routes import LadderStep, Route
 from nanovllm.settings.worker import Settings
+from nanovllm.vision.documents.pages import PageInfo
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
@@ -37,11 +46,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
     from nanovllm.vision.images.preprocess import ImageTransform
 
-Points = tuple[float, float]
-"""Width and height of a page in points."""
-
-POINTS_PER_INCH = 72
-A4: Points = (595.0, 842.0)
+MOST_MEASURED_PIXELS = 1 << 24
+"""Of an image whose tokens are measured; every processor of transformers shrinks larger ones."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +58,61 @@ class ModelLimits:
     grammars: GrammarCompiler
     max_model_len: int
     max_images: int
-    defaults: SamplingParams
+    generation_defaults: Mapping[str, Any]
     transform: ImageTransform | None
     tokens_of: Callable[[tuple[int, int]], int]
+    is_estimate: ClassVar[bool] = False
+    heeded: ClassVar[frozenset[str]] = SAMPLING_NAMES
 
     @property
     def image_token_id(self) -> int | None:
         """The token that stands once for each image; None for a model without images."""
         return self.prompts.image_token_id
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether a prompt may have an image."""
+        return self.transform is not None and self.max_images > 0
+
+    def text_tokens(self, prompt: str, template_kwargs: Mapping[str, Any]) -> int:
+        """Tokens of the text of ``prompt``. Raises InvalidInput: the model cannot take it at all."""
+        tokens = self.prompts.untrusted(prompt, chat_template_kwargs=template_kwargs)
+        return sum(token != self.image_token_id for token in tokens)
+
+    def page_tokens(self, width: int, height: int) -> int:
+        """Tokens of an image of so many pixels. Raises InvalidInput: preprocessing refuses it."""
+        assert self.transform is not None
+        return self.tokens_of(self.transform.check(width, height))
+
+    def most_tokens(self, dpi: float, max_pixels: int, points: Points) -> int:
+        """The most tokens of a page of up to ``max_pixels``, whatever its proportions."""
+        return most_tokens(self, max_pixels)
+
+    def lacking(self, sampling: SamplingParams) -> Iterator[tuple[str, str]]:
+        """What of ``sampling`` is refused: the parameter, and why."""
+        if (constraint := sampling.constraint) is not None:
+            try:
+                self.grammars.matcher(constraint)
+            except (UnsupportedConstraint, ConfigurationError) as error:
+                yield constraint.kind, f"does not compile: {error}"
+
+
+RouteLimits = ModelLimits | ServerLimits
+
 
 @contextmanager
 def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     """The limits of the model that ``settings`` name, from its files; it imports torch, for seconds.
 
-    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows.
+    On a GPU without ``engine.kv_cache_bytes`` the KV cache may hold less than the context: an engine knows. On a CPU
+    the least cache counts, so that the answer is the same on every machine.
 
     Raises:
         ConfigurationError, UnsupportedModel, ModelNotFound: it would not be served either.
     """
     from nanovllm.checkpoints.checkpoint import Checkpoint
     from nanovllm.checkpoints.resolve import resolve_checkpoint
-    from nanovllm.engine.config import GIB, EngineConfig
+    from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
     from nanovllm.engine.execution.generic_models import generic_image_tokens
     from nanovllm.engine.execution.loading import choose_device, choose_dtype, choose_image_token_id
     from nanovllm.engine.models.generic import stated_config
@@ -82,7 +121,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
     from nanovllm.engine.text.prompt_encoder import PromptEncoder
 
     build.check_parts(settings)
-    model = settings.engine.model or build.DEFAULT_MODEL
+    model = settings.engine.model or DEFAULT_MODEL
     config = EngineConfig.from_options(model, build.engine_options(settings.engine))
     checkpoint = Checkpoint(resolve_checkpoint(model))
     tokenizer = checkpoint.tokenizer()
@@ -93,7 +132,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
         text, images = decoder_config(checkpoint)[0], image_tokens(checkpoint, config)
     max_model_len = text.context_limit(config.max_model_len)
     device = choose_device(config.device)
-    kv_bytes = config.kv_cache_bytes or (GIB if device.type == "cpu" else None)
+    kv_bytes = config.kv_cache_bytes or (LEAST_KV_BYTES if device.type == "cpu" else None)
     if kv_bytes is not None:
         item_bytes = 2 if config.kv_cache_dtype == "bfloat16" else choose_dtype(config, checkpoint, device).itemsize
         token_bytes = 2 * item_bytes * sum(heads * width for heads, width in text.kv_shapes)
@@ -112,9 +151,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
             grammars=grammars,
             max_model_len=max_model_len,
             max_images=config.max_images_per_request,
-            defaults=sampling_defaults(
-                settings, checkpoint.generation_defaults if config.generation_config == "auto" else {}
-            ),
+            generation_defaults=checkpoint.generation_defaults if config.generation_config == "auto" else {},
             transform=images[0] if images else None,
             tokens_of=images[1] if images else lambda size: 0,
         )
@@ -122,7 +159,7 @@ def model_limits(settings: Settings) -> Iterator[ModelLimits]:
         grammars.close()
 
 
-def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
+def limits_of(engine: LLMEngine) -> ModelLimits:
     """The limits of an engine that is loaded."""
     processor = engine.input_processor
     encoder = engine.processor.encoder if engine.processor is not None else None
@@ -131,7 +168,7 @@ def limits_of(engine: LLMEngine, settings: Settings) -> ModelLimits:
         grammars=processor.grammars,
         max_model_len=engine.max_model_len,
         max_images=engine.config.max_images_per_request,
-        defaults=sampling_defaults(settings, engine.generation_defaults),
+        generation_defaults=engine.generation_defaults,
         transform=None if encoder is None else encoder.transform,
         tokens_of=(lambda size: 0) if encoder is None else encoder.num_tokens,
     )
@@ -167,7 +204,8 @@ def _unreadable(routes: Routes, entry: RouteEntry, allow: tuple[str, ...]) -> It
 class TokenBudget:
     """The tokens of a route's longest prompt of one page, and how many the model takes.
 
-    ``page_tokens`` are those of a page of the size in question, ``most_page_tokens`` those that no page exceeds.
+    ``page_tokens`` are those of a page of the size in question at ``dpi``, ``most_page_tokens`` those that no page
+    exceeds: by estimate where ``is_estimate``. ``max_model_len`` None: servers do not tell it.
     """
 
     prompt_tokens: int
@@ -175,8 +213,15 @@ class TokenBudget:
     most_page_tokens: int
     hint_tokens: int
     max_tokens: int
-    max_model_len: int
+    max_model_len: int | None
     pages_a_prompt: int
+    dpi: float
+    is_estimate: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is not known to be, or estimated, beyond what the model takes."""
+        return self.max_model_len is None or self.total <= self.max_model_len
 
     @property
     def total(self) -> int:
@@ -186,22 +231,51 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class RouteCheck:
-    """What became of one route: its refusals, and its budget where that could be told."""
+    """What became of one route: its refusals, its budget where that could be told, and its profile's name."""
 
     refusals: tuple[str, ...]
     budget: TokenBudget | None = None
+    profile: str = NO_PROFILE
 
 
-def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dict[RouteEntry, RouteCheck]:
-    """Every route held against the settings, and against the model by its files; ``points``: see `check_route`.
+@contextmanager
+def route_limits(settings: Settings, context: int | None = None) -> Iterator[RouteLimits]:
+    """The limits of the model in this process, or of servers with ``context`` tokens; None: they do not tell it.
+
+    Raises:
+        ConfigurationError: as `model_limits`; an engine that reads no pages.
+    """
+    if settings.engine.loads_model:
+        with model_limits(settings) as limits:
+            yield limits
+    elif settings.engine.backend == "openai":
+        yield server_limits(settings, context)
+    else:
+        raise ConfigurationError(
+            f"routes need an engine that reads pages; engine.backend is {settings.engine.backend}: take native, "
+            "generic or openai"
+        )
+
+
+def check_routes(
+    routes: Routes, settings: Settings, points: Points = A4, *, context: int | None = None
+) -> dict[RouteEntry, RouteCheck]:
+    """Every route held against the others, the settings, and the model by its files, or what servers can do.
+
+    ``points``: see `check_route`; ``context``: see `route_limits`.
 
     Raises:
         InvalidRoutes: with everything that does not hold.
-        ConfigurationError: as `model_limits`.
+        ConfigurationError: as `route_limits`.
     """
-    refusals = list(check_settings(routes, settings))
-    with model_limits(settings) as limits:
-        checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    refusals = [*routes.refusals, *check_settings(routes, settings)]
+    try:
+        with route_limits(settings, context) as limits:
+            checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
+    except ConfigurationError:
+        if refusals:  # of the file: they are to be mended whatever the engine is
+            raise InvalidRoutes(dict.fromkeys(refusals)) from None
+        raise
     refusals += [refusal for check in checks.values() for refusal in check.refusals]
     if refusals:
         raise InvalidRoutes(dict.fromkeys(refusals))
@@ -209,121 +283,149 @@ def check_routes(routes: Routes, settings: Settings, points: Points = A4) -> dic
 
 
 def check_route(
-    routes: Routes, entry: RouteEntry, limits: ModelLimits, settings: Settings, points: Points = A4
+    routes: Routes, entry: RouteEntry, limits: RouteLimits, settings: Settings, points: Points = A4
 ) -> RouteCheck:
-    """Whether the model compiles the route's schema, and takes its largest page with prompt and answer."""
-    route = entry.route
-    if limits.transform is None or limits.max_images < 1:
+    """Whether the model's profile has what the route asks for, and the model takes the route's schema and sampling, and
+    its largest page with prompt and answer.
+
+    ``points`` are width and height of a usual page. Of estimated tokens the answer's alone refuse a route.
+    """
+    route, model = entry.route, served_profile(settings)
+    if not limits.takes_images:
         why = "the model takes no images: see engine.model and engine.max_images_per_request"
         return RouteCheck((routes.refusal(entry, why),))
+    if beyond := [routes.refusal(entry, why, *place) for place, why in beyond_profile(route, model)]:
+        return RouteCheck(tuple(beyond))
+    profile = model.of(route)
     try:
-        sampling = page_sampling(route, limits, settings)
+        task = page_task(route, model)
+        sampling = page_sampling(route, task, profile, limits, settings)
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, str(error), "sampling", "max_tokens"),))
     refusals = []
-    if (constraint := sampling.constraint) is not None:
-        name = ("response_schema",) if route.response_schema is not None else ("sampling", constraint.kind)
-        try:
-            limits.grammars.matcher(constraint)
-        except (UnsupportedConstraint, ConfigurationError) as error:
-            refusals.append(routes.refusal(entry, f"{'.'.join(name)} does not compile: {error}", *name))
+    for parameter, why in limits.lacking(sampling):
+        where = ["response_schema"] if parameter == "json_schema" else ["sampling", parameter]
+        refusals.append(routes.refusal(entry, f"{'.'.join(where)} {why}", *where))
     try:
         if not refusals and route.response_schema is not None:
             SchemaValidator(merged_schema(route.response_schema, route.merge))
     except UnsupportedConstraint as error:
         refusals.append(routes.refusal(entry, f"response_schema: {error}", "response_schema"))
-    refusals += [routes.refusal(entry, why, *place) for place, why in _unrenderable(route, limits, settings, points)]
+    refusals += [
+        routes.refusal(entry, why, *place) for place, why in _unrenderable(route, task, limits, settings, points)
+    ]
     if refusals:
         return RouteCheck(tuple(refusals))
     try:
-        budget, place = token_budget(route, limits, settings, sampling, points)
+        budget, place = token_budget(route, task, limits, settings, sampling, points)
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
-    if budget.total > budget.max_model_len:
+    named = NO_PROFILE if profile is None else profile.name
+    if budget.fits or budget.max_model_len is None:
+        return RouteCheck((), budget, named)
+    if isinstance(limits, ModelLimits):
         why = (
             f"{budget.prompt_tokens} tokens of prompt, up to {budget.most_page_tokens} of a page"
             f"{f', {budget.hint_tokens} of its text' if budget.hint_tokens else ''} and {budget.max_tokens} of answer "
             f"are {budget.total}, and the model takes {budget.max_model_len}: {_remedy(budget, limits)}"
         )
         return RouteCheck((routes.refusal(entry, why, *place, "max_pixels"),), budget)
-    return RouteCheck((), budget)
+    if budget.max_tokens >= budget.max_model_len:
+        why = f"{budget.max_tokens} tokens of answer leave no room in the {budget.max_model_len} that the servers have"
+        return RouteCheck((routes.refusal(entry, why, "sampling", "max_tokens"),), budget)
+    return RouteCheck((), budget, named)
 
 
-def page_sampling(route: Route, limits: ModelLimits, settings: Settings) -> SamplingParams:
+def page_sampling(
+    route: Route, task: PageTask, profile: Profile | None, limits: RouteLimits, settings: Settings
+) -> SamplingParams:
     """The sampling of a page of ``route``, as a worker decides it. Raises InvalidInput: it asks for too much."""
+    schema = {} if route.response_schema is None else {"json_schema": route.response_schema}
     try:
-        job = Job(job_id="page", prompt=route.page_prompt, sampling=route.job_sampling)
+        job = Job(job_id="page", prompt=task.prompt, sampling={**task.sampling, **schema})
     except ValidationError as error:
         raise InvalidInput(describe_errors(error, "sampling")) from None
-    return job.sampling_params(limits.defaults, settings.admission.max_tokens)
+    of_profile = heeded_sampling(profile, limits.heeded)
+    defaults = sampling_defaults(settings, limits.generation_defaults, of_profile)
+    return job.sampling_params(defaults, settings.admission.max_tokens)
 
 
 def token_budget(
-    route: Route, limits: ModelLimits, settings: Settings, sampling: SamplingParams, points: Points
+    route: Route,
+    task: PageTask,
+    limits: RouteLimits,
+    settings: Settings,
+    sampling: SamplingParams,
+    points: Points,
 ) -> tuple[TokenBudget, Place]:
     """The tokens of a prompt with one page, and which part of the route allows the largest page.
 
     Raises:
         InvalidInput: the model cannot take the prompt at all.
     """
-    assert limits.transform is not None
-    one = _text_tokens(route.page_prompt, limits)
-    around = _text_tokens(route.prompt_of(2), limits) - one
-    resolutions = list(_resolutions(route, settings))
+    prompt, variables = task.for_schema(task.prompt, route.response_schema)
+    alone = limits.text_tokens(prompt, variables)
+    two, _ = task.for_schema(task.prompt_of(2), route.response_schema)
+    around = limits.text_tokens(two, variables) - alone
+    one = limits.text_tokens(with_text(prompt, "."), variables) if route.text == "hint" else alone
+    resolutions = list(_resolutions(route, task, settings, points))
     _, dpi, usual_area = resolutions[0]
-    place, _, area = max(resolutions, key=lambda item: item[2])
-    most, hint = most_tokens(limits, area), route.hint_tokens if route.text == "hint" else 0
+    pages = [(limits.most_tokens(dpi, area, points), place) for place, dpi, area in resolutions]
+    most, place = max(pages, key=lambda page: page[0])
+    hint = route.hint_tokens if route.text == "hint" else 0
     answer = sampling.max_tokens or settings.admission.max_tokens
-    room = limits.max_model_len - answer - one + around
-    fit = min(limits.max_images, room // (most + around + hint)) if route.pages.request == "document" else 1
+    fit = limits.max_images
+    if limits.max_model_len is not None:
+        fit = min(fit, (limits.max_model_len - answer - one + around) // (most + around + hint))
     budget = TokenBudget(
         prompt_tokens=one,
-        page_tokens=limits.tokens_of(limits.transform.check(*rendered_size(points, dpi, usual_area))),
+        page_tokens=limits.page_tokens(*rendered_size(points, dpi, usual_area)),
         most_page_tokens=most,
         hint_tokens=hint,
         max_tokens=answer,
         max_model_len=limits.max_model_len,
-        pages_a_prompt=max(0, fit),
+        pages_a_prompt=max(0, fit) if route.pages.request == "document" else 1,
+        dpi=dpi,
+        is_estimate=limits.is_estimate,
     )
     return budget, place
 
 
-def _resolutions(route: Route, settings: Settings) -> Iterator[tuple[Place, int, int]]:
-    """Every resolution and largest area that pages are rendered in, and where the route says so."""
-    pages, limit = route.pages, settings.images.max_pixels
-    yield ("pages",), pages.dpi, min(limit, pages.max_pixels or limit)
-    for number, step in enumerate(route.ladder):
-        if step.dpi is not None or step.max_pixels is not None:
-            yield ("ladder", number), step.dpi or pages.dpi, min(limit, step.max_pixels or pages.max_pixels or limit)
+def _resolutions(
+    route: Route, task: PageTask, settings: Settings, points: Points
+) -> Iterator[tuple[Place, float, int]]:
+    """Every resolution of a usual page, and largest area, and where the route says so."""
+    page, limit = PageInfo(1, *points), settings.images.max_pixels
+    for number, step in enumerate((LadderStep(), *route.ladder)):
+        place: Place = ("ladder", number - 1) if number else ("pages",)
+        if not number or step.dpi is not None or step.max_pixels is not None:
+            yield place, task.dpi(route, step, page), min(limit, task.max_pixels(route, step) or limit)
 
 
-def _unrenderable(route: Route, limits: ModelLimits, settings: Settings, points: Points) -> Iterator[tuple[Place, str]]:
+def _unrenderable(
+    route: Route, task: PageTask, limits: RouteLimits, settings: Settings, points: Points
+) -> Iterator[tuple[Place, str]]:
     """Why the model's preprocessing refuses a usual page, at each resolution."""
-    assert limits.transform is not None
-    for place, dpi, max_pixels in _resolutions(route, settings):
+    for place, dpi, max_pixels in _resolutions(route, task, settings, points):
         try:
-            limits.transform.check(*rendered_size(points, dpi, max_pixels))
+            limits.page_tokens(*rendered_size(points, dpi, max_pixels))
         except InvalidInput as error:
-            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi} dpi: {error}"
-
-
-def rendered_size(points: Points, dpi: int, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels of a page of this size, within the largest area."""
-    width, height = (side / POINTS_PER_INCH * dpi for side in points)
-    scale = min(1.0, sqrt(max_pixels / (width * height)))
-    return max(1, int(width * scale)), max(1, int(height * scale))
+            yield place, f"a page of {points[0]:g}x{points[1]:g} points at {dpi:.4g} dpi: {error}"
 
 
 def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
     """The most tokens of an image of up to ``max_pixels``, whatever its proportions.
 
     Under a pixel budget sides are rounded to multiples, up by half of one at most (by one where an image is enlarged),
-    and two sides with one area are together at their longest where the image is as narrow as is allowed.
+    and two sides with one area are together at their longest where the image is as narrow as is allowed. What a
+    processor of transformers makes of an image is measured, at the proportions of pages.
     """
     from nanovllm.vision.images.preprocess import MOST_ELONGATED
 
     transform = limits.transform
     assert transform is not None
+    if transform.resize is None:
+        return max(limits.tokens_of(size) for size in _measured_sizes(max_pixels))
     if transform.resize != "pixel_budget":
         return limits.tokens_of(transform.output_size or (0, 0))
     smallest, largest, multiple = transform.size
@@ -335,13 +437,15 @@ def most_tokens(limits: ModelLimits, max_pixels: int) -> int:
     return min(largest // multiple**2, max(bound(max_pixels, 0.5), bound(smallest, 1.0)))
 
 
-def _text_tokens(prompt: str, limits: ModelLimits) -> int:
-    tokens = limits.prompts.untrusted(prompt)
-    return sum(token != limits.image_token_id for token in tokens)
+def _measured_sizes(max_pixels: int) -> Iterator[tuple[int, int]]:
+    """Heights and widths of images of an area: from three times as wide as high to three times as high as wide."""
+    area = min(max_pixels, MOST_MEASURED_PIXELS)
+    for proportion in (1 / 3, 1 / sqrt(2), 1.0, sqrt(2), 3.0):
+        yield max(1, int(sqrt(area * proportion))), max(1, int(sqrt(area / proportion)))
 
 
 def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
-    room = budget.max_model_len - (budget.total - budget.most_page_tokens)
+    room = limits.max_model_len - (budget.total - budget.most_page_tokens)
     transform = limits.transform
     if transform is not None and transform.resize == "pixel_budget" and most_tokens(limits, 1) <= room:
         fits, too_many = 1, transform.size[1]
@@ -349,4 +453,6 @@ def _remedy(budget: TokenBudget, limits: ModelLimits) -> str:
             middle = (fits + too_many) // 2
             fits, too_many = (middle, too_many) if most_tokens(limits, middle) <= room else (fits, middle)
         return f"pages.max_pixels {fits} fits, or lower sampling.max_tokens"
+    if transform is not None and transform.resize is None:
+        return "lower pages.max_pixels, sampling.max_tokens or hint_tokens, or shorten the prompt"
     return "shorten the prompt, or lower sampling.max_tokens or hint_tokens"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count, islice, pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import ConfigurationError
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
@@ -20,9 +20,6 @@ from nanovllm.pipeline.documents.page_outputs import Ask
 from nanovllm.pipeline.extract import asking, documents_at_once
 from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
-
-if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import LLMEngine
 
 Name = TypeVar("Name")
 
@@ -51,7 +48,7 @@ def pages_at_once(settings: Settings, document_pages: int) -> int:
 
 
 def measure(
-    engine: LLMEngine,
+    engine: EngineBackend,
     routes: Mapping[Name, Route],
     settings: Settings,
     draw: Callable[[Sequence[int]], bytes],
@@ -62,7 +59,7 @@ def measure(
     """The cost of each of ``routes``: ``ROUNDS`` rounds of up to ``pages`` pages, in documents of ``document_pages``.
 
     ``draw`` makes a document from the numbers of its pages, of which none is given twice. One document of each route
-    goes before and is not counted. The engine is closed at the end.
+    goes before and is not counted. ``engine`` is started, and closed at the end.
 
     Raises:
         ConfigurationError: a route cannot be extracted.
@@ -71,19 +68,17 @@ def measure(
 
     async def measure_all() -> dict[Name, Cost]:
         async with AsyncExitStack() as stack:
-            backend = AsyncEngine(engine, step_timeout_s=settings.engine.step_timeout_s)
-            stack.push_async_callback(backend.close)
-            await backend.start()
-            decoders = build.build_decoders(settings, backend)
+            await stack.enter_async_context(engine)
+            decoders = build.build_decoders(settings, engine)
             if decoders is None:
                 raise ConfigurationError(f"the model {engine.model_info.id} takes no images: it reads no pages")
             stack.push_async_callback(decoders.close)
             await decoders.start()
-            ask, at_once, numbers, costs = asking(backend), documents_at_once(settings), count(), {}
+            ask, at_once, numbers, costs = asking(engine), documents_at_once(settings), count(), {}
             for name, route in routes.items():
                 size = min(document_pages, route.pages.max_pages)
                 drawn = (draw(list(islice(numbers, size))) for _ in count())
-                extraction = extraction_of(route, settings, backend, decoders)
+                extraction = extraction_of(route, settings, engine, decoders)
                 costs[name] = await _measure(extraction, ask, drawn, max(1, pages // size), at_once)
             return costs
 

@@ -79,7 +79,7 @@ async def _run(
 ) -> bool:
     await asyncio.to_thread(build.check_parts, settings)
     async with build.started_parts(settings) as parts:
-        worker = build.build_worker(settings, parts, sink, Metrics(), Health(), decode=decode)
+        worker = build.build_worker(settings, parts, sink, Metrics(), Health(), routes=None, decode=decode)
         signals.hand_to(worker.stop, has_taken=lambda: worker.has_taken)
         ticking = asyncio.create_task(tick(on_tick, TICK_S), name="tick")
         try:

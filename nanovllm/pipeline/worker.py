@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import BrokersUnavailable, EngineDead
 from nanovllm.metrics import Metrics
-from nanovllm.pipeline.admission.admission import Admission
+from nanovllm.pipeline.admission.admission import Admission, Reservation
 from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
@@ -65,6 +66,7 @@ class Worker:
     health: Health
     lanes: Mapping[str, int]
     key_order: KeyOrder | None
+    written_topics: Sequence[str]
 
     def __post_init__(self) -> None:
         self._at_work: dict[asyncio.Task[None], ConsumedRecord] = {}
@@ -215,31 +217,34 @@ class Worker:
 
     def _begin_job(self, received: Received) -> None:
         context, stages = received.context, self.stages
+        ends: list[Callable[[], None]] = []
         record = context.record
-        reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
-        turn = None
         if self.key_order is not None and record.key is not None:
             turn = self.key_order.join((record.topic, record.partition, record.key))
             stages = replace(stages, admit=AfterKeyTurn(turn, stages.admit))
-
-        def close(_: bool) -> int:
-            reservation.release()
-            if turn is not None:
-                turn.end()
-            return 1
-
-        self._start(process_job(received.job, context, reservation, stages), record, close)
+            ends.append(turn.end)
+        self._begin_record(record, lambda reservation: process_job(received.job, context, reservation, stages), *ends)
 
     def _begin_events(self, received: ReceivedEvents) -> None:
         assert self.event_stages is not None  # without routes no topic of events is read
-        record = received.context.record
+        self._begin_record(received.context.record, partial(process_events, received, stages=self.event_stages))
+
+    def _begin_record(
+        self,
+        record: ConsumedRecord,
+        process: Callable[[Reservation], Coroutine[Any, Any, None]],
+        *ends: Callable[[], None],
+    ) -> None:
+        """Admit ``record`` and process it with its reservation; ``ends`` are called when it has ended."""
         reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
 
         def close(_: bool) -> int:
             reservation.release()
+            for end in ends:
+                end()
             return 1
 
-        self._start(process_events(received, reservation, self.event_stages), record, close)
+        self._start(process(reservation), record, close)
 
     def _begin_invalid(self, ledger: PartitionLedger, invalid: list[InvalidRecord]) -> None:
         held = sum(len(one.record.value) for one in invalid)

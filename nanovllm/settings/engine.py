@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field
 
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.base import Bytes, Seconds, SettingsModel, StrList
+
+DEFAULT_MODEL = "tiny-receipts"
 
 
 class EngineSettings(SettingsModel):
@@ -18,12 +21,12 @@ class EngineSettings(SettingsModel):
         description="Checkpoint directory, alias or cached hub name; unset: the shipped tiny model. With `openai`: the "
         "name that the servers list; unset: the only one that they list.",
     )
-    backend: Literal["auto", "native", "generic", "openai", "echo"] = Field(
+    backend: Literal["auto", "native", "generic", "openai", "vllm", "echo"] = Field(
         "auto",
         description="`native`: the families that this engine has code for; `generic`: transformers' own layers over "
         "its attention, after a trial at load; `auto`: native where the family is one of them, else generic; `openai` "
-        "asks servers of OpenAI's protocol (section `remote`); `echo` answers with the prompt: for tests of the "
-        "pipeline.",
+        "asks servers of OpenAI's protocol (section `remote`); `vllm` runs vLLM's engine in this process (section "
+        "`vllm`); `echo` answers with the prompt: for tests of the pipeline.",
     )
     model_aliases: dict[str, str] = Field(
         default_factory=dict, description="Short names for checkpoint directories (JSON object)."
@@ -37,13 +40,20 @@ class EngineSettings(SettingsModel):
         None, ge=1, description="Tokens in a block of the KV cache; unset: the attention backend's. Deprecated."
     )
     kv_cache_bytes: Bytes | None = Field(
-        None, description="Size of the KV cache; unset: by gpu_memory_utilization, or 1 GiB on a CPU."
+        None, description="Size of the KV cache; unset: by gpu_memory_utilization or cpu_memory_utilization."
     )
     kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
         "auto", description="`auto`: the model's own type; `bfloat16` halves the cache of a float32 model, on a CPU."
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory that the engine takes."
+    )
+    cpu_memory_utilization: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="Share of the machine's memory, or of the control group's limit, that the engine takes on a CPU; "
+        "the KV cache has 1 GiB at least.",
     )
     enforce_eager: bool = Field(False, description="Record no CUDA graphs: a quicker start, slower small steps.")
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
@@ -79,6 +89,11 @@ class EngineSettings(SettingsModel):
         default_factory=dict,
         description='Variables of the chat template (JSON object), such as `{"enable_thinking": false}` for Qwen3.',
     )
+    profile: str | None = Field(
+        None,
+        description="Profile of the model: prompts, sampling, pages and template variables below those that are set; "
+        "`none`: none; unset: by the checkpoint's name, files or family.",
+    )
     job_chat_template_kwargs: StrList = Field(
         (), description="Names of those variables that a job may set in its own `chat_template_kwargs`."
     )
@@ -86,8 +101,16 @@ class EngineSettings(SettingsModel):
 
     @property
     def loads_model(self) -> bool:
-        """Whether this process computes with a checkpoint's weights, and needs torch and transformers."""
+        """Whether this process computes with a checkpoint's weights by this project's own engine."""
         return self.backend in ("auto", "native", "generic")
+
+    def set_beside(self, names: Collection[str]) -> list[str]:
+        """Settings that are not in ``names`` and have another value than their default."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in names and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
 
 
 class SamplingSettings(SamplingParams):

@@ -31,6 +31,11 @@ class RemoteSettings(SettingsModel):
     )
     ca_file: Path | None = Field(None, description="PEM file of the servers' CA; unset: the system's CAs.")
     images: bool = Field(True, description="Whether the model takes images.")
+    logprobs: bool = Field(
+        True,
+        description="Whether the servers give log probabilities; if not, fields of documents have none, and jobs that "
+        "ask for them are refused.",
+    )
     revision: str = Field(
         "unknown", min_length=1, description="Revision of the model that results name: the protocol tells none."
     )

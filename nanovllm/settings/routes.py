@@ -21,6 +21,7 @@ from nanovllm.settings.base import Bytes, Seconds, SettingsModel, TopicName
 TextPolicy = Literal["ignore", "hint", "only_if_clean"]
 MergeRule = Literal["per_document", "per_page", "per_row"]
 OnBadOutput = Literal["accept", "review", "retry"]
+Task = Literal["text", "markdown", "tables", "schema"]
 SidecarFormat = Literal["json", "jsonl", "markdown"]
 
 DIGEST_VERSION = 1
@@ -176,9 +177,16 @@ class Route(SettingsModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name, which records carry.")
     match: Match = Field(description="The objects that it takes.")
-    prompt: str = Field(
-        min_length=1, description=f"The question; `{IMAGE_PLACEHOLDER}` marks the place of the page, unset: its end."
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description=f"The question; `{IMAGE_PLACEHOLDER}` marks the place of the page, unset: its end. A route with "
+        "`task` may leave it to the model's profile.",
     )
+    task: Task | None = Field(
+        None, description="What the model is asked for, in the way of its profile; unset: what `prompt` says."
+    )
+    profile: str | None = Field(None, description="Profile in place of the one of `engine.profile`; `none`: none.")
     sampling: dict[str, Any] = Field(
         default_factory=dict, description="As a job's; what is unset takes the worker's NANOVLLM_SAMPLING__* values."
     )
@@ -190,7 +198,9 @@ class Route(SettingsModel):
         "the picture where it is clean.",
     )
     hint_tokens: int = Field(
-        1_024, ge=1, description="Most tokens of a text layer beside its picture, counted as four characters each."
+        1_024,
+        ge=1,
+        description="Most tokens of a text layer beside its picture; in front of servers four characters count as one.",
     )
     merge: MergeRule = Field("per_document", description="How arrays over pages become one.")
     result_topic: TopicName | None = Field(None, description="Topic of the records; unset: `topics.results`.")
@@ -210,8 +220,8 @@ class Route(SettingsModel):
 
     @field_validator("prompt")
     @classmethod
-    def _check_prompt(cls, prompt: str) -> str:
-        if (places := prompt.count(IMAGE_PLACEHOLDER)) > 1:
+    def _check_prompt(cls, prompt: str | None) -> str | None:
+        if prompt is not None and (places := prompt.count(IMAGE_PLACEHOLDER)) > 1:
             raise ValueError(f"has {counted(places, 'image placeholder')}, and one page")
         return prompt
 
@@ -237,6 +247,10 @@ class Route(SettingsModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.prompt is None and self.task is None:
+            raise ValueError("has neither prompt nor task: write a prompt, or a task of the model's profile")
+        if self.task is not None and (self.task == "schema") != (self.response_schema is not None):
+            raise ValueError(f"task {self.task} and response_schema: the task schema has one, and no other does")
         constraint = next((name for name in CONSTRAINTS if self.sampling.get(name) is not None), None)
         if self.response_schema is not None and constraint:
             raise ValueError(f"response_schema and sampling.{constraint} exclude each other")
@@ -250,15 +264,6 @@ class Route(SettingsModel):
         if not self.ladder and "retry" in (self.on_invalid, self.on_incomplete):
             raise ValueError("ladder is empty, and on_invalid or on_incomplete retries: a greedy answer comes again")
         return self
-
-    @property
-    def page_prompt(self) -> str:
-        """The prompt with the place of its page."""
-        return self.prompt if IMAGE_PLACEHOLDER in self.prompt else f"{self.prompt} {IMAGE_PLACEHOLDER}"
-
-    def prompt_of(self, pictures: int) -> str:
-        """The prompt with the places of so many pages, one after the other."""
-        return self.page_prompt.replace(IMAGE_PLACEHOLDER, pictures * IMAGE_PLACEHOLDER)
 
     @property
     def job_sampling(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.vllm import VllmSettings
 
 ENV_PREFIX = "NANOVLLM_"
 
@@ -67,6 +68,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     engine: EngineSettings = EngineSettings()
     remote: RemoteSettings = RemoteSettings()
+    vllm: VllmSettings = VllmSettings()
     sampling: SamplingSettings = SamplingSettings()
     images: ImageSettings = ImageSettings()
     documents: DocumentSettings = DocumentSettings()
@@ -86,6 +88,15 @@ class Settings(BaseSettings):
             raise ValueError("retries.delays_s and admission.per_key_order exclude each other: a retry loses its place")
         if self.engine.backend == "openai" and not self.remote.endpoints:
             raise ValueError("engine.backend is openai: name its servers in remote.endpoints")
+        if self.engine.backend != "openai" and self.remote.endpoints:
+            raise ValueError(
+                f"remote.endpoints names servers, and engine.backend is {self.engine.backend}, which asks none: set it "
+                "to openai, or unset them"
+            )
+        if self.engine.backend != "vllm" and self.vllm != VllmSettings():
+            raise ValueError(
+                f"vllm.* is set, and engine.backend is {self.engine.backend}: set it to vllm, or unset the section"
+            )
         self._check_topics()
         if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
             raise ValueError(

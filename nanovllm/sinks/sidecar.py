@@ -20,6 +20,7 @@ from nanovllm.errors import FetchFailed, InvalidInput, SidecarTaken
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.conditional_put import put_if_absent, put_if_unchanged
 from nanovllm.objects.errors import status_of
+from nanovllm.objects.versions import lasting_version
 from nanovllm.settings.routes import CONTENT_TYPES, SidecarFormat
 
 SidecarOutcome = Literal["written", "same", "superseded"]
@@ -29,7 +30,6 @@ MAX_REPLACEMENTS = 16
 MAX_VALUE_BYTES = 160
 """Of a value of metadata: ten of them and their names stay below the 2 KB of user metadata that S3 takes."""
 _PREFIX = "nanovllm-"
-_NULL_VERSION = "null"
 _HASHED = "sha256:"
 # Neither "=" nor "?": botocore and servers read "=?utf-8?…?=" as an encoded word of RFC 2047.
 _SAFE = "/:+,@~"
@@ -53,8 +53,8 @@ class SourceVersion:
 
     def has_content_of(self, other: SourceVersion) -> bool:
         """Whether both are one version, or versions of equal content where the store tells no versions apart."""
-        versions = [one.version_id for one in (self, other)]
-        if None not in versions and _NULL_VERSION not in versions:
+        versions = [lasting_version(one.version_id) for one in (self, other)]
+        if None not in versions:
             return versions[0] == versions[1]
         return self.etag is not None and self.etag == other.etag
 

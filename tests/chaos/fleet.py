@@ -30,11 +30,13 @@ class Fleet:
             self.add(f"w{number}")
 
     def add(self, name: str) -> None:
-        program = (str(PROGRAM), str(self._world.directory), name)
-        worker = self._world.worker(name, program=program)
+        worker = self._make(name)
         worker.start()
         self._workers[name] = worker
         self.starts += 1
+
+    def _make(self, name: str) -> LocalProcess:
+        return self._world.worker(name, program=(str(PROGRAM), str(self._world.directory), name))
 
     async def __aenter__(self) -> Fleet:
         self._supervisor = asyncio.create_task(self._supervise())
@@ -79,8 +81,7 @@ class Fleet:
     async def _supervise(self) -> None:
         while True:
             await asyncio.sleep(SUPERVISION_S)
-            for worker in list(self._workers.values()):
+            for name, worker in list(self._workers.items()):
                 if not worker.is_running:
                     self.exit_codes.append(worker.exit_code or 0)
-                    worker.start()
-                    self.starts += 1
+                    self.add(name)

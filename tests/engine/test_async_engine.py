@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import make_llava, make_qwen3
 
+from nanovllm.engine.backends import native
 from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.engine.llm_engine import LLMEngine
@@ -116,6 +117,22 @@ async def test_a_fit_check_under_way_ends_with_the_engine(engine: AsyncEngine) -
 
     with pytest.raises(EngineDead):
         await measure()
+
+
+async def test_steps_come_though_the_queue_of_commands_never_empties(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine.submit(ask("long", max_tokens=8))
+    check = native._FitCheck(ask("a"), asyncio.get_running_loop().create_future())
+
+    def measure(request: Request) -> bool:
+        engine._commands.put(check)  # the next one, before this one is answered
+        return True
+
+    monkeypatch.setattr(engine, "_fits", measure)
+    engine._commands.put(check)
+    assert len((await running).token_ids) == 8
+    monkeypatch.undo()
 
 
 async def test_many_requests_at_once_answer_what_each_answers_alone(engine: AsyncEngine) -> None:

@@ -31,7 +31,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBackend, GraphAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_kernels
-from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.execution import kv_cache_size as kv_memory
 from nanovllm.engine.execution import model_runner
@@ -42,6 +42,7 @@ from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.sampling_params import SamplingParams
 
+GIB = 1 << 30
 CPU = torch.device("cpu")
 WORLDS: dict[str, Callable[[Path], Path]] = {
     "text": make_qwen3,

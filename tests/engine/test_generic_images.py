@@ -5,25 +5,30 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import edit_json
 from checkpoints import QwenVL, make_llava, make_qwen_vl
 from generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generic_text, written_image
-from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from nanovllm.engine.backends.base import Request
-from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
+from nanovllm.engine.config import IMAGE_BOUNDS
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.errors import ConfigurationError, InvalidImage, UnsupportedModel
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import prepare_rgb
@@ -32,7 +37,8 @@ pytestmark = needs_release
 
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
-REFUSED = ("gemma3", "llava_onevision", "idefics2", "ernie4_5_vl_moe")
+IN_TILES = ("idefics3", "granite_docling", "internvl", "deepseek_ocr2")
+REFUSED = ("gemma3", "lfm2_vl", "llava_onevision", "idefics2", "ernie4_5_vl_moe")
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
@@ -43,6 +49,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 ONE = [picture(1, 40, 60)]
 TALL = picture(2, 64, 32)
 THREE = [TALL, picture(3, 90, 130), TALL]
+LARGE = [picture(4, 800, 1600)]
 
 
 def record_threads(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -73,6 +80,11 @@ def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Ima
     return dict(found)
 
 
+def num_tiles(inputs: dict[str, Any]) -> int:
+    """Pictures that a tower sees of an image, where it sees pictures and not patches."""
+    return sum(value.flatten(0, -4).shape[0] for name, value in inputs.items() if name.startswith("pixel_values"))
+
+
 @pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in REFUSED])
 def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,22 +93,28 @@ def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     image = written_image(family)
     texts = ["What is the total?", f"Describe this: {image} as JSON", f"{image} and {image}, not {image} hello"]
     pictures: list[list[Image.Image]] = [[], ONE, THREE]
-    if family == "deepseek_ocr2":  # its towers are large: 145 tokens an image are the least
-        texts, pictures = texts[:2], pictures[:2]
+    options = {**SMALL, "max_num_batched_tokens": 16, "num_speculative_tokens": 0}
+    if family == "deepseek_ocr2":  # its tiles have 768 pixels a side, and 144 tokens
+        pictures[1], options["max_model_len"] = LARGE, 640
     tolerance = 1e-4 if family in STATEFUL else 1e-5
     plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
-    with LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0) as engine:
+    with LLMEngine(str(directory), **options) as engine:
         recorded = Recorded(engine, monkeypatch)
         decoder = engine.model_runner.model
         assert isinstance(decoder, GenericDecoder)
         without = decoder.never_sampled
+        inputs = [transformers_inputs(engine, text, images) for text, images in zip(texts, pictures, strict=True)]
+        assert family not in IN_TILES or num_tiles(inputs[1]) > 1
+        wanted = [transformers_answer(plain, one, without) for one in inputs]
         together = recorded.answers(texts, pictures)
-        for found, text, images in zip(together, texts, pictures, strict=True):
-            wanted = transformers_answer(plain, transformers_inputs(engine, text, images), without)
-            assert_same(found, wanted, tolerance, without)
+        assert recorded.is_mixed
         assert engine.stats().encoder_images == len({id(one) for images in pictures for one in images})
-        (alone,) = recorded.answers(texts[1:2], [ONE])
-        assert_same(alone, together[1], tolerance, without)
+        alone = [recorded.answers([text], [images])[0] for text, images in zip(texts, pictures, strict=True)]
+        longest = max(one["input_ids"].shape[1] for one in inputs) + NEW
+        preempted = recorded.preempted(texts, pictures, tokens=longest)
+        for found in (together, alone, preempted):
+            for one, answer in zip(found, wanted, strict=True):
+                assert_same(one, answer, tolerance, without)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "qwen3_5"])
@@ -241,6 +259,36 @@ def test_an_image_without_tokens_is_an_invalid_one(height: int, width: int, tmp_
         assert len(engine.generate(image, GREEDY, ONE, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
 
 
+def test_a_processor_that_needs_torchvision_is_refused_and_the_text_of_its_model_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_generic_images(tmp_path, "lfm2_vl")
+    with pytest.raises(UnsupportedModel, match=r"torchvision: Lfm2VlImageProcessor.*enable_multimodal=False serves"):
+        LLMEngine(str(directory), **SMALL)
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **SMALL, enable_multimodal=False, num_speculative_tokens=0) as engine:
+        prompt = [7, 8, 9, 10] * 8
+        without = engine.model_runner.model.never_sampled
+        wanted = transformers_answer(plain, {"input_ids": torch.tensor([prompt])}, without)
+        assert_same(Recorded(engine, monkeypatch).answers([prompt])[0], wanted, 1e-4, without)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kind", "message"),
+    [
+        ("processor_config.json", "processor_class", "AutoProcessor", "transformers has no processor 'Own'"),
+        ("preprocessor_config.json", "image_processor_type", "AutoImageProcessor", "code of the checkpoint, which is"),
+    ],
+)
+def test_code_of_a_processor_is_not_run(file: str, name: str, kind: str, message: str, tmp_path: Path) -> None:
+    directory, ran = make_generic_images(tmp_path, "idefics3"), tmp_path / "ran"
+    (directory / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit_json(directory / file, **{name: "Own", "auto_map": {kind: "own.Own"}})
+    with pytest.raises(UnsupportedModel, match=message):
+        LLMEngine(str(directory), **SMALL)
+    assert not ran.exists()
+
+
 def test_attention_to_later_tokens_of_an_image_is_refused_by_layer(tmp_path: Path) -> None:
     directory = make_generic_images(tmp_path, "gemma3")
     with pytest.raises(UnsupportedModel, match=r"layer 0: attention to later tokens, such as those of an image,"):
@@ -288,6 +336,27 @@ async def test_a_job_with_an_image_of_a_decoder_process_is_a_turn_of_the_chat_te
     assert (found.token_ids, found.usage) == (wanted.token_ids, wanted.usage)
 
 
+@pytest.mark.parametrize(("family", "declared"), [("idefics3", GENERIC), ("qwen3_5", GENERIC_WITH_STATES)])
+async def test_what_the_backend_declares_it_does_with_images(
+    family: str, declared: Capabilities, tmp_path: Path
+) -> None:
+    asked: dict[str, dict[str, Any]] = {"regex": {"regex": "(ab){2}c"}, "n": {"n": 2}, "scores": {"prompt_logprobs": 1}}
+    async with AsyncEngine(LLMEngine(str(make_generic_images(tmp_path, family)), **SMALL)) as backend:
+        assert backend.capabilities == replace(declared, context=SMALL["max_model_len"])
+        assert backend.image_transform is not None
+        images = (prepare_rgb(ONE[0], backend.image_transform),) * 2
+        running = {
+            name: backend.submit(
+                Request(name, prompt="<|image|> or <|image|>", images=images, sampling=SamplingParams(**params))
+            )
+            for name, params in asked.items()
+        }
+        found = {name: await generation for name, generation in running.items()}
+    assert found["regex"].text == "ababc"
+    assert len(found["n"].outputs) == 2
+    assert len(found["scores"].prompt_logprobs or ()) == found["scores"].usage.input_tokens
+
+
 def test_an_image_that_the_processor_refuses_fails_its_request_alone(tmp_path: Path) -> None:
     directory, image = make_generic_images(tmp_path, "qwen2_vl"), written_image("qwen2_vl")
     with LLMEngine(str(directory), **SMALL) as engine:
@@ -315,7 +384,7 @@ def test_without_images_its_text_is_served_alone(tmp_path: Path) -> None:
         assert len(engine.generate("hello", GREEDY, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
 
 
-@pytest.mark.parametrize("options", [{"max_pixels": 1000}, {"vision_model": "tower"}])
+@pytest.mark.parametrize("options", [*({name: 1000} for name in IMAGE_BOUNDS), {"vision_model": "tower"}])
 def test_options_of_other_encoders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(options))}=.* brings towers of its own"):
         LLMEngine(str(make_generic_images(tmp_path, "internvl")), **SMALL, **options)

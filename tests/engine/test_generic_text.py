@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,25 @@ import pytest
 import torch
 from checkpoint_files import edit_json, edit_tensors
 from generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
-from generic_parts import GREEDY, Recorded, assert_same, needs_release, transformers_answer
+from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
+from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.native import GENERIC, GENERIC_WITH_STATES, AsyncEngine
+from nanovllm.engine.config import HAND_WRITTEN_ALONE, IMAGE_BOUNDS, EngineConfig
 from nanovllm.engine.diagnostics import describe
+from nanovllm.engine.execution.generic_models import one_image_processor
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_loading import check_release
 from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.sampling_params import SamplingParams
 
 pytestmark = needs_release
 
@@ -45,13 +54,16 @@ def test_logits_and_greedy_tokens_are_those_of_cached_generation(
     engine = LLMEngine(str(directory), **SMALL, max_num_batched_tokens=16, num_speculative_tokens=0)
     recorded = Recorded(engine, monkeypatch)
     with recorded.engine:
-        for found, answer in zip(recorded.answers(PROMPTS), wanted, strict=True):
-            assert_same(found, answer, tolerance)
-        assert_same(recorded.answers(PROMPTS[1:2])[0], wanted[1], tolerance)
+        together = recorded.answers(PROMPTS)
+        alone = [recorded.answers([prompt])[0] for prompt in PROMPTS]
+        preempted = recorded.preempted(PROMPTS, tokens=max(map(len, PROMPTS)) + NEW)
+        for found in (together, alone, preempted):
+            for one, answer in zip(found, wanted, strict=True):
+                assert_same(one, answer, tolerance)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3_5_text"])
-def test_a_preempted_request_is_computed_anew_and_stays_the_same(family: str, tmp_path: Path) -> None:
+def test_a_preempted_request_with_drafts_stays_the_same(family: str, tmp_path: Path) -> None:
     directory = make_generic_text(tmp_path, family)
     plain = AutoModelForCausalLM.from_pretrained(directory).eval()
     with LLMEngine(str(directory), **SMALL) as roomy:
@@ -198,13 +210,79 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+ASKED = {"deterministic": True, "quantization": "int8", "num_speculative_tokens": 4} | dict.fromkeys(IMAGE_BOUNDS, 1000)
+
+
+@pytest.mark.parametrize("option", HAND_WRITTEN_ALONE)
+def test_options_of_the_hand_written_layers_are_refused_by_name_before_weights_are_read(
+    option: str, tmp_path: Path
+) -> None:
+    assert option == "deterministic" or option not in GENERIC.settings
+    directory = make_generic_text(tmp_path, "mistral")
+    config = EngineConfig.from_options(directory, {option: ASKED[option]})
+    with pytest.raises(ConfigurationError, match=f"^{option}=.*{tmp_path.name}.* transformers' own layers.*: unset it"):
+        one_image_processor(config, Checkpoint(directory))  # which loading begins with, and checks of routes
+
+
+def test_drafts_that_are_asked_for_are_refused_where_layers_carry_states(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "lfm2")
+    with pytest.raises(ConfigurationError, match=r"num_speculative_tokens=4, but layers of .* or set it to 0"):
+        LLMEngine(str(directory), **SMALL, num_speculative_tokens=4)
+    LLMEngine(str(directory), **SMALL, num_speculative_tokens=0).close()
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"deterministic": True}, "deterministic is not possible"), ({"quantization": "int8"}, "quantization is not")],
+    ("family", "declared"), [("mistral", GENERIC), ("lfm2", GENERIC_WITH_STATES), ("qwen3_5_text", GENERIC_WITH_STATES)]
 )
-def test_options_of_the_hand_written_layers_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        LLMEngine(str(make_generic_text(tmp_path, "mistral")), **SMALL, **options)
+async def test_what_the_backend_declares_it_does(family: str, declared: Capabilities, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"], "additionalProperties": False}
+    asked: dict[str, Any] = {
+        "json_schema": schema,
+        "regex": "(ab){2}c",
+        "choice": ("left", "right"),
+        "grammar": 'start: "x" "y" "z"',
+        "logprobs": 20,
+        "prompt_logprobs": 1,
+        "n": 3,
+        "loop_tokens": 2,
+        "seed": 7,
+    }
+    async with AsyncEngine(LLMEngine(str(make_generic_text(tmp_path, family)), **SMALL)) as backend:
+        assert backend.capabilities == replace(declared, images=False, context=SMALL["max_model_len"])
+        running = {
+            name: backend.submit(
+                Request(name, prompt="w3 w4 w5", sampling=SamplingParams(max_tokens=24, **{name: value}))
+            )
+            for name, value in asked.items()
+        }
+        found = {name: await generation for name, generation in running.items()}
+        alone = Request("alone", prompt="w3 w4 w5", sampling=SamplingParams(max_tokens=24, seed=7))
+        assert (await backend.submit(alone)).token_ids == found["seed"].token_ids
+    assert json.loads(found["json_schema"].text) == {"a": "b"}
+    assert found["regex"].text == "ababc"
+    assert found["choice"].text in asked["choice"]
+    assert found["grammar"].text == "xyz"
+    first = (found["logprobs"].logprobs or [])[0]
+    assert len(first) >= 20
+    assert len(found["prompt_logprobs"].prompt_logprobs or ()) == found["prompt_logprobs"].usage.input_tokens
+    assert len(found["n"].outputs) == 3
+
+
+def test_keys_and_values_in_half_the_bytes_serve_a_model_of_transformers_too(tmp_path: Path) -> None:
+    directory = str(make_generic_text(tmp_path, "mistral"))
+    with LLMEngine(directory, **SMALL, kv_cache_dtype="bfloat16") as engine:
+        if not isinstance(engine.model_runner.attention, PagedCpuAttention):
+            pytest.skip("keys and values in bfloat16: no C++ compiler")
+        assert {cache.dtype for cache in engine.model_runner.kv_caches} == {torch.bfloat16}
+        (output,) = engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)
+    assert len(output.token_ids) == GREEDY.max_tokens
+
+
+def test_image_bounds_of_a_model_without_images_are_refused(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "qwen3")
+    for option in IMAGE_BOUNDS:
+        with pytest.raises(ConfigurationError, match=f"{option}=1000, but {tmp_path.name!r} takes no images: unset it"):
+            LLMEngine(str(directory), max_model_len=112, **{option: 1000})
 
 
 def test_an_older_transformers_is_refused_by_its_release() -> None:

@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES
-from nanovllm.pipeline.route_checks import A4, Points, rendered_size
+from nanovllm.pipeline.documents.page_sizes import A4, Points, rendered_size
 from nanovllm.vision.encoders.qwen import native_tokens, native_transform
 from nanovllm.vision.images.preprocess import ImageTransform
 

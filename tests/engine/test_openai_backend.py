@@ -6,8 +6,7 @@ import asyncio
 import base64
 import io
 import json
-import subprocess
-import sys
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from PIL import Image
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.dialects import DIALECTS
+from nanovllm.engine.backends.openai.estimates import text_tokens
+from nanovllm.engine.backends.openai.llama_cpp_schema import left_out
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import (
     ConfigurationError,
@@ -181,9 +183,9 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
         "openai": {"max_completion_tokens": 9, "seed": 2**62 + 3, "n": 2, "top_logprobs": 3},
         "vllm": {"max_tokens": 9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "bad_words": ["no"],
                  "min_tokens": 2, "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False,
-                 "include_stop_str_in_output": True, "return_token_ids": True},
+                 "include_stop_str_in_output": True, "return_token_ids": True, "top_logprobs": 4},
         "sglang": {"max_tokens": 9, "top_k": 7, "no_stop_trim": True, "stop_token_ids": [3], "ignore_eos": True},
-        "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": -1, "ignore_eos": True},
+        "llamacpp": {"max_tokens": 9, "top_k": 7, "repeat_penalty": 1.2, "repeat_last_n": 2**20, "ignore_eos": True},
     }  # fmt: skip
     common = {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["x"]}
     for name, fields in wire.items():
@@ -194,7 +196,8 @@ def test_every_dialect_writes_what_it_says_it_heeds() -> None:
     # What a server would fill in by its own defaults, or the checkpoint's, is written out.
     plain = SamplingParams(temperature=0.0)
     assert DIALECTS["vllm"].write(plain)["top_k"] == DIALECTS["sglang"].write(plain)["top_k"] == -1
-    assert DIALECTS["llamacpp"].write(plain)["top_k"] == 0
+    assert DIALECTS["llamacpp"].write(plain)["top_k"] == DIALECTS["llamacpp"].write(plain)["mirostat"] == 0
+    assert "repeat_last_n" not in DIALECTS["llamacpp"].write(plain)
     assert DIALECTS["vllm"].write(plain)["repetition_penalty"] == 1.0
     assert "seed" not in DIALECTS["openai"].write(SamplingParams(temperature=0.0, seed=1))
 
@@ -204,13 +207,53 @@ def test_constraints_are_written_as_each_dialect_has_them() -> None:
         return DIALECTS[dialect].write(SamplingParams(temperature=0.0, **sampling))
 
     schema = {"type": "object"}
-    for dialect in DIALECTS:
+    for dialect in DIALECTS.keys() - {"llamacpp"}:
         assert write(dialect, json_schema=schema)["response_format"]["json_schema"]["schema"] == schema
+    assert write("llamacpp", json_schema=schema)["json_schema"] == schema
     assert write("vllm", regex="a+")["structured_outputs"] == {"regex": "a+"}
     assert write("vllm", choice=["a", "b"])["structured_outputs"] == {"choice": ["a", "b"]}
     assert write("vllm", grammar="x")["structured_outputs"] == {"grammar": "x"}
     assert write("sglang", choice=["a.b", "c d"])["regex"] == r"(a\.b)|(c d)"
     assert write("llamacpp", choice=['say "a"', "b\n"])["grammar"] == 'root ::= "say \\"a\\"" | "b\\x0A"'
+
+
+@pytest.mark.parametrize(
+    ("schema", "left"),
+    [
+        ({"type": "object", "properties": {"a": {"not": {"const": 1}}}}, ["not at #/properties/a"]),
+        ({"type": "number", "minimum": 0}, ["minimum at #"]),
+        ({"type": "integer", "minimum": 0, "multipleOf": 5}, ["multipleOf at #"]),
+        ({"type": ["integer", "number"], "maximum": 0}, ["maximum at #"]),
+        ({"minimum": 3}, ["minimum at #"]),
+        ({"type": "array", "items": {}, "uniqueItems": True}, ["uniqueItems at #"]),
+        ({"items": {}, "prefixItems": [{}]}, ["prefixItems at #"]),
+        ({"properties": {"a": {}}, "required": ["a", "b"], "allOf": [{}]}, ["allOf at #", "required at #"]),
+        ({"type": "string", "pattern": "^\\d+$"}, ["pattern at #"]),
+        ({"type": "string", "pattern": "total"}, ["pattern at #"]),
+        ({"type": "string", "pattern": "^[0-9]{2,4}(?:x|\\.)?$", "maxLength": 3}, ["maxLength at #"]),
+        ({"type": "string", "format": "email"}, ["format at #"]),
+        ({"anyOf": [{"type": "string"}], "minLength": 2}, ["minLength at #"]),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"if": {}}}}, ["if at #/$defs/a"]),
+        ({"type": "string", "minimum": 3, "format": "date-time", "title": "another type's keyword"}, []),
+        ({"properties": {"a": {"enum": [1, None]}}, "required": ["a"], "additionalProperties": False}, []),
+        ({"oneOf": [{"type": "null"}, {"type": "integer", "minimum": 1}]}, []),
+        ({}, []),
+    ],
+)  # fmt: skip
+async def test_a_schema_that_llama_cpp_would_not_enforce_is_refused_by_keyword_and_path(
+    schema: dict[str, Any], left: list[str]
+) -> None:
+    assert list(left_out(schema)) == left
+    async with OpenAIServer() as server, engine_of(server, dialect="llamacpp") as engine:
+        sampling = SamplingParams(json_schema=schema)
+        assert sampling.constraint is not None
+        if not left:
+            await engine.compile(sampling.constraint)
+            return
+        for refused in (engine.compile(sampling.constraint), engine.submit(ask("a", sampling={"json_schema": schema}))):
+            with pytest.raises(UnsupportedConstraint, match=f"does not enforce {re.escape(left[0])}"):
+                await refused
+    assert server.asked == []
 
 
 async def test_a_refusal_of_the_request_is_its_own_error_with_the_servers_words_escaped() -> None:
@@ -261,7 +304,7 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
             async with engine_of(server, other):
                 pass
         with pytest.raises(ModelNotFound, match="does not serve tiny; it lists other"):
-            async with engine_of(server, other, model="tiny"):
+            async with engine_of(other, model="tiny"):
                 pass
     async with OpenAIServer(context=256) as server:
         with pytest.raises(ConfigurationError, match=r"sampling\.max_tokens 256 leaves no prompt any room"):
@@ -284,13 +327,18 @@ async def test_a_raw_prompt_is_a_completion_where_it_is_allowed() -> None:
 
 
 async def test_a_tenants_salt_goes_to_servers_that_know_one_and_never_as_it_is() -> None:
-    async with OpenAIServer() as server:
-        for dialect in ("vllm", "openai"):
-            async with engine_of(server, dialect=dialect) as engine:
-                await engine.submit(ask("a", cache_salt=b"secret salt"))
-    assert len(server.asked[0].body["cache_salt"]) == 64
-    assert "cache_salt" not in server.asked[1].body
-    assert all("secret salt" not in json.dumps(asked.body) for asked in server.asked)
+    image = prepare_image(picture(), ImageTransform.for_files("png"))
+    asked = []
+    for dialect in ("vllm", "openai"):
+        for salt in (b"secret salt", b"other", b""):
+            async with OpenAIServer() as server, engine_of(server, dialect=dialect) as engine:
+                await engine.submit(ask("a", "see <|image|>", images=(image,), cache_salt=salt))
+            asked.append(server.asked[0].body)
+    salts = [body.get("cache_salt", "") for body in asked]
+    names = [body["messages"][0]["content"][1].get("uuid", "") for body in asked]
+    assert [*map(len, salts)] == [*map(len, names)] == [64, 64, 0, 0, 0, 0]
+    assert len({*salts[:2], *names[:2]}) == 4
+    assert all("secret salt" not in json.dumps(body) for body in asked)
 
 
 @pytest.fixture(scope="module")
@@ -334,11 +382,63 @@ async def test_the_same_engine_behind_a_socket_gives_the_same_texts_tokens_and_p
     assert remote.outputs[0].text_ends == expected.outputs[0].text_ends
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "ends"),
+    [
+        ("a€b", [b"a", b"\xe2", b"\x82\xac", b"b"], (1, 1, 2, 3)),
+        ("a€b", [b"a", "\ufffd", "\ufffd", b"b"], (1, 1, 2, 3)),
+        ("a 🙂, b", [b"a", " \ufffd", "\ufffd", "\ufffd,", b" b"], (1, 1, 1, 4, 6)),
+        ("🙂", ["\ufffd", "\ufffd"], (0, 1)),
+        ("ab", [b"ab", b"<|im_end|>"], (2, 2)),
+        ("ab", [b"a", b"bSTOP"], (1, 2)),
+        ("a", [b"a", "\ufffd"], (1, 1)),
+        ("abc", [b"a", b"c"], None),
+        ("abc", [b"a", b"b"], None),
+        ("a€b", [b"a", "\ufffd", b"x"], None),
+    ],
+)
+def test_tokens_end_in_the_text_also_where_servers_write_parts_of_characters_as_replacements(
+    text: str, tokens: list[bytes | str], ends: tuple[int, ...] | None
+) -> None:
+    answer = Answer(SamplingParams(logprobs=0))
+    raw = [token if isinstance(token, bytes) else token.encode() for token in tokens]
+    content = [{"token": one.decode(errors="replace"), "bytes": [*one], "logprob": -0.5} for one in raw]
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": {"content": content}, "finish_reason": "stop"}
+    assert list(answer.add({"choices": [choice]}))
+    (completion,) = answer.completions()
+    assert completion.text_ends == ends
+
+
+async def test_a_request_fits_by_its_images_and_an_estimate_of_its_tokens() -> None:
+    long = "words of a prompt " * 100
+    async with OpenAIServer(context=1_024) as server, engine_of(server, max_images_per_request=1) as engine:
+        image = prepare_image(Image.new("RGB", (280, 280)), engine.image_transform or ImageTransform())
+        assert await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 800}))
+        assert not await engine.fits(ask("a", "short", images=(image,), sampling={"max_tokens": 900}))
+        assert not await engine.fits(ask("a", "short", images=(image, image)))
+        assert not await engine.fits(ask("a", long, sampling={"max_tokens": 500}))
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        assert await engine.fits(ask("a", long, sampling={"max_tokens": 500})), "servers need not tell their context"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Invoice 2026-11-30: total 1,234.50 EUR, payable within 30 days",
+        "Straßenbahnhaltestelle am Rathaus in Köln",
+        "総額 12 円",
+    ],
+)
+def test_estimated_tokens_of_texts_are_no_fewer_than_a_tokenizer_of_words_and_digits_makes(text: str) -> None:
+    words = re.findall(r" ?[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]", text)
+    assert len(words) <= text_tokens(text) <= len(text)
+
+
 async def test_probabilities_without_others_still_say_whether_a_token_was_the_best(native: OpenAIServer) -> None:
     sampling = {"logprobs": 0, "max_tokens": 12, "temperature": 2.0, "seed": 11}
     async with engine_of(native, dialect="vllm") as engine:
         output = await engine.submit(ask("a", "What is the total?", sampling=sampling))
-    assert native.asked[-1].body["top_logprobs"] == 1
+    assert native.asked[-1].body["top_logprobs"] == 2
     assert output.logprobs is not None
     assert all([*place] == [token] for token, place in zip(output.token_ids, output.logprobs, strict=True))
     assert {one.rank for place in output.logprobs for one in place.values()} == {1, 2}
@@ -356,25 +456,6 @@ async def test_several_outputs_and_constraints_come_back(native: OpenAIServer) -
     assert chosen.text in ("yes", "no")
     assert json.loads(written.text) in (12, 34)
     assert len(matched.text) == 3
-
-
-def test_a_worker_that_asks_servers_imports_no_torch() -> None:
-    script = (
-        "import sys\n"
-        "for name in ('torch', 'transformers', 'tokenizers', 'safetensors', 'llguidance', 'tqdm', 'jinja2'):\n"
-        "    sys.modules[name] = None\n"
-        "import nanovllm.cli.main, nanovllm.pipeline.app, nanovllm.pipeline.build, nanovllm.vision.images.child\n"
-        "import nanovllm.sinks.kafka, nanovllm.pipeline.run\n"
-        "from nanovllm.settings.worker import Settings\n"
-        "from nanovllm.pipeline.build import check_parts\n"
-        "from nanovllm.pipeline.build_remote import build_remote_engine\n"
-        "settings = Settings.model_validate({'engine': {'backend': 'openai', 'model': 'm'},\n"
-        "                                    'remote': {'endpoints': ('http://127.0.0.1:1/v1',)}})\n"
-        "check_parts(settings)\n"
-        "assert build_remote_engine(settings).model_info.id == 'm'\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 async def test_requests_wait_their_turn_by_priority() -> None:

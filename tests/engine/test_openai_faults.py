@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any, cast
 
 import pytest
 from openai_server import Fault, OpenAIServer, engine_of, serving
-from parts import FaultProxy, eventually
+from parts import FaultProxy, eventually, png
 
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.event_stream import MAX_EVENT_BYTES, event_data
-from nanovllm.engine.backends.openai.faults import EndpointFault, retry_after, shown
-from nanovllm.errors import AnswerFailed, AnswerWithheld, ApiKeyRefused, EndpointsUnavailable, TransientError
+from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, event_data
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after, shown
+from nanovllm.errors import (
+    AnswerFailed,
+    AnswerWithheld,
+    ApiKeyRefused,
+    EndpointsUnavailable,
+    InvalidInput,
+    PromptTooLong,
+    TransientError,
+)
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision.images.preprocess import prepare_image
 
 
 def ask(request_id: str, prompt: str = "one two three four", **others: Any) -> Request:
@@ -43,6 +56,9 @@ def faults_of(engine: Any) -> dict[str, int]:
         ("garbage", "garbage"),
         ("no events", "garbage"),
         ("busy", "overloaded"),
+        ("redirect", "error"),
+        ("compressed", "garbage"),
+        ("endless", "garbage"),
     ],
 )
 async def test_every_fault_of_a_server_moves_the_request(fault: Fault, kind: str) -> None:
@@ -94,6 +110,106 @@ async def test_a_busy_server_gets_no_request_before_the_time_that_it_names() -> 
         assert time.monotonic() - begun >= 1.0
         assert len(server.asked) == 2
         assert engine.stats().endpoints[0].is_up
+
+
+@pytest.mark.parametrize("before", [["error"], ["error", "error"]], ids=["suspect", "left out"])
+async def test_a_server_that_is_busy_when_it_is_tried_gets_no_request_before_the_time_that_it_names(
+    before: list[Fault],
+) -> None:
+    async with OpenAIServer() as server, engine_of(server, breaker_requests=1) as engine:
+        server.faults, server.retry_after = [*before, "busy"], "1"
+        while True:
+            try:
+                await engine.submit(ask(f"{time.monotonic()}"))
+                break
+            except EndpointsUnavailable:
+                await asyncio.sleep(0.1)
+        busy, then = server.asked[len(before) :]
+        assert then.at - busy.at >= 1.0
+        assert faults_of(engine) == {"error": len(before), "overloaded": 1}
+
+
+async def test_a_server_that_is_busy_at_the_start_is_asked_when_its_time_has_come() -> None:
+    async with OpenAIServer() as server:
+        server.busy_lists, server.retry_after = 1, "1"
+        begun = time.monotonic()
+        async with engine_of(server):
+            assert time.monotonic() - begun >= 1.0
+            assert server.lists == 1
+
+
+@pytest.mark.parametrize("is_other_up", [True, False])
+async def test_a_server_without_the_model_at_the_start_is_left_out_until_it_has_it(is_other_up: bool) -> None:
+    server, other = OpenAIServer(), OpenAIServer(model="else")
+    server._port = free_port()
+    async with other, AsyncExitStack() as stack:
+        if is_other_up:
+            await stack.enter_async_context(server)
+        starting = asyncio.create_task(stack.enter_async_context(engine_of(server, other, model="tiny")))
+        if not is_other_up:
+            await eventually(lambda: other.lists >= 2)
+            await stack.enter_async_context(server)
+        engine = await starting
+        for number in range(8):
+            assert (await engine.submit(ask(f"{number}", f"{number} x"))).text == f"{number} x"
+        assert other.asked == []
+        other.model = "tiny"
+        async with asyncio.timeout(30):
+            while not other.asked:
+                await engine.submit(ask(f"{time.monotonic()}"))
+
+
+async def test_a_redirection_is_not_followed_and_its_target_learns_no_key() -> None:
+    async with serving(OpenAIServer(key="sk-hunter2"), OpenAIServer()) as (server, other), engine_of(server) as engine:
+        server.faults, server.target = ["redirect"], f"{other.url}/chat/completions"
+        assert (await engine.submit(ask("a"))).text == "one two three four"
+        assert other.asked == []
+
+
+@pytest.mark.parametrize(("fault", "kinds"), [("no images", {}), ("error", {"error": 1})])
+async def test_an_image_that_a_server_cannot_fetch_goes_inside_the_request(fault: Fault, kinds: dict[str, int]) -> None:
+    def sign(uri: str, version: str) -> str:
+        return f"http://127.0.0.1:9/{version}"
+
+    async with OpenAIServer() as server, engine_of(server, sign_url=sign) as engine:
+        server.faults = [fault]
+        assert engine.image_transform is not None
+        image = replace(prepare_image(png((1, 2, 3)), engine.image_transform), stored_at=("s3://bucket/key", "1"))
+        await engine.submit(ask("a", "see <|image|>", images=(image,)))
+        assert faults_of(engine) == kinds
+    first, second = (asked.image_urls[0] for asked in server.asked)
+    assert first == "http://127.0.0.1:9/1"
+    assert second.startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("dialect", ["openai", "vllm"])
+async def test_an_answer_of_another_model_is_the_servers_fault_where_its_dialect_names_models(dialect: str) -> None:
+    servers = OpenAIServer(), OpenAIServer()
+    async with serving(*servers), engine_of(*servers, dialect=dialect) as engine:
+        servers[0].model = "other"
+        outputs = await asyncio.gather(*(engine.submit(ask(f"{n}", f"{n} two three")) for n in range(8)))
+        assert [output.text for output in outputs] == [f"{n} two three" for n in range(8)]
+        assert servers[0].asked
+        assert ("garbage" in faults_of(engine)) == (dialect == "vllm")
+
+
+def test_a_name_that_the_server_lists_is_no_other_model() -> None:
+    answer = Answer(SamplingParams(), models={"asked", "first-name"})
+    assert list(answer.add({"model": "first-name", "choices": []})) == []
+    with pytest.raises(EndpointFault, match="another model: else"):
+        list(answer.add({"model": "else"}))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1_000])
+def test_an_answer_has_no_more_pieces_and_bytes_than_its_tokens_can_have(max_tokens: int) -> None:
+    answer = Answer(SamplingParams(max_tokens=max_tokens))
+    event = {"choices": [{"delta": {"content": "x"}}]}
+    for _ in range(1_024 + 8 * max_tokens):
+        assert len(list(answer.add(event))) == 1
+    with pytest.raises(EndpointFault, match="more than it was asked for"):
+        list(answer.add(event))
+    assert answer.max_bytes <= MAX_EVENT_BYTES + 2_048 * max_tokens
+    assert Answer(SamplingParams(max_tokens=None)).max_bytes == MAX_ANSWER_BYTES
 
 
 async def test_a_busy_server_does_not_hold_up_the_others() -> None:
@@ -323,6 +439,25 @@ def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time()
     assert not breaker.is_open
     breaker.fail("three")
     assert not breaker.is_suspect
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (400, {"message": "This model's maximum context length is 8 tokens"}, PromptTooLong),
+        (400, {"message": "too long", "code": "context_length_exceeded"}, PromptTooLong),
+        (400, {"message": "request (9 tokens) exceeds the available context size (8 tokens)"}, PromptTooLong),
+        (400, {"message": "Field 'seed': no number"}, InvalidInput),
+        (500, {"message": "image input is not supported - hint: provide the mmproj"}, InvalidInput),
+        (500, {"message": "The model produced output that does not match the expected peg format"}, AnswerFailed),
+        (500, {"message": "CUDA error"}, EndpointFault),
+        (503, {"message": "Loading model", "type": "unavailable_error", "code": 503}, EndpointFault),
+    ],
+)
+def test_a_servers_words_say_whether_the_request_is_to_blame(
+    status: int, error: dict[str, Any], kind: type[Exception]
+) -> None:
+    assert type(fault_of_answer(status, {}, json.dumps({"error": error}).encode(), ())) is kind
 
 
 def test_words_of_a_server_are_one_line_escaped_and_cut() -> None:

@@ -226,6 +226,19 @@ def test_half_a_surrogate_pair_is_refused_everywhere() -> None:
             encode("a \ud800 b")
 
 
+@pytest.mark.parametrize(
+    "text", ["0123456789" * 40, "the words of a page " * 40, "総額は十二円です" * 40, "<|im_end|>" * 40]
+)
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_the_beginning_of_a_text_has_as_many_tokens_as_it_may(text: str, tokens: int) -> None:
+    prompts = encoder(None)
+    beginning = prompts.beginning(text, tokens)
+    assert text.startswith(beginning)
+    around = len(prompts.untrusted("", raw_prompt=True))
+    assert tokens - 3 <= len(prompts.untrusted(beginning, raw_prompt=True)) - around <= tokens, "no half character"
+    assert prompts.beginning("short", 64) == "short"
+
+
 def test_without_a_chat_template_one_user_message_is_taken_and_a_conversation_refused() -> None:
     prompts = raw_encoder()
     message = {"role": "user", "content": "hello"}

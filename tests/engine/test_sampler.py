@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from nanovllm.engine import kernels
+from nanovllm.engine.sampling.random_draw import draw_by_torch, draw_tokens, philox
 from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.sampling.sampling_batch import RandomRows
+from nanovllm.engine.sampling.structured_output import forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.scheduling.token_counts import TokenCounts
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB = 12
@@ -177,3 +184,90 @@ def test_end_tokens_are_impossible_before_min_tokens() -> None:
     assert sampler.sample(logits.clone(), [sequence]) == [second]
     sequence.token_ids.append(second)
     assert sampler.sample(logits.clone(), [sequence]) == [best]
+
+
+def test_the_random_bits_are_those_that_the_authors_of_philox_published() -> None:
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [int(word) for word in philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+NEEDS_KERNELS = pytest.mark.skipif(kernels.missing() is not None, reason=f"no CPU kernels: {kernels.missing()}")
+
+
+@NEEDS_KERNELS
+@settings(max_examples=300, deadline=None)
+@given(
+    vocab=st.sampled_from([1, 5, 63, 64, 65, 1000, 5000]),
+    spread=st.sampled_from([0.0, 0.5, 4.0, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    temperature=st.sampled_from([1e-5, 0.7, 1.0, 4.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    top_p=st.sampled_from([1e-9, 0.5, 0.9, 0.999, 2.0]),
+    top_k=st.sampled_from([1, 2, 20, 900, 1500, 10_000]),
+    forbidden=st.sampled_from([0.0, 0.5, 0.99]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_the_kernel_draws_the_tokens_that_torch_draws(
+    vocab: int,
+    spread: float,
+    dtype: torch.dtype,
+    temperature: float,
+    min_p: float,
+    top_p: float,
+    top_k: int,
+    forbidden: float,
+    seed: int,
+) -> None:
+    numbers = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(3, vocab, generator=numbers)).to(dtype)  # rounded: with ties
+    logits[torch.rand(3, vocab, generator=numbers) < forbidden] = float("-inf")
+    logits[:, seed % vocab] = 0.25
+    limits = torch.tensor([[1 / temperature, min_p, top_p]] * 3)
+    keys = torch.tensor([[seed, row, min(top_k, vocab)] for row in range(3)])
+    found = draw_tokens(logits, RandomRows(torch.arange(3), limits, keys))
+    assert bool((logits.gather(1, found.unsqueeze(1)) > float("-inf")).all())
+    wanted = draw_by_torch(logits, limits, keys)
+    # Sums in another order may move the last token of top_p, which is drawn seldom.
+    assert (found != wanted).sum() <= (top_p < 1.0)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}])
+def test_rows_without_a_finite_best_logit_still_give_a_token(bad: float, options: dict[str, Any]) -> None:
+    logits = torch.full((1, 200), bad)
+    assert 0 <= make_sampler().sample(logits, [make_sequence(**options)])[0] < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [31, 32, 100])
+def test_masks_forbid_the_tokens_whose_bits_are_0(vocab: int, dtype: torch.dtype) -> None:
+    numbers = torch.Generator().manual_seed(vocab)
+    masks = torch.randint(-(2**31), 2**31 - 1, (4, -(-vocab // 32)), generator=numbers).int()
+    masks[1], masks[2] = -1, 0
+    logits = torch.randn(4, vocab, generator=numbers).to(dtype)
+    before = logits.clone()
+    forbid_masked(logits, masks)
+    for row, token in [(row, token) for row in range(4) for token in range(vocab)]:
+        is_allowed = int(masks[row, token // 32]) >> (token % 32) & 1
+        assert logits[row, token] == (before[row, token] if is_allowed else float("-inf"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    steps=st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=6),
+    drafts=st.lists(st.integers(0, 9), max_size=3),
+)
+def test_token_counts_are_those_of_the_whole_sequence_after_every_step(
+    prompt: list[int], steps: list[list[int]], drafts: list[int]
+) -> None:
+    sequence = Sequence("", list(prompt), len(prompt), SamplingParams(), 64)
+    for step in steps:
+        sequence.token_ids += step
+        for one in (sequence, sequence.ahead(tuple(drafts))):
+            output = Counter(one.output_token_ids)
+            tokens, counts = one.count_tokens().arrays()
+            found = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+            assert found == {token: output[token] for token in one.token_ids}
+    assert TokenCounts().arrays()[0].size == 0

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import lzma
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -19,10 +21,14 @@ from helm_python import parse_set_file
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError, HelmRenderError
 
+from nanovllm.engine.config import EngineConfig
+from nanovllm.pipeline.build import engine_options
+from nanovllm.pipeline.build_remote import check_remote
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.routing.routes import load_routes
+from nanovllm.settings.engine import EngineSettings
 from nanovllm.settings.loading import load_settings, unknown_variables
-from nanovllm.settings.worker import Settings
+from nanovllm.settings.worker import ENV_PREFIX, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEDA_CRDS = REPOSITORY.parent / "shared" / "k8s" / "keda-crds.json.xz"
@@ -138,6 +144,13 @@ VALUES: dict[str, dict[str, Any]] = {
         },
     },
 }
+CHART = REPOSITORY / "helm" / "nanovllm"
+OF_BACKENDS: dict[str, dict[str, Any]] = {
+    file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CHART / "examples").glob("*.yaml"))
+}
+BACKENDS = set(get_args(EngineSettings.model_fields["backend"].annotation))
+
+
 CORE_KINDS = {
     "Deployment",
     "ConfigMap",
@@ -149,7 +162,10 @@ CORE_KINDS = {
 }
 KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
 
-every_value_set = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
+every_value_set = pytest.mark.parametrize(
+    "values", [*VALUES.values(), *OF_BACKENDS.values()], ids=[*VALUES, *OF_BACKENDS]
+)
+every_backend = pytest.mark.parametrize("values", OF_BACKENDS.values(), ids=OF_BACKENDS.keys())
 Render = Callable[..., dict[str, dict[str, Any]]]
 
 
@@ -160,6 +176,13 @@ def container_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def pod_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return objects["Deployment"]["spec"]["template"]["spec"]
+
+
+def remote(url: str | None, *, ca_file: str | None = None, **values: Any) -> dict[str, Any]:
+    """Values of workers in front of the server at ``url``, with those of the chart itself in ``values``."""
+    fields: dict[str, Any] = {"endpoints": [url]} if url else {}
+    fields |= {"ca_file": ca_file} if ca_file else {}
+    return {"settings": {"engine": {"backend": "openai"}, "remote": fields}, **values}
 
 
 @every_value_set
@@ -275,6 +298,11 @@ def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
         ({"routes": {"files": {"routes.yaml": ""}}}, "routes.yaml"),
         ({"routes": {"existingConfigMap": "Not A Name"}}, "existingConfigMap"),
         ({"keda": {"eventsLagThreshold": 0}}, "eventsLagThreshold"),
+        ({"remote": {"apiKeys": ["hunter2"]}}, "apiKeys"),
+        ({"remote": {"apiKeys": {"value": "hunter2"}}}, "value"),
+        ({"remote": {"ca": {"existingConfigMap": "Not A Name"}}}, "existingConfigMap"),
+        ({"settings": {"engine": {"backend": "opanai"}}}, "backend"),
+        ({"sharedMemorySizeLimit": "much"}, "sharedMemorySizeLimit"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -306,14 +334,73 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
         ({"routes": ROUTES | {"existingConfigMap": "a"}}, "exclude each other"),
         ({"routes": {"files": ROUTES["files"]}}, "routes.file, which is empty"),
         ({"routes": ROUTES, "settings": {"documents": {"routes": "/routes.yaml"}}}, "leave it out"),
+        (remote(None), "remote.endpoints is empty: name the servers"),
+        (remote("http://a/v1", gpu={"count": 1}), "gpu.count is 1, but settings.engine.backend is openai"),
+        (
+            remote("http://a/v1", resources={"limits": {"nvidia.com/gpu": 1}}),
+            "resources name nvidia.com/gpu, but settings.engine.backend is openai",
+        ),
+        (
+            remote("http://a/v1", resources={"requests": {"amd.com/gpu": 1}}),
+            "resources name amd.com/gpu, but settings.engine.backend is openai",
+        ),
+        (remote("http://a/v1", model={"existingClaim": "c"}), "reads no weights: leave it out"),
+        (remote("http://user:hunter2@a/v1"), "number 1 holds a user or a password"),
+        (remote("http://a/v1", remote={"ca": {"existingSecret": "ca"}}), "no endpoint .* begins with https"),
+        (
+            remote("https://a/v1", remote={"ca": {"existingSecret": "ca", "existingConfigMap": "ca"}}),
+            "exclude each other",
+        ),
+        (
+            {
+                **remote("https://a/v1", ca_file="/ca.crt"),
+                "remote": {"ca": {"existingSecret": "ca"}},
+            },
+            "ca_file is set by remote.ca: leave it out",
+        ),
+        ({"settings": {"engine": {"backend": "echo"}}, "gpu": {"count": 1}}, "settings.engine.backend is echo"),
+        ({"settings": {"remote": {"endpoints": ["http://a/v1"]}}}, "settings.engine.backend is auto: nothing would be"),
+        (
+            {"settings": {"engine": {"backend": "native"}}, "remote": {"apiKeys": {"existingSecret": "key"}}},
+            "settings.engine.backend is native: nothing would be asked",
+        ),
+        ({"gpu": {"count": 2}}, "computes on one"),
+        (
+            {"settings": {"engine": {"backend": "vllm"}, "vllm": {"tensor_parallel_size": 2}}, "gpu": {"count": 1}},
+            "gpu.count is 1, but settings.vllm divides the model among 2 GPUs",
+        ),
+        (
+            {"settings": {"vllm": {"tensor_parallel_size": 2}}, "gpu": {"count": 1}},
+            "among 2 GPUs, but settings.engine.backend is auto",
+        ),
+        (
+            remote("http://a/v1", extraEnv=[{"name": "NANOVLLM_REMOTE__API_KEYS", "value": "hunter2"}]),
+            "NANOVLLM_REMOTE__API_KEYS is a secret",
+        ),
+        ({"extraEnv": [{"name": "AWS_SECRET_ACCESS_KEY", "value": "hunter2"}]}, "take valueFrom.secretKeyRef"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_values_that_contradict_one_another_are_refused_with_the_reason(
     render: Render, values: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(HelmRenderError, match=reason):
+    with pytest.raises(HelmRenderError, match=reason) as refusal:
         render(values)
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_vllm_gets_all_of_its_gpus_in_one_pod_or_by_ray(render: Render) -> None:
+    vllm: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    for count, more in ((8, {}), (4, {"distributed_executor_backend": "ray"}), (0, {})):
+        values = {"settings": {"engine": {"backend": "vllm"}, "vllm": vllm | more}, "gpu": {"count": count}}
+        limits = container_of(render(values))["resources"]["limits"]
+        assert limits.get("nvidia.com/gpu") == (str(count) if count else None)
+
+
+def test_a_secret_variable_from_a_secret_is_taken(render: Render) -> None:
+    reference = {"secretKeyRef": {"name": "keys", "key": "one"}}
+    extra = [{"name": "NANOVLLM_REMOTE__API_KEYS", "valueFrom": reference}]
+    assert extra[0] in container_of(render(remote("http://a/v1", extraEnv=extra)))["env"]
 
 
 def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
@@ -321,13 +408,100 @@ def test_one_pod_may_have_a_group_instance_id(render: Render) -> None:
     assert "Deployment" in render(instance)
 
 
-def test_workers_in_front_of_servers_get_their_names_and_the_key_from_a_secret(render: Render) -> None:
-    remote = {"dialect": "vllm", "endpoints": ["http://vllm.serving:8000/v1"]}
-    objects = render({"settings": {"engine": {"backend": "openai"}, "remote": remote}, "existingSecret": "vllm-key"})
-    data = objects["ConfigMap"]["data"]
-    assert data["NANOVLLM_ENGINE__BACKEND"] == "openai"
-    assert json.loads(data["NANOVLLM_REMOTE__ENDPOINTS"]) == remote["endpoints"]
-    assert {"secretRef": {"name": "vllm-key"}} in container_of(objects)["envFrom"]
+def test_every_backend_has_a_file_of_values_that_the_docs_name() -> None:
+    backends = {values["settings"]["engine"]["backend"] for values in OF_BACKENDS.values()}
+    assert backends == BACKENDS - {"auto"}
+    page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert all(
+        f"| `{name}.yaml` | `{values['settings']['engine']['backend']}` |" in page
+        for name, values in OF_BACKENDS.items()
+    )
+
+
+@every_backend
+def test_a_backends_values_are_what_its_worker_takes(
+    render: Render, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in render(values)["ConfigMap"]["data"].items():
+        monkeypatch.setenv(name, text)
+    settings = load_settings()
+    if settings.engine.backend == "openai":
+        (tmp_path / "ca.crt").touch()
+        check_remote(
+            settings.model_copy(update={"remote": settings.remote.model_copy(update={"ca_file": tmp_path / "ca.crt"})})
+        )
+    elif settings.engine.backend in ("native", "generic"):
+        EngineConfig.from_options("any", engine_options(settings.engine))
+
+
+@every_backend
+def test_only_backends_that_load_weights_get_accelerators_volumes_of_weights_and_much_memory(
+    render: Render, values: dict[str, Any]
+) -> None:
+    objects = render(values)
+    container, names = container_of(objects), {volume["name"] for volume in pod_of(objects)["volumes"]}
+    limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+    loads = values["settings"]["engine"]["backend"] not in ("openai", "echo")
+    assert ("model" in names) == loads
+    assert loads or limits.keys() == {"memory"}
+    assert loads or (limits["memory"] in ("512Mi", "1Gi") and requests["cpu"].endswith("m"))
+    assert ("nvidia.com/gpu" in limits) == bool(values.get("gpu"))
+    assert ("shared-memory" in names) == bool(values.get("sharedMemorySizeLimit"))
+    # A GPU's old worker goes first, and whoever loads little starts quickly and is asked often.
+    strategy = objects["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert (strategy["maxSurge"] == 0) == bool(values.get("gpu"))
+    startup_s = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
+    assert startup_s >= 900 if loads else startup_s == 60
+
+
+def test_workers_in_front_of_servers_get_keys_and_ca_from_objects_and_reach_nothing_else(render: Render) -> None:
+    for name, kind in (("openai-vllm", None), ("openai-hosted", "configMap"), ("openai-hosted", "secret")):
+        values = json.loads(json.dumps(OF_BACKENDS[name]))
+        if kind == "secret":
+            values["remote"]["ca"] = {"existingSecret": "ca-bundle", "key": "bundle.pem"}
+        objects = render(values)
+        variables = {entry["name"]: entry for entry in container_of(objects)["env"]}
+        secret = values["remote"]["apiKeys"]["existingSecret"]
+        assert variables["NANOVLLM_REMOTE__API_KEYS"] == {
+            "name": "NANOVLLM_REMOTE__API_KEYS",
+            "valueFrom": {"secretKeyRef": {"name": secret, "key": "api-keys"}},
+        }
+        data = objects["ConfigMap"]["data"]
+        assert json.loads(data["NANOVLLM_REMOTE__ENDPOINTS"]) == values["settings"]["remote"]["endpoints"]
+        volumes = {volume["name"]: volume for volume in pod_of(objects)["volumes"]}
+        assert ("NANOVLLM_REMOTE__CA_FILE" in variables) == ("remote-ca" in volumes) == (kind is not None)
+        if kind is not None:
+            (item,) = volumes["remote-ca"][kind]["items"]
+            (mount,) = (one for one in container_of(objects)["volumeMounts"] if one["name"] == "remote-ca")
+            assert variables["NANOVLLM_REMOTE__CA_FILE"]["value"] == f"{mount['mountPath']}/{item['path']}"
+            assert item["key"] == values["remote"]["ca"].get("key", "ca.crt")
+            assert mount["readOnly"] is True
+        assert "Egress" in objects["NetworkPolicy"]["spec"]["policyTypes"]
+
+
+def test_the_egress_of_the_vllm_example_reaches_its_servers() -> None:
+    values = OF_BACKENDS["openai-vllm"]
+    urls = [urlsplit(url) for url in values["settings"]["remote"]["endpoints"]]
+    ports = {port["port"] for rule in values["networkPolicy"]["egress"] for port in rule["ports"] if "to" in rule}
+    spaces = {
+        one["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in values["networkPolicy"]["egress"]
+        for one in rule.get("to", ())
+    }
+    assert {url.port for url in urls} == ports
+    assert {(url.hostname or "").split(".")[2] for url in urls} == spaces
+
+
+def test_plain_secrets_are_refused_and_no_other_setting_is_taken_for_one() -> None:
+    secret = re.compile("(KEYS?|PASSWORD|SECRET|TOKEN)$")
+    taken, secrets = set(), {"AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    for section, info in Settings.model_fields.items():
+        for field, inner in getattr(info.annotation, "model_fields", {}).items():
+            name = f"{ENV_PREFIX}{section}__{field}".upper()
+            taken |= {name} if secret.search(name) else set()
+            secrets |= {name} if "SecretStr" in str(inner.annotation) else set()
+    assert taken | {"AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"} == secrets
+    assert secret.pattern in (CHART / "templates" / "_helpers.tpl").read_text()
 
 
 @every_value_set
@@ -335,7 +509,7 @@ def test_secret_values_stand_nowhere(render: Render, values: dict[str, Any]) -> 
     objects = render(values)
     assert "Secret" not in objects
     secret_fields = {"NANOVLLM_KAFKA__SASL_PASSWORD", "NANOVLLM_KAFKA__SSL_KEY_PASSWORD"}
-    secret_fields |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    secret_fields |= {"NANOVLLM_REMOTE__API_KEYS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
     assert not secret_fields & objects["ConfigMap"]["data"].keys()
     for entry in container_of(objects)["env"]:
         if entry["name"] in secret_fields:
@@ -535,6 +709,10 @@ def test_the_notes_name_what_is_still_to_do(chart_path: Path) -> None:
     assert "settings.s3.allow" not in notes(VALUES["gpu"])
     assert "keda.enabled is false" in notes(VALUES["no_keda"])
     assert "Events" not in notes({})
+    assert "Servers  http://vllm-0.vllm.serving.svc.cluster.local:8000/v1, " in notes(OF_BACKENDS["openai-vllm"])
+    assert "settings.engine.model" in notes({})
+    assert "settings.engine.model" not in notes(remote("http://a/v1"))
+    assert "answer with the prompt" in notes(OF_BACKENDS["echo"])
     assert "nanovllm.events, by the routes of demo-nanovllm-routes" in notes(VALUES["routes"])
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -117,9 +118,44 @@ def test_the_command_and_the_extra_are_the_packages_own(
     assert program in project["scripts"]
     values = yaml.safe_load((REPOSITORY / "helm" / "nanovllm" / "values.yaml").read_text())
     assert json.loads(only(stages[-1], "CMD")) == values["args"]
-    runs = " ".join(arguments for name, arguments in stages[0] if name == "RUN")
-    (extras,) = re.findall(r'pip install "\.\[([\w,]+)\]"', runs)
-    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert set(default_extras(stages).split(",")) <= set(project["optional-dependencies"])
+
+
+def default_extras(stages: list[Stage]) -> str:
+    name, _, extras = only(stages[0], "ARG").partition("=")
+    assert name == "EXTRAS"
+    return extras
+
+
+def commands(stages: list[Stage], extras: str, directory: Path) -> list[str]:
+    """What the build's shell runs with these extras; programs that write down their names stand in for all."""
+    log = directory / "log"
+    log.touch()
+    for program in ("pip", "apt-get", "python", "rm"):
+        (directory / program).write_text(f'#!/bin/sh\necho "${{0##*/}} $*" >> {log}\n')
+        (directory / program).chmod(0o755)
+    for instruction, arguments in stages[0]:
+        if instruction == "RUN":
+            environment = {"PATH": str(directory), "EXTRAS": extras}
+            subprocess.run(["/bin/sh", "-c", arguments], env=environment, check=True)
+    return log.read_text().splitlines()
+
+
+def test_the_image_for_servers_is_built_without_torch_and_compiler(stages: list[Stage], tmp_path: Path) -> None:
+    assert commands(stages, "remote", tmp_path) == ["python -m venv /opt/nanovllm", "pip install .[remote]"]
+
+
+def test_the_image_with_an_engine_has_torch_before_the_package_and_compiled_kernels(
+    stages: list[Stage], tmp_path: Path
+) -> None:
+    run = commands(stages, default_extras(stages), tmp_path)
+    kinds = [" ".join(command.split()[:3]) for command in run]
+    assert [kind for kind in kinds if not kind.startswith(("apt-get", "rm"))] == [
+        "python -m venv",
+        "pip install --index-url",
+        "pip install .[worker,documents,remote]",
+        "python -m nanovllm.engine.kernels",
+    ]
 
 
 def test_torch_comes_from_the_cpu_index_in_the_range_of_the_package(

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import os
 import random
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from bench import png
+from certificates import write_certificate
 from helm_python import Config
 from kubernetes import client, config
+from local_pod import LocalPod
+from openai_server import OpenAIServer
 from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
 
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.demo.child_process import LocalProcess, free_port
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
@@ -238,6 +247,126 @@ def test_keda_logs_in_with_tls_and_scram(
         )
         helm.uninstall("nanovllm")
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
+
+
+@contextlib.contextmanager
+def served(server: OpenAIServer) -> Iterator[None]:
+    """``server`` in an event loop of a thread, while the test waits."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(60)
+        yield
+        asyncio.run_coroutine_threadsafe(server.__aexit__(), loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def send_job(bootstrap_servers: str, topic: str, job: dict[str, Any]) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers) as producer:
+        await producer.send_and_wait(topic, json.dumps(job).encode())
+
+
+async def read_result(bootstrap_servers: str, topic: str) -> dict[str, Any]:
+    async with (
+        asyncio.timeout(60),
+        AIOKafkaConsumer(topic, bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest") as consumer,
+    ):
+        result: dict[str, Any] = json.loads((await consumer.getone()).value)
+        return result
+
+
+def answer_of_a_pod(
+    chart_path: Path, kubeconfig: Path, api: client.ApiClient, namespace: str, values: Values, broker: str, folder: Path
+) -> tuple[dict[str, Any], client.V1Pod]:
+    """The result of a job whose lag brings a pod, which runs here as a process until KEDA takes it away again."""
+    name, core = namespace.replace("_", "-"), client.CoreV1Api(api)
+    topics = {use: f"{name}-{use}" for use in ("jobs", "results", "metrics", "dead_letters")}
+    asyncio.run(create_topic(broker, *topics.values()))
+    values["settings"] |= {
+        "kafka": {"bootstrap_servers": broker, "group_id": name},
+        "topics": topics,
+        "http": {"port": free_port()},
+    }
+    values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
+    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
+        image = base64.b64encode(png()).decode()
+        job = {"job_id": "one", "prompt": "what is <|image|>", "images": [{"data": image}]}
+        asyncio.run(send_job(broker, topics["jobs"], job))
+        (pod,) = wait_for(lambda: core.list_namespaced_pod(namespace).items, "a job brought no worker")
+        worker = LocalPod(api, pod, folder)
+        worker.process.start()
+        try:
+            wait_for(lambda: worker.passes("readiness") or not worker.process.is_running, "not ready", within_s=180)
+            assert worker.process.is_running, worker.process.tail(20)
+            assert worker.passes("startup")
+            assert worker.passes("liveness")
+            result = asyncio.run(read_result(broker, topics["results"]))
+            wait_for(lambda: replicas(api, namespace) == 0, "the job is done, and still a worker runs")
+            assert worker.process.stop(grace_s=pod.spec.termination_grace_period_seconds) == 0
+        finally:
+            worker.process.kill()
+        helm.uninstall("nanovllm")
+    assert (result["job_id"], result["status"]) == ("one", "ok")
+    return result, pod
+
+
+@pytest.mark.parametrize("example", ["openai-vllm", "openai-hosted"])
+def test_a_job_brings_a_worker_in_front_of_servers_that_answers_it_and_goes(
+    example: str,
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    kafka_broker: str,
+    unique: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    values = yaml.safe_load((chart_path / "examples" / f"{example}.yaml").read_text(encoding="utf-8"))
+    settings, key, core = values["settings"], unique("sk-hunter2"), client.CoreV1Api(api)
+    certificate: Path | None = None
+    keys = secret(values["remote"]["apiKeys"]["existingSecret"], **{"api-keys": key})
+    core.create_namespaced_secret(namespace, keys)
+    if "ca" in values["remote"]:
+        authority = write_certificate(tmp_path / "ca.crt", address="127.0.0.1")
+        certificate = authority.with_suffix(".pem")
+        bundle = {"metadata": {"name": "ca-bundle"}, "data": {"ca.crt": authority.read_text()}}
+        core.create_namespaced_config_map(namespace, bundle)
+    server = OpenAIServer(
+        model=settings["engine"]["model"],
+        key=key,
+        tells_token_ids=settings["remote"]["dialect"] == "vllm",
+        certificate=certificate,
+    )
+    with served(server):
+        settings["remote"]["endpoints"] = [server.url]
+        result, pod = answer_of_a_pod(chart_path, kubeconfig, api, namespace, values, kafka_broker, tmp_path)
+    assert result["model"]["id"] == server.model
+    assert result["text"].startswith("what is")
+    (asked,) = server.asked
+    assert len(asked.image_urls) == 1
+    assert asked.headers["authorization"] == f"Bearer {key}"
+    assert key not in str(pod), "the API key stands in the pod"
+    assert key not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    wait_for(lambda: set(leftovers(api, namespace)) <= {"ca-bundle"}, "an uninstalled release leaves objects behind")
+
+
+def test_a_job_brings_a_worker_that_reads_weights_from_its_volume_and_tries_them(
+    chart_path: Path, kubeconfig: Path, api: client.ApiClient, namespace: str, kafka_broker: str, tmp_path: Path
+) -> None:
+    values = yaml.safe_load((chart_path / "examples" / "generic.yaml").read_text(encoding="utf-8"))
+    values["model"] = {"volume": {"hostPath": {"path": str(resolve_checkpoint("tiny-receipts"))}}}
+    values["settings"]["engine"] |= {"model": "/models", "max_model_len": 512}
+    values["resources"]["requests"]["cpu"] = "1500m"
+    result, _ = answer_of_a_pod(chart_path, kubeconfig, api, namespace, values, kafka_broker, tmp_path)
+    assert result["usage"]["image_tokens"] == 49
+    (log,) = tmp_path.glob("*.log")
+    assert "transformers' layers, measured over" in log.read_text()
 
 
 def secret(name: str, **texts: str) -> dict[str, Any]:

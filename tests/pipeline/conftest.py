@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from bench import Bench, bench_on
 from document_bench import Documents
 from parts import S3Part, create_topic
+
+from nanovllm.vision.images.pool import DecoderPool
+from nanovllm.vision.images.preprocess import ImageTransform
 
 
 @pytest.fixture
@@ -37,3 +41,12 @@ async def documents(bench: Bench, s3: S3Part, unique: Callable[[str], str], tmp_
     events = unique("events")
     await create_topic(bench.bootstrap_servers, events, partitions=2)
     return Documents(bench, s3, s3.make_bucket(), events, tmp_path)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def decoders() -> AsyncIterator[DecoderPool]:
+    """Decoder processes for the planted documents of a module."""
+    pool = DecoderPool(ImageTransform.for_clip(32), workers=1, timeout_s=60.0)
+    await pool.start()
+    yield pool
+    await pool.close()

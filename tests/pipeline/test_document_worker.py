@@ -52,6 +52,12 @@ async def test_events_become_records_in_the_topic_and_beside_the_objects(documen
         assert record.source is not None
         assert record.source.topic == documents.events
     assert right >= 0.75 * 4 * len(FIELDS)
+    seconds = documents.bench.metrics.registry.get_sample_value
+    inferred = seconds("nanovllm_stage_seconds_sum", {"stage": "infer"})
+    assert inferred is not None
+    assert 0 < inferred <= (seconds("nanovllm_messaging_process_duration_seconds_sum") or 0), (
+        "a stage is no longer than the whole"
+    )
     [metrics] = [
         one
         for one in await documents.bench.read(documents.bench.settings.topics.metrics, 2)
@@ -285,7 +291,7 @@ routes:
         (
             ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"'),
             {"NANOVLLM_ENGINE__BACKEND": "echo"},
-            ["documents.routes needs an engine that reads pages; engine.backend is echo"],
+            ["routes need an engine that reads pages; engine.backend is echo"],
         ),
         (
             ROUTES_OF_A_WORKER.partition("  - name: letters")[0].replace('"**"', '"in/*.pdf"')

@@ -87,6 +87,7 @@ def test_pages_of_receipts_become_valid_records_and_nothing_is_computed_twice(
     for name, pages in documents.items():
         record = records[name]
         assert record.status == "complete"
+        assert record.timings_ms.fetch > 0
         assert record.constrained
         assert record.validation is not None
         assert record.validation.ok

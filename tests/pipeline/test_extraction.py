@@ -6,12 +6,11 @@ import asyncio
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pikepdf
 import pytest
-import pytest_asyncio
 from fpdf import FPDF
 from parts import S3Part
 from pdf_files import PROSE, edited, image_pdf, many_pages_pdf, scan, text_pdf, tiff
@@ -40,7 +39,6 @@ from nanovllm.settings.routes import Route
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.pool import DecoderPool
-from nanovllm.vision.images.preprocess import ImageTransform
 
 SCHEMA = {
     "type": "object",
@@ -54,14 +52,6 @@ WHOLE = '{"award": "ten"}'
 BLANK: tuple[str, ...] = ()
 
 Answer = Callable[[PageRequest], PageOutput]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def decoders() -> AsyncIterator[DecoderPool]:
-    pool = DecoderPool(ImageTransform.for_clip(32), workers=1, timeout_s=60.0)
-    await pool.start()
-    yield pool
-    await pool.close()
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -257,9 +247,18 @@ async def test_a_fault_of_the_surroundings_is_no_failed_page(decoders: DecoderPo
         await extraction(decoders, route_of(max_failed_pages=1.0))(numbered(3), SOURCE, Script(by_page={2: error}))
 
 
-def keeping(s3: S3Part, bucket: str, script: Script, tenant: str = "") -> KeepOutputs:
+def keeping(
+    s3: S3Part, bucket: str, script: Script, tenant: str = "", options: Mapping[str, Any] | None = None
+) -> KeepOutputs:
     call = S3Client(S3Settings(endpoint_url=s3.endpoint_url, addressing_style="path")).call
-    return KeepOutputs(script, PageStore(f"s3://{bucket}/kept", call), MODEL, tenant=tenant)
+    return KeepOutputs(script, PageStore(f"s3://{bucket}/kept", call), MODEL, options or {}, tenant=tenant)
+
+
+async def test_a_page_is_asked_for_again_where_the_engine_has_other_options(decoders: DecoderPool, s3: S3Part) -> None:
+    bucket, data, script = s3.make_bucket(), numbered(1), Script()
+    for options in ({"quantization": None}, {"quantization": "int8"}, {"quantization": None}):
+        await extraction(decoders, route_of())(data, SOURCE, keeping(s3, bucket, script, options=options))
+    assert len(script.requests) == 2
 
 
 async def test_a_second_run_asks_for_the_failed_and_the_cut_page_alone(decoders: DecoderPool, s3: S3Part) -> None:

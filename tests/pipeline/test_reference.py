@@ -40,6 +40,12 @@ def test_the_table_of_backends_is_that_of_their_capabilities() -> None:
     assert page == reference.with_capabilities(page), "run: PYTHONPATH=. python tools/reference.py"
 
 
+def test_the_table_of_profiles_is_that_of_the_shipped_ones() -> None:
+    page = (DOCS / "profiles.md").read_text()
+    assert reference.profiles_table() in page
+    assert page == reference.with_profiles(page), "run: PYTHONPATH=. python tools/reference.py"
+
+
 @pytest.mark.parametrize("name", list(reference.schemas()))
 def test_every_schema_is_a_schema(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(reference.schemas()[name]))

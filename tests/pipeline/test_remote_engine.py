@@ -294,6 +294,10 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
         remote(api_keys=["a\nb"])
     with pytest.raises(ValidationError, match=r"remote\.endpoints"):
         Settings.model_validate({"engine": {"backend": "openai"}})
+    with pytest.raises(ValidationError, match=r"engine\.backend is auto, which asks none: set it to openai"):
+        Settings.model_validate({"remote": {"endpoints": ("http://a/v1",)}})
+    with pytest.raises(ValidationError, match=r"vllm\.\* is set, and engine\.backend is auto: set it to vllm"):
+        Settings.model_validate({"vllm": {"tensor_parallel_size": 2}})
     shown = repr(remote(api_keys="sk-hunter2")) + str(remote(api_keys="sk-hunter2").model_dump(mode="json"))
     assert "hunter2" not in shown
 

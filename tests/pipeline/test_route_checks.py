@@ -14,19 +14,20 @@ import pytest
 from checkpoints import QwenVL, make_llava, make_qwen3, make_qwen_vl
 from generic_checkpoints import make_generic_images
 from generic_parts import needs_release
+from pdf_files import text_pdf
 
 from nanovllm.cli.main import main
-from nanovllm.errors import InvalidInput
+from nanovllm.errors import ConfigurationError, InvalidInput
+from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
+from nanovllm.pipeline.documents.page_sizes import A4, rendered_size
 from nanovllm.pipeline.route_checks import (
-    A4,
     ModelLimits,
     check_route,
     check_settings,
     limits_of,
     model_limits,
     most_tokens,
-    rendered_size,
 )
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.worker import Settings
@@ -96,9 +97,9 @@ def test_the_example_fits_the_shipped_model(tiny: ModelLimits) -> None:
 def test_limits_read_from_files_are_those_of_the_loaded_engine(make: Callable[[Path], Path], tmp_path: Path) -> None:
     settings = Settings.model_validate({"engine": {"model": str(make(tmp_path / "m")), "device": "cpu"}})
     with model_limits(settings) as read, build.build_engine(settings.engine) as engine:
-        loaded = limits_of(engine, settings)
+        loaded = limits_of(engine)
         assert (read.max_model_len, read.max_images) == (loaded.max_model_len, loaded.max_images)
-        assert (read.transform, read.defaults) == (loaded.transform, loaded.defaults)
+        assert (read.transform, read.generation_defaults) == (loaded.transform, loaded.generation_defaults)
         assert read.image_token_id == loaded.image_token_id
         assert read.prompts.untrusted("a <|image|> b") == loaded.prompts.untrusted("a <|image|> b")
         for size in ((224, 224), (56, 112)):
@@ -251,6 +252,40 @@ def test_objects_that_no_worker_may_read_are_told(load: Load, allow: list[str], 
     assert not found or f"4: route r: takes {example}, which s3.allow" in found[0]
 
 
+def test_a_page_with_a_hint_takes_as_many_tokens_as_its_budget_says(
+    load: Load, tiny: ModelLimits, tmp_path: Path
+) -> None:
+    routes = load("  text: hint\n  hint_tokens: 64\n  sampling: {temperature: 0, max_tokens: 4}\n  pages: {dpi: 72}\n")
+    budget = check_route(routes, routes.entries[0], tiny, TINY).budget
+    assert budget is not None
+    (tmp_path / "digits.pdf").write_bytes(text_pdf(["0123456789 " * 5] * 12))
+    output = tmp_path / "records.jsonl"
+    command = ["extract", str(tmp_path / "digits.pdf"), "-r", str(tmp_path / "routes.yaml"), "--route", "r"]
+    assert main([*command, "-o", str(output)]) == 0
+    record = DocumentRecord.model_validate_json(output.read_text())
+    most = budget.total - budget.max_tokens
+    assert most - 4 <= record.usage.input_tokens <= most
+
+
+def test_all_that_is_wrong_with_a_file_is_told_in_one_go(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "routes.yaml"
+    routes = [
+        "- {name: malformed, prompt: p, match: {bucket: inbox, key: a, keys: b}}",
+        "- {name: unread, prompt_file: none.txt, match: {bucket: inbox, key: b}}",
+        "- {name: one, prompt: p, match: {bucket: inbox, key: 'c/**'}}",
+        "- {name: other, prompt: p, match: {bucket: inbox, key: '**/d'}}",
+        "- {name: topic, prompt: p, match: {bucket: inbox, key: e}, result_topic: nanovllm.jobs}",
+        "- {name: schema, prompt: p, match: {bucket: inbox, key: f}, response_schema: {type: nothing}}",
+    ]
+    file.write_text("\n".join(["routes:", *routes]))
+    assert main(["routes", "check", str(file)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [int(line.partition("routes.yaml:")[2].partition(":")[0]) for line in told] == [3, 2, 5, 6, 7]
+    file.write_text("\n".join(["routes:", *routes[:2]]))
+    assert main(["routes", "check", str(file)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_large_results_where_a_route_reads_are_a_loop(load: Load) -> None:
     for place, is_loop in (("s3://inbox/in", True), ("s3://inbox", True), ("s3://inbox/out", False)):
         settings = Settings.model_validate({"s3": {"large_results": place}})
@@ -279,6 +314,7 @@ def test_the_command_says_what_holds(capsys: Capture) -> None:
     assert main(["routes", "check", str(EXAMPLE), "--json"]) == 0
     rows = {(row["route"], row["what"]): row["is"] for row in json.loads(capsys.readouterr().out)}
     assert rows["receipts", "constraint"] == "json_schema compiles"
+    assert rows["receipts", "asks by"] == "its prompt, profile none"
     assert rows["totals", "constraint"] == "regex compiles"
     assert rows["receipts", "tokens"].endswith("of 512")
     assert rows["", "s3.allow"].startswith("not set")
@@ -354,3 +390,12 @@ def test_a_backend_without_tokens_proves_nothing(capsys: Capture, monkeypatch: p
     monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "echo")
     assert main(["routes", "check", str(EXAMPLE)]) == 2
     assert "engine.backend is echo" in capsys.readouterr().err
+
+
+@needs_release
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"quantization": "int8"}, {"max_pixels": 10_000}])
+def test_options_that_transformers_layers_do_not_have_are_refused_without_weights(option: dict[str, object]) -> None:
+    settings = Settings.model_validate({"engine": {"backend": "generic", **option}})
+    message = f"{next(iter(option))}=.*'tiny-receipts'.*: unset it"
+    with pytest.raises(ConfigurationError, match=message), model_limits(settings):
+        pass

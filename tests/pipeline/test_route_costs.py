@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm.cli.routes import receipts_document
+from nanovllm.engine.backends.native import AsyncEngine
 from nanovllm.pipeline import build
 from nanovllm.pipeline.route_costs import ROUNDS, Cost, measure, pages_at_once
 from nanovllm.pipeline.routing.routes import load_routes
@@ -56,7 +57,7 @@ def test_each_measured_page_is_computed_and_one_document_is_not_counted(load: Lo
         return draw(given)
 
     with build.build_engine(TINY.engine) as engine:
-        costs = measure(engine, routes, TINY, noted, pages=3, document_pages=3)
+        costs = measure(AsyncEngine(engine), routes, TINY, noted, pages=3, document_pages=3)
         stats = engine.stats()
     assert {name: len(cost.seconds_a_page) for name, cost in costs.items()} == {"all": ROUNDS, "few": ROUNDS}
     assert all(seconds > 0 for cost in costs.values() for seconds in cost.seconds_a_page)
@@ -70,7 +71,7 @@ def test_pages_of_a_document_are_measured_in_as_few_requests_as_take_them(load: 
     route = load("  sampling: {max_tokens: 4, temperature: 0}\n  pages: {request: document}\n")
     settings = Settings.model_validate({"engine": {"device": "cpu", "max_images_per_request": 3}})
     with build.build_engine(settings.engine) as engine:
-        costs = measure(engine, {"r": route}, settings, draw, pages=4, document_pages=4)
+        costs = measure(AsyncEngine(engine), {"r": route}, settings, draw, pages=4, document_pages=4)
         stats = engine.stats()
     assert stats.encoder_images == 4 * (1 + ROUNDS)
     assert sum(costs["r"].answer_tokens) <= 4 * 2 * ROUNDS, "of three pages and of one"

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from nanovllm.errors import InvalidRoutes
+from nanovllm.pipeline.documents.model_profile import NO_MODEL_PROFILE
+from nanovllm.pipeline.documents.page_task import page_task
 from nanovllm.pipeline.routing import key_sets
 from nanovllm.pipeline.routing.key_sets import KeySet
 from nanovllm.pipeline.routing.routes import Routes, load_routes
@@ -95,8 +97,8 @@ def test_defaults_fill_what_a_route_leaves_unset_and_nothing_else() -> None:
     assert receipts.response_schema is not None
     assert list(receipts.response_schema["properties"]) == ["vendor", "number", "date", "total"]
     assert receipts.job_sampling["json_schema"] == receipts.response_schema
-    assert totals.page_prompt == "What is the total? <|image|>"
-    assert receipts.page_prompt == receipts.prompt
+    assert page_task(totals, NO_MODEL_PROFILE).prompt == "What is the total? <|image|>"
+    assert page_task(receipts, NO_MODEL_PROFILE).prompt == receipts.prompt
 
 
 @pytest.mark.parametrize(

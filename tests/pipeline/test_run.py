@@ -71,6 +71,7 @@ class Run:
                 OutcomeSink(self.settings.topics, output.add_result, output.add_dead_letter),
                 Metrics(),
                 Health(),
+                routes=None,
                 backoff=Backoff(base_s=0.01, cap_s=0.05),
                 decode=output.decode,
             )

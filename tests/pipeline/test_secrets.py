@@ -86,6 +86,7 @@ def test_no_secret_setting_is_shown_printed_or_named_in_an_error(
         "NANOVLLM_KAFKA__SSL_KEY_PASSWORD": PLANTED["key-password"],
         "NANOVLLM_S3__ENDPOINT_URL": f"http://user:{PLANTED['endpoint-user']}@s3.example",
         "AWS_SECRET_ACCESS_KEY": PLANTED["aws-key"],
+        "NANOVLLM_ENGINE__BACKEND": "openai",
         "NANOVLLM_REMOTE__ENDPOINTS": "http://a/v1",
         "NANOVLLM_REMOTE__API_KEYS": PLANTED["api-key"],
     }

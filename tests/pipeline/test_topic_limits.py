@@ -136,7 +136,7 @@ async def test_a_topic_that_is_too_small_for_dead_letters_is_named_at_start(kafk
 @asynccontextmanager
 async def sink_of(settings: Settings) -> AsyncIterator[KafkaSink]:
     """A sink as a worker has it, with the limits of its topics as they are now."""
-    read = partial(message_limits, settings.kafka, written_topics(settings))
+    read = partial(message_limits, settings.kafka, written_topics(settings, None))
     limits = TopicLimits(await read(), read=read)
     producer = build_producer(settings, limits)
     await producer.start()

@@ -84,8 +84,83 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- end }}
 {{- end }}
 
+{{/* engine.backend of the settings. */}}
+{{- define "nanovllm.backend" -}}
+{{- default "auto" (default dict .Values.settings.engine).backend }}
+{{- end }}
+
+{{/* Whether the backend loads weights: "true" or empty. */}}
+{{- define "nanovllm.loadsWeights" -}}
+{{- if not (has (include "nanovllm.backend" .) (list "openai" "echo")) }}true{{ end }}
+{{- end }}
+
+{{/* Whether a volume holds the CA of the servers: "true" or empty. */}}
+{{- define "nanovllm.remoteCa" -}}
+{{- if or .Values.remote.ca.existingSecret .Values.remote.ca.existingConfigMap }}true{{ end }}
+{{- end }}
+
+{{/* What the backend takes and does not take; called by nanovllm.check. */}}
+{{- define "nanovllm.checkBackend" -}}
+{{- $backend := include "nanovllm.backend" . }}
+{{- $resources := merge (dict) (default dict .Values.resources.requests) (default dict .Values.resources.limits) }}
+{{- if not (include "nanovllm.loadsWeights" .) }}
+{{- if .Values.gpu.count }}
+{{- fail (printf "gpu.count is %d, but settings.engine.backend is %s, which computes nothing: set it to 0" (int .Values.gpu.count) $backend) }}
+{{- end }}
+{{- range $name, $amount := $resources }}
+{{- if or (eq $name $.Values.gpu.resourceName) (regexMatch "gpu|^nvidia\\.com/" $name) }}
+{{- fail (printf "resources name %s, but settings.engine.backend is %s, which computes nothing: leave it out" $name $backend) }}
+{{- end }}
+{{- end }}
+{{- if or .Values.model.existingClaim .Values.model.volume }}
+{{- fail (printf "model.existingClaim or model.volume is set, but settings.engine.backend is %s, which reads no weights: leave it out" $backend) }}
+{{- end }}
+{{- end }}
+{{- if and (has $backend (list "auto" "native" "generic")) (gt (int .Values.gpu.count) 1) }}
+{{- fail (printf "gpu.count is %d, but settings.engine.backend is %s, which computes on one: set it to 1, or take a backend for several" (int .Values.gpu.count) $backend) }}
+{{- end }}
+{{- $vllm := default dict .Values.settings.vllm }}
+{{- $needed := mul (default 1 $vllm.tensor_parallel_size) (default 1 $vllm.pipeline_parallel_size) | int }}
+{{- if and (eq $backend "vllm") (ne (default "" $vllm.distributed_executor_backend) "ray") .Values.gpu.count (lt (int .Values.gpu.count) $needed) }}
+{{- fail (printf "gpu.count is %d, but settings.vllm divides the model among %d GPUs: raise it, or take distributed_executor_backend ray for several machines" (int .Values.gpu.count) $needed) }}
+{{- end }}
+{{- if and (ne $backend "vllm") (gt $needed 1) }}
+{{- fail (printf "settings.vllm divides the model among %d GPUs, but settings.engine.backend is %s: set it to vllm, or leave settings.vllm out" $needed $backend) }}
+{{- end }}
+{{- $endpoints := default list (default dict .Values.settings.remote).endpoints }}
+{{- if and (eq $backend "openai") (not $endpoints) }}
+{{- fail "settings.engine.backend is openai, and settings.remote.endpoints is empty: name the servers" }}
+{{- end }}
+{{- $isSecure := false }}
+{{- range $number, $url := $endpoints }}
+{{- if contains "@" $url }}
+{{- fail (printf "settings.remote.endpoints: number %d holds a user or a password, which would stand in a ConfigMap: take remote.apiKeys.existingSecret" (add $number 1)) }}
+{{- end }}
+{{- if hasPrefix "https://" $url }}{{ $isSecure = true }}{{ end }}
+{{- end }}
+{{- if ne $backend "openai" }}
+{{- if or $endpoints .Values.remote.apiKeys.existingSecret (include "nanovllm.remoteCa" .) }}
+{{- fail (printf "servers, API keys or a CA of theirs are named, but settings.engine.backend is %s: nothing would be asked of them. Set it to openai, or leave settings.remote.endpoints and remote out" $backend) }}
+{{- end }}
+{{- else if and (include "nanovllm.remoteCa" .) (not $isSecure) }}
+{{- fail "remote.ca is set, but no endpoint of settings.remote.endpoints begins with https: it would never be used" }}
+{{- end }}
+{{- if and .Values.remote.ca.existingSecret .Values.remote.ca.existingConfigMap }}
+{{- fail "remote.ca.existingSecret and remote.ca.existingConfigMap exclude each other" }}
+{{- end }}
+{{- if and (include "nanovllm.remoteCa" .) (default dict .Values.settings.remote).ca_file }}
+{{- fail "settings.remote.ca_file is set by remote.ca: leave it out" }}
+{{- end }}
+{{- end }}
+
 {{/* What must agree between values; called by the Deployment. */}}
 {{- define "nanovllm.check" -}}
+{{- include "nanovllm.checkBackend" . }}
+{{- range .Values.extraEnv }}
+{{- if and .value (regexMatch "(KEYS?|PASSWORD|SECRET|TOKEN)$" (upper .name)) }}
+{{- fail (printf "extraEnv: %s is a secret, and its value would stand in the Deployment: take valueFrom.secretKeyRef" .name) }}
+{{- end }}
+{{- end }}
 {{- $protocol := default "PLAINTEXT" .Values.settings.kafka.security_protocol }}
 {{- if and .Values.kafka.sasl.existingSecret (not (hasPrefix "SASL_" $protocol)) }}
 {{- fail (printf "kafka.sasl.existingSecret is set, but settings.kafka.security_protocol is %s: the password would never be used" $protocol) }}

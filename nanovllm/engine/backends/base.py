@@ -18,6 +18,8 @@ from nanovllm.errors import EngineDead, InvalidInput, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
+USUAL_CHARS_PER_TOKEN = 4
+
 if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
@@ -29,7 +31,7 @@ class Request:
     Exactly one of ``prompt`` (``<|image|>`` marks each image's position) and ``messages`` (OpenAI chat form, images as
     parts) is set. ``images`` are in the order of their positions. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
-    out; ``chat_template_kwargs`` are variables of the template, and no text, which the template would write as its own.
+    out; ``chat_template_kwargs`` are variables of the template, whose texts it writes as its own: a job gives none.
     Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
 
@@ -41,7 +43,7 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     raw_prompt: bool = False
-    chat_template_kwargs: Mapping[str, bool | int | float | None] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -192,6 +194,18 @@ class EngineBackend(ABC):
             raise self.death
         return True
 
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """What decides an output beside model and request, as JSON: what is kept of outputs is kept under it."""
+        return {} if self.image_transform is None else {"images": self.image_transform.fingerprint()}
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens; for a backend that cannot count, about so many.
+
+        May be called in any thread. Raises InvalidInput: no tokenizer takes the text.
+        """
+        return beginning_by_chars(text, max_tokens)
+
     def submit(self, request: Request) -> Generation:
         """Queue ``request`` without waiting. Never raises for what is wrong with it: that ends its generation."""
         generation = Generation(request.request_id, self.abort)
@@ -229,3 +243,8 @@ class EngineBackend(ABC):
             generation.fail(death)
         self._generations.clear()
         self.dead.set()
+
+
+def beginning_by_chars(text: str, max_tokens: int) -> str:
+    """The beginning of ``text`` with about so many tokens."""
+    return text[: USUAL_CHARS_PER_TOKEN * max_tokens]

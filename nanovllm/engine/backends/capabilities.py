@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from nanovllm.engine.config import HAND_WRITTEN_ALONE, WITHOUT_STATES_ALONE
 from nanovllm.errors import InvalidInput, UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 
@@ -15,6 +16,9 @@ GUIDED_KINDS: tuple[GuidedKind, ...] = get_args(GuidedKind)
 _OF_THEIR_OWN = frozenset({*GUIDED_KINDS, "n", "logprobs", "prompt_logprobs", "max_tokens", "temperature"})
 SAMPLING_NAMES = frozenset(SamplingParams.model_fields) - _OF_THEIR_OWN
 """Sampling parameters that a backend may lack, beside those that `Capabilities` has fields of their own for."""
+
+ENGINE_FEATURES = frozenset({*HAND_WRITTEN_ALONE, *WITHOUT_STATES_ALONE} - {"deterministic"})
+"""Settings of ``engine`` that a backend may lack, beside ``deterministic``."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Capabilities:
         token_ids: whether outputs have token ids.
         sampling: those of ``SAMPLING_NAMES`` that it heeds.
         max_stops: most stop strings; None: as many as ``SamplingParams`` takes.
+        settings: those of ``ENGINE_FEATURES`` that have an effect in this process.
     """
 
     images: bool = True
@@ -46,6 +51,7 @@ class Capabilities:
     token_ids: bool = True
     sampling: frozenset[str] = SAMPLING_NAMES
     max_stops: int | None = None
+    settings: frozenset[str] = ENGINE_FEATURES
 
     def lacking(self, sampling: SamplingParams) -> Iterator[str]:
         """The names of what ``sampling`` asks for and the backend cannot do."""

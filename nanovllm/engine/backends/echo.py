@@ -38,7 +38,9 @@ class EchoEngine(EngineBackend):
     new to this engine and a ``hit`` afterwards.
     """
 
-    capabilities = Capabilities(guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False, sampling=frozenset())
+    capabilities = Capabilities(
+        guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False, sampling=frozenset(), settings=frozenset()
+    )
 
     def __init__(
         self,

@@ -11,12 +11,15 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
-from nanovllm.engine.backends.capabilities import Capabilities
+from nanovllm.engine.backends.capabilities import ENGINE_FEATURES, Capabilities
+from nanovllm.engine.backends.prompt_tokens import prompt_tokens
+from nanovllm.engine.config import HAND_WRITTEN_ALONE, WITHOUT_STATES_ALONE
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import EngineDead, InvalidInput
 from nanovllm.sampling_params import Constraint
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import PreparedImage
 
 logger = logging.getLogger(__name__)
+
+MAX_COMMANDS_BETWEEN_STEPS = 256
+
+GENERIC = Capabilities(deterministic=False, settings=ENGINE_FEATURES - frozenset(HAND_WRITTEN_ALONE))
+"""Of a model that runs through transformers' own layers."""
+GENERIC_WITH_STATES = replace(GENERIC, settings=GENERIC.settings - frozenset(WITHOUT_STATES_ALONE))
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,10 @@ class AsyncEngine(EngineBackend):
         transform = engine.processor.encoder.transform if engine.processor is not None else None
         super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
         self.generation_defaults = engine.generation_defaults
-        self.capabilities = Capabilities(images=transform is not None, context=engine.max_model_len)
+        able = self.capabilities
+        if engine.model_runner.trial is not None:
+            able = GENERIC_WITH_STATES if engine.model_runner.model.has_states else GENERIC
+        self.capabilities = replace(able, images=transform is not None, context=engine.max_model_len)
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         # A request to add or to measure, the id of one to abort, or None, which ends the thread.
@@ -97,6 +109,18 @@ class AsyncEngine(EngineBackend):
             return await answer
         finally:
             self._fit_checks.discard(answer)
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """Vision tower and transform, formats of numbers, and variables of the chat template."""
+        processor, config = self._engine.processor, self._engine.config
+        images = None if processor is None else processor.encoder.revision
+        names = ("dtype", "quantization", "kv_cache_dtype", "num_vision_tokens", "chat_template_kwargs")
+        return {"images": images, **{name: getattr(config, name) for name in names}}
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens. Raises InvalidInput: no tokenizer takes the text."""
+        return self._engine.input_processor.prompts.beginning(text, max_tokens)
 
     def submit(self, request: Request) -> Generation:
         """Queue ``request``; whatever is wrong with it ends its generation. Its text is untrusted."""
@@ -210,12 +234,13 @@ class AsyncEngine(EngineBackend):
             self._engine.close()
 
     def _run_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Run all queued commands, waiting for one when there is nothing to compute; False after ``close``.
+        """Run the queued commands, waiting for one when there is nothing to compute; False after ``close``.
 
         An idle engine that gets a request with images waits ``encoder_linger_s`` for more, to encode them in one batch.
         """
         was_idle, linger_until = not self._engine.has_unfinished(), 0.0
-        while True:
+        # Bounded: who measures again at every answer would keep the queue full, and no step would come.
+        for _ in range(MAX_COMMANDS_BETWEEN_STEPS):
             timeout_s = max(0.0, linger_until - time.monotonic()) if self._engine.has_unfinished() else None
             try:
                 command = self._commands.get(timeout=timeout_s)
@@ -239,10 +264,11 @@ class AsyncEngine(EngineBackend):
                 if was_idle and not linger_until and any(image.embedding is None for image in command.images):
                     linger_until = time.monotonic() + self._engine.config.encoder_linger_s
             self._stats = self._engine.stats()
+        return True
 
     def _add(self, request: Request) -> None:
         self._engine.add_request(
-            self._tokens(request),
+            prompt_tokens(self._engine.input_processor.prompts, request),
             request.sampling,
             images=request.images,
             request_id=request.request_id,
@@ -252,18 +278,10 @@ class AsyncEngine(EngineBackend):
 
     def _fits(self, request: Request) -> bool:
         try:
-            tokens = self._tokens(request)
+            tokens = prompt_tokens(self._engine.input_processor.prompts, request)
         except InvalidInput:
             return False
         return self._engine.input_processor.fits(tokens, request.sampling, request.images)
-
-    def _tokens(self, request: Request) -> list[int]:
-        prompts = self._engine.input_processor.prompts
-        if request.prompt is not None:
-            return prompts.untrusted(
-                request.prompt, raw_prompt=request.raw_prompt, chat_template_kwargs=request.chat_template_kwargs
-            )
-        return prompts.messages(request.messages or (), chat_template_kwargs=request.chat_template_kwargs)
 
 
 def _tell(answer: asyncio.Future[bool], fits: bool | Exception) -> None:

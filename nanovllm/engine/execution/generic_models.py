@@ -11,21 +11,42 @@ import transformers
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
-from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.config import HAND_WRITTEN_ALONE, IMAGE_BOUNDS, EngineConfig
 from nanovllm.engine.layers.linear import choose_torch_layouts
 from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_loading import check_config, check_release, has_images, load_transformers_model
+from nanovllm.engine.models.generic_states import STATEFUL_LAYERS
 from nanovllm.engine.models.generic_trial import Reference, compute_reference
 from nanovllm.engine.models.llava import composed_encoder
-from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder
-from nanovllm.vision.encoders.generic import AS_DECODED, GenericEncoder
+from nanovllm.vision.encoders.generic import GenericEncoder
 from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
-from nanovllm.vision.images.preprocess import ImageTransform
+from nanovllm.vision.images.preprocess import AS_DECODED, ImageTransform
 
-_VISION_OPTIONS = (
-    "vision_model", "projector", "min_pixels", "max_pixels", "max_image_size", "max_image_tokens", "num_vision_tokens",
-)  # fmt: skip
+_VISION_OPTIONS = ("vision_model", "projector", *IMAGE_BOUNDS, "max_image_size", "num_vision_tokens")
+
+
+def check_options(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Raise ConfigurationError for options that transformers' own layers and processors do not have."""
+    name, text = checkpoint_name(checkpoint.directory), checkpoint.config.get_text_config()
+    takes_images = has_images(checkpoint.config) and config.wants_vision is not False
+    if takes_images:
+        config.refuse(
+            _VISION_OPTIONS,
+            f"{name!r} brings towers of its own, and its own processor bounds images: unset it",
+        )
+    config.refuse(
+        HAND_WRITTEN_ALONE,
+        f"{name!r} runs through transformers' own layers, which have no such option: unset it, or take a checkpoint "
+        "of a family that this engine has code for",
+    )
+    is_default_or_off = config.num_speculative_tokens in (0, EngineConfig.num_speculative_tokens)
+    if not is_default_or_off and any(kind in STATEFUL_LAYERS for kind in getattr(text, "layer_types", None) or ()):
+        config.refuse(
+            ["num_speculative_tokens"],
+            f"layers of {name!r} carry states, which no rejected draft gives back: unset it, or set it to 0",
+        )
 
 
 def one_image_processor(config: EngineConfig, checkpoint: Checkpoint) -> OneImageProcessor | None:
@@ -35,17 +56,12 @@ def one_image_processor(config: EngineConfig, checkpoint: Checkpoint) -> OneImag
     """
     check_release(transformers.__version__)
     check_config(checkpoint)
+    check_options(config, checkpoint)
     if not has_images(checkpoint.config) or config.wants_vision is False:
         return None
-    name = checkpoint_name(checkpoint.directory)
-    for option in _VISION_OPTIONS:
-        if (value := getattr(config, option)) is not None:
-            raise ConfigurationError(
-                f"{option}={str(value)!r}, but {name!r} brings towers of its own, and its images are as its "
-                "processor_config.json says"
-            )
     token = image_token_of(checkpoint.config)
     if token is None:
+        name = checkpoint_name(checkpoint.directory)
         raise UnsupportedModel(f"the configuration of {name!r} names no token for images")
     return OneImageProcessor(checkpoint, token, max_images=config.max_images_per_request)
 
@@ -74,7 +90,7 @@ def load_generic_models(
     reference = compute_reference(plain, config.max_model_len, processor, config.max_images_per_request)
     model = GenericDecoder(plain)
     model.config.context_limit(config.max_model_len)  # before the trial: it names the layer
-    model.choose_layouts(config.quantization, tile=1 if config.deterministic else None)
+    model.choose_layouts()
     encoder: ImageEncoder | None = None
     if processor is not None:
         encoder = GenericEncoder(

@@ -1,4 +1,4 @@
-"""The size of the KV cache: on a GPU, ``gpu_memory_utilization`` less weights, activations and other reserves."""
+"""The size of the KV cache: a share of the device's memory, less weights, activations and other reserves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
-from nanovllm.engine.config import GIB, EngineConfig
+from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution.cuda_graphs import compute_rows, graph_sizes
+from nanovllm.engine.execution.host_memory import memory_limit, resident_bytes
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError
@@ -24,7 +25,7 @@ def kv_cache_bytes(
     has_graphs: bool,
     reserved: int,
 ) -> int:
-    """The configured bytes; else 1 GiB on a CPU; else the free memory of the GPU within ``gpu_memory_utilization``.
+    """The configured bytes; else what ``cpu_memory_utilization`` or ``gpu_memory_utilization`` leaves.
 
     Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
     for the embedding cache. Raises ConfigurationError where the largest step alone does not fit the GPU.
@@ -32,7 +33,8 @@ def kv_cache_bytes(
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if device.type != "cuda":
-        return GIB
+        share = int(memory_limit() * config.cpu_memory_utilization)
+        return max(LEAST_KV_BYTES, share - resident_bytes() - reserved)
     try:
         peak = peak_bytes(device, lambda: largest_step(config, model, attention))
         if has_graphs and isinstance(attention, GraphAttention) and isinstance(model, Decoder):

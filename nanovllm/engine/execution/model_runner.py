@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.attention.base import AttentionBatch, GraphAttention
 from nanovllm.engine.attention.selection import Heads, choose_backend
-from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
@@ -124,6 +124,11 @@ class ModelRunner:
         sizes = {shape: self._allocate(1, *shape).nbytes for shape in set(shapes)}
         block_bytes = sum(sizes[shape] for shape in shapes)
         spare = 1 if self.why_no_graphs is None else 0
+        if config.kv_cache_bytes is None:
+            # Twice what all seats need at once is room enough for prefixes; an endless one would fill for nothing.
+            seats = config.max_num_seqs * self.model.config.context_limit(config.max_model_len)
+            most = 2 * -(-seats // self.attention.block_size) * block_bytes
+            budget = min(budget, max(most, LEAST_KV_BYTES))
         self.num_blocks = budget // block_bytes - spare
         if self.num_blocks < 1:
             least = block_bytes * (1 + spare)

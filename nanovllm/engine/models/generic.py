@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.layers import huge_pages
-from nanovllm.engine.layers.linear import Linear, Quantization, adopt_torch_linears
+from nanovllm.engine.layers.linear import Linear, adopt_torch_linears
 from nanovllm.engine.models.generic_attention import (
     IMPLEMENTATION,
     STEP,
@@ -200,13 +200,8 @@ class GenericDecoder(TextModel):
             logits[:, token] = float("-inf")
         return logits
 
-    def choose_layouts(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
-        """Store the weights of linear layers as this machine multiplies by fastest; ConfigurationError for options."""
-        for option, value in (("quantization", quantization), ("deterministic", tile)):
-            if value is not None:
-                raise ConfigurationError(
-                    f"{option} is not possible with {self.config.name}, which runs through transformers' own layers"
-                )
+    def choose_layouts(self) -> None:
+        """Store the weights of linear layers as this machine multiplies by fastest."""
         adopt_torch_linears(self.decoder)
         adopt_torch_linears(self.model, only=self.lm_head)
         self.lm_head = self.model.get_output_embeddings()

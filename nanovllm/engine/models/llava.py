@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name, resolve_checkpoint
-from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.config import IMAGE_BOUNDS, EngineConfig
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.clip import PROJECTOR_PREFIXES, TOWER_PREFIXES, VisionEncoder
@@ -75,14 +75,9 @@ def _refuse_foreign_options(checkpoint: Checkpoint, config: EngineConfig) -> Non
     _refuse_pixel_bounds(config)
     if config.vision_model is not None and resolve_checkpoint(config.vision_model) != checkpoint.directory:
         raise ConfigurationError(f"vision_model={config.vision_model!r}, but {name!r} brings a tower of its own")
-    if config.projector is not None:
-        raise ConfigurationError(f"projector={str(config.projector)!r}, but {name!r} brings a projector of its own")
+    config.refuse(["projector"], f"{name!r} brings a projector of its own")
 
 
 def _refuse_pixel_bounds(config: EngineConfig) -> None:
-    for name in ("min_pixels", "max_pixels", "max_image_tokens"):
-        if getattr(config, name) is not None:
-            raise ConfigurationError(
-                f"{name}={getattr(config, name)}, but a CLIP or SigLIP tower takes all images at one size: "
-                "see max_image_size and num_vision_tokens"
-            )
+    why = "a CLIP or SigLIP tower takes all images at one size: see max_image_size and num_vision_tokens"
+    config.refuse(IMAGE_BOUNDS, why)

@@ -17,7 +17,7 @@ from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.models.decoder import DecoderConfig
 from nanovllm.engine.scheduling.sequence import ImageSpan
-from nanovllm.errors import ConfigurationError, UnsupportedModel
+from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.qwen import NativeEncoder, native_tokens, native_transform, vision_config
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -100,13 +100,8 @@ def image_tokens(
 
 
 def _pixel_bounds(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, int | None]:
-    for name in ("vision_model", "projector"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigurationError(
-                f"{name}={str(value)!r}, but {checkpoint_name(checkpoint.directory)!r} brings a tower and a projector "
-                "of its own"
-            )
+    name = checkpoint_name(checkpoint.directory)
+    config.refuse(("vision_model", "projector"), f"{name!r} brings a tower and a projector of its own")
     tokens = [bound for bound in (config.max_image_tokens, config.num_vision_tokens) if bound is not None]
     return {
         "min_pixels": config.min_pixels,

@@ -9,7 +9,8 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
-from nanovllm.engine.config import Backend, EngineConfig
+from nanovllm.checkpoints.resolve import checkpoint_name
+from nanovllm.engine.config import IMAGE_BOUNDS, Backend, EngineConfig
 from nanovllm.engine.models import generic, llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
 from nanovllm.engine.models.generic import GenericConfig
@@ -98,22 +99,35 @@ def image_tokens(
 ) -> tuple[ImageTransform, Callable[[tuple[int, int]], int]] | None:
     """The preprocessing of a checkpoint's own encoder, and the tokens of an image of a (height, width) after it.
 
-    Reads no weights. None where the checkpoint has no tower of its own.
+    Reads no weights. None where the checkpoint has no tower of its own. Raises ConfigurationError as `load_encoder`.
     """
     own = {LLAVA: llava.image_tokens, **dict.fromkeys(QWEN_VL, qwen_vl.image_tokens)}.get(checkpoint.architecture)
-    return None if own is None else own(checkpoint, config)
+    if own is not None:
+        return own(checkpoint, config)
+    _refuse_image_bounds(checkpoint, config)
+    return None
 
 
 def load_encoder(
     checkpoint: Checkpoint, config: EngineConfig, text: TextModel, dtype: torch.dtype, device: torch.device
 ) -> ImageEncoder | None:
-    """The vision encoder: a vision-language checkpoint's own, the separate one that was asked for, or None."""
+    """The vision encoder: a vision-language checkpoint's own, the separate one that was asked for, or None.
+
+    Raises ConfigurationError for options that contradict the checkpoint.
+    """
     own = {LLAVA: llava.own_encoder, **dict.fromkeys(QWEN_VL, qwen_vl.own_encoder)}.get(checkpoint.architecture)
-    if config.wants_vision is False or (config.wants_vision is None and own is None):
+    if config.wants_vision is False:
         return None
     if own is not None:
         return own(checkpoint, config, dtype, device)
-    return llava.composed_encoder(config, text, dtype, device)
+    if config.wants_vision:
+        return llava.composed_encoder(config, text, dtype, device)
+    _refuse_image_bounds(checkpoint, config)
+    return None
+
+
+def _refuse_image_bounds(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    config.refuse(IMAGE_BOUNDS, f"{checkpoint_name(checkpoint.directory)!r} takes no images: unset it")
 
 
 def around_image(checkpoint: Checkpoint) -> tuple[int, int] | None:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nanovllm.engine.attention.base import AttentionBackend
-from nanovllm.engine.layers.linear import Quantization
 
 
 class TextConfig(Protocol):
@@ -75,7 +74,3 @@ class TextModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] → [rows, vocab]."""
-
-    @abstractmethod
-    def choose_layouts(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
-        """Store the loaded weights in the layouts that this machine multiplies by fastest."""

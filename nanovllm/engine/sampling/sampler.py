@@ -7,7 +7,6 @@ positions a step samples.
 
 from __future__ import annotations
 
-import hashlib
 from collections import abc
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from nanovllm.engine.layers.device_copy import move, read_back
 from nanovllm.engine.layers.token_ops import argmax
-from nanovllm.engine.sampling.sampling_batch import RandomRows, SamplingBatch, TokenValues
+from nanovllm.engine.sampling.random_draw import draw_tokens
+from nanovllm.engine.sampling.sampling_batch import SamplingBatch, TokenValues
 from nanovllm.engine.sampling.structured_output import forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
 
@@ -28,12 +28,11 @@ class Sampler:
     def __init__(self, device: torch.device, seed: int | None = None) -> None:
         """``seed`` is for the requests that bring none; None draws one from the system."""
         self._device = device
-        self._generator = torch.Generator(device)
+        self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
-        self._seeded = torch.Generator(device)
 
     def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], masks: Tensor | None = None) -> list[int]:
         """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
@@ -41,39 +40,16 @@ class Sampler:
         ``masks`` are those of `structured_output.TokenMasks`. A constraint has precedence: where bad words or
         ``min_tokens`` leave no token that it allows, they do not apply.
         """
-        batch = SamplingBatch.prepare(sequences, logits.shape[1], self._device)
+        batch = SamplingBatch.prepare(sequences, logits.shape[1], self._device, self._generator)
         if masks is not None:
             forbid_masked(logits, move(masks, logits.device))
         adjust(logits, batch)
         if batch.random is None:
             return read_back(argmax(logits))
-        rows = batch.random.rows
-        if rows is None:
-            return read_back(self._draw(logits.float(), batch.random))
-        tokens = argmax(logits)
-        tokens.index_copy_(0, rows, self._draw(logits.index_select(0, rows).float(), batch.random))
-        return read_back(tokens)
-
-    def _draw(self, logits: Tensor, random: RandomRows) -> Tensor:
-        logits = logits / random.temperatures
-        if random.min_p is not None:
-            floor = logits.amax(-1, keepdim=True) + random.min_p.log()
-            logits = logits.masked_fill(logits < floor, _MINUS_INFINITY)
-        if random.top_k_p is not None:
-            logits = keep_top(logits, *random.top_k_p)
-        # Dividing by exponential noise and taking the maximum draws from the distribution without a cumulative sum.
-        return (logits.softmax(-1) / self._noise(logits, random.seeds)).argmax(-1)
-
-    def _noise(self, like: Tensor, seeds: abc.Sequence[tuple[int, int] | None]) -> Tensor:
-        """Exponential noise: rows with a seed from that and their position, the others from the shared generator."""
-        noise = torch.empty_like(like)
-        if any(seed is None for seed in seeds):
-            noise.exponential_(generator=self._generator)
-        for row, seed in enumerate(seeds):
-            if seed is not None:
-                self._seeded.manual_seed(_seed_of(*seed))
-                noise[row].exponential_(generator=self._seeded)
-        return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would make an impossible token infinite
+        drawn = draw_tokens(logits, batch.random)
+        if len(drawn) == len(sequences):
+            return read_back(drawn)
+        return read_back(argmax(logits).index_copy_(0, batch.random.rows, drawn))
 
 
 def adjust(logits: Tensor, batch: SamplingBatch) -> None:
@@ -97,19 +73,3 @@ def _forbid(logits: Tensor, forbidden: TokenValues) -> None:
     logits[rows, tokens] = _MINUS_INFINITY
     is_empty = logits.amax(-1) == _MINUS_INFINITY
     logits[rows, tokens] = torch.where(is_empty[rows], before, _MINUS_INFINITY)
-
-
-def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Drop logits [rows, vocab] beyond the k best or the least set of probability p, not the best; limits [rows, 1]."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= top_k, _MINUS_INFINITY)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), _MINUS_INFINITY)
-    return torch.empty_like(logits).scatter_(-1, order, ordered)
-
-
-def _seed_of(seed: int, position: int) -> int:
-    """A seed for one position of an output; hashed, since neighbouring seeds must not give related numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {position}".encode()).digest()[:4])

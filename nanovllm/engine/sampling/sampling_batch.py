@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, abc
-from collections.abc import Collection
+from collections import abc
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.layers.device_copy import to_device, together
+from nanovllm.engine.layers.device_copy import move, to_device, together
 from nanovllm.engine.scheduling.sequence import Sequence
 
 _MIN_TEMPERATURE = 1e-5  # below it only the best token is left, and float32 would overflow
@@ -27,13 +27,18 @@ class TokenValues:
 
 @dataclass(frozen=True)
 class RandomRows:
-    """The rows that are not greedy, and their parameters [rows, 1]; None where no row has such a parameter."""
+    """The rows that are not greedy, and how a token is drawn from each.
 
-    rows: Tensor | None  # None: all rows of the batch
-    temperatures: Tensor
-    min_p: Tensor | None
-    top_k_p: tuple[Tensor, Tensor] | None  # [rows, 1] each; without one, the vocabulary's size and 2
-    seeds: tuple[tuple[int, int] | None, ...]  # the seed, and the position in the output
+    Attributes:
+        rows: their places in the batch, int64 [rows].
+        limits: the inverse of the temperature, ``min_p`` and ``top_p``, float32 [rows, 3]; 0 and 2 where there is none.
+        keys: a seed, the position in its sequence of draws, and ``top_k``, int64 [rows, 3]; the vocabulary's size where
+            there is no ``top_k``.
+    """
+
+    rows: Tensor
+    limits: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,72 +52,78 @@ class SamplingBatch:
     random: RandomRows | None
 
     @classmethod
-    def prepare(cls, sequences: abc.Sequence[Sequence], vocab_size: int, device: torch.device) -> Self:
-        """Collect the parameters of ``sequences``, one for each row of logits."""
+    def prepare(
+        cls, sequences: abc.Sequence[Sequence], vocab_size: int, device: torch.device, generator: torch.Generator
+    ) -> Self:
+        """Collect the parameters of ``sequences``, one for each row of logits; keys without a seed are drawn."""
         forbidden, biases, repetition, output = (_Collector() for _ in range(4))
         for row, sequence in enumerate(sequences):
             params = sequence.sampling
             if sequence.bad_words or params.min_tokens:
-                tokens = _forbidden_tokens(sequence)
-                forbidden.add(row, tokens, [0.0] * len(tokens))
+                tokens = np.array([*_forbidden_tokens(sequence)], np.int64)
+                forbidden.add(row, tokens, np.zeros(len(tokens)))
             if params.logit_bias:
-                biases.add(row, params.logit_bias.keys(), params.logit_bias.values())
+                biases.add(row, np.array([*params.logit_bias]), np.array([*params.logit_bias.values()]))
+            if params.repetition_penalty == 1.0 and not (params.presence_penalty or params.frequency_penalty):
+                continue
+            tokens, counts = sequence.count_tokens().arrays()
             if params.repetition_penalty != 1.0:  # over prompt and output (Keskar et al. 2019)
-                # An image token may lie beyond the vocabulary.
-                known = [token for token in set(sequence.token_ids) if token < vocab_size]
-                repetition.add(row, known, [params.repetition_penalty] * len(known))
+                known = tokens[tokens < vocab_size]  # an image token may lie beyond the vocabulary
+                repetition.add(row, known, np.full(len(known), params.repetition_penalty))
             if params.presence_penalty or params.frequency_penalty:
-                counts = Counter(sequence.output_token_ids)
-                penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-                output.add(row, counts.keys(), penalties)
+                is_written = counts > 0
+                penalties = params.presence_penalty + params.frequency_penalty * counts[is_written]
+                output.add(row, tokens[is_written], penalties)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         return cls(
             forbidden.to_device(device),
             biases.to_device(device),
             repetition.to_device(device),
             output.to_device(device),
-            _random_rows(sequences, random, vocab_size, device) if random else None,
+            _random_rows(sequences, random, vocab_size, device, generator) if random else None,
         )
 
 
 class _Collector:
     def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._tokens: list[int] = []
-        self._values: list[float] = []
+        self._rows: list[np.ndarray] = []
+        self._tokens: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
 
-    def add(self, row: int, tokens: Collection[int], values: Collection[float]) -> None:
-        self._rows += [row] * len(tokens)
-        self._tokens += tokens
-        self._values += values
+    def add(self, row: int, tokens: np.ndarray, values: np.ndarray) -> None:
+        if len(tokens):
+            self._rows.append(np.full(len(tokens), row))
+            self._tokens.append(tokens)
+            self._values.append(values)
 
     def to_device(self, device: torch.device) -> TokenValues | None:
         if not self._rows:
             return None
-        rows, tokens = together([self._rows, self._tokens], device)
-        return TokenValues(rows, tokens, to_device(self._values, device, torch.float32))
+        places = torch.from_numpy(np.stack([np.concatenate(self._rows), np.concatenate(self._tokens)]))
+        rows, tokens = move(places, device)
+        values = torch.from_numpy(np.concatenate(self._values).astype(np.float32))
+        return TokenValues(rows, tokens, move(values, device))
 
 
 def _random_rows(
-    sequences: abc.Sequence[Sequence], random: list[int], vocab_size: int, device: torch.device
+    sequences: abc.Sequence[Sequence],
+    random: list[int],
+    vocab_size: int,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> RandomRows:
     chosen = [sequences[row] for row in random]
-    params = [sequence.sampling for sequence in chosen]
-    columns: list[list[float]] = [
-        [max(param.temperature, _MIN_TEMPERATURE) for param in params],
-        [param.min_p for param in params],
-        [min(param.top_k, vocab_size) if param.top_k > 0 else vocab_size for param in params],
-        [param.top_p if param.top_p < 1.0 else 2.0 for param in params],  # rounding may sum to more than one
-    ]
-    flat = to_device([value for column in columns for value in column], device, torch.float32)
-    temperatures, min_p, top_k, top_p = flat.view(len(columns), -1, 1).unbind()
-    return RandomRows(
-        rows=to_device(random, device, torch.int64) if len(random) < len(sequences) else None,
-        temperatures=temperatures,
-        min_p=min_p if any(param.min_p > 0.0 for param in params) else None,
-        top_k_p=(top_k, top_p) if any(param.top_k > 0 or param.top_p < 1.0 for param in params) else None,
-        seeds=tuple(None if one.seed is None else (one.seed, one.num_output_tokens) for one in chosen),
-    )
+    limits: list[float] = []
+    keys: list[int] = []
+    drawn = iter(torch.randint(2**63 - 1, (len(chosen),), generator=generator).tolist())  # for those without a seed
+    for sequence, other in zip(chosen, drawn, strict=True):
+        params, seed = sequence.sampling, sequence.seed
+        limits += (1 / max(params.temperature, _MIN_TEMPERATURE), params.min_p)
+        limits.append(params.top_p if params.top_p < 1.0 else 2.0)  # rounding may sum to more than one
+        keys += (other, 0) if seed is None else (seed, sequence.num_output_tokens)
+        keys.append(min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size)
+    rows, flat = together([random, keys], device)
+    return RandomRows(rows, to_device(limits, device, torch.float32).view(-1, 3), flat.view(-1, 3))
 
 
 def _forbidden_tokens(sequence: Sequence) -> set[int]:

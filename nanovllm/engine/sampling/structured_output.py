@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.engine import kernels
+
 _MINUS_INFINITY = float("-inf")
 _BITS = 32
 
@@ -139,6 +141,9 @@ class TokenMasks:
 
 def forbid_masked(logits: Tensor, masks: Tensor) -> None:
     """Set the logits [rows, vocab] whose bit in ``masks`` [rows, words] is 0 to minus infinity, in place."""
+    if logits.is_cpu and logits.is_contiguous() and kernels.missing() is None:
+        torch.ops.nanovllm.forbid_masked(logits, masks)
+        return
     bits = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
     allowed = (masks.to(logits.device).unsqueeze(-1) >> bits) & 1
     logits.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, _MINUS_INFINITY)

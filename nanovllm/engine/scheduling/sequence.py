@@ -17,6 +17,8 @@ from enum import Enum
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.scheduling.token_counts import TokenCounts
+
 if TYPE_CHECKING:
     import torch
 
@@ -130,6 +132,7 @@ class Sequence:
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)
+    _token_counts: TokenCounts | None = None
 
     @property
     def seed(self) -> int | None:
@@ -179,7 +182,14 @@ class Sequence:
             return self
         other = copy.copy(self)
         other.token_ids = [*self.token_ids, *drafts]
+        if self._token_counts is not None:
+            other._token_counts = self._token_counts.copy()
         return other
+
+    def count_tokens(self) -> TokenCounts:
+        """Its distinct tokens, and how often each is in its output, by now."""
+        self._token_counts = self._token_counts or TokenCounts()
+        return self._token_counts.update(self.token_ids, self.num_prompt_tokens)
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """The chained hashes of all blocks that are full of known tokens, computed once each.

@@ -145,6 +145,13 @@ class PromptEncoder:
         self._check_length([piece for turn in turns for piece in turn.pieces], self._plain_backend)
         return self._render(turns, chat_template_kwargs)
 
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` that has at most so many tokens, as plain text; whole characters."""
+        text = text[: CHARS_PER_TOKEN * max_tokens]
+        _check_unicode(text)
+        offsets = self._plain_backend.encode_batch([text], add_special_tokens=False)[0].offsets
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]]
+
     def _check_length(self, pieces: Sequence[Piece], backend: Tokenizer) -> None:
         """Refuse what is too long for certain, before anything is encoded; PromptTooLong.
 
@@ -370,10 +377,15 @@ class PromptEncoder:
 
 
 def _encode(text: str, backend: Tokenizer) -> list[int]:
-    """The tokens of ``text``; InvalidInput when it holds half of a surrogate pair, which no tokenizer takes."""
+    """The tokens of ``text``. Raises InvalidInput as `_check_unicode`."""
+    _check_unicode(text)
+    # `Tokenizer.encode` holds the GIL throughout, and computes offsets.
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _check_unicode(text: str) -> None:
+    """Raise InvalidInput where ``text`` holds half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidInput("the text holds half of a surrogate pair: it is no valid Unicode") from None
-    # `Tokenizer.encode` holds the GIL throughout, and computes offsets.
-    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

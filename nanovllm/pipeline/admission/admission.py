@@ -185,6 +185,12 @@ class Reservation:
         if reserved is not None:
             self._admission._give_back(self._use, reserved, reservations=1)
 
+    def hold(self, nbytes: int) -> None:
+        """Count ``nbytes`` of output, which are in memory already and cannot wait, until the job has ended."""
+        if not self._is_released:
+            self._record_bytes += nbytes
+            self._admission._take(self._use, nbytes)
+
     def resize(self, nbytes: int) -> None:
         """Change the reserved bytes to ``nbytes``: less gives bytes back, more is in memory already and cannot wait."""
         if self._reserved_bytes is None or self._is_released:

@@ -12,6 +12,7 @@ from datetime import datetime
 from functools import reduce
 from typing import Any
 
+from nanovllm.engine.backends.base import beginning_by_chars
 from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ConfigurationError, PagesFailed, TooManyPages, counted
 from nanovllm.messages.base import Source
@@ -29,8 +30,10 @@ from nanovllm.messages.result import ModelUse, TokenUsage, result_id_for
 from nanovllm.pipeline.documents.evidence import PageTexts, with_evidence
 from nanovllm.pipeline.documents.group_answers import Fits, GroupReader
 from nanovllm.pipeline.documents.merging import MergedPages, merge_pages, merged_fields, merged_schema
-from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader
+from nanovllm.pipeline.documents.model_profile import NO_MODEL_PROFILE
+from nanovllm.pipeline.documents.page_answers import Beginning, PageAnswer, PageReader
 from nanovllm.pipeline.documents.page_outputs import NO_TOKENS, Ask, added
+from nanovllm.pipeline.documents.page_task import PageTask, page_task
 from nanovllm.pipeline.documents.suspicious import suspicious_spans
 from nanovllm.pipeline.documents.validation import SchemaValidator
 from nanovllm.sampling_params import SamplingParams
@@ -63,8 +66,11 @@ class Extraction:
     Args:
         defaults: sampling parameters where the route has none.
         worker: id that the records carry.
+        task: what the route asks for; None: of a model without a profile.
         pages_at_once: most requests for pages of one document at once.
         fits: the engine's; needed for ``pages.request: document`` alone.
+        logprobs: whether the engine gives log probabilities, of which fields have theirs.
+        beginning: the engine's, of a text with so many tokens.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be validated against.
@@ -79,15 +85,19 @@ class Extraction:
         defaults: SamplingParams,
         *,
         worker: str,
+        task: PageTask | None = None,
         pages_at_once: int = 4,
         fits: Fits | None = None,
+        logprobs: bool = True,
+        beginning: Beginning = beginning_by_chars,
     ) -> None:
         self._route = route
         self._decoders = decoders
+        task = page_task(route, NO_MODEL_PROFILE) if task is None else task
         if route.pages.request == "page":
-            self._reader = PageReader(route, decoders, defaults)
+            self._reader = PageReader(route, decoders, defaults, task, logprobs=logprobs, beginning=beginning)
         elif fits is not None:
-            self._reader = GroupReader(route, decoders, defaults, fits)
+            self._reader = GroupReader(route, decoders, defaults, task, fits, logprobs=logprobs, beginning=beginning)
         else:
             raise ConfigurationError(f"route {route.name}: pages.request document: what the engine takes is not known")
         self._model = ModelUse(**asdict(model))
@@ -98,11 +108,18 @@ class Extraction:
         self._validator = None if self._schema is None else SchemaValidator(self._schema)
 
     async def __call__(
-        self, data: bytes, source: DocumentSource, ask: Ask, *, tenant: str = "", record: Source | None = None
+        self,
+        data: bytes,
+        source: DocumentSource,
+        ask: Ask,
+        *,
+        tenant: str = "",
+        record: Source | None = None,
+        fetched_s: float = 0.0,
     ) -> DocumentRecord:
         """The record of a document whose bytes are ``data`` and whose pages ``ask`` is asked for.
 
-        ``record`` is the Kafka record that asked for it.
+        ``record`` is the Kafka record that asked for it, ``fetched_s`` the seconds in which its bytes were read.
 
         Raises:
             InvalidDocument, DocumentEncrypted, DocumentTooLarge, TooManyPages: no page can be read.
@@ -148,7 +165,10 @@ class Extraction:
             model=self._model,
             usage=_usage(answers),
             timings_ms=DocumentTimings(
-                **_spent(answers), merge=1_000 * (ended - merging), total=1_000 * (ended - began)
+                **_spent(answers),
+                fetch=1_000 * fetched_s,
+                merge=1_000 * (ended - merging),
+                total=1_000 * (ended - began),
             ),
             source=record,
             worker=self._worker,
@@ -232,6 +252,7 @@ def _page_use(answer: PageAnswer, suspicious: tuple[SuspiciousSpan, ...]) -> Pag
         tokens=answer.tokens,
         stop=answer.stop,
         reused=answer.is_reused,
+        unparsed=answer.is_unparsed,
         suspicious_text=suspicious,
     )
 

@@ -20,8 +20,9 @@ from nanovllm.engine.backends.base import Request
 from nanovllm.errors import NanoVLLMError, PromptTooLong
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.result import TokenUsage
-from nanovllm.pipeline.documents.page_answers import PageAnswer, PageReader, PageWork, failed_page
+from nanovllm.pipeline.documents.page_answers import Beginning, PageAnswer, PageReader, PageWork, failed_page
 from nanovllm.pipeline.documents.page_outputs import Ask, added
+from nanovllm.pipeline.documents.page_task import PageTask
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import LadderStep, Route
 from nanovllm.vision.documents.pages import DocumentInfo
@@ -46,14 +47,26 @@ class GroupReader(PageReader):
 
     Args:
         defaults: sampling parameters where the route has none.
+        task: what the route asks for.
         fits: of the engine that is asked.
+        logprobs, beginning: as in `PageReader`.
 
     Raises:
         UnsupportedConstraint: the route's schema cannot be asked for in parts.
     """
 
-    def __init__(self, route: Route, decoders: DecoderPool, defaults: SamplingParams, fits: Fits) -> None:
-        super().__init__(route, decoders, defaults)
+    def __init__(
+        self,
+        route: Route,
+        decoders: DecoderPool,
+        defaults: SamplingParams,
+        task: PageTask,
+        fits: Fits,
+        *,
+        logprobs: bool,
+        beginning: Beginning,
+    ) -> None:
+        super().__init__(route, decoders, defaults, task, logprobs=logprobs, beginning=beginning)
         self._fits = fits
         self._steps = (LadderStep(), *route.ladder)
 
@@ -184,12 +197,18 @@ class GroupReader(PageReader):
             answer = await self._attempt(request, self._prompt_of(pages), _images(pages), step)
         finally:
             _share(request, pages)
-        other = replace(answer, asked_with=first.number, text="", has_value=False, value=None, fields={})
+        other = replace(
+            answer, asked_with=first.number, text="", is_unparsed=False, has_value=False, value=None, fields={}
+        )
         return [answer, *(replace(other, number=page.number) for page in pages[1:])]
 
     async def _takes(self, pages: Sequence[_Page], step: LadderStep) -> bool:
-        sampling = self._sampling(self._schemas[0], step)
-        return await self._fits(Request("fits", self._prompt_of(pages), images=_images(pages), sampling=sampling))
+        schema = self._schemas[0]
+        prompt, variables = self._task.for_schema(self._prompt_of(pages), schema)
+        sampling = self._sampling(schema, step)
+        return await self._fits(
+            Request("fits", prompt, images=_images(pages), sampling=sampling, chat_template_kwargs=variables or None)
+        )
 
     def _prompt_of(self, pages: Sequence[_Page]) -> str:
         """The prompt of a request for ``pages``: of one alone that of every route, byte by byte.
@@ -200,8 +219,8 @@ class GroupReader(PageReader):
             return self._prompt(pages[0])
         texts = [self._own_text(page) for page in pages]
         if not any(texts):
-            return self._route.prompt_of(len(_images(pages)))
-        parts = [self._route.prompt_of(0).strip(), TEXTS_ARE_DATA]
+            return self._task.prompt_of(len(_images(pages)))
+        parts = [self._task.prompt_of(0).strip(), TEXTS_ARE_DATA]
         for page, text in zip(pages, texts, strict=True):
             picture = "" if page.image is None else IMAGE_PLACEHOLDER
             parts += [part for part in (f"Page {page.number}:", picture, text) if part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from nanovllm.engine.outputs import ModelInfo, RequestOutput
 from nanovllm.messages.base import FinishReason
@@ -19,11 +20,15 @@ NO_TOKENS = TokenUsage(input_tokens=0, output_tokens=0)
 
 @dataclass(frozen=True)
 class PageRequest:
-    """One request for a page; ``images`` are empty where its text layer stands in place of its picture."""
+    """One request for a page; ``images`` are empty where its text layer stands in place of its picture.
+
+    ``chat_template_kwargs`` are variables of the chat template, whose values are trusted.
+    """
 
     prompt: str
     images: tuple[PreparedImage, ...]
     sampling: SamplingParams
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class PageOutput:
         first = output.outputs[0] if output.outputs else None
         if first is not None and first.text_ends is not None and first.logprobs is not None:
             pieces = pieces_of(first.text, first.text_ends)
-            taken = zip(first.token_ids, first.logprobs, strict=True)
-            logprobs = [place[token].logprob if token in place else None for token, place in taken]
+            # The token taken is the first of each position; servers do not say every token's id.
+            logprobs = [next(iter(place.values())).logprob if place else None for place in first.logprobs]
         times, usage = output.timings, TokenUsage(**output.usage)
         return cls(
             output.text,
@@ -106,14 +111,18 @@ Ask = Callable[[PageRequest], Awaitable[PageOutput]]
 class KeepOutputs:
     """Asks for what the page store does not have, and keeps outputs that ended by themselves.
 
-    What decides an output is its key: the picture's digest, the prompt with whatever text it holds, all sampling
-    parameters, the schema, and the model. A seed is one of them: an output that was drawn once stays.
+    What decides an output is its key: the picture's digest, the prompt with whatever text it holds, variables of the
+    chat template, all sampling parameters, the schema, the model and the engine's options. A seed is one of them: an
+    output that was drawn once stays.
     """
 
-    def __init__(self, ask: Ask, store: PageStore, model: ModelInfo, *, tenant: str = "") -> None:
+    def __init__(
+        self, ask: Ask, store: PageStore, model: ModelInfo, options: Mapping[str, Any], *, tenant: str = ""
+    ) -> None:
+        """``options``: the engine's ``output_options``."""
         self._ask = ask
         self._store = store
-        self._model = asdict(model)
+        self._model = {**asdict(model), "options": options}
         self._tenant = tenant
 
     async def __call__(self, request: PageRequest) -> PageOutput:
@@ -136,6 +145,8 @@ class KeepOutputs:
     def _key(self, request: PageRequest) -> PageKey:
         sampling = request.sampling.model_dump(mode="json")
         schema = sampling.pop("json_schema")
+        if request.chat_template_kwargs:
+            sampling["chat_template_kwargs"] = dict(request.chat_template_kwargs)
         return PageKey(
             page_digest="".join(image.digest.hex() for image in request.images),
             model=self._model,

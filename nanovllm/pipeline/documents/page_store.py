@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -42,7 +42,7 @@ class PageKey:
 
     Attributes:
         page_digest: of the rendered page's pixels.
-        model: revision and parameters (dtype, quantization, tokens of an image) of the model.
+        model: revision of the model, and the engine's options that decide outputs (dtype, quantization, transform).
         prompt: as the model gets it, with the words of the text layer where it has them.
         sampling: all parameters, defaults included.
         response_schema: the constraint, as JSON; None: none.
@@ -145,12 +145,6 @@ class PageStore:
         elif payload is not None:
             self.counts.hits += 1
         return payload
-
-    async def get_many(self, keys: Iterable[PageKey]) -> dict[PageKey, bytes]:
-        """The finished pages among ``keys``; raises as ``get``."""
-        wanted = list(dict.fromkeys(keys))
-        found = await asyncio.gather(*map(self.get, wanted))
-        return {key: payload for key, payload in zip(wanted, found, strict=True) if payload is not None}
 
     async def put(self, key: PageKey, payload: bytes) -> bytes:
         """Keep a finished page and return the one that is kept: that of the first writer, for all to go on with.

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from nanovllm.objects.versions import lasting_version
+
 Kind = Literal["created", "removed", "test", "other"]
 Dialect = Literal["aws", "eventbridge", "minio", "ceph", "versity", "other"]
 
 CLOCK_SKEW_NS = 10**9
 """Two events that the clocks of two nodes put closer together than this have no order."""
-NULL_VERSION = "null"
-"""The version of objects that are written while versioning is suspended: it is overwritten like one without."""
 
 _HEX = re.compile(r"[0-9A-Fa-f]{1,64}")
 _NS_IN_S = 10**9
@@ -49,8 +49,8 @@ class ObjectEvent:
     @property
     def identity(self) -> tuple[str, str, str | None, str | None]:
         """What two deliveries of one event share: bucket, key, version or ETag, sequencer."""
-        is_lasting = self.version_id not in (None, NULL_VERSION)
-        return self.bucket, self.key, self.version_id if is_lasting else self.etag, self.sequencer
+        version = lasting_version(self.version_id)
+        return self.bucket, self.key, self.etag if version is None else version, self.sequencer
 
 
 def is_newer(event: ObjectEvent, other: ObjectEvent) -> bool | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -84,11 +85,15 @@ class WrittenObjects:
 
 @dataclass(frozen=True)
 class Routes:
-    """The routes of a file. No two take the same object, and none takes what one of them writes."""
+    """The routes of a file. No two take the same object, and none takes what one of them writes.
+
+    ``refusals``: what of the file does not hold (`read_routes`); routes that are malformed are none of ``entries``.
+    """
 
     entries: tuple[RouteEntry, ...]
     page_store: str | None
     source: LocatedYaml
+    refusals: tuple[str, ...] = ()
 
     def route_of(self, bucket: str, key: str, content_type: str | None = None, size: int | None = None) -> Route | None:
         """The route that takes this object. None is not known, and meets no condition on it (``needs_head``)."""
@@ -122,31 +127,54 @@ class Routes:
 
 
 def load_routes(path: Path) -> Routes:
-    """The routes of a YAML file, with those of its ``defaults`` that a route leaves unset.
+    """The routes of a file, as `read_routes`. Raises InvalidRoutes: whatever is wrong, each with file and line."""
+    routes = read_routes(path)
+    if routes.refusals:
+        raise InvalidRoutes(routes.refusals)
+    return routes
+
+
+def read_routes(path: Path) -> Routes:
+    """The routes of a YAML file, with those of its ``defaults`` that a route leaves unset, and all that is wrong.
 
     Files that it names (``prompt_file``, ``response_schema_file``) are relative to it. Nothing else decides what the
-    routes are: no variable of the environment.
+    routes are: no variable of the environment. Malformed routes are left out, and the others held against one another.
 
     Raises:
-        InvalidRoutes: whatever is wrong, each with file and line.
+        InvalidRoutes: the file cannot be read, or no route of it is well formed.
     """
     located = read_yaml(path)
     if not isinstance(located.value, dict):
         raise InvalidRoutes([located.refusal((), "holds no mapping with routes")])
     _put_defaults(located)
-    _read_files(located, path.parent)
+    unread = _read_files(located, path.parent)
+    page_store, well_formed, malformed = _validated(located, unread)
+    refusals = [*dict.fromkeys(refusal for found in unread.values() for refusal in found), *malformed]
+    if not well_formed:
+        raise InvalidRoutes(refusals)
+    entries = tuple(
+        RouteEntry(route, ("routes", number), located.line_of(("routes", number)))
+        for number, route in well_formed.items()
+    )
+    routes = Routes(entries, page_store, located)
+    refusals += [*_double_names(routes), *overlaps(routes), *loops(routes), *double_writes(routes)]
+    return replace(routes, refusals=tuple(refusals))
+
+
+def _validated(located: LocatedYaml, unread: Collection[int]) -> tuple[str | None, dict[int, Route], list[str]]:
+    """The page store, the well-formed routes by number, and what is wrong with the others but ``unread``."""
     try:
         file = RoutesFile.model_validate(located.value)
     except ValidationError as error:
-        raise InvalidRoutes(_errors(located, error)) from None
-    entries = tuple(
-        RouteEntry(route, ("routes", number), located.line_of(("routes", number)))
-        for number, route in enumerate(file.routes)
-    )
-    routes = Routes(entries, file.page_store, located)
-    if refusals := [*_double_names(routes), *overlaps(routes), *loops(routes), *double_writes(routes)]:
-        raise InvalidRoutes(refusals)
-    return routes
+        places = [item["loc"] for item in error.errors(include_url=False, include_input=False, include_context=False)]
+        refusals = list(_errors(located, error, unread))
+        if any(place[:1] == ("routes",) and len(place) == 1 for place in places):
+            return None, {}, refusals
+        bad = {place[1] for place in places if len(place) > 1} | set(unread)
+        good = {number: route for number, route in enumerate(located.value["routes"]) if number not in bad}
+        page_store = None if ("page_store",) in places else located.value.get("page_store")
+        return page_store, {number: Route.model_validate(route) for number, route in good.items()}, refusals
+    return file.page_store, {n: route for n, route in enumerate(file.routes) if n not in unread}, []
 
 
 def overlaps(routes: Routes) -> Iterator[str]:
@@ -240,11 +268,13 @@ def _double_names(routes: Routes) -> Iterator[str]:
             yield routes.refusal(entry, f"the name is that of the route in line {line}", "name")
 
 
-def _errors(located: LocatedYaml, error: ValidationError) -> Iterable[str]:
-    """What pydantic found, a line each; a mistake in the defaults once."""
+def _errors(located: LocatedYaml, error: ValidationError, unread: Collection[int]) -> Iterable[str]:
+    """What pydantic found, a line each; a mistake in the defaults once, and none in routes that are ``unread``."""
     found: dict[str, None] = {}
     for item in first_errors(error)[0]:
         place = item["loc"]
+        if place[:1] == ("routes",) and len(place) > 1 and place[1] in unread:
+            continue
         name = _route_name(located, place)
         inner = place[2:] if name else place
         line = located.line_of(place)
@@ -294,9 +324,10 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_files(located: LocatedYaml, directory: Path) -> None:
-    """Put the files that routes name in the place of their names."""
-    routes, refusals = located.value.get("routes"), []
+def _read_files(located: LocatedYaml, directory: Path) -> dict[int, list[str]]:
+    """Put the files that routes name in the place of their names; returns refusals, by number of the route."""
+    routes = located.value.get("routes")
+    found: defaultdict[int, list[str]] = defaultdict(list)
     for number, route in enumerate(routes if isinstance(routes, list) else ()):
         for name, field in _FILES.items():
             if not isinstance(route, dict) or name not in route:
@@ -304,6 +335,7 @@ def _read_files(located: LocatedYaml, directory: Path) -> None:
             place = ("routes", number, name)
             path = route.pop(name)
             located.lines["routes", number, field] = located.line_of(place)
+            refusals = found[number]
             if field in route:
                 refusals.append(located.refusal(place, f"{name} and {field} exclude each other"))
             elif not isinstance(path, str):
@@ -319,5 +351,4 @@ def _read_files(located: LocatedYaml, directory: Path) -> None:
                 except (OSError, UnicodeDecodeError, RecursionError) as error:
                     why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
                     refusals.append(located.refusal(place, f"{path} cannot be read: {why}"))
-    if refusals:
-        raise InvalidRoutes(dict.fromkeys(refusals))
+    return {number: refusals for number, refusals in found.items() if refusals}

@@ -37,9 +37,10 @@ class AdmittedJob:
 
 @dataclass(eq=False)
 class Admit:
-    """Admits jobs. ``lanes``: the priority of each topic."""
+    """Admits jobs. ``defaults``: sampling where a job says nothing; ``lanes``: the priority of each topic."""
 
     settings: Settings
+    defaults: SamplingParams
     _: KW_ONLY
     engine: EngineBackend
     fetcher: ObjectFetcher
@@ -56,7 +57,7 @@ class Admit:
         with context.progress.stage("admit"):
             job.check_template_kwargs(self.settings.engine.job_chat_template_kwargs)
             limit = self.settings.admission.max_tokens
-            sampling = job.sampling_params(sampling_defaults(self.settings, self.engine.generation_defaults), limit)
+            sampling = job.sampling_params(self.defaults, limit)
             tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
             queued = await self.queue(tokens, job.priority, context, reservation)
             refs = job.image_refs()
@@ -114,10 +115,13 @@ class AfterKeyTurn:
         return await self.admit(job, context, reservation)
 
 
-def sampling_defaults(settings: Settings, of_checkpoint: Mapping[str, Any]) -> SamplingParams:
-    """What counts where a job says nothing: ``settings.sampling``, and the checkpoint's where that is unset."""
+def sampling_defaults(
+    settings: Settings, of_checkpoint: Mapping[str, Any], of_profile: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """What counts where a job says nothing: ``settings.sampling``; what is unset there by profile, then checkpoint."""
     own = settings.sampling
-    unset = {name: value for name, value in of_checkpoint.items() if name not in own.model_fields_set}
+    below = {**of_checkpoint, **(of_profile or {})}
+    unset = {name: value for name, value in below.items() if name not in own.model_fields_set}
     if "max_tokens" in unset:
         unset["max_tokens"] = min(unset["max_tokens"], settings.admission.max_tokens)
     return own.model_copy(update=unset)

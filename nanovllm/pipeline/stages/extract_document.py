@@ -18,7 +18,6 @@ from nanovllm.pipeline.stages.admit import Admit, AdmittedJob
 from nanovllm.pipeline.stages.infer import Infer
 from nanovllm.pipeline.stages.observe import observe_inference
 from nanovllm.pipeline.stages.route_event import RoutedEvent
-from nanovllm.sampling_params import SamplingParams
 
 ExtractRouted = Callable[[RoutedEvent, FetchedImage, AdmittedJob], Awaitable[DocumentRecord]]
 
@@ -26,9 +25,8 @@ ExtractRouted = Callable[[RoutedEvent, FetchedImage, AdmittedJob], Awaitable[Doc
 class AdmitEvent:
     """Admits events: their place in the engine queue is the route's, and what they use is charged page by page."""
 
-    def __init__(self, admit: Admit, defaults: SamplingParams) -> None:
+    def __init__(self, admit: Admit) -> None:
         self._admit = admit
-        self._defaults = defaults
 
     async def __call__(self, routed: RoutedEvent, reservation: Reservation) -> AdmittedJob:
         """Wait until the tenant has paid back what its earlier documents have used."""
@@ -37,7 +35,7 @@ class AdmitEvent:
             queued = await self._admit.queue(0, routed.route.priority, context, reservation)
         refs = (routed.ref,)
         return AdmittedJob(
-            context, reservation, queued, self._defaults, refs, reuses_images=False, reuses_responses=False
+            context, reservation, queued, self._admit.defaults, refs, reuses_images=False, reuses_responses=False
         )
 
 
@@ -63,6 +61,7 @@ class AskEngine:
             sampling=sampling,
             priority=queued.engine_priority,
             cache_salt=context.salt,
+            chat_template_kwargs=request.chat_template_kwargs or None,
         )
         inference = await self.infer(asked, replace(self.admitted, queued=queued, sampling=sampling))
         observe_inference(self.metrics, inference.output)
@@ -99,11 +98,14 @@ class ExtractDocument:
             # As the other caches: tenants share pages where tenants.share_caches says so.
             ask = self._store(ask, context.salt.decode())
         with context.progress.stage("infer"):
-            record = await self._extractions[routed.route.name](
-                document.data, routed.source, ask, tenant=context.tenant, record=context.origin.source
+            return await self._extractions[routed.route.name](
+                document.data,
+                routed.source,
+                ask,
+                tenant=context.tenant,
+                record=context.origin.source,
+                fetched_s=context.progress.seconds.get("fetch", 0.0),
             )
-        fetched_ms = 1_000 * context.progress.seconds.get("fetch", 0.0)
-        return record.model_copy(update={"timings_ms": record.timings_ms.model_copy(update={"fetch": fetched_ms})})
 
 
 class GuardDocuments:

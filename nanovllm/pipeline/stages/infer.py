@@ -1,7 +1,7 @@
 """The infer stage: the engine's output for a request. What is optional wraps it: response cache, crash guard.
 
-The wrappers from the outside: ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``, ``AwaitServers``,
-``CallEngine``.
+The wrappers from the outside: ``TimeStage``, ``MeterTokens``, ``ReuseResponses``, ``WaitForSlot``, ``GuardCrashes``,
+``AwaitServers``, ``CallEngine``.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ReuseResponses:
 
 
 class MeterTokens:
-    """Times the stage, and charges the tenant for the tokens that were computed in place of admission's estimate."""
+    """Charges the tenant for the tokens that were computed in place of admission's estimate."""
 
     def __init__(self, infer: Infer, queue: EngineQueue, rates: TokenRates) -> None:
         self._infer = infer
@@ -163,11 +163,22 @@ class MeterTokens:
 
     async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``."""
+        inference = await self._infer(request, admitted)
+        queued, used = admitted.queued, 0
+        if inference.reused is None:
+            used = inference.output.usage.input_tokens + inference.output.usage.output_tokens
+            self._queue.settle(queued, used)
+        self._rates.charge(queued.tenant, used - queued.tokens)
+        return inference
+
+
+class TimeStage:
+    """Times the stage of a job; the pages of a document run together, and the document has its own time."""
+
+    def __init__(self, infer: Infer) -> None:
+        self._infer = infer
+
+    async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
+        """As ``infer``."""
         with admitted.context.progress.stage("infer"):
-            inference = await self._infer(request, admitted)
-            queued, used = admitted.queued, 0
-            if inference.reused is None:
-                used = inference.output.usage.input_tokens + inference.output.usage.output_tokens
-                self._queue.settle(queued, used)
-            self._rates.charge(queued.tenant, used - queued.tokens)
-            return inference
+            return await self._infer(request, admitted)

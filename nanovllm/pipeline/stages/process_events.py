@@ -51,6 +51,8 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
             context = replace(context, record=alone, progress=replace(context.progress, seconds={}))
         ended.append(await _process_event(event, context, reservation, stages, jobs))
         reservation.give_bytes_back()
+        # As bytes for Kafka, and about as much as the document's record.
+        reservation.hold(2 * sum(record.size_bytes for record in ended[-1][0].records))
     published = await stages.publish(ended, reservation)
     received.context.record.complete()
     for outcome, context in published:

@@ -11,9 +11,10 @@ from nanovllm.errors import InvalidEvent, ObjectNotFound
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.validation import describe_errors
 from nanovllm.objects.fetch import ObjectHead
+from nanovllm.objects.versions import lasting_version
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.documents.extraction import DocumentSource
-from nanovllm.pipeline.events.event import NULL_VERSION, ObjectEvent
+from nanovllm.pipeline.events.event import ObjectEvent
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds, WatchedFetcher
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.ask_store import AskStore
@@ -69,8 +70,7 @@ class RouteEvent:
         candidates = self._routes.candidates(event.bucket, event.key)
         if not candidates:
             raise EventSkippedError("no_route")
-        version_id = None if event.version_id == NULL_VERSION else event.version_id
-        ref = _ref(f"s3://{event.bucket}/{event.key}", version_id, event.etag)
+        ref = _ref(f"s3://{event.bucket}/{event.key}", lasting_version(event.version_id), event.etag)
         with context.progress.stage("admit"):
             head = await self._asked(ref, context, reservation)
         route: Route | None

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from nanovllm.errors import InvalidImage, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, ImageLayout, tower_fields
 from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
-from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+from nanovllm.vision.images.preprocess import AS_DECODED, PreparedImage
 
 _KNOWN_SIZES = 4096  # whose layouts are kept
 _USUAL_SIDE = 1024  # pixels of the square that tells how many tokens an image takes
-AS_DECODED = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
-"""Of images that go to a processor of transformers: nothing is done to them."""
 _MAX_WAITING_BYTES = 512 << 20  # of images that are preprocessed and wait for the tower
 _TEXT_BEFORE = 2  # tokens, where positions are learnt
 

@@ -52,6 +52,8 @@ class OneImageProcessor:
             changed = self._changed_prompt(max_images)
         except Exception as error:  # a family's processor raises whatever it likes
             why = str(error) if isinstance(error, InvalidImage) else _in_words(error)
+            if "trust_remote_code" in str(error):
+                why = "its processor is code of the checkpoint, which is never run"
             raise UnsupportedModel(f"images of {self._name!r} cannot be processed here: {why}; {_REMEDY}") from error
         if changed is not None:
             remedy = "max_images_per_request=1 allows one" if changed.count(self._token) > 1 else _REMEDY

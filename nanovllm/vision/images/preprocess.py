@@ -234,6 +234,10 @@ class ImageTransform:
         return _with_longest_edge(height, width, self.size[0], self.size[1])
 
 
+AS_DECODED = ImageTransform(resize=None, crop=None, rescale_factor=None, mean=None, std=None)
+"""Of images that go to a processor of transformers or vLLM: nothing is done to them."""
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
     """Preprocessed image, or its embedding. Compared by identity; equal pictures have equal digests.

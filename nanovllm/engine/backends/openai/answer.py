@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, message_in, request_fault
+from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES
+from nanovllm.engine.backends.openai.faults import (
+    EndpointFault,
+    fault_in_words,
+    fault_of_answer,
+    message_in,
+    request_fault,
+)
 from nanovllm.engine.outputs import Completion, FinishReason, Logprob, TokenChunk, TokenLogprobs, Usage
 from nanovllm.errors import AnswerWithheld
+from nanovllm.sampling_params import SamplingParams
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "loop"}
 _NO_MORE_THAN = 2**31
+_MANY_TOKENS = 2**17
+"""Of an answer without a limit, from a server that does not say its context."""
+_FEW_PIECES, _PIECES_A_TOKEN = 1_024, 8
+"""Servers cut texts into tokens, proxies sometimes into characters."""
+_BYTES_A_TOKEN, _BYTES_A_LOGPROB = 2_048, 512
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
@@ -26,15 +41,29 @@ class _Choice:
 
 
 class Answer:
-    """Collects the events of one answer with ``n`` outputs; ``secrets`` never show in an error.
+    """Collects the events of one answer to a request with ``sampling``; ``secrets`` never show in an error.
 
-    ``logprobs`` is how many of the most probable tokens each position has beside the one taken; None: it has none.
+    ``context`` of the model is in tokens. ``models`` are the names that the answer may come under; None: any.
+    ``max_bytes`` is the most that it may have on the wire.
     """
 
-    def __init__(self, n: int, *, logprobs: int | None = None, secrets: tuple[str, ...] = ()) -> None:
-        self._choices = [_Choice() for _ in range(n)]
-        self._logprobs = logprobs
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        *,
+        context: int | None = None,
+        secrets: tuple[str, ...] = (),
+        models: Collection[str] | None = None,
+    ) -> None:
+        self._choices = [_Choice() for _ in range(sampling.n)]
+        self._logprobs = sampling.logprobs
         self._secrets = secrets
+        self._models = models
+        tokens = sampling.n * (sampling.max_tokens or context or _MANY_TOKENS)
+        entries = 0 if sampling.logprobs is None else 2 + sampling.logprobs
+        wanted = MAX_EVENT_BYTES + tokens * (_BYTES_A_TOKEN + entries * _BYTES_A_LOGPROB)
+        self.max_bytes = min(MAX_ANSWER_BYTES, wanted)
+        self._max_pieces = _FEW_PIECES + _PIECES_A_TOKEN * tokens
         self._usage: dict[str, Any] = {}
         self._pieces = 0
 
@@ -55,9 +84,13 @@ class Answer:
             EndpointFault: the event is none of the protocol, or says that the server failed.
             InvalidInput: it says that the server refuses the request.
             AnswerWithheld: a filter of the server stopped the answer.
+            AnswerFailed: the server cannot read what its model wrote.
         """
         if event.get("error") or event.get("object") == "error":
             raise self._error(event)
+        model = event.get("model")
+        if self._models is not None and isinstance(model, str) and model not in self._models:
+            raise EndpointFault("garbage", f"answers as another model: {shown(model, self._secrets)}")
         if isinstance(event.get("usage"), dict):
             self._usage = event["usage"]
         choices = event.get("choices", [])
@@ -76,10 +109,12 @@ class Answer:
         """Tokens as the server counts them; where it does not, pieces of text count as output tokens."""
         details = self._usage.get("prompt_tokens_details")
         details = details if isinstance(details, dict) else {}
+        kinds = details.get("multimodal_tokens")  # vLLM's
+        image_tokens = kinds.get("image") if isinstance(kinds, dict) else details.get("image_tokens")
         return Usage(
             input_tokens=_count(self._usage.get("prompt_tokens")) or 0,
             output_tokens=self._output_tokens(),
-            image_tokens=_count(details.get("image_tokens")) or 0,
+            image_tokens=_count(image_tokens) or 0,
             cached_tokens=_count(details.get("cached_tokens")) or 0,
         )
 
@@ -91,12 +126,14 @@ class Answer:
         error = event.get("error")
         code = error.get("code") if isinstance(error, dict) else event.get("code")
         said = message_in(event, self._secrets) or "no message"
+        if (found := fault_in_words(said)) is not None:
+            return found
         if code in (400, 422):
             return request_fault(said)
         if isinstance(code, int) and 400 <= code < 600:
-            found = fault_of_answer(code, {}, b"", self._secrets)
-            if isinstance(found, EndpointFault):
-                return EndpointFault(found.kind, f"fails in mid-answer: {said}")
+            fault = fault_of_answer(code, {}, b"", self._secrets)
+            if isinstance(fault, EndpointFault):
+                return EndpointFault(fault.kind, f"fails in mid-answer: {said}")
         return EndpointFault("error", f"fails in mid-answer: {said}")
 
     def _add(self, one: Any) -> TokenChunk | None:
@@ -115,9 +152,12 @@ class Answer:
             entries = _entries(one["logprobs"])
             ids: list[int | None] = [*token_ids] if len(token_ids) == len(entries) else [None] * len(entries)
             choice.entries += zip(entries, ids, strict=True)
+        if text or token_ids:
+            self._pieces += 1
+            if self._pieces > self._max_pieces:
+                raise EndpointFault("garbage", "answers more than it was asked for")
         if text:
             choice.texts.append(text)
-            self._pieces += 1
         choice.token_ids += token_ids
         reason = one.get("finish_reason")
         if reason is not None:
@@ -177,7 +217,9 @@ def _position(entry: dict[str, Any], token_id: int | None, most: int) -> TokenLo
     server does not say is minus its rank.
     """
     best = sorted(entry.get("top_logprobs") or [], key=lambda one: -one["logprob"])
-    rank = next((number for number, one in enumerate(best, 1) if _token(one) == _token(entry)), len(best) + 1)
+    # Tokens that are parts of one character may have equal texts.
+    equal = [number for number, one in enumerate(best, 1) if _token(one) == _token(entry)]
+    rank = min(equal, key=lambda number: abs(best[number - 1]["logprob"] - entry["logprob"]), default=len(best) + 1)
     named = entry.get("id", token_id)
     position = {_key(named, rank): Logprob(float(entry["logprob"]), rank, entry["token"])}
     for number, one in enumerate(best[:most], 1):
@@ -195,10 +237,31 @@ def _key(token_id: Any, rank: int) -> int:
 
 
 def _text_ends(entries: Sequence[dict[str, Any]], text: str) -> tuple[int, ...] | None:
-    """As ``Completion.text_ends``; None where the tokens are not the text's."""
-    decoder, decoded, ends = codecs.getincrementaldecoder("utf-8")("replace"), "", []
+    """As ``Completion.text_ends``; None where the tokens are not the text's.
+
+    Servers write U+FFFD for a part of a character, also in ``bytes`` (vLLM): such tokens end where the next whole one
+    begins. Tokens behind the text, such as the end of a sequence, end with it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ends: list[int] = []
+    at, parts = 0, 0  # how many characters are known, and at most how many the tokens since then stand for
     for entry in entries:
         raw = entry.get("bytes")
-        decoded += decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
-        ends.append(min(len(decoded), len(text)))
-    return tuple(ends) if decoded.startswith(text) else None
+        piece = decoder.decode(bytes(raw) if raw is not None else entry["token"].encode(errors="replace"))
+        if parts and piece and REPLACEMENT not in piece:
+            found = text.find(piece, at, at + parts + len(piece))
+            if found < 0:
+                return None
+            at, parts, ends[-1] = found, 0, found
+        if text.startswith(piece, at) and not parts:
+            at += len(piece)
+        elif piece.startswith(text[at:]) and not parts:
+            at = len(text)
+        elif REPLACEMENT in piece:
+            parts += len(piece)
+        elif piece:
+            return None
+        ends.append(at)
+    if parts:
+        ends[-1] = at = len(text)
+    return tuple(ends) if at == len(text) else None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
 from nanovllm.engine.backends.openai.answer import Answer
-from nanovllm.engine.backends.openai.endpoint import Endpoint
+from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING, Endpoint
+from nanovllm.engine.backends.openai.estimates import request_tokens
 from nanovllm.engine.backends.openai.faults import EndpointFault
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.backends.openai.pool import Pool
@@ -30,7 +32,7 @@ from nanovllm.errors import (
     ModelNotFound,
     UnsupportedConstraint,
 )
-from nanovllm.sampling_params import Constraint, SamplingParams
+from nanovllm.sampling_params import Constraint
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.images.preprocess import ImageTransform
 
@@ -70,7 +72,7 @@ class OpenAIEngine(EngineBackend):
             ModelInfo(options.model or UNKNOWN, options.revision, UNKNOWN), transform, options.max_num_seqs
         )
         self._options = options
-        self.capabilities = replace(options.dialect.capabilities, images=options.images)
+        self.capabilities = options.capabilities
         context = _ssl_context(options)
         self._endpoints = [Endpoint(one, options, context) for one in options.endpoints]
         self._pool = Pool(self._endpoints, max_outstanding=options.max_num_seqs, slack=options.affinity_slack)
@@ -82,7 +84,7 @@ class OpenAIEngine(EngineBackend):
         """Learn the model from the servers; waits until one of them is up.
 
         Raises:
-            ModelNotFound, ConfigurationError: a server that is up does not list the model, or the model must be named.
+            ModelNotFound, ConfigurationError: no server lists the model, or it must be named.
             ApiKeyRefused: every server refuses its API key.
         """
         pause_s = FIRST_PAUSE_S
@@ -92,29 +94,38 @@ class OpenAIEngine(EngineBackend):
 
     async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
         """What each endpoint answers when it is asked for its models, once: their contexts, None for no list."""
-        found = await asyncio.gather(*(one.models() for one in self._endpoints), return_exceptions=True)
+        # A busy one is asked when the time is over for which it wants no requests.
+        asked = [endpoint for endpoint in self._endpoints if not endpoint.is_paused]
+        found = await asyncio.gather(*(one.models() for one in asked), return_exceptions=True)
         answers: dict[str, Mapping[str, int | None] | EndpointFault | None] = {}
-        for endpoint, answer in zip(self._endpoints, found, strict=True):
+        for endpoint, answer in zip(asked, found, strict=True):
             if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
                 raise answer
             answers[endpoint.url] = answer
         return answers
 
     async def _look(self) -> bool:
-        """Whether an endpoint is up; its model is known then."""
-        listings: dict[str, Mapping[str, int | None] | None] = {}
+        """Whether an endpoint is up that has the model, which is known then; the others are left out until they do."""
         answers = await self.listings()
+        listings = {url: found for url, found in answers.items() if not isinstance(found, EndpointFault)}
+        model = self._model_in(listings) if listings else ""
+        faults = {url: found for url, found in answers.items() if isinstance(found, EndpointFault)}
+        missing = {
+            url: EndpointFault("error", f"does not serve {model}; it lists {', '.join(sorted(found)[:8]) or 'nothing'}")
+            for url, found in listings.items()
+            if found is not None and model not in found
+        }
+        if len(missing) == len(self._endpoints):
+            url, fault = next(iter(missing.items()))
+            raise ModelNotFound(f"{url} {fault}: `NANOVLLM_ENGINE__MODEL` names one of these")
         for endpoint in self._endpoints:
-            answer = answers[endpoint.url]
-            if isinstance(answer, EndpointFault):
-                endpoint.last_fault = answer
+            found = (faults | missing).get(endpoint.url)
+            if found is not None:
+                endpoint.note(found)
                 endpoint.breaker.open()
-                logger.warning("%s %s", endpoint.url, answer)
-            else:
-                listings[endpoint.url] = answer
-                endpoint.breaker.succeed()
-        if listings:
-            self._take_model(listings)
+                logger.warning("%s %s", endpoint.url, found)
+        if listings.keys() > missing.keys():
+            self._take_model(model, [found for url, found in listings.items() if url not in missing])
             return True
         error = self._pool.unavailable()
         if isinstance(error, ApiKeyRefused):
@@ -122,25 +133,22 @@ class OpenAIEngine(EngineBackend):
         logger.warning("waiting for the engine: %s", error.in_one_line)
         return False
 
-    def _take_model(self, listings: Mapping[str, Mapping[str, int | None] | None]) -> None:
-        model = self._options.model
-        if model is None:
-            names = {name for listing in listings.values() for name in listing or ()}
-            if len(names) != 1:
-                raise ConfigurationError(
-                    f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
-                    f"{', '.join(sorted(names)[:8])}"
-                    if names
-                    else "engine.model is not set, and the endpoints have no list of models: name the model"
-                )
-            (model,) = names
-        for url, listing in listings.items():
-            if listing is not None and model not in listing:
-                raise ModelNotFound(
-                    f"{url} does not serve {model}; it lists {', '.join(sorted(listing)[:8]) or 'nothing'}: "
-                    "`NANOVLLM_ENGINE__MODEL` names one of these"
-                )
-        contexts = [listing.get(model) for listing in listings.values() if listing is not None]
+    def _model_in(self, listings: Mapping[str, Mapping[str, int | None] | None]) -> str:
+        """The model by ``engine.model``, or the only one in ``listings``. Raises ConfigurationError: none is."""
+        if self._options.model is not None:
+            return self._options.model
+        names = {name for listing in listings.values() for name in listing or ()}
+        if len(names) != 1:
+            raise ConfigurationError(
+                f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
+                f"{', '.join(sorted(names)[:8])}"
+                if names
+                else "engine.model is not set, and the endpoints have no list of models: name the model"
+            )
+        return names.pop()
+
+    def _take_model(self, model: str, listings: Sequence[Mapping[str, int | None] | None]) -> None:
+        contexts = [listing.get(model) for listing in listings if listing is not None]
         context = min((context for context in contexts if context is not None), default=None)
         if context is not None and (self._options.default_max_tokens or 0) >= context:
             raise ConfigurationError(
@@ -155,11 +163,28 @@ class OpenAIEngine(EngineBackend):
         return None
 
     async def compile(self, constraint: Constraint) -> None:
-        """The servers compile it. Raises UnsupportedConstraint where their dialect has no such constraints."""
+        """The servers compile it. Raises UnsupportedConstraint where they would not, or would not enforce it."""
+        dialect = self._options.dialect
         if constraint.kind not in self.capabilities.guided:
-            raise UnsupportedConstraint(
-                f"the dialect {self._options.dialect.name} of remote.dialect has no {constraint.kind}"
-            )
+            raise UnsupportedConstraint(f"{dialect.title} has no {constraint.kind}")
+        if constraint.kind == "json_schema":
+            dialect.check_schema(json.loads(constraint.text))
+
+    async def fits(self, request: Request) -> bool:
+        """Whether ``request`` has no more images than is allowed, and by estimate no more tokens than the context.
+
+        A context that no server tells has room. Raises EngineDead.
+        """
+        if not await super().fits(request) or len(request.images) > self._options.max_images_per_request:
+            return False
+        context = self.capabilities.context
+        return context is None or request_tokens(request) <= context
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """Dialect, format of images, and variables of the chat template."""
+        own = {"dialect": self._options.dialect.name, "chat_template_kwargs": self._options.chat_template_kwargs}
+        return {**super().output_options, **own}
 
     def _begin(self, request: Request, generation: Generation) -> None:
         task = asyncio.create_task(self._run(request, generation), name="nanovllm-request")
@@ -225,7 +250,7 @@ class OpenAIEngine(EngineBackend):
 
     async def _answer(self, request: Request, body: RequestBody, generation: Generation, times: _Times) -> Answer:
         """The whole answer of one endpoint, after as many faults of endpoints as there are."""
-        faults, pause_s = 0, FIRST_PAUSE_S
+        faults, pause_s, options = 0, FIRST_PAUSE_S, self._options
         failed: set[Endpoint] = set()
         while True:
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
@@ -234,20 +259,26 @@ class OpenAIEngine(EngineBackend):
                     if lease.is_trial and not await self._check(endpoint):
                         failed.add(endpoint)
                     else:
-                        return await self._attempt(endpoint, request, body, generation, times)
-                except (InvalidInput, AnswerWithheld):
+                        return await self._attempt(endpoint, request, body, options, generation, times)
+                except (InvalidInput, AnswerWithheld, AnswerFailed) as refusal:
                     endpoint.succeeded()  # it answered
-                    raise
+                    if not (isinstance(refusal, InvalidInput) and body.has_urls(options)):
+                        raise
+                    logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                    generation.restart()
+                    options = replace(options, sign_url=None)
                 except EndpointFault as fault:
                     endpoint.failed(fault, request.request_id)
                     generation.restart()
                     logger.warning("%s %s", endpoint.url, fault)
+                    if fault.kind == "error":
+                        options = replace(options, sign_url=None)  # it may not reach the object store
                     if fault.kind != "overloaded":
                         faults += 1
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked:
+                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked and not endpoint.is_paused:
                         await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()
@@ -257,32 +288,45 @@ class OpenAIEngine(EngineBackend):
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _check(self, endpoint: Endpoint) -> bool:
-        """Whether ``endpoint`` answers a request of our own: several others failed there, or its circuit is open."""
+        """Whether ``endpoint`` takes requests now, by what it answers to one of our own.
+
+        Several others failed there, or its circuit is open.
+        """
         try:
             await endpoint.check(self.model_info.id, self._probe)
         except EndpointFault as fault:
             logger.warning("%s %s: no requests go there", endpoint.url, fault)
             return False
         self._pool.serve()
-        return True
+        return not endpoint.is_paused
 
     @property
     def _probe(self) -> bytes:
         """The shortest request there is."""
-        request = Request("probe", prompt="ok", sampling=SamplingParams(temperature=0.0, max_tokens=1))
+        request = Request("probe", prompt="ok", sampling=PROBE_SAMPLING)
         options = replace(self._options, chat_template_kwargs={})
         return request_body(request, self.model_info.id, options).encode(options)
 
     async def _attempt(
-        self, endpoint: Endpoint, request: Request, body: RequestBody, generation: Generation, times: _Times
+        self,
+        endpoint: Endpoint,
+        request: Request,
+        body: RequestBody,
+        options: OpenAIOptions,
+        generation: Generation,
+        times: _Times,
     ) -> Answer:
         # In a thread: signing may ask for credentials, and an image takes a while to encode.
-        encoded = await asyncio.to_thread(body.encode, self._options) if body.images else body.encode(self._options)
-        sampling = request.sampling
-        answer = Answer(sampling.n, logprobs=sampling.logprobs, secrets=endpoint.secrets)
+        encoded = await asyncio.to_thread(body.encode, options) if body.images else body.encode(options)
+        answer = Answer(
+            request.sampling,
+            context=self.capabilities.context,
+            secrets=endpoint.secrets,
+            models=endpoint.names_of(self.model_info.id),
+        )
         self._answers[request.request_id] = answer
         times.sent, times.first_token = time.perf_counter(), 0.0
-        async with aclosing(endpoint.answer(body.path, encoded)) as events:
+        async with aclosing(endpoint.answer(body.path, encoded, answer.max_bytes)) as events:
             async for event in events:
                 for chunk in answer.add(event):
                     times.last_token = time.perf_counter()
@@ -321,6 +365,8 @@ class OpenAIEngine(EngineBackend):
 
 
 def _ssl_context(options: OpenAIOptions) -> ssl.SSLContext:
+    if not any(endpoint.url.startswith("https:") for endpoint in options.endpoints):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody; the system's certificates take 30 ms to read
     try:
         return ssl.create_default_context(cafile=None if options.ca_file is None else str(options.ca_file))
     except (OSError, ssl.SSLError) as error:

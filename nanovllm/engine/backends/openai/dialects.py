@@ -7,26 +7,58 @@ what it knows is therefore always written.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.backends.capabilities import Capabilities, GuidedKind
+from nanovllm.engine.backends.openai.llama_cpp_schema import left_out
+from nanovllm.errors import UnsupportedConstraint
 from nanovllm.sampling_params import SamplingParams
 
 _STANDARD = frozenset({"top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"})
+_MOST_TOP_LOGPROBS = 20  # vLLM's --max-logprobs, unless it is set
 _MAX_UINT32_SEED = 2**32 - 1  # llama.cpp takes this one for a random seed
+_OTHER_SAMPLERS_OFF = {"mirostat": 0, "xtc_probability": 0.0, "typical_p": 1.0, "dry_multiplier": 0.0}
+"""llama.cpp's samplers that `SamplingParams` has not: a GGUF file and the server's command line may turn them on."""
+_EVERY_CONTEXT = 2**20
+"""Tokens that llama.cpp's penalties look back on: 64 by default, -1 is refused; a request takes 4 bytes for each."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow."""
+    """One dialect: ``write`` returns the fields of a request for sampling parameters that ``capabilities`` allow.
+
+    ``image_uuid``: the server caches an image under the ``uuid`` beside it. ``left_out`` says what of a JSON schema its
+    servers take and do not enforce; None: they refuse that themselves.
+    ``names_listed_model``: the model that an answer names is one that the server lists.
+    """
 
     name: str
     capabilities: Capabilities
     write: Callable[[SamplingParams], dict[str, Any]]
     template_kwargs: bool = True
     cache_salt: bool = False
+    names_listed_model: bool = False
+    image_uuid: bool = False
+    left_out: Callable[[dict[str, Any]], Iterable[str]] | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"the dialect {self.name} of remote.dialect"
+
+    def check_schema(self, schema: dict[str, Any]) -> None:
+        """Raise UnsupportedConstraint for a JSON schema that the servers would not enforce."""
+        if self.left_out is None:
+            return
+        try:
+            found = list(self.left_out(schema))
+        except RecursionError:
+            raise UnsupportedConstraint("json_schema is nested too deeply") from None
+        if found:
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UnsupportedConstraint(f"json_schema: {self.title} does not enforce {found[0]}{more}: leave it out")
 
 
 def _common(sampling: SamplingParams) -> dict[str, Any]:
@@ -86,6 +118,9 @@ def _vllm(sampling: SamplingParams) -> dict[str, Any]:
         fields["structured_outputs"] = {"regex": sampling.regex}
     elif sampling.grammar is not None:
         fields["structured_outputs"] = {"grammar": sampling.grammar}
+    if sampling.logprobs is not None:
+        # vLLM lists the token taken before the best ones, as one of these.
+        fields["top_logprobs"] = min(max(2, sampling.logprobs + 1), _MOST_TOP_LOGPROBS)
     return fields
 
 
@@ -113,11 +148,16 @@ def _llamacpp(sampling: SamplingParams) -> dict[str, Any]:
         "top_k": max(0, sampling.top_k),
         "min_p": sampling.min_p,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,  # the whole context: by default the last 64 tokens
         "ignore_eos": sampling.ignore_eos,
+        **_OTHER_SAMPLERS_OFF,
     }
+    if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+        fields["repeat_last_n"] = _EVERY_CONTEXT
     if "seed" in fields:
         fields["seed"] %= _MAX_UINT32_SEED
+    if sampling.json_schema is not None:
+        del fields["response_format"]  # which its completions of raw prompts ignore
+        fields["json_schema"] = sampling.json_schema
     if sampling.choice is not None:
         fields["grammar"] = "root ::= " + " | ".join(map(_gbnf, sampling.choice))
     return fields
@@ -141,6 +181,7 @@ def _capabilities(guided: set[GuidedKind], *sampling: str, **others: Any) -> Cap
         guided=frozenset(guided),
         prompt_logprobs=False,
         deterministic=False,
+        settings=frozenset(),
         sampling=_STANDARD | frozenset(sampling),
         **others,
     )
@@ -164,6 +205,8 @@ DIALECTS = {
             ),
             _vllm,
             cache_salt=True,
+            names_listed_model=True,
+            image_uuid=True,
         ),
         Dialect(
             "sglang",
@@ -175,6 +218,7 @@ DIALECTS = {
             ),
             _sglang,
             cache_salt=True,
+            names_listed_model=True,
         ),
         Dialect(
             "llamacpp",
@@ -185,6 +229,7 @@ DIALECTS = {
                 token_ids=False,
             ),
             _llamacpp,
+            left_out=left_out,
         ),
     )
 }

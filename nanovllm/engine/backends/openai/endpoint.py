@@ -13,18 +13,21 @@ from typing import Any
 
 import httpx
 
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import events
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, shown
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import AnswerWithheld, InvalidInput
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
 MAX_ERROR_BYTES = 64 * 2**10
 LIST_TIMEOUT_S, PROBE_TIMEOUT_S = 10.0, 30.0
+PROBE_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)
 KEEP_ALIVE_S = 2.0
 """Of idle connections: servers close theirs after 5 s (uvicorn), and a request may cross the closing."""
 BUSY_WAIT_S, BUSY_MAX_WAIT_S = 0.5, 30.0
@@ -46,6 +49,8 @@ class Endpoint:
             longest_wait_s=options.breaker_max_wait_s,
         )
         self._key = endpoint.api_key.get_secret_value() if endpoint.api_key is not None else None
+        self._checks_model = options.dialect.names_listed_model
+        self._listed: frozenset[str] = frozenset()
         self._busy_answers = 0
         self._requests = 0
         self._faults: Counter[str] = Counter()
@@ -100,12 +105,20 @@ class Endpoint:
             raise _as_fault(fault_of_answer(response.status_code, response.headers, body, self.secrets))
         try:
             listed = httpx.Response(200, content=body).json()["data"]
-            return {one["id"]: _context(one) for one in listed if isinstance(one["id"], str)}
+            models = {one["id"]: _context(one) for one in listed if isinstance(one["id"], str)}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise EndpointFault("garbage", "answers /models with what is no list of models") from None
+        self._listed = frozenset(models)
+        return models
+
+    def names_of(self, model: str) -> frozenset[str] | None:
+        """The names under which an answer of ``model`` may come from here; None: any."""
+        return self._listed | {model} if self._checks_model else None
 
     async def check(self, model: str, probe: bytes) -> None:
         """Open or close the circuit by what the server answers to ``probe``, a short request of our own for ``model``.
+
+        A server that is busy is left its time (`is_paused`), and its circuit is closed.
 
         Raises:
             EndpointFault: it does not answer, or does not list the model; the circuit is open.
@@ -115,31 +128,35 @@ class Endpoint:
             listed = await self.models()
             if listed is not None and model not in listed:
                 raise EndpointFault("error", "does not list the model any more")
-            answer = Answer(1, secrets=self.secrets)
+            if self.is_paused:
+                return  # since just now, by what another request was told
+            answer = Answer(PROBE_SAMPLING, secrets=self.secrets, models=self.names_of(model))
             with _transport_faults():
-                async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self.answer(CHAT, probe)) as events:
+                async with (
+                    asyncio.timeout(PROBE_TIMEOUT_S),
+                    aclosing(self.answer(CHAT, probe, answer.max_bytes)) as events,
+                ):
                     async for event in events:
                         deque(answer.add(event), maxlen=0)
             if not answer.is_finished:
                 raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld):
+        except (InvalidInput, AnswerWithheld, AnswerFailed):
             pass  # refused in the words of the protocol: it answers
         except EndpointFault as fault:
+            self.note(fault)
             if fault.kind != "overloaded":
-                self._faults[fault.kind] += 1
-                self.last_fault = fault
                 self.breaker.open()
                 raise
         finally:
             self.is_being_checked = False
         self.breaker.succeed()
 
-    async def answer(self, path: str, body: bytes) -> AsyncGenerator[dict[str, Any], None]:
-        """The events that answer a request.
+    async def answer(self, path: str, body: bytes, max_bytes: int) -> AsyncGenerator[dict[str, Any], None]:
+        """The events that answer a request, in at most ``max_bytes``.
 
         Raises:
             EndpointFault: the server failed.
-            InvalidInput: it refuses the request.
+            InvalidInput, AnswerFailed: it refuses the request, or cannot read its model's answer.
         """
         self._requests += 1
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
@@ -153,11 +170,13 @@ class Endpoint:
                     raise fault_of_answer(response.status_code, response.headers, said, self.secrets)
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     raise EndpointFault("garbage", "answers no event stream")
-                async for event in events(response.aiter_bytes()):
+                if _is_compressed(response):
+                    raise EndpointFault("garbage", "compresses its answer, though asked not to")
+                async for event in events(response.aiter_raw(), max_bytes):
                     yield event
 
-    def failed(self, fault: EndpointFault, request_id: str) -> None:
-        """Count a fault met by a request: a pause where the server is busy, else a failure for the breaker."""
+    def note(self, fault: EndpointFault) -> None:
+        """Count a fault, and leave a busy server the time that it wants."""
         self._faults[fault.kind] += 1
         self.last_fault = fault
         if fault.kind == "overloaded":
@@ -167,6 +186,11 @@ class Endpoint:
                 wait_s = min(BUSY_MAX_WAIT_S, BUSY_WAIT_S * 2.0 ** min(self._busy_answers - 1, 16))
                 wait_s *= random.uniform(0.5, 1.0)
             self.paused_until = max(self.paused_until, time.monotonic() + wait_s)
+
+    def failed(self, fault: EndpointFault, request_id: str) -> None:
+        """`note` a fault met by a request; where the server is not just busy it is a failure for the breaker."""
+        self.note(fault)
+        if fault.kind == "overloaded":
             return
         if fault.kind == "connect":
             request_id = f"{request_id} {self._faults['connect']}"  # no request makes a connection fail
@@ -191,7 +215,7 @@ def _transport_faults() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error), ())})"
+        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error))})"
         raise EndpointFault("connect", f"takes no connection {why}") from None
     except (httpx.TimeoutException, TimeoutError):
         raise EndpointFault("timeout", "does not answer in time") from None
@@ -201,9 +225,16 @@ def _transport_faults() -> Iterator[None]:
         raise EndpointFault("garbage", "answers what cannot be decoded") from None
 
 
+def _is_compressed(response: httpx.Response) -> bool:
+    """Whether decoding it may make any number of bytes out of few."""
+    return response.headers.get("content-encoding", "identity").lower() != "identity"
+
+
 async def _read(response: httpx.Response, max_bytes: int) -> bytes:
     body = b""
-    async for chunk in response.aiter_bytes():
+    if _is_compressed(response):
+        return body
+    async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > max_bytes:
             break
@@ -215,6 +246,7 @@ def _as_fault(error: Exception) -> EndpointFault:
 
 
 def _context(model: dict[str, Any]) -> int | None:
-    """Context of a listed model as vLLM and SGLang say it."""
-    context = model.get("max_model_len")
+    """Context of a listed model as vLLM and SGLang say it, or as llama.cpp does of one slot."""
+    meta = model.get("meta")
+    context = model.get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
     return context if type(context) is int and context > 0 else None

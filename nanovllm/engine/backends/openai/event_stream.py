@@ -9,33 +9,39 @@ from typing import Any
 from nanovllm.engine.backends.openai.faults import EndpointFault
 
 MAX_EVENT_BYTES = 8 * 2**20
+"""The first event of vLLM has the prompt's token ids."""
 MAX_ANSWER_BYTES = 256 * 2**20
 _DONE = b"[DONE]"
 
 
-async def event_data(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+async def event_data(chunks: AsyncIterable[bytes], max_bytes: int = MAX_ANSWER_BYTES) -> AsyncIterator[bytes]:
     """The data of each event in a stream of bytes. Raises EndpointFault for a stream beyond the bounds."""
-    rest, data, total = b"", b"", 0
+    rest, total, size = b"", 0, 0
+    data: list[bytes] = []
     async for chunk in chunks:
         total += len(chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             line = line.removesuffix(b"\r")
             if line.startswith(b"data:"):
-                value = line[5:].removeprefix(b" ")
-                data = data + b"\n" + value if data else value
+                data.append(line[5:].removeprefix(b" "))
+                size += len(line)
             elif not line and data:
-                yield data
-                data = b""
-        if max(len(rest), len(data)) > MAX_EVENT_BYTES or total > MAX_ANSWER_BYTES:
+                yield b"\n".join(data)
+                data, size = [], 0
+        if max(len(rest), size) > MAX_EVENT_BYTES or total > max_bytes:
             raise EndpointFault("garbage", "answers more than a text has")
     if data:
-        yield data
+        yield b"\n".join(data)
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The objects in the events of a stream, up to its ``[DONE]``. Raises EndpointFault for anything else in it."""
-    async for data in event_data(chunks):
+async def events(chunks: AsyncIterable[bytes], max_bytes: int = MAX_ANSWER_BYTES) -> AsyncIterator[dict[str, Any]]:
+    """The objects in the events of a stream, up to its ``[DONE]``.
+
+    Raises:
+        EndpointFault: there is anything else in it, or more than ``max_bytes``.
+    """
+    async for data in event_data(chunks, max_bytes):
         if data == _DONE:
             return
         try:

@@ -7,20 +7,19 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from nanovllm.errors import InvalidInput, NanoVLLMError, PromptTooLong
+from nanovllm.engine.backends.foreign_errors import refusal, shown
+from nanovllm.errors import AnswerFailed, InvalidInput, NanoVLLMError
 
 FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused"]
 
-MAX_MESSAGE_CHARS = 300
 MAX_RETRY_AFTER_S = 300.0
 _OF_THE_REQUEST = (400, 413, 422)
 _BUSY = (429, 503)
-_TOO_LONG = (
-    "context_length_exceeded",
-    "maximum context length",
-    "exceed_context_size",
-    "longer than the maximum model",
-)
+_TOO_LONG_CODE = "context_length_exceeded"
+_REFUSED_WITH_500 = ("image input is not supported",)
+"""What llama.cpp's server says to a picture that it has no encoder for, as if it had failed."""
+_UNREADABLE = "produced output that does not match the expected"
+"""What it says where its parser of answers (off by ``--skip-chat-parsing``) does not take what the model wrote."""
 
 
 class EndpointFault(Exception):
@@ -43,16 +42,25 @@ def fault_of_answer(status: int, headers: Any, body: bytes, secrets: tuple[str, 
     if status in _BUSY and (status == 429 or headers.get("retry-after") is not None):
         return EndpointFault("overloaded", f"answers {status}", retry_after(headers.get("retry-after")))
     said = error_text(body, secrets)
+    if said is not None and (found := fault_in_words(said)) is not None:
+        return found
     if status in _OF_THE_REQUEST and said is not None:
         return request_fault(said)
     return EndpointFault("error", f"answers {status}" + (f": {said}" if said else ""))
 
 
+def fault_in_words(said: str) -> InvalidInput | AnswerFailed | None:
+    """The error of a request that a server would fail with again, by its words alone; None: they do not say so."""
+    if any(sign in said for sign in _REFUSED_WITH_500):
+        return request_fault(said)
+    if _UNREADABLE in said:
+        return AnswerFailed(f"the server cannot read the answer: {said}")
+    return None
+
+
 def request_fault(said: str) -> InvalidInput:
     """The error of a request that a server refuses in the words ``said``."""
-    if any(sign in said.lower() for sign in _TOO_LONG):
-        return PromptTooLong(f"the server refuses the request: {said}")
-    return InvalidInput(f"the server refuses the request: {said}")
+    return refusal(said, "the server")
 
 
 def error_text(body: bytes, secrets: tuple[str, ...]) -> str | None:
@@ -71,18 +79,9 @@ def message_in(value: dict[str, Any], secrets: tuple[str, ...]) -> str | None:
     said = said or value.get("message") or value.get("detail")
     if said is None:
         return None
-    if isinstance(error, dict) and error.get("code") == _TOO_LONG[0]:
-        said = f"{said} ({_TOO_LONG[0]})"
+    if isinstance(error, dict) and error.get("code") == _TOO_LONG_CODE:
+        said = f"{said} ({_TOO_LONG_CODE})"
     return shown(said if isinstance(said, str) else json.dumps(said), secrets)
-
-
-def shown(text: str, secrets: tuple[str, ...]) -> str:
-    """Text of a server for a message of ours: without ``secrets``, in one line, escaped and cut."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    text = " ".join(text.split())
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: 2 * MAX_MESSAGE_CHARS])
-    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
 def retry_after(value: str | None) -> float | None:

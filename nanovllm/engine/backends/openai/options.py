@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import SecretStr
 
+from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.backends.openai.dialects import DIALECTS, Dialect
+from nanovllm.sampling_params import SamplingParams
 
 SignUrl = Callable[[str, str], str]
 """From the S3 URI and the version of an object to a URL that gives it; may block, and raises SystemicError."""
@@ -38,6 +40,8 @@ class OpenAIOptions:
     revision: str = "unknown"
     dialect: Dialect = field(default=DIALECTS["openai"])
     images: bool = True
+    logprobs: bool = True
+    max_images_per_request: int = 16
     max_num_seqs: int = 64
     max_concurrency: int = 64
     default_max_tokens: int | None = None
@@ -54,3 +58,20 @@ class OpenAIOptions:
     chat_template_kwargs: dict[str, object] = field(default_factory=dict)
     image_format: Literal["png", "jpeg"] = "png"
     sign_url: SignUrl | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the dialect's servers can do, as far as these options let them."""
+        able = self.dialect.capabilities
+        return replace(able, images=self.images, logprobs=able.logprobs if self.logprobs else None)
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Refuse what ``sampling`` asks for and the servers have not.
+
+        Raises:
+            UnsupportedConstraint: a kind of constraint, or a JSON schema that they would not enforce.
+            InvalidInput: anything else.
+        """
+        self.capabilities.check(sampling, self.dialect.title)
+        if sampling.json_schema is not None:
+            self.dialect.check_schema(sampling.json_schema)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.backends.base import Request
+from nanovllm.engine.backends.image_uuid import image_uuid
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.text.chat_messages import Piece, Turn, read_turn, split_images
 from nanovllm.errors import InvalidInput, PlaceholderMismatch, counted
@@ -33,13 +34,19 @@ class RequestBody:
     turns: tuple[Turn, ...]
     images: tuple[PreparedImage, ...]
     affinity: bytes
+    cache_salt: bytes = b""
+
+    def has_urls(self, options: OpenAIOptions) -> bool:
+        """Whether the server must fetch an image by a URL."""
+        return options.sign_url is not None and any(image.stored_at is not None for image in self.images)
 
     def encode(self, options: OpenAIOptions) -> bytes:
         """The body. Signs URLs of images and encodes the others: may block. Raises SystemicError as ``sign_url``."""
         fields = self.fields
         if self.path == CHAT:
             images = iter(self.images)
-            fields = fields | {"messages": [_message(turn, images, options) for turn in self.turns]}
+            salt = self.cache_salt if options.dialect.image_uuid else b""
+            fields = fields | {"messages": [_message(turn, images, salt, options) for turn in self.turns]}
         # Escaped: half a surrogate pair has no bytes in UTF-8.
         return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
 
@@ -51,12 +58,12 @@ def request_body(request: Request, model: str, options: OpenAIOptions) -> Reques
         InvalidInput: it asks for what the dialect or the settings do not have, or its images and placeholders differ.
     """
     dialect, sampling = options.dialect, request.sampling
-    dialect.capabilities.check(sampling, f"the dialect {dialect.name} of remote.dialect")
+    options.check(sampling)
     fields: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     fields |= dialect.write(sampling)
     kwargs = options.chat_template_kwargs | dict(request.chat_template_kwargs or {})
     if kwargs and not dialect.template_kwargs:
-        raise InvalidInput(f"chat_template_kwargs: the dialect {dialect.name} of remote.dialect has none")
+        raise InvalidInput(f"chat_template_kwargs: {dialect.title} has none")
     if kwargs:
         fields["chat_template_kwargs"] = kwargs
     if request.cache_salt and dialect.cache_salt:
@@ -77,7 +84,7 @@ def request_body(request: Request, model: str, options: OpenAIOptions) -> Reques
         )
     if request.images and not options.images:
         raise InvalidInput(f"{counted(len(request.images), 'image')}, but remote.images says that {model} takes none")
-    return RequestBody(CHAT, fields, turns, request.images, _affinity(request, turns))
+    return RequestBody(CHAT, fields, turns, request.images, _affinity(request, turns), request.cache_salt)
 
 
 def _raw(request: Request, fields: dict[str, Any], options: OpenAIOptions) -> RequestBody:
@@ -103,17 +110,20 @@ def _affinity(request: Request, turns: tuple[Turn, ...]) -> bytes:
     return key.digest()
 
 
-def _message(turn: Turn, images: Iterator[PreparedImage], options: OpenAIOptions) -> dict[str, Any]:
+def _message(turn: Turn, images: Iterator[PreparedImage], salt: bytes, options: OpenAIOptions) -> dict[str, Any]:
     if not turn.is_parts and len(turn.pieces) == 1:
         return {"role": turn.role, "content": turn.pieces[0]}
-    parts = [_part(piece, images, options) for piece in turn.pieces if piece != ""]
+    parts = [_part(piece, images, salt, options) for piece in turn.pieces if piece != ""]
     return {"role": turn.role, "content": parts or ""}
 
 
-def _part(piece: Piece, images: Iterator[PreparedImage], options: OpenAIOptions) -> dict[str, Any]:
+def _part(piece: Piece, images: Iterator[PreparedImage], salt: bytes, options: OpenAIOptions) -> dict[str, Any]:
     if piece is not None:
         return {"type": "text", "text": piece}
-    return {"type": "image_url", "image_url": {"url": image_url(next(images), options)}}
+    image = next(images)
+    part = {"type": "image_url", "image_url": {"url": image_url(image, options)}}
+    # Without a salt the server's own digest: under a name that its other clients can compute they could store others.
+    return part | {"uuid": image_uuid(image, salt)} if salt else part
 
 
 def image_url(image: PreparedImage, options: OpenAIOptions) -> str:

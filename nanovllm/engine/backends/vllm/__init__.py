@@ -1,0 +1,1 @@
+"""The backend `vllm`: vLLM's own engine in this process."""

@@ -1,0 +1,1 @@
+"""Answers of document models: the forms that they are published in, read into Markdown."""
