@@ -467,8 +467,8 @@ class UnsupportedModel(ConfigurationError):
 
     code = "unsupported_model"
     remedy = (
-        "Use a checkpoint of a supported architecture and options (README.md, Models), or put a server that runs this "
-        "one behind engine.backend=openai."
+        "Use a checkpoint of a supported architecture and options (README.md, Models), or another engine.backend for "
+        "this one: vllm, or openai with a server that runs it."
     )
 
 
