@@ -467,7 +467,7 @@ class UnsupportedModel(ConfigurationError):
 
     code = "unsupported_model"
     remedy = (
-        "Use a checkpoint of a supported architecture and options (README.md, Models), or another engine.backend for "
+        "Use a checkpoint of a supported architecture and options (docs/models.md), or another engine.backend for "
         "this one: vllm, or openai with a server that runs it."
     )
 

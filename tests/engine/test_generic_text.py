@@ -159,6 +159,7 @@ def test_what_doctor_says_of_support_is_measured(tmp_path: Path) -> None:
         ("falcon", {"multi_query": True}, "has attention that does not go through transformers' interface"),
         ("jamba", JAMBA, r"layer 0 \(linear_attention\): its state does not reach this engine"),
         ("minimax", MINIMAX, r"a state of a kind that this engine does not keep \(get_linear_cache\)"),
+        ("roberta", {"is_decoder": True}, "does not generate what its full forward pass says"),
         ("llama4_text", LLAMA4, "no decoder of it apart from its head"),
         (
             "llama",
