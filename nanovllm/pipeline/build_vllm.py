@@ -50,7 +50,7 @@ def vllm_options(settings: Settings, directory: Path) -> VllmOptions:
     engine, vllm = settings.engine, settings.vllm
     # A directory is named by its last part: the name is part of results, which must not contain a worker's paths.
     name = engine.model if engine.model and not Path(engine.model).is_dir() else directory.resolve().name
-    profile = model_profile(engine)
+    profile = model_profile(engine, directory)
     return VllmOptions(
         model=name,
         directory=directory,

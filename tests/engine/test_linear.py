@@ -9,7 +9,15 @@ import torch
 
 from nanovllm.engine import kernels
 from nanovllm.engine.layers import linear
-from nanovllm.engine.layers.linear import Linear, choose_torch_layouts, has_panels, int8_multiply, panels_multiply
+from nanovllm.engine.layers.linear import (
+    Linear,
+    choose_torch_layouts,
+    has_panels,
+    int8_multiply,
+    panels_multiply,
+    shortest,
+    to_panels,
+)
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -147,3 +155,31 @@ def test_a_packed_layer_does_not_keep_its_plain_weight() -> None:
     address = weakref.ref(layer.weight)
     layer.choose_layout()
     assert address() is None
+
+
+@pytest.mark.skipif(not has_panels(torch.float32, torch.device("cpu")), reason="our kernel needs AVX-512")
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 10, 45, 46, 100])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 5), (47, 33), (200, 258)])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_float32_weights_from_16_bits_multiply_to_the_same_bits(
+    stored: torch.dtype, outputs: int, inputs: int, num_rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(outputs, inputs, generator=generator).to(stored)
+    weight[0, 0] = 1e-7 if stored == torch.float16 else 1e-40  # below the normal numbers of its type
+    weight[-1, -1] = float("inf")
+    weight, x = weight.float(), torch.randn(num_rows, inputs, generator=generator)
+    assert shortest(weight).dtype == stored
+    panels = to_panels(weight)
+    expected = torch.ops.nanovllm.multiply_panels(x, panels, outputs, None, None, None)
+    found = panels_multiply(weight, None)(x)
+    assert found.numpy().tobytes() == expected.numpy().tobytes()
+
+
+def test_a_weight_with_a_value_that_16_bits_have_not_stays_in_float32() -> None:
+    weight = torch.zeros(2, 3)
+    weight[1, 2] = 1 + 2**-20
+    assert shortest(weight) is weight
+    weight[1, 2] = float("nan")
+    assert shortest(weight) is weight
+    assert shortest(torch.zeros(2, 3, dtype=torch.float16)).dtype == torch.float16

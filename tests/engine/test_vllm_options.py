@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.cli.main import main
 from nanovllm.engine.backends.vllm.options import VllmOptions, engine_arguments
 from nanovllm.engine.backends.vllm.prompt import ImageRun, image_runs, vllm_prompt
@@ -155,12 +156,12 @@ def test_a_setting_that_vllm_has_not_ends_the_worker_before_its_first_job(change
         check_vllm(settings(**changed), Path("/models/m"))
 
 
-def test_results_name_a_directory_by_its_last_part_alone(tmp_path: Path) -> None:
-    directory = tmp_path / "my-model"
-    directory.mkdir()
-    assert vllm_options(settings({"model": str(directory)}), directory).model == "my-model"
-    assert vllm_options(settings({"model": "Qwen/Qwen3-VL-8B"}), directory).model == "Qwen/Qwen3-VL-8B"
-    assert vllm_options(settings(), Path("/assets/tiny-receipts")).model == "tiny-receipts"
+def test_results_name_a_directory_by_its_last_part_alone() -> None:
+    directory = resolve_checkpoint("tiny-receipts")
+    assert vllm_options(settings({"model": str(directory)}), directory).model == "tiny-receipts"
+    assert vllm_options(settings(), directory).model == "tiny-receipts"
+    aliased = settings({"model": "receipts-8b", "model_aliases": {"receipts-8b": str(directory)}})
+    assert vllm_options(aliased, directory).model == "receipts-8b"
 
 
 def test_the_section_takes_names_of_executors_and_sizes_alone() -> None:

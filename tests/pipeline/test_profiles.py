@@ -31,7 +31,7 @@ from nanovllm.cli.main import main
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import ConfigurationError, InvalidRoutes
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
-from nanovllm.pipeline.documents.model_profile import ModelProfile, heeded_sampling, model_profile
+from nanovllm.pipeline.documents.model_profile import ModelProfile, heeded_sampling, model_profile, served_profile
 from nanovllm.pipeline.documents.page_task import PageTask, beyond_profile, page_task
 from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template
 from nanovllm.pipeline.route_checks import check_routes
@@ -335,6 +335,27 @@ def test_a_task_without_any_profile_is_refused_and_a_prompt_is_not() -> None:
 def test_a_route_asks_for_something_and_for_a_schema_by_its_task(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         route(**fields)
+
+
+def test_servers_have_the_profile_of_their_models_name(tmp_path: Path) -> None:
+    file = tmp_path / "routes.yaml"
+    head = "routes:\n- name: r\n  match: {bucket: inbox, key: '*.pdf'}\n"
+
+    def settings(model: str, dialect: str) -> Settings:
+        engine = {"backend": "openai", "model": model}
+        return Settings.model_validate({"engine": engine, "remote": {"endpoints": ["http://x/v1"], "dialect": dialect}})
+
+    file.write_text(f"{head}  task: markdown\n")
+    (check,) = check_routes(load_routes(file), settings("datalab-to/chandra-ocr-2", "vllm")).values()
+    assert check.profile == "chandra-ocr-2"
+    file.write_text(f"{head}  prompt: What is the total?\n")
+    with pytest.raises(InvalidRoutes, match=r"routes.yaml:4: route r: prompt: the profile chandra-ocr-2 follows"):
+        check_routes(load_routes(file), settings("datalab-to/chandra-ocr-2", "vllm"))
+    file.write_text(f"{head}  task: schema\n  response_schema: {{type: object, properties: {{a: {{type: string}}}}}}\n")
+    check_routes(load_routes(file), settings("numind/NuExtract3", "vllm"))
+    with pytest.raises(InvalidRoutes, match=r"has schemas in its chat template, which remote.dialect cannot"):
+        check_routes(load_routes(file), settings("numind/NuExtract3", "openai"))
+    assert served_profile(settings("Qwen/Qwen3.5-4B", "openai")).profile is None
 
 
 @needs_release

@@ -131,15 +131,32 @@ def panels_multiply(
     weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, excess: Tensor | None = None
 ) -> Multiply:
     """Multiply by a weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
-    panels, width = to_panels(weight.detach()), len(weight)
+    stored, width = shortest(weight.detach()), len(weight)
+    panels = to_panels(stored, None if stored.dtype == weight.dtype else 1)
     per_output = (None if bias is None else bias.float(), scales, excess)
     padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in per_output]
     return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, *padded)
 
 
-def to_panels(weight: Tensor) -> Tensor:
-    """A weight [out, in] as [panels, steps, 48, n]: n neighbouring inputs, four bytes, of 48 outputs side by side."""
-    group = 4 // weight.itemsize
+def shortest(weight: Tensor) -> Tensor:
+    """A float32 weight in bfloat16 or float16 if that has all its values, as it has of most checkpoints.
+
+    Our kernel widens them as it multiplies: the result has the same bits, from half the memory.
+    """
+    if weight.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            stored = weight.to(dtype)
+            if torch.equal(stored.float(), weight):
+                return stored
+    return weight
+
+
+def to_panels(weight: Tensor, group: int | None = None) -> Tensor:
+    """A weight [out, in] as [panels, steps, 48, n]: n neighbouring inputs of 48 outputs side by side.
+
+    n is ``group``, by default as many as are four bytes.
+    """
+    group = group or 4 // weight.itemsize
     padded = F.pad(weight, (0, -weight.shape[1] % group, 0, -len(weight) % _PANEL))
     return padded.view(-1, _PANEL, padded.shape[1] // group, group).transpose(1, 2).contiguous()
 

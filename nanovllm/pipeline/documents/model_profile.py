@@ -63,23 +63,30 @@ class ModelProfile:
 NO_MODEL_PROFILE = ModelProfile(ProfileChoice(None, "no model is asked"), None, {})
 
 
-def model_profile(engine: EngineSettings) -> ModelProfile:
+def model_profile(engine: EngineSettings, directory: Path | None = None) -> ModelProfile:
     """The profile for ``engine``; reads config.json, templates and tokenizer of a checkpoint, no weights.
+
+    ``directory`` is that of the checkpoint, where it is known already.
 
     Raises:
         ConfigurationError: ``engine.profile`` is none that there is.
         ModelNotFound: the checkpoint is not there.
     """
-    directory, names = None, [engine.model] if engine.model else []
+    names = [engine.model] if engine.model else []
     if engine.loads_model or engine.backend == "vllm":
         model = engine.model or DEFAULT_MODEL
-        directory = resolve_checkpoint(engine.model_aliases.get(model, model))
+        directory = directory or resolve_checkpoint(engine.model_aliases.get(model, model))
         names = [checkpoint_name(directory), model]
     if engine.profile is not None:
         choice = ProfileChoice(named_profile(engine.profile, "engine.profile"), "by engine.profile")
     else:
-        choice = choose_profile(names, None if directory is None else read_config(directory), directory)
+        choice = choose_profile(names, None if directory is None else _config(directory), directory)
     return ModelProfile(choice, directory, engine.chat_template_kwargs)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint; empty where it is missing, which is found at load."""
+    return read_config(directory) if (directory / "config.json").is_file() else {}
 
 
 def served_profile(settings: Settings) -> ModelProfile:
