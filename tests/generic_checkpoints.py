@@ -266,6 +266,16 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
         text={"model_type": "lfm2", **STATEFUL_FAMILIES["lfm2"]},
         config={"downsample_factor": 2, "projector_hidden_size": 48},
     ),
+    "got_ocr2": ImageFamily(  # 256 tokens an image, whatever its configuration says
+        tokens={"image_token_index": "<imgpad>"},
+        tower={"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 1024, "mlp_dim": 32, "global_attn_indexes": []},
+        processor="GotOcr2Processor",
+        image_processor="GotOcr2ImageProcessorPil",
+        image_options={"size": {"height": 1024, "width": 1024}},
+        text={"model_type": "qwen2"},
+        more_tokens=("<img>", "</img>"),
+    ),
     "gemma3": ImageFamily(
         tokens={"image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>",
                 "eoi_token_index": "<end_of_image>"},

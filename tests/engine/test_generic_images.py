@@ -38,7 +38,7 @@ pytestmark = needs_release
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
 IN_TILES = ("idefics3", "granite_docling", "internvl", "deepseek_ocr2")
-REFUSED = ("gemma3", "lfm2_vl", "llava_onevision", "idefics2", "ernie4_5_vl_moe")
+NOT_AS_OTHERS = ("gemma3", "lfm2_vl", "llava_onevision", "idefics2", "ernie4_5_vl_moe", "got_ocr2")
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
@@ -66,13 +66,15 @@ def record_threads(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[s
     return names
 
 
-def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+def transformers_inputs(
+    engine: LLMEngine, text: str, images: Sequence[Image.Image], *, nested: bool = True
+) -> dict[str, Any]:
     """A prompt as the model's own processor makes it, all images at once, nested as `apply_chat_template` has them."""
     encoder = engine.model_runner.encoder
     assert isinstance(encoder, GenericEncoder)
     processor = encoder._processor._processor
-    nested = [list(images)] if images else None
-    found = processor(text=[text], images=nested, return_mm_token_type_ids=True, return_tensors="pt")
+    given = ([list(images)] if nested else list(images)) if images else None
+    found = processor(text=[text], images=given, return_mm_token_type_ids=True, return_tensors="pt")
     decoder = engine.model_runner.model
     assert isinstance(decoder, GenericDecoder)
     if not hasattr(decoder.model.base_model, "get_rope_index"):
@@ -85,7 +87,7 @@ def num_tiles(inputs: dict[str, Any]) -> int:
     return sum(value.flatten(0, -4).shape[0] for name, value in inputs.items() if name.startswith("pixel_values"))
 
 
-@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in REFUSED])
+@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in NOT_AS_OTHERS])
 def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +211,19 @@ def test_a_model_whose_images_depend_on_their_number_serves_one_a_prompt(
         assert isinstance(engine.model_runner.model, GenericDecoder)
         without = engine.model_runner.model.never_sampled
         wanted = transformers_answer(plain, transformers_inputs(engine, text, ONE), without)
+    assert_same(found, wanted, 1e-5, without)
+
+
+def test_a_processor_that_takes_no_nested_lists_and_no_text_alone_serves_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, text = make_generic_images(tmp_path, "got_ocr2"), "<img><imgpad></img> OCR"
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **{**SMALL, "max_model_len": 400}, num_speculative_tokens=0) as engine:
+        found, _ = Recorded(engine, monkeypatch).answers([text, "hello"], [ONE, []])
+        assert isinstance(engine.model_runner.model, GenericDecoder)
+        without = engine.model_runner.model.never_sampled
+        wanted = transformers_answer(plain, transformers_inputs(engine, text, ONE, nested=False), without)
     assert_same(found, wanted, 1e-5, without)
 
 

@@ -41,6 +41,7 @@ class OneImageProcessor:
         self._image_token_id = image_token_id
         self._lock = Lock()
         self._name = checkpoint_name(checkpoint.directory)
+        self._takes_nested = True
         try:
             images = AutoImageProcessor.from_pretrained(
                 checkpoint.directory, backend="pil", local_files_only=True, trust_remote_code=False
@@ -49,6 +50,7 @@ class OneImageProcessor:
                 images, checkpoint.tokenizer(), **_own_options(checkpoint, _processor_class(checkpoint))
             )
             self._token: str = self._processor.image_token
+            self._takes_nested = self._takes_nested_lists()
             changed = self._changed_prompt(max_images)
         except Exception as error:  # a family's processor raises whatever it likes
             why = str(error) if isinstance(error, InvalidImage) else _in_words(error)
@@ -88,13 +90,22 @@ class OneImageProcessor:
     def _process(self, text: str, images: Sequence[np.ndarray]) -> tuple[list[int], dict[str, Tensor]]:
         # As images of Pillow: of an array of three rows a processor takes the rows for channels. As a list of lists:
         # of a flat one some processors take every image for a prompt of its own.
-        given = [[Image.fromarray(np.ascontiguousarray(pixels)) for pixels in images]] if images else None
+        given: Any = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in images]
+        given = [given] if self._takes_nested and given else given or None
         with self._lock:
             found = self._processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt")
         ids = found.pop("input_ids")[0].tolist()
         return ids, {
             name: value for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _OF_TOKENS
         }
+
+    def _takes_nested_lists(self) -> bool:
+        """Whether images may come as a list for each prompt; GOT-OCR takes such a list for pages of one image."""
+        try:
+            self(np.zeros((*_SIZES[0], 3), np.uint8))
+        except InvalidImage:
+            return False
+        return True
 
     def _changed_prompt(self, max_images: int) -> str | None:
         """A prompt whose tokens are not those of its text with each image's own in their places; None: there is none.
@@ -112,7 +123,13 @@ class OneImageProcessor:
             wanted = list[int]()
             for token in tokenizer(prompt, add_special_tokens=False)["input_ids"]:
                 wanted += next(each) if token == placeholder else [token]
-            if self._process(prompt, images[:count])[0] != wanted:
+            try:
+                found, _ = self._process(prompt, images[:count])
+            except Exception:
+                if count:
+                    raise
+                continue  # it takes no text alone, of which there is nothing to compare then
+            if found != wanted:
                 return prompt
         return None
 
