@@ -23,7 +23,7 @@ BACKENDS = ("native", "generic")
 
 
 def cpu_ms_a_token(engine: LLM, rows: int, tokens: int) -> float:
-    """Milliseconds of CPU time a generated token, of ``rows`` requests at once; their short prompts are computed before."""
+    """Milliseconds of CPU time a generated token, of ``rows`` requests at once, after their prompts."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     for row in range(rows):
         engine.add_request([7 + row, 8, 9], params)
