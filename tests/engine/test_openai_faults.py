@@ -18,10 +18,11 @@ from parts import FaultProxy, eventually, png
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, event_data
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after, shown
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after
 from nanovllm.errors import (
     AnswerFailed,
     AnswerWithheld,
