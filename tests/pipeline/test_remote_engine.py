@@ -288,6 +288,11 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
         with pytest.raises(ValidationError) as caught:
             RemoteSettings.model_validate({"endpoints": wrong})
         assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
+    assert remote(proxy="http://proxy:3128").proxy == "http://proxy:3128"
+    for wrong in ("socks5://proxy:1080", "proxy:3128", "http://user:hunter2@proxy:3128"):
+        with pytest.raises(ValidationError, match="is no http://") as caught:
+            remote(proxy=wrong)
+        assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
     with pytest.raises(ValidationError, match="3 api_keys for 2 endpoints"):
         remote(api_keys="a,b,c")
     with pytest.raises(ValidationError, match="no header takes"):

@@ -8,12 +8,13 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING, Endpoint
 from nanovllm.engine.backends.openai.estimates import request_tokens
@@ -111,7 +112,7 @@ class OpenAIEngine(EngineBackend):
         model = self._model_in(listings) if listings else ""
         faults = {url: found for url, found in answers.items() if isinstance(found, EndpointFault)}
         missing = {
-            url: EndpointFault("error", f"does not serve {model}; it lists {', '.join(sorted(found)[:8]) or 'nothing'}")
+            url: EndpointFault("error", f"does not serve {model}; it lists {_named(found) or 'nothing'}")
             for url, found in listings.items()
             if found is not None and model not in found
         }
@@ -140,8 +141,7 @@ class OpenAIEngine(EngineBackend):
         names = {name for listing in listings.values() for name in listing or ()}
         if len(names) != 1:
             raise ConfigurationError(
-                f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
-                f"{', '.join(sorted(names)[:8])}"
+                f"engine.model is not set, and the endpoints list {len(names)} models: name one of {_named(names)}"
                 if names
                 else "engine.model is not set, and the endpoints have no list of models: name the model"
             )
@@ -362,6 +362,10 @@ class OpenAIEngine(EngineBackend):
             outputs=outputs,
             is_constrained=request.sampling.constraint is not None,  # the server has taken it
         )
+
+
+def _named(models: Iterable[str]) -> str:
+    return shown(", ".join(sorted(models)[:8]))
 
 
 def _ssl_context(options: OpenAIOptions) -> ssl.SSLContext:
