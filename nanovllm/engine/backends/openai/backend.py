@@ -31,6 +31,7 @@ from nanovllm.errors import (
     EngineDead,
     InvalidInput,
     ModelNotFound,
+    PromptTooLong,
     UnsupportedConstraint,
 )
 from nanovllm.sampling_params import Constraint
@@ -256,17 +257,20 @@ class OpenAIEngine(EngineBackend):
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
                 endpoint = lease.endpoint
                 try:
-                    if lease.is_trial and not await self._check(endpoint):
+                    if lease.is_trial and not endpoint.refuses_all and not await self._check(endpoint):
                         failed.add(endpoint)
                     else:
                         return await self._attempt(endpoint, request, body, options, generation, times)
                 except (InvalidInput, AnswerWithheld, AnswerFailed) as refusal:
-                    endpoint.succeeded()  # it answered
-                    if not (isinstance(refusal, InvalidInput) and body.has_urls(options)):
+                    if isinstance(refusal, InvalidInput) and body.has_urls(options):
+                        logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                        options = replace(options, sign_url=None)
+                    elif await self._is_its_own(refusal, endpoint):
+                        endpoint.succeeded()
                         raise
-                    logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                    else:
+                        failed.add(endpoint)
                     generation.restart()
-                    options = replace(options, sign_url=None)
                 except EndpointFault as fault:
                     endpoint.failed(fault, request.request_id)
                     generation.restart()
@@ -278,7 +282,7 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked and not endpoint.is_paused:
+                    if endpoint.breaker.is_suspect and not endpoint.checking.locked():
                         await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()
@@ -287,16 +291,29 @@ class OpenAIEngine(EngineBackend):
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _check(self, endpoint: Endpoint) -> bool:
+    async def _is_its_own(self, refusal: Exception, endpoint: Endpoint) -> bool:
+        """Whether what ``endpoint`` said to a request is about that request: it answers one of our own."""
+        if not isinstance(refusal, InvalidInput) or isinstance(refusal, PromptTooLong):
+            return True
+        return await self._check(endpoint, refusal)
+
+    async def _check(self, endpoint: Endpoint, refusal: InvalidInput | None = None) -> bool:
         """Whether ``endpoint`` takes requests now, by what it answers to one of our own.
 
-        Several others failed there, or its circuit is open.
+        Several others failed there, its circuit is open, or it has refused one. Requests that ask at the same time
+        share an answer.
         """
-        try:
-            await endpoint.check(self.model_info.id, self._probe)
-        except EndpointFault as fault:
-            logger.warning("%s %s: no requests go there", endpoint.url, fault)
-            return False
+        now = time.monotonic()
+        async with endpoint.checking:
+            if endpoint.checked_at > now:
+                return not endpoint.breaker.is_open and not endpoint.is_paused
+            if endpoint.is_paused or (refusal is not None and endpoint.breaker.is_left_out):
+                return False
+            try:
+                await endpoint.check(self.model_info.id, self._probe, refusal)
+            except EndpointFault as fault:
+                logger.warning("%s %s: no requests go there", endpoint.url, fault)
+                return False
         self._pool.serve()
         return not endpoint.is_paused
 
@@ -335,7 +352,7 @@ class OpenAIEngine(EngineBackend):
                     generation.deliver(chunk)
         if not answer.is_finished:
             raise EndpointFault("reset", "ends the answer before its end")
-        endpoint.succeeded()
+        endpoint.answered()
         return answer
 
     def _output(self, request: Request, answer: Answer, times: _Times) -> RequestOutput:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import re
 import ssl
 import time
 from collections import Counter, deque
@@ -17,15 +19,17 @@ from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answe
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
 from nanovllm.engine.backends.openai.transport import Transport
-from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EndpointStats
 
 MAX_LIST_BYTES = 4 * 2**20
 MAX_NAME_CHARS = 256
 LIST_TIMEOUT_S, PROBE_TIMEOUT_S = 10.0, 30.0
-PROBE_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)
+PROBE_SAMPLING = SamplingParams(temperature=1.0, max_tokens=16)
+"""Of the worker's own requests: models that reason refuse another temperature, and a shorter answer."""
 BUSY_WAIT_S, BUSY_MAX_WAIT_S = 0.5, 30.0
+_API_KEY = re.compile("api[ _-]?key", re.IGNORECASE)
 
 
 class Endpoint:
@@ -37,7 +41,8 @@ class Endpoint:
         self.outstanding = 0
         self.paused_until = 0.0
         self.last_fault: EndpointFault | None = None
-        self.is_being_checked = False
+        self.checking = asyncio.Lock()
+        self.checked_at = 0.0
         self.breaker = Breaker(
             threshold=options.breaker_requests,
             first_wait_s=options.breaker_wait_s,
@@ -47,6 +52,8 @@ class Endpoint:
         self._checks_model = options.dialect.names_listed_model
         self._listed: frozenset[str] = frozenset()
         self._busy_answers = 0
+        self._answers_probes = False
+        self._refusal: InvalidInput | None = None
         self._requests = 0
         self._faults: Counter[str] = Counter()
         self._timeout_s = options.request_timeout_s
@@ -93,37 +100,53 @@ class Endpoint:
         """The names under which an answer of ``model`` may come from here; None: any."""
         return self._listed | {model} if self._checks_model else None
 
-    async def check(self, model: str, probe: bytes) -> None:
+    @property
+    def refuses_all(self) -> bool:
+        """Whether its circuit opened because it refuses each request: the next one finds out whether it still does."""
+        return self._refusal is not None
+
+    async def check(self, model: str, probe: bytes, refusal: InvalidInput | None = None) -> None:
         """Open or close the circuit by what the server answers to ``probe``, a short request of our own for ``model``.
 
-        A server that is busy is left its time (`is_paused`), and its circuit is closed.
+        ``refusal``: what it has said to another request. If it refuses ``probe`` in the same words, or has answered one
+        before, then it is not the request that it refuses. A server that is busy is left its time (`is_paused`), and
+        its circuit is closed.
 
         Raises:
-            EndpointFault: it does not answer, or does not list the model; the circuit is open.
+            EndpointFault: it does not answer, refuses all, or does not list the model; the circuit is open.
         """
-        self.is_being_checked = True
+        self.checked_at = time.monotonic()
         try:
             listed = await self.models()
             if listed is not None and model not in listed:
                 raise EndpointFault("error", "does not list the model any more")
             if self.is_paused:
                 return  # since just now, by what another request was told
-            answer = Answer(PROBE_SAMPLING, secrets=self.secrets, models=self.names_of(model))
-            async with aclosing(self.answer(CHAT, probe, answer.max_bytes, PROBE_TIMEOUT_S)) as events:
-                async for event in events:
-                    deque(answer.add(event), maxlen=0)
-            if not answer.is_finished:
-                raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld, AnswerFailed):
-            pass  # refused in the words of the protocol: it answers
+            await self._ask(model, probe, refusal)
         except EndpointFault as fault:
             self.note(fault)
             if fault.kind != "overloaded":
                 self.breaker.open()
                 raise
-        finally:
-            self.is_being_checked = False
         self.breaker.succeed()
+
+    async def _ask(self, model: str, probe: bytes, refusal: InvalidInput | None) -> None:
+        self._refusal = None
+        answer = Answer(PROBE_SAMPLING, secrets=self.secrets, models=self.names_of(model))
+        try:
+            async with aclosing(self.answer(CHAT, probe, answer.max_bytes, PROBE_TIMEOUT_S)) as events:
+                async for event in events:
+                    deque(answer.add(event), maxlen=0)
+        except (AnswerWithheld, AnswerFailed, PromptTooLong):
+            return  # it answers
+        except InvalidInput as error:
+            if not self._answers_probes and (refusal is None or _gist(refusal) != _gist(error)):
+                return  # the model may take no text alone
+            self._refusal = error
+            raise _as_fault(error) from None
+        if not answer.is_finished:
+            raise EndpointFault("reset", "ends the answer before its end")
+        self._answers_probes = True
 
     def answer(
         self, path: str, body: bytes, max_bytes: int, timeout_s: float | None = None
@@ -153,8 +176,13 @@ class Endpoint:
             request_id = f"{request_id} {self._faults['connect']}"  # no request makes a connection fail
         self.breaker.fail(request_id)
         is_certain = fault.kind == "refused" or (fault.kind == "connect" and self.breaker.is_suspect)
-        if is_certain and not self.breaker.is_open:
+        if self.breaker.has_waited or (is_certain and not self.breaker.is_open):
             self.breaker.open()
+
+    def answered(self) -> None:
+        """A request was answered to its end."""
+        self._refusal = None
+        self.succeeded()
 
     def succeeded(self) -> None:
         """A request was answered, or refused for what it is."""
@@ -167,7 +195,17 @@ class Endpoint:
 
 
 def _as_fault(error: Exception) -> EndpointFault:
-    return error if isinstance(error, EndpointFault) else EndpointFault("error", str(error))
+    """What an answer to a question of the worker's own means, in which no request can be at fault."""
+    if isinstance(error, EndpointFault):
+        return error
+    if _API_KEY.search(str(error)):
+        return EndpointFault("refused", "answers 400: it refuses the API key, or its lack")
+    return EndpointFault("error", f"says to a request of the worker's own: {error}")
+
+
+def _gist(refusal: InvalidInput) -> str:
+    """Its words without numbers, among them identifiers of requests."""
+    return re.sub(r"\S*\d\S*", "", str(refusal))
 
 
 def _is_named(model: Any) -> bool:
