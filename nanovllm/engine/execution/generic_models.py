@@ -63,7 +63,7 @@ def one_image_processor(config: EngineConfig, checkpoint: Checkpoint) -> OneImag
     if token is None:
         name = checkpoint_name(checkpoint.directory)
         raise UnsupportedModel(f"the configuration of {name!r} names no token for images")
-    return OneImageProcessor(checkpoint, token)
+    return OneImageProcessor(checkpoint, token, max_images=config.max_images_per_request)
 
 
 def generic_image_tokens(
@@ -87,7 +87,7 @@ def load_generic_models(
     """
     processor = one_image_processor(config, checkpoint)
     plain = load_transformers_model(checkpoint, dtype, device)
-    reference = compute_reference(plain, config.max_model_len, processor)
+    reference = compute_reference(plain, config.max_model_len, processor, config.max_images_per_request)
     model = GenericDecoder(plain)
     model.config.context_limit(config.max_model_len)  # before the trial: it names the layer
     model.choose_layouts()
