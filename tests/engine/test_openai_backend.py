@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -316,6 +317,13 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
         with pytest.raises(ConfigurationError, match="no list of models"):
             async with engine_of(server):
                 pass
+
+
+async def test_the_log_names_model_endpoints_dialect_and_context_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with OpenAIServer(context=256, key="sk-good") as server, engine_of(server, dialect="vllm"):
+        assert f"model tiny of {server.url}: dialect vllm, context 256" in caplog.text
+        assert "sk-good" not in caplog.text
 
 
 async def test_a_raw_prompt_is_a_completion_where_it_is_allowed() -> None:

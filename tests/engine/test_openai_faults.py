@@ -28,6 +28,7 @@ from nanovllm.errors import (
     AnswerFailed,
     AnswerWithheld,
     ApiKeyRefused,
+    ConfigurationError,
     EndpointsUnavailable,
     InvalidInput,
     PromptTooLong,
@@ -347,7 +348,8 @@ async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFi
             assert "sk-good" not in text
         wrong = OpenAIServer(key="sk-other")
         wrong._port = server._port
-        with pytest.raises(ApiKeyRefused):
+        # A setting that must be changed: exit code 2.
+        with pytest.raises(ConfigurationError, match=r"refuses the API key.* NANOVLLM_REMOTE__API_KEYS"):
             async with engine_of(wrong):
                 pass
     assert "sk-" not in caplog.text
