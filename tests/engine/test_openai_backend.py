@@ -19,6 +19,7 @@ from openai_server import OpenAIServer, engine_of, serving
 from parts import eventually
 from PIL import Image
 
+from nanovllm.cli.main import main
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
@@ -317,6 +318,38 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
         with pytest.raises(ConfigurationError, match="no list of models"):
             async with engine_of(server):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tried"),
+    [("", "/v1"), ("/v1/chat/completions", "/v1"), ("/v1/models", "/v1"), ("/else/v1", None)],
+)
+async def test_an_address_at_which_there_is_no_server_ends_the_start_with_a_better_one(
+    wrong: str, tried: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with OpenAIServer() as server:
+        base = server.url.removesuffix("/v1")
+        with pytest.raises(ConfigurationError, match="base URLs end in /v1 as a rule") as caught:
+            async with engine_of(base + wrong, model="tiny"):
+                pass
+        monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "openai")
+        monkeypatch.setenv("NANOVLLM_REMOTE__ENDPOINTS", base + wrong)
+        assert await asyncio.to_thread(main, ["doctor"]) == 2
+    said = str(caught.value)
+    assert f"{base}{wrong} has no /models" in said
+    assert said.rstrip(")").endswith("check the URL and engine.model" if tried is None else f"try {base}{tried}")
+    assert f"{base}{wrong} has no /models" in capsys.readouterr().err
+
+
+async def test_one_wrong_address_beside_a_right_one_is_left_out_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with OpenAIServer() as server:
+        wrong = server.url.removesuffix("/v1")
+        async with engine_of(server, wrong) as engine:
+            assert (await engine.submit(ask("a"))).text == "one two three"
+            assert [one.is_up for one in engine.stats().endpoints] == [True, False]
+    assert f"try {server.url}" in caplog.text
 
 
 async def test_the_log_names_model_endpoints_dialect_and_context_at_the_start(caplog: pytest.LogCaptureFixture) -> None:

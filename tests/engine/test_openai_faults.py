@@ -13,13 +13,15 @@ from email.utils import formatdate
 from typing import Any, cast
 
 import pytest
-from openai_server import Fault, OpenAIServer, engine_of, serving
+from openai_server import Asked, Fault, OpenAIServer, engine_of, serving
 from parts import FaultProxy, eventually, png
+from scripted_server import ScriptedServer, failure
 
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai import backend
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, EventStream
@@ -333,6 +335,39 @@ async def test_a_limit_of_attempts_is_an_error_of_the_request() -> None:
         server.always = "error"
         with pytest.raises(AnswerFailed, match="2 failures; in the last one the server answers 500: CUDA error"):
             await engine.submit(ask("a"))
+
+
+async def test_a_request_that_fails_again_and_again_is_named_in_the_log_with_the_way_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "LONGEST_PAUSE_S", 0.01)
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults = cast(list[Fault], ["error"] * 12)
+        assert (await engine.submit(ask("the-job"))).text == "one two three four"
+    (named,) = [record.getMessage() for record in caplog.records if "the-job" in record.getMessage()]
+    assert "failed 10 times" in named
+    assert "answers 500: CUDA error" in named
+    assert "remote.max_attempts" in named
+
+
+async def test_a_server_that_finds_nothing_at_its_address_any_more_is_left_out_at_once() -> None:
+    async with ScriptedServer(lambda _: failure(404, {"detail": "Not Found"})) as server, engine_of(server) as engine:
+        with pytest.raises(EndpointsUnavailable, match="answers 404: Not Found"):
+            await engine.submit(ask("a"))
+        assert len(server.asked) == 2  # the job's, and one of the worker's own
+        server.script = lambda _: None
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("b"))).text == "one two three four"
+
+
+async def test_a_request_that_alone_finds_nothing_leaves_no_server_out() -> None:
+    def script(asked: Asked) -> bytes | None:
+        return failure(404, {"detail": "no such picture"}) if "poison" in str(asked.body) else None
+
+    async with ScriptedServer(script) as server, engine_of(server, max_attempts=2) as engine:
+        with pytest.raises(AnswerFailed, match="no such picture"):
+            await engine.submit(ask("a", "poison"))
+        assert engine.stats().endpoints[0].is_up
 
 
 async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING, Endpoint
 from nanovllm.engine.backends.openai.estimates import request_tokens
 from nanovllm.engine.backends.openai.faults import EndpointFault
-from nanovllm.engine.backends.openai.listings import ask_each, lacks_model, model_in, smallest_context
+from nanovllm.engine.backends.openai.listings import Listing, ask_each, lacks_model, model_in, smallest_context
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.backends.openai.pool import Pool
 from nanovllm.engine.backends.openai.request_body import RequestBody, request_body
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 """Between the attempts of a request that has no other endpoint, and between looks at servers that are not up yet."""
+TOLD_FAILURES = (10, 100)
+"""Of one request: after so many the log names it."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class OpenAIEngine(EngineBackend):
 
         Raises:
             ModelNotFound: no server lists the model.
-            ConfigurationError: it must be named, or every server refuses its API key.
+            ConfigurationError: it must be named, an address is wrong, or every server refuses its API key.
         """
         pause_s = FIRST_PAUSE_S
         while not await self._look():
@@ -100,12 +102,18 @@ class OpenAIEngine(EngineBackend):
         )
 
     async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
-        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list."""
-        return {endpoint.url: answer for endpoint, answer in (await ask_each(self._endpoints)).items()}
+        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list.
+
+        Raises ConfigurationError: none of the addresses is one of a server.
+        """
+        return {endpoint.url: answer for endpoint, answer in (await self._ask_each()).items()}
+
+    async def _ask_each(self) -> dict[Endpoint, Listing | EndpointFault | None]:
+        return await ask_each(self._endpoints, self.model_info.id, self._probe)
 
     async def _look(self) -> bool:
         """Whether an endpoint is up that has the model, which is known then; the others are left out until they do."""
-        answers = await ask_each(self._endpoints)
+        answers = await self._ask_each()
         listings = {one: found for one, found in answers.items() if not isinstance(found, EndpointFault)}
         faults = {one: found for one, found in answers.items() if isinstance(found, EndpointFault)}
         model = model_in(listings.values(), self._options.model) if listings else ""
@@ -252,7 +260,16 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if endpoint.breaker.is_suspect and not endpoint.checking.locked():
+                    if faults in TOLD_FAILURES and fault.kind != "overloaded":
+                        logger.warning(
+                            "request %s has failed %d times, the last time at %s, which %s: remote.max_attempts, or a "
+                            "deadline of its job, would end it",
+                            request.request_id,
+                            faults,
+                            endpoint.url,
+                            fault,
+                        )
+                    if endpoint.is_doubtful and not endpoint.checking.locked():
                         await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
+from nanovllm.engine.backends.openai.faults import NOT_FOUND, EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
 from nanovllm.engine.backends.openai.transport import Transport
@@ -68,6 +68,12 @@ class Endpoint:
         """Whether the server wants no requests for now."""
         return time.monotonic() < self.paused_until
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a request of our own is to find out if it answers at all: several failed there, or found nothing."""
+        is_missing = self.last_fault is not None and self.last_fault.kind == "missing"
+        return self.breaker.is_suspect or (is_missing and not self.breaker.is_open)
+
     def stats(self) -> EndpointStats:
         """Counts since the start, and the state now."""
         return EndpointStats(
@@ -85,7 +91,7 @@ class Endpoint:
             EndpointFault: the server does not answer, or not with a list.
         """
         response, body = await self._transport.get("/models", MAX_LIST_BYTES, LIST_TIMEOUT_S)
-        if response.status_code in (404, 405):
+        if response.status_code in NOT_FOUND:
             return None
         if response.status_code != 200:
             raise _as_fault(fault_of_answer(response.status_code, response.headers, body, self.secrets))
@@ -95,6 +101,17 @@ class Endpoint:
             raise EndpointFault("garbage", "answers /models with what is no list of models") from None
         self._listed = frozenset(models)
         return models
+
+    async def listing(self, model: str, probe: bytes) -> dict[str, int | None] | None:
+        """As `models`; where there is no list an answer to ``probe`` shows that there is a server at the address.
+
+        Raises:
+            EndpointFault: it answers neither.
+        """
+        listed = await self.models()
+        if listed is None:
+            await self._ask(model, probe, None)
+        return listed
 
     def names_of(self, model: str) -> frozenset[str] | None:
         """The names under which an answer of ``model`` may come from here; None: any."""

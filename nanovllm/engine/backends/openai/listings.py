@@ -14,15 +14,27 @@ Listing = Mapping[str, int | None]
 """Contexts of models by their names, in tokens; None where the server does not say it."""
 
 
-async def ask_each(endpoints: Sequence[Endpoint]) -> dict[Endpoint, Listing | EndpointFault | None]:
-    """What each of ``endpoints`` lists, asked once; None where it has no list. A busy one is left its time."""
+async def ask_each(
+    endpoints: Sequence[Endpoint], model: str, probe: bytes
+) -> dict[Endpoint, Listing | EndpointFault | None]:
+    """What each of ``endpoints`` lists, asked once; None where it has no list, but answers ``probe`` for ``model``.
+
+    A busy one is left its time.
+
+    Raises:
+        ConfigurationError: none of the addresses is one of a server.
+    """
     asked = [endpoint for endpoint in endpoints if not endpoint.is_paused]
-    found = await asyncio.gather(*(one.models() for one in asked), return_exceptions=True)
+    found = await asyncio.gather(*(one.listing(model, probe) for one in asked), return_exceptions=True)
     answers: dict[Endpoint, Listing | EndpointFault | None] = {}
     for endpoint, answer in zip(asked, found, strict=True):
         if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
             raise answer
         answers[endpoint] = answer
+    faults = {one: answer for one, answer in answers.items() if isinstance(answer, EndpointFault)}
+    if len(faults) == len(endpoints) and all(fault.kind == "missing" for fault in faults.values()):
+        endpoint, fault = next(iter(faults.items()))
+        raise ConfigurationError(f"remote.endpoints: {endpoint.url} has no /models, and to a request {fault}")
     return answers
 
 
