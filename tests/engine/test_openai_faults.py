@@ -23,6 +23,7 @@ from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai import backend
 from nanovllm.engine.backends.openai.answer import Answer
+from nanovllm.engine.backends.openai.backend import OpenAIEngine
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, EventStream
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after
@@ -280,6 +281,48 @@ async def test_a_dead_server_is_left_out_and_taken_back_when_it_lives() -> None:
             await come_back()
         assert all(one.is_up for one in engine.stats().endpoints)
         assert first.lists >= 2  # asked for its model before a request tries it
+
+
+async def test_idle_servers_that_die_and_come_back_are_known_without_a_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    servers = OpenAIServer(), OpenAIServer()
+
+    def up(engine: OpenAIEngine) -> list[bool]:
+        return [one.is_up for one in engine.stats().endpoints]
+
+    async with serving(*servers), engine_of(*servers) as engine:
+        assert engine.outage is None
+        await servers[0].kill()
+        await eventually(lambda: up(engine) == [False, True])
+        assert engine.outage is None
+        await servers[1].kill()
+        await eventually(lambda: up(engine) == [False, False])
+        assert "takes no connection" in str(engine.outage)
+        for server in servers:
+            await server.start()
+        await eventually(lambda: up(engine) == [True, True])
+        assert engine.outage is None
+    for server in servers:
+        assert f"{server.url} takes requests again, after 0 s" in caplog.text
+
+
+async def test_an_idle_server_is_asked_for_its_models_alone_and_a_busy_one_for_nothing() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        await eventually(lambda: server.lists >= 4)
+        assert not server.asked
+        server.gate = asyncio.Event()
+        generation = engine.submit(ask("a"))
+        await eventually(lambda: bool(server.asked))
+        seen = server.lists
+        await asyncio.sleep(0.5)
+        assert server.lists == seen
+        server.gate.set()
+        await generation
+        server.model = "other"
+        await eventually(lambda: not engine.stats().endpoints[0].is_up)
+        assert "does not list the model any more" in str(engine.outage)
 
 
 async def test_requests_end_with_what_each_server_did_where_none_is_left() -> None:

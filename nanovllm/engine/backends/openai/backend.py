@@ -22,6 +22,7 @@ from nanovllm.engine.backends.openai.listings import Listing, ask_each, lacks_mo
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.backends.openai.pool import Pool
 from nanovllm.engine.backends.openai.request_body import RequestBody, request_body
+from nanovllm.engine.backends.openai.watch import Watch
 from nanovllm.engine.outputs import ImageUse, ModelInfo, RequestOutput, RequestTimings, TokenChunk, Usage
 from nanovllm.errors import (
     AnswerFailed,
@@ -32,6 +33,7 @@ from nanovllm.errors import (
     InvalidInput,
     ModelNotFound,
     PromptTooLong,
+    SystemicError,
     UnsupportedConstraint,
 )
 from nanovllm.sampling_params import Constraint
@@ -83,6 +85,7 @@ class OpenAIEngine(EngineBackend):
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, Answer] = {}
         self._usage = (0, 0)
+        self._watch: Watch | None = None
 
     async def start(self) -> None:
         """Learn the model from the servers; waits until one of them is up.
@@ -97,6 +100,13 @@ class OpenAIEngine(EngineBackend):
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         urls = ", ".join(endpoint.url for endpoint in self._endpoints)
         context = self.capabilities.context or "that no server tells"
+        self._watch = Watch(
+            self._endpoints,
+            self._check,
+            model=self.model_info.id,
+            tick_s=self._options.breaker_wait_s,
+            idle_s=self._options.breaker_max_wait_s,
+        )
         logger.info(
             "model %s of %s: dialect %s, context %s", self.model_info.id, urls, self._options.dialect.name, context
         )
@@ -130,6 +140,8 @@ class OpenAIEngine(EngineBackend):
             context = smallest_context(having, model, self._options.default_max_tokens)
             self.model_info = replace(self.model_info, id=model)
             self.capabilities = replace(self.capabilities, context=context)
+            for endpoint in listings.keys() - missing.keys():
+                endpoint.succeeded()
             return True
         error = self._pool.unavailable()
         if isinstance(error, ApiKeyRefused):
@@ -186,6 +198,12 @@ class OpenAIEngine(EngineBackend):
         output = RequestOutput(request_id, text, (), "abort", usage, RequestTimings())
         generation.deliver(TokenChunk("", (), "abort"), output)
 
+    @property
+    def outage(self) -> SystemicError | None:
+        """What each endpoint did last, where no request would be answered now."""
+        may_answer = any(not one.breaker.is_open or one.refuses_all for one in self._endpoints)
+        return None if may_answer else self._pool.unavailable()
+
     def stats(self) -> EngineStats:
         """Requests at the endpoints and those that wait, tokens as the servers count them, and each endpoint's."""
         running = self._pool.outstanding
@@ -200,6 +218,8 @@ class OpenAIEngine(EngineBackend):
     async def close(self) -> None:
         """Stop; unfinished generations end with EngineDead."""
         self._die(EngineDead("the engine was closed"))
+        if self._watch is not None:
+            await self._watch.close()
         tasks = tuple(self._tasks.values())
         for task in tasks:
             task.cancel()
