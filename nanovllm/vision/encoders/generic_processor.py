@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
@@ -28,11 +29,13 @@ _MAX_SHOWN_CHARS = 300
 class OneImageProcessor:
     """Pixels of one image to a model's inputs, and the tokens that stand for the image.
 
-    Raises UnsupportedModel for a processor that transformers does not have, or not for Pillow.
+    ``options`` are arguments of each call of transformers' processor. Raises UnsupportedModel for a processor that
+    transformers does not have, or not for Pillow.
     """
 
-    def __init__(self, checkpoint: Checkpoint, image_token_id: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, image_token_id: int, options: Mapping[str, Any] | None = None) -> None:
         self._image_token_id = image_token_id
+        self._options = dict(options or {})
         self._lock = Lock()
         self._name = checkpoint_name(checkpoint.directory)
         try:
@@ -62,7 +65,9 @@ class OneImageProcessor:
             # As an image of Pillow: of an array of three rows a processor takes the rows for channels.
             image = Image.fromarray(np.ascontiguousarray(pixels))
             with self._lock:
-                found = self._processor(text=[token], images=[image], add_special_tokens=False, return_tensors="pt")
+                found = self._processor(
+                    text=[token], images=[image], add_special_tokens=False, return_tensors="pt", **self._options
+                )
         except Exception as error:  # a processor raises whatever it likes
             why = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_SHOWN_CHARS]
             height, width = pixels.shape[:2]
