@@ -148,6 +148,7 @@ def vllm_limits(settings: Settings, context: int | None = None) -> Iterator[Mode
     tokens, once it is loaded; None: what the settings or the checkpoint say.
 
     Raises:
+        ConfigurationError: template variables, or a profile, that there are not.
         UnsupportedModel, ModelNotFound: no tokenizer, or no processor of transformers for its images.
     """
     from nanovllm.checkpoints.checkpoint import Checkpoint
