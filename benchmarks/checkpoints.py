@@ -66,7 +66,7 @@ def make_text_checkpoint(directory: Path, shape: Shape) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)  # as published checkpoints are
     words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, shape.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -466,7 +466,10 @@ class UnsupportedModel(ConfigurationError):
     """A checkpoint whose architecture or option this engine does not implement."""
 
     code = "unsupported_model"
-    remedy = "Use a checkpoint of a supported architecture and options: README.md lists them under Models."
+    remedy = (
+        "Use a checkpoint of a supported architecture and options (docs/models.md), or another engine.backend for "
+        "this one: vllm, or openai with a server that runs it."
+    )
 
 
 class MissingTopic(ConfigurationError):

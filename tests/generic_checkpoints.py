@@ -31,6 +31,8 @@ TEXT_FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},  # scaled logits
     "phi3": {"sliding_window": None},  # one matrix for queries, keys and values
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 2048},  # learnt positions
+    "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 2048},  # one head of keys and values
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},  # its head calls the decoder
     "olmo2": {},
     "glm4": {"head_dim": 16},
     "deepseek_v3": {  # keys wider than values
@@ -75,6 +77,11 @@ _QWEN_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pa
 _QWEN3_5 = {"num_hidden_layers": 4, "head_dim": 16, **_LINEAR_ATTENTION}
 _SPLIT_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
                  *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))  # fmt: skip
+
+
+_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+_ERNIE_TOKENS = {f"{kind}_{part}token_id": f"<|{kind.upper()}_{text}|>" for kind in ("image", "video")
+                 for part, text in (("", "PLACEHOLDER"), ("start_", "START"), ("end_", "END"))}  # fmt: skip
 
 
 def _rope(*sections: int, **more: Any) -> dict[str, Any]:
@@ -215,6 +222,41 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
         text={"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
               "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
     ),
+    "llava_onevision": ImageFamily(
+        tokens={"image_token_index": "<image>", "video_token_index": "<video>"},
+        tower={**_VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8},
+        processor="LlavaOnevisionProcessor",
+        image_processor="LlavaOnevisionImageProcessorPil",
+        image_options={"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS},
+        text={"model_type": "qwen2"},
+        config={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full"},
+        processor_options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    ),
+    "idefics2": ImageFamily(
+        tokens={"image_token_id": "<image>"},
+        tower={**_VISION, "image_size": 64, "patch_size": 8},
+        processor="Idefics2Processor",
+        image_processor="Idefics2ImageProcessorPil",
+        image_options={"size": {"shortest_edge": 32, "longest_edge": 64}, "do_image_splitting": False},
+        text={"model_type": "mistral", "sliding_window": None},
+        config={"perceiver_config": {"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1,
+                                     "resampler_n_heads": 4, "resampler_head_dim": 16, "num_key_value_heads": 2}},
+        processor_options={"image_seq_len": 4},
+        more_tokens=("<fake_token_around_image>", "<end_of_utterance>"),
+        named_tokens={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>",
+                      "end_of_utterance_token": "<end_of_utterance>"},
+    ),
+    "ernie4_5_vl_moe": ImageFamily(
+        tokens=_ERNIE_TOKENS,
+        tower={"hidden_size": 48, "intermediate_size": 64, "depth": 2, "num_heads": 4, "patch_size": 8,
+               "spatial_merge_size": 2},
+        processor="Ernie4_5_VLMoeProcessor",
+        image_processor="Ernie4_5_VLMoeImageProcessorPil",
+        image_options={"size": {"shortest_edge": 256, "longest_edge": 48 * 48}, "patch_size": 8},
+        text={"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 16], "moe_num_shared_experts": 1,
+              "mlp_layer_types": ["dense", "sparse"], **_rope(3, 3, 2)},
+        named_tokens={name.removesuffix("_id"): token for name, token in _ERNIE_TOKENS.items()},
+    ),
     "lfm2_vl": ImageFamily(  # its processor needs torchvision
         tokens={"image_token_id": "<image>"},
         tower={**_VISION, "model_type": "siglip2_vision_model", "patch_size": 8, "num_patches": 64},
@@ -223,6 +265,16 @@ IMAGE_FAMILIES: dict[str, ImageFamily] = {
         image_options={},
         text={"model_type": "lfm2", **STATEFUL_FAMILIES["lfm2"]},
         config={"downsample_factor": 2, "projector_hidden_size": 48},
+    ),
+    "got_ocr2": ImageFamily(  # 256 tokens an image, whatever its configuration says
+        tokens={"image_token_index": "<imgpad>"},
+        tower={"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 1024, "mlp_dim": 32, "global_attn_indexes": []},
+        processor="GotOcr2Processor",
+        image_processor="GotOcr2ImageProcessorPil",
+        image_options={"size": {"height": 1024, "width": 1024}},
+        text={"model_type": "qwen2"},
+        more_tokens=("<img>", "</img>"),
     ),
     "gemma3": ImageFamily(
         tokens={"image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>",

@@ -99,7 +99,7 @@ def _threads() -> Finding:
 
 
 def _support(engine: LLMEngine, trial: TrialResult) -> Finding:
-    image = f", {trial.image_tokens} of an image among them" if trial.image_tokens else ""
+    image = f", {trial.image_tokens} of images among them" if trial.image_tokens else ""
     value = (
         f"transformers' layers, measured over {trial.num_tokens} tokens{image}: logits within "
         f"{trial.error_generated:.0e} of its cached generation and {trial.error_full:.0e} of a full forward pass"

@@ -163,8 +163,11 @@ def vllm_limits(settings: Settings, context: int | None = None) -> Iterator[Mode
     max_model_len = context or options.max_model_len or max_positions(checkpoint.config)
     vocab_size = int(checkpoint.config.get_text_config().vocab_size)
     processor_options = options.extra_args.get("mm_processor_kwargs") or {}
-    processor = checkpoint_processor(checkpoint, processor_options) if options.max_images else None
-    images = None if processor is None else image_tokens_of(processor)
+    images = None
+    if options.max_images:
+        # What becomes of several images together vLLM decides, which refuses what it cannot do at its start.
+        processor = checkpoint_processor(checkpoint, max_images=1, options=processor_options)
+        images = None if processor is None else image_tokens_of(processor)
     grammars = grammar_compiler(checkpoint, vocab_size)
     try:
         yield ModelLimits(

@@ -18,6 +18,7 @@ from generic_checkpoints import IMAGE_FAMILIES, make_generic_images, make_generi
 from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.capabilities import Capabilities
@@ -37,7 +38,7 @@ pytestmark = needs_release
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 320, "block_size": 16}
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
 IN_TILES = ("idefics3", "granite_docling", "internvl", "deepseek_ocr2")
-REFUSED = ("gemma3", "lfm2_vl")
+NOT_AS_OTHERS = ("gemma3", "lfm2_vl", "llava_onevision", "idefics2", "ernie4_5_vl_moe", "got_ocr2")
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
@@ -65,12 +66,15 @@ def record_threads(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[s
     return names
 
 
-def transformers_inputs(engine: LLMEngine, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """A prompt as the model's own processor makes it, all images at once."""
+def transformers_inputs(
+    engine: LLMEngine, text: str, images: Sequence[Image.Image], *, nested: bool = True
+) -> dict[str, Any]:
+    """A prompt as the model's own processor makes it, all images at once, nested as `apply_chat_template` has them."""
     encoder = engine.model_runner.encoder
     assert isinstance(encoder, GenericEncoder)
     processor = encoder._processor._processor
-    found = processor(text=[text], images=list(images) or None, return_mm_token_type_ids=True, return_tensors="pt")
+    given = ([list(images)] if nested else list(images)) if images else None
+    found = processor(text=[text], images=given, return_mm_token_type_ids=True, return_tensors="pt")
     decoder = engine.model_runner.model
     assert isinstance(decoder, GenericDecoder)
     if not hasattr(decoder.model.base_model, "get_rope_index"):
@@ -83,7 +87,7 @@ def num_tiles(inputs: dict[str, Any]) -> int:
     return sum(value.flatten(0, -4).shape[0] for name, value in inputs.items() if name.startswith("pixel_values"))
 
 
-@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in REFUSED])
+@pytest.mark.parametrize("family", [family for family in IMAGE_FAMILIES if family not in NOT_AS_OTHERS])
 def test_logits_and_greedy_tokens_are_those_of_processor_and_cached_generation(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +196,82 @@ def test_an_image_token_is_never_sampled(tmp_path: Path) -> None:
 def test_what_doctor_says_counts_the_tokens_of_an_image(tmp_path: Path) -> None:
     with LLMEngine(str(make_generic_images(tmp_path, "idefics3")), **SMALL) as engine:
         (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
-    assert "measured over 320 tokens, 34 of an image among them" in support.value
+    assert "measured over 320 tokens, 56 of images among them" in support.value
+
+
+def test_a_model_whose_images_depend_on_their_number_serves_one_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, text = make_generic_images(tmp_path, "llava_onevision"), "Describe <image> as JSON"
+    with pytest.raises(UnsupportedModel, match=r"other tokens of 'a<image>b<image>' .*; max_images_per_request=1 allo"):
+        LLMEngine(str(directory), **SMALL)
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **SMALL, max_images_per_request=1, num_speculative_tokens=0) as engine:
+        (found,) = Recorded(engine, monkeypatch).answers([text], [ONE])
+        assert isinstance(engine.model_runner.model, GenericDecoder)
+        without = engine.model_runner.model.never_sampled
+        wanted = transformers_answer(plain, transformers_inputs(engine, text, ONE), without)
+    assert_same(found, wanted, 1e-5, without)
+
+
+def test_a_processor_that_takes_no_nested_lists_and_no_text_alone_serves_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, text = make_generic_images(tmp_path, "got_ocr2"), "<img><imgpad></img> OCR"
+    plain = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    with LLMEngine(str(directory), **{**SMALL, "max_model_len": 400}, num_speculative_tokens=0) as engine:
+        found, _ = Recorded(engine, monkeypatch).answers([text, "hello"], [ONE, []])
+        assert isinstance(engine.model_runner.model, GenericDecoder)
+        without = engine.model_runner.model.never_sampled
+        wanted = transformers_answer(plain, transformers_inputs(engine, text, ONE, nested=False), without)
+    assert_same(found, wanted, 1e-5, without)
+
+
+def test_features_that_depend_on_the_other_images_fail_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, features = make_generic_images(tmp_path, "qwen2_vl"), Qwen2VLModel.get_image_features
+
+    def together(self: Any, pixel_values: Any, image_grid_thw: Any, **options: Any) -> Any:
+        return features(self, pixel_values * len(image_grid_thw), image_grid_thw, **options)
+
+    monkeypatch.setattr(Qwen2VLModel, "get_image_features", together)
+    with pytest.raises(UnsupportedModel, match=r"depend on the others: max_images_per_request=1 tries one"):
+        LLMEngine(str(directory), **SMALL)
+    LLMEngine(str(directory), **SMALL, max_images_per_request=1).close()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("idefics2", r"other tokens of 'a<image>b' than this engine, .*; enable_multimodal=False serves its text"),
+        ("ernie4_5_vl_moe", r"which tokens are those of images \(moe_mm_token_type_ids\).*; enable_multimodal=False"),
+    ],
+)
+def test_images_that_would_be_told_otherwise_are_refused_and_text_is_served(
+    family: str, message: str, tmp_path: Path
+) -> None:
+    directory = make_generic_images(tmp_path, family)
+    with pytest.raises(UnsupportedModel, match=message):
+        LLMEngine(str(directory), **SMALL)
+    with LLMEngine(str(directory), **SMALL, enable_multimodal=False) as engine:
+        assert len(engine.generate("hello", GREEDY, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
+
+
+def test_a_processor_that_takes_no_image_makes_the_model_an_unsupported_one(tmp_path: Path) -> None:
+    directory = make_generic_images(tmp_path, "qwen2_vl")
+    edit_json(directory / "preprocessor_config.json", patch_size=0)
+    with pytest.raises(UnsupportedModel, match="refuses an image of 128x96 pixels: ZeroDivisionError"):
+        LLMEngine(str(directory), **SMALL)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 200)])
+def test_an_image_without_tokens_is_an_invalid_one(height: int, width: int, tmp_path: Path) -> None:
+    directory, image = make_generic_images(tmp_path, "lighton_ocr"), written_image("lighton_ocr")
+    with LLMEngine(str(directory), **SMALL) as engine:
+        with pytest.raises(InvalidImage, match=f"no token .* of {width}x{height} pixels, as for one smaller than a pa"):
+            engine.generate(image, GREEDY, [picture(1, height, width)], use_tqdm=False)
+        assert len(engine.generate(image, GREEDY, ONE, use_tqdm=False)[0].token_ids) == GREEDY.max_tokens
 
 
 def test_a_processor_that_needs_torchvision_is_refused_and_the_text_of_its_model_is_served(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import edit_json
+from checkpoint_files import edit_json, edit_tensors
 from generic_checkpoints import STATEFUL_FAMILIES, TEXT_FAMILIES, make_generic_text
 from generic_parts import GREEDY, NEW, Recorded, assert_same, needs_release, transformers_answer
 from transformers import AutoModelForCausalLM
@@ -35,6 +35,12 @@ pytestmark = needs_release
 
 PROMPTS = [[5 + start * 31 + step * 7 % 300 for step in range(length)] for start, length in enumerate((3, 40, 17))]
 SMALL: dict[str, Any] = {"backend": "generic", "max_model_len": 112, "block_size": 16}
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8,
+         "mamba_dt_rank": 4, "num_experts": 2}  # fmt: skip
+MINIMAX = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "num_local_experts": 2}
+LLAMA4 = {"layer_types": ["full_attention"] * 2, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96,
+          "attention_chunk_size": None}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", [*TEXT_FAMILIES, *STATEFUL_FAMILIES])
@@ -150,6 +156,11 @@ def test_what_doctor_says_of_support_is_measured(tmp_path: Path) -> None:
         ("gemma3_text", {"head_dim": 16, "sliding_window": 8}, "layer 0: a window of 8 tokens"),
         ("stablelm", {}, r"layer 0 \(full_attention\): its attention does not go through"),
         ("bloom", {}, "no position_ids"),
+        ("falcon", {"multi_query": True}, "has attention that does not go through transformers' interface"),
+        ("jamba", JAMBA, r"layer 0 \(linear_attention\): its state does not reach this engine"),
+        ("minimax", MINIMAX, r"a state of a kind that this engine does not keep \(get_linear_cache\)"),
+        ("roberta", {"is_decoder": True}, "does not generate what its full forward pass says"),
+        ("llama4_text", LLAMA4, "no decoder of it apart from its head"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -281,11 +292,33 @@ def test_an_older_transformers_is_refused_by_its_release() -> None:
         check_release("5.17.0")
 
 
-def test_missing_tensors_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, r"lacks 1 tensor, such as model\.norm\.weight"),
+        ({"model.extra.weight": torch.ones(2)}, r"has 1 tensor that a MistralForCausalLM .* model\.extra\.weight"),
+        ({"model.norm.weight": torch.ones(32)}, r"model\.norm\.weight of .* shape \[32\], .* \[64\]"),
+        ({"model.norm.weight": torch.full((64,), float("nan"))}, r"logits .* are not finite in torch\.float32"),
+    ],
+)
+def test_tensors_that_are_missing_unknown_of_another_shape_or_damaged_are_refused(
+    change: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
     directory = make_generic_text(tmp_path, "mistral")
-    edit_json(directory / "config.json", num_hidden_layers=3)
-    with pytest.raises(UnsupportedModel, match=r"lacks 9 tensors, such as model\.layers\.2"):
+
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+
+    edit_tensors(directory, edit)
+    with pytest.raises(UnsupportedModel, match=message):
         LLMEngine(str(directory), **SMALL)
+
+
+def test_a_tensor_that_its_family_is_known_to_store_in_vain_is_left_out(tmp_path: Path) -> None:
+    directory = make_generic_text(tmp_path, "mistral")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(directory, lambda tensors: {**tensors, name: torch.ones(8)})
+    LLMEngine(str(directory), **SMALL).close()
 
 
 @pytest.mark.parametrize(("window", "max_model_len"), [(8, 112), (600, 700)])

@@ -58,13 +58,17 @@ def one_image_processor(config: EngineConfig, checkpoint: Checkpoint) -> OneImag
     check_release(transformers.__version__)
     check_config(checkpoint)
     check_options(config, checkpoint)
-    return None if config.wants_vision is False else checkpoint_processor(checkpoint)
+    if config.wants_vision is False:
+        return None
+    return checkpoint_processor(checkpoint, max_images=config.max_images_per_request)
 
 
-def checkpoint_processor(checkpoint: Checkpoint, options: Mapping[str, Any] | None = None) -> OneImageProcessor | None:
+def checkpoint_processor(
+    checkpoint: Checkpoint, *, max_images: int, options: Mapping[str, Any] | None = None
+) -> OneImageProcessor | None:
     """The processor of a checkpoint, whatever computes the model; None where it takes no images.
 
-    ``options`` are arguments of each call. Reads no weights. Raises UnsupportedModel as `OneImageProcessor`, and where
+    ``max_images`` and ``options``: see `OneImageProcessor`. Reads no weights. Raises UnsupportedModel as `OneImageProcessor`, and where
     the configuration names no token for images.
     """
     if not has_images(checkpoint.config):
@@ -73,7 +77,7 @@ def checkpoint_processor(checkpoint: Checkpoint, options: Mapping[str, Any] | No
     if token is None:
         name = checkpoint_name(checkpoint.directory)
         raise UnsupportedModel(f"the configuration of {name!r} names no token for images")
-    return OneImageProcessor(checkpoint, token, options)
+    return OneImageProcessor(checkpoint, token, max_images=max_images, options=options)
 
 
 def generic_image_tokens(
@@ -100,7 +104,7 @@ def load_generic_models(
     """
     processor = one_image_processor(config, checkpoint)
     plain = load_transformers_model(checkpoint, dtype, device)
-    reference = compute_reference(plain, config.max_model_len, processor)
+    reference = compute_reference(plain, config.max_model_len, processor, config.max_images_per_request)
     model = GenericDecoder(plain)
     model.config.context_limit(config.max_model_len)  # before the trial: it names the layer
     model.choose_layouts()

@@ -27,7 +27,13 @@ from nanovllm.engine.models.generic_attention import (
     PagedStep,
 )
 from nanovllm.engine.models.generic_loading import known_window, max_positions
-from nanovllm.engine.models.generic_states import STATEFUL_LAYERS, RowStates, run_by_sequence, stateful_modules
+from nanovllm.engine.models.generic_states import (
+    STATEFUL_LAYERS,
+    RowStates,
+    SequenceStates,
+    run_by_sequence,
+    stateful_modules,
+)
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import ConfigurationError, UnsupportedModel
@@ -124,6 +130,8 @@ class GenericDecoder(TextModel):
         self.decoder = model.get_decoder()
         self.embed_tokens = model.get_input_embeddings().weight
         self.lm_head = model.get_output_embeddings()
+        if self.decoder is model:
+            raise UnsupportedModel(f"{type(model).__name__}: transformers has no decoder of it apart from its head")
         if self.lm_head is None:
             raise UnsupportedModel(f"{type(model).__name__} has no output head")
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
@@ -133,14 +141,15 @@ class GenericDecoder(TextModel):
         for module in stateful:
             run_by_sequence(module, STEP)
         self.has_states = bool(stateful)
-        _return_given_hidden(model.base_model)
+        for module in {model.base_model, self.decoder}:  # the head's forward calls one or the other
+            _return_given_hidden(module)
         num_axes = self._num_axes()
         self.config = GenericConfig(
             name=type(model).__name__,
             vocab_size=model.get_output_embeddings().weight.shape[0],
             hidden_size=self.embed_tokens.shape[1],
             max_positions=max_positions(model.config),
-            layers=self._probe(kinds),
+            layers=self._probe(kinds, stateful),
             position_axes=tuple(range(num_axes)) if num_axes > 1 else None,
             unproven_window=window if (window := known_window(self.text)) > PROVEN_TOKENS else None,
         )
@@ -218,15 +227,21 @@ class GenericDecoder(TextModel):
         return len(rope_index(ids, mm_token_type_ids=torch.zeros_like(ids))[0])
 
     @torch.inference_mode()
-    def _probe(self, kinds: Sequence[str]) -> dict[int, AttentionLayer]:
+    def _probe(self, kinds: Sequence[str], stateful: Sequence[nn.Module]) -> dict[int, AttentionLayer]:
         """What every layer asks of attention, from one forward pass; raises UnsupportedModel for what is lacking."""
-        probe = AttentionProbe()
+        states = SequenceStates()
+        probe = AttentionProbe(states=[(0, _PROBE_TOKENS, states)] if stateful else ())
         name = type(self.model).__name__
         hidden = self.embed_tokens.new_zeros(_PROBE_TOKENS, self.embed_tokens.shape[1])
         try:
             self._run(hidden, torch.arange(_PROBE_TOKENS, device=hidden.device), probe)
         except Exception as error:  # a model of transformers raises whatever it likes
-            raise UnsupportedModel(f"{name} does not run over this engine's attention: {error}") from error
+            why = f"does not run over this engine's attention: {type(error).__name__}: {error}"
+            if isinstance(error, AttributeError) and error.obj is states:
+                why = f"has layers with a state of a kind that this engine does not keep ({error.name})"
+            elif not getattr(self.model, "_supports_attention_backend", False):
+                why = "has attention that does not go through transformers' interface"
+            raise UnsupportedModel(f"{name} {why}") from error
         for index, layer in sorted(probe.layers.items()):
             for feature in layer.lacking:
                 raise UnsupportedModel(f"{name}, layer {index}: {feature} is not supported")
@@ -236,6 +251,8 @@ class GenericDecoder(TextModel):
                 raise UnsupportedModel(
                     f"{name}, layer {index} ({kind}): its attention does not go through transformers' interface"
                 )
+            if kind in STATEFUL_LAYERS and index not in {*states.conv, *states.recurrent}:
+                raise UnsupportedModel(f"{name}, layer {index} ({kind}): its state does not reach this engine")
         if not probe.layers:
             raise UnsupportedModel(f"{name} has no layer of attention")
         return dict(sorted(probe.layers.items()))

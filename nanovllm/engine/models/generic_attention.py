@@ -76,7 +76,7 @@ class PagedStep:
         factor = scaling * math.sqrt(width)  # the backends scale by the root of the width
         if not math.isclose(factor, 1.0):
             query = query * factor
-        query, key, value = (_padded(part, width)[0].transpose(0, 1).contiguous() for part in (query, key, value))
+        query, key, value = (_by_token(_padded(part, width)) for part in (query, key, value))
         output = self.attention.attend(query, key, value, self.caches[_index(module)], self.metadata)
         return output[..., :values].unsqueeze(0)
 
@@ -184,6 +184,12 @@ def _index(module: nn.Module) -> int:
     if not isinstance(index, int):
         raise TypeError(f"{type(module).__name__} has no layer_idx")
     return index
+
+
+def _by_token(part: Tensor) -> Tensor:
+    """[1, heads, T, d] → [T, heads, d] without gaps: a stride over a single head says whatever it likes."""
+    _, heads, tokens, width = part.shape
+    return part[0].transpose(0, 1).reshape(tokens, heads * width).view(tokens, heads, width)
 
 
 def _padded(part: Tensor, width: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
 from nanovllm.engine.layers.rotary import known_positions
 from nanovllm.engine.models.generic_states import STATEFUL_LAYERS
-from nanovllm.errors import ConfigurationError, UnsupportedModel
-
-logger = logging.getLogger(__name__)
+from nanovllm.errors import ConfigurationError, UnsupportedModel, counted
 
 OLDEST = (5, 24)
 """The first release of transformers that these modules are tested with: interfaces that they use moved before."""
@@ -34,7 +31,8 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     """The checkpoint's model as transformers has it, with the attention that transformers chooses.
 
     Raises:
-        UnsupportedModel: what transformers cannot load, or weights that are missing.
+        UnsupportedModel: what transformers cannot load; tensors that are missing, of another shape, or unknown to the
+            model and to its family's own list of those that checkpoints have in vain.
     """
     name, config = checkpoint_name(checkpoint.directory), checkpoint.config
     _ = checkpoint.names  # a damaged file is named by the reader of it
@@ -50,6 +48,7 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
         )
         model.to(device).eval().requires_grad_(False)
     except Exception as error:  # a family's constructor raises whatever it likes
@@ -58,10 +57,17 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     finally:
         if shows_progress:
             transformers_logging.enable_progress_bar()
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        raise UnsupportedModel(
+            f"{tensor} of checkpoint {name!r} has the shape {list(found)}, where config.json says {list(wanted)}"
+        )
     if missing := sorted(map(str, report["missing_keys"])):
-        raise UnsupportedModel(f"checkpoint {name!r} lacks {len(missing)} tensors, such as {missing[0]}")
-    if unexpected := sorted(map(str, report["unexpected_keys"])):
-        logger.warning("%r has %d tensors without a place, such as %s", name, len(unexpected), unexpected[0])
+        raise UnsupportedModel(f"checkpoint {name!r} lacks {counted(len(missing), 'tensor')}, such as {missing[0]}")
+    if unknown := sorted(map(str, report["unexpected_keys"])):
+        raise UnsupportedModel(
+            f"checkpoint {name!r} has {counted(len(unknown), 'tensor')} that a {type(model).__name__} has no place "
+            f"for, such as {unknown[0]}"
+        )
     return model
 
 

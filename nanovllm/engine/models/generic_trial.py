@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -35,7 +35,14 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _PROMPT_TOKENS = 640  # at least, where the context allows: windows that no field names are mostly of 512 or less
 _BEYOND = 32  # tokens behind the largest window that is named
 _NEW_TOKENS = 16
-_IMAGE_SIZE = (96, 128)  # height and width of its image
+_IMAGE_SIZES = ((96, 128), (128, 64))  # height and width of its images
+_BETWEEN = 3  # tokens, of two images
+_APART = "transformers does not generate what its full forward pass says, so that neither is sure to be right"
+_OTHER = (
+    "it does something that this engine's attention does not, such as a window or a mask that its layers do not name"
+)
+_IMAGE = ", or attention to later tokens inside an image"
+_IMAGES = ", or features and positions of an image that depend on the others: max_images_per_request=1 tries one"
 _NEIGHBOUR_TOKENS = 5  # of a sequence that is computed beside the trial's
 
 
@@ -46,7 +53,7 @@ class Reference:
     token_ids: tuple[int, ...]
     generated: Tensor  # by generation with transformers' cache
     full: Tensor  # by one forward pass over all tokens
-    image: ReferenceImage | None
+    images: tuple[ReferenceImage, ...]
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,19 @@ class TrialResult:
     """The largest differences of a logit from both references, relative to the largest logit."""
 
     num_tokens: int
-    image_tokens: int  # among them
+    image_tokens: int  # among them, of all images
     error_generated: float
     error_full: float
 
 
 @torch.inference_mode()
-def compute_reference(model: Any, max_model_len: int | None, processor: OneImageProcessor | None = None) -> Reference:
-    """Let transformers' ``model`` continue a random prompt, greedily; with a ``processor`` there is an image in it.
+def compute_reference(
+    model: Any, max_model_len: int | None, processor: OneImageProcessor | None = None, max_images: int = 2
+) -> Reference:
+    """Let transformers' ``model`` continue a random prompt, greedily; with a ``processor`` there are images in it.
 
-    ``max_model_len``: the longest context that is asked for, in tokens.
+    ``max_model_len``: the longest context that is asked for, in tokens. ``max_images``: the most of a prompt; there
+    are two where these allow.
 
     Raises UnsupportedModel where the model cannot generate, and ConfigurationError for a context without room for an
     image.
@@ -80,24 +90,31 @@ def compute_reference(model: Any, max_model_len: int | None, processor: OneImage
     text = model.config.get_text_config()
     wanted = max(_PROMPT_TOKENS, min(known_window(text), PROVEN_TOKENS) + _BEYOND)
     room = (max_model_len or max_positions(model.config)) - _NEW_TOKENS
-    image, inputs = None, dict[str, Tensor]()
+    images, inputs = list[ReferenceImage](), dict[str, Tensor]()
     if processor is not None:
-        pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE, 3), np.uint8)
-        image_ids, inputs = processor(pixels)
-        if len(image_ids) + _BEYOND > room:
+        _check_told(model)
+        for size in _IMAGE_SIZES[: max(1, max_images)]:
+            pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+            images.append(ReferenceImage(pixels, 0, tuple(processor(pixels)[0])))
+        if _length(images) > min(room, PROVEN_TOKENS):  # a trial of more would take too long
+            del images[1:]
+        if _length(images) > room:
             raise ConfigurationError(
-                f"max_model_len={room + _NEW_TOKENS} does not hold an image, which has {len(image_ids)} tokens or "
-                "more; enable_multimodal=False serves the model's text alone"
+                f"max_model_len={room + _NEW_TOKENS} does not hold an image, which has {len(images[0].token_ids)} "
+                "tokens or more; enable_multimodal=False serves the model's text alone"
             )
-        wanted = max(wanted, len(image_ids) + _PROMPT_TOKENS // 4)
-        start = min(wanted, room) - len(image_ids) - _BEYOND // 2  # where it counts for all logits that are compared
-        image = ReferenceImage(pixels, start, tuple(image_ids))
+        inputs = processor.together([image.pixels for image in images])
+        wanted = max(wanted, _length(images) + _PROMPT_TOKENS // 4)
     length = max(1, min(wanted, room))
     tokens = image_token_ids(model.config)
     drawn = torch.randint(text.vocab_size, (2 * length + 64,), generator=torch.Generator().manual_seed(0))
     ids = [token for token in drawn.tolist() if token not in tokens][:length]
-    if image is not None:
-        ids[image.start : image.start + len(image.token_ids)] = image.token_ids
+    end = length - _BEYOND // 2  # images are where they count for all logits that are compared
+    for place, image in reversed(list(enumerate(images))):
+        start = end - len(image.token_ids)
+        images[place] = replace(image, start=start)
+        ids[start:end] = image.token_ids
+        end = start - _BETWEEN
     prompt = torch.tensor([ids], device=model.device)
     settings = GenerationConfig(
         max_new_tokens=_NEW_TOKENS,
@@ -120,7 +137,23 @@ def compute_reference(model: Any, max_model_len: int | None, processor: OneImage
         name = type(model).__name__
         raise UnsupportedModel(f"transformers cannot generate with {name}: {type(error).__name__}: {error}") from error
     generated = torch.cat(output.logits).float()
-    return Reference(tuple(output.sequences[0].tolist()), generated, full[0, -_NEW_TOKENS - 1 : -1].float(), image)
+    return Reference(
+        tuple(output.sequences[0].tolist()), generated, full[0, -_NEW_TOKENS - 1 : -1].float(), tuple(images)
+    )
+
+
+def _length(images: Sequence[ReferenceImage]) -> int:
+    return sum(len(image.token_ids) for image in images) + _BEYOND
+
+
+def _check_told(model: Any) -> None:
+    """Raise UnsupportedModel for layers that are to be told which tokens are an image's."""
+    for name in inspect.signature(model.get_decoder().forward).parameters:
+        if name.endswith("mm_token_type_ids"):
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its layers are to be told which tokens are those of images ({name}), which "
+                "is not supported; enable_multimodal=False serves its text alone"
+            )
 
 
 def _full_forward(model: Any, token_ids: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -154,7 +187,7 @@ def _image_inputs(
         if name in takes
     }
     kinds = torch.isin(token_ids, token_ids.new_tensor(image_tokens)).long()
-    return found | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+    return found | {name: kinds for name in takes if name.endswith("token_type_ids")}
 
 
 @torch.inference_mode()
@@ -167,10 +200,10 @@ def hold_against(
     """
     tokens = reference.token_ids
     prompt = len(tokens) - _NEW_TOKENS
-    first = prompt // 3 + 1 if reference.image is None else reference.image.start + 3  # it ends inside the image
+    first = reference.images[-1].start + 3 if reference.images else prompt // 3 + 1  # it ends inside an image
     chunks = [size for size in (first, min(16, prompt - first), max(0, prompt - first - 16)) if size > 0]
     try:
-        images = () if reference.image is None or encoder is None else (_embedded(reference.image, encoder),)
+        images = tuple(_embedded(image, encoder) for image in reference.images) if encoder is not None else ()
         found = _logits(model, attention, _Row(tokens, images), [*chunks, *[1] * (_NEW_TOKENS - 1)])
     except Exception as error:  # layers of transformers raise whatever they like
         why = f"{type(error).__name__}: {error}"
@@ -178,15 +211,22 @@ def hold_against(
     dtype = model.embed_tokens.dtype
     errors = [_difference(found, wanted, model.never_sampled) for wanted in (reference.generated, reference.full)]
     apart = _difference(reference.generated, reference.full, model.never_sampled)
-    if not max(errors) <= TOLERANCES[dtype]:  # a NaN is refused too
+    for logits in (reference.generated, reference.full, found):
+        if not logits[:, _kept(logits, model.never_sampled)].isfinite().all():
+            whose = "this engine's" if logits is found else "transformers'"
+            raise UnsupportedModel(
+                f"{model.config.name}: {whose} logits of the trial at load are not finite in {dtype}: the weights are "
+                "damaged, or want another dtype"
+            )
+    if max(errors) > (most := TOLERANCES[dtype]):
+        why = _APART if errors[0] <= most else _OTHER + _IMAGE * bool(images) + _IMAGES * (len(images) > 1)
         raise UnsupportedModel(
             f"{model.config.name} does not pass the trial at load: over {len(tokens)} tokens its logits differ from "
             f"those of transformers' cached generation by {errors[0]:.2g} of the largest and from those of its full "
-            f"forward pass by {errors[1]:.2g}, {TOLERANCES[dtype]:.0e} being allowed (these two by {apart:.2g} from "
-            "each other): it does something that this engine's attention does not do, such as a window or a mask that "
-            "its layers do not name, or attention to later tokens inside an image"
+            f"forward pass by {errors[1]:.2g}, {most:.0e} being allowed (these two by {apart:.2g} from each other): "
+            f"{why}"
         )
-    return TrialResult(len(tokens), 0 if not images else images[0].length, *errors)
+    return TrialResult(len(tokens), sum(image.length for image in images), *errors)
 
 
 def _embedded(image: ReferenceImage, encoder: ImageEncoder) -> ImageSpan:
@@ -269,7 +309,12 @@ def _step(
 
 
 def _difference(found: Tensor, wanted: Tensor, without: Sequence[int]) -> float:
-    keep = torch.ones(found.shape[1], dtype=torch.bool, device=found.device)
-    keep[list(without)] = False
+    keep = _kept(found, without)
     found, wanted = found[:, keep], wanted[:, keep]
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _kept(logits: Tensor, without: Sequence[int]) -> Tensor:
+    keep = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    keep[list(without)] = False
+    return keep
