@@ -326,7 +326,7 @@ def test_routes_for_vllm_are_refused_for_what_it_has_not_and_what_does_not_fit(l
         assert loop == "5: route r: sampling.loop_tokens is set, and the backend vllm has no loop_tokens"
         (schema,) = told("  response_schema: {type: nothing}\n  pages: {max_pixels: 50176}\n")
         assert "response_schema does not compile" in schema
-        (long,) = told("  sampling: {max_tokens: 100}\n  pages: {dpi: 300}\n")
+        (long,) = told("  sampling: {max_tokens: 100}\n  pages: {max_pixels: 2000000}\n")
         assert "and the model takes 1024: lower pages.max_pixels" in long
         routes = load(document + "  sampling: {max_tokens: 100}\n")
         budget = check_route(routes, routes.entries[0], limits, settings).budget

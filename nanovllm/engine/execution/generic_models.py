@@ -68,8 +68,10 @@ def checkpoint_processor(
 ) -> OneImageProcessor | None:
     """The processor of a checkpoint, whatever computes the model; None where it takes no images.
 
-    ``max_images`` and ``options``: see `OneImageProcessor`. Reads no weights. Raises UnsupportedModel as `OneImageProcessor`, and where
-    the configuration names no token for images.
+    ``max_images`` and ``options``: see `OneImageProcessor`. Reads no weights.
+
+    Raises:
+        UnsupportedModel: as `OneImageProcessor`; the configuration names no token for images.
     """
     if not has_images(checkpoint.config):
         return None
