@@ -16,9 +16,15 @@ WORD = re.compile(r"word\d+x")
 FRONT = "---\nprimary_language: en\n---\n"
 MARKUP: Mapping[Parser, tuple[str, ...]] = {
     "otsl": ("<fcel>", "<ecel>", "<lcel>", "<ucel>", "<xcel>", "<ched>", "<nl>", "<", "&amp;", "<name>"),
+    "doctags": (
+        *("<text>", "</text>", "<otsl>", "</otsl>", "<fcel>", "<lcel>", "<ucel>", "<nl>", "<caption>", "</caption>"),
+        *("<ordered_list>", "<unordered_list>", "</unordered_list>", "<list_item>", "</list_item>", "<title>", "<"),
+        *("<code>", "</code>", "<picture>", "</picture>", "<chart>", "</chart>", "<loc_1>", "<_Go_>", "<name>"),
+        *("<formula>", "</formula>", "<doctag>", "</doctag>", "<page_break>", "<key_1>", "</key_1>"),
+    ),
     "front_matter": ("---\n", "\n", "is_table: True\n", "\r\n", "primary_language:", "is_table: "),
 }
-FIRST: Mapping[Parser, str] = {"otsl": "<fcel>", "front_matter": "---\n"}
+FIRST: Mapping[Parser, str] = {"otsl": "<fcel>", "doctags": "<text>a</text>", "front_matter": "---\n"}
 
 
 @pytest.mark.parametrize("parser", MARKUP)
@@ -67,3 +73,29 @@ def test_rules_around_text_are_no_front_matter(written: str) -> None:
 )
 def test_front_matter_of_the_published_keys_is_left_out(front: str) -> None:
     assert read_answer("front_matter", f"{front}rest\n---\nmore") == ReadAnswer("rest\n---\nmore")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("<text>Dear <name>, 1<2, see </head></text>", "Dear &lt;name>, 1<2, see &lt;/head>"),
+        ("<formula>x<y</formula>", "$$x< y$$"),
+        ("<code><_C++_><a>```</a></code>", "````\n<a>```</a>\n````"),
+        ("<text>one<otsl><fcel>1<nl></otsl>two", "one\n\n<table><tr><td>1</td></tr></table>\n\ntwo"),
+        ("<text>one</text><fcel>1<nl>", "one\n\n<table><tr><td>1</td></tr></table>"),
+        ("<chart><loc_1><bar_chart><fcel>1<nl></chart>", "<table><tr><td>1</td></tr></table>"),
+        ("<otsl><fcel>1<nl><caption>c</caption></otsl>", "c\n\n<table><tr><td>1</td></tr></table>"),
+        ("<picture><logo><caption>c</caption></picture>", "c"),
+        ("<unordered_list><list_item>a<ordered_list><list_item>b</list_item></ordered_list>c</list_item><list_item>d"
+         "</list_item></unordered_list>", "- a\n\n  1. b\n\n  c\n\n- d"),
+        ("<ordered_list><list_item>a</list_item><unordered_list><list_item>b</list_item></unordered_list><list_item>c"
+         "</list_item></ordered_list>e", "1. a\n\n   - b\n\n2. c\n\ne"),
+    ],
+)  # fmt: skip
+def test_doctags_that_nest_end_early_or_are_of_other_names_keep_their_texts(written: str, read: str) -> None:
+    assert read_answer("doctags", written) == ReadAnswer(read)
+
+
+def test_doctags_with_a_table_that_cannot_be_read_are_unparsed() -> None:
+    written = "<text>a</text><otsl>" + "<fcel>1<nl>" * 9 + "<fcel>" * 90 + "<nl></otsl>"
+    assert read_answer("doctags", written) == ReadAnswer(written, is_unparsed=True)
