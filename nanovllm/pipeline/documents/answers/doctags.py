@@ -91,7 +91,8 @@ def _add(blocks: MarkdownBlocks, name: str, content: str) -> bool:
 
 def _captions_and_cells(content: str) -> tuple[str, str]:
     """The captions of a table, a chart or a picture, wherever they stand in it, and what is around them."""
-    captions, others = [], []
+    captions: list[str] = []
+    others: list[str] = []
     start, is_caption = 0, False
     for edge in _CAPTION.finditer(content):
         closes = bool(edge[1])

@@ -6,7 +6,8 @@ import html
 import re
 
 _ENTITY = re.compile(r"&#?\w{1,32};")
-_OPENING = re.compile(r"<(?=[A-Za-z/!?])")
+_OPENING = re.compile(r"<(?=[A-Za-z/!?]|\Z)")
+"""What opens a tag, or would before a text that follows."""
 
 
 def unescaped(text: str) -> str:
