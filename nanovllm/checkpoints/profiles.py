@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanovllm.checkpoints.resolve import is_lfs_pointer
-from nanovllm.checkpoints.template_files import template_variables
 from nanovllm.errors import ConfigurationError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.sampling_params import SamplingParams
@@ -223,6 +222,8 @@ def choose_profile(
 
 def template_reads(directory: Path, variable: str) -> bool:
     """Whether a chat template of a checkpoint reads ``variable``."""
+    from nanovllm.checkpoints.template_files import template_variables  # jinja2 comes with engines alone
+
     return any(variable in template_variables(template) for template in _templates(directory))
 
 
