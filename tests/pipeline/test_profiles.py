@@ -34,7 +34,7 @@ from nanovllm.errors import ConfigurationError, InvalidRoutes
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.pipeline.documents.model_profile import ModelProfile, heeded_sampling, model_profile, served_profile
 from nanovllm.pipeline.documents.page_task import PageTask, beyond_profile, page_task
-from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template
+from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template, unshown
 from nanovllm.pipeline.route_checks import check_routes
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.pipeline.stages.admit import sampling_defaults
@@ -330,6 +330,34 @@ def test_a_schema_stands_in_the_prompt_as_empty_values() -> None:
     assert variables == {}
 
 
+@pytest.mark.parametrize(
+    ("schema", "form"),
+    [
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+         {"a": "string", "b": "string"}),
+        ({"allOf": [{"properties": {"a": {"type": "integer"}}}, {"$ref": "#/$defs/b"}],
+          "$defs": {"b": {"type": "object", "properties": {"b": {}}}}}, {"a": "integer", "b": "string"}),
+        ({"properties": {"a": {"maximum": 9}}, "allOf": [{"properties": {"a": {"type": "integer"}}}]},
+         {"a": "integer"}),
+        ({"properties": {"a": {}}, "oneOf": [{"type": "null"}, {"properties": {"b": {}}}, {"properties": {"c": {}}}]},
+         {"a": "string", "b": "string"}),
+        ({"allOf": [{"$ref": "#"}, {"properties": {"a": {"allOf": [{"$ref": "#/properties"}]}}}]}, {"a": "string"}),
+    ],
+)  # fmt: skip
+def test_fields_are_shown_wherever_the_schema_has_them(schema: dict[str, Any], form: dict[str, str]) -> None:
+    assert nuextract_template(schema, frozenset({"integer"})) == form
+    assert empty_values(schema) == dict.fromkeys(form, "")
+    assert list(unshown(schema)) == []
+
+
+def test_a_field_that_is_called_as_the_place_of_a_page_is_none() -> None:
+    schema = {"type": "object", "properties": {IMAGE_PLACEHOLDER: {"type": "string"}}}
+    asked = page_task(route(task="schema", response_schema=schema), of("glm-ocr"))
+    prompt, _ = asked.for_schema(asked.prompt, schema)
+    assert prompt.count(IMAGE_PLACEHOLDER) == 1
+    assert json.loads(prompt.partition("\n")[2]) == {IMAGE_PLACEHOLDER: ""}
+
+
 def test_a_schema_within_itself_ends() -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#"}, "broken": {"$ref": "#/x"}}}
     assert nuextract_template(tree, frozenset()) == {"left": "string", "right": "string", "broken": "string"}
@@ -352,6 +380,13 @@ def test_a_schema_within_itself_ends() -> None:
          "text hint: the profile olmocr-2 takes no text beside its own prompts: write text: ignore"),
         ("glm-ocr", {"task": "schema", "response_schema": SCHEMA, "text": "only_if_clean"}, ("text",),
          "text only_if_clean: the profile glm-ocr takes no text beside its own prompts: write text: ignore"),
+        ("qwen2.5-vl", {"task": "tables", "prompt": "Its tables.", "text": "only_if_clean"}, ("text",),
+         "text only_if_clean: a text layer has lines and no tables, as task tables wants: write ignore"),
+        ("glm-ocr", {"task": "schema", "response_schema": {"type": "string"}}, ("response_schema",),
+         "response_schema: the profile glm-ocr asks for fields by their names, and the whole has none: write its"),
+        ("nuextract3", {"task": "schema", "response_schema": {"type": "array", "items": {"type": "object"}}},
+         ("response_schema",),
+         "response_schema: the profile nuextract3 asks for fields by their names, and /0 has none: write its"),
         ("lightonocr-3", {"task": "markdown", "pages": {"request": "document"}}, ("pages", "request"),
          "pages.request document: the profile lightonocr-3 takes one page in a prompt: write page"),
         ("glm-ocr", {"prompt": "p", "profile": "glm"}, ("profile",), "profile 'glm' is none of none, chandra-ocr-2, "),
