@@ -79,6 +79,7 @@ def remote_options(settings: Settings) -> OpenAIOptions:
         breaker_wait_s=remote.breaker_wait_s,
         breaker_max_wait_s=remote.breaker_max_wait_s,
         ca_file=remote.ca_file,
+        proxy=remote.proxy,
         raw_prompts=remote.raw_prompts,
         chat_template_kwargs=model.template_kwargs(model.profile),
         image_format=remote.image_format,

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import deque
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from email.utils import formatdate
@@ -18,10 +19,11 @@ from parts import FaultProxy, eventually, png
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, event_data
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after, shown
+from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, EventStream
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after
 from nanovllm.errors import (
     AnswerFailed,
     AnswerWithheld,
@@ -394,27 +396,62 @@ async def test_a_filtered_answer_is_the_jobs() -> None:
         assert faults_of(engine) == {}
 
 
-async def test_events_are_read_however_they_are_cut_and_within_bounds() -> None:
-    stream = b': hello\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b":\ndata: 2}\n\ndata: [DONE]\n\n'
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_are_read_however_they_are_cut_and_their_lines_end(end: str, size: int) -> None:
+    lines = [
+        '\ufeffdata: {"a": 1}',
+        "",
+        ": hello",
+        "",
+        "event: x",
+        'data:{"b":',
+        "data: 2}",
+        "",
+        "data: [DONE] ",
+        "",
+        "x",
+    ]
+    data = end.join(lines).encode()
+    stream = EventStream()
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    assert [event for chunk in chunks for event in stream.add(chunk)] == [{"a": 1}, {"b": 2}]
+    assert stream.is_done
 
-    async def cut(size: int) -> list[bytes]:
-        async def chunks() -> Any:
-            for start in range(0, len(stream), size):
-                yield stream[start : start + size]
 
-        return [data async for data in event_data(chunks())]
+def test_an_event_that_the_end_of_the_stream_completes_counts() -> None:
+    stream = EventStream()
+    assert list(stream.add(b'data: {"a": 1}')) == []
+    assert list(stream.end()) == [{"a": 1}]
 
-    for size in (1, 2, 3, 7, 1000):
-        assert await cut(size) == [b'{"a": 1}', b'{"b":\n2}', b"[DONE]"]
 
-    async def endless() -> Any:
-        while True:
-            yield b"x" * 2**20
-
+@pytest.mark.parametrize(
+    ("piece", "max_bytes"),
+    [(b"x" * 2**20, 2**30), (b"data: " + b"x" * 2**16 + b"\n", 2**30), (b'data: {"a": 1}\n\n', 1_000)],
+    ids=["line", "event", "stream"],
+)
+def test_lines_events_and_streams_have_bounds(piece: bytes, max_bytes: int) -> None:
+    stream, times = EventStream(max_bytes), min(max_bytes, MAX_EVENT_BYTES) // len(piece) + 1
     with pytest.raises(EndpointFault, match="more than a text has"):
-        async for _ in event_data(endless()):
-            pass
-    assert MAX_EVENT_BYTES < 64 * 2**20
+        deque((event for _ in range(times) for event in stream.add(piece)), maxlen=0)
+
+
+def test_the_work_of_a_stream_grows_with_its_bytes_however_they_come() -> None:
+    def copied(chunks: list[bytes]) -> int:
+        sizes: list[int] = []
+
+        class Counted(bytearray):
+            def __iadd__(self, other: Any) -> Any:
+                sizes.append(len(other))
+                return super().__iadd__(other)
+
+        stream = EventStream()
+        stream._line, stream._data = Counted(), Counted()
+        deque((event for chunk in chunks for event in stream.add(chunk)), maxlen=0)
+        return sum(sizes)
+
+    assert copied([b"data:x\n"] * 1_000) <= 2 * 7_000
+    assert copied([b"x"] * 10_000) <= 2 * 10_000
 
 
 def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time() -> None:

@@ -346,6 +346,10 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
         ),
         (remote("http://a/v1", model={"existingClaim": "c"}), "reads no weights: leave it out"),
         (remote("http://user:hunter2@a/v1"), "number 1 holds a user or a password"),
+        (
+            {"settings": {"remote": {"proxy": "http://user:hunter2@proxy:3128"}}},
+            r"settings\.remote\.proxy holds a user or a password",
+        ),
         (remote("http://a/v1", remote={"ca": {"existingSecret": "ca"}}), "no endpoint .* begins with https"),
         (
             remote("https://a/v1", remote={"ca": {"existingSecret": "ca", "existingConfigMap": "ca"}}),
@@ -424,6 +428,7 @@ def test_a_backends_values_are_what_its_worker_takes(
 ) -> None:
     for name, text in render(values)["ConfigMap"]["data"].items():
         monkeypatch.setenv(name, text)
+    monkeypatch.setenv("NANOVLLM_ENGINE__PROFILE", "none")  # it is chosen by the checkpoint, which is not here
     settings = load_settings()
     if settings.engine.backend == "openai":
         (tmp_path / "ca.crt").touch()

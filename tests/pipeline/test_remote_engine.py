@@ -148,7 +148,7 @@ async def test_what_a_server_refuses_and_what_the_dialect_lacks_are_dead_letters
         settings = settings_of(bench, server, api_keys=("sk-hunter2",))
         async with working(bench, settings):
             await bench.send({"job_id": "bad", "prompt": "p"})
-            await eventually(lambda: len(server.asked) == 1)
+            await eventually(lambda: len(server.asked) == 2)  # the job, and a request of the worker's own
             await bench.send(
                 {"job_id": "lacks", "prompt": "p", "sampling": {"top_k": 3}}, {"job_id": "ok", "prompt": "p"}
             )
@@ -287,6 +287,11 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
     ):
         with pytest.raises(ValidationError) as caught:
             RemoteSettings.model_validate({"endpoints": wrong})
+        assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
+    assert remote(proxy="http://proxy:3128").proxy == "http://proxy:3128"
+    for wrong in ("socks5://proxy:1080", "proxy:3128", "http://user:hunter2@proxy:3128"):
+        with pytest.raises(ValidationError, match="is no http://") as caught:
+            remote(proxy=wrong)
         assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
     with pytest.raises(ValidationError, match="3 api_keys for 2 endpoints"):
         remote(api_keys="a,b,c")

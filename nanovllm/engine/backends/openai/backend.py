@@ -8,12 +8,13 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.base import EngineBackend, Generation, Request
+from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING, Endpoint
 from nanovllm.engine.backends.openai.estimates import request_tokens
@@ -30,6 +31,7 @@ from nanovllm.errors import (
     EngineDead,
     InvalidInput,
     ModelNotFound,
+    PromptTooLong,
     UnsupportedConstraint,
 )
 from nanovllm.sampling_params import Constraint
@@ -111,7 +113,7 @@ class OpenAIEngine(EngineBackend):
         model = self._model_in(listings) if listings else ""
         faults = {url: found for url, found in answers.items() if isinstance(found, EndpointFault)}
         missing = {
-            url: EndpointFault("error", f"does not serve {model}; it lists {', '.join(sorted(found)[:8]) or 'nothing'}")
+            url: EndpointFault("error", f"does not serve {model}; it lists {_named(found) or 'nothing'}")
             for url, found in listings.items()
             if found is not None and model not in found
         }
@@ -140,8 +142,7 @@ class OpenAIEngine(EngineBackend):
         names = {name for listing in listings.values() for name in listing or ()}
         if len(names) != 1:
             raise ConfigurationError(
-                f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
-                f"{', '.join(sorted(names)[:8])}"
+                f"engine.model is not set, and the endpoints list {len(names)} models: name one of {_named(names)}"
                 if names
                 else "engine.model is not set, and the endpoints have no list of models: name the model"
             )
@@ -256,17 +257,20 @@ class OpenAIEngine(EngineBackend):
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
                 endpoint = lease.endpoint
                 try:
-                    if lease.is_trial and not await self._check(endpoint):
+                    if lease.is_trial and not endpoint.refuses_all and not await self._check(endpoint):
                         failed.add(endpoint)
                     else:
                         return await self._attempt(endpoint, request, body, options, generation, times)
                 except (InvalidInput, AnswerWithheld, AnswerFailed) as refusal:
-                    endpoint.succeeded()  # it answered
-                    if not (isinstance(refusal, InvalidInput) and body.has_urls(options)):
+                    if isinstance(refusal, InvalidInput) and body.has_urls(options):
+                        logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                        options = replace(options, sign_url=None)
+                    elif await self._is_its_own(refusal, endpoint):
+                        endpoint.succeeded()
                         raise
-                    logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                    else:
+                        failed.add(endpoint)
                     generation.restart()
-                    options = replace(options, sign_url=None)
                 except EndpointFault as fault:
                     endpoint.failed(fault, request.request_id)
                     generation.restart()
@@ -278,7 +282,7 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked and not endpoint.is_paused:
+                    if endpoint.breaker.is_suspect and not endpoint.checking.locked():
                         await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()
@@ -287,16 +291,29 @@ class OpenAIEngine(EngineBackend):
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _check(self, endpoint: Endpoint) -> bool:
+    async def _is_its_own(self, refusal: Exception, endpoint: Endpoint) -> bool:
+        """Whether what ``endpoint`` said to a request is about that request: it answers one of our own."""
+        if not isinstance(refusal, InvalidInput) or isinstance(refusal, PromptTooLong):
+            return True
+        return await self._check(endpoint, refusal)
+
+    async def _check(self, endpoint: Endpoint, refusal: InvalidInput | None = None) -> bool:
         """Whether ``endpoint`` takes requests now, by what it answers to one of our own.
 
-        Several others failed there, or its circuit is open.
+        Several others failed there, its circuit is open, or it has refused one. Requests that ask at the same time
+        share an answer.
         """
-        try:
-            await endpoint.check(self.model_info.id, self._probe)
-        except EndpointFault as fault:
-            logger.warning("%s %s: no requests go there", endpoint.url, fault)
-            return False
+        now = time.monotonic()
+        async with endpoint.checking:
+            if endpoint.checked_at > now:
+                return not endpoint.breaker.is_open and not endpoint.is_paused
+            if endpoint.is_paused or (refusal is not None and endpoint.breaker.is_left_out):
+                return False
+            try:
+                await endpoint.check(self.model_info.id, self._probe, refusal)
+            except EndpointFault as fault:
+                logger.warning("%s %s: no requests go there", endpoint.url, fault)
+                return False
         self._pool.serve()
         return not endpoint.is_paused
 
@@ -335,7 +352,7 @@ class OpenAIEngine(EngineBackend):
                     generation.deliver(chunk)
         if not answer.is_finished:
             raise EndpointFault("reset", "ends the answer before its end")
-        endpoint.succeeded()
+        endpoint.answered()
         return answer
 
     def _output(self, request: Request, answer: Answer, times: _Times) -> RequestOutput:
@@ -362,6 +379,10 @@ class OpenAIEngine(EngineBackend):
             outputs=outputs,
             is_constrained=request.sampling.constraint is not None,  # the server has taken it
         )
+
+
+def _named(models: Iterable[str]) -> str:
+    return shown(", ".join(sorted(models)[:8]))
 
 
 def _ssl_context(options: OpenAIOptions) -> ssl.SSLContext:

@@ -29,9 +29,19 @@ class Breaker:
         self.open_until = 0.0
 
     @property
+    def has_waited(self) -> bool:
+        """Whether it is open, and its wait is over."""
+        return self.is_open and self.clock() >= self.open_until
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it is open, and no request tries it."""
+        return self.is_open and not self.is_trying
+
+    @property
     def may_try(self) -> bool:
         """Whether it is open and the next request may try the endpoint."""
-        return self.is_open and not self.is_trying and self.clock() >= self.open_until
+        return self.has_waited and not self.is_trying
 
     @property
     def is_suspect(self) -> bool:
