@@ -16,7 +16,7 @@ import typer
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
+from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError, counted
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes, read_routes
@@ -166,9 +166,18 @@ def _check(
 def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineBackend, dict[RouteEntry, RouteCheck]]:
     """The engine of this process, and the checks by its own limits: its KV cache is there. Raises InvalidRoutes."""
     from nanovllm.engine.backends.native import AsyncEngine
-    from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, limits_of
+    from nanovllm.pipeline.build import build_engine, checkpoint_directory
+    from nanovllm.pipeline.build_vllm import build_vllm_engine
+    from nanovllm.pipeline.model_limits import limits_of
+    from nanovllm.pipeline.route_checks import check_route, check_routes
 
+    if settings.engine.backend == "vllm":
+        backend = build_vllm_engine(settings, checkpoint_directory(settings.engine))
+        try:
+            return backend, check_routes(routes, settings, points, context=backend.capabilities.context)
+        except NanoVLLMError:
+            asyncio.run(backend.close())
+            raise
     engine = build_engine(settings.engine)
     limits = limits_of(engine)
     checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}
