@@ -133,6 +133,7 @@ ROW = "<tr><td>1</td><td>2</td></tr>"
         ('<ol start="5"><li>a</li><li>b<p>c<br>d</p></li></ol>', "5. a\n\n6. b\n\n   c  \n   d"),
         ("<ul><li></li></ul><p>-</p><p>12.</p>e", "-\n\n-\n\n12.\n\ne"),
         ("<pre><code>a\n  ```&lt;b&gt;</code></pre>c", "````\na\n  ```<b>\n````\n\nc"),
+        ("<li><pre>&lt;b&gt;</pre>", "- ```\n  <b>\n  ```"),
         (f"{ROW}{ROW}", f"<table>{ROW}{ROW}</table>"),
         (f"<tbody>{ROW}</tbody><p>a</p>", f"<table><tbody>{ROW}</tbody></table>\n\na"),
         (f"{ROW}</table>a", f"<table>{ROW}</table>\n\na"),

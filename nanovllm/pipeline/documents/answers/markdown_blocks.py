@@ -38,10 +38,10 @@ class MarkdownBlocks:
         block = block.strip()
         if not block:
             return
-        indent = self._indent()
-        lines = block.replace("\n", f"\n{' ' * indent}")
-        first, self._marker = self._marker, None
-        self._blocks.append(f"{first or ' ' * indent}{lines}")
+        first = " " * self._indent() if self._marker is None else self._marker
+        self._marker = None
+        lines = block.replace("\n", f"\n{' ' * len(first)}")
+        self._blocks.append(f"{first}{lines}")
 
     def open_list(self, number: int | None) -> None:
         """Begin a list within the last item; its own first item has ``number``, None for a list without numbers."""
