@@ -79,7 +79,11 @@ class RemoteSettings(SettingsModel):
         "request of the worker's own decides: where it fails too, the endpoint is left out until one is answered.",
     )
     breaker_wait_s: Seconds = Field(1.0, description="First wait before a stopped endpoint is tried; it doubles.")
-    breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait before a stopped endpoint is tried.")
+    breaker_max_wait_s: Seconds = Field(
+        30.0,
+        description="Longest wait before a stopped endpoint is tried. One that has answered nothing for so long, and "
+        "has no request, is asked for its models.",
+    )
     image_transport: Literal["data", "presigned"] = Field(
         "data",
         description="`presigned`: images that are objects with a version in S3 are sent as presigned URLs, which the "

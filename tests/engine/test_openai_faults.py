@@ -13,14 +13,17 @@ from email.utils import formatdate
 from typing import Any, cast
 
 import pytest
-from openai_server import Fault, OpenAIServer, engine_of, serving
+from openai_server import Asked, Fault, OpenAIServer, engine_of, serving
 from parts import FaultProxy, eventually, png
+from scripted_server import ScriptedServer, failure
 
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai import backend
 from nanovllm.engine.backends.openai.answer import Answer
+from nanovllm.engine.backends.openai.backend import OpenAIEngine
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
 from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, EventStream
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after
@@ -28,6 +31,7 @@ from nanovllm.errors import (
     AnswerFailed,
     AnswerWithheld,
     ApiKeyRefused,
+    ConfigurationError,
     EndpointsUnavailable,
     InvalidInput,
     PromptTooLong,
@@ -279,6 +283,48 @@ async def test_a_dead_server_is_left_out_and_taken_back_when_it_lives() -> None:
         assert first.lists >= 2  # asked for its model before a request tries it
 
 
+async def test_idle_servers_that_die_and_come_back_are_known_without_a_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    servers = OpenAIServer(), OpenAIServer()
+
+    def up(engine: OpenAIEngine) -> list[bool]:
+        return [one.is_up for one in engine.stats().endpoints]
+
+    async with serving(*servers), engine_of(*servers) as engine:
+        assert engine.outage is None
+        await servers[0].kill()
+        await eventually(lambda: up(engine) == [False, True])
+        assert engine.outage is None
+        await servers[1].kill()
+        await eventually(lambda: up(engine) == [False, False])
+        assert "takes no connection" in str(engine.outage)
+        for server in servers:
+            await server.start()
+        await eventually(lambda: up(engine) == [True, True])
+        assert engine.outage is None
+    for server in servers:
+        assert f"{server.url} takes requests again, after 0 s" in caplog.text
+
+
+async def test_an_idle_server_is_asked_for_its_models_alone_and_a_busy_one_for_nothing() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        await eventually(lambda: server.lists >= 4)
+        assert not server.asked
+        server.gate = asyncio.Event()
+        generation = engine.submit(ask("a"))
+        await eventually(lambda: bool(server.asked))
+        seen = server.lists
+        await asyncio.sleep(0.5)
+        assert server.lists == seen
+        server.gate.set()
+        await generation
+        server.model = "other"
+        await eventually(lambda: not engine.stats().endpoints[0].is_up)
+        assert "does not list the model any more" in str(engine.outage)
+
+
 async def test_requests_end_with_what_each_server_did_where_none_is_left() -> None:
     async with OpenAIServer() as server, engine_of(server) as engine:
         await server.kill()
@@ -334,6 +380,39 @@ async def test_a_limit_of_attempts_is_an_error_of_the_request() -> None:
             await engine.submit(ask("a"))
 
 
+async def test_a_request_that_fails_again_and_again_is_named_in_the_log_with_the_way_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "LONGEST_PAUSE_S", 0.01)
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults = cast(list[Fault], ["error"] * 12)
+        assert (await engine.submit(ask("the-job"))).text == "one two three four"
+    (named,) = [record.getMessage() for record in caplog.records if "the-job" in record.getMessage()]
+    assert "failed 10 times" in named
+    assert "answers 500: CUDA error" in named
+    assert "remote.max_attempts" in named
+
+
+async def test_a_server_that_finds_nothing_at_its_address_any_more_is_left_out_at_once() -> None:
+    async with ScriptedServer(lambda _: failure(404, {"detail": "Not Found"})) as server, engine_of(server) as engine:
+        with pytest.raises(EndpointsUnavailable, match="answers 404: Not Found"):
+            await engine.submit(ask("a"))
+        assert len(server.asked) == 2  # the job's, and one of the worker's own
+        server.script = lambda _: None
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("b"))).text == "one two three four"
+
+
+async def test_a_request_that_alone_finds_nothing_leaves_no_server_out() -> None:
+    def script(asked: Asked) -> bytes | None:
+        return failure(404, {"detail": "no such picture"}) if "poison" in str(asked.body) else None
+
+    async with ScriptedServer(script) as server, engine_of(server, max_attempts=2) as engine:
+        with pytest.raises(AnswerFailed, match="no such picture"):
+            await engine.submit(ask("a", "poison"))
+        assert engine.stats().endpoints[0].is_up
+
+
 async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with OpenAIServer(key="sk-good") as server:
@@ -347,7 +426,8 @@ async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFi
             assert "sk-good" not in text
         wrong = OpenAIServer(key="sk-other")
         wrong._port = server._port
-        with pytest.raises(ApiKeyRefused):
+        # A setting that must be changed: exit code 2.
+        with pytest.raises(ConfigurationError, match=r"refuses the API key.* NANOVLLM_REMOTE__API_KEYS"):
             async with engine_of(wrong):
                 pass
     assert "sk-" not in caplog.text

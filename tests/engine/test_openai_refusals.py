@@ -11,6 +11,7 @@ from scripted_server import GOOD, ScriptedServer, ask, failure, faults_of, http
 from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING
 from nanovllm.errors import (
     ApiKeyRefused,
+    ConfigurationError,
     EndpointsUnavailable,
     InvalidInput,
 )
@@ -124,7 +125,7 @@ async def test_a_server_that_refused_all_and_is_gone_then_waits_as_long_as_any_o
 async def test_a_key_that_the_list_of_models_refuses_with_400_ends_the_start() -> None:
     said = [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}]
     async with ScriptedServer(GOOD, failure(400, said)) as server:
-        with pytest.raises(ApiKeyRefused):
+        with pytest.raises(ConfigurationError, match="NANOVLLM_REMOTE__API_KEYS"):
             async with engine_of(server):
                 pass
 

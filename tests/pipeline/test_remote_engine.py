@@ -87,6 +87,19 @@ async def test_a_server_dies_and_lives_again_and_no_job_is_lost_or_charged(
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) is None
 
 
+async def test_an_idle_worker_is_not_ready_while_its_servers_are_away_and_ready_when_they_are_back(
+    bench: Bench,
+) -> None:
+    async with OpenAIServer() as server, working(bench, settings_of(bench, server)) as worker:
+        await eventually(lambda: worker.health.has_joined)
+        await server.kill()
+        await eventually(lambda: "takes no connection" in (worker.health.systemic or ""))
+        await server.start()
+        await eventually(lambda: worker.health.systemic is None)
+        await bench.send({"job_id": "j", "prompt": "hello"})
+        assert (await bench.results(1))["j"]["text"] == "hello"
+
+
 async def test_two_servers_behind_proxies_that_spoil_connections_lose_and_charge_no_job(
     bench: Bench, images: Callable[[str, bytes], str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import re
 import ssl
@@ -15,13 +16,15 @@ from typing import Any
 
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
+from nanovllm.engine.backends.openai.faults import NOT_FOUND, EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
 from nanovllm.engine.backends.openai.transport import Transport
 from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EndpointStats
+
+logger = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 4 * 2**20
 MAX_NAME_CHARS = 256
@@ -43,6 +46,7 @@ class Endpoint:
         self.last_fault: EndpointFault | None = None
         self.checking = asyncio.Lock()
         self.checked_at = 0.0
+        self.heard_at = 0.0
         self.breaker = Breaker(
             threshold=options.breaker_requests,
             first_wait_s=options.breaker_wait_s,
@@ -68,6 +72,16 @@ class Endpoint:
         """Whether the server wants no requests for now."""
         return time.monotonic() < self.paused_until
 
+    def is_idle(self, seconds: float) -> bool:
+        """Whether no request is at work there, and it has answered nothing for ``seconds``."""
+        return not self.outstanding and time.monotonic() - self.heard_at >= seconds
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a request of our own is to find out if it answers at all: several failed there, or found nothing."""
+        is_missing = self.last_fault is not None and self.last_fault.kind == "missing"
+        return self.breaker.is_suspect or (is_missing and not self.breaker.is_open)
+
     def stats(self) -> EndpointStats:
         """Counts since the start, and the state now."""
         return EndpointStats(
@@ -85,7 +99,8 @@ class Endpoint:
             EndpointFault: the server does not answer, or not with a list.
         """
         response, body = await self._transport.get("/models", MAX_LIST_BYTES, LIST_TIMEOUT_S)
-        if response.status_code in (404, 405):
+        self.heard_at = time.monotonic()
+        if response.status_code in NOT_FOUND:
             return None
         if response.status_code != 200:
             raise _as_fault(fault_of_answer(response.status_code, response.headers, body, self.secrets))
@@ -95,6 +110,17 @@ class Endpoint:
             raise EndpointFault("garbage", "answers /models with what is no list of models") from None
         self._listed = frozenset(models)
         return models
+
+    async def listing(self, model: str, probe: bytes) -> dict[str, int | None] | None:
+        """As `models`; where there is no list an answer to ``probe`` shows that there is a server at the address.
+
+        Raises:
+            EndpointFault: it answers neither.
+        """
+        listed = await self.models()
+        if listed is None:
+            await self._ask(model, probe, None)
+        return listed
 
     def names_of(self, model: str) -> frozenset[str] | None:
         """The names under which an answer of ``model`` may come from here; None: any."""
@@ -117,9 +143,7 @@ class Endpoint:
         """
         self.checked_at = time.monotonic()
         try:
-            listed = await self.models()
-            if listed is not None and model not in listed:
-                raise EndpointFault("error", "does not list the model any more")
+            await self._still_lists(model)
             if self.is_paused:
                 return  # since just now, by what another request was told
             await self._ask(model, probe, refusal)
@@ -128,7 +152,26 @@ class Endpoint:
             if fault.kind != "overloaded":
                 self.breaker.open()
                 raise
-        self.breaker.succeed()
+        self._close_circuit()
+
+    async def look(self, model: str) -> None:
+        """Ask an idle server for its models; its circuit opens where it has a fault, or lists ``model`` no more.
+
+        Raises:
+            EndpointFault: that fault; of a busy one, which is left its time, too.
+        """
+        try:
+            await self._still_lists(model)
+        except EndpointFault as fault:
+            self.note(fault)
+            if fault.kind != "overloaded" and not self.breaker.is_open:
+                self.breaker.open()
+            raise
+
+    async def _still_lists(self, model: str) -> None:
+        listed = await self.models()
+        if listed is not None and model not in listed:
+            raise EndpointFault("error", "does not list the model any more")
 
     async def _ask(self, model: str, probe: bytes, refusal: InvalidInput | None) -> None:
         self._refusal = None
@@ -187,6 +230,12 @@ class Endpoint:
     def succeeded(self) -> None:
         """A request was answered, or refused for what it is."""
         self._busy_answers = 0
+        self.heard_at = time.monotonic()
+        self._close_circuit()
+
+    def _close_circuit(self) -> None:
+        if self.breaker.is_open:
+            logger.info("%s takes requests again, after %.0f s", self.url, self.breaker.open_for_s)
         self.breaker.succeed()
 
     async def close(self) -> None:

@@ -11,11 +11,12 @@ from nanovllm.engine.backends.foreign_errors import is_too_long, refusal
 from nanovllm.engine.backends.openai.error_words import ServerError, error_in
 from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput, NanoVLLMError
 
-FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused"]
+FaultKind = Literal["connect", "timeout", "reset", "overloaded", "error", "garbage", "refused", "missing"]
 
 MAX_RETRY_AFTER_S = 300.0
 TOO_LARGE = 413
 _OF_THE_REQUEST = (400, TOO_LARGE, 422)
+NOT_FOUND = (404, 405)
 _BUSY = (429, 503)
 _RATE_LIMIT = "rate_limit_exceeded"
 """Groq's code for a limit per minute, whatever the status."""
@@ -80,7 +81,8 @@ def _fault(status: int, wait: str | None, error: ServerError | None) -> Endpoint
         return refusal(error.said, "the server")
     if status == TOO_LARGE:
         return InvalidInput("the server refuses the request: 413, its body is too large")
-    return EndpointFault("error", f"answers {status}" + (f": {error.said}" if error is not None else ""))
+    kind: FaultKind = "missing" if status in NOT_FOUND else "error"
+    return EndpointFault(kind, f"answers {status}" + (f": {error.said}" if error is not None else ""))
 
 
 def _fault_in_words(error: ServerError) -> InvalidInput | AnswerFailed | AnswerWithheld | None:

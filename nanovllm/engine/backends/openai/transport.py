@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai.addresses import advice
 from nanovllm.engine.backends.openai.event_stream import EventStream
 from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
@@ -73,7 +74,10 @@ class Transport:
             ):
                 if response.status_code != 200:
                     said = await _read(response, MAX_ERROR_BYTES)
-                    raise fault_of_answer(response.status_code, response.headers, said, self.secrets)
+                    fault = fault_of_answer(response.status_code, response.headers, said, self.secrets)
+                    if isinstance(fault, EndpointFault) and fault.kind == "missing":
+                        raise EndpointFault("missing", f"{fault} ({advice(self.url)})")
+                    raise fault
                 if not response.headers.get("content-type", "").strip().lower().startswith("text/event-stream"):
                     raise EndpointFault("garbage", "answers no event stream")
                 if _is_compressed(response):
