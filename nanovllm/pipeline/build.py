@@ -333,7 +333,7 @@ def check_parts(settings: Settings) -> None:
             device or the model are not there.
     """
     if settings.documents.routes is not None:
-        check_extra("remote" if settings.engine.backend == "openai" else "worker")
+        check_extra({"openai": "remote", "vllm": "vllm"}.get(settings.engine.backend, "worker"))
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)

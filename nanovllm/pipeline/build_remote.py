@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
@@ -93,22 +92,6 @@ def build_remote_engine(settings: Settings) -> OpenAIEngine:
 
     check_remote(settings)
     return OpenAIEngine(remote_options(settings))
-
-
-async def listed_context(settings: Settings) -> int | None:
-    """The smallest context of the model that a server lists, each asked once; None where none tells one.
-
-    Raises:
-        ConfigurationError: as `check_remote`.
-    """
-    engine = build_remote_engine(settings)
-    try:
-        listings = [one for one in (await engine.listings()).values() if isinstance(one, Mapping)]
-    finally:
-        await engine.close()
-    name = settings.engine.model
-    contexts = [listed.get(name) if name else next(iter(listed.values()), None) for listed in listings]
-    return min((context for context in contexts if context is not None), default=None)
 
 
 async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tuple[str, str, str]]:
