@@ -319,7 +319,7 @@ class AnswerFailed(TransientError):
 
 
 class AnswerWithheld(PermanentError):
-    """A server's filter stopped the answer."""
+    """A filter of the server stopped the answer, or its model refuses one."""
 
     code = "answer_withheld"
     remedy = "Change the prompt or the image, or the filter of the server."

@@ -30,8 +30,8 @@ vllm)
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
     pip install --quiet --no-deps "torchvision==0.28.*"
     : > "$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py"
-    # For engine.backend vllm: this project with what its base needs; the extra vllm would bring another vLLM.
-    pip install --quiet --editable "$(dirname "$0")/../.."
+    # For engine.backend vllm: this project with what its base and documents need; the extra vllm would bring another.
+    pip install --quiet --editable "$(cd "$(dirname "$0")/../.." && pwd)[documents]"
     ;;
 llama.cpp)
     pip install --quiet numpy gguf "transformers>=5,<6" "torch==$TORCH"

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +28,8 @@ _SHIPPED = Path(__file__).parent / "assets" / "profiles"
 _TEMPLATE_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """In the order in which a processor, then a tokenizer of transformers 5 takes them; the first that has one counts."""
 _TOKENIZER = "tokenizer.json"
+_WORD_END = r"[-_.:@]"
+_VERSION = r"v?\d{1,2}(?:\.\d+)*(?:$|[-_:@]|\.(?!\d))"
 
 
 class _Frozen(BaseModel):
@@ -42,7 +43,8 @@ class Match(_Frozen):
     """Which checkpoints a profile is of.
 
     Attributes:
-        names: globs of the last part of a name on the hub, in lower case.
+        names: beginnings of the last part of a name on the hub, in lower case, to a word's end; what has a further
+            version behind it is another model. Those of a family count where there are no files.
         model_types: ``model_type`` of config.json; a checkpoint has one of them, whatever else it is chosen by.
         is_family: ``model_types`` alone decide: the models that no other profile is nearer to.
         fields: further fields of config.json and their values, by dotted names.
@@ -56,6 +58,13 @@ class Match(_Frozen):
     fields: dict[str, str] = Field(default_factory=dict)
     tokens: Names = ()
     template_variables: Names = ()
+
+    def is_named(self, name: str) -> bool:
+        """Whether the last part of ``name`` is one of ``names``, or one with more words."""
+        last = last_part(name)
+        return any(
+            re.fullmatch(rf"{re.escape(one)}(?:{_WORD_END}(?!{_VERSION}).*)?", last, re.DOTALL) for one in self.names
+        )
 
     @property
     def tells_apart(self) -> bool:
@@ -191,26 +200,36 @@ def choose_profile(
     kind = None if fields is None else str(fields.get("model_type"))
     of_type = [one for one in shipped_profiles().values() if fields is None or kind in one.match.model_types]
     for name in names:
-        last = name.rstrip("/").rpartition("/")[2].lower()
-        by_name = [one for one in of_type if any(fnmatchcase(last, glob) for glob in one.match.names)]
+        by_name = [one for one in of_type if one.match.is_named(name) and (fields is None or not one.match.is_family)]
         if len(by_name) == 1:
-            return ProfileChoice(by_name[0], f"by the name {last}")
+            return ProfileChoice(by_name[0], f"by the name {last_part(name)}")
     if fields is None:
-        return ProfileChoice(None, "no name of the model is known: engine.profile names one")
+        what = f"no profile is of the name {last_part(names[0])}" if names else "the model has no name"
+        return ProfileChoice(None, f"{what}: engine.profile names one")
     told = [one for one in of_type if one.match.tells_apart and _is_told(one.match, fields, directory)]
     if len(told) == 1:
         return ProfileChoice(told[0], f"by its files: {', '.join(_signs(told[0].match, kind))}")
+    equal = ", ".join(one.name for one in told)
     family = [one for one in of_type if one.match.is_family]
     chosen = family[0] if len(family) == 1 else None
     others = sorted(one.name for one in of_type if one is not chosen)
     hint = f"; a fine-tune of it has one by its name, or by engine.profile: {', '.join(others)}" if others else ""
     how = f"by its model_type, {kind}" if chosen is not None else f"there is none for model_type {kind} itself"
+    if equal:
+        return ProfileChoice(chosen, f"{how}; its files are those of {equal} alike: engine.profile names one")
     return ProfileChoice(chosen, f"{how}{hint}")
 
 
 def template_reads(directory: Path, variable: str) -> bool:
-    """Whether the chat template of a checkpoint has the word ``variable``."""
-    return re.search(rf"\b{re.escape(variable)}\b", _template(directory)) is not None
+    """Whether a chat template of a checkpoint reads ``variable``."""
+    from nanovllm.checkpoints.template_files import template_variables  # jinja2 comes with engines alone
+
+    return any(variable in template_variables(template) for template in _templates(directory))
+
+
+def last_part(name: str) -> str:
+    """The last part of a name on the hub, or of a path, in lower case."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _is_told(match: Match, fields: Mapping[str, Any], directory: Path | None) -> bool:
@@ -239,8 +258,8 @@ def _field(fields: Mapping[str, Any], place: str) -> Any:
     return found
 
 
-def _template(directory: Path) -> str:
-    """The chat template of a checkpoint, several one after the other; empty where it has none that can be read."""
+def _templates(directory: Path) -> tuple[str, ...]:
+    """The chat templates of a checkpoint; none where it has none that can be read."""
     for name in _TEMPLATE_FILES:
         text = _text_of(directory / name)
         if name.endswith(".jinja"):
@@ -248,14 +267,14 @@ def _template(directory: Path) -> str:
         else:
             try:
                 fields = json.loads(text or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # found at load, with its remedy
             found = fields.get("chat_template") if isinstance(fields, dict) else None
         if isinstance(found, list):
-            found = "\n".join(str(one.get("template")) for one in found if isinstance(one, dict))
+            return tuple(str(one.get("template")) for one in found if isinstance(one, dict))
         if found:
-            return str(found)
-    return ""
+            return (str(found),)
+    return ()
 
 
 def _text_of(file: Path) -> str:

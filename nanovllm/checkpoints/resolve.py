@@ -169,7 +169,7 @@ def read_json_object(path: Path, *, missing: str) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelNotFound(missing) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         why = why_unreadable(path) if is_lfs_pointer(path) else f"is not valid JSON: {error}"
         raise ModelNotFound(f"{path} {why}") from error
     if not isinstance(fields, dict):

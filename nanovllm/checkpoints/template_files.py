@@ -1,12 +1,16 @@
-"""Files of chat templates: one that is a Git LFS pointer, empty or cut is found at load, not at the first chat."""
+"""Chat templates: a file that did not come whole is found at load, and the variables that a template reads."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
 
 from nanovllm.checkpoints.resolve import checkpoint_name, is_lfs_pointer, why_unreadable
 from nanovllm.errors import ModelNotFound
@@ -23,6 +27,38 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@pass_context
+def _of_context(context: Context, *arguments: object, **named: object) -> object:
+    """A filter, or test, that no constant expression can have: it takes what is known when a template runs."""
+    raise NotImplementedError
+
+
+class _AnyName(dict[str, Any]):
+    """Filters, or tests, of every name: transformers and checkpoints have some that jinja has not."""
+
+    def get(self, name: str, default: object = None) -> Any:
+        """`_of_context`, whatever ``name`` is."""
+        return _of_context
+
+
+class _Unevaluated(SandboxedEnvironment):
+    """An environment in which constant expressions stay as they are: ``9 ** 9 ** 9`` would not end."""
+
+    intercepted_binops = frozenset(SandboxedEnvironment.default_binop_table)
+    intercepted_unops = frozenset(SandboxedEnvironment.default_unop_table)
+
+
+@lru_cache(maxsize=16)
+def template_variables(template: str) -> frozenset[str]:
+    """The variables that ``template`` reads from its caller, without running it; none of one that is broken."""
+    environment = _Unevaluated(extensions=[_Generation, loopcontrols])
+    environment.filters, environment.tests = _AnyName(), _AnyName()
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except (TemplateError, RecursionError, ValueError):  # found at load, with its remedy
+        return frozenset()
 
 
 def check_templates(directory: Path) -> None:

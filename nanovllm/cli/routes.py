@@ -16,7 +16,14 @@ import typer
 from nanovllm.cli.extras import require
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, counted
+from nanovllm.errors import (
+    ConfigurationError,
+    EndpointsUnavailable,
+    InvalidInput,
+    InvalidRoutes,
+    NanoVLLMError,
+    counted,
+)
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.pipeline.routing.routes import RouteEntry, Routes, load_routes, read_routes
@@ -127,13 +134,16 @@ def _check(
     from nanovllm.pipeline.app import prepare_threads
 
     prepare_threads()
-    from nanovllm.pipeline.build_remote import build_remote_engine, listed_context
+    from nanovllm.pipeline.build_remote import build_remote_engine
+    from nanovllm.pipeline.listed_model import listed_model
     from nanovllm.pipeline.route_checks import check_routes
 
     is_remote = settings.engine.backend == "openai"
     with long_work("checking the routes"):
-        context = asyncio.run(listed_context(settings)) if is_remote else None
-        checks = check_routes(routes, settings, points, context=context)
+        served = asyncio.run(listed_model(settings)) if is_remote else None
+        checks = check_routes(routes, settings, points, context=None if served is None else served.context)
+    if served is not None and not served.is_served and measured is not None:
+        raise EndpointsUnavailable("; ".join(f"{url} {why}" for url, why in served.lacking.items()))
     costs: dict[RouteEntry, Cost] = {}
     if measured is not None:
         require("documents", "pypdfium2", "jsonschema_rs")
@@ -155,7 +165,11 @@ def _check(
             )
     if not settings.s3.allow:
         yield "", "s3.allow", "not set: a worker reads the buckets of its routes, and for jobs no object"
-    if is_remote:
+    if served is not None:
+        for url, why in served.lacking.items():
+            yield "", f"endpoint {url}", why
+        if not served.is_served:
+            yield "", "servers", "none has the model now: its name and context are not checked, and a worker would wait"
         yield "", "tokens", "estimated, by characters and pixels: the servers count them otherwise"
     if is_remote and routes.page_store is not None and "revision" not in settings.remote.model_fields_set:
         yield "", "remote.revision", "not set: pages that are kept stay when the servers get another model of this name"
@@ -166,9 +180,18 @@ def _check(
 def _loaded(routes: Routes, settings: Settings, points: Points) -> tuple[EngineBackend, dict[RouteEntry, RouteCheck]]:
     """The engine of this process, and the checks by its own limits: its KV cache is there. Raises InvalidRoutes."""
     from nanovllm.engine.backends.native import AsyncEngine
-    from nanovllm.pipeline.build import build_engine
-    from nanovllm.pipeline.route_checks import check_route, limits_of
+    from nanovllm.pipeline.build import build_engine, checkpoint_directory
+    from nanovllm.pipeline.build_vllm import build_vllm_engine
+    from nanovllm.pipeline.model_limits import limits_of
+    from nanovllm.pipeline.route_checks import check_route, check_routes
 
+    if settings.engine.backend == "vllm":
+        backend = build_vllm_engine(settings, checkpoint_directory(settings.engine))
+        try:
+            return backend, check_routes(routes, settings, points, context=backend.capabilities.context)
+        except NanoVLLMError:
+            asyncio.run(backend.close())
+            raise
     engine = build_engine(settings.engine)
     limits = limits_of(engine)
     checks = {one: check_route(routes, one, limits, settings, points) for one in routes.entries}

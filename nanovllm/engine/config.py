@@ -85,11 +85,13 @@ class EngineConfig:
                 raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
         for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
                      "num_speculative_tokens"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ConfigurationError(f"{name} must be a number, and not negative, got {value!r}")
         for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ConfigurationError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0.0 < value <= 1.0):
+                raise ConfigurationError(f"{name} must be a number in (0, 1], got {value!r}")
         if self.tensor_parallel_size != 1:
             raise ConfigurationError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: the native engine runs on one GPU; "
@@ -135,3 +137,7 @@ class EngineConfig:
         if self.enable_multimodal is not None:
             return self.enable_multimodal
         return True if self.vision_model is not None else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -139,8 +139,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         model = parts.engine.model_info
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
         if routes is not None and not settings.engine.loads_model:
-            # What servers take is known only now.
-            check_routes(routes, settings, context=parts.engine.capabilities.context)
+            # The context of servers, and of vLLM, is known only now.
+            await asyncio.to_thread(check_routes, routes, settings, context=parts.engine.capabilities.context)
 
         health.wait_for(f"the brokers {brokers}")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings, routes))

@@ -40,7 +40,7 @@ from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.consuming.source import JobSource
 from nanovllm.pipeline.consuming.start_offset import StartOffsets
 from nanovllm.pipeline.consuming.topic_watch import TopicWatch
-from nanovllm.pipeline.documents.model_profile import heeded_sampling, model_profile, profile_rows
+from nanovllm.pipeline.documents.model_profile import heeded_sampling, model_profile, profile_rows, served_profile
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
@@ -333,7 +333,7 @@ def check_parts(settings: Settings) -> None:
             device or the model are not there.
     """
     if settings.documents.routes is not None:
-        check_extra("remote" if settings.engine.backend == "openai" else "worker")
+        check_extra({"openai": "remote", "vllm": "vllm"}.get(settings.engine.backend, "worker"))
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
     image_limits(settings.images)
@@ -362,6 +362,7 @@ async def load_engine(settings: Settings) -> EngineBackend:
 
         return EchoEngine(max_num_seqs=options.max_num_seqs)
     if options.backend == "openai":
+        logger.info("%s: %s (%s)", *next(profile_rows(served_profile(settings))))
         return build_remote_engine(settings)
     if options.backend == "vllm":
         from nanovllm.pipeline.build_vllm import build_vllm_engine

@@ -80,6 +80,7 @@ def remote_options(settings: Settings) -> OpenAIOptions:
         breaker_wait_s=remote.breaker_wait_s,
         breaker_max_wait_s=remote.breaker_max_wait_s,
         ca_file=remote.ca_file,
+        proxy=remote.proxy,
         raw_prompts=remote.raw_prompts,
         chat_template_kwargs=model.template_kwargs(model.profile),
         image_format=remote.image_format,
@@ -93,19 +94,6 @@ def build_remote_engine(settings: Settings) -> OpenAIEngine:
 
     check_remote(settings)
     return OpenAIEngine(remote_options(settings))
-
-
-async def listed_context(settings: Settings) -> int | None:
-    """The smallest context of the model that a server lists, each asked once; None where none tells one.
-
-    Raises:
-        ConfigurationError: as `check_remote`.
-    """
-    engine = build_remote_engine(settings)
-    try:
-        return _least_context((await engine.listings()).values(), settings.engine.model)
-    finally:
-        await engine.close()
 
 
 async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]:

@@ -52,14 +52,19 @@ class ServerLimits:
 
     def lacking(self, sampling: SamplingParams) -> Iterator[tuple[str, str]]:
         """What of ``sampling`` is refused: the parameter, and why."""
-        for what in self.capabilities.lacking(sampling):
-            parameter = next(word for word in what.split() if word in SamplingParams.model_fields)
-            yield parameter, f"is set, and {self.dialect.title} has no {what}"
+        yield from without(self.capabilities, sampling, self.dialect.title)
         if sampling.json_schema is not None:
             try:
                 self.dialect.check_schema(sampling.json_schema)
             except UnsupportedConstraint as error:
                 yield "json_schema", f"is refused: {error}"
+
+
+def without(capabilities: Capabilities, sampling: SamplingParams, who: str) -> Iterator[tuple[str, str]]:
+    """What of ``sampling`` goes beyond ``capabilities``: the parameter, and why; ``who`` names the backend."""
+    for what in capabilities.lacking(sampling):
+        parameter = next(word for word in what.split() if word in SamplingParams.model_fields)
+        yield parameter, f"is set, and {who} has no {what}"
 
 
 def server_limits(settings: Settings, context: int | None) -> ServerLimits:

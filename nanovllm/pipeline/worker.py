@@ -24,6 +24,7 @@ from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.idle_loop import idle_loop
 from nanovllm.pipeline.stages.admit import AfterKeyTurn
+from nanovllm.pipeline.stages.infer import ENGINE_ENDPOINTS
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.pipeline.stages.process import Stages, process_job
 from nanovllm.pipeline.stages.process_events import EventStages, process_events
@@ -77,6 +78,7 @@ class Worker:
         self.has_taken = False
         self._tombstones = 0
         self._left_at: float | None = None
+        self._is_out = False
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
@@ -305,6 +307,7 @@ class Worker:
             self.health.wait_for(f"topic {missing}, which the brokers do not list" if missing else None)
             self.health.is_engine_alive = not self.engine.dead.is_set()
             self.engine_stats = self.engine.stats()
+            self._observe_outage()
             self.faults.observe()
             self.metrics.jobs_in_flight.set(self.admission.jobs)
             self.metrics.admitted_bytes.set(self.admission.bytes)
@@ -316,6 +319,14 @@ class Worker:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
                 self._observe_partitions(source)
+
+    def _observe_outage(self) -> None:
+        outage = self.engine.outage
+        if outage is not None:
+            self.faults.report(ENGINE_ENDPOINTS, outage)
+        elif self._is_out:  # jobs that wait report what concerns them alone
+            self.faults.clear(ENGINE_ENDPOINTS)
+        self._is_out = outage is not None
 
     def _observe_membership(self, has_joined: bool) -> None:
         if self.health.has_joined and not has_joined:

@@ -14,6 +14,16 @@ from nanovllm.settings.base import Seconds, SettingsModel, StrList, split_list
 SecretList = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)]
 
 
+def _is_bare_url(text: str) -> bool:
+    """Whether it is a URL over HTTP that holds no password and no token."""
+    try:
+        url = urlsplit(text)
+        is_good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+    except ValueError:
+        return False
+    return is_good and "@" not in url.netloc and not url.query and not url.fragment
+
+
 class RemoteSettings(SettingsModel):
     """Servers of OpenAI's protocol: vLLM, SGLang, llama.cpp's, hosted ones; with `engine.backend: openai`."""
 
@@ -30,6 +40,11 @@ class RemoteSettings(SettingsModel):
         (), description="API keys, sent as bearer tokens: one for all endpoints, or one for each in their order."
     )
     ca_file: Path | None = Field(None, description="PEM file of the servers' CA; unset: the system's CAs.")
+    proxy: str | None = Field(
+        None,
+        description="URL (http:// or https://) of the HTTP proxy to all endpoints but those at a loopback address; "
+        "unset: none. `HTTP_PROXY` and the like of the environment are not heeded.",
+    )
     images: bool = Field(True, description="Whether the model takes images.")
     logprobs: bool = Field(
         True,
@@ -64,7 +79,11 @@ class RemoteSettings(SettingsModel):
         "request of the worker's own decides: where it fails too, the endpoint is left out until one is answered.",
     )
     breaker_wait_s: Seconds = Field(1.0, description="First wait before a stopped endpoint is tried; it doubles.")
-    breaker_max_wait_s: Seconds = Field(30.0, description="Longest wait before a stopped endpoint is tried.")
+    breaker_max_wait_s: Seconds = Field(
+        30.0,
+        description="Longest wait before a stopped endpoint is tried. One that has answered nothing for so long, and "
+        "has no request, is asked for its models.",
+    )
     image_transport: Literal["data", "presigned"] = Field(
         "data",
         description="`presigned`: images that are objects with a version in S3 are sent as presigned URLs, which the "
@@ -78,17 +97,19 @@ class RemoteSettings(SettingsModel):
         False, description="Take prompts without a chat template, which no job has (`/completions`)."
     )
 
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, proxy: str | None) -> str | None:
+        if proxy is not None and not _is_bare_url(proxy):
+            raise ValueError("is no http:// or https:// URL without user, query and fragment")  # not shown, as below
+        return proxy
+
     @field_validator("endpoints")
     @classmethod
     def _check_endpoints(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
         for number, endpoint in enumerate(endpoints, 1):
-            try:
-                url = urlsplit(endpoint)
-                is_good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
-            except ValueError:
-                is_good = False
             # Not shown: it may hold a password or a token.
-            if not is_good or "@" in url.netloc or url.query or url.fragment:
+            if not _is_bare_url(endpoint):
                 raise ValueError(f"number {number} is no http:// or https:// URL without user, query and fragment")
         stripped = tuple(endpoint.rstrip("/") for endpoint in endpoints)
         if len(set(stripped)) < len(stripped):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def lay_out(folder: Path, cgroup: str, limits: dict[str, str]) -> tuple[Path, Pa
         ("5:cpu,memory:/pod\n0::/\n", {"memory/pod/memory.limit_in_bytes": "3145728"}, 3 << 20),  # version 1
         ("5:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": str(2**63 - 4096)}, MACHINE),
         ("0::/../elsewhere\n", {}, MACHINE),
+        ("0::/pod\n", {"pod/memory.max": "4194304", "pod/memory.high": "2097152"}, 2 << 20),
+        ("\nnonsense\n5:memory\n0::/\n", {"memory.max": "1048576"}, 1 << 20),
     ],
 )
 def test_the_least_limit_of_all_control_groups_counts(
@@ -47,6 +50,17 @@ def test_the_least_limit_of_all_control_groups_counts(
 def test_the_machine_counts_where_there_are_no_control_groups(tmp_path: Path) -> None:
     assert memory_limit(tmp_path, tmp_path) == MACHINE > 0
     assert resident_bytes(tmp_path) == 0 < resident_bytes()
+
+
+def test_a_limit_of_the_address_space_counts_less_what_is_mapped_already(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (64 << 20), hard))
+    try:
+        room = memory_limit(groups=tmp_path) - resident_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert 0 < room <= 96 << 20
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.transformers_version import OLDEST, untested_version
 from nanovllm.cli.main import MISUSE, main
 from nanovllm.engine import diagnostics
+from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution import kv_cache_size
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 
@@ -355,6 +357,24 @@ def test_a_model_that_no_memory_holds_is_refused_by_its_configuration(tmp_path: 
 def test_a_kv_cache_that_no_memory_holds_is_refused_by_its_setting(tmp_path: Path, asked: int) -> None:
     with pytest.raises(ConfigurationError, match=f"cannot be allocated: lower kv_cache_bytes={asked}"):
         recording_engine(make_text(tmp_path / "it", family="llama"), kv_cache_bytes=asked)
+
+
+@pytest.mark.parametrize("block_size", [None, 1 << 50])
+def test_a_kv_cache_that_no_memory_holds_names_what_sizes_it(
+    tmp_path: Path, block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache_size, "memory_limit", lambda: 1 << 70)
+    options = {"max_num_seqs": 1 << 60, "kv_cache_bytes": None, "block_size": block_size}
+    remedy = "set kv_cache_bytes, or lower cpu_memory_utilization=0.4" if block_size is None else "lower block_size="
+    with pytest.raises(ConfigurationError, match=f"cannot be allocated: {remedy}"):
+        recording_engine(make_text(tmp_path / "it", family="llama"), **options)
+
+
+@pytest.mark.parametrize("name", ["cpu_memory_utilization", "gpu_memory_utilization", "embedding_cache_bytes"])
+@pytest.mark.parametrize("value", ["0.4", None, True, float("nan"), -1])
+def test_an_option_that_is_no_number_of_its_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{name} must be a number.*got {value!r}"):
+        EngineConfig.from_options("m", {name: value})
 
 
 def test_a_preprocessor_that_is_a_pointer_is_named_at_load(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from openai_server import OpenAIServer, engine_of, serving
 from parts import eventually
 from PIL import Image
 
+from nanovllm.cli.main import main
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.engine.backends.native import AsyncEngine
@@ -316,6 +318,45 @@ async def test_the_model_is_found_or_named_before_the_first_job() -> None:
         with pytest.raises(ConfigurationError, match="no list of models"):
             async with engine_of(server):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tried"),
+    [("", "/v1"), ("/v1/chat/completions", "/v1"), ("/v1/models", "/v1"), ("/else/v1", None)],
+)
+async def test_an_address_at_which_there_is_no_server_ends_the_start_with_a_better_one(
+    wrong: str, tried: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with OpenAIServer() as server:
+        base = server.url.removesuffix("/v1")
+        with pytest.raises(ConfigurationError, match="base URLs end in /v1 as a rule") as caught:
+            async with engine_of(base + wrong, model="tiny"):
+                pass
+        monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "openai")
+        monkeypatch.setenv("NANOVLLM_REMOTE__ENDPOINTS", base + wrong)
+        assert await asyncio.to_thread(main, ["doctor"]) == 2
+    said = str(caught.value)
+    assert f"{base}{wrong} has no /models" in said
+    assert said.rstrip(")").endswith("check the URL and engine.model" if tried is None else f"try {base}{tried}")
+    assert f"{base}{wrong} has no /models" in capsys.readouterr().err
+
+
+async def test_one_wrong_address_beside_a_right_one_is_left_out_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with OpenAIServer() as server:
+        wrong = server.url.removesuffix("/v1")
+        async with engine_of(server, wrong) as engine:
+            assert (await engine.submit(ask("a"))).text == "one two three"
+            assert [one.is_up for one in engine.stats().endpoints] == [True, False]
+    assert f"try {server.url}" in caplog.text
+
+
+async def test_the_log_names_model_endpoints_dialect_and_context_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with OpenAIServer(context=256, key="sk-good") as server, engine_of(server, dialect="vllm"):
+        assert f"model tiny of {server.url}: dialect vllm, context 256" in caplog.text
+        assert "sk-good" not in caplog.text
 
 
 async def test_a_raw_prompt_is_a_completion_where_it_is_allowed() -> None:

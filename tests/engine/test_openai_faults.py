@@ -6,26 +6,32 @@ import asyncio
 import json
 import logging
 import time
+from collections import deque
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from email.utils import formatdate
 from typing import Any, cast
 
 import pytest
-from openai_server import Fault, OpenAIServer, engine_of, serving
+from openai_server import Asked, Fault, OpenAIServer, engine_of, serving
 from parts import FaultProxy, eventually, png
+from scripted_server import ScriptedServer, failure
 
 from nanovllm.demo.child_process import free_port
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.engine.backends.foreign_errors import shown
+from nanovllm.engine.backends.openai import backend
 from nanovllm.engine.backends.openai.answer import Answer
+from nanovllm.engine.backends.openai.backend import OpenAIEngine
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, event_data
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after, shown
+from nanovllm.engine.backends.openai.event_stream import MAX_ANSWER_BYTES, MAX_EVENT_BYTES, EventStream
+from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer, retry_after
 from nanovllm.errors import (
     AnswerFailed,
     AnswerWithheld,
     ApiKeyRefused,
+    ConfigurationError,
     EndpointsUnavailable,
     InvalidInput,
     PromptTooLong,
@@ -277,6 +283,48 @@ async def test_a_dead_server_is_left_out_and_taken_back_when_it_lives() -> None:
         assert first.lists >= 2  # asked for its model before a request tries it
 
 
+async def test_idle_servers_that_die_and_come_back_are_known_without_a_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    servers = OpenAIServer(), OpenAIServer()
+
+    def up(engine: OpenAIEngine) -> list[bool]:
+        return [one.is_up for one in engine.stats().endpoints]
+
+    async with serving(*servers), engine_of(*servers) as engine:
+        assert engine.outage is None
+        await servers[0].kill()
+        await eventually(lambda: up(engine) == [False, True])
+        assert engine.outage is None
+        await servers[1].kill()
+        await eventually(lambda: up(engine) == [False, False])
+        assert "takes no connection" in str(engine.outage)
+        for server in servers:
+            await server.start()
+        await eventually(lambda: up(engine) == [True, True])
+        assert engine.outage is None
+    for server in servers:
+        assert f"{server.url} takes requests again, after 0 s" in caplog.text
+
+
+async def test_an_idle_server_is_asked_for_its_models_alone_and_a_busy_one_for_nothing() -> None:
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        await eventually(lambda: server.lists >= 4)
+        assert not server.asked
+        server.gate = asyncio.Event()
+        generation = engine.submit(ask("a"))
+        await eventually(lambda: bool(server.asked))
+        seen = server.lists
+        await asyncio.sleep(0.5)
+        assert server.lists == seen
+        server.gate.set()
+        await generation
+        server.model = "other"
+        await eventually(lambda: not engine.stats().endpoints[0].is_up)
+        assert "does not list the model any more" in str(engine.outage)
+
+
 async def test_requests_end_with_what_each_server_did_where_none_is_left() -> None:
     async with OpenAIServer() as server, engine_of(server) as engine:
         await server.kill()
@@ -332,6 +380,39 @@ async def test_a_limit_of_attempts_is_an_error_of_the_request() -> None:
             await engine.submit(ask("a"))
 
 
+async def test_a_request_that_fails_again_and_again_is_named_in_the_log_with_the_way_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "LONGEST_PAUSE_S", 0.01)
+    async with OpenAIServer() as server, engine_of(server) as engine:
+        server.faults = cast(list[Fault], ["error"] * 12)
+        assert (await engine.submit(ask("the-job"))).text == "one two three four"
+    (named,) = [record.getMessage() for record in caplog.records if "the-job" in record.getMessage()]
+    assert "failed 10 times" in named
+    assert "answers 500: CUDA error" in named
+    assert "remote.max_attempts" in named
+
+
+async def test_a_server_that_finds_nothing_at_its_address_any_more_is_left_out_at_once() -> None:
+    async with ScriptedServer(lambda _: failure(404, {"detail": "Not Found"})) as server, engine_of(server) as engine:
+        with pytest.raises(EndpointsUnavailable, match="answers 404: Not Found"):
+            await engine.submit(ask("a"))
+        assert len(server.asked) == 2  # the job's, and one of the worker's own
+        server.script = lambda _: None
+        await asyncio.sleep(0.3)
+        assert (await engine.submit(ask("b"))).text == "one two three four"
+
+
+async def test_a_request_that_alone_finds_nothing_leaves_no_server_out() -> None:
+    def script(asked: Asked) -> bytes | None:
+        return failure(404, {"detail": "no such picture"}) if "poison" in str(asked.body) else None
+
+    async with ScriptedServer(script) as server, engine_of(server, max_attempts=2) as engine:
+        with pytest.raises(AnswerFailed, match="no such picture"):
+            await engine.submit(ask("a", "poison"))
+        assert engine.stats().endpoints[0].is_up
+
+
 async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with OpenAIServer(key="sk-good") as server:
@@ -345,7 +426,8 @@ async def test_a_refused_key_is_said_without_the_key(caplog: pytest.LogCaptureFi
             assert "sk-good" not in text
         wrong = OpenAIServer(key="sk-other")
         wrong._port = server._port
-        with pytest.raises(ApiKeyRefused):
+        # A setting that must be changed: exit code 2.
+        with pytest.raises(ConfigurationError, match=r"refuses the API key.* NANOVLLM_REMOTE__API_KEYS"):
             async with engine_of(wrong):
                 pass
     assert "sk-" not in caplog.text
@@ -394,27 +476,62 @@ async def test_a_filtered_answer_is_the_jobs() -> None:
         assert faults_of(engine) == {}
 
 
-async def test_events_are_read_however_they_are_cut_and_within_bounds() -> None:
-    stream = b': hello\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b":\ndata: 2}\n\ndata: [DONE]\n\n'
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_are_read_however_they_are_cut_and_their_lines_end(end: str, size: int) -> None:
+    lines = [
+        '\ufeffdata: {"a": 1}',
+        "",
+        ": hello",
+        "",
+        "event: x",
+        'data:{"b":',
+        "data: 2}",
+        "",
+        "data: [DONE] ",
+        "",
+        "x",
+    ]
+    data = end.join(lines).encode()
+    stream = EventStream()
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    assert [event for chunk in chunks for event in stream.add(chunk)] == [{"a": 1}, {"b": 2}]
+    assert stream.is_done
 
-    async def cut(size: int) -> list[bytes]:
-        async def chunks() -> Any:
-            for start in range(0, len(stream), size):
-                yield stream[start : start + size]
 
-        return [data async for data in event_data(chunks())]
+def test_an_event_that_the_end_of_the_stream_completes_counts() -> None:
+    stream = EventStream()
+    assert list(stream.add(b'data: {"a": 1}')) == []
+    assert list(stream.end()) == [{"a": 1}]
 
-    for size in (1, 2, 3, 7, 1000):
-        assert await cut(size) == [b'{"a": 1}', b'{"b":\n2}', b"[DONE]"]
 
-    async def endless() -> Any:
-        while True:
-            yield b"x" * 2**20
-
+@pytest.mark.parametrize(
+    ("piece", "max_bytes"),
+    [(b"x" * 2**20, 2**30), (b"data: " + b"x" * 2**16 + b"\n", 2**30), (b'data: {"a": 1}\n\n', 1_000)],
+    ids=["line", "event", "stream"],
+)
+def test_lines_events_and_streams_have_bounds(piece: bytes, max_bytes: int) -> None:
+    stream, times = EventStream(max_bytes), min(max_bytes, MAX_EVENT_BYTES) // len(piece) + 1
     with pytest.raises(EndpointFault, match="more than a text has"):
-        async for _ in event_data(endless()):
-            pass
-    assert MAX_EVENT_BYTES < 64 * 2**20
+        deque((event for _ in range(times) for event in stream.add(piece)), maxlen=0)
+
+
+def test_the_work_of_a_stream_grows_with_its_bytes_however_they_come() -> None:
+    def copied(chunks: list[bytes]) -> int:
+        sizes: list[int] = []
+
+        class Counted(bytearray):
+            def __iadd__(self, other: Any) -> Any:
+                sizes.append(len(other))
+                return super().__iadd__(other)
+
+        stream = EventStream()
+        stream._line, stream._data = Counted(), Counted()
+        deque((event for chunk in chunks for event in stream.add(chunk)), maxlen=0)
+        return sum(sizes)
+
+    assert copied([b"data:x\n"] * 1_000) <= 2 * 7_000
+    assert copied([b"x"] * 10_000) <= 2 * 10_000
 
 
 def test_a_breaker_is_suspect_by_different_requests_and_waits_longer_each_time() -> None:

@@ -377,6 +377,10 @@ def test_wrong_values_are_refused_by_name(render: Render, values: dict[str, Any]
         ),
         (remote("http://a/v1", model={"existingClaim": "c"}), "reads no weights: leave it out"),
         (remote("http://user:hunter2@a/v1"), "number 1 holds a user or a password"),
+        (
+            {"settings": {"remote": {"proxy": "http://user:hunter2@proxy:3128"}}},
+            r"settings\.remote\.proxy holds a user or a password",
+        ),
         (remote("http://a/v1", remote={"ca": {"existingSecret": "ca"}}), "no endpoint .* begins with https"),
         (
             remote("https://a/v1", remote={"ca": {"existingSecret": "ca", "existingConfigMap": "ca"}}),
@@ -462,8 +466,8 @@ def test_a_backends_values_are_what_its_worker_takes(
             settings.model_copy(update={"remote": settings.remote.model_copy(update={"ca_file": tmp_path / "ca.crt"})})
         )
     elif settings.engine.backend in ("native", "generic"):
-        # Its profile is in the checkpoint, which only the cluster has.
-        EngineConfig.from_options("any", engine_options(settings.engine.model_copy(update={"profile": "none"})))
+        here = settings.engine.model_copy(update={"model": None})  # the checkpoint of the values is on a volume
+        EngineConfig.from_options("any", engine_options(here))
 
 
 @every_backend

@@ -145,7 +145,7 @@ def test_an_empty_answer_is_none_of_another_form() -> None:
 def test_an_answer_that_was_cut_keeps_what_was_written() -> None:
     assert (
         read_answer("html_blocks", '<div data-label="Text"><p>one</p><table><tr><td>2').text
-        == "one\n\n<table><tr><td>2"
+        == "one\n\n<table><tr><td>2</table>"
     )
     assert read_answer("doctags", "<doctag><text>one</text><otsl><fcel>2<nl><fcel>").text == (
         "one\n\n<table><tr><td>2</td></tr><tr><td></td></tr></table>"

@@ -36,7 +36,8 @@ from nanovllm.pipeline.documents import page_answers
 from nanovllm.pipeline.documents.extraction import DocumentSource, Extraction
 from nanovllm.pipeline.documents.page_outputs import KeepOutputs, PageOutput, PageRequest
 from nanovllm.pipeline.documents.page_store import PageStore
-from nanovllm.pipeline.route_checks import check_route, limits_of
+from nanovllm.pipeline.model_limits import limits_of
+from nanovllm.pipeline.route_checks import check_route
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.routes import Route

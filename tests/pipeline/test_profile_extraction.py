@@ -85,7 +85,7 @@ async def test_a_schema_is_a_variable_of_the_template_for_each_request(decoders:
 
 
 async def test_a_page_has_the_size_that_the_profile_says(decoders: DecoderPool) -> None:
-    model = Model("---\na: b\n---\ntext")
+    model = Model("---\nprimary_language: en\n---\ntext")
     record = await extracted(decoders, route(task="markdown"), "olmocr-2", model)
     assert record.text == "text"
     (image,) = model.requests[0].images

@@ -27,13 +27,14 @@ from nanovllm.checkpoints.profiles import (
     shipped_profiles,
     template_reads,
 )
+from nanovllm.checkpoints.template_files import template_variables
 from nanovllm.cli.main import main
 from nanovllm.engine.text.prompt_encoder import PromptEncoder
 from nanovllm.errors import ConfigurationError, InvalidRoutes
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.pipeline.documents.model_profile import ModelProfile, heeded_sampling, model_profile, served_profile
 from nanovllm.pipeline.documents.page_task import PageTask, beyond_profile, page_task
-from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template
+from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template, unshown
 from nanovllm.pipeline.route_checks import check_routes
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.pipeline.stages.admit import sampling_defaults
@@ -141,7 +142,8 @@ def test_what_is_chosen_by_the_family_names_the_fine_tunes() -> None:
         "by its model_type, qwen2_5_vl; a fine-tune of it has one by its name, or by engine.profile: "
         "nanonets-ocr2, nuextract-2, olmocr-2"
     )
-    assert choose_profile([], None).reason == "no name of the model is known: engine.profile names one"
+    assert choose_profile([], None).reason == "the model has no name: engine.profile names one"
+    assert choose_profile(["a/B"], None).reason == "no profile is of the name b: engine.profile names one"
     assert choose_profile(["x"], {"model_type": "llama"}).reason == "there is none for model_type llama itself"
 
 
@@ -157,7 +159,10 @@ def test_what_is_chosen_by_the_family_names_the_fine_tunes() -> None:
         ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "{{ templates }}"}]}},
          {"model_type": "qwen2_5_vl"}, "qwen2.5-vl"),
         ({"chat_template.json": "broken"}, {"model_type": "qwen2_5_vl"}, "qwen2.5-vl"),
-        ({}, {"model_type": "mistral3", "text_config": {"model_type": "qwen3"}}, "lightonocr-1b"),
+        ({"chat_template.jinja": "{#- the template of a fine-tune -#}{{ 'template' }}{% set template = 1 %}"},
+         {"model_type": "qwen2_5_vl"}, "qwen2.5-vl"),
+        ({"chat_template.jinja": "{% if template %}"}, {"model_type": "qwen2_5_vl"}, "qwen2.5-vl"),
+        ({"tokenizer_config.json": 100_000 * "["}, {"model_type": "qwen2_5_vl"}, "qwen2.5-vl"),
         ({}, {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, None),
         ({}, {"model_type": "mistral3", "text_config": None}, None),
     ],
@@ -166,8 +171,61 @@ def test_files_tell_a_fine_tune_from_its_family(
     files: dict[str, Any], fields: dict[str, Any], profile: str | None, tmp_path: Path
 ) -> None:
     for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content) if content != "broken" else "{", encoding="utf-8")
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text if text != "broken" else "{", encoding="utf-8")
     choice = choose_profile(["mine"], fields, tmp_path)
+    assert (choice.profile.name if choice.profile else None) == profile
+
+
+def test_files_of_two_profiles_are_said_to_be_of_both() -> None:
+    choice = choose_profile(["mine"], {"model_type": "mistral3", "text_config": {"model_type": "qwen3"}})
+    assert (choice.profile, choice.reason) == (
+        None,
+        "there is none for model_type mistral3 itself; its files are those of lightonocr-1b, lightonocr-3-1b alike: "
+        "engine.profile names one",
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        ("{% generation %}{{ m }}{% endgeneration %}{% for mode in x %}{{ mode }}{% endfor %}", {"m", "x"}),
+        ("{{ template | unknown is unknown }}{% set mode = mode or 'a' %}{% for a in b %}{% break %}{% endfor %}",
+         {"template", "mode", "b"}),
+        ("{{ 9 ** 9 ** 9 ** 9 }}{{ 'a' * 10 ** 12 }}{{ 'a' | center(10 ** 12) }}{{ 'a%999999999999d' % 1 }}", set()),
+        (f"{{{{ {5_000 * '('}a{5_000 * ')'} }}}}", set()),
+        (f"{5_000 * '{% if a %}'}{5_000 * '{% endif %}'}", set()),
+        (f"{{{{ {9 * 10**5} {20_000 * '+ 1'} }}}}", set()),
+        (f"{{{{ {10_000 * '9'} }}}}", set()),
+        ("{{ template", set()),
+        ("{% unknown %}", set()),
+    ],
+)  # fmt: skip
+def test_variables_of_a_template_are_read_and_nothing_of_it_runs(template: str, variables: set[str]) -> None:
+    assert template_variables(template) == variables
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2.5-vl"),
+        ("datalab-to/chandra-ocr-2-FP8", "chandra-ocr-2"),
+        ("nanonets/Nanonets-OCR2-1.5B-exp", "nanonets-ocr2"),
+        ("opendatalab/MinerU2.5-Pro-2604-1.2B", "mineru2.5"),
+        ("PaddlePaddle/PaddleOCR-VL-1.5", "paddleocr-vl"),
+        ("glm-ocr:latest", "glm-ocr"),
+        ("glm-ocr.gguf", "glm-ocr"),
+        ("datalab-to/surya-ocr-2.5", None),
+        ("datalab-to/chandra-ocr-20", None),
+        ("zai-org/GLM-OCR-2", None),
+        ("zai-org/GLM-OCR-2.0-9B", None),
+        ("zai-org/GLM-OCR-v2", None),
+        ("PaddlePaddle/PaddleOCR-VL-2", None),
+    ],
+)
+def test_the_name_at_servers_decides_to_a_words_end_and_its_version(name: str, profile: str | None) -> None:
+    choice = choose_profile([name], None)
     assert (choice.profile.name if choice.profile else None) == profile
 
 
@@ -272,6 +330,34 @@ def test_a_schema_stands_in_the_prompt_as_empty_values() -> None:
     assert variables == {}
 
 
+@pytest.mark.parametrize(
+    ("schema", "form"),
+    [
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+         {"a": "string", "b": "string"}),
+        ({"allOf": [{"properties": {"a": {"type": "integer"}}}, {"$ref": "#/$defs/b"}],
+          "$defs": {"b": {"type": "object", "properties": {"b": {}}}}}, {"a": "integer", "b": "string"}),
+        ({"properties": {"a": {"maximum": 9}}, "allOf": [{"properties": {"a": {"type": "integer"}}}]},
+         {"a": "integer"}),
+        ({"properties": {"a": {}}, "oneOf": [{"type": "null"}, {"properties": {"b": {}}}, {"properties": {"c": {}}}]},
+         {"a": "string", "b": "string"}),
+        ({"allOf": [{"$ref": "#"}, {"properties": {"a": {"allOf": [{"$ref": "#/properties"}]}}}]}, {"a": "string"}),
+    ],
+)  # fmt: skip
+def test_fields_are_shown_wherever_the_schema_has_them(schema: dict[str, Any], form: dict[str, str]) -> None:
+    assert nuextract_template(schema, frozenset({"integer"})) == form
+    assert empty_values(schema) == dict.fromkeys(form, "")
+    assert list(unshown(schema)) == []
+
+
+def test_a_field_that_is_called_as_the_place_of_a_page_is_none() -> None:
+    schema = {"type": "object", "properties": {IMAGE_PLACEHOLDER: {"type": "string"}}}
+    asked = page_task(route(task="schema", response_schema=schema), of("glm-ocr"))
+    prompt, _ = asked.for_schema(asked.prompt, schema)
+    assert prompt.count(IMAGE_PLACEHOLDER) == 1
+    assert json.loads(prompt.partition("\n")[2]) == {IMAGE_PLACEHOLDER: ""}
+
+
 def test_a_schema_within_itself_ends() -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#"}, "broken": {"$ref": "#/x"}}}
     assert nuextract_template(tree, frozenset()) == {"left": "string", "right": "string", "broken": "string"}
@@ -294,6 +380,13 @@ def test_a_schema_within_itself_ends() -> None:
          "text hint: the profile olmocr-2 takes no text beside its own prompts: write text: ignore"),
         ("glm-ocr", {"task": "schema", "response_schema": SCHEMA, "text": "only_if_clean"}, ("text",),
          "text only_if_clean: the profile glm-ocr takes no text beside its own prompts: write text: ignore"),
+        ("qwen2.5-vl", {"task": "tables", "prompt": "Its tables.", "text": "only_if_clean"}, ("text",),
+         "text only_if_clean: a text layer has lines and no tables, as task tables wants: write ignore"),
+        ("glm-ocr", {"task": "schema", "response_schema": {"type": "string"}}, ("response_schema",),
+         "response_schema: the profile glm-ocr asks for fields by their names, and the whole has none: write its"),
+        ("nuextract3", {"task": "schema", "response_schema": {"type": "array", "items": {"type": "object"}}},
+         ("response_schema",),
+         "response_schema: the profile nuextract3 asks for fields by their names, and /0 has none: write its"),
         ("lightonocr-3", {"task": "markdown", "pages": {"request": "document"}}, ("pages", "request"),
          "pages.request document: the profile lightonocr-3 takes one page in a prompt: write page"),
         ("glm-ocr", {"prompt": "p", "profile": "glm"}, ("profile",), "profile 'glm' is none of none, chandra-ocr-2, "),
@@ -355,7 +448,9 @@ def test_servers_have_the_profile_of_their_models_name(tmp_path: Path) -> None:
     check_routes(load_routes(file), settings("numind/NuExtract3", "vllm"))
     with pytest.raises(InvalidRoutes, match=r"has schemas in its chat template, which remote.dialect cannot"):
         check_routes(load_routes(file), settings("numind/NuExtract3", "openai"))
-    assert served_profile(settings("Qwen/Qwen3.5-4B", "openai")).profile is None
+    general = served_profile(settings("Qwen/Qwen3.5-4B", "openai"))
+    assert general.profile is shipped_profiles()["qwen3.5"]
+    assert general.template_kwargs(general.profile) == {}
 
 
 @needs_release

@@ -22,10 +22,10 @@ from parts import worker_process
 from pdf_files import text_pdf
 
 from nanovllm.engine.backends.base import EngineBackend
-from nanovllm.errors import InvalidRoutes
+from nanovllm.errors import ConfigurationError, InvalidRoutes, ModelNotFound
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
-from nanovllm.pipeline.build_remote import listed_context
+from nanovllm.pipeline.listed_model import ListedModel, listed_model
 from nanovllm.pipeline.route_checks import check_routes
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.settings.engine import EngineSettings
@@ -235,12 +235,47 @@ async def test_routes_that_servers_cannot_heed_are_refused_with_file_and_line(
         for name, value in variables(server, **remote).items():
             monkeypatch.setenv(name, value)
         settings = load_settings(None)
-        context = await listed_context(settings)
+        context = (await listed_model(settings)).context
     with pytest.raises(InvalidRoutes) as caught:
         check_routes(routes, settings, context=context)
     (refusal,) = caught.value.refusals
     assert said in refusal
     assert f"{tmp_path}/routes.yaml:" in refusal
+
+
+async def test_routes_check_says_which_servers_have_not_the_model_and_what_is_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}/v1"
+    other = OpenAIServer(model="other", context=64)
+    async with serving(OpenAIServer(context=2_048), other) as (server, other):
+        down = other.url
+
+        async def listed(*servers: OpenAIServer, **more: str) -> ListedModel:
+            for name, value in variables(*servers, REMOTE__CONNECT_TIMEOUT_S="0.5", **more).items():
+                monkeypatch.setenv(name, value)
+            return await listed_model(load_settings(None))
+
+        assert await listed(server) == ListedModel(2_048, {}, is_served=True)
+        found = await listed(server, other, REMOTE__ENDPOINTS=f"{server.url},{down},{address}")
+        assert (found.context, found.is_served) == (2_048, True)
+        assert found.lacking == {
+            address: "does not answer in time",
+            down: "does not serve tiny; it lists other",
+        }
+        with pytest.raises(ModelNotFound, match="does not serve tiny; it lists other: `NANOVLLM_ENGINE__MODEL` names"):
+            await listed(other)
+        with pytest.raises(ConfigurationError, match="leaves no prompt any room"):
+            await listed(server, SAMPLING__MAX_TOKENS="2048")
+    silent.close()
+    routes = route_file(tmp_path, receipts_route("inbox"))
+    environment = {**variables(), "NANOVLLM_REMOTE__ENDPOINTS": down}
+    checked = await without_torch(environment, "routes", "check", str(routes), "--json")
+    assert checked.returncode == 0, checked.stderr
+    rows = {row["what"]: row["is"] for row in json.loads(checked.stdout)}
+    assert rows[f"endpoint {down}"].startswith("takes no connection")
+    assert rows["servers"].startswith("none has the model now: its name and context are not checked")
 
 
 def worker_variables(documents: Documents, server: OpenAIServer, routes: Path) -> dict[str, str]:

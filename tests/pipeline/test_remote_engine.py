@@ -88,6 +88,19 @@ async def test_a_server_dies_and_lives_again_and_no_job_is_lost_or_charged(
     assert bench.metrics.registry.get_sample_value("nanovllm_jobs_total", {"outcome": "dead_letter"}) is None
 
 
+async def test_an_idle_worker_is_not_ready_while_its_servers_are_away_and_ready_when_they_are_back(
+    bench: Bench,
+) -> None:
+    async with OpenAIServer() as server, working(bench, settings_of(bench, server)) as worker:
+        await eventually(lambda: worker.health.has_joined)
+        await server.kill()
+        await eventually(lambda: "takes no connection" in (worker.health.systemic or ""))
+        await server.start()
+        await eventually(lambda: worker.health.systemic is None)
+        await bench.send({"job_id": "j", "prompt": "hello"})
+        assert (await bench.results(1))["j"]["text"] == "hello"
+
+
 async def test_two_servers_behind_proxies_that_spoil_connections_lose_and_charge_no_job(
     bench: Bench, images: Callable[[str, bytes], str]
 ) -> None:
@@ -149,7 +162,7 @@ async def test_what_a_server_refuses_and_what_the_dialect_lacks_are_dead_letters
         settings = settings_of(bench, server, api_keys=("sk-hunter2",))
         async with working(bench, settings):
             await bench.send({"job_id": "bad", "prompt": "p"})
-            await eventually(lambda: len(server.asked) == 1)
+            await eventually(lambda: len(server.asked) == 2)  # the job, and a request of the worker's own
             await bench.send(
                 {"job_id": "lacks", "prompt": "p", "sampling": {"top_k": 3}}, {"job_id": "ok", "prompt": "p"}
             )
@@ -288,6 +301,11 @@ def test_endpoints_and_keys_are_checked_and_never_shown() -> None:
     ):
         with pytest.raises(ValidationError) as caught:
             RemoteSettings.model_validate({"endpoints": wrong})
+        assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
+    assert remote(proxy="http://proxy:3128").proxy == "http://proxy:3128"
+    for wrong in ("socks5://proxy:1080", "proxy:3128", "http://user:hunter2@proxy:3128"):
+        with pytest.raises(ValidationError, match="is no http://") as caught:
+            remote(proxy=wrong)
         assert "hunter2" not in "; ".join(error["msg"] for error in caught.value.errors())
     with pytest.raises(ValidationError, match="3 api_keys for 2 endpoints"):
         remote(api_keys="a,b,c")

@@ -21,14 +21,8 @@ from nanovllm.errors import ConfigurationError, InvalidInput
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.pipeline import build
 from nanovllm.pipeline.documents.page_sizes import A4, rendered_size
-from nanovllm.pipeline.route_checks import (
-    ModelLimits,
-    check_route,
-    check_settings,
-    limits_of,
-    model_limits,
-    most_tokens,
-)
+from nanovllm.pipeline.model_limits import ModelLimits, limits_of, model_limits, most_tokens, vllm_limits
+from nanovllm.pipeline.route_checks import check_route, check_settings
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.preprocess import MOST_ELONGATED
@@ -299,6 +293,57 @@ def test_a_page_is_rendered_within_its_largest_area() -> None:
     assert rendered_size(A4, 144, 595 * 842) == (595, 842)
     width, height = rendered_size((72.0, 7200.0), 150, 10_000)
     assert width * height <= 10_000
+
+
+def by_vllm(model: object, engine: dict[str, object] | None = None, **vllm: object) -> Settings:
+    return Settings.model_validate({"engine": {"backend": "vllm", "model": str(model), **(engine or {})}, "vllm": vllm})
+
+
+def test_prompts_and_pages_for_vllm_have_the_tokens_of_the_native_engine(qwen: Settings) -> None:
+    prompt = "Extract <|image|> as JSON, not <|im_end|>"
+    with model_limits(qwen) as native, vllm_limits(by_vllm(qwen.engine.model)) as limits:
+        assert limits.text_tokens(prompt, {}) == native.text_tokens(prompt, {})
+        for size in ((595, 842), (300, 300), (640, 80)):
+            assert limits.page_tokens(*size) == native.page_tokens(*size)
+        assert limits.max_model_len == 2048
+        assert limits.max_images == 16
+    with vllm_limits(by_vllm(qwen.engine.model, {"max_model_len": 700}), context=600) as limits:
+        assert limits.max_model_len == 600
+
+
+def test_routes_for_vllm_are_refused_for_what_it_has_not_and_what_does_not_fit(load: Load, qwen: Settings) -> None:
+    settings = by_vllm(qwen.engine.model, {"max_model_len": 1024, "max_images_per_request": 3})
+    document = (
+        "  merge: per_document\n  response_schema: {type: object}\n  pages: {request: document, max_pixels: 50176}\n"
+    )
+    with vllm_limits(settings) as limits:
+
+        def told(lines: str) -> list[str]:
+            return refused(load(lines), limits, settings)
+
+        assert told("  sampling: {max_tokens: 100}\n  pages: {max_pixels: 50176}\n") == []
+        (loop,) = told("  sampling: {max_tokens: 100, loop_tokens: 16}\n  pages: {max_pixels: 50176}\n")
+        assert loop == "5: route r: sampling.loop_tokens is set, and the backend vllm has no loop_tokens"
+        (schema,) = told("  response_schema: {type: nothing}\n  pages: {max_pixels: 50176}\n")
+        assert "response_schema does not compile" in schema
+        (long,) = told("  sampling: {max_tokens: 100}\n  pages: {max_pixels: 2000000}\n")
+        assert "and the model takes 1024: lower pages.max_pixels" in long
+        routes = load(document + "  sampling: {max_tokens: 100}\n")
+        budget = check_route(routes, routes.entries[0], limits, settings).budget
+        assert budget is not None
+        assert (budget.pages_a_prompt, budget.is_estimate) == (3, False)
+    none = by_vllm(qwen.engine.model, {"max_images_per_request": 0})
+    with vllm_limits(none) as limits:
+        assert "the model takes no images" in refused(load(""), limits, none)[0]
+
+
+def test_arguments_that_vllm_gives_the_processor_count_in_a_page(qwen: Settings) -> None:
+    size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+    with (
+        vllm_limits(by_vllm(qwen.engine.model)) as usual,
+        vllm_limits(by_vllm(qwen.engine.model, extra_args={"mm_processor_kwargs": {"size": size}})) as small,
+    ):
+        assert small.page_tokens(595, 842) < usual.page_tokens(595, 842)
 
 
 @pytest.fixture

@@ -145,6 +145,9 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- end }}
 {{- if hasPrefix "https://" $url }}{{ $isSecure = true }}{{ end }}
 {{- end }}
+{{- if contains "@" (default "" (default dict .Values.settings.remote).proxy) }}
+{{- fail "settings.remote.proxy holds a user or a password, which would stand in a ConfigMap, and which no proxy is given" }}
+{{- end }}
 {{- if ne $backend "openai" }}
 {{- if or $endpoints .Values.remote.apiKeys.existingSecret (include "nanovllm.remoteCa" .) }}
 {{- fail (printf "servers, API keys or a CA of theirs are named, but settings.engine.backend is %s: nothing would be asked of them. Set it to openai, or leave settings.remote.endpoints and remote out" $backend) }}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nanovllm.engine.backends.capabilities import Capabilities
 from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
-from nanovllm.errors import EngineDead, InvalidInput, TransientError
+from nanovllm.errors import EngineDead, InvalidInput, SystemicError, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 
@@ -193,6 +193,11 @@ class EngineBackend(ABC):
         if self.death is not None:
             raise self.death
         return True
+
+    @property
+    def outage(self) -> SystemicError | None:
+        """Why no request would be answered now, though the engine lives; None for one that computes here."""
+        return None
 
     @property
     def output_options(self) -> Mapping[str, Any]:

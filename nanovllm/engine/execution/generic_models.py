@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +58,28 @@ def one_image_processor(config: EngineConfig, checkpoint: Checkpoint) -> OneImag
     check_release(transformers.__version__)
     check_config(checkpoint)
     check_options(config, checkpoint)
-    if not has_images(checkpoint.config) or config.wants_vision is False:
+    if config.wants_vision is False:
+        return None
+    return checkpoint_processor(checkpoint, max_images=config.max_images_per_request)
+
+
+def checkpoint_processor(
+    checkpoint: Checkpoint, *, max_images: int, options: Mapping[str, Any] | None = None
+) -> OneImageProcessor | None:
+    """The processor of a checkpoint, whatever computes the model; None where it takes no images.
+
+    ``max_images`` and ``options``: see `OneImageProcessor`. Reads no weights.
+
+    Raises:
+        UnsupportedModel: as `OneImageProcessor`; the configuration names no token for images.
+    """
+    if not has_images(checkpoint.config):
         return None
     token = image_token_of(checkpoint.config)
     if token is None:
         name = checkpoint_name(checkpoint.directory)
         raise UnsupportedModel(f"the configuration of {name!r} names no token for images")
-    return OneImageProcessor(checkpoint, token, max_images=config.max_images_per_request)
+    return OneImageProcessor(checkpoint, token, max_images=max_images, options=options)
 
 
 def generic_image_tokens(
@@ -71,8 +87,11 @@ def generic_image_tokens(
 ) -> tuple[ImageTransform, Callable[[tuple[int, int]], int]] | None:
     """What is done to images as they are decoded, and the tokens of one of a (height, width); None without images."""
     processor = one_image_processor(config, checkpoint)
-    if processor is None:
-        return None
+    return None if processor is None else image_tokens_of(processor)
+
+
+def image_tokens_of(processor: OneImageProcessor) -> tuple[ImageTransform, Callable[[tuple[int, int]], int]]:
+    """What is done to images as they are decoded, and the tokens of one of a (height, width), by ``processor``."""
     return AS_DECODED, lru_cache(lambda size: len(processor(np.zeros((*size, 3), np.uint8))[0]))
 
 

@@ -141,9 +141,15 @@ class ModelRunner:
             return self.attention.allocate(num_blocks, *shape)
         # Of mmap (OverflowError: more than an address can be), and of torch on a GPU.
         except (OSError, OverflowError, MemoryError, torch.OutOfMemoryError):
-            size = self.config.kv_cache_bytes
-            asked = f"kv_cache_bytes={size}" if size is not None else f"block_size={self.attention.block_size}"
-            raise ConfigurationError(f"the memory for the KV cache cannot be allocated: lower {asked}") from None
+            config = self.config
+            if config.kv_cache_bytes is not None:
+                remedy = f"lower kv_cache_bytes={config.kv_cache_bytes}"
+            elif num_blocks == 1 and config.block_size is not None:
+                remedy = f"lower block_size={config.block_size}"
+            else:
+                share = "gpu_memory_utilization" if self.device.type == "cuda" else "cpu_memory_utilization"
+                remedy = f"set kv_cache_bytes, or lower {share}={getattr(config, share)}"
+            raise ConfigurationError(f"the memory for the KV cache cannot be allocated: {remedy}") from None
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""

@@ -12,7 +12,7 @@ from nanovllm.errors import ConfigurationError
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.pipeline.documents.answers.reading import ReadAnswer, read_answer
 from nanovllm.pipeline.documents.model_profile import ModelProfile
-from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template
+from nanovllm.pipeline.documents.schema_forms import empty_values, nuextract_template, unshown
 from nanovllm.settings.located_yaml import Place
 from nanovllm.settings.routes import LadderStep, Route
 from nanovllm.vision.documents.pages import POINTS_PER_INCH, PageInfo
@@ -113,6 +113,8 @@ def beyond_profile(route: Route, model: ModelProfile) -> Iterator[tuple[Place, s
     except ConfigurationError as error:
         yield ("profile",), str(error).removeprefix(f"route {route.name}: ")
         return
+    if route.task == "tables" and route.text == "only_if_clean":
+        yield ("text",), "text only_if_clean: a text layer has lines and no tables, as task tables wants: write ignore"
     if profile is None:
         if route.prompt is None:
             yield ("task",), f"task {route.task}: the model has no profile; write a prompt, or name a profile"
@@ -124,6 +126,8 @@ def beyond_profile(route: Route, model: ModelProfile) -> Iterator[tuple[Place, s
         yield ("task",), f"task {route.task}: {who} has no such task; {can}: write one of them{free}"
     if form is not None and form.schema_as == "nuextract" and not model.takes_variables:
         yield ("task",), f"task schema: {who} has schemas in its chat template, which remote.dialect cannot fill in"
+    if form is not None and form.schema_as is not None and _is_own_prompt(route, form):
+        yield from _unshown(route, model, who)
     if profile.free_instructions:
         return
     if route.prompt is not None and (form is None or not _is_own_prompt(route, form)):
@@ -134,6 +138,15 @@ def beyond_profile(route: Route, model: ModelProfile) -> Iterator[tuple[Place, s
         yield ("text",), f"text {route.text}: {who} takes no text beside its own prompts: write text: ignore"
     if route.pages.request == "document" and not profile.several_pages:
         yield ("pages", "request"), f"pages.request document: {who} takes one page in a prompt: write page"
+
+
+def _unshown(route: Route, model: ModelProfile, who: str) -> Iterator[tuple[Place, str]]:
+    """Fields of the schema that the model would not be told of."""
+    if route.response_schema is None or TEMPLATE_VARIABLE in model.own_template_kwargs:
+        return
+    if pointers := [pointer or "the whole" for pointer in unshown(route.response_schema)]:
+        why = f"response_schema: {who} asks for fields by their names, and {', '.join(pointers[:8])} has none"
+        yield ("response_schema",), f"{why}: write its properties, or take a model that follows a prompt"
 
 
 def _form(route: Route, profile: Profile | None) -> TaskForm | None:
@@ -162,4 +175,6 @@ def _tasks(profile: Profile) -> str:
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=4, ensure_ascii=False)
+    """JSON in which nothing is the place of a page."""
+    written = json.dumps(value, indent=4, ensure_ascii=False)
+    return written.replace(IMAGE_PLACEHOLDER, f"\\u{ord(IMAGE_PLACEHOLDER[0]):04x}{IMAGE_PLACEHOLDER[1:]}")

@@ -64,6 +64,10 @@ class CallEngine:
             generation.abort()
 
 
+ENGINE_ENDPOINTS = "engine endpoints"
+"""The part whose fault it is that no server of the engine takes requests."""
+
+
 class AwaitServers:
     """Holds requests while no server of the engine takes any, and the worker takes no work meanwhile."""
 
@@ -82,7 +86,7 @@ class AwaitServers:
             except Exception as error:
                 return error  # of the request, or of the engine for good: not to be tried again
 
-        outcome = await self._retry(attempt, "engine endpoints", admitted.context.progress)
+        outcome = await self._retry(attempt, ENGINE_ENDPOINTS, admitted.context.progress)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -36,9 +36,20 @@ class OneImageProcessor:
     prompts are more than their texts and what it makes of each image alone: it would be given other prompts here.
     """
 
-    def __init__(self, checkpoint: Checkpoint, image_token_id: int, *, max_images: int) -> None:
-        """``max_images``: the most of one prompt; what more would do is not looked at."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        image_token_id: int,
+        *,
+        max_images: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``max_images``: the most of one prompt; what more would do is not looked at.
+
+        ``options`` are further arguments of each call of transformers' processor.
+        """
         self._image_token_id = image_token_id
+        self._options = dict(options or {})
         self._lock = Lock()
         self._name = checkpoint_name(checkpoint.directory)
         self._takes_nested = True
@@ -93,7 +104,9 @@ class OneImageProcessor:
         given: Any = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in images]
         given = [given] if self._takes_nested and given else given or None
         with self._lock:
-            found = self._processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt")
+            found = self._processor(
+                text=[text], images=given, add_special_tokens=False, return_tensors="pt", **self._options
+            )
         ids = found.pop("input_ids")[0].tolist()
         return ids, {
             name: value for name, value in found.items() if isinstance(value, torch.Tensor) and name not in _OF_TOKENS

@@ -8,7 +8,7 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint import PROBE_SAMPLING, Endpoint
 from nanovllm.engine.backends.openai.estimates import request_tokens
 from nanovllm.engine.backends.openai.faults import EndpointFault
+from nanovllm.engine.backends.openai.listings import Listing, ask_each, lacks_model, model_in, smallest_context
 from nanovllm.engine.backends.openai.options import OpenAIOptions
 from nanovllm.engine.backends.openai.pool import Pool
 from nanovllm.engine.backends.openai.request_body import RequestBody, request_body
+from nanovllm.engine.backends.openai.watch import Watch
 from nanovllm.engine.outputs import ImageUse, ModelInfo, RequestOutput, RequestTimings, TokenChunk, Usage
 from nanovllm.errors import (
     AnswerFailed,
@@ -30,6 +32,8 @@ from nanovllm.errors import (
     EngineDead,
     InvalidInput,
     ModelNotFound,
+    PromptTooLong,
+    SystemicError,
     UnsupportedConstraint,
 )
 from nanovllm.sampling_params import Constraint
@@ -44,6 +48,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 """Between the attempts of a request that has no other endpoint, and between looks at servers that are not up yet."""
+TOLD_FAILURES = (10, 100)
+"""Of one request: after so many the log names it."""
 
 
 @dataclass
@@ -79,84 +85,69 @@ class OpenAIEngine(EngineBackend):
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, Answer] = {}
         self._usage = (0, 0)
+        self._watch: Watch | None = None
 
     async def start(self) -> None:
         """Learn the model from the servers; waits until one of them is up.
 
         Raises:
-            ModelNotFound, ConfigurationError: no server lists the model, or it must be named.
-            ApiKeyRefused: every server refuses its API key.
+            ModelNotFound: no server lists the model.
+            ConfigurationError: it must be named, an address is wrong, or every server refuses its API key.
         """
         pause_s = FIRST_PAUSE_S
         while not await self._look():
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        urls = ", ".join(endpoint.url for endpoint in self._endpoints)
+        context = self.capabilities.context or "that no server tells"
+        self._watch = Watch(
+            self._endpoints,
+            self._check,
+            model=self.model_info.id,
+            tick_s=self._options.breaker_wait_s,
+            idle_s=self._options.breaker_max_wait_s,
+        )
+        logger.info(
+            "model %s of %s: dialect %s, context %s", self.model_info.id, urls, self._options.dialect.name, context
+        )
 
     async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
-        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list."""
-        # A busy one is asked when the time is over for which it wants no requests.
-        asked = [endpoint for endpoint in self._endpoints if not endpoint.is_paused]
-        found = await asyncio.gather(*(one.models() for one in asked), return_exceptions=True)
-        answers: dict[str, Mapping[str, int | None] | EndpointFault | None] = {}
-        for endpoint, answer in zip(asked, found, strict=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
-                raise answer
-            answers[endpoint.url] = answer
-        return answers
+        """What each endpoint answers when it is asked for its models, once: their contexts, None for no list.
+
+        Raises ConfigurationError: none of the addresses is one of a server.
+        """
+        return {endpoint.url: answer for endpoint, answer in (await self._ask_each()).items()}
+
+    async def _ask_each(self) -> dict[Endpoint, Listing | EndpointFault | None]:
+        return await ask_each(self._endpoints, self.model_info.id, self._probe)
 
     async def _look(self) -> bool:
         """Whether an endpoint is up that has the model, which is known then; the others are left out until they do."""
-        answers = await self.listings()
-        listings = {url: found for url, found in answers.items() if not isinstance(found, EndpointFault)}
-        model = self._model_in(listings) if listings else ""
-        faults = {url: found for url, found in answers.items() if isinstance(found, EndpointFault)}
-        missing = {
-            url: EndpointFault("error", f"does not serve {model}; it lists {', '.join(sorted(found)[:8]) or 'nothing'}")
-            for url, found in listings.items()
-            if found is not None and model not in found
-        }
+        answers = await self._ask_each()
+        listings = {one: found for one, found in answers.items() if not isinstance(found, EndpointFault)}
+        faults = {one: found for one, found in answers.items() if isinstance(found, EndpointFault)}
+        model = model_in(listings.values(), self._options.model) if listings else ""
+        missing = {one: fault for one, found in listings.items() if (fault := lacks_model(found, model)) is not None}
         if len(missing) == len(self._endpoints):
-            url, fault = next(iter(missing.items()))
-            raise ModelNotFound(f"{url} {fault}: `NANOVLLM_ENGINE__MODEL` names one of these")
-        for endpoint in self._endpoints:
-            found = (faults | missing).get(endpoint.url)
-            if found is not None:
-                endpoint.note(found)
-                endpoint.breaker.open()
-                logger.warning("%s %s", endpoint.url, found)
+            endpoint, fault = next(iter(missing.items()))
+            raise ModelNotFound(f"{endpoint.url} {fault}: `NANOVLLM_ENGINE__MODEL` names one of these")
+        for endpoint, fault in (faults | missing).items():
+            endpoint.note(fault)
+            endpoint.breaker.open()
+            logger.warning("%s %s", endpoint.url, fault)
         if listings.keys() > missing.keys():
-            self._take_model(model, [found for url, found in listings.items() if url not in missing])
+            having = [found for one, found in listings.items() if one not in missing]
+            context = smallest_context(having, model, self._options.default_max_tokens)
+            self.model_info = replace(self.model_info, id=model)
+            self.capabilities = replace(self.capabilities, context=context)
+            for endpoint in listings.keys() - missing.keys():
+                endpoint.succeeded()
             return True
         error = self._pool.unavailable()
         if isinstance(error, ApiKeyRefused):
-            raise error
+            raise ConfigurationError(error.in_one_line)
         logger.warning("waiting for the engine: %s", error.in_one_line)
         return False
-
-    def _model_in(self, listings: Mapping[str, Mapping[str, int | None] | None]) -> str:
-        """The model by ``engine.model``, or the only one in ``listings``. Raises ConfigurationError: none is."""
-        if self._options.model is not None:
-            return self._options.model
-        names = {name for listing in listings.values() for name in listing or ()}
-        if len(names) != 1:
-            raise ConfigurationError(
-                f"engine.model is not set, and the endpoints list {len(names)} models: name one of "
-                f"{', '.join(sorted(names)[:8])}"
-                if names
-                else "engine.model is not set, and the endpoints have no list of models: name the model"
-            )
-        return names.pop()
-
-    def _take_model(self, model: str, listings: Sequence[Mapping[str, int | None] | None]) -> None:
-        contexts = [listing.get(model) for listing in listings if listing is not None]
-        context = min((context for context in contexts if context is not None), default=None)
-        if context is not None and (self._options.default_max_tokens or 0) >= context:
-            raise ConfigurationError(
-                f"sampling.max_tokens {self._options.default_max_tokens} leaves no prompt any room: the servers have a "
-                f"context of {context} tokens"
-            )
-        self.model_info = replace(self.model_info, id=model)
-        self.capabilities = replace(self.capabilities, context=context)
 
     def find_image(self, file_digest: bytes, cache_salt: bytes) -> PreparedImage | None:
         """Never: the servers keep embeddings, if anything."""
@@ -207,6 +198,12 @@ class OpenAIEngine(EngineBackend):
         output = RequestOutput(request_id, text, (), "abort", usage, RequestTimings())
         generation.deliver(TokenChunk("", (), "abort"), output)
 
+    @property
+    def outage(self) -> SystemicError | None:
+        """What each endpoint did last, where no request would be answered now."""
+        may_answer = any(not one.breaker.is_open or one.refuses_all for one in self._endpoints)
+        return None if may_answer else self._pool.unavailable()
+
     def stats(self) -> EngineStats:
         """Requests at the endpoints and those that wait, tokens as the servers count them, and each endpoint's."""
         running = self._pool.outstanding
@@ -221,6 +218,8 @@ class OpenAIEngine(EngineBackend):
     async def close(self) -> None:
         """Stop; unfinished generations end with EngineDead."""
         self._die(EngineDead("the engine was closed"))
+        if self._watch is not None:
+            await self._watch.close()
         tasks = tuple(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -256,17 +255,20 @@ class OpenAIEngine(EngineBackend):
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
                 endpoint = lease.endpoint
                 try:
-                    if lease.is_trial and not await self._check(endpoint):
+                    if lease.is_trial and not endpoint.refuses_all and not await self._check(endpoint):
                         failed.add(endpoint)
                     else:
                         return await self._attempt(endpoint, request, body, options, generation, times)
                 except (InvalidInput, AnswerWithheld, AnswerFailed) as refusal:
-                    endpoint.succeeded()  # it answered
-                    if not (isinstance(refusal, InvalidInput) and body.has_urls(options)):
+                    if isinstance(refusal, InvalidInput) and body.has_urls(options):
+                        logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                        options = replace(options, sign_url=None)
+                    elif await self._is_its_own(refusal, endpoint):
+                        endpoint.succeeded()
                         raise
-                    logger.warning("%s %s; its images are sent inside it now", endpoint.url, refusal)
+                    else:
+                        failed.add(endpoint)
                     generation.restart()
-                    options = replace(options, sign_url=None)
                 except EndpointFault as fault:
                     endpoint.failed(fault, request.request_id)
                     generation.restart()
@@ -278,7 +280,16 @@ class OpenAIEngine(EngineBackend):
                         failed.add(endpoint)
                     if self._options.max_attempts is not None and faults >= self._options.max_attempts:
                         raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if endpoint.breaker.is_suspect and not endpoint.is_being_checked and not endpoint.is_paused:
+                    if faults in TOLD_FAILURES and fault.kind != "overloaded":
+                        logger.warning(
+                            "request %s has failed %d times, the last time at %s, which %s: remote.max_attempts, or a "
+                            "deadline of its job, would end it",
+                            request.request_id,
+                            faults,
+                            endpoint.url,
+                            fault,
+                        )
+                    if endpoint.is_doubtful and not endpoint.checking.locked():
                         await self._check(endpoint)
             if self._pool.is_down:
                 raise self._pool.unavailable()
@@ -287,16 +298,29 @@ class OpenAIEngine(EngineBackend):
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _check(self, endpoint: Endpoint) -> bool:
+    async def _is_its_own(self, refusal: Exception, endpoint: Endpoint) -> bool:
+        """Whether what ``endpoint`` said to a request is about that request: it answers one of our own."""
+        if not isinstance(refusal, InvalidInput) or isinstance(refusal, PromptTooLong):
+            return True
+        return await self._check(endpoint, refusal)
+
+    async def _check(self, endpoint: Endpoint, refusal: InvalidInput | None = None) -> bool:
         """Whether ``endpoint`` takes requests now, by what it answers to one of our own.
 
-        Several others failed there, or its circuit is open.
+        Several others failed there, its circuit is open, or it has refused one. Requests that ask at the same time
+        share an answer.
         """
-        try:
-            await endpoint.check(self.model_info.id, self._probe)
-        except EndpointFault as fault:
-            logger.warning("%s %s: no requests go there", endpoint.url, fault)
-            return False
+        now = time.monotonic()
+        async with endpoint.checking:
+            if endpoint.checked_at > now:
+                return not endpoint.breaker.is_open and not endpoint.is_paused
+            if endpoint.is_paused or (refusal is not None and endpoint.breaker.is_left_out):
+                return False
+            try:
+                await endpoint.check(self.model_info.id, self._probe, refusal)
+            except EndpointFault as fault:
+                logger.warning("%s %s: no requests go there", endpoint.url, fault)
+                return False
         self._pool.serve()
         return not endpoint.is_paused
 
@@ -335,7 +359,7 @@ class OpenAIEngine(EngineBackend):
                     generation.deliver(chunk)
         if not answer.is_finished:
             raise EndpointFault("reset", "ends the answer before its end")
-        endpoint.succeeded()
+        endpoint.answered()
         return answer
 
     def _output(self, request: Request, answer: Answer, times: _Times) -> RequestOutput:

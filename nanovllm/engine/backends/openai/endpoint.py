@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import random
+import re
 import ssl
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
-import httpx
-
-from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.answer import Answer
 from nanovllm.engine.backends.openai.endpoint_breaker import Breaker
-from nanovllm.engine.backends.openai.event_stream import events
-from nanovllm.engine.backends.openai.faults import EndpointFault, fault_of_answer
+from nanovllm.engine.backends.openai.faults import NOT_FOUND, EndpointFault, fault_of_answer
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions
 from nanovllm.engine.backends.openai.request_body import CHAT
-from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput
+from nanovllm.engine.backends.openai.transport import Transport
+from nanovllm.errors import AnswerFailed, AnswerWithheld, InvalidInput, PromptTooLong
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.statistics import EndpointStats
 
+logger = logging.getLogger(__name__)
+
 MAX_LIST_BYTES = 4 * 2**20
-MAX_ERROR_BYTES = 64 * 2**10
+MAX_NAME_CHARS = 256
 LIST_TIMEOUT_S, PROBE_TIMEOUT_S = 10.0, 30.0
-PROBE_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)
-KEEP_ALIVE_S = 2.0
-"""Of idle connections: servers close theirs after 5 s (uvicorn), and a request may cross the closing."""
+PROBE_SAMPLING = SamplingParams(temperature=1.0, max_tokens=16)
+"""Of the worker's own requests: models that reason refuse another temperature, and a shorter answer."""
 BUSY_WAIT_S, BUSY_MAX_WAIT_S = 0.5, 30.0
+_API_KEY = re.compile("api[ _-]?key", re.IGNORECASE)
 
 
 class Endpoint:
@@ -42,40 +44,43 @@ class Endpoint:
         self.outstanding = 0
         self.paused_until = 0.0
         self.last_fault: EndpointFault | None = None
-        self.is_being_checked = False
+        self.checking = asyncio.Lock()
+        self.checked_at = 0.0
+        self.heard_at = 0.0
         self.breaker = Breaker(
             threshold=options.breaker_requests,
             first_wait_s=options.breaker_wait_s,
             longest_wait_s=options.breaker_max_wait_s,
         )
-        self._key = endpoint.api_key.get_secret_value() if endpoint.api_key is not None else None
+        self._transport = Transport(endpoint, options, context)
         self._checks_model = options.dialect.names_listed_model
         self._listed: frozenset[str] = frozenset()
         self._busy_answers = 0
+        self._answers_probes = False
+        self._refusal: InvalidInput | None = None
         self._requests = 0
         self._faults: Counter[str] = Counter()
         self._timeout_s = options.request_timeout_s
-        self._client = httpx.AsyncClient(
-            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {}),
-            timeout=httpx.Timeout(options.read_timeout_s, connect=options.connect_timeout_s, pool=None),
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=options.max_concurrency,
-                keepalive_expiry=KEEP_ALIVE_S,
-            ),
-            verify=context,
-            follow_redirects=False,
-        )
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """What no message may show."""
-        return (self._key,) if self._key else ()
+        return self._transport.secrets
 
     @property
     def is_paused(self) -> bool:
         """Whether the server wants no requests for now."""
         return time.monotonic() < self.paused_until
+
+    def is_idle(self, seconds: float) -> bool:
+        """Whether no request is at work there, and it has answered nothing for ``seconds``."""
+        return not self.outstanding and time.monotonic() - self.heard_at >= seconds
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a request of our own is to find out if it answers at all: several failed there, or found nothing."""
+        is_missing = self.last_fault is not None and self.last_fault.kind == "missing"
+        return self.breaker.is_suspect or (is_missing and not self.breaker.is_open)
 
     def stats(self) -> EndpointStats:
         """Counts since the start, and the state now."""
@@ -93,87 +98,105 @@ class Endpoint:
         Raises:
             EndpointFault: the server does not answer, or not with a list.
         """
-        with _transport_faults():
-            async with (
-                asyncio.timeout(LIST_TIMEOUT_S),
-                self._client.stream("GET", f"{self.url}/models") as response,
-            ):
-                body = await _read(response, MAX_LIST_BYTES)
-        if response.status_code in (404, 405):
+        response, body = await self._transport.get("/models", MAX_LIST_BYTES, LIST_TIMEOUT_S)
+        self.heard_at = time.monotonic()
+        if response.status_code in NOT_FOUND:
             return None
         if response.status_code != 200:
             raise _as_fault(fault_of_answer(response.status_code, response.headers, body, self.secrets))
         try:
-            listed = httpx.Response(200, content=body).json()["data"]
-            models = {one["id"]: _context(one) for one in listed if isinstance(one["id"], str)}
+            models = {one["id"]: _context(one) for one in json.loads(body)["data"] or () if _is_named(one)}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise EndpointFault("garbage", "answers /models with what is no list of models") from None
         self._listed = frozenset(models)
         return models
 
+    async def listing(self, model: str, probe: bytes) -> dict[str, int | None] | None:
+        """As `models`; where there is no list an answer to ``probe`` shows that there is a server at the address.
+
+        Raises:
+            EndpointFault: it answers neither.
+        """
+        listed = await self.models()
+        if listed is None:
+            await self._ask(model, probe, None)
+        return listed
+
     def names_of(self, model: str) -> frozenset[str] | None:
         """The names under which an answer of ``model`` may come from here; None: any."""
         return self._listed | {model} if self._checks_model else None
 
-    async def check(self, model: str, probe: bytes) -> None:
+    @property
+    def refuses_all(self) -> bool:
+        """Whether its circuit opened because it refuses each request: the next one finds out whether it still does."""
+        return self._refusal is not None
+
+    async def check(self, model: str, probe: bytes, refusal: InvalidInput | None = None) -> None:
         """Open or close the circuit by what the server answers to ``probe``, a short request of our own for ``model``.
 
-        A server that is busy is left its time (`is_paused`), and its circuit is closed.
+        ``refusal``: what it has said to another request. If it refuses ``probe`` in the same words, or has answered one
+        before, then it is not the request that it refuses. A server that is busy is left its time (`is_paused`), and
+        its circuit is closed.
 
         Raises:
-            EndpointFault: it does not answer, or does not list the model; the circuit is open.
+            EndpointFault: it does not answer, refuses all, or does not list the model; the circuit is open.
         """
-        self.is_being_checked = True
+        self.checked_at = time.monotonic()
         try:
-            listed = await self.models()
-            if listed is not None and model not in listed:
-                raise EndpointFault("error", "does not list the model any more")
+            await self._still_lists(model)
             if self.is_paused:
                 return  # since just now, by what another request was told
-            answer = Answer(PROBE_SAMPLING, secrets=self.secrets, models=self.names_of(model))
-            with _transport_faults():
-                async with (
-                    asyncio.timeout(PROBE_TIMEOUT_S),
-                    aclosing(self.answer(CHAT, probe, answer.max_bytes)) as events,
-                ):
-                    async for event in events:
-                        deque(answer.add(event), maxlen=0)
-            if not answer.is_finished:
-                raise EndpointFault("reset", "ends the answer before its end")
-        except (InvalidInput, AnswerWithheld, AnswerFailed):
-            pass  # refused in the words of the protocol: it answers
+            await self._ask(model, probe, refusal)
         except EndpointFault as fault:
             self.note(fault)
             if fault.kind != "overloaded":
                 self.breaker.open()
                 raise
-        finally:
-            self.is_being_checked = False
-        self.breaker.succeed()
+        self._close_circuit()
 
-    async def answer(self, path: str, body: bytes, max_bytes: int) -> AsyncGenerator[dict[str, Any], None]:
-        """The events that answer a request, in at most ``max_bytes``.
+    async def look(self, model: str) -> None:
+        """Ask an idle server for its models; its circuit opens where it has a fault, or lists ``model`` no more.
 
         Raises:
-            EndpointFault: the server failed.
-            InvalidInput, AnswerFailed: it refuses the request, or cannot read its model's answer.
+            EndpointFault: that fault; of a busy one, which is left its time, too.
         """
+        try:
+            await self._still_lists(model)
+        except EndpointFault as fault:
+            self.note(fault)
+            if fault.kind != "overloaded" and not self.breaker.is_open:
+                self.breaker.open()
+            raise
+
+    async def _still_lists(self, model: str) -> None:
+        listed = await self.models()
+        if listed is not None and model not in listed:
+            raise EndpointFault("error", "does not list the model any more")
+
+    async def _ask(self, model: str, probe: bytes, refusal: InvalidInput | None) -> None:
+        self._refusal = None
+        answer = Answer(PROBE_SAMPLING, secrets=self.secrets, models=self.names_of(model))
+        try:
+            async with aclosing(self.answer(CHAT, probe, answer.max_bytes, PROBE_TIMEOUT_S)) as events:
+                async for event in events:
+                    deque(answer.add(event), maxlen=0)
+        except (AnswerWithheld, AnswerFailed, PromptTooLong):
+            return  # it answers
+        except InvalidInput as error:
+            if not self._answers_probes and (refusal is None or _gist(refusal) != _gist(error)):
+                return  # the model may take no text alone
+            self._refusal = error
+            raise _as_fault(error) from None
+        if not answer.is_finished:
+            raise EndpointFault("reset", "ends the answer before its end")
+        self._answers_probes = True
+
+    def answer(
+        self, path: str, body: bytes, max_bytes: int, timeout_s: float | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The events that answer a request, as `Transport.events` has them; ``timeout_s`` None: that of requests."""
         self._requests += 1
-        headers = {"content-type": "application/json", "accept": "text/event-stream"}
-        with _transport_faults():
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._client.stream("POST", f"{self.url}{path}", content=body, headers=headers) as response,
-            ):
-                if response.status_code != 200:
-                    said = await _read(response, MAX_ERROR_BYTES)
-                    raise fault_of_answer(response.status_code, response.headers, said, self.secrets)
-                if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                    raise EndpointFault("garbage", "answers no event stream")
-                if _is_compressed(response):
-                    raise EndpointFault("garbage", "compresses its answer, though asked not to")
-                async for event in events(response.aiter_raw(), max_bytes):
-                    yield event
+        return self._transport.events(path, body, max_bytes, timeout_s or self._timeout_s)
 
     def note(self, fault: EndpointFault) -> None:
         """Count a fault, and leave a busy server the time that it wants."""
@@ -196,53 +219,48 @@ class Endpoint:
             request_id = f"{request_id} {self._faults['connect']}"  # no request makes a connection fail
         self.breaker.fail(request_id)
         is_certain = fault.kind == "refused" or (fault.kind == "connect" and self.breaker.is_suspect)
-        if is_certain and not self.breaker.is_open:
+        if self.breaker.has_waited or (is_certain and not self.breaker.is_open):
             self.breaker.open()
 
-    def succeeded(self) -> None:
+    def answered(self) -> None:
         """A request was answered to its end."""
+        self._refusal = None
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        """A request was answered, or refused for what it is."""
         self._busy_answers = 0
+        self.heard_at = time.monotonic()
+        self._close_circuit()
+
+    def _close_circuit(self) -> None:
+        if self.breaker.is_open:
+            logger.info("%s takes requests again, after %.0f s", self.url, self.breaker.open_for_s)
         self.breaker.succeed()
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
-
-
-@contextmanager
-def _transport_faults() -> Iterator[None]:
-    """Failures of connections and their time-outs as EndpointFault; their texts hold addresses alone."""
-    try:
-        yield
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        why = "in time" if isinstance(error, httpx.ConnectTimeout) else f"({shown(str(error))})"
-        raise EndpointFault("connect", f"takes no connection {why}") from None
-    except (httpx.TimeoutException, TimeoutError):
-        raise EndpointFault("timeout", "does not answer in time") from None
-    except httpx.TransportError:
-        raise EndpointFault("reset", "breaks the connection off") from None
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError):
-        raise EndpointFault("garbage", "answers what cannot be decoded") from None
-
-
-def _is_compressed(response: httpx.Response) -> bool:
-    """Whether decoding it may make any number of bytes out of few."""
-    return response.headers.get("content-encoding", "identity").lower() != "identity"
-
-
-async def _read(response: httpx.Response, max_bytes: int) -> bytes:
-    body = b""
-    if _is_compressed(response):
-        return body
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > max_bytes:
-            break
-    return body[:max_bytes]
+        await self._transport.close()
 
 
 def _as_fault(error: Exception) -> EndpointFault:
-    return error if isinstance(error, EndpointFault) else EndpointFault("error", str(error))
+    """What an answer to a question of the worker's own means, in which no request can be at fault."""
+    if isinstance(error, EndpointFault):
+        return error
+    if _API_KEY.search(str(error)):
+        return EndpointFault("refused", "answers 400: it refuses the API key, or its lack")
+    return EndpointFault("error", f"says to a request of the worker's own: {error}")
+
+
+def _gist(refusal: InvalidInput) -> str:
+    """Its words without numbers, among them identifiers of requests."""
+    return re.sub(r"\S*\d\S*", "", str(refusal))
+
+
+def _is_named(model: Any) -> bool:
+    """Whether a listed model has a name that a setting can have."""
+    name = model.get("id") if isinstance(model, dict) else None
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
 
 
 def _context(model: dict[str, Any]) -> int | None:

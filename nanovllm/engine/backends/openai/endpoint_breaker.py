@@ -27,11 +27,27 @@ class Breaker:
         self.is_open = False
         self.is_trying = False
         self.open_until = 0.0
+        self._opened_at = 0.0
+
+    @property
+    def open_for_s(self) -> float:
+        """Seconds for which it has been open."""
+        return self.clock() - self._opened_at
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether it is open, and its wait is over."""
+        return self.is_open and self.clock() >= self.open_until
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it is open, and no request tries it."""
+        return self.is_open and not self.is_trying
 
     @property
     def may_try(self) -> bool:
         """Whether it is open and the next request may try the endpoint."""
-        return self.is_open and not self.is_trying and self.clock() >= self.open_until
+        return self.has_waited and not self.is_trying
 
     @property
     def is_suspect(self) -> bool:
@@ -52,5 +68,8 @@ class Breaker:
         """Let no request pass for a while."""
         wait_s = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(self._openings, 32))
         self._openings += 1
+        now = self.clock()
+        if not self.is_open:
+            self._opened_at = now
         self.is_open = True
-        self.open_until = self.clock() + wait_s
+        self.open_until = now + wait_s

@@ -32,6 +32,7 @@ class OpenAIOptions:
     ``model`` None: the only one that the servers list. ``max_num_seqs`` are the requests at work, at most
     ``max_concurrency`` of them at one endpoint. ``max_attempts`` None: a failing server is never the request's fault.
     ``default_max_tokens`` is what requests ask for as a rule: it must leave a prompt room in the servers' context.
+    ``proxy``: URL of the HTTP proxy to all endpoints but those of this machine.
     ``sign_url`` None: every image is sent inside its request.
     """
 
@@ -54,6 +55,7 @@ class OpenAIOptions:
     breaker_wait_s: float = 1.0
     breaker_max_wait_s: float = 30.0
     ca_file: Path | None = None
+    proxy: str | None = None
     raw_prompts: bool = False
     chat_template_kwargs: dict[str, object] = field(default_factory=dict)
     image_format: Literal["png", "jpeg"] = "png"

@@ -55,7 +55,7 @@ class Pool:
     @property
     def is_down(self) -> bool:
         """Whether every circuit is open, and no request tries an endpoint now."""
-        return all(one.breaker.is_open and not one.breaker.is_trying for one in self.endpoints)
+        return all(one.breaker.is_left_out for one in self.endpoints)
 
     def has_others(self, avoided: Collection[Endpoint]) -> bool:
         """Whether an endpoint that is none of ``avoided`` may take requests, now or after a pause."""
@@ -153,7 +153,7 @@ class Pool:
             return
         now = time.monotonic()
         due = [endpoint.paused_until for endpoint in self.endpoints if endpoint.paused_until > now]
-        due += [one.breaker.open_until for one in self.endpoints if one.breaker.is_open and not one.breaker.is_trying]
+        due += [one.breaker.open_until for one in self.endpoints if one.breaker.is_left_out]
         later = [moment - now for moment in due if moment > now]
         if later:
             self._timer = asyncio.get_running_loop().call_later(min(later) + 0.001, self.serve)

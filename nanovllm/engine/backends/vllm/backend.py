@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -35,6 +36,7 @@ from nanovllm.errors import (
     UnsupportedModel,
     counted,
 )
+from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.images.preprocess import AS_DECODED, PreparedImage, prepare_image
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Of a request that vLLM gives up: its two caches of images may have drifted apart, which sending it again mends."""
+_MAX_SIZES = 4096  # of images whose tokens are known
 _TRIAL_SIDE = 224  # pixels
 _TRIAL_TEXT = "see <|image|> and <|im_end|> </s> [INST] <|image|>"
 """Texts of special tokens that are text: they must still be text behind vLLM's processor."""
@@ -71,6 +74,7 @@ class VllmEngine(EngineBackend):
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, Answer] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-prompts")
+        self._tokens_by_size: dict[tuple[int, ...], int] = {}
         self._last_progress = 0.0
         self._watchdog: asyncio.Task[None] | None = None
 
@@ -87,6 +91,48 @@ class VllmEngine(EngineBackend):
     async def compile(self, constraint: Constraint) -> None:
         """Compile ``constraint`` within bounds, as the native engine does. Raises UnsupportedConstraint."""
         await asyncio.wrap_future(self._loaded.grammars.compile(constraint))
+
+    async def fits(self, request: Request) -> bool:
+        """Whether prompt, images and the whole answer are within the context, and ``max_images``.
+
+        vLLM starts with a KV cache of at least one context, so that it has room as well. Raises EngineDead.
+        """
+        if not await super().fits(request) or len(request.images) > self._options.max_images:
+            return False
+        loop = asyncio.get_running_loop()
+        try:
+            token_ids = await loop.run_in_executor(self._thread, prompt_tokens, self._loaded.prompts, request)
+            self._check(request, token_ids)
+            images = [await self._image_tokens(image) for image in request.images]
+        except InvalidInput:
+            return False
+        total = len(token_ids) + sum(images) - len(images) + (request.sampling.max_tokens or 1)
+        return total <= self._loaded.max_model_len
+
+    async def _image_tokens(self, image: PreparedImage) -> int:
+        """The tokens that vLLM's processor makes of an image, which its size decides."""
+        assert image.pixels is not None
+        size = image.pixels.shape[:2]
+        if size not in self._tokens_by_size:
+            blank = prepare_image(_grey(*size), AS_DECODED)
+            token_ids = self._loaded.prompts.untrusted(IMAGE_PLACEHOLDER)
+            # Past the cache of processed images: what is in it is taken to be with vLLM's engine.
+            rendered = await self._rendered(token_ids, (blank,), b"", is_trial=True)
+            if len(self._tokens_by_size) >= _MAX_SIZES:
+                self._tokens_by_size.clear()
+            (run,) = image_runs(token_ids, self._loaded.prompts.image_token_id, rendered)
+            self._tokens_by_size[size] = run.length
+        return self._tokens_by_size[size]
+
+    @property
+    def output_options(self) -> Mapping[str, Any]:
+        """The backend's name, format of numbers, variables of the chat template, and arguments of vLLM's engine."""
+        names = ("dtype", "chat_template_kwargs", "extra_args")
+        return {**super().output_options, "backend": "vllm", **{name: getattr(self._options, name) for name in names}}
+
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The beginning of ``text`` with at most so many tokens. Raises InvalidInput: no tokenizer takes the text."""
+        return self._loaded.prompts.beginning(text, max_tokens)
 
     def _begin(self, request: Request, generation: Generation) -> None:
         if len(self._generations) == 1:
@@ -214,7 +260,7 @@ class VllmEngine(EngineBackend):
         return dict(rendered)
 
     async def _try_images(self) -> None:
-        picture = prepare_image(_grey(_TRIAL_SIDE), AS_DECODED)
+        picture = prepare_image(_grey(_TRIAL_SIDE, _TRIAL_SIDE), AS_DECODED)
         prompts = self._loaded.prompts
         count = min(2, self._options.max_images)
         token_ids = prompts.untrusted(_TRIAL_TEXT.replace("<|image|>", "", 2 - count))
@@ -260,7 +306,7 @@ def _fault(error: Exception) -> Exception:
     return error
 
 
-def _grey(side: int) -> Image.Image:
+def _grey(height: int, width: int) -> Image.Image:
     from PIL import Image
 
-    return Image.fromarray(np.full((side, side, 3), 127, np.uint8))
+    return Image.fromarray(np.full((height, width, 3), 127, np.uint8))

@@ -64,7 +64,6 @@ def load_vllm(options: VllmOptions) -> LoadedVllm:
         ConfigurationError, UnsupportedModel, ModelNotFound: vLLM, or this project's tokenizer, cannot serve the model.
     """
     checkpoint = Checkpoint(options.directory)
-    tokenizer = checkpoint.tokenizer()
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -85,22 +84,37 @@ def load_vllm(options: VllmOptions) -> LoadedVllm:
     has_images = bool(config.supports_multimodal_inputs and options.max_images)
     return LoadedVllm(
         engine=engine,
-        prompts=PromptEncoder(
-            tokenizer,
-            max_model_len=max_model_len,
-            image_token_id=choose_image_token_id(checkpoint, tokenizer, vocab_size) if has_images else None,
-            around_image=around_image(checkpoint) if has_images else None,
-            is_processor_template=checkpoint.processor_template is not None,
-            chat_template_kwargs=options.chat_template_kwargs,
+        prompts=prompt_encoder(
+            checkpoint, options, vocab_size=vocab_size, max_model_len=max_model_len, has_images=has_images
         ),
-        grammars=GrammarCompiler(
-            tokenizer, vocab_size, sorted(checkpoint.eos_token_ids(vocab_size, tokenizer)), cpu_s=GRAMMAR_CPU_S
-        ),
+        grammars=grammar_compiler(checkpoint, vocab_size),
         tally=tally,
         model_info=ModelInfo(options.model, checkpoint.revision, checkpoint.parameter_digest),
         generation_defaults=checkpoint.generation_defaults if options.generation_config == "auto" else {},
         max_model_len=max_model_len,
     )
+
+
+def prompt_encoder(
+    checkpoint: Checkpoint, options: VllmOptions, *, vocab_size: int, max_model_len: int, has_images: bool
+) -> PromptEncoder:
+    """What tokenises prompts for vLLM, with one token for each image. Raises as `PromptEncoder`."""
+    tokenizer = checkpoint.tokenizer()
+    return PromptEncoder(
+        tokenizer,
+        max_model_len=max_model_len,
+        image_token_id=choose_image_token_id(checkpoint, tokenizer, vocab_size) if has_images else None,
+        around_image=around_image(checkpoint) if has_images else None,
+        is_processor_template=checkpoint.processor_template is not None,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
+
+
+def grammar_compiler(checkpoint: Checkpoint, vocab_size: int) -> GrammarCompiler:
+    """What tries constraints before vLLM compiles them."""
+    tokenizer = checkpoint.tokenizer()
+    end_token_ids = sorted(checkpoint.eos_token_ids(vocab_size, tokenizer))
+    return GrammarCompiler(tokenizer, vocab_size, end_token_ids, cpu_s=GRAMMAR_CPU_S)
 
 
 def _known_arguments() -> frozenset[str]:

@@ -13,6 +13,7 @@ from nanovllm.pipeline.documents.answers.grounded_blocks import read_grounded_bl
 from nanovllm.pipeline.documents.answers.html_blocks import read_html_blocks
 from nanovllm.pipeline.documents.answers.otsl import read_otsl
 
+_FENCE = re.compile(r"\s*```\w{0,16}[ \t]*\n")
 _TABLE_EDGE = re.compile(r"<(/?)table\b[^<>]*>", re.IGNORECASE)
 
 _READERS: Mapping[Parser, Callable[[str], str | None]] = {
@@ -38,13 +39,24 @@ def read_answer(parser: Parser, text: str, *, tables_alone: bool = False) -> Rea
 
     ``tables_alone`` leaves of an answer with HTML tables these alone; one without any is unparsed.
     """
-    read = _READERS[parser](text)
+    read = _READERS[parser](text if parser == "as_written" else _unfenced(text))
     if read is None:
         return ReadAnswer(text, is_unparsed=bool(text.strip()))
     if not tables_alone:
         return ReadAnswer(read)
     tables = _tables(read)
     return ReadAnswer("\n\n".join(tables)) if tables else ReadAnswer(text, is_unparsed=bool(text.strip()))
+
+
+def _unfenced(text: str) -> str:
+    """``text`` without the fence of a block of code around all of it; that of a cut answer has no end."""
+    opening = _FENCE.match(text)
+    if opening is None:
+        return text
+    inner = text[opening.end() :].rstrip()
+    if inner.endswith("\n```"):
+        return inner.removesuffix("```")
+    return text if "```" in inner else inner
 
 
 def _tables(text: str) -> list[str]:
