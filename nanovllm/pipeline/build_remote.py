@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
@@ -101,12 +101,17 @@ async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]
 
     Endpoints fail where none has the model: a worker starts with one.
     """
-    name, remote = settings.engine.model, settings.remote
+    from nanovllm.engine.backends.openai.listings import smallest_context
+
+    remote = settings.remote
     try:
         listings = await engine.listings()
     finally:
         await engine.close()
-    serving = [one for one in listings.values() if not isinstance(one, Exception) and _has_model(one, name)]
+    answers = [answer for answer in listings.values() if not isinstance(answer, Exception)]
+    names = {name for answer in answers for name in answer or ()}
+    name = settings.engine.model or (names.pop() if len(names) == 1 else None)
+    serving = [answer for answer in answers if _has_model(answer, name)]
     rows = [
         Row("backend", "openai (engine.backend openai)", "servers compute"),
         Row("dialect", remote.dialect, "remote.dialect"),
@@ -116,11 +121,13 @@ async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]
         if isinstance(answer, Exception):
             rows.append(Row(subject, "does not answer as it should", str(answer), fails))
         elif answer is None:
-            rows.append(Row(subject, "answers", "it has no list of models"))
+            note = "it has no list of models" + ("" if name else ", and engine.model is not set: name one")
+            rows.append(Row(subject, "answers", note, fails))
         else:
-            note = "" if _has_model(answer, name) else f"it does not list {name or 'any model'}"
+            missing = f"it does not list {name}" if name else "engine.model is not set: name one"
+            note = "" if _has_model(answer, name) else missing
             rows.append(Row(subject, f"answers, and lists {', '.join(sorted(answer)[:8]) or 'none'}", note, fails))
-    context = _least_context(listings.values(), name)
+    context = smallest_context(answers, name, None) if name else None
     rows.append(
         Row("context", "not told", "the servers' lists do not say it, and they refuse what is too long")
         if context is None
@@ -138,13 +145,8 @@ async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]
 
 
 def _has_model(listed: Mapping[str, int | None] | None, name: str | None) -> bool:
-    return listed is None or (bool(listed) if name is None else name in listed)
-
-
-def _least_context(listings: Iterable[object], name: str | None) -> int | None:
-    listed = [one for one in listings if isinstance(one, Mapping)]
-    contexts = [one.get(name) if name else next(iter(one.values()), None) for one in listed]
-    return min((context for context in contexts if context is not None), default=None)
+    """Whether a server has the model ``name``; one without a list may have any, and no server has an unnamed one."""
+    return name is not None and (listed is None or name in listed)
 
 
 def _signer(settings: Settings) -> SignUrl:
