@@ -60,6 +60,16 @@ CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 """The sampling parameters that confine an output; one at most is set."""
 
 
+OTHER_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+"""Names of requests of OpenAI's protocol, vLLM's own additions among them, for what has another name here."""
+
+
 class Constraint(NamedTuple):
     """What an output must conform to: a JSON schema (as JSON), a regular expression, a JSON list of choices, or a
     grammar in llguidance's variant of Lark.

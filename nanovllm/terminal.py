@@ -12,13 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
 Cell = str | bool | int | list[str]
+
+
+class Row(NamedTuple):
+    """A row of a report: what, how it is, and why. ``fails``: a worker cannot do without, and it does not answer."""
+
+    subject: str
+    value: str
+    note: str = ""
+    fails: bool = False
+
 
 LAST_COLUMN_CELLS = 20
 """The last column holds sentences: its long words may be folded, as long as it has so much room."""

@@ -20,9 +20,8 @@ from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
 from nanovllm.settings.worker import Settings
-from nanovllm.terminal import long_work, print_table
+from nanovllm.terminal import Row, long_work, print_table
 
-Row = tuple[str, str, str]
 PATIENCE_MS = 5_000
 
 
@@ -32,6 +31,9 @@ def doctor(
     ] = None,
     config: ConfigOption = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0: only say what was chosen.")] = 10.0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 1 where something that a worker needs does not answer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
     """Say what this machine and checkpoint get, and why: device, attention, weights, memory, profile; and measure it.
@@ -45,10 +47,15 @@ def doctor(
             rows = _servers(settings)
         case "vllm":
             rows = _vllm(settings)
+        case "echo":
+            rows = [Row("backend", "echo (engine.backend echo)", "answers are the prompts")]
         case _:
             rows = _engine(settings, seconds)
-    rows += profile_rows(model_profile(settings.engine))
-    print_table(("what", "is", "why"), [*rows, *surroundings(settings)], as_json=as_json)
+    rows += [Row(*row) for row in profile_rows(model_profile(settings.engine))]
+    rows += surroundings(settings)
+    print_table(("what", "is", "why"), [row[:3] for row in rows], as_json=as_json)
+    if check and any(row.fails for row in rows):
+        raise typer.Exit(1)
 
 
 def _engine(settings: Settings, seconds: float) -> list[Row]:
@@ -69,7 +76,7 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
             of_profile = heeded_sampling(model_profile(settings.engine).profile, SAMPLING_NAMES)
             defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
             findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
-    return [(finding.subject, finding.value, finding.note) for finding in findings]
+    return [Row(finding.subject, finding.value, finding.note) for finding in findings]
 
 
 def _servers(settings: Settings) -> list[Row]:
@@ -87,7 +94,7 @@ def _vllm(settings: Settings) -> list[Row]:
     from nanovllm.pipeline.build import checkpoint_directory
     from nanovllm.pipeline.build_vllm import vllm_findings
 
-    return vllm_findings(settings, checkpoint_directory(settings.engine))
+    return [Row(*row) for row in vllm_findings(settings, checkpoint_directory(settings.engine))]
 
 
 def surroundings(settings: Settings) -> Iterator[Row]:
@@ -104,8 +111,9 @@ def _port(settings: Settings) -> Row:
         try:
             listener.bind((host, port))
         except OSError as error:
-            return "http port", f"{port} is not free", f"{error.strerror}: a worker here, or set NANOVLLM_HTTP__PORT"
-    return "http port", f"{port or 'a free one'} on {host}", ""
+            note = f"{error.strerror}: a worker here, or set NANOVLLM_HTTP__PORT"
+            return Row("http port", f"{port} is not free", note)
+    return Row("http port", f"{port or 'a free one'} on {host}")
 
 
 def _brokers(settings: Settings) -> Iterator[Row]:
@@ -117,40 +125,42 @@ def _brokers(settings: Settings) -> Iterator[Row]:
     try:
         states = asyncio.run(topic_states(kafka, names))
     except NanoVLLMError as error:
-        yield "brokers", "do not answer", error.in_one_line
+        yield Row("brokers", "do not answer", error.in_one_line, fails=True)
         return
-    yield "brokers", f"answer at {kafka.bootstrap_servers}", ""
+    yield Row("brokers", f"answer at {kafka.bootstrap_servers}")
     missing = [name for name in names if name not in states]
     note = f"missing: {', '.join(missing)}; nanovllm topics create makes them" if missing else ""
-    yield "topics", f"{len(names) - len(missing)} of {len(names)} are there", note
+    yield Row("topics", f"{len(names) - len(missing)} of {len(names)} are there", note, fails=bool(missing))
 
 
 def _stores(settings: Settings) -> Iterator[Row]:
     places = [*settings.s3.allow, *([settings.s3.large_results] if settings.s3.large_results else [])]
     buckets = dict.fromkeys(place[0] for uri in places if (place := split_s3_uri(uri)))
     if not buckets:
-        yield "object store", "not used", "s3.allow is not set: jobs that name objects become dead letters"
+        yield Row("object store", "not used", "s3.allow is not set: jobs that name objects become dead letters")
         return
     client = S3Client(settings.s3)
     for bucket in buckets:
-        yield f"bucket {bucket}", *_bucket(client, bucket)
+        yield _bucket(client, bucket)
     client.close()
 
 
-def _bucket(client: S3Client, bucket: str) -> tuple[str, str]:
-    def look(s3: Any) -> tuple[str, str]:
+def _bucket(client: S3Client, bucket: str) -> Row:
+    subject = f"bucket {bucket}"
+
+    def look(s3: Any) -> Row:
         try:
             s3.list_objects_v2(Bucket=bucket, MaxKeys=1)
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code == "AccessDenied":
-                return "answers", "it may not be listed, which a worker does not need"
+                return Row(subject, "answers", "it may not be listed, which a worker does not need")
             if status_of(error) == 404:
-                return "does not exist", "create it, or correct NANOVLLM_S3__ALLOW"
+                return Row(subject, "does not exist", "create it, or correct NANOVLLM_S3__ALLOW", fails=True)
             raise
-        return "answers", ""
+        return Row(subject, "answers")
 
     try:
         return client.call(look)
     except NanoVLLMError as error:
-        return "does not answer", error.in_one_line
+        return Row(subject, "does not answer", error.in_one_line, fails=True)

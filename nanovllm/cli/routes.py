@@ -218,6 +218,8 @@ def _rows(entry: RouteEntry, check: RouteCheck, cost: Cost | None) -> Iterator[t
     yield name, "asks by", f"{asked}, profile {check.profile}"
     if (budget := check.budget) is not None:
         yield from ((name, what, said) for what, said in _budget_rows(route, budget))
+    if check.warning is not None:
+        yield name, "warning", check.warning
     if cost is not None:
         mean, least, most = cost.of(1_000)
         yield name, "seconds of 1,000 pages", f"{mean:.1f}"

@@ -141,7 +141,7 @@ def _read_jobs(source: str) -> Iterator[Job]:
             try:
                 yield decode_job(line.strip())
             except InvalidJob as error:
-                raise InvalidJob(f"{source}, line {number}: {error}") from None
+                raise InvalidJob(f"{source}, line {number}: {error}; nothing was sent") from None
 
 
 def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:

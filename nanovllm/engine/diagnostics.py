@@ -42,6 +42,8 @@ class Finding:
 
 def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Iterator[Finding]:
     """The engine's choices; measures nothing. ``defaults``: what a worker's jobs get without their own."""
+    backend = "native" if engine.model_runner.trial is None else "generic"
+    yield Finding("backend", f"{backend} (engine.backend {engine.config.backend})")
     yield _machine(engine)
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint

@@ -12,19 +12,11 @@ from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import Job
 from nanovllm.messages.result import Output, Result, TokenLogprobs
 from nanovllm.messages.validation import describe_errors, printable
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import OTHER_NAMES, SamplingParams
 
 CHAT_URL = "/v1/chat/completions"
 MAX_ID_CHARS = 512
 
-# Other names for what `sampling` has; vLLM's own additions to the API among them.
-_RENAMED = {
-    "max_completion_tokens": "max_tokens",
-    "guided_json": "json_schema",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-}
 _STRUCTURED = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 # They say who asks, or how the answer is to be kept or billed, and never what it is. `model`: the one that answers is
 # the worker's, and the answer names it.
@@ -131,8 +123,8 @@ def _job_fields(fields: dict[str, Any]) -> dict[str, Any]:
         elif name in ("logprobs", "top_logprobs"):
             if body.get("logprobs") is True:
                 sampling["logprobs"] = body.get("top_logprobs") or 0
-        elif name in _RENAMED or name in SamplingParams.model_fields:
-            sampling[_RENAMED.get(name, name)] = value
+        elif name in OTHER_NAMES or name in SamplingParams.model_fields:
+            sampling[OTHER_NAMES.get(name, name)] = value
         elif name not in _WITHOUT_EFFECT and value not in _ONLY.get(name, ()):
             raise InvalidJob(f"body.{printable(name)} is not supported")
     if isinstance(job.get("messages"), list):

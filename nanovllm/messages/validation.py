@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from nanovllm.sampling_params import OTHER_NAMES
+
 MAX_ERRORS = 3
 MAX_COMPARED = 100
 MAX_NAME_CHARS = 64
@@ -56,7 +58,10 @@ def describe_error(item: ErrorDetails, root: str, data: Any = None, origin: Orig
     """One error of pydantic's: the field of ``root`` and its fault; the rest as for `describe_errors`."""
     where = ".".join(printable(str(part)) for part in _place_in(data, item["loc"])) or root
     message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
-    line = f"unknown name {where}" if item["type"] == "extra_forbidden" else f"{where}: {message}"
+    line = f"{where}: {message}"
+    if item["type"] == "extra_forbidden":
+        known = OTHER_NAMES.get(str(item["loc"][-1]))
+        line = f"unknown name {where}" + (f": did you mean {known}?" if known else "")
     source = origin(item["loc"], message)
     return f"{line} ({source})" if source else line
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
+from glob import glob
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
@@ -28,6 +29,8 @@ logger = logging.getLogger("nanovllm.worker")
 T = TypeVar("T")
 MISUSE = 2
 
+GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvidia-caps/*", "/dev/dxg", "/dev/kfd")
+"""Device files of which a machine or a container with a GPU has one: of NVIDIA's driver, of WSL's, of AMD's."""
 TICK_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
@@ -44,6 +47,8 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     signals = StopSignals()
     forbid_debugging()
     prepare_threads()
+    if settings.engine.loads_model:
+        leave_out_triton()
     log_to_stderr(settings.log_level)
     try:
         asyncio.run(_run(settings, signals, exit_when_drained))
@@ -69,6 +74,15 @@ def prepare_threads() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "torch" in sys.modules:
         logger.warning("torch was imported before its threads could be set up")
+
+
+def leave_out_triton() -> None:
+    """Before transformers is imported: it makes torch import Triton, which has no use on a machine without a GPU, and
+    whose bindings print their leaks when the process ends.
+    """
+    has_gpu = sys.platform != "linux" or any(map(glob, GPU_DEVICES))
+    if not has_gpu and os.environ.get("TRITON_INTERPRET") != "1" and "triton" not in sys.modules:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # as if it were not installed
 
 
 async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool) -> None:

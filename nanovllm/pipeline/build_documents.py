@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from nanovllm.pipeline.documents.extraction import Extraction
 from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
 from nanovllm.pipeline.documents.page_outputs import Ask, KeepOutputs
 from nanovllm.pipeline.documents.page_store import PageStore
-from nanovllm.pipeline.documents.page_task import page_task
+from nanovllm.pipeline.documents.page_task import PageTask, page_task
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.events.order import is_newer_version
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
@@ -49,6 +50,11 @@ from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
 from nanovllm.vision.documents.pages import DocumentLimits
 from nanovllm.vision.images.pool import DecoderPool
+
+logger = logging.getLogger(__name__)
+
+WHOLE_PAGE_TASKS = frozenset({"text", "markdown", "tables"})
+"""Tasks whose answers are as long as their page."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,34 @@ def extraction_of(route: Route, settings: Settings, engine: EngineBackend, decod
     """The extraction of a route, for a worker and without one. Raises as `Extraction`."""
     model = served_profile(settings)
     of_profile = heeded_sampling(model.of(route), engine.capabilities.sampling)
+    task = page_task(route, model)
+    if warning := short_answers(route, task, {*of_profile, *engine.generation_defaults}, settings):
+        logger.warning("route %s: %s", route.name, warning)
     return Extraction(
         route,
         decoders,
         engine.model_info,
         sampling_defaults(settings, engine.generation_defaults, of_profile),
         worker=settings.worker_id,
-        task=page_task(route, model),
+        task=task,
         pages_at_once=settings.documents.pages_at_once,
         fits=engine.fits,
         logprobs=engine.capabilities.logprobs is not None,
         beginning=engine.beginning,
+    )
+
+
+def short_answers(route: Route, task: PageTask, stated: Collection[str], settings: Settings) -> str | None:
+    """Why a route of whole pages gets their beginnings alone: nobody says ``max_tokens``; None where somebody does.
+
+    ``stated`` are the names of sampling parameters that the model's profile and checkpoint give.
+    """
+    own = settings.sampling
+    if route.task not in WHOLE_PAGE_TASKS or "max_tokens" in {*task.sampling, *stated, *own.model_fields_set}:
+        return None
+    return (
+        f"answers end after {own.max_tokens} tokens, the default, and a dense page takes thousands: set the route's "
+        "sampling.max_tokens"
     )
 
 

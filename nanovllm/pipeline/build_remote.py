@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.backends.capabilities import GUIDED_KINDS, SAMPLING_NAMES
 from nanovllm.engine.backends.openai.dialects import DIALECTS
 from nanovllm.engine.backends.openai.options import EndpointOptions, OpenAIOptions, SignUrl
-from nanovllm.errors import ConfigurationError, InvalidInput
+from nanovllm.errors import ConfigurationError, InvalidInput, counted
 from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.objects.s3_client import S3Client, make_client
 from nanovllm.pipeline.documents.model_profile import served_profile
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.worker import Settings
+from nanovllm.terminal import Row
 
 if TYPE_CHECKING:
     from nanovllm.engine.backends.openai.backend import OpenAIEngine
@@ -94,30 +96,57 @@ def build_remote_engine(settings: Settings) -> OpenAIEngine:
     return OpenAIEngine(remote_options(settings))
 
 
-async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[tuple[str, str, str]]:
-    """What each server answers now, and what its dialect has: subject, value, note. Closes ``engine``."""
-    rows = []
+async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]:
+    """What each server answers now, and what its dialect has. Closes ``engine``.
+
+    Endpoints fail where none has the model: a worker starts with one.
+    """
+    from nanovllm.engine.backends.openai.listings import smallest_context
+
+    remote = settings.remote
     try:
-        for url, answer in (await engine.listings()).items():
-            if isinstance(answer, Exception):
-                rows.append((f"endpoint {url}", "does not answer as it should", str(answer)))
-            elif answer is None:
-                rows.append((f"endpoint {url}", "answers", "it has no list of models"))
-            else:
-                name = settings.engine.model
-                note = "" if name is None or name in answer else f"it does not list {name}"
-                rows.append((f"endpoint {url}", f"answers, and lists {', '.join(sorted(answer)[:8]) or 'none'}", note))
+        listings = await engine.listings()
     finally:
         await engine.close()
-    able = engine.capabilities
-    rows.append(("dialect", settings.remote.dialect, "remote.dialect"))
-    rows.append(("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in able.guided), ""))
-    lacks = ", ".join(sorted(SAMPLING_NAMES - able.sampling)) or "nothing"
-    rows.append(("sampling", "as the servers sample", f"refused by name: {lacks}"))
+    answers = [answer for answer in listings.values() if not isinstance(answer, Exception)]
+    names = {name for answer in answers for name in answer or ()}
+    name = settings.engine.model or (names.pop() if len(names) == 1 else None)
+    serving = [answer for answer in answers if _has_model(answer, name)]
+    rows = [
+        Row("backend", "openai (engine.backend openai)", "servers compute"),
+        Row("dialect", remote.dialect, "remote.dialect"),
+    ]
+    for url, answer in listings.items():
+        subject, fails = f"endpoint {url}", not serving
+        if isinstance(answer, Exception):
+            rows.append(Row(subject, "does not answer as it should", str(answer), fails))
+        elif answer is None:
+            note = "it has no list of models" + ("" if name else ", and engine.model is not set: name one")
+            rows.append(Row(subject, "answers", note, fails))
+        else:
+            missing = f"it does not list {name}" if name else "engine.model is not set: name one"
+            note = "" if _has_model(answer, name) else missing
+            rows.append(Row(subject, f"answers, and lists {', '.join(sorted(answer)[:8]) or 'none'}", note, fails))
+    context = smallest_context(answers, name, None) if name else None
     rows.append(
-        ("images", "as files" if able.images else "none", f"remote.image_transport {settings.remote.image_transport}")
+        Row("context", "not told", "the servers' lists do not say it, and they refuse what is too long")
+        if context is None
+        else Row("context", f"{context:,} tokens, prompt and output", "the least that a server lists")
     )
+    at_once = f"engine.max_num_seqs; at one endpoint up to {remote.max_concurrency}, remote.max_concurrency"
+    rows.append(Row("concurrency", f"up to {counted(settings.engine.max_num_seqs, 'request')} at once", at_once))
+    able = engine.capabilities
+    rows.append(Row("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in able.guided)))
+    lacks = ", ".join(sorted(SAMPLING_NAMES - able.sampling)) or "nothing"
+    rows.append(Row("sampling", "as the servers sample", f"refused by name: {lacks}"))
+    images = "as files" if able.images else "none"
+    rows.append(Row("images", images, f"remote.image_transport {remote.image_transport}"))
     return rows
+
+
+def _has_model(listed: Mapping[str, int | None] | None, name: str | None) -> bool:
+    """Whether a server has the model ``name``; one without a list may have any, and no server has an unnamed one."""
+    return name is not None and (listed is None or name in listed)
 
 
 def _signer(settings: Settings) -> SignUrl:

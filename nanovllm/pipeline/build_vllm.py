@@ -93,7 +93,7 @@ def vllm_findings(settings: Settings, directory: Path) -> list[tuple[str, str, s
     parallel = f"tensors by {options.tensor_parallel_size}, layers by {options.pipeline_parallel_size}"
     lacks = ", ".join(sorted(SAMPLING_NAMES - CAPABILITIES.sampling))
     return [
-        ("vLLM", f"{installed} {importlib.metadata.version(installed)}", "engine.backend vllm"),
+        ("backend", "vllm (engine.backend vllm)", f"{installed} {importlib.metadata.version(installed)}"),
         ("model", options.model, "vLLM decides at start whether it knows it"),
         ("parallel", parallel, f"run by {options.distributed_executor_backend or 'what vLLM chooses'}"),
         ("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in CAPABILITIES.guided), "by guidance"),

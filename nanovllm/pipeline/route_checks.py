@@ -20,6 +20,7 @@ from nanovllm.messages.job import Job
 from nanovllm.messages.s3_uri import split_prefix_uri
 from nanovllm.messages.validation import describe_errors
 from nanovllm.pipeline import build
+from nanovllm.pipeline.build_documents import short_answers
 from nanovllm.pipeline.documents.merging import merged_schema
 from nanovllm.pipeline.documents.model_profile import heeded_sampling, served_profile
 from nanovllm.pipeline.documents.page_answers import with_text
@@ -100,11 +101,12 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class RouteCheck:
-    """What became of one route: its refusals, its budget where that could be told, and its profile's name."""
+    """What became of one route: its refusals, its budget where that could be told, its profile's name, a warning."""
 
     refusals: tuple[str, ...]
     budget: TokenBudget | None = None
     profile: str = NO_PROFILE
+    warning: str | None = None
 
 
 @contextmanager
@@ -196,8 +198,10 @@ def check_route(
     except InvalidInput as error:
         return RouteCheck((routes.refusal(entry, f"prompt: {error}", "prompt"),))
     named = NO_PROFILE if profile is None else profile.name
+    stated = {*heeded_sampling(profile, limits.heeded), *limits.generation_defaults}
+    warning = short_answers(route, task, stated, settings)
     if budget.fits or budget.max_model_len is None:
-        return RouteCheck((), budget, named)
+        return RouteCheck((), budget, named, warning)
     if isinstance(limits, ModelLimits):
         why = (
             f"{budget.prompt_tokens} tokens of prompt, up to {budget.most_page_tokens} of a page"
@@ -208,7 +212,7 @@ def check_route(
     if budget.max_tokens >= budget.max_model_len:
         why = f"{budget.max_tokens} tokens of answer leave no room in the {budget.max_model_len} that the servers have"
         return RouteCheck((routes.refusal(entry, why, "sampling", "max_tokens"),), budget)
-    return RouteCheck((), budget, named)
+    return RouteCheck((), budget, named, warning)
 
 
 def page_sampling(

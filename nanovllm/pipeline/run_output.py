@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,13 +20,15 @@ from nanovllm.messages.sent_job_id import valid_job_id
 from nanovllm.pipeline.local_images import LocalImages
 from nanovllm.sinks.jsonl import JsonLinesSink
 
+logger = logging.getLogger(__name__)
+
 
 class RunOutput:
     """Appends results to ``results`` and dead letters to ``dead_letters``. A context manager.
 
     Requests of OpenAI's batch files (``decode`` has seen them) are answered in that form; one without an answer has a
     line in both files. ``local_images`` reads those that a line names. ``finished``: the ids of the jobs that
-    have ended, in earlier runs too.
+    have ended, in earlier runs too. The first result of a model that no earlier run's are of is warned of.
 
     Raises:
         InvalidInput: a file cannot be written, another run writes it, or it has lines that are no outcomes.
@@ -35,6 +38,7 @@ class RunOutput:
         self._local_images = local_images
         self._results, self._dead_letters = JsonLinesSink(results), JsonLinesSink(dead_letters)
         self._request_ids: set[str] = set()
+        self._models: set[str] = set()
         self.finished: set[str] = set()
         self.results = 0
         self.dead_letters = 0
@@ -49,6 +53,7 @@ class RunOutput:
                 if fields.get("error") is None:
                     self.results += 1
                     self.finished.add(_id_in(fields, self._results.path))
+                    self._models |= _model_in(fields)
             for fields in _objects(self._dead_letters) if self._dead_letters.is_open else ():
                 self.dead_letters += 1
                 self.finished.add(_finished_by(fields, self._dead_letters.path))
@@ -87,6 +92,10 @@ class RunOutput:
     def add_result(self, value: bytes) -> None:
         """Append an encoded result. Raises SystemicError where the file takes no more."""
         result = Result.model_validate_json(value)
+        if self._models and result.model.id not in self._models:
+            others = ", ".join(sorted(self._models))
+            logger.warning("%s has results of %s, and gets those of %s", self._results.path, others, result.model.id)
+        self._models.add(result.model.id)
         is_answer = result.job_id in self._request_ids
         _append(self._results, _encoded(answer_line(result)) if is_answer else value)
         self.results += 1
@@ -126,6 +135,14 @@ def _id_in(fields: dict[str, Any], path: Path) -> str:
     if not isinstance(found, str):
         raise InvalidInput(f"{path} has lines that are no outcomes of jobs; name another file")
     return found
+
+
+def _model_in(fields: dict[str, Any]) -> set[str]:
+    """The id of the model that gave a result or the answer to a request; empty where the line names none."""
+    match fields:
+        case {"model": {"id": str(name)}} | {"response": {"body": {"model": str(name)}}}:
+            return {name}
+    return set()
 
 
 def _finished_by(letter: dict[str, Any], path: Path) -> str:

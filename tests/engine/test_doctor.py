@@ -31,6 +31,7 @@ def test_what_was_chosen_is_told_with_its_reason(tmp_path: Path, monkeypatch: py
     with LLMEngine(str(make_llava(tmp_path)), kv_cache_bytes=2 << 20, embedding_cache_bytes=1 << 20) as engine:
         findings = told(engine)
         tokens = engine.scheduler.blocks.num_blocks * 16
+    assert findings["backend"].strip() == "native (engine.backend auto)"
     assert "CPU" in findings["device"]
     assert "GOMP_SPINCOUNT=0" in findings["threads"]
     assert "plain" in findings["weights"]

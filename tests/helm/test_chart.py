@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -185,6 +186,12 @@ def remote(url: str | None, *, ca_file: str | None = None, **values: Any) -> dic
     return {"settings": {"engine": {"backend": "openai"}, "remote": fields}, **values}
 
 
+def remote_engine(name: str, value: Any) -> dict[str, Any]:
+    values = remote("http://a/v1")
+    values["settings"]["engine"][name] = value
+    return values
+
+
 @every_value_set
 def test_helm_lint_finds_nothing(chart_path: Path, values: dict[str, Any]) -> None:
     report = lint(chart_path, values, strict=True)
@@ -253,15 +260,39 @@ def test_the_worker_understands_every_setting(
             assert (list(effective) if isinstance(effective, tuple) else effective) == value
 
 
-def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
+def schema_tool() -> ModuleType:
     specification = importlib.util.spec_from_file_location("chart_schema", REPOSITORY / "tools" / "chart_schema.py")
     assert specification is not None
     assert specification.loader is not None
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
+    return tool
+
+
+def test_the_schema_knows_the_workers_settings(chart_path: Path) -> None:
     written = json.loads((chart_path / "values.schema.json").read_text())["properties"]["settings"]
-    assert written == tool.settings_schema(), "run PYTHONPATH=. python tools/chart_schema.py"
+    assert written == schema_tool().settings_schema(), "run PYTHONPATH=. python tools/chart_schema.py"
     assert written["properties"].keys() == Settings.model_fields.keys()
+
+
+def test_the_template_knows_which_settings_a_backend_refuses() -> None:
+    tool = schema_tool()
+    assert tool.REFUSED_SETTINGS.read_text() == tool.refused_settings(), "run PYTHONPATH=. python tools/chart_schema.py"
+
+
+def test_the_chart_passes_over_engine_settings_at_their_defaults(render: Render) -> None:
+    values = remote("http://a/v1")
+    values["settings"]["engine"] = EngineSettings().model_dump(mode="json") | {"backend": "openai"}
+    render(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_model_len", 4096), ("dtype", "bfloat16"), ("kv_cache_bytes", 1 << 33), ("enable_prefix_caching", False)],
+)
+def test_the_chart_refuses_an_engine_setting_of_another_backend(name: str, value: Any, render: Render) -> None:
+    with pytest.raises(HelmRenderError, match=f"settings.engine.{name} is set, which the backend openai has not"):
+        render(remote_engine(name, value))
 
 
 @pytest.mark.parametrize(

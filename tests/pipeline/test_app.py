@@ -23,6 +23,7 @@ from parts import S3Part, create_topic
 from PIL import Image
 
 from nanovllm.demo.child_process import free_port
+from nanovllm.pipeline import app
 
 
 @dataclass
@@ -245,3 +246,14 @@ async def test_what_cannot_work_is_said_at_the_start(
         _, said = await asyncio.wait_for(worker.communicate(), 60)
     assert worker.returncode == code
     assert says in " ".join(said.decode().split())
+
+
+@pytest.mark.parametrize("devices", [(), ("/dev/null",)])
+def test_triton_is_left_out_where_there_is_no_gpu(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "GPU_DEVICES", devices)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with monkeypatch.context() as modules:
+        modules.delitem(sys.modules, "triton", raising=False)
+        app.leave_out_triton()
+        assert ("triton" in sys.modules) == (not devices and sys.platform == "linux")
+        sys.modules.pop("triton", None)

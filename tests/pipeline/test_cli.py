@@ -370,7 +370,7 @@ def test_a_file_that_is_no_image_is_not_sent(tmp_path: Path, name: str, head: by
 def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"prompt": "a\u2028b"}\n{"prompt": 1}\n')
-    with pytest.raises(InvalidJob, match=r"line 2: prompt"):
+    with pytest.raises(InvalidJob, match=r"line 2: prompt.*; nothing was sent"):
         plan_submissions([str(file)], None, {})
 
 

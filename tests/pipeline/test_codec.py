@@ -299,3 +299,10 @@ def test_a_misspelt_field_is_named_with_the_one_that_is_meant(pack: Any) -> None
 )
 def test_a_fault_in_json_is_named_with_its_place_in_one_sentence(value: bytes, says: str) -> None:
     assert outcome(value) == f"the message is not valid JSON: {says}"
+
+
+@pytest.mark.parametrize(("name", "known"), [("guided_regex", "regex"), ("max_completion_tokens", "max_tokens")])
+def test_a_sampling_parameter_under_another_programs_name_is_told_its_own(name: str, known: str) -> None:
+    job = json.dumps({"job_id": "a", "prompt": "p", "sampling": {name: "x"}}).encode()
+    with pytest.raises(InvalidJob, match=rf"unknown name {name}: did you mean {known}\?$"):
+        decode_job(job)

@@ -28,7 +28,8 @@ from nanovllm.cli.main import main
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.build import build_decoders, check_parts
-from nanovllm.pipeline.build_remote import build_remote_engine
+from nanovllm.pipeline.build_remote import build_remote_engine, remote_findings
+from nanovllm.settings.loading import load_settings
 from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.worker import Settings
 
@@ -356,7 +357,7 @@ async def test_jobs_with_images_for_a_model_without_are_refused_by_name(bench: B
 async def test_the_doctor_asks_each_server_and_says_what_the_dialect_lacks(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with serving(OpenAIServer(key="sk-hunter2"), OpenAIServer()) as (server, dead):
+    async with serving(OpenAIServer(key="sk-hunter2", context=4096), OpenAIServer()) as (server, dead):
         await dead.kill()
         variables = bench.environment | {
             "NANOVLLM_ENGINE__BACKEND": "openai",
@@ -366,13 +367,22 @@ async def test_the_doctor_asks_each_server_and_says_what_the_dialect_lacks(
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert await asyncio.to_thread(main, ["doctor", "--json"]) == 0
-    shown = capsys.readouterr().out
+        shown = capsys.readouterr().out
+        await server.kill()
+        loaded = load_settings()
+        failing = {row.subject: row.fails for row in await remote_findings(build_remote_engine(loaded), loaded)}
     rows = {row["what"]: row for row in json.loads(shown)}
     assert rows[f"endpoint {server.url}"]["is"] == "answers, and lists tiny"
     assert "takes no connection" in rows[f"endpoint {dead.url}"]["why"]
     assert "top_k" in rows["sampling"]["why"]
     assert rows["guided output"]["is"] == "json_schema"
+    assert rows["backend"]["is"] == "openai (engine.backend openai)"
+    assert rows["dialect"]["is"] == "openai"
+    assert rows["concurrency"]["is"] == "up to 64 requests at once"
+    assert rows["context"]["is"] == "4,096 tokens, prompt and output"
     assert "hunter2" not in shown
+    assert failing[f"endpoint {server.url}"]
+    assert failing[f"endpoint {dead.url}"]
 
 
 @pytest.mark.kafka

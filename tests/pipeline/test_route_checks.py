@@ -367,6 +367,29 @@ def test_the_command_says_what_holds(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("command")
+@pytest.mark.parametrize(
+    ("route", "variable", "warns"),
+    [
+        ("task: markdown", None, True),
+        ("task: markdown", "256", False),
+        ("task: markdown\n  sampling: {max_tokens: 300}", None, False),
+        ("prompt: Total?", None, False),
+    ],
+)
+def test_whole_pages_that_would_end_after_the_default_are_warned_of(
+    route: str, variable: str | None, warns: bool, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("NANOVLLM_SAMPLING__MAX_TOKENS", variable)
+    file = tmp_path / "routes.yaml"
+    where = "match: {bucket: inbox, key: 'in/*'}"
+    file.write_text(f"routes:\n- name: pages\n  {where}\n  profile: qwen2.5-vl\n  {route}\n")
+    assert main(["routes", "check", str(file), "--json"]) == 0
+    rows = {row["what"]: row["is"] for row in json.loads(capsys.readouterr().out)}
+    assert ("256 tokens, the default" in rows.get("warning", "")) == warns
+
+
+@pytest.mark.usefixtures("command")
 def test_the_command_measures_what_a_thousand_pages_take(capsys: Capture) -> None:
     measured = ["--measure", "--pages", "2", "--document-pages", "1", "--page", "224x224"]
     assert main(["routes", "check", str(EXAMPLE), *measured, "--json"]) == 0

@@ -136,6 +136,19 @@ async def test_a_run_that_is_repeated_computes_nothing_again(tmp_path: Path) -> 
     assert run.answers().keys() == {"a", "jobs.jsonl:0:1", "b"}
 
 
+async def test_an_output_that_gets_results_of_another_model_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    await run({"job_id": "a", "prompt": "one"})
+    (line,) = read_objects(run.results)
+    line["model"]["id"] = "other"
+    run.results.write_text(json.dumps(line) + "\n")
+    await run({"job_id": "a", "prompt": "one"}, {"job_id": "b", "prompt": "two"}, {"job_id": "c", "prompt": "three"})
+    said = [record.getMessage() for record in caplog.records if "results of" in record.getMessage()]
+    assert said == [f"{run.results} has results of other, and gets those of echo"]
+
+
 async def test_whatever_a_line_holds_it_has_one_outcome(tmp_path: Path) -> None:
     lines = [
         b"\x82\xa6prompt\xa1a",

@@ -10,6 +10,7 @@ import pytest
 from parts import S3Part, create_topic, unique_name
 
 from nanovllm.cli.diagnostics import surroundings
+from nanovllm.cli.main import main
 from nanovllm.settings.worker import Settings
 
 
@@ -19,7 +20,7 @@ def settings(**sections: dict[str, Any]) -> Settings:
 
 
 def told(settings: Settings) -> dict[str, tuple[str, str]]:
-    return {subject: (value, note) for subject, value, note in surroundings(settings)}
+    return {subject: (value, note) for subject, value, note, _ in surroundings(settings)}
 
 
 async def test_topics_that_are_missing_are_named_and_none_is_made(embedded_broker: str) -> None:
@@ -80,3 +81,30 @@ def test_a_real_store_that_refuses_the_key_is_told(versity_s3: S3Part, monkeypat
     value, note = store(versity_s3, bucket)[f"bucket {bucket}"]
     assert value == "does not answer"
     assert "credentials" in note
+
+
+async def test_the_check_of_the_doctor_fails_until_everything_answers(
+    embedded_broker: str, s3: S3Part, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = settings(kafka={"bootstrap_servers": embedded_broker})
+    topics = own.topics.model_dump(include={"jobs", "results", "metrics", "dead_letters"})
+    variables = {
+        "ENGINE__BACKEND": "echo",
+        "KAFKA__BOOTSTRAP_SERVERS": embedded_broker,
+        "HTTP__PORT": "0",
+        **{f"TOPICS__{name.upper()}": topic for name, topic in topics.items()},
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"NANOVLLM_{name}", value)
+    assert await asyncio.to_thread(main, ["doctor"]) == 0
+    assert "echo (engine.backend echo)" in capsys.readouterr().out
+    assert await asyncio.to_thread(main, ["doctor", "--check"]) == 1
+    await create_topic(embedded_broker, *topics.values())
+    assert await asyncio.to_thread(main, ["doctor", "--check"]) == 0
+    monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", s3.endpoint_url)
+    monkeypatch.setenv("NANOVLLM_S3__ADDRESSING_STYLE", "path")
+    monkeypatch.setenv("NANOVLLM_S3__ALLOW", "s3://no-such-bucket")
+    assert await asyncio.to_thread(main, ["doctor", "--check"]) == 1
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    monkeypatch.delenv("NANOVLLM_S3__ALLOW")
+    assert await asyncio.to_thread(main, ["doctor", "--check"]) == 1

@@ -127,6 +127,13 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and (ne $backend "vllm") (gt $needed 1) }}
 {{- fail (printf "settings.vllm divides the model among %d GPUs, but settings.engine.backend is %s: set it to vllm, or leave settings.vllm out" $needed $backend) }}
 {{- end }}
+{{- $engine := default dict .Values.settings.engine }}
+{{- range $name, $default := get (include "nanovllm.refusedEngineSettings" . | fromJson) $backend | default dict }}
+{{- $value := get $engine $name }}
+{{- if and (hasKey $engine $name) (not (kindIs "invalid" $value)) (ne (toJson $value) (toJson $default)) }}
+{{- fail (printf "settings.engine.%s is set, which the backend %s has not: leave it out" $name $backend) }}
+{{- end }}
+{{- end }}
 {{- $endpoints := default list (default dict .Values.settings.remote).endpoints }}
 {{- if and (eq $backend "openai") (not $endpoints) }}
 {{- fail "settings.engine.backend is openai, and settings.remote.endpoints is empty: name the servers" }}

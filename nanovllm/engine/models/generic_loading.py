@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ OLDEST = (5, 24)
 _LAYER_TYPES = ("full_attention", "sliding_attention", *STATEFUL_LAYERS)
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 _MAX_SHOWN_CHARS = 300
+_ABOUT_KERNELS = logging.getLogger("transformers.integrations.hub_kernels")
 
 
 def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
@@ -37,6 +39,8 @@ def load_transformers_model(checkpoint: Checkpoint, dtype: torch.dtype, device: 
     name, config = checkpoint_name(checkpoint.directory), checkpoint.config
     _ = checkpoint.names  # a damaged file is named by the reader of it
     factory: Any = AutoModelForImageTextToText if has_images(config) else AutoModelForCausalLM
+    if device.type == "cpu":
+        _ABOUT_KERNELS.setLevel(logging.ERROR)  # it recommends kernels that are for GPUs alone
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
