@@ -111,19 +111,17 @@ class OpenAIEngine(EngineBackend):
             "model %s of %s: dialect %s, context %s", self.model_info.id, urls, self._options.dialect.name, context
         )
 
-    async def listings(self) -> dict[str, Mapping[str, int | None] | EndpointFault | None]:
+    async def listings(self, timeout_s: float | None = None) -> dict[str, Listing | EndpointFault | None]:
         """What each endpoint answers when it is asked for its models, once: their contexts, None for no list.
 
-        Raises ConfigurationError: none of the addresses is one of a server.
+        ``timeout_s`` as in `ask_each`. Raises ConfigurationError: none of the addresses is one of a server.
         """
-        return {endpoint.url: answer for endpoint, answer in (await self._ask_each()).items()}
-
-    async def _ask_each(self) -> dict[Endpoint, Listing | EndpointFault | None]:
-        return await ask_each(self._endpoints, self.model_info.id, self._probe)
+        answers = await ask_each(self._endpoints, self.model_info.id, self._probe, timeout_s)
+        return {endpoint.url: answer for endpoint, answer in answers.items()}
 
     async def _look(self) -> bool:
         """Whether an endpoint is up that has the model, which is known then; the others are left out until they do."""
-        answers = await self._ask_each()
+        answers = await ask_each(self._endpoints, self.model_info.id, self._probe)
         listings = {one: found for one, found in answers.items() if not isinstance(found, EndpointFault)}
         faults = {one: found for one, found in answers.items() if isinstance(found, EndpointFault)}
         model = model_in(listings.values(), self._options.model) if listings else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 
 from nanovllm.engine.backends.foreign_errors import shown
 from nanovllm.engine.backends.openai.endpoint import Endpoint
@@ -15,17 +15,18 @@ Listing = Mapping[str, int | None]
 
 
 async def ask_each(
-    endpoints: Sequence[Endpoint], model: str, probe: bytes
+    endpoints: Sequence[Endpoint], model: str, probe: bytes, timeout_s: float | None = None
 ) -> dict[Endpoint, Listing | EndpointFault | None]:
     """What each of ``endpoints`` lists, asked once; None where it has no list, but answers ``probe`` for ``model``.
 
-    A busy one is left its time.
+    A busy one is left its time. ``timeout_s``: for each; None: as long as it takes.
 
     Raises:
         ConfigurationError: none of the addresses is one of a server.
     """
     asked = [endpoint for endpoint in endpoints if not endpoint.is_paused]
-    found = await asyncio.gather(*(one.listing(model, probe) for one in asked), return_exceptions=True)
+    questions = (_within(timeout_s, one.listing(model, probe)) for one in asked)
+    found = await asyncio.gather(*questions, return_exceptions=True)
     answers: dict[Endpoint, Listing | EndpointFault | None] = {}
     for endpoint, answer in zip(asked, found, strict=True):
         if isinstance(answer, BaseException) and not isinstance(answer, EndpointFault):
@@ -36,6 +37,14 @@ async def ask_each(
         endpoint, fault = next(iter(faults.items()))
         raise ConfigurationError(f"remote.endpoints: {endpoint.url} has no /models, and to a request {fault}")
     return answers
+
+
+async def _within(timeout_s: float | None, question: Awaitable[Listing | None]) -> Listing | None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await question
+    except TimeoutError:
+        raise EndpointFault("timeout", "does not answer in time") from None
 
 
 def model_in(listings: Iterable[Listing | None], wanted: str | None) -> str:
