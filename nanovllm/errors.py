@@ -412,6 +412,7 @@ class ApiKeyRefused(CredentialsRefused):
 class EndpointsUnavailable(SystemicError):
     """None of ``remote.endpoints`` answers as a server of OpenAI's protocol does."""
 
+    request_failures = 0  # how often servers have failed with the request that learns of it
     code = "endpoints_unavailable"
     remedy = "Check NANOVLLM_REMOTE__ENDPOINTS, the servers themselves, and the network between."
 

@@ -25,6 +25,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from nanovllm.cli.main import main
+from nanovllm.engine.backends.base import Generation, Request
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.build import build_decoders, check_parts
@@ -175,6 +176,30 @@ async def test_what_a_server_refuses_and_what_the_dialect_lacks_are_dead_letters
     }
     assert "top_k" in reasons["lacks"]["nanovllm_message"]
     assert "hunter2" not in json.dumps(reasons)
+
+
+async def test_a_job_that_ends_its_only_server_each_time_is_given_up_after_the_allowed_attempts(bench: Bench) -> None:
+    class Fragile(EchoEngine):
+        def submit(self, request: Request) -> Generation:
+            if "poison" in str(request.messages):
+                deaths.append(asyncio.create_task(die()))
+            return super().submit(request)
+
+    async def die() -> None:
+        await server.kill()
+        await asyncio.sleep(0.3)
+        await server.start()
+
+    deaths: list[asyncio.Task[None]] = []
+    server = OpenAIServer(Fragile(delay_s=0.2))
+    async with server, working(bench, settings_of(bench, server, max_attempts=8)):
+        await bench.send({"job_id": "p", "prompt": "poison"})
+        (letter,) = await bench.read(bench.settings.topics.dead_letters, 1)
+        await asyncio.gather(*deaths)
+        await bench.send({"job_id": "good", "prompt": "a few words"})
+        await answered(bench, {"good"})
+    assert ("nanovllm_code", b"answer_failed") in letter.headers
+    assert len(deaths) > 1
 
 
 async def test_a_deadline_ends_the_wait_for_a_server(bench: Bench) -> None:

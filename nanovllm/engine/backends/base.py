@@ -32,6 +32,7 @@ class Request:
     parts) is set. ``images`` are in the order of their positions. A lower ``priority`` runs earlier. Requests with
     different ``cache_salt`` share neither prefix blocks nor image embeddings. ``raw_prompt`` leaves the chat template
     out; ``chat_template_kwargs`` are variables of the template, whose texts it writes as its own: a job gives none.
+    ``failures``: how often servers have failed with it before.
     Raises InvalidInput unless exactly one of the two is set, and for images that are not prepared.
     """
 
@@ -44,6 +45,7 @@ class Request:
     cache_salt: bytes = b""
     raw_prompt: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
+    failures: int = 0
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -78,10 +78,16 @@ class AwaitServers:
     async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``, which is called again for as long as it raises EndpointsUnavailable or CredentialsRefused."""
 
+        failures = 0
+
         async def attempt() -> Inference | Exception:
+            nonlocal failures
             try:
-                return await self._infer(request, admitted)
-            except (EndpointsUnavailable, CredentialsRefused):
+                return await self._infer(replace(request, failures=failures), admitted)
+            except EndpointsUnavailable as error:
+                failures = error.request_failures
+                raise
+            except CredentialsRefused:
                 raise
             except Exception as error:
                 return error  # of the request, or of the engine for good: not to be tried again

@@ -29,6 +29,7 @@ from nanovllm.errors import (
     AnswerWithheld,
     ApiKeyRefused,
     ConfigurationError,
+    EndpointsUnavailable,
     EngineDead,
     InvalidInput,
     ModelNotFound,
@@ -54,9 +55,10 @@ TOLD_FAILURES = (10, 100)
 
 @dataclass
 class _Times:
-    """Moments of a request, of ``time.perf_counter``; ``sent`` and ``first_token`` of its last attempt."""
+    """Moments of a request, of ``time.perf_counter``, and its failures; ``sent`` and later ones of its last attempt."""
 
     begun: float
+    failures: int
     sent: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -226,13 +228,15 @@ class OpenAIEngine(EngineBackend):
         await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints))
 
     async def _run(self, request: Request, generation: Generation) -> None:
-        times = _Times(begun=time.perf_counter())
+        times = _Times(begun=time.perf_counter(), failures=request.failures)
         try:
             body = request_body(request, self.model_info.id, self._options)
             answer = await self._answer(request, body, generation, times)
             output = self._output(request, answer, times)
         except Exception as error:
             self._generations.pop(request.request_id, None)
+            if isinstance(error, EndpointsUnavailable):
+                error.request_failures = times.failures
             generation.fail(error)
             return
         finally:
@@ -247,7 +251,7 @@ class OpenAIEngine(EngineBackend):
 
     async def _answer(self, request: Request, body: RequestBody, generation: Generation, times: _Times) -> Answer:
         """The whole answer of one endpoint, after as many faults of endpoints as there are."""
-        faults, pause_s, options = 0, FIRST_PAUSE_S, self._options
+        pause_s, options = FIRST_PAUSE_S, self._options
         failed: set[Endpoint] = set()
         while True:
             async with self._pool.lease(request.priority, body.affinity, failed) as lease:
@@ -274,16 +278,16 @@ class OpenAIEngine(EngineBackend):
                     if fault.kind == "error":
                         options = replace(options, sign_url=None)  # it may not reach the object store
                     if fault.kind != "overloaded":
-                        faults += 1
+                        times.failures += 1
                         failed.add(endpoint)
-                    if self._options.max_attempts is not None and faults >= self._options.max_attempts:
-                        raise AnswerFailed(f"{faults} failures; in the last one the server {fault}") from None
-                    if faults in TOLD_FAILURES and fault.kind != "overloaded":
+                    if self._options.max_attempts is not None and times.failures >= self._options.max_attempts:
+                        raise AnswerFailed(f"{times.failures} failures; in the last one the server {fault}") from None
+                    if times.failures in TOLD_FAILURES and fault.kind != "overloaded":
                         logger.warning(
                             "request %s has failed %d times, the last time at %s, which %s: remote.max_attempts, or a "
                             "deadline of its job, would end it",
                             request.request_id,
-                            faults,
+                            times.failures,
                             endpoint.url,
                             fault,
                         )
