@@ -287,7 +287,8 @@ async def test_aborts_at_any_moment_leave_an_image_that_can_be_asked_about(
         )
         await asyncio.sleep(0.01 * number)
         generation.abort()
-        assert (await generation).finish_reason == "abort"
+        # A machine that is quick has answered before the last ones.
+        assert (await generation).finish_reason in ("abort", "length" if number else "abort")
     for salt in (b"", *map(bytes, ([0], [1], [2]))):
         assert (await ask(in_process, PROMPTS[1][0], PROMPTS[1][1], cache_salt=salt)).text == wanted[1].text
 
