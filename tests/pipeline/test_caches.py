@@ -22,6 +22,7 @@ from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.objects.s3_client import make_client
 from nanovllm.pipeline.stages.caches import ENTRY_BYTES, ImageCache, SingleFlightCache
+from nanovllm.pipeline.stages.infer import ReuseResponses
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.images import ReuseSettings
 from nanovllm.settings.s3 import S3Settings
@@ -468,7 +469,9 @@ async def test_a_deadline_of_one_takes_the_answer_from_nobody_else(bench: Bench)
 
 
 def waiting_for_an_answer(worker: Worker) -> int:
-    reuse: Any = worker.stages.infer._infer  # type: ignore[attr-defined]
+    reuse: Any = worker.stages.infer
+    while not isinstance(reuse, ReuseResponses):
+        reuse = reuse._infer
     return sum(flight.waiting for flight in reuse._cache._flights.values())
 
 
