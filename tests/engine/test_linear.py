@@ -161,7 +161,7 @@ def test_a_packed_layer_does_not_keep_its_plain_weight() -> None:
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 10, 45, 46, 100])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 5), (47, 33), (200, 258)])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_float32_weights_from_16_bits_multiply_to_the_same_bits(
+def test_panels_of_16_bits_multiply_to_the_bits_of_float32_ones(
     stored: torch.dtype, outputs: int, inputs: int, num_rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(inputs)
