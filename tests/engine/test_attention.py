@@ -288,7 +288,8 @@ def test_kernels_for_a_lesser_cpu_compile_anew_and_pass_the_same_tests(tmp_path:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or kernels.missing() is not None:
         pytest.skip("this is the lesser CPU")
     here = Path(__file__)
-    modules = [str(here), str(here.with_name("test_token_ops.py")), str(here.with_name("test_linear.py"))]
+    others = ("test_token_ops.py", "test_linear.py", "test_sampler.py")
+    modules = [str(here), *(str(here.with_name(name)) for name in others)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "not panels", *modules],
         cwd=here.parents[2],
