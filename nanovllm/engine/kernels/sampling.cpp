@@ -1,7 +1,7 @@
 // Sampling of rows of logits: a token by its limits and a counter-based generator, and masks of forbidden tokens.
 //
-// Every row depends on itself alone. Limits are found without sorting the row: the k best by a heap, the least set of
-// probability p among the tokens near the best one.
+// Every row depends on itself alone. Limits are found without sorting the row: few best tokens by a heap, others by counts
+// and probabilities in buckets of logits, of which one alone is put in order.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
