@@ -368,7 +368,8 @@ async def test_sigterm_drains_the_process(setting: Setting, tmp_path: Path) -> N
     moved = await setting.keys()
     left = [event.key for body in setting.waiting() for event in parse_events(body.encode())]
     assert len(left) == visible
-    assert sorted(moved + left) == sorted(names)
+    # At least once: two receivers that ask at the same moment may be given one message.
+    assert set(moved + left) == set(names)
 
 
 def test_the_command_says_what_it_moved_and_what_is_wrong(
