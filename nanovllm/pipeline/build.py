@@ -62,6 +62,7 @@ from nanovllm.pipeline.stages.infer import (
     WaitForSlot,
 )
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
+from nanovllm.pipeline.stages.job_sampling import JobSampling
 from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
@@ -173,7 +174,8 @@ def build_worker(
     publish = Publish(sink, retry, failure, metrics)
     of_profile = heeded_sampling(model_profile(settings.engine).profile, engine.capabilities.sampling)
     defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
-    admit = Admit(settings, defaults, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
+    sampling = JobSampling(defaults, settings.admission.max_tokens)
+    admit = Admit(settings, sampling, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
     make_fetch = partial(
         Fetch,
         breaker=breaker,
