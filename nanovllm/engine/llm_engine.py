@@ -11,7 +11,7 @@ import time
 from collections import abc
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -77,8 +77,7 @@ class LLMEngine:
                 self.model_runner.attention.block_size,
                 enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
             ),
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
+            **asdict(self.model_runner.limits),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
         self.sampler = Sampler(self.model_runner.device, self.config.seed)

@@ -231,7 +231,9 @@ def build_worker(
         stages=stages,
         event_stages=event_stages,
         admission=Admission(
-            max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes, lanes=set(lanes.values())
+            max_jobs=settings.max_admitted_jobs(engine.max_num_seqs),
+            max_bytes=settings.admission.max_bytes,
+            lanes=set(lanes.values()),
         ),
         engine=engine,
         faults=faults,
@@ -362,7 +364,7 @@ async def load_engine(settings: Settings) -> EngineBackend:
     if options.backend == "echo":
         from nanovllm.engine.backends.echo import EchoEngine
 
-        return EchoEngine(max_num_seqs=options.max_num_seqs)
+        return EchoEngine(max_num_seqs=options.seats_elsewhere)
     if options.backend == "openai":
         logger.info("%s: %s (%s)", *next(profile_rows(served_profile(settings))))
         return build_remote_engine(settings)

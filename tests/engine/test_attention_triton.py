@@ -110,8 +110,8 @@ def test_plans_of_host_and_device_are_the_same() -> None:
         assert getattr(host, one).dtype == getattr(device, one).dtype
     assert {host.starts.dtype, host.contexts.dtype, host.tables.dtype} == {torch.int32}
     assert (host.max_query, host.max_context, device.max_context) == (1, 6, 8)
-    assert backend.decode_contexts(100) == (100,)
-    assert backend.decode_contexts(40960) == (4096, 40960)
+    assert backend.decode_contexts(100, rows=1) == (100,)
+    assert backend.decode_contexts(40960, rows=256) == (4096, 40960)
 
 
 def _launch(

@@ -54,8 +54,8 @@ class AttentionBackend(Protocol):
 class GraphAttention(AttentionBackend, Protocol):
     """A backend whose metadata of single-token rows is made on the device alone, so that a CUDA graph can hold it."""
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """The longest contexts, ascending, for which a graph of ``rows`` tokens pays, none beyond ``limit`` tokens."""
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> Any:
         """The metadata of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.

@@ -62,8 +62,10 @@ class TritonAttention:
             slots, starts, contexts, pages.view(rows, -1), max(batch.query_lens), max(batch.context_lens)
         )
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """Unused width costs the kernel nothing, but the host copies it every time; most steps have no long context."""
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """Unused width costs the kernel nothing: a row's own context is cut into shares. But the host copies it every
+        time, and most steps have no long context.
+        """
         return tuple(sorted({min(limit, _NARROW), limit}))
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> TritonMetadata:

@@ -13,6 +13,9 @@ from torch import Tensor
 from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of
 from nanovllm.engine.layers.device_copy import together
 
+_SHARED_CONTEXTS = (1024, 4096, 16_384)  # tokens
+_MAX_SHARED_ROWS = 16  # with eight heads of keys more rows keep a GPU of 132 multiprocessors busy without shares
+
 
 @dataclass(frozen=True)
 class VarlenMetadata:
@@ -71,9 +74,10 @@ class PagedVarlenAttention:
             max_context=max(batch.context_lens),
         )
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """One width of table will do: what a row does not use of it costs nothing."""
-        return (limit,)
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """Few rows are cut into shares of the table's width, and what is beyond a row's context leaves shares empty."""
+        contexts = _SHARED_CONTEXTS if rows <= _MAX_SHARED_ROWS else ()
+        return tuple(sorted({limit, *(context for context in contexts if context < limit)}))
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> VarlenMetadata:
         """See GraphAttention."""

@@ -39,6 +39,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def numbered(device: torch.device) -> torch.device:
+    """``device`` with the number of the calling thread's current GPU where it has none: other threads have another."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU."""
     if config.dtype not in (None, "auto"):

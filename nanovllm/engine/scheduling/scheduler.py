@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_limits import CPU_LIMITS
 
 
 @dataclass
@@ -41,12 +41,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_draft_step_tokens: int = CPU_LIMITS.max_draft_step_tokens,
         num_speculative_tokens: int = 0,
     ) -> None:
         """``blocks`` is used by this scheduler alone."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_draft_step_tokens = max_draft_step_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
         self.prompt_lookup = PromptLookup(num_speculative_tokens)
@@ -125,7 +127,7 @@ class Scheduler:
     def _add_drafts(self, rows: list[ScheduledRow], budget: StepBudget) -> list[ScheduledRow]:
         """The same rows, those that sample with drafts, as long as the step stays small and blocks are free."""
         num_tokens = self.max_num_batched_tokens - budget.tokens
-        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
+        budget.tokens = min(budget.tokens, self.max_draft_step_tokens - num_tokens)
         drafted = []
         for row in rows:
             may_draft = row.is_sampled and budget.tokens > 0
