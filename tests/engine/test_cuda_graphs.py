@@ -34,6 +34,7 @@ from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_ke
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.execution import model_runner
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, graph_shapes, graph_sizes
+from nanovllm.engine.layers.device_copy import HostCopy
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling import sampler
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -268,14 +269,13 @@ def test_a_step_waits_for_the_device_only_to_read_its_tokens(text: Path, monkeyp
     use_graphs("torch", monkeypatch)
     waits = 0
 
-    def read_back(tokens: Tensor) -> list[int]:
+    def wait(copies: HostCopy) -> list[Tensor]:
         nonlocal waits
         waits += 1
         with torch.utils._python_dispatch._disable_current_modes():
-            values: list[int] = tokens.tolist()
-        return values
+            return [torch.tensor(values.tolist()) for values in copies._tensors]
 
-    monkeypatch.setattr(sampler, "read_back", read_back)
+    monkeypatch.setattr(HostCopy, "wait", wait)
     options: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
     everything = SamplingParams(
         temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.1,
@@ -298,7 +298,7 @@ def test_greedy_rows_are_an_argmax_and_nothing_else() -> None:
     logits = torch.eye(3, 5)
     with calls:
         tokens = sampler.Sampler(CPU).sample(logits, rows)
-    assert tokens == [0, 1, 2]
+    assert tokens.tolist() == [0, 1, 2]
     called = [function._schema.name.split("::")[1] for function, *_ in calls.calls]
     assert called == ["argmax"]  # our kernel's or torch's
 

@@ -117,7 +117,7 @@ def test_a_draft_that_was_all_wrong_ends_them_for_a_while_and_right_ones_grow() 
         """Draft, take over that many and then another token; returns the length of the draft."""
         known = len(sequence)
         drafts = lookup.propose(sequence, 99)
-        row = ScheduledRow(sequence, known - 1, 1 + len(drafts), drafts)
+        row = ScheduledRow(sequence, known - 1, 1 + len(drafts), True, drafts)
         sequence.token_ids += drafts[:accepted]
         if accepted < len(drafts):
             sequence.token_ids += [9]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import move, to_device
 from nanovllm.engine.models.decoder import Decoder
 
@@ -155,9 +156,16 @@ class DecodeGraphs:
         return rows
 
     def load(
-        self, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int], batch: AttentionBatch
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        batch: AttentionBatch,
+        ahead: TokensAhead | None = None,
     ) -> Replay | None:
         """Send the step's T tokens to the smallest graph that holds them; None where none does.
+
+        Those that are ``ahead`` are written over their places of ``token_ids``.
 
         In the graph every token is a row of its own, whose context ends with it: each layer writes the keys and values
         of all tokens before any of them attends. The result computes the logits of the ``wanted`` tokens
@@ -180,6 +188,8 @@ class DecodeGraphs:
             rows[first : first + length, _NUM_COLUMNS : _NUM_COLUMNS + len(known)] = known
             first += length
         graph.inputs.copy_(host, non_blocking=True)
+        if ahead is not None:
+            ahead.write_to(graph.inputs[:, 0])
         chosen = None if len(wanted) == first else to_device(wanted, self._logits.device, torch.int64)
         return partial(self._replay, graph, first, chosen)
 

@@ -20,6 +20,7 @@ from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.generic import GenericDecoder
@@ -235,8 +236,11 @@ class ModelRunner:
                     if pixels >= 0:
                         yield sequence, span
 
-    def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
-        """The scheduled rows as tensors, single-token rows first, or load them into a graph."""
+    def prepare(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> StepInputs:
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
+
+        ``sampled_before`` [n] are the tokens of the step in flight, where rows go on behind them.
+        """
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -245,6 +249,8 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
+        places: list[int] = []  # of tokens that are not known yet
+        sources: list[int] = []  # where they are in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -258,6 +264,10 @@ class ModelRunner:
             if sequence.lacks_prompt_logprobs:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
+            if sequence.pending is not None:
+                places.append(len(token_ids))
+                sources.append(sequence.pending)
+                token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
@@ -267,14 +277,17 @@ class ModelRunner:
             context_lens=[row.end for row in rows],
             block_tables=[row.sequence.block_table for row in rows],
         )
+        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
-            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch):
+            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
         tokens = StepTokens(
