@@ -60,14 +60,15 @@ def trial(device: torch.device, dtype: torch.dtype) -> float:
         cos, signed_sin = (torch.cat(halves, -1) for halves in ((angles.cos(),) * 2, (-angles.sin(), angles.sin())))
         slots = torch.tensor([5, 0, 17], device=device)
         cache = torch.zeros(18, 2, kv_heads, dim, dtype=dtype, device=device)
-        query = rotate_and_write(qkv, norm, _EPS, cos, signed_sin, *cache.unbind(1), slots)
+        keys, values = cache.unbind(1)
+        query = rotate_and_write(qkv, norm, _EPS, cos, signed_sin, keys, values, slots)
         expected = qkv.double()
         rotated = expected[:, : heads + kv_heads]
         if norm is not None:
             rotated = F.rms_norm(rotated, (dim,), None, _EPS) * norm
         rotated = rotated * cos + rotated.roll(dim // 2, -1) * signed_sin
-        pairs += [(query, rotated[:, :heads]), (cache[slots, 0], rotated[:, heads:])]
-        pairs += [(cache[slots, 1], expected[:, heads + kv_heads :])]
+        pairs += [(query, rotated[:, :heads]), (keys[slots], rotated[:, heads:])]
+        pairs += [(values[slots], expected[:, heads + kv_heads :])]
     for size in (96, 2048):
         residual, update, weight, gate_up = draw(tokens, size), draw(tokens, size), draw(size), draw(tokens, 2 * size)
         total = residual + update
