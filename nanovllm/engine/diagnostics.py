@@ -18,6 +18,7 @@ import transformers
 from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_trial import TrialResult
@@ -54,6 +55,8 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
     yield _attention(engine)
+    if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
+        yield _layers(engine)
     yield _graphs(engine)
     yield from _memory(engine)
     if importlib.util.find_spec("llguidance") is None:
@@ -142,6 +145,13 @@ def _attention(engine: LLMEngine) -> Finding:
         return Finding("attention", f"{backend.name}: slow", f"what is faster is missing: {backend.reason}")
     note = "compiled for this CPU" if isinstance(backend, PagedCpuAttention) else "held against plain torch at start"
     return Finding("attention", backend.name, note)
+
+
+def _layers(engine: LLMEngine) -> Finding:
+    weight = engine.model_runner.model.embed_tokens
+    if (reason := fused.why_not(weight.device, weight.dtype)) is not None:
+        return Finding("layers", "torch's operators: slow", f"the fused Triton kernels cannot be used: {reason}")
+    return Finding("layers", "fused Triton kernels", "held against plain torch at start")
 
 
 def _graphs(engine: LLMEngine) -> Finding:
