@@ -18,6 +18,7 @@ import transformers
 from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_trial import TrialResult
@@ -55,6 +56,8 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _weights(engine)
     yield _attention(engine)
     yield _step_limits(engine)
+    if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
+        yield _layers(engine)
     yield _graphs(engine)
     yield from _memory(engine)
     if importlib.util.find_spec("llguidance") is None:
@@ -145,6 +148,7 @@ def _attention(engine: LLMEngine) -> Finding:
     return Finding("attention", backend.name, note)
 
 
+<<<<<<< HEAD
 def _step_limits(engine: LLMEngine) -> Finding:
     config, limits = engine.config, engine.model_runner.limits
     value = f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens:,} tokens"
@@ -157,6 +161,14 @@ def _step_limits(engine: LLMEngine) -> Finding:
     notes = [f"by device and model: {', '.join(chosen)}"] if chosen else []
     notes += [f"set: {', '.join(given)}"] if given else []
     return Finding("step", value, "; ".join(notes))
+
+
+def _layers(engine: LLMEngine) -> Finding:
+    weight = engine.model_runner.model.embed_tokens
+    if (reason := fused.why_not(weight.device, weight.dtype)) is not None:
+        return Finding("layers", "torch's operators: slow", f"the fused Triton kernels cannot be used: {reason}")
+    return Finding("layers", "fused Triton kernels", "held against plain torch at start")
+>>>>>>> h-fused
 
 
 def _graphs(engine: LLMEngine) -> Finding:

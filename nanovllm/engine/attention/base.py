@@ -8,6 +8,7 @@ single token come first, so that decoding is one batched call.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers.token_ops import CacheSlots
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,23 @@ class AttentionBackend(Protocol):
 
         Every token sees the tokens of its own sequence up to itself. Returns [T, heads, d].
         """
+
+
+class SlotAttention(ABC):
+    """A backend that attends to keys and values in the cache, whoever wrote them: one kernel may rotate and write."""
+
+    @abstractmethod
+    def slots(self, cache: Tensor, metadata: Any) -> CacheSlots:
+        """Where the step's keys and values go; a view of ``cache``."""
+
+    @abstractmethod
+    def attend_written(self, query: Tensor, cache: Tensor, metadata: Any) -> Tensor:
+        """`AttentionBackend.attend` once the step's keys and values are in their slots."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any) -> Tensor:
+        """See AttentionBackend."""
+        self.slots(cache, metadata).write(key, value)
+        return self.attend_written(query, cache, metadata)
 
 
 @runtime_checkable
