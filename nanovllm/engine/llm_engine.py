@@ -31,7 +31,7 @@ from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, Step
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
-from nanovllm.engine.sampling.structured_output import TokenMasks
+from nanovllm.engine.sampling.structured_output import GuidedRows, TokenMasks
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
@@ -81,9 +81,11 @@ class LLMEngine:
             max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
-        self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
+        self.sampler = Sampler(
+            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
+        )
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,
@@ -215,7 +217,7 @@ class LLMEngine:
         sampled = self.sample(inputs, result.logits, masks)
         return outputs + self.commit(inputs, result, sampled)
 
-    def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
+    def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[GuidedRows] | None) -> SampledTokens:
         """Sample the next token of each row of ``logits``, which are overwritten."""
         sequences = inputs.sampled_sequences
         scored = [index for index, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
