@@ -148,7 +148,6 @@ def _attention(engine: LLMEngine) -> Finding:
     return Finding("attention", backend.name, note)
 
 
-<<<<<<< HEAD
 def _step_limits(engine: LLMEngine) -> Finding:
     config, limits = engine.config, engine.model_runner.limits
     value = f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens:,} tokens"
@@ -168,7 +167,6 @@ def _layers(engine: LLMEngine) -> Finding:
     if (reason := fused.why_not(weight.device, weight.dtype)) is not None:
         return Finding("layers", "torch's operators: slow", f"the fused Triton kernels cannot be used: {reason}")
     return Finding("layers", "fused Triton kernels", "held against plain torch at start")
->>>>>>> h-fused
 
 
 def _graphs(engine: LLMEngine) -> Finding:

@@ -71,9 +71,11 @@ class LLMEngine:
             **asdict(self.model_runner.limits),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
-        self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
+        self.sampler = Sampler(
+            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
+        )
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,

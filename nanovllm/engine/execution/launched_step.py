@@ -13,6 +13,7 @@ from nanovllm.engine.layers.device_copy import HostCopy, to_device
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import read_scores, score_tokens
 from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.sampling.structured_output import GuidedRows
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
 
@@ -66,7 +67,7 @@ class LaunchedStep:
         return SampledTokens(tokens, logprobs)
 
 
-def sample(inputs: StepInputs, result: StepResult, masks: Future[Tensor] | None, sampler: Sampler) -> LaunchedStep:
+def sample(inputs: StepInputs, result: StepResult, masks: Future[GuidedRows] | None, sampler: Sampler) -> LaunchedStep:
     """Sample the next token of each row of ``result``'s logits, which are overwritten, without waiting for the device.
 
     ``masks`` are those of the rows' constraints, which another thread computes.
