@@ -265,7 +265,7 @@ def test_forbidden_tokens_of_one_row_are_kept_where_they_are_all_that_a_row_has(
     logits[:, 4], logits[1, 7] = 1.0, 0.5
     sequences = [make_sequence(temperature=0.0, min_tokens=1, stop_token_ids=frozenset({4})) for _ in range(3)]
     sequences[2] = make_sequence(temperature=0.0)
-    assert make_sampler().sample(logits, sequences) == [4, 7, 4]
+    assert make_sampler().sample(logits, sequences).tolist() == [4, 7, 4]
     assert torch.equal(logits[1].isfinite().nonzero().flatten(), torch.tensor([7]))
 
 
