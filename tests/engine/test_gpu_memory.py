@@ -42,7 +42,9 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def budget(runner: ModelRunner, attention: AttentionBackend, **options: Any) -> int:
     config = EngineConfig("", gpu_memory_utilization=0.75, max_model_len=600)
-    return kv_cache_size.kv_cache_bytes(config, LIMITS, CUDA, runner.model, attention, runner.encoder, **options)
+    return kv_cache_size.kv_cache_bytes(
+        config, LIMITS, CUDA, runner.model, attention, runner.sampling, runner.encoder, **options
+    )
 
 
 def of_a_gpu(monkeypatch: pytest.MonkeyPatch, *peaks: int) -> list[Any]:

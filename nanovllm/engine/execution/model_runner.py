@@ -28,6 +28,7 @@ from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
+from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
@@ -94,7 +95,8 @@ class ModelRunner:
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
-        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.sampling = choose_kernels(self.device, self.model.embed_tokens.dtype, text.vocab_size)
+        self.limits = limits_for(config, self.device, self.model, self.attention, self.sampling, reserved=reserved)
         self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
@@ -125,6 +127,7 @@ class ModelRunner:
             self.device,
             self.model,
             self.attention,
+            self.sampling,
             self.encoder,
             has_graphs=self.why_no_graphs is None,
             reserved=reserved,
