@@ -54,6 +54,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
     yield _attention(engine)
+    yield from _sampling(engine)
     yield _graphs(engine)
     yield from _memory(engine)
     if importlib.util.find_spec("llguidance") is None:
@@ -142,6 +143,15 @@ def _attention(engine: LLMEngine) -> Finding:
         return Finding("attention", f"{backend.name}: slow", f"what is faster is missing: {backend.reason}")
     note = "compiled for this CPU" if isinstance(backend, PagedCpuAttention) else "held against plain torch at start"
     return Finding("attention", backend.name, note)
+
+
+def _sampling(engine: LLMEngine) -> Iterator[Finding]:
+    if engine.model_runner.device.type != "cuda":
+        return
+    if (reason := engine.sampler.kernels.reason) is None:
+        yield Finding("sampling", "Triton kernels", "held against plain torch at start")
+    else:
+        yield Finding("sampling", "torch's operators, which sort the vocabulary: slow", reason)
 
 
 def _graphs(engine: LLMEngine) -> Finding:
