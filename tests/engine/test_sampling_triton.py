@@ -172,6 +172,12 @@ def make_sequence(**options: Any) -> Sequence:
     return Sequence("", [0], 1, SamplingParams(**options), 16, stop_token_ids=frozenset({1, 5}))
 
 
+def make_sampler(seed: int) -> Sampler:
+    sampler = Sampler(DEVICE, seed)
+    sampler.kernels = triton_kernels()
+    return sampler
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_step_of_all_kinds_of_rows_samples_what_it_samples_on_a_cpu(seed: int) -> None:
     sequences = [
@@ -186,9 +192,9 @@ def test_a_step_of_all_kinds_of_rows_samples_what_it_samples_on_a_cpu(seed: int)
     logits = 3 * torch.randn(len(sequences), 100, generator=numbers)
     masks = torch.randint(-(2**31), 2**31, (2, 4), generator=numbers).int()
     guided = GuidedRows(torch.tensor([1, 3]), masks)
-    on_cpu, on_device = (Sampler(torch.device("cpu"), seed) for _ in range(2))
-    on_device.kernels = triton_kernels()
-    assert on_device.sample(logits.clone(), sequences, guided) == on_cpu.sample(logits.clone(), sequences, guided)
+    on_device = make_sampler(seed)
+    expected = Sampler(torch.device("cpu"), seed).sample(logits.clone(), sequences, guided)
+    assert on_device.sample(logits.to(DEVICE, copy=True), sequences, guided) == expected
 
 
 def test_only_what_rows_ask_for_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +208,11 @@ def test_only_what_rows_ask_for_is_launched(monkeypatch: pytest.MonkeyPatch) -> 
                 launched.append(name) or launch(*arguments, **options)
             ),
         )
-    sampler = Sampler(torch.device("cpu"), 0)
-    sampler.kernels = triton_kernels()
+    sampler = make_sampler(0)
 
     def launches(**options: Any) -> set[str]:
         launched.clear()
-        sampler.sample(torch.randn(1, 50), [make_sequence(**options)])
+        sampler.sample(torch.randn(1, 50).to(DEVICE), [make_sequence(**options)])
         return set(launched)
 
     assert launches(temperature=0.0, top_p=0.5) == set()
