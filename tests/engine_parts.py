@@ -153,9 +153,7 @@ class RecordingSampler(Sampler):
         super().__init__(device, seed=0)
         self.logits: dict[str, dict[int, Tensor]] = {}
 
-    def sample(
-        self, logits: Tensor, sequences: Sequence[EngineSequence], guided: GuidedRows | None = None
-    ) -> list[int]:
+    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence], guided: GuidedRows | None = None) -> Tensor:
         """Record, then sample."""
         for sequence, row in zip(sequences, logits.clone(), strict=True):
             self.logits.setdefault(sequence.request_id, {})[sequence.num_output_tokens] = row

@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token of every row, with one synchronisation with the device, for the tokens.
+"""Sampling: from logits to the next token of every row, without waiting for the device.
 
 A greedy row is the argmax of its own logits, whatever the parameters of other rows. The random numbers of a row with a
 seed follow from the seed and the position in the output: they depend neither on the rest of the batch nor on how many
@@ -12,7 +12,6 @@ from collections import abc
 import torch
 from torch import Tensor
 
-from nanovllm.engine.layers.device_copy import read_back
 from nanovllm.engine.layers.token_ops import argmax
 from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.sampling.sampling_batch import ForbiddenTokens, SamplingBatch
@@ -45,8 +44,8 @@ class Sampler:
         else:
             self._generator.manual_seed(seed)
 
-    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], guided: GuidedRows | None = None) -> list[int]:
-        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], guided: GuidedRows | None = None) -> Tensor:
+        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten: [rows].
 
         ``guided``: the rows under a constraint, from `structured_output.TokenMasks`. A constraint has precedence: where
         bad words or ``min_tokens`` leave no token that it allows, they do not apply.
@@ -56,11 +55,11 @@ class Sampler:
             self.kernels.forbid_masked(logits, guided.to(logits.device))
         adjust(logits, batch)
         if batch.random is None:
-            return read_back(argmax(logits))
+            return argmax(logits)
         drawn = self.kernels.draw_tokens(logits, batch.random)
         if len(drawn) == len(sequences):
-            return read_back(drawn)
-        return read_back(argmax(logits).index_copy_(0, batch.random.rows, drawn))
+            return drawn
+        return argmax(logits).index_copy_(0, batch.random.rows, drawn)
 
 
 def adjust(logits: Tensor, batch: SamplingBatch) -> None:
