@@ -159,19 +159,19 @@ class NativeEncoder(ImageEncoder):
     def _run(self, images: Sequence[np.ndarray]) -> Sequence[Tensor]:
         patch = self.tower.config.patch_size
         grids = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
-        values = torch.cat([self._patches(image) for image in images])
+        sent = self._send(images).split([image.size for image in images])
+        values = torch.cat([self._patches(part.view(image.shape)) for part, image in zip(sent, images, strict=True)])
         outputs = self.tower(values, grid_thw=grids.to(values.device))
         # Only Qwen3-VL's tower has deep features.
         levels = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
         return torch.cat(levels, -1).split([self.num_tokens(image.shape[:2]) for image in images])
 
-    def _patches(self, image: np.ndarray) -> Tensor:
+    def _patches(self, pixels: Tensor) -> Tensor:
         """Normalised patches ``[patches, 3 × frames × area]`` of uint8 ``[H, W, 3]``, those of each square together."""
         config = self.tower.config
         patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-        # Copied: a decoder's array is read-only, and torch has no read-only tensors.
-        (values,) = self.normalise(torch.tensor(image)[None])
-        rows, columns = image.shape[0] // (patch * merge), image.shape[1] // (patch * merge)
+        (values,) = self.normalise(pixels[None])
+        rows, columns = pixels.shape[0] // (patch * merge), pixels.shape[1] // (patch * merge)
         squares = values.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
         # The temporal patch of a still image repeats its frame.
         repeated = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
