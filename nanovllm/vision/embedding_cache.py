@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats, TierStats
+from nanovllm.vision.timing import Share, Timed, TotalTime, begin
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,10 @@ def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, ki
 
 @dataclass(eq=False)
 class Entry:
-    """An embedding, the seconds that computing it took, and the keys of the files by which it is found."""
+    """An embedding, the time that computing it took, and the keys of the files by which it is found."""
 
     embedding: Tensor
-    seconds: float
+    time: Timed
     files: list[bytes] = field(default_factory=list)
 
     @property
@@ -109,7 +109,7 @@ class EmbeddingCache(Generic[Note]):
         self._flights: dict[bytes, Future[Entry]] = {}
         self._files: dict[bytes, tuple[bytes, Note]] = {}
         self._misses = self._joined = self._evictions = self._hits_by_file = 0
-        self._seconds_saved = 0.0
+        self._saved = TotalTime()
 
     def get_or_compute(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Tensor]]
@@ -141,8 +141,7 @@ class EmbeddingCache(Generic[Note]):
             entry = flight.result()
             found[index] = entry.embedding, "miss" if index in led else "joined"
             if index in followed:
-                with self._lock:
-                    self._seconds_saved += entry.seconds
+                self._saved.add(entry.time)
         return [found[index] for index in range(len(keys))]
 
     def name(self, file: bytes, key: bytes, note: Note) -> None:
@@ -191,7 +190,7 @@ class EmbeddingCache(Generic[Note]):
                 bytes=sum(tier.bytes for tier in tiers),
                 max_bytes=sum(tier.max_bytes for tier in tiers),
                 hits_by_file=self._hits_by_file,
-                seconds_saved=self._seconds_saved,
+                seconds_saved=self._saved.seconds,
                 tiers=tiers,
             )
 
@@ -217,7 +216,7 @@ class EmbeddingCache(Generic[Note]):
             return None
         tier, entry = found
         tier.hits += 1
-        self._seconds_saved += entry.seconds
+        self._saved.add(entry.time)
         return entry.embedding if self._device is None else entry.embedding.to(self._device)
 
     def _use(self, key: bytes) -> tuple[MemoryTier, Entry] | None:
@@ -234,14 +233,15 @@ class EmbeddingCache(Generic[Note]):
     def _lead(
         self, keys: Sequence[bytes], led: dict[int, Future[Entry]], compute: Callable[[list[int]], Sequence[Tensor]]
     ) -> None:
-        started = time.perf_counter()
+        interval = begin(self._device)
         try:
             computed = compute(list(led))
             if len(computed) != len(led):
                 raise ValueError(f"{len(led)} embeddings were asked for, {len(computed)} computed")
-            seconds = (time.perf_counter() - started) / len(led)
+            interval.end()
+            time = Share(interval, len(led))
             # Copies: a view would keep the whole batch's storage alive behind one entry.
-            entries = [Entry(embedding.detach().clone(), seconds) for embedding in computed]
+            entries = [Entry(embedding.detach().clone(), time) for embedding in computed]
         except BaseException as error:
             with self._lock:
                 for index, flight in led.items():
@@ -254,7 +254,7 @@ class EmbeddingCache(Generic[Note]):
                 flight.set_result(entry)  # all of them first: a copy to another device may fail
             for index, entry in zip(led, entries, strict=True):
                 # Another object: threads that joined read theirs outside the lock.
-                self._store(keys[index], Entry(entry.embedding, entry.seconds))
+                self._store(keys[index], Entry(entry.embedding, entry.time))
 
     def _store(self, key: bytes, entry: Entry) -> None:
         """Under the lock: put an entry into the first tier that can hold it, and what it evicts into the next."""

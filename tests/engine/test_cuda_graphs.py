@@ -39,6 +39,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling import sampler
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 CPU = torch.device("cpu")
 WORLDS: dict[str, Callable[[Path], Path]] = {
@@ -127,6 +128,8 @@ def test_recorded_steps_equal_transformers(
     ask_all(engine, cases, apart=3)
     replays = graphs_of(engine).num_replays
     assert replays > engine.stats().steps // 2
+    encoder = engine.model_runner.encoder
+    assert not isinstance(encoder, VisionEncoder) or encoder.num_replays > 0
     assert isinstance(engine.sampler, RecordingSampler)
     engine.sampler.logits.clear()
     ask_all(engine, cases)  # with a warm prefix cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
+from nanovllm.vision.timing import begin
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
+        if self.encoder is not None and recorder is not None and not config.enforce_eager:
+            self.encoder.record(recorder)
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         self.sampling = choose_kernels(self.device, self.model.embed_tokens.dtype, text.vocab_size)
         self.limits = limits_for(config, self.device, self.model, self.attention, self.sampling, reserved=reserved)
@@ -179,7 +181,7 @@ class ModelRunner:
     ) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
-        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
+        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and ``times.encodings``. The embeddings
         stay with the sequence until it has computed past them, so that no eviction can take them away between two
         chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
         to the cache.
@@ -197,15 +199,15 @@ class ModelRunner:
             by_salt[sequence.cache_salt].append((sequence, span))
         embeddings: dict[bytes, Tensor] = {}
         for salt, spans in by_salt.items():
-            started = time.perf_counter()
+            interval = begin(self.device)
             assert self.processor is not None  # a sequence with images passed admission
             embedded = self.processor.embed([span.image for _, span in spans], salt)
-            elapsed = time.perf_counter() - started
+            interval.end()
             for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
                 embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
             for sequence in {sequence for sequence, _ in spans}:
-                sequence.times.encode_s += elapsed
+                sequence.times.encodings += (interval,)
         for _, span in needed:
             span.embedding = embeddings[span.key]
 

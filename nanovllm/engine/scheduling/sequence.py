@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.encoders.base import ImageLayout
     from nanovllm.vision.images.preprocess import PreparedImage
+    from nanovllm.vision.timing import Timed
 
 _ARRIVALS_PER_PRIORITY = 1000
 """How many later arrivals are scheduled before a sequence for each step of priority between them.
@@ -96,13 +97,16 @@ class ImageSpan:
 
 @dataclass
 class Timestamps:
-    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does."""
+    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does.
+
+    ``encodings``: the encoder's calls that it waited for.
+    """
 
     arrived: float = 0.0
     first_scheduled: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
-    encode_s: float = 0.0
+    encodings: tuple[Timed, ...] = ()
 
 
 @dataclass(eq=False)
