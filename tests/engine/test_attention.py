@@ -20,6 +20,7 @@ from strategies import examples
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.attention import selection
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, slots_of
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
@@ -280,6 +281,18 @@ def test_torch_s_varlen_attn_sees_no_window_where_every_row_is_one_token(monkeyp
     backend = PagedVarlenAttention(CPU, torch_varlen_kernel())
     assert trial(backend, CPU, torch.float32, Heads(2, 1, 16)) <= 1e-5
     assert windows == {(True, (-1, -1)), (False, (-1, 0))}
+
+
+def test_scaled_dot_product_attention_never_goes_through_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    found = SdpaAttention(CPU, torch.bfloat16)
+    monkeypatch.setattr(selection, "first_right", lambda *_: (found, []))
+    try:
+        assert choose_backend(torch.device("cuda"), torch.bfloat16) is found
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def test_rows_of_one_token_beside_a_prompt_have_a_call_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
