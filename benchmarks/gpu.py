@@ -59,7 +59,7 @@ PARTS: dict[str, Part] = {
     "prefill": Part("speed.prefill", 60),
     "images": Part("speed.images", 90),
     "sweep": Part("sweep.measure", 120),
-    "switches": Part("speed.switches", 120),
+    "switches": Part("switches.measure", 120),
     "parity-float16": Part("parity.check", 120, ("float16",)),
 }
 LEAST_SECONDS = 15.0  # with less than this left, no part is begun
