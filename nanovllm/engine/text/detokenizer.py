@@ -144,11 +144,13 @@ class Detokenizer:
         if not self._stop:
             self.text += fresh
             return fresh
-        pending, found = self._held + fresh, None
-        if self._num_tokens > self._min_tokens:
-            found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
-        if found is not None:
-            end = found[0] + (len(found[1]) if self._include_stop else 0)
+        if not fresh and not final:
+            return ""  # what is held back has no stop string in it
+        pending = self._held + fresh
+        found = [stop for stop in self._stop if stop in pending] if self._num_tokens > self._min_tokens else ()
+        if found:
+            start, stop = min((pending.find(stop), stop) for stop in found)
+            end = start + (len(stop) if self._include_stop else 0)
             self.is_stopped, self.is_cut, self._held = True, end < len(pending), ""
         else:
             end = len(pending) - (0 if final else self._beginning_of_stop(pending))
@@ -158,8 +160,10 @@ class Detokenizer:
 
     def _beginning_of_stop(self, text: str) -> int:
         """The length of the longest end of ``text`` that begins a stop string."""
-        longest = min(len(text), max(map(len, self._stop)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+        start = len(text)
+        for stop in self._stop:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1), start)
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1, start)
+            start = at if at >= 0 else start
+        return len(text) - start
