@@ -11,7 +11,6 @@ import time
 from collections import abc
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -26,16 +25,15 @@ from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
-from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
-from nanovllm.engine.sampling.logprobs import top_logprobs
+from nanovllm.engine.sampling.sampled_tokens import SampledTokens, sample_tokens
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
-from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
 from nanovllm.engine.text.output_processor import RequestState, extend, output_of
@@ -46,14 +44,6 @@ from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """The tokens that a step sampled, one for each row of logits, and their log probabilities where asked for."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
 
 
 class LLMEngine:
@@ -71,12 +61,14 @@ class LLMEngine:
         self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
+        blocks = BlockManager(
+            self.model_runner.num_blocks,
+            self.model_runner.attention.block_size,
+            enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
+        )
         self.scheduler = Scheduler(
-            BlockManager(
-                self.model_runner.num_blocks,
-                self.model_runner.attention.block_size,
-                enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
-            ),
+            blocks,
+            tables=self.model_runner.make_block_tables(),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
@@ -204,30 +196,24 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
-        now = time.perf_counter()
-        for row in scheduled.rows:
-            row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
+        if not scheduled.is_decode:
+            now = time.perf_counter()
+            for row in scheduled.rows:
+                row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
+            self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
         inputs = self.model_runner.prepare(scheduled)
         # The masks are computed by another thread while the forward pass runs.
-        masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
+        masks = None
+        if any(row.sequence.matcher is not None for row in inputs.rows):
+            masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
         result = self.model_runner.forward(inputs)
         sampled = self.sample(inputs, result.logits, masks)
         return outputs + self.commit(inputs, result, sampled)
 
     def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
         """Sample the next token of each row of ``logits``, which are overwritten."""
-        sequences = inputs.sampled_sequences
-        scored = [index for index, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-        unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
-        tokens = self.sampler.sample(logits, sequences, masks.result() if masks is not None else None)
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        if unchanged is not None:
-            counts = [sequences[index].sampling.logprobs or 0 for index in scored]
-            scores = top_logprobs(unchanged, [tokens[index] for index in scored], counts, self.model_runner.text_of)
-            for index, score in zip(scored, scores, strict=True):
-                logprobs[index] = score
-        return SampledTokens(tokens, logprobs)
+        wait = masks.result if masks is not None else None
+        return sample_tokens(self.sampler, logits, inputs.sampled_sequences, wait, self.model_runner.text_of)
 
     def commit(self, inputs: StepInputs, result: StepResult, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
@@ -236,6 +222,11 @@ class LLMEngine:
         for sequence, scores in result.prompt_logprobs:
             sequence.prompt_logprobs += scores
         outputs = []
+        if inputs.is_decode:
+            for row, token, score in zip(inputs.rows, sampled.token_ids, sampled.logprobs, strict=True):
+                if row.sequence.status is not SequenceStatus.FINISHED:
+                    outputs.append(self._append(row, (token,), (score,), now))
+            return outputs
         first = 0
         for row in inputs.rows:
             mine = slice(first, first + row.num_samples)
@@ -254,23 +245,25 @@ class LLMEngine:
         self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
-        sequence.times.first_token = sequence.times.first_token or now
-        sequence.times.last_token = now
-        known = len(sequence)
+        times = sequence.times
+        times.first_token = times.first_token or now
+        times.last_token = now
+        known = len(sequence.token_ids)
+        detokenizer = self._requests[sequence.request_id].detokenizers[sequence.index]
         try:
-            text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
+            text, reason = extend(row, detokenizer, tokens, logprobs, force=self.config.forced_tokens)
             if reason is not None:
-                text += self._detokenizer(sequence).finish()
+                text += detokenizer.finish()
         except MemoryError:
             raise
         except Exception as error:  # the work of one request: the others of the step are not at fault
             return self._fail(sequence.request_id, error)
         finally:
-            self._generation_tokens += len(sequence) - known
+            self._generation_tokens += len(sequence.token_ids) - known
         self.scheduler.commit(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
-            return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
+            return StepOutput(sequence.request_id, TokenChunk(text, new, None, sequence.index))
         return self._finish(sequence, reason, text, new)
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:

@@ -123,6 +123,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
+    seat: int = -1  # its row of the block tables while it runs
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -133,6 +134,19 @@ class Sequence:
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)
     _token_counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        params = self.sampling
+        self.is_greedy = params.is_greedy
+        self.adjusts_logits = bool(
+            self.bad_words
+            or params.min_tokens
+            or params.logit_bias
+            or params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+        )
+        """Whether anything but a constraint changes its logits before the argmax."""
 
     @property
     def seed(self) -> int | None:

@@ -50,7 +50,10 @@ def extend(
     Raises:
         UnsupportedConstraint: the constraint turned out to be too complex, or it allows no token after the text.
     """
-    sequence, known = row.sequence, len(row.sequence)
+    sequence = row.sequence
+    if not row.drafts and sequence.matcher is None and logprobs[0] is None:
+        return _add(sequence, detokenizer, tokens[0])
+    known = len(sequence)
     text, new = "", 0
     reason: FinishReason | None = None
     while reason is None and new < len(tokens) and row.num_accepted == new:
@@ -100,7 +103,7 @@ def _add_matched(
 
 def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:
     sequence.token_ids.append(token)
-    count, sampling = sequence.num_output_tokens, sequence.sampling
+    count, sampling = len(sequence.token_ids) - sequence.num_prompt_tokens, sequence.sampling
     is_end = token in sequence.stop_token_ids and count > sampling.min_tokens
     # As in vLLM: the token that ends an output is one of its tokens, and no part of its text.
     text = "" if is_end and not sampling.include_stop_str_in_output else detokenizer.append(token)
