@@ -24,6 +24,7 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.engine_stats import StepCounts, collect_stats
 from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
@@ -36,7 +37,7 @@ from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
-from nanovllm.engine.text.output_processor import RequestState, extend, output_of
+from nanovllm.engine.text.output_processor import RequestState, add_token, extend, output_of
 from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
@@ -95,9 +96,7 @@ class LLMEngine:
         self._ended: list[StepOutput] = []  # between two steps
         self._is_closed = False
         self._names = count()
-        self._steps = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
+        self._counts = StepCounts()
 
     @cached_property
     def model_info(self) -> ModelInfo:
@@ -218,13 +217,18 @@ class LLMEngine:
     def commit(self, inputs: StepInputs, result: StepResult, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
         now = time.perf_counter()
-        self._steps += 1
+        self._counts.steps += 1
         for sequence, scores in result.prompt_logprobs:
             sequence.prompt_logprobs += scores
         outputs = []
         if inputs.is_decode:
             for row, token, score in zip(inputs.rows, sampled.token_ids, sampled.logprobs, strict=True):
-                if row.sequence.status is not SequenceStatus.FINISHED:
+                sequence = row.sequence
+                if sequence.status is SequenceStatus.FINISHED:
+                    continue
+                if score is None and sequence.matcher is None:
+                    outputs.append(self._append_token(row, token, now))
+                else:
                     outputs.append(self._append(row, (token,), (score,), now))
             return outputs
         first = 0
@@ -234,7 +238,7 @@ class LLMEngine:
             if row.sequence.is_finished:  # another output of the request has failed, which ended it
                 continue
             if row.start < row.sequence.num_prompt_tokens:
-                self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
+                self._counts.prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.is_sampled:
                 outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
             else:
@@ -245,26 +249,43 @@ class LLMEngine:
         self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
-        times = sequence.times
-        times.first_token = times.first_token or now
-        times.last_token = now
-        known = len(sequence.token_ids)
+        sequence.times.first_token = sequence.times.first_token or now
+        sequence.times.last_token = now
+        known = len(sequence)
+        try:
+            text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
+            if reason is not None:
+                text += self._detokenizer(sequence).finish()
+        except MemoryError:
+            raise
+        except Exception as error:  # the work of one request: the others of the step are not at fault
+            return self._fail(sequence.request_id, error)
+        finally:
+            self._counts.generation_tokens += len(sequence) - known
+        self.scheduler.commit(row)
+        new = tuple(sequence.token_ids[known:])
+        if reason is None:
+            return StepOutput(sequence.request_id, TokenChunk(text, new, None, sequence.index))
+        return self._finish(sequence, reason, text, new)
+
+    def _append_token(self, row: ScheduledRow, token: int, now: float) -> StepOutput:
+        """As ``_append``, for a later token of an output without constraint and log probabilities."""
+        sequence = row.sequence
+        sequence.times.last_token = now
+        self._counts.generation_tokens += 1
         detokenizer = self._requests[sequence.request_id].detokenizers[sequence.index]
         try:
-            text, reason = extend(row, detokenizer, tokens, logprobs, force=self.config.forced_tokens)
+            text, reason = add_token(sequence, detokenizer, token)
             if reason is not None:
                 text += detokenizer.finish()
         except MemoryError:
             raise
         except Exception as error:  # the work of one request: the others of the step are not at fault
             return self._fail(sequence.request_id, error)
-        finally:
-            self._generation_tokens += len(sequence.token_ids) - known
         self.scheduler.commit(row)
-        new = tuple(sequence.token_ids[known:])
         if reason is None:
-            return StepOutput(sequence.request_id, TokenChunk(text, new, None, sequence.index))
-        return self._finish(sequence, reason, text, new)
+            return StepOutput(sequence.request_id, TokenChunk(text, (token,), None, sequence.index))
+        return self._finish(sequence, reason, text, (token,))
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         return self._requests[sequence.request_id].detokenizers[sequence.index]
@@ -349,24 +370,7 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, caches and counters."""
-        scheduler = self.scheduler
-        encoder = self.processor.encoder if self.processor else None
-        return EngineStats(
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            kv_cache_usage=scheduler.blocks.usage,
-            num_preemptions=scheduler.num_preemptions,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-            spec_decode_draft_tokens=scheduler.prompt_lookup.num_drafted,
-            spec_decode_accepted_tokens=scheduler.prompt_lookup.num_accepted,
-            encoder_images=encoder.images_encoded if encoder else 0,
-            encoder_seconds=encoder.encode_seconds if encoder else 0.0,
-            embedding_cache=self.processor.cache.stats() if self.processor else None,
-        )
+        return collect_stats(self.scheduler, self.processor, self._counts)
 
     def audit(self) -> None:
         """Check the engine's invariants between two steps; raises AssertionError."""

@@ -186,9 +186,11 @@ class Detokenizer:
         if not self._stop:
             self._chunks.append(fresh)
             return fresh
-        pending, found = self._held + fresh, None
+        pending, found = self._held + fresh if self._held else fresh, None
         if self._num_tokens > self._min_tokens:
-            found = min(((pending.find(stop), stop) for stop in self._stop if stop in pending), default=None)
+            for stop in self._stop:
+                if stop in pending:
+                    found = min(found or (len(pending), ""), (pending.find(stop), stop))
         if found is not None:
             end = found[0] + (len(found[1]) if self._include_stop else 0)
             self.is_stopped, self.is_cut, self._held = True, end < len(pending), ""
