@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,20 +50,21 @@ class TritonAttention:
         """Slots, first tokens, contexts and the padded block table, in one copy to the device."""
         tables = padded_tables(batch, self.block_size)
         rows = len(tables)
-        slots, numbers = together(
+        slots, numbers, pages = together(
             [
                 slots_of(batch, self.block_size),
-                [0, *accumulate(batch.query_lens), *batch.context_lens, *chain.from_iterable(tables)],
+                [0, *accumulate(batch.query_lens), *batch.context_lens],
+                tables.ravel(),
             ],
             self._device,
         )
-        starts, contexts, pages = numbers.int().tensor_split((rows + 1, 2 * rows + 1))
+        starts, contexts = numbers.int().tensor_split((rows + 1,))
         return TritonMetadata(
-            slots, starts, contexts, pages.view(rows, -1), max(batch.query_lens), max(batch.context_lens)
+            slots, starts, contexts, pages.int().view(rows, -1), max(batch.query_lens), max(batch.context_lens)
         )
 
     def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """Unused width costs the kernel nothing, but the host copies it every time; most steps have no long context."""
+        """Unused width costs the kernel nothing, but is gathered every time; most steps have no long context."""
         return tuple(sorted({min(limit, _NARROW), limit}))
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> TritonMetadata:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class PagedVarlenAttention:
                 [0, *accumulate(batch.query_lens)],
                 [0, *accumulate(batch.context_lens)],
                 batch.context_lens,
-                list(chain.from_iterable(tables)),
+                tables.ravel(),
             ],
             self._device,
         )

@@ -82,9 +82,10 @@ def largest_graph_step(config: EngineConfig, model: Decoder, attention: GraphAtt
     """Compute as much as the largest recorded step."""
     limit = model.config.context_limit(config.max_model_len)
     context = attention.decode_contexts(limit)[-1]
-    rows = [[0, 0, context, *[0] * -(-context // attention.block_size)]] * graph_sizes(config.max_decode_tokens)[-1]
-    inputs = torch.tensor(rows, device=model.embed_tokens.device)
-    return compute_rows(model, attention, _one_block_for_all(model, attention), inputs)
+    device = model.embed_tokens.device
+    inputs = torch.tensor([[0, 0, context, 0]] * graph_sizes(config.max_decode_tokens)[-1], device=device)
+    tables = torch.zeros(1, -(-context // attention.block_size), dtype=torch.int32, device=device)
+    return compute_rows(model, attention, _one_block_for_all(model, attention), inputs, tables)
 
 
 def _one_block_for_all(model: TextModel, attention: AttentionBackend) -> list[Tensor]:

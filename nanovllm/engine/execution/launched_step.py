@@ -34,7 +34,7 @@ class LaunchedStep:
     token_ids: Tensor  # int64 [sampled], on the device
     scored: dict[int, int]  # of the sampled tokens those with log probabilities, and how many each wants
     copies: HostCopy  # of the tokens, then of what `score_tokens` says of the scored ones
-    is_committed: bool = False  # but for its tokens: Scheduler.schedule_behind
+    is_decode: bool  # as `StepInputs.is_decode`
 
     @property
     def is_over(self) -> bool:
@@ -48,6 +48,8 @@ class LaunchedStep:
         Not where an output's constraint or penalties look at them on the host, nor where they decide how many drafts
         are accepted, nor where log probabilities of a prompt are yet to be appended.
         """
+        if self.is_decode:
+            return not any(row.sequence.needs_known_tokens for row in self.rows)
         return not any(
             row.drafts or row.sequence.lacks_prompt_logprobs or (row.is_sampled and row.sequence.needs_known_tokens)
             for row in self.rows
@@ -83,4 +85,6 @@ def sample(inputs: StepInputs, result: StepResult, masks: Future[Tensor] | None,
     scores: tuple[Tensor, ...] = ()
     if places is not None and unchanged is not None:
         scores = score_tokens(unchanged, tokens.index_select(0, places), max(scored.values()))
-    return LaunchedStep(inputs.rows, result.prompt_logprobs, tokens, scored, HostCopy([tokens, *scores]))
+    return LaunchedStep(
+        inputs.rows, result.prompt_logprobs, tokens, scored, HostCopy([tokens, *scores]), inputs.is_decode
+    )

@@ -7,6 +7,7 @@ from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
+from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
@@ -58,6 +60,7 @@ class StepInputs:
     rows: tuple[ScheduledRow, ...]
     sampled_sequences: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
     tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
+    is_decode: bool = False  # every row is the last token of a sequence behind its prompt, without drafts
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class ModelRunner:
                 spare_block=self.num_blocks,
                 max_tokens=config.max_decode_tokens,
                 max_context=self.max_model_len,
+                num_seats=config.max_num_seqs,
             )
 
     def _allocate_kv_caches(self) -> list[Tensor]:
@@ -151,6 +155,11 @@ class ModelRunner:
                 share = "gpu_memory_utilization" if self.device.type == "cuda" else "cpu_memory_utilization"
                 remedy = f"set kv_cache_bytes, or lower {share}={getattr(config, share)}"
             raise ConfigurationError(f"the memory for the KV cache cannot be allocated: {remedy}") from None
+
+    def make_block_tables(self) -> BlockTables:
+        """Block tables of all seats, as wide as the longest sequence needs."""
+        width = -(-self.max_model_len // self.attention.block_size)
+        return BlockTables(self.config.max_num_seqs, width, self.num_blocks if self.graphs is not None else 0)
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
@@ -227,6 +236,8 @@ class ModelRunner:
 
         ``sampled_before`` [n] are the tokens of the step in flight, where rows go on behind them.
         """
+        if scheduled.is_decode:
+            return self._prepare_decode(scheduled, sampled_before)
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -235,8 +246,7 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
-        places: list[int] = []  # of tokens that are not known yet
-        sources: list[int] = []  # where they are in ``sampled_before``
+        pending: list[tuple[int, int]] = []  # place of a token that is not known yet, and of it in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -251,24 +261,22 @@ class ModelRunner:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
             if sequence.pending is not None:
-                places.append(len(token_ids))
-                sources.append(sequence.pending)
+                pending.append((len(token_ids), sequence.pending))
                 token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
-        batch = AttentionBatch(
-            query_lens=[row.num_tokens for row in rows],
-            context_lens=[row.end for row in rows],
-            block_tables=[row.sequence.block_table for row in rows],
-        )
-        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
+        ahead = TokensAhead(sampled_before, pending) if sampled_before is not None and pending else None
+        seats = [row.sequence.seat for row in rows]
+        lengths, contexts = [row.num_tokens for row in rows], [row.end for row in rows]
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
-            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch, ahead):
+            wanted = None if len(sampling_indices) == len(token_ids) else sampling_indices
+            tables = scheduled.tables
+            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, tables, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
@@ -280,12 +288,59 @@ class ModelRunner:
             token_ids=ids,
             positions=located if axes is None else located.view(len(ids), -1),
             images=tuple(images),
-            attention=self.attention.metadata(batch),
+            attention=self._attention_metadata(lengths, contexts, seats, scheduled.tables),
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
             states=tuple(states),
         )
         return StepInputs(rows, tuple(sampled), tokens)
+
+    def _prepare_decode(self, scheduled: ScheduledBatch, sampled_before: Tensor | None) -> StepInputs:
+        """As ``prepare``, where every row is the last token of a sequence behind its prompt."""
+        rows = tuple(sorted(scheduled.rows, key=attrgetter("start")))
+        sequences = tuple([row.sequence for row in rows])
+        token_ids = [sequence.token_ids[-1] for sequence in sequences]
+        ahead = None
+        if sampled_before is not None:
+            places = [(place, one.pending) for place, one in enumerate(sequences) if one.pending is not None]
+            ahead = TokensAhead(sampled_before, places) if places else None
+        starts = [row.start for row in rows]
+        seats = [sequence.seat for sequence in sequences]
+        config, axes = self.model.config, self.model.config.position_axes
+        # Behind its prompt a token has the same position on all axes.
+        positions = starts
+        if axes is not None:
+            positions = [
+                positions_of(config, sequence.images, start, start + 1)[0][0]
+                for sequence, start in zip(sequences, starts, strict=True)
+            ]
+        lengths, contexts = [1] * len(rows), [start + 1 for start in starts]
+        if self.graphs is not None:
+            replay = self.graphs.load(token_ids, positions, None, lengths, contexts, seats, scheduled.tables, ahead)
+            if replay is not None:
+                return StepInputs(rows, sequences, replay, is_decode=True)
+        ids, located = together([token_ids, positions], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
+        states: list[RowStates] = []
+        if self.model.has_states:
+            states = [(index, index + 1, sequence.states) for index, sequence in enumerate(sequences)]
+        tokens = StepTokens(
+            token_ids=ids,
+            positions=located if axes is None else located.unsqueeze(1).repeat(1, config.num_axes),
+            images=(),
+            attention=self._attention_metadata(lengths, contexts, seats, scheduled.tables),
+            sampling_indices=None,
+            scored=(),
+            states=tuple(states),
+        )
+        return StepInputs(rows, sequences, tokens, is_decode=True)
+
+    def _attention_metadata(
+        self, query_lens: list[int], context_lens: list[int], seats: list[int], tables: BlockTables
+    ) -> Any:
+        width = -(-max(context_lens) // self.attention.block_size)
+        return self.attention.metadata(AttentionBatch(query_lens, context_lens, tables.of(seats, width)))
 
     def forward(self, inputs: StepInputs) -> StepResult:
         """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""
