@@ -10,6 +10,7 @@ import logging
 import time
 from collections import abc, deque
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.engine_stats import StepCounts, collect_stats
-from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, sample
+from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, launch
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.layers.device_copy import is_asynchronous
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
@@ -70,13 +71,14 @@ class LLMEngine:
         self.scheduler = Scheduler(
             blocks,
             tables=self.model_runner.make_block_tables(),
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
+            **asdict(self.model_runner.limits),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
-        self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
+        self.sampler = Sampler(
+            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
+        )
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,
@@ -208,21 +210,10 @@ class LLMEngine:
         return outputs + self.commit(launched, sampled)
 
     def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
-        """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
-        if not scheduled.rows:
-            return
-        if not scheduled.is_decode:
-            now = time.perf_counter()
-            for row in scheduled.rows:
-                row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-            self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
-        inputs = self.model_runner.prepare(scheduled, sampled_before)
-        # The masks are computed by another thread while the forward pass runs.
-        masks = None
-        if any(row.sequence.matcher is not None for row in inputs.rows):
-            masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
-        result = self.model_runner.forward(inputs)
-        self._in_flight.append(sample(inputs, result, masks, self.sampler))
+        if scheduled.rows:
+            upcoming = self.scheduler.in_order()
+            step = launch(self.model_runner, self.sampler, self._masks, scheduled, upcoming, sampled_before)
+            self._in_flight.append(step)
 
     def commit(self, launched: LaunchedStep, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""

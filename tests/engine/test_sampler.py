@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.sampling.random_draw import draw_by_torch, draw_tokens, philox
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.sampling_batch import RandomRows
-from nanovllm.engine.sampling.structured_output import forbid_masked
+from nanovllm.engine.sampling.structured_output import GuidedRows, forbid_by_torch, forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.scheduling.token_counts import TokenCounts
 from nanovllm.sampling_params import SamplingParams
@@ -239,18 +240,33 @@ def test_rows_without_a_finite_best_logit_still_give_a_token(bad: float, options
     assert 0 <= make_sampler().sample(logits, [make_sequence(**options)])[0] < 200
 
 
+@pytest.mark.parametrize("forbid", [forbid_masked, forbid_by_torch])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [31, 32, 100])
-def test_masks_forbid_the_tokens_whose_bits_are_0(vocab: int, dtype: torch.dtype) -> None:
+def test_masks_forbid_the_tokens_whose_bits_are_0_in_guided_rows_alone(
+    vocab: int, dtype: torch.dtype, forbid: Callable[[Tensor, GuidedRows], None]
+) -> None:
     numbers = torch.Generator().manual_seed(vocab)
     masks = torch.randint(-(2**31), 2**31 - 1, (4, -(-vocab // 32)), generator=numbers).int()
     masks[1], masks[2] = -1, 0
-    logits = torch.randn(4, vocab, generator=numbers).to(dtype)
+    guided = GuidedRows(torch.tensor([5, 0, 2, 4]), masks)
+    logits = torch.randn(6, vocab, generator=numbers).to(dtype)
     before = logits.clone()
-    forbid_masked(logits, masks)
-    for row, token in [(row, token) for row in range(4) for token in range(vocab)]:
-        is_allowed = int(masks[row, token // 32]) >> (token % 32) & 1
-        assert logits[row, token] == (before[row, token] if is_allowed else float("-inf"))
+    forbid(logits, guided)
+    for row, mask in zip(guided.rows.tolist(), masks, strict=True):
+        for token in range(vocab):
+            is_allowed = int(mask[token // 32]) >> (token % 32) & 1
+            assert logits[row, token] == (before[row, token] if is_allowed else float("-inf"))
+    assert torch.equal(logits[1::2][:2], before[1::2][:2])
+
+
+def test_forbidden_tokens_of_one_row_are_kept_where_they_are_all_that_a_row_has() -> None:
+    logits = torch.full((3, VOCAB), float("-inf"))
+    logits[:, 4], logits[1, 7] = 1.0, 0.5
+    sequences = [make_sequence(temperature=0.0, min_tokens=1, stop_token_ids=frozenset({4})) for _ in range(3)]
+    sequences[2] = make_sequence(temperature=0.0)
+    assert make_sampler().sample(logits, sequences).tolist() == [4, 7, 4]
+    assert torch.equal(logits[1].isfinite().nonzero().flatten(), torch.tensor([7]))
 
 
 @settings(max_examples=100, deadline=None)

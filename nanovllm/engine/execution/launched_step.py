@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanovllm.engine.execution.model_runner import StepInputs, StepResult
+from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import HostCopy, to_device
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import read_scores, score_tokens
 from nanovllm.engine.sampling.sampler import Sampler
-from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.sampling.structured_output import GuidedRows, TokenMasks
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
 
 
@@ -68,7 +70,32 @@ class LaunchedStep:
         return SampledTokens(tokens, logprobs)
 
 
-def sample(inputs: StepInputs, result: StepResult, masks: Future[Tensor] | None, sampler: Sampler) -> LaunchedStep:
+def launch(
+    runner: ModelRunner,
+    sampler: Sampler,
+    masks: TokenMasks,
+    scheduled: ScheduledBatch,
+    upcoming: Iterable[tuple[Sequence, int]],
+    sampled_before: Tensor | None,
+) -> LaunchedStep:
+    """Prepare, compute and sample the scheduled rows, without waiting for the device.
+
+    ``upcoming`` is `Scheduler.in_order`; ``sampled_before`` are the tokens of a step that these are behind.
+    """
+    if not scheduled.is_decode:
+        now = time.perf_counter()
+        for row in scheduled.rows:
+            row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
+        runner.attach_image_embeddings(scheduled.rows, upcoming)
+    inputs = runner.prepare(scheduled, sampled_before)
+    wanted = None
+    if any(row.sequence.matcher is not None for row in inputs.rows):
+        # They are computed by another thread while the forward pass runs.
+        wanted = masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
+    return sample(inputs, runner.forward(inputs), wanted, sampler)
+
+
+def sample(inputs: StepInputs, result: StepResult, masks: Future[GuidedRows] | None, sampler: Sampler) -> LaunchedStep:
     """Sample the next token of each row of ``result``'s logits, which are overwritten, without waiting for the device.
 
     ``masks`` are those of the rows' constraints, which another thread computes.

@@ -20,7 +20,8 @@ from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
-from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
+from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.prompt_logprobs import score_prompt
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
@@ -29,15 +30,12 @@ from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-
-_SCORE_CHUNK_TOKENS = 256  # of a prompt, whose logits are in memory together
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = loading.choose_device(config.device)
+        self.device = loading.numbered(loading.choose_device(config.device))
         self.dtype = loading.choose_dtype(config, checkpoint, self.device)
         self.model, self.encoder, reference = loading.load_models(config, checkpoint, self.dtype, self.device)
         self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
@@ -98,7 +96,9 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
-        self.kv_caches = self._allocate_kv_caches()
+        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
+        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
         self.graphs: DecodeGraphs | None = None
@@ -112,17 +112,26 @@ class ModelRunner:
                 self.kv_caches,
                 recorder,
                 spare_block=self.num_blocks,
-                max_tokens=config.max_decode_tokens,
+                max_tokens=self.limits.decode_tokens(config.num_speculative_tokens),
                 max_context=self.max_model_len,
-                num_seats=config.max_num_seqs,
+                num_seats=self.limits.max_num_seqs,
             )
 
-    def _allocate_kv_caches(self) -> list[Tensor]:
-        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
+    def _allocate_kv_caches(self, reserved: int) -> list[Tensor]:
+        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs.
+
+        ``reserved``: bytes of the embedding cache.
+        """
         config = self.config
-        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         budget = kv_cache_bytes(
-            config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
+            config,
+            self.limits,
+            self.device,
+            self.model,
+            self.attention,
+            self.encoder,
+            has_graphs=self.why_no_graphs is None,
+            reserved=reserved,
         )
         dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shapes = [(*shape, dtype) for shape in self.model.config.kv_shapes]
@@ -131,7 +140,7 @@ class ModelRunner:
         spare = 1 if self.why_no_graphs is None else 0
         if config.kv_cache_bytes is None:
             # Twice what all seats need at once is room enough for prefixes; an endless one would fill for nothing.
-            seats = config.max_num_seqs * self.model.config.context_limit(config.max_model_len)
+            seats = self.limits.max_num_seqs * self.model.config.context_limit(config.max_model_len)
             most = 2 * -(-seats // self.attention.block_size) * block_bytes
             budget = min(budget, max(most, LEAST_KV_BYTES))
         self.num_blocks = budget // block_bytes - spare
@@ -159,7 +168,12 @@ class ModelRunner:
     def make_block_tables(self) -> BlockTables:
         """Block tables of all seats, as wide as the longest sequence needs."""
         width = -(-self.max_model_len // self.attention.block_size)
-        return BlockTables(self.config.max_num_seqs, width, self.num_blocks if self.graphs is not None else 0)
+        return BlockTables(self.limits.max_num_seqs, width, self.num_blocks if self.graphs is not None else 0)
+
+    def use_in_this_thread(self) -> None:
+        """Make the model's GPU the calling thread's current one; else libraries that ask for that would take GPU 0."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
@@ -354,7 +368,7 @@ class ModelRunner:
             hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted, **states
         )
         scores = tuple(
-            (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
+            (row.sequence, tuple(score_prompt(self.model, row, hidden[first : first + row.num_tokens], self.text_of)))
             for row, first in tokens.scored
         )
         if not inputs.sampled_sequences:
@@ -362,28 +376,6 @@ class ModelRunner:
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
         return StepResult(self.model.logits(hidden), scores)
-
-    def _prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> list[TokenLogprobs]:
-        """The log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
-        sequence = row.sequence
-        count = sequence.sampling.prompt_logprobs or 0
-        # The first token has none, because no logits come before it.
-        found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
-        # Positions before these were scored before a preemption.
-        first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {span.start + place for span in sequence.images for place in span.places}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
-            end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
-            tokens = sequence.token_ids[start + 1 : end + 1]
-            texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
-            logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
-            found += [{} for _ in tokens]
-            if texts:
-                taken = [tokens[index] for index in texts]
-                scores = top_logprobs(logits, taken, [count] * len(taken), self.text_of)
-                for index, score in zip(texts, scores, strict=True):
-                    found[index - len(tokens)] = score
-        return found
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; without vision all are 0."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import Logprob, TokenLogprobs
 
+SCORE_CHUNK_TOKENS = 256
+"""Tokens of a prompt whose logits are in memory together."""
+
 
 def top_logprobs(
     logits: Tensor, taken: Sequence[int], counts: Sequence[int], text_of: Callable[[int], str]

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
-from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_limits import CPU_LIMITS
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_draft_step_tokens: int = CPU_LIMITS.max_draft_step_tokens,
         num_speculative_tokens: int = 0,
         tables: BlockTables | None = None,
     ) -> None:
@@ -50,6 +51,7 @@ class Scheduler:
         self.tables = tables or BlockTables(max_num_seqs, blocks.num_blocks)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_draft_step_tokens = max_draft_step_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
         self.prompt_lookup = PromptLookup(num_speculative_tokens)
@@ -171,7 +173,7 @@ class Scheduler:
         It is the same list where no row gets any.
         """
         num_tokens = self.max_num_batched_tokens - budget.tokens
-        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
+        budget.tokens = min(budget.tokens, self.max_draft_step_tokens - num_tokens)
         if budget.tokens <= 0 or self.prompt_lookup.max_drafts == 0:
             return rows
         drafted, has_drafts = [], False
