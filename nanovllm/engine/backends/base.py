@@ -74,7 +74,7 @@ class Generation:
         self._chunks: list[TokenChunk] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None  # made by who waits: a chunk that nobody waits for costs none
         self._restarts = 0
 
     @property
@@ -132,19 +132,24 @@ class Generation:
             elif self._output is not None:
                 return
             else:
-                await self._changed.wait()
+                await self._change()
 
     async def _wait(self) -> RequestOutput:
         while self._output is None:
             if self._error is not None:
                 raise self._error
-            await self._changed.wait()
+            await self._change()
         return self._output
 
     def _announce(self) -> None:
         """Wake the tasks that wait now; later ones wait for a new event."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        self._changed = self._changed or asyncio.Event()
+        await self._changed.wait()
 
 
 class EngineBackend(ABC):

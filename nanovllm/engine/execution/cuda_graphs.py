@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanovllm.engine.attention.base import AttentionBackend, GraphAttention
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import move, to_device, together
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.scheduling.block_tables import BlockTables
@@ -31,26 +32,33 @@ Recorder = Callable[[Compute], Compute]
 
 _MAX_STEP_TOKENS = 512  # beyond them computing takes longer than launching
 _MAX_ROW_TOKENS = 16  # drafts or forced ones: each of them reads the whole context for itself
-NUM_COLUMNS = 4  # of a graph's inputs: token, position, context length, seat
+_NUM_COLUMNS = 4  # of a graph's inputs: token, position, context length, seat
+_GRAPH_LAYER_BYTES = 128 << 10  # what CUDA keeps of a layer's twenty kernels in a graph, about 6 KiB each
 
 
 class CudaRecorder:
-    """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time."""
+    """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time.
+
+    All of it happens with ``device`` as the current one, whichever the thread's is: torch waits for the current device
+    before a capture, which would leave a context of half a gigabyte on another GPU, and not wait for this one.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute) -> Compute:
         """Run ``compute`` once, so that libraries set themselves up, then record it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            compute()
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # An engine in another thread may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            compute()
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                compute()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # An engine in another thread may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                compute()
         return graph.replay
 
 
@@ -76,6 +84,27 @@ def graph_sizes(max_tokens: int) -> list[int]:
     return [size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest] + [largest]
 
 
+def graph_shapes(attention: GraphAttention, max_tokens: int, max_context: int) -> list[tuple[int, int]]:
+    """The tokens and the longest context of every graph, in the order of recording: the largest first.
+
+    ``max_tokens``: of a step; ``max_context``: of the longest sequence.
+    """
+    shapes = [
+        (size, context)
+        for size in graph_sizes(max_tokens)
+        for context in attention.decode_contexts(max_context, rows=size)
+    ]
+    return sorted(shapes, key=lambda shape: (shape[1], shape[0]), reverse=True)
+
+
+def graph_bytes(model: Decoder, attention: GraphAttention, shapes: Sequence[tuple[int, int]], num_seats: int) -> int:
+    """Bytes that graphs take beside their pool: logits, inputs, block tables, and by estimate what CUDA keeps."""
+    tokens, context = shapes[0]
+    logits = tokens * model.config.vocab_size * model.embed_tokens.dtype.itemsize
+    inputs = 8 * tokens * _NUM_COLUMNS + 4 * (num_seats + 1) * -(-context // attention.block_size)
+    return logits + inputs + len(shapes) * len(model.config.kv_shapes) * _GRAPH_LAYER_BYTES
+
+
 class DecodeGraphs:
     """The graphs of a model: by size, and by the context that their block tables hold.
 
@@ -98,9 +127,10 @@ class DecodeGraphs:
         """``spare_block`` of the ``caches`` is no sequence's. ``max_context``: tokens of the longest sequence."""
         self._model, self._attention, self._caches = model, attention, caches
         self.sizes = graph_sizes(max_tokens)
-        self.contexts = attention.decode_contexts(max_context)
+        self.contexts = {size: attention.decode_contexts(max_context, rows=size) for size in self.sizes}
         self.num_replays = 0
-        device, width = model.embed_tokens.device, -(-self.contexts[-1] // attention.block_size)
+        device = model.embed_tokens.device
+        width = -(-max(contexts[-1] for contexts in self.contexts.values()) // attention.block_size)
         self._idle_row = np.array([0, 0, 1, num_seats])  # padding: a first token in the spare block
         self._written = [0] * num_seats  # cells of each seat's row beyond which all are the spare block
         with torch.inference_mode():
@@ -110,8 +140,7 @@ class DecodeGraphs:
             self._tables = torch.full((num_seats + 1, width), spare_block, dtype=torch.int32, device=device)
             self._graphs = {
                 (size, context): self._record(recorder, size, context)
-                for context in reversed(self.contexts)
-                for size in reversed(self.sizes)
+                for size, context in graph_shapes(attention, max_tokens, max_context)
             }
 
     def _record(self, recorder: Recorder, size: int, context: int) -> Compute:
@@ -129,8 +158,11 @@ class DecodeGraphs:
         context_lens: Sequence[int],
         seats: Sequence[int],
         tables: BlockTables,
+        ahead: TokensAhead | None = None,
     ) -> Replay | None:
         """Send the step's T tokens to the smallest graph that holds them; None where none does.
+
+        Those that are ``ahead`` are written over their places of ``token_ids``.
 
         In the graph every token is a row of its own, whose context ends with it: each layer writes the keys and values
         of all tokens before any of them attends. The result computes the logits of the ``wanted`` tokens
@@ -139,11 +171,13 @@ class DecodeGraphs:
         """
         count = len(token_ids)
         size = _first_from(self.sizes, count)
-        context = _first_from(self.contexts, max(context_lens))
-        if size is None or context is None or max(query_lens) > _MAX_ROW_TOKENS:
+        if size is None or max(query_lens) > _MAX_ROW_TOKENS:
+            return None
+        context = _first_from(self.contexts[size], max(context_lens))
+        if context is None:
             return None
         self._send_changes(tables)
-        host = torch.empty(size, NUM_COLUMNS, dtype=torch.int64, pin_memory=self._logits.is_cuda)
+        host = torch.empty(size, _NUM_COLUMNS, dtype=torch.int64, pin_memory=self._logits.is_cuda)
         rows = host.numpy()
         rows[:count, 0] = token_ids
         rows[:count, 1] = positions
@@ -157,6 +191,8 @@ class DecodeGraphs:
         if count < size:
             rows[count:] = self._idle_row
         self._inputs[:size].copy_(host, non_blocking=True)
+        if ahead is not None:
+            ahead.write_to(self._inputs[:, 0])
         chosen = None if wanted is None else to_device(wanted, self._logits.device, torch.int64)
         return partial(self._replay, self._graphs[size, context], count, chosen)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -19,8 +18,10 @@ from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
-from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
-from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.step_inputs import StepInputs, StepResult, StepTokens
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.generic import GenericDecoder
@@ -28,46 +29,13 @@ from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.sampling.logprobs import top_logprobs
+from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-
-_SCORE_CHUNK_TOKENS = 256  # of a prompt, whose logits are in memory together
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """The T tokens of all rows, and the model's other inputs."""
-
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T], or [T, 3] where the family counts height and width too
-    images: tuple[tuple[int, Tensor], ...]  # index of the first token, and embeddings [n, width]
-    attention: Any
-    sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
-    scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
-    states: tuple[RowStates, ...]  # of every row, where layers of the model carry a state; else empty
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
-
-    rows: tuple[ScheduledRow, ...]
-    sampled_sequences: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
-    tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
-    is_decode: bool = False  # every row is the last token of a sequence behind its prompt, without drafts
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a forward pass computed. Nothing of it is in a sequence before the step is committed."""
-
-    logits: Tensor  # [sampling rows, vocab]
-    prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
 
 
 class ModelRunner:
@@ -77,7 +45,7 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = loading.choose_device(config.device)
+        self.device = loading.numbered(loading.choose_device(config.device))
         self.dtype = loading.choose_dtype(config, checkpoint, self.device)
         self.model, self.encoder, reference = loading.load_models(config, checkpoint, self.dtype, self.device)
         self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
@@ -97,7 +65,9 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
-        self.kv_caches = self._allocate_kv_caches()
+        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
+        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
         self.graphs: DecodeGraphs | None = None
@@ -111,17 +81,26 @@ class ModelRunner:
                 self.kv_caches,
                 recorder,
                 spare_block=self.num_blocks,
-                max_tokens=config.max_decode_tokens,
+                max_tokens=self.limits.decode_tokens(config.num_speculative_tokens),
                 max_context=self.max_model_len,
-                num_seats=config.max_num_seqs,
+                num_seats=self.limits.max_num_seqs,
             )
 
-    def _allocate_kv_caches(self) -> list[Tensor]:
-        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
+    def _allocate_kv_caches(self, reserved: int) -> list[Tensor]:
+        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs.
+
+        ``reserved``: bytes of the embedding cache.
+        """
         config = self.config
-        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         budget = kv_cache_bytes(
-            config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
+            config,
+            self.limits,
+            self.device,
+            self.model,
+            self.attention,
+            self.encoder,
+            has_graphs=self.why_no_graphs is None,
+            reserved=reserved,
         )
         dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shapes = [(*shape, dtype) for shape in self.model.config.kv_shapes]
@@ -130,7 +109,7 @@ class ModelRunner:
         spare = 1 if self.why_no_graphs is None else 0
         if config.kv_cache_bytes is None:
             # Twice what all seats need at once is room enough for prefixes; an endless one would fill for nothing.
-            seats = config.max_num_seqs * self.model.config.context_limit(config.max_model_len)
+            seats = self.limits.max_num_seqs * self.model.config.context_limit(config.max_model_len)
             most = 2 * -(-seats // self.attention.block_size) * block_bytes
             budget = min(budget, max(most, LEAST_KV_BYTES))
         self.num_blocks = budget // block_bytes - spare
@@ -155,10 +134,10 @@ class ModelRunner:
                 remedy = f"set kv_cache_bytes, or lower {share}={getattr(config, share)}"
             raise ConfigurationError(f"the memory for the KV cache cannot be allocated: {remedy}") from None
 
-    def make_block_tables(self) -> BlockTables:
-        """Block tables of all seats, as wide as the longest sequence needs."""
-        width = -(-self.max_model_len // self.attention.block_size)
-        return BlockTables(self.config.max_num_seqs, width, self.num_blocks if self.graphs is not None else 0)
+    def use_in_this_thread(self) -> None:
+        """Make the model's GPU the calling thread's current one; else libraries that ask for that would take GPU 0."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
@@ -230,10 +209,13 @@ class ModelRunner:
                     if pixels >= 0:
                         yield sequence, span
 
-    def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
-        """The scheduled rows as tensors, single-token rows first, or load them into a graph."""
+    def prepare(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> StepInputs:
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
+
+        ``sampled_before`` [n] are the tokens of the step in flight, where rows go on behind them.
+        """
         if scheduled.is_decode:
-            return self._prepare_decode(scheduled)
+            return self._prepare_decode(scheduled, sampled_before)
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -242,6 +224,8 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
+        places: list[int] = []  # of tokens that are not known yet
+        sources: list[int] = []  # where they are in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -255,21 +239,28 @@ class ModelRunner:
             if sequence.lacks_prompt_logprobs:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
+            if sequence.pending is not None:
+                places.append(len(token_ids))
+                sources.append(sequence.pending)
+                token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
         seats = [row.sequence.seat for row in rows]
         lengths, contexts = [row.num_tokens for row in rows], [row.end for row in rows]
+        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
             wanted = None if len(sampling_indices) == len(token_ids) else sampling_indices
-            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, scheduled.tables):
+            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, scheduled.tables, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
         tokens = StepTokens(
@@ -283,11 +274,16 @@ class ModelRunner:
         )
         return StepInputs(rows, tuple(sampled), tokens)
 
-    def _prepare_decode(self, scheduled: ScheduledBatch) -> StepInputs:
+    def _prepare_decode(self, scheduled: ScheduledBatch, sampled_before: Tensor | None) -> StepInputs:
         """As ``prepare``, where every row is the last token of a sequence behind its prompt."""
         rows = tuple(sorted(scheduled.rows, key=attrgetter("start")))
         sequences = tuple([row.sequence for row in rows])
         token_ids = [sequence.token_ids[-1] for sequence in sequences]
+        ahead = None
+        if sampled_before is not None:
+            places = [place for place, sequence in enumerate(sequences) if sequence.pending is not None]
+            sources = [sequences[place].pending or 0 for place in places]
+            ahead = TokensAhead(sampled_before, places, sources) if places else None
         starts = [row.start for row in rows]
         seats = [sequence.seat for sequence in sequences]
         config, axes = self.model.config, self.model.config.position_axes
@@ -300,10 +296,12 @@ class ModelRunner:
             ]
         lengths, contexts = [1] * len(rows), [start + 1 for start in starts]
         if self.graphs is not None:
-            replay = self.graphs.load(token_ids, positions, None, lengths, contexts, seats, scheduled.tables)
+            replay = self.graphs.load(token_ids, positions, None, lengths, contexts, seats, scheduled.tables, ahead)
             if replay is not None:
                 return StepInputs(rows, sequences, replay, is_decode=True)
         ids, located = together([token_ids, positions], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
         states: list[RowStates] = []
         if self.model.has_states:
             states = [(index, index + 1, sequence.states) for index, sequence in enumerate(sequences)]
@@ -354,8 +352,8 @@ class ModelRunner:
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
         images = {span.start + place for span in sequence.images for place in span.places}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
-            end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
+        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), SCORE_CHUNK_TOKENS):
+            end = min(start + SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]
             texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
             logits = self.model.logits(hidden[start - row.start : end - row.start][texts])

@@ -9,16 +9,16 @@ and continues in the next step (chunked prefill); the tokens of a cached prefix 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
-from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_limits import CPU_LIMITS
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_draft_step_tokens: int = CPU_LIMITS.max_draft_step_tokens,
         num_speculative_tokens: int = 0,
         tables: BlockTables | None = None,
     ) -> None:
@@ -50,6 +51,7 @@ class Scheduler:
         self.tables = tables or BlockTables(max_num_seqs, blocks.num_blocks)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_draft_step_tokens = max_draft_step_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
         self.prompt_lookup = PromptLookup(num_speculative_tokens)
@@ -72,9 +74,26 @@ class Scheduler:
         starts, continues or preempts, status, seat, block table and the numbers of computed and cached tokens; of a
         preempted one it drops the images' embeddings. It writes nothing else of any sequence.
         """
+        return self._schedule(may_preempt=True)
+
+    def schedule_behind(self, launched: Iterable[ScheduledRow]) -> ScheduledBatch:
+        """Choose the rows of the step behind ``launched`` ones, before the tokens that these sample are known.
+
+        Commits the launched rows, which have no drafts; their tokens are appended later, without another commit.
+        Preempts nothing: where blocks are short there are no rows, since an output that ends may free them.
+        """
+        places = count()
+        for row in launched:
+            place = next(places) if row.is_sampled else None
+            if not row.sequence.is_finished:
+                self.commit(row)
+                row.sequence.pending = place
+        return self._schedule(may_preempt=False)
+
+    def _schedule(self, *, may_preempt: bool) -> ScheduledBatch:
         budget = StepBudget(self.max_num_batched_tokens, self.max_num_seqs - len(self.running))
         num_preemptions = self.num_preemptions
-        rows, is_decode = self._continue_running(budget)
+        rows, is_decode = self._continue_running(budget, may_preempt=may_preempt)
         # A step that had to preempt has no blocks for waiting sequences and drafts.
         if self.num_preemptions == num_preemptions:
             admitted = self._admit_waiting(budget)
@@ -83,12 +102,14 @@ class Scheduler:
             is_decode = is_decode and not admitted and rows is known
         return ScheduledBatch(tuple(rows), self.tables, is_decode)
 
-    def _continue_running(self, budget: StepBudget) -> tuple[list[ScheduledRow], bool]:
+    def _continue_running(self, budget: StepBudget, *, may_preempt: bool) -> tuple[list[ScheduledRow], bool]:
         """Rows of running sequences, in order, and whether all are the last token of a sequence behind its prompt.
 
-        Where blocks are short, those at the end of the order are preempted.
+        Where blocks are short, those at the end of the order are preempted. Where that must not be, there are no rows
+        and no budget is left.
         """
-        rows, is_decode, size, running = [], True, self.blocks.block_size, SequenceStatus.RUNNING
+        rows: list[ScheduledRow] = []
+        is_decode, size, running = True, self.blocks.block_size, SequenceStatus.RUNNING
         for sequence in list(self.running):
             if budget.tokens == 0:
                 break
@@ -96,14 +117,22 @@ class Scheduler:
                 continue  # preempted below, for a sequence before it
             start = sequence.num_computed_tokens
             missing = len(sequence.token_ids) - start
+            if sequence.pending is not None:
+                if sequence.num_output_tokens == sequence.max_tokens:
+                    continue  # its last token is on the device
+                missing += 1
             if missing != 1 or start < sequence.num_prompt_tokens:
                 is_decode = False
             elif start < len(sequence.block_table) * size:  # most rows of most steps
                 budget.tokens -= 1
-                rows.append(ScheduledRow(sequence, start, 1))
+                rows.append(ScheduledRow(sequence, start, 1, True))
                 continue
-            row = ScheduledRow(sequence, start, min(missing, budget.tokens))
+            num_tokens = min(missing, budget.tokens)
+            row = ScheduledRow(sequence, start, num_tokens, num_tokens == missing)
             while not self._extend_block_table(row):
+                if not may_preempt:
+                    budget.tokens = 0
+                    return [], False
                 if self._preempt_last() is sequence:
                     break
             else:
@@ -128,7 +157,8 @@ class Scheduler:
             if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
                 break  # head-of-line: a later sequence must not take the blocks that this one waits for
             start = len(cached) * self.blocks.block_size
-            row = ScheduledRow(sequence, start, min(len(sequence) - start, budget.tokens))
+            num_tokens = min(len(sequence) - start, budget.tokens)
+            row = ScheduledRow(sequence, start, num_tokens, start + num_tokens == len(sequence))
             sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(row.end) - len(cached), cached)
             sequence.seat = self.tables.take_seat()
             self.tables.extend(sequence.seat, sequence.block_table)
@@ -146,7 +176,7 @@ class Scheduler:
         It is the same list where no row gets any.
         """
         num_tokens = self.max_num_batched_tokens - budget.tokens
-        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
+        budget.tokens = min(budget.tokens, self.max_draft_step_tokens - num_tokens)
         if budget.tokens <= 0 or self.prompt_lookup.max_drafts == 0:
             return rows
         drafted, has_drafts = [], False
@@ -246,7 +276,11 @@ class Scheduler:
             sequence.drop_embeddings(computed)
 
     def finish(self, sequence: Sequence) -> None:
-        """Remove a waiting or running sequence and free its blocks."""
+        """Remove a waiting or running sequence and free its blocks, though a launched step may still use them.
+
+        Later steps write to them later: the device computes steps in the order of their launches.
+        """
+        sequence.pending = None
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._release(sequence)
@@ -276,6 +310,7 @@ class Scheduler:
             pinned = [span for span in sequence.images if span.embedding is not None]
             assert not pinned, f"{sequence.request_id} waits and pins {len(pinned)} images"
         for sequence in self.running:
+            assert sequence.pending is None, f"{sequence.request_id} lacks a token that was read"
             assert sequence.num_computed_tokens <= len(sequence), f"{sequence.request_id} is computed beyond its end"
             covered = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= covered, f"{sequence.request_id} has computed tokens without a block"
