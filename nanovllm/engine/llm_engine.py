@@ -10,7 +10,6 @@ import logging
 import time
 from collections import abc, deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -26,6 +25,7 @@ from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.engine_stats import StepCounts, collect_stats
 from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, launch
+from nanovllm.engine.execution.make_scheduler import make_scheduler
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.layers.device_copy import is_asynchronous
 from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
@@ -33,8 +33,6 @@ from nanovllm.engine.sampling.default_sampling import default_sampling, params_o
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
-from nanovllm.engine.scheduling.block_manager import BlockManager
-from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
@@ -63,17 +61,7 @@ class LLMEngine:
         self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
-        blocks = BlockManager(
-            self.model_runner.num_blocks,
-            self.model_runner.attention.block_size,
-            enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
-        )
-        self.scheduler = Scheduler(
-            blocks,
-            tables=self.model_runner.make_block_tables(),
-            **asdict(self.model_runner.limits),
-            num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
-        )
+        self.scheduler = make_scheduler(self.config, self.model_runner)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
         self.sampler = Sampler(
@@ -210,6 +198,7 @@ class LLMEngine:
         return outputs + self.commit(launched, sampled)
 
     def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
+        """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
         if scheduled.rows:
             upcoming = self.scheduler.in_order()
             step = launch(self.model_runner, self.sampler, self._masks, scheduled, upcoming, sampled_before)
@@ -222,16 +211,12 @@ class LLMEngine:
         for sequence, scores in launched.prompt_logprobs:
             sequence.prompt_logprobs += scores
         outputs = []
-        if launched.is_decode:
-            for row, token, score in zip(launched.rows, sampled.token_ids, sampled.logprobs, strict=True):
-                sequence = row.sequence
-                if sequence.status is SequenceStatus.FINISHED:
-                    continue
-                if score is None and sequence.matcher is None:
-                    outputs.append(self._append_token(row, token, now))
-                else:
-                    outputs.append(self._append(row, (token,), (score,), now))
-            return outputs
+        if launched.has_plain_tokens:
+            return [
+                self._append_token(row, token, now)
+                for row, token in zip(launched.rows, sampled.token_ids, strict=True)
+                if row.sequence.status is not SequenceStatus.FINISHED
+            ]
         first = 0
         for row in launched.rows:
             mine = slice(first, first + row.num_samples)
@@ -270,7 +255,7 @@ class LLMEngine:
         return self._finish(sequence, reason, text, new)
 
     def _append_token(self, row: ScheduledRow, token: int, now: float) -> StepOutput:
-        """As ``_append``, for a later token of an output without constraint and log probabilities."""
+        """As ``_append``, for a row of ``LaunchedStep.has_plain_tokens``."""
         sequence = row.sequence
         sequence.times.last_token = now
         self._counts.generation_tokens += 1

@@ -32,7 +32,7 @@ Recorder = Callable[[Compute], Compute]
 
 _MAX_STEP_TOKENS = 512  # beyond them computing takes longer than launching
 _MAX_ROW_TOKENS = 16  # drafts or forced ones: each of them reads the whole context for itself
-NUM_COLUMNS = 4  # of a graph's inputs: token, position, context length, seat
+_NUM_COLUMNS = 4  # of a graph's inputs: token, position, context length, seat
 _GRAPH_LAYER_BYTES = 128 << 10  # what CUDA keeps of a layer's twenty kernels in a graph, about 6 KiB each
 
 
@@ -98,9 +98,10 @@ def graph_shapes(attention: GraphAttention, max_tokens: int, max_context: int) -
 
 
 def graph_bytes(model: Decoder, attention: GraphAttention, shapes: Sequence[tuple[int, int]], num_seats: int) -> int:
-    """Bytes that graphs of ``shapes`` take beside their pool: logits, inputs, and by estimate what CUDA keeps."""
-    logits = shapes[0][0] * model.config.vocab_size * model.embed_tokens.dtype.itemsize
-    inputs = 8 * shapes[0][0] * NUM_COLUMNS + 4 * (num_seats + 1) * -(-shapes[0][1] // attention.block_size)
+    """Bytes that graphs take beside their pool: logits, inputs, block tables, and by estimate what CUDA keeps."""
+    tokens, context = shapes[0]
+    logits = tokens * model.config.vocab_size * model.embed_tokens.dtype.itemsize
+    inputs = 8 * tokens * _NUM_COLUMNS + 4 * (num_seats + 1) * -(-context // attention.block_size)
     return logits + inputs + len(shapes) * len(model.config.kv_shapes) * _GRAPH_LAYER_BYTES
 
 
@@ -173,7 +174,7 @@ class DecodeGraphs:
         if context is None:
             return None
         self._send_changes(tables)
-        host = torch.empty(size, NUM_COLUMNS, dtype=torch.int64, pin_memory=self._logits.is_cuda)
+        host = torch.empty(size, _NUM_COLUMNS, dtype=torch.int64, pin_memory=self._logits.is_cuda)
         rows = host.numpy()
         rows[:count, 0] = token_ids
         rows[:count, 1] = positions

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
+from nanovllm.engine.execution.model_runner import ModelRunner
+from nanovllm.engine.execution.step_inputs import StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import HostCopy, to_device
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import read_scores, score_tokens
@@ -36,7 +37,7 @@ class LaunchedStep:
     token_ids: Tensor  # int64 [sampled], on the device
     scored: dict[int, int]  # of the sampled tokens those with log probabilities, and how many each wants
     copies: HostCopy  # of the tokens, then of what `score_tokens` says of the scored ones
-    is_decode: bool  # as `StepInputs.is_decode`
+    has_plain_tokens: bool = False  # one a row, behind prompts, without constraints and log probabilities
 
     @property
     def is_over(self) -> bool:
@@ -50,7 +51,7 @@ class LaunchedStep:
         Not where an output's constraint or penalties look at them on the host, nor where they decide how many drafts
         are accepted, nor where log probabilities of a prompt are yet to be appended.
         """
-        if self.is_decode:
+        if self.has_plain_tokens:
             return not any(row.sequence.needs_known_tokens for row in self.rows)
         return not any(
             row.drafts or row.sequence.lacks_prompt_logprobs or (row.is_sampled and row.sequence.needs_known_tokens)
@@ -112,6 +113,6 @@ def sample(inputs: StepInputs, result: StepResult, masks: Future[GuidedRows] | N
     scores: tuple[Tensor, ...] = ()
     if places is not None and unchanged is not None:
         scores = score_tokens(unchanged, tokens.index_select(0, places), max(scored.values()))
-    return LaunchedStep(
-        inputs.rows, result.prompt_logprobs, tokens, scored, HostCopy([tokens, *scores]), inputs.is_decode
-    )
+    copies = HostCopy([tokens, *scores])
+    is_plain = inputs.is_decode and masks is None and not scored
+    return LaunchedStep(inputs.rows, result.prompt_logprobs, tokens, scored, copies, has_plain_tokens=is_plain)

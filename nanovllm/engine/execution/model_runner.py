@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -19,9 +18,10 @@ from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
-from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
 from nanovllm.engine.execution.prompt_logprobs import score_prompt
+from nanovllm.engine.execution.step_inputs import StepInputs, StepResult, StepTokens
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
@@ -29,44 +29,12 @@ from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
-from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """The T tokens of all rows, and the model's other inputs."""
-
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T], or [T, 3] where the family counts height and width too
-    images: tuple[tuple[int, Tensor], ...]  # index of the first token, and embeddings [n, width]
-    attention: Any
-    sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
-    scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
-    states: tuple[RowStates, ...]  # of every row, where layers of the model carry a state; else empty
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
-
-    rows: tuple[ScheduledRow, ...]
-    sampled_sequences: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
-    tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
-    is_decode: bool = False  # every row is the last token of a sequence behind its prompt, without drafts
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a forward pass computed. Nothing of it is in a sequence before the step is committed."""
-
-    logits: Tensor  # [sampling rows, vocab]
-    prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
 
 
 class ModelRunner:
@@ -164,11 +132,6 @@ class ModelRunner:
                 share = "gpu_memory_utilization" if self.device.type == "cuda" else "cpu_memory_utilization"
                 remedy = f"set kv_cache_bytes, or lower {share}={getattr(config, share)}"
             raise ConfigurationError(f"the memory for the KV cache cannot be allocated: {remedy}") from None
-
-    def make_block_tables(self) -> BlockTables:
-        """Block tables of all seats, as wide as the longest sequence needs."""
-        width = -(-self.max_model_len // self.attention.block_size)
-        return BlockTables(self.limits.max_num_seqs, width, self.num_blocks if self.graphs is not None else 0)
 
     def use_in_this_thread(self) -> None:
         """Make the model's GPU the calling thread's current one; else libraries that ask for that would take GPU 0."""

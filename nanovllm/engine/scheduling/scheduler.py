@@ -105,19 +105,22 @@ class Scheduler:
     def _continue_running(self, budget: StepBudget, *, may_preempt: bool) -> tuple[list[ScheduledRow], bool]:
         """Rows of running sequences, in order, and whether all are the last token of a sequence behind its prompt.
 
-        Where blocks are short, those at the end of the order are preempted; where that must not be, there are no rows
+        Where blocks are short, those at the end of the order are preempted. Where that must not be, there are no rows
         and no budget is left.
         """
-        rows, is_decode, size, running = [], True, self.blocks.block_size, SequenceStatus.RUNNING
+        rows: list[ScheduledRow] = []
+        is_decode, size, running = True, self.blocks.block_size, SequenceStatus.RUNNING
         for sequence in list(self.running):
             if budget.tokens == 0:
                 break
             if sequence.status is not running:
                 continue  # preempted below, for a sequence before it
-            start, pending = sequence.num_computed_tokens, sequence.pending is not None
-            missing = len(sequence.token_ids) + pending - start
-            if pending and sequence.num_output_tokens == sequence.max_tokens:
-                continue  # its last token is on the device
+            start = sequence.num_computed_tokens
+            missing = len(sequence.token_ids) - start
+            if sequence.pending is not None:
+                if sequence.num_output_tokens == sequence.max_tokens:
+                    continue  # its last token is on the device
+                missing += 1
             if missing != 1 or start < sequence.num_prompt_tokens:
                 is_decode = False
             elif start < len(sequence.block_table) * size:  # most rows of most steps
