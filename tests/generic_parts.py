@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nanovllm.engine.execution.model_runner import StepInputs
+from nanovllm.engine.execution.step_inputs import StepInputs
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_loading import OLDEST
 from nanovllm.sampling_params import SamplingParams

@@ -198,6 +198,30 @@ def test_rows_left_over_write_to_the_block_that_nobody_owns(text: Path, monkeypa
             assert len(changed & owned) == 3
 
 
+def test_the_device_s_block_tables_follow_starts_ends_preemptions_and_rejected_drafts(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_graphs("torch", monkeypatch)
+    sent: list[int] = []
+    with LLMEngine(str(text), kv_cache_bytes=14 * 16 * 2 * 2 * 32 * 2 * 4, max_num_seqs=4) as engine:
+        graphs, tables = graphs_of(engine), engine.scheduler.tables
+        for number in range(9):
+            prompt = [7 + number, 8, 9, 10] * (3 + number)
+            engine.add_request(prompt, SamplingParams(temperature=0.9, seed=number, max_tokens=24, ignore_eos=True))
+        while engine.has_unfinished():
+            engine.step()
+            engine.audit()
+            sent.append(len(tables.changed))
+            with torch.inference_mode():
+                graphs._send_changes(tables)
+            assert graphs._tables[:-1].tolist() == tables.rows[:, : graphs._tables.shape[1]].tolist()
+            assert set(graphs._tables[-1].tolist()) == {engine.scheduler.blocks.num_blocks}
+        stats = engine.stats()
+        assert stats.num_preemptions > 0
+        assert stats.spec_decode_draft_tokens > stats.spec_decode_accepted_tokens
+        assert sent.count(0) > len(sent) // 2
+
+
 def test_drafts_and_forced_tokens_are_rows_of_their_own(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_graphs("torch", monkeypatch)
     pattern = SamplingParams(temperature=0.0, max_tokens=24, regex="(the total |hello world )+")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class PagedVarlenAttention(SlotAttention):
                 [0, *accumulate(group.query_lens)],
                 [0, *accumulate(group.context_lens)],
                 list(group.context_lens),
-                list(chain.from_iterable(table)),
+                table.ravel(),
             )
         ]
         slots, *lengths = together([slots_of(batch, self.block_size), *numbers], self._device)

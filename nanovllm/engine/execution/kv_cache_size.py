@@ -98,7 +98,7 @@ def kv_cache_bytes(
             peaks.append(peak_bytes(device, lambda: largest_graph_step(model, attention, *shapes[0])))
         # The graphs' pool is apart from what other steps use; each graph is warmed up outside of it, beside those that
         # are recorded already.
-        kept += peaks[-1] + graph_bytes(model, attention, shapes)
+        kept += peaks[-1] + graph_bytes(model, attention, shapes, limits.max_num_seqs)
     return max(0, _room(config, device, kept) - max(peaks))
 
 
@@ -173,9 +173,10 @@ def _limited_rows(rows: int, model: TextModel) -> RandomRows:
 @torch.inference_mode()
 def largest_graph_step(model: Decoder, attention: GraphAttention, size: int, context: int) -> Tensor:
     """Compute as much as the recorded step of ``size`` tokens and contexts of up to ``context``."""
-    rows = [[0, 0, context, *[0] * -(-context // attention.block_size)]] * size
-    inputs = torch.tensor(rows, device=model.embed_tokens.device)
-    return compute_rows(model, attention, _one_block_for_all(model, attention), inputs)
+    device = model.embed_tokens.device
+    inputs = torch.tensor([[0, 0, context, 0]] * size, device=device)
+    tables = torch.zeros(1, -(-context // attention.block_size), dtype=torch.int32, device=device)
+    return compute_rows(model, attention, _one_block_for_all(model, attention), inputs, tables)
 
 
 def _one_block_for_all(model: TextModel, attention: AttentionBackend) -> list[Tensor]:
