@@ -73,9 +73,7 @@ class LLMEngine:
         )
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
-        self.sampler = Sampler(
-            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
-        )
+        self.sampler = Sampler(self.model_runner.device, self.config.seed, self.model_runner.sampling_kernels)
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,

@@ -172,12 +172,6 @@ def make_sequence(**options: Any) -> Sequence:
     return Sequence("", [0], 1, SamplingParams(**options), 16, stop_token_ids=frozenset({1, 5}))
 
 
-def make_sampler(seed: int) -> Sampler:
-    sampler = Sampler(DEVICE, seed)
-    sampler.kernels = triton_kernels()
-    return sampler
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_a_step_of_all_kinds_of_rows_samples_what_it_samples_on_a_cpu(seed: int) -> None:
     sequences = [
@@ -192,7 +186,7 @@ def test_a_step_of_all_kinds_of_rows_samples_what_it_samples_on_a_cpu(seed: int)
     logits = 3 * torch.randn(len(sequences), 100, generator=numbers)
     masks = torch.randint(-(2**31), 2**31, (2, 4), generator=numbers).int()
     guided = GuidedRows(torch.tensor([1, 3]), masks)
-    on_device = make_sampler(seed)
+    on_device = Sampler(DEVICE, seed, triton_kernels())
     expected = Sampler(torch.device("cpu"), seed).sample(logits.clone(), sequences, guided)
     assert on_device.sample(logits.to(DEVICE, copy=True), sequences, guided).tolist() == expected.tolist()
 
@@ -208,7 +202,7 @@ def test_only_what_rows_ask_for_is_launched(monkeypatch: pytest.MonkeyPatch) -> 
                 launched.append(name) or launch(*arguments, **options)
             ),
         )
-    sampler = make_sampler(0)
+    sampler = Sampler(DEVICE, 0, triton_kernels())
 
     def launches(**options: Any) -> set[str]:
         launched.clear()

@@ -22,6 +22,8 @@ from nanovllm.engine.step_limits import Device, ModelCosts, StepLimits, choose_s
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.base import ImageEncoder
 
+Draw = Callable[[Tensor, RandomRows], Tensor]
+
 _LIBRARY_BYTES = 128 << 20
 """What libraries take later: a workspace of cuBLAS, 32 MiB on Hopper, for the engine's thread and for the stream that
 records graphs, and kernels that are loaded when they are first needed."""
@@ -55,13 +57,15 @@ def kv_cache_bytes(
     attention: AttentionBackend,
     encoder: ImageEncoder | None = None,
     *,
+    draw: Draw = draw_tokens,
     has_graphs: bool,
     reserved: int,
 ) -> int:
     """The configured bytes; else what ``cpu_memory_utilization`` or ``gpu_memory_utilization`` leaves.
 
-    Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
-    for the embedding cache. Raises ConfigurationError where a step or the encoder's largest pass does not fit the GPU.
+    Weights are loaded already. ``draw`` is how tokens are drawn; ``has_graphs``: steps are to be recorded;
+    ``reserved``: bytes that are allocated later, for the embedding cache. Raises ConfigurationError where a step or the
+    encoder's largest pass does not fit the GPU.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
@@ -73,7 +77,7 @@ def kv_cache_bytes(
         f"a step of max_num_batched_tokens={limits.max_num_batched_tokens} at the end of a context of {context} "
         f"tokens, or sampling for max_num_seqs={limits.max_num_seqs}, does not fit the GPU: lower one of them"
     ):
-        peaks = [peak_bytes(device, lambda: largest_step(config, limits, model, attention))]
+        peaks = [peak_bytes(device, lambda: largest_step(config, limits, model, attention, draw))]
     if encoder is not None:
         with _naming(
             "the largest images that the encoder takes do not fit the GPU: lower max_pixels, max_image_tokens or "
@@ -125,7 +129,9 @@ def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
 
 
 @torch.inference_mode()
-def largest_step(config: EngineConfig, limits: StepLimits, model: TextModel, attention: AttentionBackend) -> Tensor:
+def largest_step(
+    config: EngineConfig, limits: StepLimits, model: TextModel, attention: AttentionBackend, draw: Draw = draw_tokens
+) -> Tensor:
     """Compute as much as any step: the last tokens of a longest prompt, random tokens of all rows, and logprobs."""
     context = model.config.context_limit(config.max_model_len)
     device = model.embed_tokens.device
@@ -140,7 +146,7 @@ def largest_step(config: EngineConfig, limits: StepLimits, model: TextModel, att
     rows = limits.decode_tokens(config.num_speculative_tokens)
     logits = model.logits(hidden[:1].expand(rows, -1).contiguous())
     unchanged = logits.clone()  # for logprobs of what is sampled
-    tokens = draw_tokens(logits, _limited_rows(rows, model))
+    tokens = draw(logits, _limited_rows(rows, model))
     scored = min(len(hidden), SCORE_CHUNK_TOKENS)
     top_logprobs(model.logits(hidden[:scored]), [0] * scored, [1] * scored, str)
     top_logprobs(unchanged, [0] * rows, [1] * rows, str)

@@ -28,6 +28,7 @@ from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
+from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
@@ -91,6 +92,7 @@ class ModelRunner:
         elif config.deterministic:
             assert isinstance(self.model, Decoder)
             prove(self.model, self.attention)
+        self.sampling_kernels = choose_kernels(self.device, self.dtype, text.vocab_size)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
@@ -126,6 +128,7 @@ class ModelRunner:
             self.model,
             self.attention,
             self.encoder,
+            draw=self.sampling_kernels.draw_tokens,
             has_graphs=self.why_no_graphs is None,
             reserved=reserved,
         )
