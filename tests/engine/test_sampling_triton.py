@@ -85,9 +85,9 @@ def test_a_vocabulary_of_many_tokens_is_cut_into_shares_without_an_effect() -> N
 
 
 @pytest.mark.proof
-def test_thousands_of_rows_draw_the_tokens_that_the_cpu_draws() -> None:
+def test_a_thousand_rows_draw_the_tokens_that_the_cpu_draws() -> None:
     different = 0
-    for seed in range(300):
+    for seed in range(150):
         dtype, vocab = DTYPES[seed % 3], (5, 63, 64, 65, 1000, 5000)[seed % 6]
         logits, limits, keys = make_rows(8, vocab, dtype, seed)
         found = by_triton(logits, limits, keys, (64, 256, 1024, None)[seed % 4] if vocab < 5000 else 1024)
