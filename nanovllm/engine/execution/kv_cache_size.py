@@ -22,6 +22,8 @@ from nanovllm.engine.step_limits import Device, ModelCosts, StepLimits, choose_s
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.base import ImageEncoder
 
+Draw = Callable[[Tensor, RandomRows], Tensor]
+
 _LIBRARY_BYTES = 128 << 20
 """What libraries take later: a workspace of cuBLAS, 32 MiB on Hopper, for the engine's thread and for the stream that
 records graphs, and kernels that are loaded when they are first needed."""
@@ -68,8 +70,9 @@ def kv_cache_bytes(
 ) -> int:
     """The configured bytes; else what ``cpu_memory_utilization`` or ``gpu_memory_utilization`` leaves.
 
-    Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
-    for the embedding cache. Raises ConfigurationError where a step or the encoder's largest pass does not fit the GPU.
+    Weights are loaded already. ``draw`` is how tokens are drawn; ``has_graphs``: steps are to be recorded;
+    ``reserved``: bytes that are allocated later, for the embedding cache. Raises ConfigurationError where a step or the
+    encoder's largest pass does not fit the GPU.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes

@@ -127,6 +127,7 @@ def _count_kernel(
     place = tl.arange(0, _PIVOTS)
     own_pivots = pivots + row * 2 * _PIVOTS
     if pass_ == 0:
+        # Without top_k no token beyond the reach is looked at, as on a CPU.
         least = tl.maximum(floor_of(best, tl.load(limits + 3 * row + 1)), tl.where(has_top_k, _LEAST, best - _REACH))
         distance = (15 - place).to(tl.float32) / 15.0
         pivot = tl.maximum(best - _REACH * distance * distance, least)
@@ -139,7 +140,7 @@ def _count_kernel(
         low, high = tl.load(own_pivots + low_place), tl.load(own_pivots + low_place + 1)
         step = (tl.minimum(high, best) - low) / 15.0
         pivot = tl.minimum(low + step * place.to(tl.float32), high)
-        pivot = tl.where(place == 15, high, pivot)
+        pivot = tl.where(place == 0, low, tl.where(place == 15, high, pivot))
         if part == 0:
             tl.store(goals + row, goal)
     if part == 0:
