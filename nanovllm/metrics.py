@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from nanovllm.statistics import EngineStats
@@ -13,6 +15,30 @@ from nanovllm.statistics import EngineStats
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+
+class _KeptChildren(MetricWrapperBase):
+    """Keeps the child of each combination of labels: prometheus_client looks it up under a lock, several a job."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._kept: dict[tuple[object, ...], Self] = {}
+        super().__init__(*args, **options)
+
+    def labels(self, *values: object, **named: object) -> Self:
+        child = None if named else self._kept.get(values)
+        if child is None:
+            child = super().labels(*values, **named)
+            if not named:
+                self._kept[values] = child
+        return child
+
+
+class _Counter(_KeptChildren, Counter):
+    pass
+
+
+class _Histogram(_KeptChildren, Histogram):
+    pass
 
 
 class Metrics:
@@ -106,13 +132,13 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
-        return Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
+        return _Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
-        return Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))
+        return _Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))
 
 
 class _EngineCollector(Collector):

@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.sampling.sampler import Sampler
+from nanovllm.engine.sampling.structured_output import GuidedRows
 from nanovllm.engine.scheduling.sequence import Sequence as EngineSequence
 from nanovllm.sampling_params import SamplingParams
 
@@ -152,11 +153,11 @@ class RecordingSampler(Sampler):
         super().__init__(device, seed=0)
         self.logits: dict[str, dict[int, Tensor]] = {}
 
-    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence], masks: Tensor | None = None) -> list[int]:
+    def sample(self, logits: Tensor, sequences: Sequence[EngineSequence], guided: GuidedRows | None = None) -> Tensor:
         """Record, then sample."""
         for sequence, row in zip(sequences, logits.clone(), strict=True):
             self.logits.setdefault(sequence.request_id, {})[sequence.num_output_tokens] = row
-        return super().sample(logits, sequences, masks)
+        return super().sample(logits, sequences, guided)
 
 
 def recording_engine(directory: Path, **options: Any) -> LLMEngine:

@@ -36,9 +36,7 @@ class Tape(TorchDispatchMode):
         outputs = _tensors(result)
         memories = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         is_view = any(tensor.untyped_storage().data_ptr() in memories for tensor in outputs)
-        if func._schema.is_mutable:
-            self.calls.append((func, args, kwargs, []))
-        elif not is_view:
+        if func._schema.is_mutable or not is_view:
             self.calls.append((func, args, kwargs, outputs))
         return result
 
@@ -52,8 +50,9 @@ def record(compute: Callable[[], Any]) -> Callable[[], None]:
     def replay() -> None:
         for func, args, kwargs, outputs in tape.calls:
             results = _tensors(func(*args, **kwargs))
-            for old, new in zip(outputs, results, strict=False):  # none where the call wrote to its arguments
-                old.copy_(new)
+            for old, new in zip(outputs, results, strict=True):
+                if old.data_ptr() != new.data_ptr():  # else the call wrote to its arguments
+                    old.copy_(new)
 
     return replay
 

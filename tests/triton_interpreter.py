@@ -28,11 +28,15 @@ def missing() -> str | None:
 
 
 def _teach_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as integers, and its ``tl.dot`` multiplies those: widen them first."""
+    """The interpreter keeps bfloat16 as integers: its ``tl.dot`` multiplies those, and what it stores it cuts off.
+
+    So operands are widened first, and float32 is rounded to the nearest, as GPUs do it.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot
+    cast = interpreter.InterpreterBuilder.cast_impl
 
     def wide(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -43,4 +47,11 @@ def _teach_bfloat16() -> None:
     def create_dot(self: Any, left: Any, right: Any, *rest: Any, **options: Any) -> Any:
         return multiply(self, wide(left), wide(right), *rest, **options)
 
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        bits = torch.from_numpy(np.atleast_1d(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
+        return interpreter.TensorHandle(bits.view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = cast_impl

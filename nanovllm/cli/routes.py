@@ -160,7 +160,7 @@ def _check(
                 {entry: entry.route for entry in routes.entries},
                 settings,
                 partial(receipts_document, points),
-                pages=pages or pages_at_once(settings, document_pages),
+                pages=pages or pages_at_once(settings, backend.max_num_seqs, document_pages),
                 document_pages=document_pages,
             )
     if not settings.s3.allow:

@@ -12,10 +12,6 @@ from nanovllm.errors import ConfigurationError
 LEAST_KV_BYTES = 1 << 30
 """What the KV cache has on a CPU however little memory there is, unless it is configured."""
 
-MAX_DRAFT_STEP_TOKENS = 16
-"""A step of more tokens has no drafts: up to about here reading the weights is its cost, and a token adds little."""
-
-
 Backend = Literal["auto", "native", "generic"]
 
 IMAGE_BOUNDS = ("min_pixels", "max_pixels", "max_image_tokens")
@@ -39,8 +35,8 @@ class EngineConfig:
     backend: Backend = (
         "auto"  # which code computes the model: this engine's families, transformers' layers, or by model
     )
-    max_num_batched_tokens: int | None = None  # the token budget of one step; None: 512 on a CPU, 2048 on a GPU
-    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None  # the token budget of one step; None: by step_limits.py
+    max_num_seqs: int | None = None  # sequences that run at once; None: by step_limits.py
     max_model_len: int | None = None  # prompt and output; None: the checkpoint's, as far as the KV cache holds it
     block_size: int | None = None  # None: the attention backend's
     kv_cache_bytes: int | None = None  # None: what cpu_memory_utilization, or gpu_memory_utilization, leaves
@@ -120,16 +116,6 @@ class EngineConfig:
         for name in names:
             if (value := getattr(self, name)) != getattr(EngineConfig, name):
                 raise ConfigurationError(f"{name}={str(value) if isinstance(value, Path) else value!r}, but {why}")
-
-    @property
-    def max_decode_tokens(self) -> int:
-        """The most tokens of a step without a prompt's: a seat has one, and drafts fill a small step up."""
-        drafted = MAX_DRAFT_STEP_TOKENS if self.num_speculative_tokens else 0
-        return min(self.step_tokens("cuda"), max(self.max_num_seqs, drafted))
-
-    def step_tokens(self, device_type: str) -> int:
-        """The token budget of one step. On a CPU what a layer computes for 512 tokens still lies in its cache."""
-        return self.max_num_batched_tokens or (512 if device_type == "cpu" else 2048)
 
     @property
     def wants_vision(self) -> bool | None:

@@ -18,6 +18,7 @@ import transformers
 from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_trial import TrialResult
@@ -54,6 +55,9 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
     yield _attention(engine)
+    yield _step_limits(engine)
+    if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
+        yield _layers(engine)
     yield _graphs(engine)
     yield from _memory(engine)
     if importlib.util.find_spec("llguidance") is None:
@@ -66,7 +70,7 @@ def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
     """Decode and prefill for about ``seconds``, beside what the linear layers alone would allow; the engine is idle."""
     length = max(1, min(_PROMPT, engine.max_model_len // 2))
     blocks = engine.scheduler.blocks
-    fit = min(engine.config.max_num_seqs, blocks.num_blocks // blocks.blocks_for(length + 2))
+    fit = min(engine.scheduler.max_num_seqs, blocks.num_blocks // blocks.blocks_for(length + 2))
     batches = [size for size in _BATCHES if size <= fit]
     share = seconds / (len(batches) + 1)
     rows = min(_PROMPTS * length, engine.scheduler.max_num_batched_tokens)
@@ -144,12 +148,33 @@ def _attention(engine: LLMEngine) -> Finding:
     return Finding("attention", backend.name, note)
 
 
+def _step_limits(engine: LLMEngine) -> Finding:
+    config, limits = engine.config, engine.model_runner.limits
+    value = f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens:,} tokens"
+    if config.num_speculative_tokens:
+        value += f", drafts up to {limits.max_draft_step_tokens} tokens"
+    names = ("max_num_seqs", "max_num_batched_tokens")
+    chosen, given = (
+        [name for name in names if (getattr(config, name) is None) is is_chosen] for is_chosen in (True, False)
+    )
+    notes = [f"by device and model: {', '.join(chosen)}"] if chosen else []
+    notes += [f"set: {', '.join(given)}"] if given else []
+    return Finding("step", value, "; ".join(notes))
+
+
+def _layers(engine: LLMEngine) -> Finding:
+    weight = engine.model_runner.model.embed_tokens
+    if (reason := fused.why_not(weight.device, weight.dtype)) is not None:
+        return Finding("layers", "torch's operators: slow", f"the fused Triton kernels cannot be used: {reason}")
+    return Finding("layers", "fused Triton kernels", "held against plain torch at start")
+
+
 def _graphs(engine: LLMEngine) -> Finding:
     graphs, reason = engine.model_runner.graphs, engine.model_runner.why_no_graphs
     if graphs is None:
         return Finding("CUDA graphs", "none", reason or "the engine is closed")
     sizes = ", ".join(map(str, graphs.sizes))
-    longest = graphs.contexts[-1]
+    longest = graphs.contexts[graphs.sizes[-1]][-1]
     beyond = "" if longest >= engine.max_model_len else "; steps with a longer one start their kernels one by one"
     return Finding("CUDA graphs", f"steps of up to {sizes} tokens", f"contexts of up to {longest:,}{beyond}")
 

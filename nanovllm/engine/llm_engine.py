@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import abc
+from collections import abc, deque
 from collections.abc import Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -25,14 +24,14 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.model_runner import ModelRunner, StepInputs, StepResult
-from nanovllm.engine.layers.device_copy import to_device
-from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
+from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, sample
+from nanovllm.engine.execution.model_runner import ModelRunner
+from nanovllm.engine.layers.device_copy import is_asynchronous
+from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
-from nanovllm.engine.sampling.logprobs import top_logprobs
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
-from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.scheduler import Scheduler
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -46,14 +45,6 @@ from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """The tokens that a step sampled, one for each row of logits, and their log probabilities where asked for."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
 
 
 class LLMEngine:
@@ -77,13 +68,14 @@ class LLMEngine:
                 self.model_runner.attention.block_size,
                 enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
             ),
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.step_tokens(self.model_runner.device.type),
+            **asdict(self.model_runner.limits),
             num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
         )
-        self.sampler = Sampler(self.model_runner.device, self.config.seed)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
+        self.sampler = Sampler(
+            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
+        )
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,
@@ -101,6 +93,8 @@ class LLMEngine:
         self._masks = TokenMasks(vocab_size)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[StepOutput] = []  # between two steps
+        self._in_flight: deque[LaunchedStep] = deque()  # in the order of their launches: two at most, one between steps
+        self._overlaps = is_asynchronous(self.model_runner.device) and not self.model_runner.model.has_states
         self._is_closed = False
         self._names = count()
         self._steps = 0
@@ -199,45 +193,45 @@ class LLMEngine:
     def step(self) -> list[StepOutput]:
         """Compute one step and return what it did for each request that got a token or ended."""
         outputs, self._ended = self._ended, []
-        if not self.scheduler.has_unfinished():
-            return outputs
-        scheduled = self.scheduler.schedule()
-        if not scheduled.rows:
+        while self._in_flight and self._in_flight[0].is_over:
+            self._in_flight.popleft()
+        if not self._in_flight:
+            if not self.scheduler.has_unfinished():
+                return outputs
+            self._launch(self.scheduler.schedule())
+        if not self._in_flight:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
+        launched = self._in_flight[0]
+        if self._overlaps and len(self._in_flight) == 1 and launched.can_be_followed:
+            launched.is_committed = True
+            self._launch(self.scheduler.schedule_behind(launched.rows), launched.token_ids)
+        sampled = launched.read(self.model_runner.text_of)
+        self._in_flight.popleft()
+        return outputs + self.commit(launched, sampled)
+
+    def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
+        """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
+        if not scheduled.rows:
+            return
         now = time.perf_counter()
         for row in scheduled.rows:
             row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
         self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
-        inputs = self.model_runner.prepare(scheduled)
+        inputs = self.model_runner.prepare(scheduled, sampled_before)
         # The masks are computed by another thread while the forward pass runs.
         masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
         result = self.model_runner.forward(inputs)
-        sampled = self.sample(inputs, result.logits, masks)
-        return outputs + self.commit(inputs, result, sampled)
+        self._in_flight.append(sample(inputs, result, masks, self.sampler))
 
-    def sample(self, inputs: StepInputs, logits: Tensor, masks: Future[Tensor] | None) -> SampledTokens:
-        """Sample the next token of each row of ``logits``, which are overwritten."""
-        sequences = inputs.sampled_sequences
-        scored = [index for index, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-        unchanged = logits.index_select(0, to_device(scored, logits.device)) if scored else None
-        tokens = self.sampler.sample(logits, sequences, masks.result() if masks is not None else None)
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        if unchanged is not None:
-            counts = [sequences[index].sampling.logprobs or 0 for index in scored]
-            scores = top_logprobs(unchanged, [tokens[index] for index in scored], counts, self.model_runner.text_of)
-            for index, score in zip(scored, scores, strict=True):
-                logprobs[index] = score
-        return SampledTokens(tokens, logprobs)
-
-    def commit(self, inputs: StepInputs, result: StepResult, sampled: SampledTokens) -> list[StepOutput]:
+    def commit(self, launched: LaunchedStep, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
         now = time.perf_counter()
         self._steps += 1
-        for sequence, scores in result.prompt_logprobs:
+        for sequence, scores in launched.prompt_logprobs:
             sequence.prompt_logprobs += scores
         outputs = []
         first = 0
-        for row in inputs.rows:
+        for row in launched.rows:
             mine = slice(first, first + row.num_samples)
             first = mine.stop
             if row.sequence.is_finished:  # another output of the request has failed, which ended it
@@ -245,19 +239,21 @@ class LLMEngine:
             if row.start < row.sequence.num_prompt_tokens:
                 self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.is_sampled:
-                outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
-            else:
+                outputs.append(self._append(row, sampled, mine, now, is_committed=launched.is_committed))
+            elif not launched.is_committed:
                 self.scheduler.commit(row)
         return outputs
 
     def _append(
-        self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
+        self, row: ScheduledRow, sampled: SampledTokens, mine: slice, now: float, *, is_committed: bool
     ) -> StepOutput:
         sequence = row.sequence
+        sequence.pending = None
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
+            tokens, logprobs = sampled.token_ids[mine], sampled.logprobs[mine]
             text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
             if reason is not None:
                 text += self._detokenizer(sequence).finish()
@@ -267,7 +263,8 @@ class LLMEngine:
             return self._fail(sequence.request_id, error)
         finally:
             self._generation_tokens += len(sequence) - known
-        self.scheduler.commit(row)
+        if not is_committed:
+            self.scheduler.commit(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
@@ -389,6 +386,7 @@ class LLMEngine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self._ended.clear()
+        self._in_flight.clear()
         self._masks.close()
         self.input_processor.grammars.close()
         self.model_runner.release()

@@ -24,5 +24,7 @@ class OutgoingRecord:
     @cached_property
     def size_bytes(self) -> int:
         """At least what the record takes in a batch of its own."""
-        headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
-        return _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value or b"") + headers
+        size = _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value or b"")
+        for name, value in self.headers:
+            size += len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES
+        return size

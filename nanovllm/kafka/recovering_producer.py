@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Self
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, ProducerClosed
@@ -87,16 +87,28 @@ class RecoveringProducer:
         Raises:
             KafkaError: it could not be put there.
         """
-        async with self._replacing(self._producer) as producer:
+        producer = self._producer
+        if producer is None:
+            raise ProducerClosed()
+        try:
             sent = await producer.send(topic, value, key=key, headers=list(headers))
-        return self._acknowledged(sent, producer)
+        except KafkaError as error:
+            await self._replace_after(error, producer)
+            raise
+        return _Acknowledgement(self, producer, sent)
 
     async def send_batches(
         self, topic: str, records: Sequence[OutgoingRecord], max_bytes: int
     ) -> list[KafkaError | None]:
         """As ``nanovllm.kafka.batch_send.send_batches``."""
-        async with self._replacing(self._producer) as producer:
+        producer = self._producer
+        if producer is None:
+            raise ProducerClosed()
+        try:
             errors = await send_batches(producer, topic, records, max_bytes)
+        except KafkaError as error:
+            await self._replace_after(error, producer)
+            raise
         if any(error is not None and is_fatal(error) for error in errors):
             await self._replace(producer, logging.ERROR)
         return errors
@@ -112,21 +124,18 @@ class RecoveringProducer:
         if self._producer is not None:
             await self._replace(self._producer, logging.DEBUG)
 
-    async def _acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
-        async with self._replacing(producer):
-            await sent
-
-    @asynccontextmanager
-    async def _replacing(self, producer: AIOKafkaProducer | None) -> AsyncIterator[AIOKafkaProducer]:
-        """Use ``producer`` inside; a fatal error replaces it, unless that has been done already, and is raised."""
-        if producer is None:
-            raise ProducerClosed()
+    async def acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
+        """Await what ``producer`` has ``sent``. Raises KafkaError as ``send_and_wait``."""
         try:
-            yield producer
+            await sent
         except KafkaError as error:
-            if is_fatal(error):
-                await self._replace(producer, logging.ERROR)
+            await self._replace_after(error, producer)
             raise
+
+    async def _replace_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
+        """Replace ``producer`` if ``error`` is fatal, unless that has been done already."""
+        if is_fatal(error):
+            await self._replace(producer, logging.ERROR)
 
     async def _replace(self, broken: AIOKafkaProducer, level: int) -> None:
         async with self._renewal:
@@ -145,3 +154,15 @@ class RecoveringProducer:
             await producer.stop()
             raise
         return producer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Acknowledgement:
+    """Awaitable of one record; what is never awaited leaves no coroutine that never ran."""
+
+    owner: RecoveringProducer
+    producer: AIOKafkaProducer
+    sent: Awaitable[object]
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self.owner.acknowledged(self.sent, self.producer).__await__()

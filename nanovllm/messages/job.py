@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -336,12 +337,11 @@ class Job(_Strict):
         # SamplingParams refuses it too, after it was made from JSON twice.
         if isinstance(schema, dict) and len(_json_bytes(schema)) > MAX_SCHEMA_CHARS:
             raise ValueError(f"json_schema is longer than {MAX_SCHEMA_CHARS} characters")
+        written = _json_bytes(sampling)
         try:
-            # From JSON, because strict Python input would refuse a list for a tuple.
-            params = SamplingParams.model_validate_json(_json_bytes(sampling), strict=True)
+            return dict(_read_again(written) if len(written) <= _KNOWN_SAMPLING_BYTES else _read_sampling(written))
         except ValidationError as error:
             raise ValueError(describe_errors(error, "sampling")) from None
-        return {name: getattr(params, name) for name in SamplingParams.model_fields if name in sampling}
 
     @field_serializer("sampling")
     def _sampling_with_text_keys(self, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -432,6 +432,15 @@ class Job(_Strict):
         """Whether its sampling confines the output."""
         return any(self.sampling.get(name) is not None for name in CONSTRAINTS)
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of a job that asks for none, which depends on ``job_id`` alone; None without one."""
+        return (
+            None
+            if self.job_id is None
+            else int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:8], "big") >> 1
+        )
+
     def sampling_params(self, defaults: SamplingParams, max_tokens: int | None = None) -> SamplingParams:
         """The job's own sampling over the worker's ``defaults``; without a seed, one that depends on ``job_id`` alone.
 
@@ -442,8 +451,8 @@ class Job(_Strict):
             InvalidJob: the job asks for more tokens than allowed, or for more at least than at most.
         """
         values = {name: getattr(defaults, name) for name in SamplingParams.model_fields} | self.sampling
-        if values["seed"] is None and self.job_id is not None:
-            values["seed"] = int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:8], "big") >> 1
+        if values["seed"] is None:
+            values["seed"] = self.seed
         if values["max_tokens"] is None:
             values["max_tokens"] = max_tokens
         try:
@@ -458,6 +467,18 @@ class Job(_Strict):
 def derive_job_id(topic: str, partition: int, offset: int) -> str:
     """The identity of a job that came without one; the same at every delivery. A topic's name never holds a colon."""
     return f"{topic}:{partition}:{offset}"
+
+
+def _read_sampling(written: bytes) -> dict[str, Any]:
+    """The sampling parameters that a JSON object names, validated. Raises ValidationError."""
+    # From JSON, because strict Python input would refuse a list for a tuple.
+    params = SamplingParams.model_validate_json(written, strict=True)
+    return {name: getattr(params, name) for name in SamplingParams.model_fields if name in params.model_fields_set}
+
+
+# Most jobs of a service ask for the same.
+_read_again = lru_cache(256)(_read_sampling)
+_KNOWN_SAMPLING_BYTES = 4_096
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -62,6 +62,7 @@ from nanovllm.pipeline.stages.infer import (
     WaitForSlot,
 )
 from nanovllm.pipeline.stages.invalid_records import InvalidRecords
+from nanovllm.pipeline.stages.job_sampling import JobSampling
 from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
@@ -173,7 +174,8 @@ def build_worker(
     publish = Publish(sink, retry, failure, metrics)
     of_profile = heeded_sampling(model_profile(settings.engine).profile, engine.capabilities.sampling)
     defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
-    admit = Admit(settings, defaults, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
+    sampling = JobSampling(defaults, settings.admission.max_tokens)
+    admit = Admit(settings, sampling, engine=engine, fetcher=fetcher, rates=rates, lanes=lanes, metrics=metrics)
     make_fetch = partial(
         Fetch,
         breaker=breaker,
@@ -229,7 +231,9 @@ def build_worker(
         stages=stages,
         event_stages=event_stages,
         admission=Admission(
-            max_jobs=settings.max_admitted_jobs, max_bytes=settings.admission.max_bytes, lanes=set(lanes.values())
+            max_jobs=settings.max_admitted_jobs(engine.max_num_seqs),
+            max_bytes=settings.admission.max_bytes,
+            lanes=set(lanes.values()),
         ),
         engine=engine,
         faults=faults,
@@ -360,7 +364,7 @@ async def load_engine(settings: Settings) -> EngineBackend:
     if options.backend == "echo":
         from nanovllm.engine.backends.echo import EchoEngine
 
-        return EchoEngine(max_num_seqs=options.max_num_seqs)
+        return EchoEngine(max_num_seqs=options.seats_elsewhere)
     if options.backend == "openai":
         logger.info("%s: %s (%s)", *next(profile_rows(served_profile(settings))))
         return build_remote_engine(settings)

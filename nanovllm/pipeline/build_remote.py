@@ -68,7 +68,7 @@ def remote_options(settings: Settings) -> OpenAIOptions:
         images=remote.images,
         logprobs=remote.logprobs,
         max_images_per_request=engine.max_images_per_request,
-        max_num_seqs=engine.max_num_seqs,
+        max_num_seqs=engine.seats_elsewhere,
         max_concurrency=remote.max_concurrency,
         default_max_tokens=settings.sampling.max_tokens,
         affinity_slack=remote.affinity_slack,
@@ -134,7 +134,7 @@ async def remote_findings(engine: OpenAIEngine, settings: Settings) -> list[Row]
         else Row("context", f"{context:,} tokens, prompt and output", "the least that a server lists")
     )
     at_once = f"engine.max_num_seqs; at one endpoint up to {remote.max_concurrency}, remote.max_concurrency"
-    rows.append(Row("concurrency", f"up to {counted(settings.engine.max_num_seqs, 'request')} at once", at_once))
+    rows.append(Row("concurrency", f"up to {counted(settings.engine.seats_elsewhere, 'request')} at once", at_once))
     able = engine.capabilities
     rows.append(Row("guided output", ", ".join(kind for kind in GUIDED_KINDS if kind in able.guided)))
     lacks = ", ".join(sorted(SAMPLING_NAMES - able.sampling)) or "nothing"

@@ -54,7 +54,7 @@ def vllm_options(settings: Settings, directory: Path) -> VllmOptions:
     return VllmOptions(
         model=name,
         directory=directory,
-        max_num_seqs=engine.max_num_seqs,
+        max_num_seqs=engine.seats_elsewhere,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_model_len=engine.max_model_len,
         kv_cache_bytes=engine.kv_cache_bytes,

@@ -84,9 +84,9 @@ def extract_documents(
     return yielding_loop.run(work, beside_engine=settings.engine.loads_model)
 
 
-def documents_at_once(settings: Settings) -> int:
+def documents_at_once(settings: Settings, max_num_seqs: int) -> int:
     """As many documents as fill the engine's batch where each has as many pages as are asked at once."""
-    return max(1, settings.engine.max_num_seqs // settings.documents.pages_at_once)
+    return max(1, max_num_seqs // settings.documents.pages_at_once)
 
 
 async def _extract_all(
@@ -107,7 +107,7 @@ async def _extract_all(
         stopped = asyncio.Event()
         signals.hand_to(stopped.set, has_taken=lambda: True)
         extractions: dict[str, Extraction] = {}
-        slots = asyncio.Semaphore(documents_at_once(settings))
+        slots = asyncio.Semaphore(documents_at_once(settings, parts.engine.max_num_seqs))
         ask = asking(parts.engine)
         if page_store is not None:
             store = PageStore(page_store, S3Client(settings.s3).call)

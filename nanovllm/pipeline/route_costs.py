@@ -41,10 +41,10 @@ class Cost:
         return pages * sum(times) / len(times), pages * min(times), pages * max(times)
 
 
-def pages_at_once(settings: Settings, document_pages: int) -> int:
-    """How many pages are asked at once where all documents have so many."""
-    pages = documents_at_once(settings) * min(document_pages, settings.documents.pages_at_once)
-    return min(pages, settings.engine.max_num_seqs)
+def pages_at_once(settings: Settings, max_num_seqs: int, document_pages: int) -> int:
+    """How many pages are asked at once where all documents have so many, of an engine that runs ``max_num_seqs``."""
+    pages = documents_at_once(settings, max_num_seqs) * min(document_pages, settings.documents.pages_at_once)
+    return min(pages, max_num_seqs)
 
 
 def measure(
@@ -74,7 +74,7 @@ def measure(
                 raise ConfigurationError(f"the model {engine.model_info.id} takes no images: it reads no pages")
             stack.push_async_callback(decoders.close)
             await decoders.start()
-            ask, at_once, numbers, costs = asking(engine), documents_at_once(settings), count(), {}
+            ask, at_once, numbers, costs = asking(engine), documents_at_once(settings, engine.max_num_seqs), count(), {}
             for name, route in routes.items():
                 size = min(document_pages, route.pages.max_pages)
                 drawn = (draw(list(islice(numbers, size))) for _ in count())

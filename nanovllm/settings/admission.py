@@ -11,7 +11,7 @@ class AdmissionSettings(SettingsModel):
     """How much work the worker takes at once, and how long it goes on when told to stop."""
 
     max_jobs: int | None = Field(
-        None, ge=1, description="Most jobs between Kafka and result; unset: twice engine.max_num_seqs."
+        None, ge=1, description="Most jobs between Kafka and result; unset: twice what the engine runs at once."
     )
     max_bytes: Bytes = Field(512 * 2**20, description="Most bytes of messages and images held by those jobs.")
     max_job_bytes: Bytes = Field(8 * 2**20, description="Largest message that is read as a job.")

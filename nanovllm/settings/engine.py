@@ -31,9 +31,17 @@ class EngineSettings(SettingsModel):
     model_aliases: dict[str, str] = Field(
         default_factory=dict, description="Short names for checkpoint directories (JSON object)."
     )
-    max_num_seqs: int = Field(64, ge=1, description="Most jobs in one step of the engine.")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Most jobs in one step of the engine; unset: 64, on a GPU of this worker's 8 to 256, by its memory "
+        "and the model.",
+    )
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="Most tokens in one step of the engine; unset: 512 on a CPU, 2048 on a GPU."
+        None,
+        ge=1,
+        description="Most tokens in one step of the engine; unset: 512 on a CPU, on a GPU 1024 to 8192, by its memory "
+        "and the model; what vLLM chooses with `vllm`.",
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; unset: the checkpoint's.")
     block_size: int | None = Field(
@@ -98,6 +106,11 @@ class EngineSettings(SettingsModel):
         (), description="Names of those variables that a job may set in its own `chat_template_kwargs`."
     )
     step_timeout_s: Seconds = Field(300.0, description="A step that takes longer ends the worker: it hangs.")
+
+    @property
+    def seats_elsewhere(self) -> int:
+        """Most jobs at once in an engine that is not this project's, and does not choose by itself."""
+        return self.max_num_seqs or 64
 
     @property
     def loads_model(self) -> bool:

@@ -98,7 +98,8 @@ class Settings(BaseSettings):
                 f"vllm.* is set, and engine.backend is {self.engine.backend}: set it to vllm, or unset the section"
             )
         self._check_topics()
-        if self.max_admitted_jobs < len(set(self.consumed_topics.values())):
+        max_jobs, num_priorities = self.admission.max_jobs, len(set(self.consumed_topics.values()))
+        if max_jobs is not None and max_jobs < num_priorities:
             raise ValueError(
                 "admission.max_jobs must have a place for each priority of topics.lanes, and one for topics.jobs"
             )
@@ -141,10 +142,12 @@ class Settings(BaseSettings):
         events = {} if self.documents.routes is None else {self.topics.events: 0}
         return {**self.topics.job_topics, **events}
 
-    @property
-    def max_admitted_jobs(self) -> int:
-        """Most jobs between Kafka and result: the horizon of priority, order and dedup."""
-        return self.admission.max_jobs or 2 * self.engine.max_num_seqs
+    def max_admitted_jobs(self, max_num_seqs: int) -> int:
+        """Most jobs between Kafka and result: the horizon of priority, order and dedup.
+
+        ``max_num_seqs``: the most that the engine, which is there now, runs at once.
+        """
+        return self.admission.max_jobs or max(2 * max_num_seqs, len(set(self.consumed_topics.values())))
 
     def masked_yaml(self) -> str:
         """The effective values in the form of a configuration file; secrets, and passwords inside URLs, are masked."""

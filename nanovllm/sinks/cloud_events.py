@@ -22,15 +22,15 @@ def event_record(
     source = message.source
     if source is None:
         raise ValueError(f"the record of {message.job_id} has no source in Kafka")
-    attributes = {
-        "ce_specversion": "1.0",
-        "ce_id": message.result_id,
-        "ce_type": f"nanovllm.{message.schema_name}",
-        "ce_source": f"/nanovllm/{source.topic}/{source.partition}",
-        "ce_subject": message.job_id,
-        "ce_time": rfc3339(datetime.now(UTC)),
-        "content-type": CONTENT_TYPES[fmt],
-    }
-    own = ((name, value.encode()) for name, value in attributes.items())
-    kept = ((name.lower(), value) for name, value in kept_headers(original_headers, TRACE_HEADERS))
-    return OutgoingRecord(topic, message.job_id.encode(), encode(message, fmt), (*own, *kept))
+    key = message.job_id.encode()
+    own = (
+        ("ce_specversion", b"1.0"),
+        ("ce_id", message.result_id.encode()),
+        ("ce_type", f"nanovllm.{message.schema_name}".encode()),
+        ("ce_source", f"/nanovllm/{source.topic}/{source.partition}".encode()),
+        ("ce_subject", key),
+        ("ce_time", rfc3339(datetime.now(UTC)).encode()),
+        ("content-type", CONTENT_TYPES[fmt].encode()),
+    )
+    kept = [(name.lower(), value) for name, value in kept_headers(original_headers, TRACE_HEADERS)]
+    return OutgoingRecord(topic, key, encode(message, fmt), (*own, *kept))

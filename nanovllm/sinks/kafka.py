@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 
 from aiokafka import AIOKafkaProducer
@@ -18,6 +18,7 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.sinks.base import Sink
 
+IN_ONE_TASK = 2  # records, as of a result and its metrics
 BATCHED_FROM = 8  # records of one topic; below, a batch of their own costs more than it saves
 
 
@@ -47,6 +48,8 @@ class KafkaSink:
             MessageTooLarge: a record exceeds its topic's limit.
         """
         for record in records:
+            if record.size_bytes <= self._limits.record_bytes(record.topic):
+                continue
             limit = await self.max_record_bytes(record.topic, record.size_bytes)
             if record.size_bytes > limit:
                 raise MessageTooLarge(
@@ -70,22 +73,34 @@ class KafkaSink:
         """As ``publish`` without its check; returns the error of each record, None where it is acknowledged."""
         if len(records) >= BATCHED_FROM and len({record.topic for record in records}) == 1:
             return await self._send_batches(records)
-        outcomes = await asyncio.gather(*map(self._send, records), return_exceptions=True)
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        for error in errors:
-            if not isinstance(error, NanoVLLMError):
-                raise error
-        return [outcome if isinstance(outcome, NanoVLLMError) else None for outcome in outcomes]
+        if len(records) <= IN_ONE_TASK:
+            return await self._send(records)
+        # Each in a task of its own: one that its topic does not take yet must not hold the others up.
+        outcomes = await asyncio.gather(*(self._send([record]) for record in records))
+        return [error for (error,) in outcomes]
 
-    async def _send(self, record: OutgoingRecord) -> None:
+    async def _send(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
+        """Put all into their batches, then wait for all."""
         batch_bytes = self._limits.in_use_bytes
-        try:
-            await send_record(self._producer, record)
-        except MessageTooLarge as error:
-            meaning = await self._refused(record.topic, record.size_bytes, batch_bytes, error)
-            if meaning is error:
-                raise
-            raise meaning from error
+        sent: list[Awaitable[object] | KafkaError] = []
+        for record in records:
+            try:
+                headers = list(record.headers)
+                sent.append(await self._producer.send(record.topic, record.value, key=record.key, headers=headers))
+            except KafkaError as error:
+                sent.append(error)
+        errors: list[NanoVLLMError | None] = []
+        for record, acknowledged in zip(records, sent, strict=True):
+            failure = await _failure(acknowledged)
+            errors.append(failure and await self._meaning(record, failure, batch_bytes))
+        return errors
+
+    async def _meaning(self, record: OutgoingRecord, failure: KafkaError, batch_bytes: int) -> NanoVLLMError:
+        meaning = publish_error(failure, record.topic)
+        if isinstance(meaning, MessageTooLarge):
+            meaning = await self._refused(record.topic, record.size_bytes, batch_bytes, meaning)
+        meaning.__cause__ = failure
+        return meaning
 
     async def _send_batches(self, records: Sequence[OutgoingRecord]) -> list[NanoVLLMError | None]:
         producer, topic, batch_bytes = self._producer, records[0].topic, self._limits.batch_bytes
@@ -134,6 +149,16 @@ class Unsent:
         errors = await self._sink.publish_each(self.records)
         self.records = [record for record, error in zip(self.records, errors, strict=True) if error is not None]
         raise_worst(errors)
+
+
+async def _failure(sent: Awaitable[object] | KafkaError) -> KafkaError | None:
+    if isinstance(sent, KafkaError):
+        return sent
+    try:
+        await sent
+    except KafkaError as error:
+        return error
+    return None
 
 
 def raise_worst(errors: Sequence[NanoVLLMError | None]) -> None:

@@ -114,7 +114,7 @@ def main() -> None:
     async def load_engine(settings: Any) -> Any:
         if settings.engine.backend == "native":
             return await asyncio.to_thread(faulty_native, orders, settings.engine)
-        return FaultyEcho(orders, max_num_seqs=settings.engine.max_num_seqs)
+        return FaultyEcho(orders, max_num_seqs=settings.engine.seats_elsewhere)
 
     build.load_engine = load_engine
     receive.decode_job = crash_decoding  # type: ignore[assignment]

@@ -1,11 +1,10 @@
-"""Our Triton kernel against plain torch, and in the engine: in Triton's interpreter, or on a GPU where there is one."""
+"""Our Triton kernel against plain torch, and in the engine beside the fused ones of a layer.
+
+In Triton's interpreter, or on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,13 @@ from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.attention.selection import TOLERANCES, Heads, trial
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.execution import model_runner
+from nanovllm.engine.layers import fused
 from nanovllm.engine.llm_engine import LLMEngine
 
 if (reason := triton_interpreter.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
+
+from triton_operators import launch_by_operators
 
 from nanovllm.engine.attention import triton_paged as attention_triton
 from nanovllm.engine.attention.triton_paged import TritonAttention
@@ -114,32 +116,8 @@ def test_plans_of_host_and_device_are_the_same() -> None:
         assert getattr(host, one).dtype == getattr(device, one).dtype
     assert {host.starts.dtype, host.contexts.dtype, host.tables.dtype} == {torch.int32}
     assert (host.max_query, host.max_context, device.max_context) == (1, 6, 8)
-    assert backend.decode_contexts(100) == (100,)
-    assert backend.decode_contexts(40960) == (4096, 40960)
-
-
-def _launch(
-    query: Tensor, cache: Tensor, starts: Tensor, contexts: Tensor, tables: Tensor, tile: list[int], splits: int
-) -> Tensor:
-    return paged_attention(query, cache, starts, contexts, tables, Tile(*tile), splits)
-
-
-# The interpreter looks at values, which the kernel does on the device: for whoever records, a launch is one operator.
-_launch_op = torch.library.custom_op(
-    "nanovllm_tests::paged_attention",
-    _launch,
-    mutates_args=(),
-    schema="(Tensor query, Tensor cache, Tensor starts, Tensor contexts, Tensor tables, int[] tile, int splits)"
-    " -> Tensor",
-)
-
-
-def _launch_as_operator(
-    query: Tensor, cache: Tensor, starts: Tensor, contexts: Tensor, tables: Tensor, tile: Tile, splits: int
-) -> Tensor:
-    numbers = [tile.queries, tile.keys, tile.num_warps, tile.num_stages]
-    output: Tensor = _launch_op(query, cache, starts, contexts, tables, numbers, splits)
-    return output
+    assert backend.decode_contexts(100, rows=1) == (100,)
+    assert backend.decode_contexts(40960, rows=256) == (4096, 40960)
 
 
 def _answers(
@@ -164,37 +142,16 @@ def _told(engine: LLMEngine) -> str:
 
 
 @pytest.mark.parametrize("way", ["recorded", "eager, chunks of 23"])
-def test_the_engine_gives_the_tokens_that_it_gives_on_sdpa(
+def test_the_engine_gives_the_tokens_that_it_gives_on_torch_s_operators(
     way: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "missing", lambda: "a GPU has none")
+    monkeypatch.setattr(fused, "serves", lambda _: False)
     expected, _ = _answers(text, lambda: SdpaAttention(DEVICE, torch.float32), monkeypatch, enforce_eager=True)
+    monkeypatch.setattr(fused, "serves", lambda _: True)
     if way == "recorded" and DEVICE.type == "cpu":
         monkeypatch.setattr(model_runner, "choose_recorder", lambda _: tape.record)
-        monkeypatch.setattr(attention_triton, "paged_attention", _launch_as_operator)
+        launch_by_operators(monkeypatch)
     options = {} if way == "recorded" else {"enforce_eager": True, "max_num_batched_tokens": 23}
     found, _ = _answers(text, lambda: TritonAttention(DEVICE), monkeypatch, **options)
     assert found == expected
-
-
-@pytest.mark.slow
-def test_tiles_fit_into_registers_and_shared_memory() -> None:
-    """Compiled for GPUs that need not be here, by a process that does not interpret."""
-    here = Path(__file__).resolve().parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(here / "triton_resources.py")],
-        env={**environment, "PYTHONPATH": os.pathsep.join([str(here.parent), environment.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels_of = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels_of) == 32
-    for kernel in kernels_of:
-        assert kernel["shared_bytes"] <= 99 << 10, kernel  # what an sm_86 has
-        assert kernel["registers"] <= 200, kernel
-        # A few bytes buy room for one more program: on sm_90 Triton 3.6 spends none, 3.9 up to 16.
-        assert kernel["stack_bytes"] <= 32, kernel

@@ -12,6 +12,7 @@ import torch
 from nanovllm.cli.main import main
 from nanovllm.engine import kernels
 from nanovllm.engine.diagnostics import describe, measure
+from nanovllm.engine.layers import fused
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from nanovllm.pipeline.build import build_engine, load_engine
@@ -45,6 +46,18 @@ def test_a_fallback_is_called_slow_and_says_what_is_missing(text: Path, monkeypa
         assert "slow" in told(engine)["attention"]
         assert "no C++ compiler" in told(engine)["attention"]
         assert "embedding cache" not in told(engine)
+
+
+def test_layers_on_a_gpu_are_told_with_what_they_run_on(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLMEngine(str(text), kv_cache_bytes=1 << 20) as engine:
+        assert "layers" not in told(engine)
+        monkeypatch.setattr(engine.model_runner, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+        monkeypatch.setattr(fused, "why_not", lambda *_: "triton is not installed")
+        assert told(engine)["layers"].startswith("torch's operators: slow")
+        assert told(engine)["layers"].endswith("triton is not installed")
+        monkeypatch.setattr(fused, "why_not", lambda *_: None)
+        assert told(engine)["layers"].startswith("fused Triton kernels")
 
 
 def test_measuring_leaves_the_engine_idle(text: Path) -> None:

@@ -196,6 +196,10 @@ def test_an_image_token_is_never_sampled(tmp_path: Path) -> None:
 def test_what_doctor_says_counts_the_tokens_of_an_image(tmp_path: Path) -> None:
     with LLMEngine(str(make_generic_images(tmp_path, "idefics3")), **SMALL) as engine:
         (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
+        encoder = engine.model_runner.encoder
+        assert encoder is not None
+        (embedding,) = encoder.embed_largest(320)
+    assert embedding.shape == (20, encoder.width)  # of several tiles
     assert "measured over 320 tokens, 56 of images among them" in support.value
 
 

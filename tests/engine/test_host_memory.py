@@ -81,6 +81,7 @@ def test_the_kv_cache_has_what_the_share_of_memory_leaves(
         assert (
             kv_cache_size.kv_cache_bytes(
                 engine.config,
+                runner.limits,
                 runner.device,
                 runner.model,
                 runner.attention,

@@ -14,7 +14,6 @@ import torch
 from checkpoints import make_clip, make_qwen3
 from engine_parts import drain, greedy, noise_image, step
 
-from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduling.batch import ScheduledRow
@@ -118,7 +117,7 @@ def test_a_draft_that_was_all_wrong_ends_them_for_a_while_and_right_ones_grow() 
         """Draft, take over that many and then another token; returns the length of the draft."""
         known = len(sequence)
         drafts = lookup.propose(sequence, 99)
-        row = ScheduledRow(sequence, known - 1, 1 + len(drafts), drafts)
+        row = ScheduledRow(sequence, known - 1, 1 + len(drafts), True, drafts)
         sequence.token_ids += drafts[:accepted]
         if accepted < len(drafts):
             sequence.token_ids += [9]
@@ -140,7 +139,7 @@ def test_a_draft_that_was_all_wrong_ends_them_for_a_while_and_right_ones_grow() 
 def test_a_large_batch_has_no_drafts(text: Path) -> None:
     with LLMEngine(str(text), kv_cache_bytes=8 << 20) as engine:
         params = greedy(60, logit_bias={7: 100.0})  # a text that is guessed at once
-        for number in range(MAX_DRAFT_STEP_TOKENS):
+        for number in range(engine.scheduler.max_draft_step_tokens):
             engine.add_request([number + 1] * 3, params)
         for _ in range(40):
             step(engine, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.sampling.random_draw import draw_by_torch, draw_tokens, philox
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.sampling_batch import RandomRows
-from nanovllm.engine.sampling.structured_output import forbid_masked
+from nanovllm.engine.sampling.structured_output import GuidedRows, forbid_by_torch, forbid_masked
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.engine.scheduling.token_counts import TokenCounts
 from nanovllm.sampling_params import SamplingParams
@@ -37,13 +38,13 @@ def make_logits(rows: int = 1, seed: int = 0) -> Tensor:
 
 def draw(logits: Tensor, count: int = 4000, **options: Any) -> Counter[int]:
     sequences = [make_sequence(**options) for _ in range(count)]
-    return Counter(make_sampler().sample(logits.expand(count, -1).clone(), sequences))
+    return Counter(make_sampler().sample(logits.expand(count, -1).clone(), sequences).tolist())
 
 
 def test_greedy_rows_take_the_argmax_beside_random_ones() -> None:
     logits = make_logits(64)
     sequences = [make_sequence(temperature=0.0 if row % 2 else 5.0) for row in range(64)]
-    tokens = make_sampler().sample(logits.clone(), sequences)
+    tokens = make_sampler().sample(logits.clone(), sequences).tolist()
     assert tokens[1::2] == logits.argmax(-1).tolist()[1::2]
     assert tokens[::2] != logits.argmax(-1).tolist()[::2]
 
@@ -100,7 +101,7 @@ def test_draws_follow_the_distribution_that_is_computed_by_hand(options: dict[st
     sequences = [make_sequence(**options) for _ in range(count)]
     for sequence in sequences:
         sequence.token_ids += output
-    counts = Counter(make_sampler().sample(logits.expand(count, -1).clone(), sequences))
+    counts = Counter(make_sampler().sample(logits.expand(count, -1).clone(), sequences).tolist())
     expected = by_hand(logits, output, options) * count
 
     assert set(counts) <= set(expected.nonzero().flatten().tolist())
@@ -112,7 +113,7 @@ def test_the_places_of_a_seeded_output_are_drawn_independently() -> None:
     logits, count = make_logits(seed=3), 4000
     sequence, sampler = make_sequence(seed=7), make_sampler()
     for _ in range(count):
-        sequence.token_ids += sampler.sample(logits.clone(), [sequence])
+        sequence.token_ids += sampler.sample(logits.clone(), [sequence]).tolist()
     counts = Counter(sequence.output_token_ids)
     expected = by_hand(logits, [], {}) * count
     assert sum((counts[n] - float(e)) ** 2 / float(e) for n, e in enumerate(expected)) < 35.0
@@ -156,7 +157,7 @@ def test_min_p_drops_what_is_far_below_the_best() -> None:
 def test_filters_of_one_row_do_not_touch_another() -> None:
     logits = make_logits()
     sequences = [make_sequence(top_k=1), *[make_sequence(temperature=8.0) for _ in range(500)]]
-    tokens = make_sampler().sample(logits.expand(501, -1).clone(), sequences)
+    tokens = make_sampler().sample(logits.expand(501, -1).clone(), sequences).tolist()
     assert tokens[0] == int(logits.argmax())
     assert len(set(tokens[1:])) == VOCAB
 
@@ -169,11 +170,11 @@ def test_a_seed_reproduces_in_any_batch_and_at_any_row() -> None:
         mine = make_sequence(seed=123)
         batch = [make_sequence() for _ in range(neighbours_before)] + [mine]
         batch += [make_sequence(seed=n) for n in range(neighbours_after)]
-        return [sampler.sample(step.repeat(len(batch), 1), batch)[neighbours_before] for step in steps]
+        return [sampler.sample(step.repeat(len(batch), 1), batch).tolist()[neighbours_before] for step in steps]
 
     alone = choices(0, 0, 0)
     assert alone == choices(3, 5, 1) == choices(7, 0, 2)
-    assert alone != [make_sampler(5).sample(step.clone(), [make_sequence(seed=124)])[0] for step in steps]
+    assert alone != [make_sampler(5).sample(step.clone(), [make_sequence(seed=124)]).tolist()[0] for step in steps]
 
 
 def test_end_tokens_are_impossible_before_min_tokens() -> None:
@@ -181,9 +182,9 @@ def test_end_tokens_are_impossible_before_min_tokens() -> None:
     best, second = logits[0].topk(2).indices.tolist()
     sequence = make_sequence(temperature=0.0, min_tokens=1, stop_token_ids=frozenset({best}))
     sampler = make_sampler()
-    assert sampler.sample(logits.clone(), [sequence]) == [second]
+    assert sampler.sample(logits.clone(), [sequence]).tolist() == [second]
     sequence.token_ids.append(second)
-    assert sampler.sample(logits.clone(), [sequence]) == [best]
+    assert sampler.sample(logits.clone(), [sequence]).tolist() == [best]
 
 
 def test_the_random_bits_are_those_that_the_authors_of_philox_published() -> None:
@@ -239,18 +240,33 @@ def test_rows_without_a_finite_best_logit_still_give_a_token(bad: float, options
     assert 0 <= make_sampler().sample(logits, [make_sequence(**options)])[0] < 200
 
 
+@pytest.mark.parametrize("forbid", [forbid_masked, forbid_by_torch])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [31, 32, 100])
-def test_masks_forbid_the_tokens_whose_bits_are_0(vocab: int, dtype: torch.dtype) -> None:
+def test_masks_forbid_the_tokens_whose_bits_are_0_in_guided_rows_alone(
+    vocab: int, dtype: torch.dtype, forbid: Callable[[Tensor, GuidedRows], None]
+) -> None:
     numbers = torch.Generator().manual_seed(vocab)
     masks = torch.randint(-(2**31), 2**31 - 1, (4, -(-vocab // 32)), generator=numbers).int()
     masks[1], masks[2] = -1, 0
-    logits = torch.randn(4, vocab, generator=numbers).to(dtype)
+    guided = GuidedRows(torch.tensor([5, 0, 2, 4]), masks)
+    logits = torch.randn(6, vocab, generator=numbers).to(dtype)
     before = logits.clone()
-    forbid_masked(logits, masks)
-    for row, token in [(row, token) for row in range(4) for token in range(vocab)]:
-        is_allowed = int(masks[row, token // 32]) >> (token % 32) & 1
-        assert logits[row, token] == (before[row, token] if is_allowed else float("-inf"))
+    forbid(logits, guided)
+    for row, mask in zip(guided.rows.tolist(), masks, strict=True):
+        for token in range(vocab):
+            is_allowed = int(mask[token // 32]) >> (token % 32) & 1
+            assert logits[row, token] == (before[row, token] if is_allowed else float("-inf"))
+    assert torch.equal(logits[1::2][:2], before[1::2][:2])
+
+
+def test_forbidden_tokens_of_one_row_are_kept_where_they_are_all_that_a_row_has() -> None:
+    logits = torch.full((3, VOCAB), float("-inf"))
+    logits[:, 4], logits[1, 7] = 1.0, 0.5
+    sequences = [make_sequence(temperature=0.0, min_tokens=1, stop_token_ids=frozenset({4})) for _ in range(3)]
+    sequences[2] = make_sequence(temperature=0.0)
+    assert make_sampler().sample(logits, sequences).tolist() == [4, 7, 4]
+    assert torch.equal(logits[1].isfinite().nonzero().flatten(), torch.tensor([7]))
 
 
 @settings(max_examples=100, deadline=None)

@@ -75,9 +75,14 @@ class World:
     """A scheduler with a model that is a function of the tokens, and a memory of what each slot was written with.
 
     The model answers what the text's hash says, so that a wrong draft, a stale block or a lost token changes a text.
+    It computes steps in the order of their launches. ``is_ahead``: a step is launched before the tokens of the one
+    before are read, unless a row has drafts or a matcher.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, is_ahead: bool = False, **options: Any) -> None:
+        self.is_ahead = is_ahead
+        self.num_ahead = 0
+        self.in_flight: list[tuple[tuple[ScheduledRow, ...], dict[Sequence, list[int]]]] = []
         options = {"max_num_seqs": 4, "max_num_batched_tokens": 9, "num_speculative_tokens": 4, **options}
         self.scheduler = Scheduler(BlockManager(options.pop("num_blocks", NUM_BLOCKS), SIZE), **options)
         self.memory: dict[int, Written] = {}
@@ -92,8 +97,24 @@ class World:
         """Repetitive enough for drafts to be right now and then, never in step with them."""
         return hash((sequence.index, tuple(tokens[-2:]), len(tokens) // 7)) % 3
 
-    def step(self) -> ScheduledBatch:
-        """One step, with every rule of what a step may do."""
+    def step(self) -> None:
+        """Launch what may be launched, and commit one step."""
+        if not self.in_flight:
+            self.launch(self.schedule())
+        rows, answers = self.in_flight[0]
+        is_followed = self.is_ahead and not any(row.drafts or row.sequence.matcher for row in rows)
+        if is_followed and (behind := self.scheduler.schedule_behind(rows)).rows:
+            assert sum(row.num_tokens for row in behind.rows) <= self.scheduler.max_num_batched_tokens
+            self.launch(behind)
+            self.num_ahead += 1
+        for row in rows:
+            if not row.sequence.is_finished:
+                self.commit(row, answers, is_committed=is_followed)
+        self.in_flight.pop(0)
+        self.audit()
+
+    def schedule(self) -> ScheduledBatch:
+        """The rows of a step with nothing in flight, with every rule of what a step may do."""
         # A newcomer that goes before them waits for a seat or for blocks, but never loses what it has once it runs.
         first = min(self.scheduler.running or self.scheduler.waiting)
         scheduled = self.scheduler.schedule()
@@ -102,13 +123,29 @@ class World:
         assert len({id(row.sequence) for row in scheduled.rows}) == len(scheduled.rows)
         chosen = {id(row.sequence) for row in scheduled.rows}
         assert id(first) in chosen or self.follows(first, scheduled), "the first in order got nothing"
-        for row in scheduled.rows:
-            self.write(row)
-        for row in scheduled.rows:
-            self.read(row)
-            self.commit(row)
-        self.audit()
         return scheduled
+
+    def launch(self, scheduled: ScheduledBatch) -> None:
+        tokens = {row.sequence: self.tokens_of(row) for row in scheduled.rows}
+        for row in scheduled.rows:
+            self.write(row, tokens[row.sequence])
+        for row in scheduled.rows:
+            self.read(row, tokens[row.sequence])
+        answers = {
+            row.sequence: [
+                self.answer(row.sequence, tokens[row.sequence][: row.end - len(row.drafts) + place])
+                for place in range(row.num_samples)
+            ]
+            for row in scheduled.rows
+        }
+        self.in_flight.append((scheduled.rows, answers))
+
+    def tokens_of(self, row: ScheduledRow) -> list[int]:
+        """All tokens up to the row's end, the one among them that the step in flight samples."""
+        ahead = self.in_flight[0][1][row.sequence] if row.sequence.pending is not None else []
+        tokens = [*row.sequence.token_ids, *ahead, *row.drafts]
+        assert len(tokens) == row.end or not row.is_sampled
+        return tokens
 
     def follows(self, sequence: Sequence, scheduled: ScheduledBatch) -> bool:
         """Whether another row computes what the sequence waits for."""
@@ -119,25 +156,22 @@ class World:
     def slot(sequence: Sequence, position: int) -> int:
         return sequence.block_table[position // SIZE] * SIZE + position % SIZE
 
-    def write(self, row: ScheduledRow) -> None:
+    def write(self, row: ScheduledRow, tokens: list[int]) -> None:
         assert row.num_tokens > len(row.drafts)
-        tokens = row.sequence.token_ids + list(row.drafts)
         for position in range(row.start, row.end):
             self.memory[self.slot(row.sequence, position)] = content(row.sequence, tokens, position)
 
-    def read(self, row: ScheduledRow) -> None:
-        tokens = row.sequence.token_ids + list(row.drafts)
+    def read(self, row: ScheduledRow, tokens: list[int]) -> None:
         for position in range(row.end):
             assert self.memory[self.slot(row.sequence, position)] == content(row.sequence, tokens, position)
 
-    def commit(self, row: ScheduledRow) -> None:
-        reason = None
+    def commit(self, row: ScheduledRow, answers: dict[Sequence, list[int]], *, is_committed: bool) -> None:
+        reason, tokens = None, answers[row.sequence]
+        row.sequence.pending = None
         if row.is_sampled:
-            sequence = row.sequence
-            ahead = [sequence.ahead(row.drafts[:place]).token_ids for place in range(row.num_samples)]
-            tokens = [self.answer(sequence, tokens) for tokens in ahead]
             _, reason = extend(row, _Text(), tokens, [None] * len(tokens))  # type: ignore[arg-type]
-        self.scheduler.commit(row)
+        if not is_committed:
+            self.scheduler.commit(row)
         if reason is not None:
             self.scheduler.finish(row.sequence)
 
@@ -164,9 +198,11 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=20)
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals of every kind, steps, aborts, preemptions, a forgotten prefix cache."""
 
+    is_ahead = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(is_ahead=self.is_ahead)
 
     @rule(prompt=tokens, length=st.integers(1, 12), priority=st.integers(0, 2), n=st.integers(1, 3))
     def arrive(self, prompt: list[int], length: int, priority: int, n: int) -> None:
@@ -203,7 +239,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler.finish(sequence)
         assert scheduler.blocks.num_free == free + len(own), "an abort frees at once"
 
-    @precondition(lambda self: self.world.scheduler.running)
+    @precondition(lambda self: self.world.scheduler.running and not self.world.in_flight)
     @rule()
     def preempt(self) -> None:
         self.world.scheduler._preempt_last()
@@ -226,6 +262,16 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = examples(60, stateful_step_count=50)
 
 
+class AheadMachine(SchedulerMachine):
+    """The same where the tokens of a step are read behind the launch of the next one."""
+
+    is_ahead = True
+
+
+TestAheadMachine = AheadMachine.TestCase
+TestAheadMachine.settings = examples(60, stateful_step_count=50)
+
+
 def draw_work(seed: int, count: int) -> list[Sequence]:
     draw = random.Random(seed)
     return [
@@ -240,9 +286,17 @@ def draw_work(seed: int, count: int) -> list[Sequence]:
 
 
 @examples(40)
-@given(seed=st.integers(0, 10**6), budget=st.integers(1, 40), seats=st.integers(1, 6), num_blocks=st.integers(10, 24))
-def test_texts_depend_on_nothing_but_their_prompts(seed: int, budget: int, seats: int, num_blocks: int) -> None:
-    together = World(max_num_batched_tokens=budget, max_num_seqs=seats, num_blocks=num_blocks)
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.integers(1, 40),
+    seats=st.integers(1, 6),
+    num_blocks=st.integers(10, 24),
+    is_ahead=st.booleans(),
+)
+def test_texts_depend_on_nothing_but_their_prompts(
+    seed: int, budget: int, seats: int, num_blocks: int, is_ahead: bool
+) -> None:
+    together = World(is_ahead=is_ahead, max_num_batched_tokens=budget, max_num_seqs=seats, num_blocks=num_blocks)
     for sequence in draw_work(seed, 10):
         together.add(sequence)
     together.finish_all()
@@ -253,10 +307,11 @@ def test_texts_depend_on_nothing_but_their_prompts(seed: int, budget: int, seats
         assert mine.token_ids == alone.token_ids
 
 
-def test_thousands_of_operations_go_every_way() -> None:
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_thousands_of_operations_go_every_way(is_ahead: bool) -> None:
     """The machine above, driven without a goal; what it is there for must have happened many times."""
     draw = random.Random(0)
-    world, arrivals, aborts = World(), 0, 0
+    world, arrivals, aborts = World(is_ahead=is_ahead), 0, 0
     scheduler = world.scheduler
     for _ in range(5000):
         deed = draw.random()
@@ -268,7 +323,7 @@ def test_thousands_of_operations_go_every_way() -> None:
         elif deed < 0.17 and scheduler.has_unfinished():
             scheduler.finish(draw.choice(scheduler.running + scheduler.waiting))
             aborts += 1
-        elif deed < 0.18 and scheduler.running:
+        elif deed < 0.18 and scheduler.running and not world.in_flight:
             scheduler._preempt_last()
         elif scheduler.has_unfinished():
             world.step()
@@ -276,6 +331,7 @@ def test_thousands_of_operations_go_every_way() -> None:
     world.finish_all()
     happened = (arrivals, aborts, scheduler.num_preemptions, scheduler.prefix_cache_hits // SIZE)
     assert min(*happened, scheduler.prompt_lookup.num_accepted) > 50
+    assert (world.num_ahead > 50) is is_ahead
     assert all(sequence.is_finished for sequence in world.sequences)
 
 

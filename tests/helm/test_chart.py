@@ -490,6 +490,19 @@ def test_only_backends_that_load_weights_get_accelerators_volumes_of_weights_and
     assert startup_s >= 900 if loads else startup_s == 60
 
 
+def test_the_gpu_example_runs_the_cuda_image_on_a_node_that_has_a_gpu(render: Render) -> None:
+    objects = render(OF_BACKENDS["native-gpu"])
+    pod, container = pod_of(objects), container_of(objects)
+    assert container["image"].startswith("nanovllm-cuda:")
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["runtimeClassName"] == "nvidia"
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert any(one["key"] == "nvidia.com/gpu" for one in pod["tolerations"])
+    # Dockerfile.cuda keeps Triton's cache there.
+    assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
 def test_workers_in_front_of_servers_get_keys_and_ca_from_objects_and_reach_nothing_else(render: Render) -> None:
     for name, kind in (("openai-vllm", None), ("openai-hosted", "configMap"), ("openai-hosted", "secret")):
         values = json.loads(json.dumps(OF_BACKENDS[name]))

@@ -12,17 +12,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+INDEXES = {
+    "Dockerfile": "https://download.pytorch.org/whl/cpu",
+    "Dockerfile.cuda": "https://download.pytorch.org/whl/cu130",
+}
 Stage = list[tuple[str, str]]
 
 
-@pytest.fixture(scope="module")
-def stages() -> list[Stage]:
-    """(instruction, arguments) pairs of every build stage."""
-    text = (REPOSITORY / "Dockerfile").read_text()
+def read(name: str) -> list[Stage]:
+    """(instruction, arguments) pairs of every build stage of a Dockerfile."""
+    text = (REPOSITORY / name).read_text()
     lines = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
     found: list[Stage] = []
     for line in filter(str.strip, lines.splitlines()):
@@ -33,14 +37,40 @@ def stages() -> list[Stage]:
     return found
 
 
+@pytest.fixture(scope="module", params=list(INDEXES))
+def name(request: pytest.FixtureRequest) -> str:
+    """Each Dockerfile."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def stages(name: str) -> list[Stage]:
+    """Its stages; the last two are ``build`` and the image."""
+    return read(name)
+
+
 @pytest.fixture(scope="module")
 def project() -> dict[str, dict[str, object]]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
+def all_of(stage: Stage, instruction: str) -> list[str]:
+    return [arguments for name, arguments in stage if name == instruction]
+
+
 def only(stage: Stage, instruction: str) -> str:
-    (arguments,) = [arguments for name, arguments in stage if name == instruction]
+    (arguments,) = all_of(stage, instruction)
     return arguments
+
+
+def defaults_of(stage: Stage) -> dict[str, str]:
+    return dict(argument.split("=", 1) for argument in all_of(stage, "ARG"))
+
+
+def copied_by(stage: Stage) -> list[str]:
+    """What comes from the repository."""
+    words = [shlex.split(arguments) for arguments in all_of(stage, "COPY") if "--from=" not in arguments]
+    return [source for line in words for source in line[:-1]]
 
 
 def is_sent_to_the_build(path: str) -> bool:
@@ -66,8 +96,7 @@ def test_the_image_runs_as_the_charts_user(stages: list[Stage]) -> None:
 
 
 def test_what_is_copied_exists_and_reaches_the_build(stages: list[Stage]) -> None:
-    copied = [shlex.split(arguments) for name, arguments in stages[0] if name == "COPY"]
-    sources = [source for words in copied for source in words[:-1]]
+    sources = copied_by(stages[-2])
     assert "nanovllm" in sources
     for source in sources:
         assert (REPOSITORY / source).exists(), source
@@ -77,8 +106,7 @@ def test_what_is_copied_exists_and_reaches_the_build(stages: list[Stage]) -> Non
 def test_the_wheels_build_has_all_the_files_that_it_names(
     stages: list[Stage], project: dict[str, dict[str, object]]
 ) -> None:
-    copied = {word for name, arguments in stages[0] if name == "COPY" for word in shlex.split(arguments)[:-1]}
-    assert {project["readme"], *project["license-files"], "pyproject.toml"} <= copied
+    assert {project["readme"], *project["license-files"], "pyproject.toml"} <= {*copied_by(stages[-2])}
 
 
 @pytest.mark.parametrize(
@@ -118,60 +146,91 @@ def test_the_command_and_the_extra_are_the_packages_own(
     assert program in project["scripts"]
     values = yaml.safe_load((REPOSITORY / "helm" / "nanovllm" / "values.yaml").read_text())
     assert json.loads(only(stages[-1], "CMD")) == values["args"]
-    assert set(default_extras(stages).split(",")) <= set(project["optional-dependencies"])
+    assert set(defaults_of(stages[-2])["EXTRAS"].split(",")) <= set(project["optional-dependencies"])
 
 
-def default_extras(stages: list[Stage]) -> str:
-    name, _, extras = only(stages[0], "ARG").partition("=")
-    assert name == "EXTRAS"
-    return extras
-
-
-def commands(stages: list[Stage], extras: str, directory: Path) -> list[str]:
-    """What the build's shell runs with these extras; programs that write down their names stand in for all."""
+def commands(stage: Stage, directory: Path, **arguments: str) -> list[str]:
+    """What the shell runs of a stage with these arguments; programs that write down their names stand in for all."""
     log = directory / "log"
     log.touch()
-    for program in ("pip", "apt-get", "python", "rm"):
+    for program in ("pip", "apt-get", "python", "python3", "rm", "mkdir"):
         (directory / program).write_text(f'#!/bin/sh\necho "${{0##*/}} $*" >> {log}\n')
         (directory / program).chmod(0o755)
-    for instruction, arguments in stages[0]:
-        if instruction == "RUN":
-            environment = {"PATH": str(directory), "EXTRAS": extras}
-            subprocess.run(["/bin/sh", "-c", arguments], env=environment, check=True)
-    return log.read_text().splitlines()
+    environment = {**defaults_of(stage), **arguments, "PATH": str(directory)}
+    for command in all_of(stage, "RUN"):
+        subprocess.run(["/bin/sh", "-c", command], env=environment, check=True)
+    return [line for line in log.read_text().splitlines() if not line.startswith(("apt-get", "rm", "mkdir"))]
 
 
-def test_the_image_for_servers_is_built_without_torch_and_compiler(stages: list[Stage], tmp_path: Path) -> None:
-    assert commands(stages, "remote", tmp_path) == ["python -m venv /opt/nanovllm", "pip install .[remote]"]
+def test_the_image_for_servers_is_built_without_torch_and_compiler(tmp_path: Path) -> None:
+    run = commands(read("Dockerfile")[0], tmp_path, EXTRAS="remote")
+    assert run == ["python -m venv /opt/nanovllm", "pip install .[remote]"]
 
 
 def test_the_image_with_an_engine_has_torch_before_the_package_and_compiled_kernels(
-    stages: list[Stage], tmp_path: Path
+    name: str, stages: list[Stage], tmp_path: Path
 ) -> None:
-    run = commands(stages, default_extras(stages), tmp_path)
-    kinds = [" ".join(command.split()[:3]) for command in run]
-    assert [kind for kind in kinds if not kind.startswith(("apt-get", "rm"))] == [
-        "python -m venv",
-        "pip install --index-url",
-        "pip install .[worker,documents,remote]",
-        "python -m nanovllm.engine.kernels",
+    venv, torch, package, kernels = commands(stages[-2], tmp_path)
+    assert venv == "python -m venv /opt/nanovllm"
+    assert torch.startswith(f"pip install --index-url {INDEXES[name]} torch")
+    assert package.endswith(".[worker,documents,remote]")
+    assert kernels == "python -m nanovllm.engine.kernels"
+
+
+def test_torch_is_in_the_range_of_the_package(
+    name: str, stages: list[Stage], project: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    extra = project["optional-dependencies"]["worker"]
+    (requirement,) = [Requirement(one) for one in extra if one.startswith("torch>")]  # type: ignore[attr-defined]
+    asked = [
+        Requirement(one.split()[-1]) for one in commands(stages[-2], tmp_path) if " torch" in one and "[" not in one
     ]
+    assert [one.name for one in asked] == ["torch"]
+    if name == "Dockerfile":
+        assert asked == [requirement]
+    else:  # one torch, and the same one after the package's other requirements are there
+        (pinned,) = (one.version for one in asked[0].specifier)
+        assert pinned in requirement.specifier
+        assert commands(stages[-2], tmp_path)[-2] == f"pip install torch=={pinned} .[worker,documents,remote]"
 
 
-def test_torch_comes_from_the_cpu_index_in_the_range_of_the_package(
-    stages: list[Stage], project: dict[str, dict[str, object]]
+def test_flash_attn_is_built_for_the_torch_and_python_of_the_image_or_left_out(
+    project: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
-    runs = [arguments for name, arguments in stages[0] if name == "RUN" and "torch" in arguments]
-    (requirement,) = [one for one in project["optional-dependencies"]["worker"] if one.startswith("torch>")]  # type: ignore[attr-defined]
-    assert len(runs) == 1
-    assert "https://download.pytorch.org/whl/cpu" in runs[0]
-    assert f'"{requirement}"' in runs[0]
+    builder, build, image = read("Dockerfile.cuda")
+    assert {name: defaults_of(builder)[name] for name in ("TORCH", "TORCH_CUDA")} == {
+        name: defaults_of(build)[name] for name in ("TORCH", "TORCH_CUDA")
+    }
+    cuda = re.fullmatch(r"nvidia/cuda:(\d+)\.(\d+)\.\d+-devel-ubuntu24\.04 AS flash-attn", only(builder, "FROM"))
+    assert cuda is not None
+    assert defaults_of(build)["TORCH_CUDA"] == f"cu{cuda[1]}{cuda[2]}"
+    assert only(image, "FROM").startswith("python:3.12-")  # Ubuntu 24.04's, which builds the wheel
+    built = commands(builder, tmp_path)[-1]
+    (requirement,) = [one for one in project["optional-dependencies"]["cuda"] if one.startswith("flash-attn")]  # type: ignore[attr-defined]
+    asked = Requirement(built.split()[-1])
+    assert "pip wheel --no-build-isolation" in built
+    assert {one.version for one in asked.specifier} == {defaults_of(builder)["FLASH_ATTN"]}
+    assert defaults_of(builder)["FLASH_ATTN"] in Requirement(requirement).specifier
+    (tmp_path / "without").mkdir()
+    assert commands(builder, tmp_path / "without", FLASH_ATTN="") == []
+
+
+def test_all_that_a_gpus_image_writes_is_below_tmp_and_kernels_find_a_compiler() -> None:
+    image = read("Dockerfile.cuda")[-1]
+    environment = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(image, "ENV"))))
+    assert environment["HOME"] == "/tmp"
+    assert environment["TRITON_CACHE_DIR"].startswith("/tmp/")
+    assert "compute" in environment["NVIDIA_DRIVER_CAPABILITIES"].split(",")
+    assert "gcc" in only(image, "RUN").split()
+    plain = read("Dockerfile")[-1]
+    shared = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(plain, "ENV"))))
+    assert shared.items() <= environment.items()
 
 
 def test_the_python_is_one_that_the_package_supports(
     stages: list[Stage], project: dict[str, dict[str, object]]
 ) -> None:
-    bases = {only(stage, "FROM").split()[0] for stage in stages}
+    bases = {only(stage, "FROM").split()[0] for stage in stages[-2:]}
     (base,) = bases  # a virtual environment moves between stages of one Python only
     minor = int(re.fullmatch(r"python:3\.(\d+)-slim", base)[1])  # type: ignore[index]
     assert minor >= int(str(project["requires-python"]).removeprefix(">=3."))

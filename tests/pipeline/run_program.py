@@ -38,7 +38,7 @@ def main() -> None:
     async def load_engine(settings: Any) -> Any:
         if delay_s < 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.engine.max_num_seqs)
+        return WritingEngine(log, delay_s=delay_s, max_num_seqs=settings.engine.seats_elsewhere)
 
     build.load_engine = load_engine
     sys.argv = ["nanovllm", *sys.argv[3:]]

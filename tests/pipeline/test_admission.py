@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from nanovllm.engine.backends.echo import EchoEngine
+from nanovllm.metrics import Metrics
+from nanovllm.objects.fetch import ObjectFetcher
 from nanovllm.pipeline.admission.admission import Admission
+from nanovllm.pipeline.build import Parts, build_worker
+from nanovllm.pipeline.operations.health import Health
+from nanovllm.settings.worker import Settings
+from nanovllm.sinks.outcomes import OutcomeSink
 
 
 def admission(*, max_jobs: int = 4, max_bytes: int = 100) -> Admission:
@@ -144,3 +152,27 @@ async def test_an_output_that_waits_holds_its_bytes_and_not_the_jobs_place() -> 
     assert (of.jobs, of.bytes) == (1, 60)
     behind.release()
     of.audit()
+
+
+@pytest.mark.parametrize(
+    ("settings", "seats", "jobs"),
+    [
+        ({}, 256, 512),  # what a large GPU runs at once, though no setting says so
+        ({}, 8, 16),
+        ({"admission": {"max_jobs": 40}}, 256, 40),
+        ({"topics": {"lanes": {f"lane-{number}": number for number in range(1, 31)}}}, 8, 31),  # a place for each
+    ],
+)
+async def test_a_worker_admits_twice_what_its_engine_runs_at_once(
+    settings: dict[str, Any], seats: int, jobs: int
+) -> None:
+    effective = Settings.model_validate(settings)
+    engine, fetcher = EchoEngine(max_num_seqs=seats), ObjectFetcher(effective.s3, max_bytes=1)
+    sink = OutcomeSink(effective.topics, lambda *_: None, lambda *_: None)
+    worker = build_worker(effective, Parts(engine, None, fetcher), sink, Metrics(), Health(), routes=None)
+    places = 0
+    while worker.admission.room:
+        lane = max(worker.admission.rooms, key=lambda lane: worker.admission.rooms[lane])
+        worker.admission.admit(1, lane)
+        places += 1
+    assert places == jobs

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nanovllm.errors import InvalidJob, PlaceholderMismatch
@@ -12,6 +16,8 @@ from nanovllm.messages.codec import decode_job, encode_job
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.messages.job import ImageRef, Job, derive_job_id, image_name
 from nanovllm.pipeline.stages.admit import sampling_defaults
+from nanovllm.pipeline.stages.job_sampling import JobSampling
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.engine import SamplingSettings
 from nanovllm.settings.worker import Settings
 
@@ -287,3 +293,41 @@ def test_what_the_settings_leave_unset_is_the_checkpoint_s_where_that_counts() -
     assert (found.temperature, found.top_p, found.max_tokens) == (0.6, 0.5, 300)
     asked = job(sampling={"temperature": 1.5}).sampling_params(found, 300)
     assert (asked.temperature, asked.top_p, asked.max_tokens) == (1.5, 0.5, 300)
+
+
+SAMPLINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0, 0.7, 1]),
+        "max_tokens": st.sampled_from([1, 50, 51, None]),
+        "seed": st.sampled_from([1, -1, None]),
+        "top_k": st.sampled_from([0, 1, 20]),
+        "ignore_eos": st.booleans(),
+        "stop": st.sampled_from(["a", ["a"], None]),
+        "min_tokens": st.sampled_from([0, 1]),
+        "json_schema": st.just({"type": "object"}),
+    },
+)
+
+
+@given(asked=st.lists(SAMPLINGS, min_size=1, max_size=12))
+def test_sampling_that_is_remembered_is_what_each_job_asks_for(asked: list[dict[str, Any]]) -> None:
+    defaults = SamplingParams(temperature=0.5, max_tokens=40)
+    remembered = JobSampling(defaults, 50)
+    for number, sampling in enumerate(asked):
+        one = job(job_id=f"job-{number}", sampling=sampling)
+
+        def outcome(resolve: Callable[[], SamplingParams]) -> Any:
+            try:
+                return resolve().model_dump()
+            except InvalidJob as error:
+                return str(error)
+
+        assert outcome(partial(remembered.of, one)) == outcome(partial(one.sampling_params, defaults, 50))
+
+
+def test_no_more_samplings_are_remembered_than_allowed() -> None:
+    remembered = JobSampling(SamplingParams(), 50)
+    for number in range(300):
+        assert remembered.of(job(job_id="j", sampling={"seed": number})).seed == number
+    assert len(remembered._known) <= 256

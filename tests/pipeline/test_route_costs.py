@@ -42,7 +42,7 @@ def test_a_cost_is_the_mean_with_the_quickest_and_slowest_round() -> None:
 
 @pytest.mark.parametrize(("seqs", "of_document", "expected"), [(64, 4, 64), (64, 9, 64), (64, 1, 16), (2, 9, 2)])
 def test_as_many_pages_are_asked_at_once_as_an_extraction_asks(seqs: int, of_document: int, expected: int) -> None:
-    assert pages_at_once(Settings.model_validate({"engine": {"max_num_seqs": seqs}}), of_document) == expected
+    assert pages_at_once(Settings(), seqs, of_document) == expected
 
 
 def test_each_measured_page_is_computed_and_one_document_is_not_counted(load: Load) -> None:

@@ -8,6 +8,7 @@ single token come first, so that decoding is one batched call.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers.token_ops import CacheSlots
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,29 @@ class AttentionBackend(Protocol):
         """
 
 
+class SlotAttention(ABC):
+    """A backend that attends to keys and values in the cache, whoever wrote them: one kernel may rotate and write."""
+
+    @abstractmethod
+    def slots(self, cache: Tensor, metadata: Any) -> CacheSlots:
+        """Where the step's keys and values go; a view of ``cache``."""
+
+    @abstractmethod
+    def attend_written(self, query: Tensor, cache: Tensor, metadata: Any) -> Tensor:
+        """`AttentionBackend.attend` once the step's keys and values are in their slots."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any) -> Tensor:
+        """See AttentionBackend."""
+        self.slots(cache, metadata).write(key, value)
+        return self.attend_written(query, cache, metadata)
+
+
 @runtime_checkable
 class GraphAttention(AttentionBackend, Protocol):
     """A backend whose metadata of single-token rows is made on the device alone, so that a CUDA graph can hold it."""
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """The longest contexts, ascending, for which a graph of its own pays, none beyond ``limit`` tokens."""
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """The longest contexts, ascending, for which a graph of ``rows`` tokens pays, none beyond ``limit`` tokens."""
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> Any:
         """The metadata of rows of one token each, from int64 contexts [n] and tables [n, width] on the device.

@@ -86,7 +86,7 @@ class SdpaAttention:
         slots = to_device(slots_of(batch, self.block_size), self._device)
         return _SdpaMetadata(slots, tuple(decodes), tuple(prefills))
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
         """Rows are copied as wide as the table: short ones have a narrow table, and the longest no graph."""
         return tuple(sorted({min(limit, context) for context in _GRAPH_CONTEXTS}))
 

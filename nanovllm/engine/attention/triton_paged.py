@@ -8,9 +8,10 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of
+from nanovllm.engine.attention.base import AttentionBatch, SlotAttention, last_slots, padded_tables, slots_of
 from nanovllm.engine.kernels.paged_triton import choose_splits, choose_tile, paged_attention
 from nanovllm.engine.layers.device_copy import together
+from nanovllm.engine.layers.token_ops import CacheSlots
 
 _NARROW = 4096  # tokens
 
@@ -27,8 +28,8 @@ class TritonMetadata:
     max_context: int
 
 
-class TritonAttention:
-    """A page is [block_size, 2, kv_heads, d], as SdpaAttention's: a token's keys and values are written in one call."""
+class TritonAttention(SlotAttention):
+    """A page is [block_size, 2, kv_heads, d], as SdpaAttention's."""
 
     name = "Triton kernel on the pages"
 
@@ -62,8 +63,10 @@ class TritonAttention:
             slots, starts, contexts, pages.view(rows, -1), max(batch.query_lens), max(batch.context_lens)
         )
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """Unused width costs the kernel nothing, but the host copies it every time; most steps have no long context."""
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """Unused width costs the kernel nothing: a row's own context is cut into shares. But the host copies it every
+        time, and most steps have no long context.
+        """
         return tuple(sorted({min(limit, _NARROW), limit}))
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> TritonMetadata:
@@ -77,11 +80,15 @@ class TritonAttention:
             max_context=block_tables.shape[1] * self.block_size,
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: TritonMetadata) -> Tensor:
-        """See AttentionBackend. All that decides about the launch are numbers of the metadata, which a graph keeps."""
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, metadata.slots, torch.stack((key, value), 1))
+    def slots(self, cache: Tensor, metadata: TritonMetadata) -> CacheSlots:
+        """See SlotAttention."""
+        keys, values = cache.view(-1, *cache.shape[2:]).unbind(1)
+        return CacheSlots(keys, values, metadata.slots)
+
+    def attend_written(self, query: Tensor, cache: Tensor, metadata: TritonMetadata) -> Tensor:
+        """See SlotAttention. All that decides about the launch are numbers of the metadata, which a graph keeps."""
         tokens, heads, dim = query.shape
-        kv_heads = key.shape[1]
+        kv_heads = cache.shape[3]
         group = heads // kv_heads
         tile = choose_tile(metadata.max_query, group, dim, query.element_size(), self._capability)
         splits = choose_splits(

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of
+from nanovllm.engine.attention.base import AttentionBatch, SlotAttention, last_slots, padded_tables, slots_of
 from nanovllm.engine.layers.device_copy import together
+from nanovllm.engine.layers.token_ops import CacheSlots
+
+_SHARED_CONTEXTS = (1024, 4096, 16_384)  # tokens
+_MAX_SHARED_ROWS = 16  # with eight heads of keys more rows keep a GPU of 132 multiprocessors busy without shares
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenMetadata], Tensor]
 """Queries [T, heads, d] over keys and values [num_blocks, block_size, kv_heads, d], each row seeing its context."""
 
 
-class PagedVarlenAttention:
+class PagedVarlenAttention(SlotAttention):
     """A cache is [2, num_blocks, block_size, kv_heads, d]; the kernels want pages of a multiple of 256 tokens."""
 
     def __init__(
@@ -71,9 +75,10 @@ class PagedVarlenAttention:
             max_context=max(batch.context_lens),
         )
 
-    def decode_contexts(self, limit: int) -> tuple[int, ...]:
-        """One width of table will do: what a row does not use of it costs nothing."""
-        return (limit,)
+    def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
+        """Few rows are cut into shares of the table's width, and what is beyond a row's context leaves shares empty."""
+        contexts = _SHARED_CONTEXTS if rows <= _MAX_SHARED_ROWS else ()
+        return tuple(sorted({limit, *(context for context in contexts if context < limit)}))
 
     def decode_metadata(self, context_lens: Tensor, block_tables: Tensor) -> VarlenMetadata:
         """See GraphAttention."""
@@ -88,11 +93,14 @@ class PagedVarlenAttention:
             max_context=block_tables.shape[1] * self.block_size,
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: VarlenMetadata) -> Tensor:
-        """See AttentionBackend."""
+    def slots(self, cache: Tensor, metadata: VarlenMetadata) -> CacheSlots:
+        """See SlotAttention."""
+        keys, values = cache.flatten(1, 2).unbind(0)
+        return CacheSlots(keys, values, metadata.slots)
+
+    def attend_written(self, query: Tensor, cache: Tensor, metadata: VarlenMetadata) -> Tensor:
+        """See SlotAttention."""
         keys, values = cache.unbind(0)
-        keys.view(-1, *key.shape[1:]).index_copy_(0, metadata.slots, key)
-        values.view(-1, *value.shape[1:]).index_copy_(0, metadata.slots, value)
         return self._kernel(query, keys, values, metadata)
 
 

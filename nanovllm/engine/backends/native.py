@@ -56,7 +56,7 @@ class AsyncEngine(EngineBackend):
 
     def __init__(self, engine: LLMEngine, *, step_timeout_s: float | None = 300.0) -> None:
         transform = engine.processor.encoder.transform if engine.processor is not None else None
-        super().__init__(engine.model_info, transform, engine.config.max_num_seqs)
+        super().__init__(engine.model_info, transform, engine.scheduler.max_num_seqs)
         self.generation_defaults = engine.generation_defaults
         able = self.capabilities
         if engine.model_runner.trial is not None:
@@ -215,6 +215,7 @@ class AsyncEngine(EngineBackend):
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """The engine thread: commands, step, outputs, until closed or dead."""
         try:
+            self._engine.model_runner.use_in_this_thread()
             while self._run_commands(loop):
                 if not self._engine.has_unfinished():
                     continue

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import move, to_device
 from nanovllm.engine.models.decoder import Decoder
 
@@ -30,25 +31,32 @@ Recorder = Callable[[Compute], Compute]
 _MAX_STEP_TOKENS = 512  # beyond them computing takes longer than launching
 _MAX_ROW_TOKENS = 16  # drafts or forced ones: each of them reads the whole context for itself
 _NUM_COLUMNS = 3  # of a graph's inputs before the block table: token, position, context length
+_GRAPH_LAYER_BYTES = 128 << 10  # what CUDA keeps of a layer's twenty kernels in a graph, about 6 KiB each
 
 
 class CudaRecorder:
-    """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time."""
+    """Records into CUDA graphs that share one pool of memory, which is right as long as they run one at a time.
+
+    All of it happens with ``device`` as the current one, whichever the thread's is: torch waits for the current device
+    before a capture, which would leave a context of half a gigabyte on another GPU, and not wait for this one.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute) -> Compute:
         """Run ``compute`` once, so that libraries set themselves up, then record it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            compute()
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # An engine in another thread may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            compute()
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                compute()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # An engine in another thread may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                compute()
         return graph.replay
 
 
@@ -72,6 +80,26 @@ def graph_sizes(max_tokens: int) -> list[int]:
     """The sizes for steps of up to ``max_tokens``, ascending: fine where a token more costs much, then by sixteens."""
     largest = min(max_tokens, _MAX_STEP_TOKENS)
     return [size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest] + [largest]
+
+
+def graph_shapes(attention: GraphAttention, max_tokens: int, max_context: int) -> list[tuple[int, int]]:
+    """The tokens and the longest context of every graph, in the order of recording: the largest first.
+
+    ``max_tokens``: of a step; ``max_context``: of the longest sequence.
+    """
+    shapes = [
+        (size, context)
+        for size in graph_sizes(max_tokens)
+        for context in attention.decode_contexts(max_context, rows=size)
+    ]
+    return sorted(shapes, key=lambda shape: (shape[1], shape[0]), reverse=True)
+
+
+def graph_bytes(model: Decoder, attention: GraphAttention, shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes that graphs of ``shapes`` take beside their pool: logits, inputs, and by estimate what CUDA keeps."""
+    logits = shapes[0][0] * model.config.vocab_size * model.embed_tokens.dtype.itemsize
+    inputs = sum(8 * size * (_NUM_COLUMNS + -(-context // attention.block_size)) for size, context in shapes)
+    return logits + inputs + len(shapes) * len(model.config.kv_shapes) * _GRAPH_LAYER_BYTES
 
 
 @dataclass(frozen=True)
@@ -102,15 +130,14 @@ class DecodeGraphs:
         self._model, self._attention, self._caches = model, attention, caches
         self._spare_block = spare_block
         self.sizes = graph_sizes(max_tokens)
-        self.contexts = attention.decode_contexts(max_context)
+        self.contexts = {size: attention.decode_contexts(max_context, rows=size) for size in self.sizes}
         self.num_replays = 0
         with torch.inference_mode():
             # One for all graphs: each would keep its own in the pool for ever.
             self._logits = model.embed_tokens.new_empty(self.sizes[-1], model.config.vocab_size)
             self._graphs = {
                 (size, context): self._record(recorder, size, context)
-                for context in reversed(self.contexts)
-                for size in reversed(self.sizes)
+                for size, context in graph_shapes(attention, max_tokens, max_context)
             }
 
     def _record(self, recorder: Recorder, size: int, context: int) -> _Graph:
@@ -129,17 +156,26 @@ class DecodeGraphs:
         return rows
 
     def load(
-        self, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int], batch: AttentionBatch
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        batch: AttentionBatch,
+        ahead: TokensAhead | None = None,
     ) -> Replay | None:
         """Send the step's T tokens to the smallest graph that holds them; None where none does.
+
+        Those that are ``ahead`` are written over their places of ``token_ids``.
 
         In the graph every token is a row of its own, whose context ends with it: each layer writes the keys and values
         of all tokens before any of them attends. The result computes the logits of the ``wanted`` tokens
         [len(wanted), vocab].
         """
         size = _first_from(self.sizes, len(token_ids))
-        context = _first_from(self.contexts, max(batch.context_lens))
-        if size is None or context is None or max(batch.query_lens) > _MAX_ROW_TOKENS:
+        if size is None or max(batch.query_lens) > _MAX_ROW_TOKENS:
+            return None
+        context = _first_from(self.contexts[size], max(batch.context_lens))
+        if context is None:
             return None
         graph = self._graphs[size, context]
         host = self._idle_rows(size, context)
@@ -152,6 +188,8 @@ class DecodeGraphs:
             rows[first : first + length, _NUM_COLUMNS : _NUM_COLUMNS + len(known)] = known
             first += length
         graph.inputs.copy_(host, non_blocking=True)
+        if ahead is not None:
+            ahead.write_to(graph.inputs[:, 0])
         chosen = None if len(wanted) == first else to_device(wanted, self._logits.device, torch.int64)
         return partial(self._replay, graph, first, chosen)
 

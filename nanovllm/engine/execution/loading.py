@@ -13,6 +13,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.execution.generic_models import load_generic_models
+from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
 from nanovllm.engine.models.generic_trial import Reference
 from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
@@ -37,6 +38,11 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ConfigurationError(f"device={name!r}: torch sees {counted(count, 'GPU')}, numbered from 0")
     return device
+
+
+def numbered(device: torch.device) -> torch.device:
+    """``device`` with the number of the calling thread's current GPU where it has none: other threads have another."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -85,6 +91,7 @@ def load_models(
         return load_generic_models(config, checkpoint, dtype, device)
     model = load_text_model(checkpoint, dtype, device)
     model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+    fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
     encoder = load_encoder(checkpoint, config, model, dtype, device)
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it

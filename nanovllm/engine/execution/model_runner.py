@@ -19,7 +19,8 @@ from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
-from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes
+from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.generic import GenericDecoder
@@ -27,14 +28,12 @@ from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.sampling.logprobs import top_logprobs
+from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-
-_SCORE_CHUNK_TOKENS = 256  # of a prompt, whose logits are in memory together
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ModelRunner:
         """Load weights and allocate memory; raises what ``LLMEngine`` raises."""
         self.config = config
         self.text_of = lambda token: str(tokenizer.decode([token]))
-        self.device = loading.choose_device(config.device)
+        self.device = loading.numbered(loading.choose_device(config.device))
         self.dtype = loading.choose_dtype(config, checkpoint, self.device)
         self.model, self.encoder, reference = loading.load_models(config, checkpoint, self.dtype, self.device)
         self.image_token_id = loading.choose_image_token_id(checkpoint, tokenizer, self.model.config.vocab_size)
@@ -94,7 +93,9 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
-        self.kv_caches = self._allocate_kv_caches()
+        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
+        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
         self.graphs: DecodeGraphs | None = None
@@ -108,16 +109,25 @@ class ModelRunner:
                 self.kv_caches,
                 recorder,
                 spare_block=self.num_blocks,
-                max_tokens=config.max_decode_tokens,
+                max_tokens=self.limits.decode_tokens(config.num_speculative_tokens),
                 max_context=self.max_model_len,
             )
 
-    def _allocate_kv_caches(self) -> list[Tensor]:
-        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs."""
+    def _allocate_kv_caches(self, reserved: int) -> list[Tensor]:
+        """One cache for each layer, all of ``num_blocks`` blocks, and of a spare one where there are graphs.
+
+        ``reserved``: bytes of the embedding cache.
+        """
         config = self.config
-        reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         budget = kv_cache_bytes(
-            config, self.device, self.model, self.attention, has_graphs=self.why_no_graphs is None, reserved=reserved
+            config,
+            self.limits,
+            self.device,
+            self.model,
+            self.attention,
+            self.encoder,
+            has_graphs=self.why_no_graphs is None,
+            reserved=reserved,
         )
         dtype = loading.choose_kv_dtype(config, self.dtype, self.device, self.attention)
         shapes = [(*shape, dtype) for shape in self.model.config.kv_shapes]
@@ -126,7 +136,7 @@ class ModelRunner:
         spare = 1 if self.why_no_graphs is None else 0
         if config.kv_cache_bytes is None:
             # Twice what all seats need at once is room enough for prefixes; an endless one would fill for nothing.
-            seats = config.max_num_seqs * self.model.config.context_limit(config.max_model_len)
+            seats = self.limits.max_num_seqs * self.model.config.context_limit(config.max_model_len)
             most = 2 * -(-seats // self.attention.block_size) * block_bytes
             budget = min(budget, max(most, LEAST_KV_BYTES))
         self.num_blocks = budget // block_bytes - spare
@@ -150,6 +160,11 @@ class ModelRunner:
                 share = "gpu_memory_utilization" if self.device.type == "cuda" else "cpu_memory_utilization"
                 remedy = f"set kv_cache_bytes, or lower {share}={getattr(config, share)}"
             raise ConfigurationError(f"the memory for the KV cache cannot be allocated: {remedy}") from None
+
+    def use_in_this_thread(self) -> None:
+        """Make the model's GPU the calling thread's current one; else libraries that ask for that would take GPU 0."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def release(self) -> None:
         """Free the KV memory, and the graphs that hold it."""
@@ -221,8 +236,11 @@ class ModelRunner:
                     if pixels >= 0:
                         yield sequence, span
 
-    def prepare(self, scheduled: ScheduledBatch) -> StepInputs:
-        """The scheduled rows as tensors, single-token rows first, or load them into a graph."""
+    def prepare(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> StepInputs:
+        """The scheduled rows as tensors, single-token rows first, or load them into a graph.
+
+        ``sampled_before`` [n] are the tokens of the step in flight, where rows go on behind them.
+        """
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -231,6 +249,8 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
+        places: list[int] = []  # of tokens that are not known yet
+        sources: list[int] = []  # where they are in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -244,6 +264,10 @@ class ModelRunner:
             if sequence.lacks_prompt_logprobs:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
+            if sequence.pending is not None:
+                places.append(len(token_ids))
+                sources.append(sequence.pending)
+                token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
@@ -253,14 +277,17 @@ class ModelRunner:
             context_lens=[row.end for row in rows],
             block_tables=[row.sequence.block_table for row in rows],
         )
+        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
-            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch):
+            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
         if images:
             ids.clamp_(max=self.model.config.vocab_size - 1)  # the image token may lie beyond a text model's own
         tokens = StepTokens(
@@ -304,8 +331,8 @@ class ModelRunner:
         # Positions before these were scored before a preemption.
         first = max(row.start, len(sequence.prompt_logprobs) - 1)
         images = {span.start + place for span in sequence.images for place in span.places}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), _SCORE_CHUNK_TOKENS):
-            end = min(start + _SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
+        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), SCORE_CHUNK_TOKENS):
+            end = min(start + SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
             tokens = sequence.token_ids[start + 1 : end + 1]
             texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
             logits = self.model.logits(hidden[start - row.start : end - row.start][texts])

@@ -335,20 +335,22 @@ at::Tensor draw_tokens(const at::Tensor& logits, const at::Tensor& rows, const a
   return tokens;
 }
 
-// Sets the numbers of logits [rows, vocab] whose bit in masks [rows, words] is 0 to minus infinity.
-void forbid_masked(at::Tensor logits, const at::Tensor& masks) {
-  const int64_t rows = logits.size(0), vocab = logits.size(1), words = masks.size(1);
-  TORCH_CHECK(logits.is_contiguous() && masks.is_contiguous() && words * 32 >= vocab);
+// Sets the numbers in the rows [n] of logits [all rows, vocab] whose bit in masks [n, words] is 0 to minus infinity.
+void forbid_masked(at::Tensor logits, const at::Tensor& rows, const at::Tensor& masks) {
+  const int64_t count = rows.size(0), vocab = logits.size(1), words = masks.size(1);
+  TORCH_CHECK(logits.is_contiguous() && rows.is_contiguous() && masks.is_contiguous());
+  TORCH_CHECK(masks.size(0) == count && words * 32 >= vocab);
+  const int64_t* guided = rows.const_data_ptr<int64_t>();
   dispatch(logits.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        Stored* own = logits.mutable_data_ptr<Stored>() + row * vocab;
-        const int32_t* mask = masks.const_data_ptr<int32_t>() + row * words;
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Stored* own = logits.mutable_data_ptr<Stored>() + guided[i] * vocab;
+        const int32_t* mask = masks.const_data_ptr<int32_t>() + i * words;
         for (int64_t word = 0; word < words; ++word) {
           if (mask[word] == -1) continue;
-          for (int64_t i = word * 32; i < std::min(vocab, word * 32 + 32); ++i)
-            if (!(static_cast<uint32_t>(mask[word]) >> (i % 32) & 1)) own[i] = static_cast<Stored>(-kInfinity);
+          for (int64_t token = word * 32; token < std::min(vocab, word * 32 + 32); ++token)
+            if (!(static_cast<uint32_t>(mask[word]) >> (token % 32) & 1)) own[token] = static_cast<Stored>(-kInfinity);
         }
       }
     });
@@ -359,7 +361,7 @@ void forbid_masked(at::Tensor logits, const at::Tensor& masks) {
 
 TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
   library.def("draw_tokens(Tensor logits, Tensor rows, Tensor limits, Tensor keys) -> Tensor");
-  library.def("forbid_masked(Tensor(a!) logits, Tensor masks) -> ()");
+  library.def("forbid_masked(Tensor(a!) logits, Tensor rows, Tensor masks) -> ()");
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) {
   library.impl("draw_tokens", draw_tokens);

@@ -6,7 +6,7 @@ more entry of the queue, and torch keeps the memory until the copy is done. On a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -33,13 +33,33 @@ def together(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return flat.split([len(values) for values in lists])
 
 
-def read_back(tokens: Tensor) -> list[int]:
-    """The values of ``tokens`` [n]: waits until the device has computed them, once a step."""
-    if tokens.is_cuda:
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(tokens.device))
-        done.synchronize()
-        tokens = host
-    return tokens.tolist()
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether an operator returns before ``device`` has computed it."""
+    return device.type == "cuda"
+
+
+class HostCopy:
+    """Copies of tensors of one device to the host's memory, queued when this is made.
+
+    What is queued later does not delay them, as it would a copy that is begun when it is read.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._tensors = list(tensors)
+        if self._tensors and self._tensors[0].is_cuda:
+            stream = torch.cuda.current_stream(self._tensors[0].device)
+            self._tensors = [_queue_copy(tensor) for tensor in self._tensors]
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+
+    def wait(self) -> list[Tensor]:
+        """The tensors in the host's memory, once the device has computed them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensors
+
+
+def _queue_copy(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

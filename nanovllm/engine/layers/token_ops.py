@@ -1,14 +1,30 @@
-"""Token-wise operations of a layer: by our kernels on a CPU that has them, by torch's operators elsewhere."""
+"""Token-wise operations of a layer: by our kernels where a CPU or GPU has them, by torch's operators elsewhere."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.layers import fused
 
 Rotary = tuple[Tensor, Tensor]  # cosine and signed sine [T, 1, d]: the sine of the first half comes negative
+
+
+class CacheSlots(NamedTuple):
+    """A layer's keys and values [num_slots, kv_heads, d], and the slot of every token of a step [T] int64."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Store ``key`` and ``value`` [T, kv_heads, d], each token's in its slot."""
+        self.keys.index_copy_(0, self.slots, key)
+        self.values.index_copy_(0, self.slots, value)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,6 +32,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _has_kernel(x):
         return torch.ops.nanovllm.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``update`` [T, d], if there is one, to ``residual`` [T, d] in place; returns the `rms_norm` of the sum."""
+    if fused.serves(residual):
+        from nanovllm.engine.kernels import norm_triton
+
+        return norm_triton.add_rms_norm(residual, update, weight, eps)
+    if update is not None:
+        residual.add_(update)
+    return rms_norm(residual, weight, eps)
 
 
 def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> Tensor:
@@ -31,10 +58,30 @@ def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> 
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
+def rotate_and_write(qkv: Tensor, norm: Tensor | None, eps: float, rotary: Rotary, cache: CacheSlots) -> Tensor:
+    """`rotate_heads` of the queries and keys in ``qkv`` [T, heads + 2 kv_heads, d]; returns the queries [T, heads, d].
+
+    The keys, and the values as they are, go to their slots of the ``cache``.
+    """
+    if fused.serves(qkv):
+        from nanovllm.engine.kernels import rotary_triton
+
+        return rotary_triton.rotate_and_write(qkv, norm, eps, *rotary, *cache)
+    kv_heads = cache.keys.shape[1]
+    qk, value = qkv.tensor_split((-kv_heads,), 1)
+    query, key = rotate_heads(qk, norm, eps, rotary).tensor_split((-kv_heads,), 1)
+    cache.write(key, value)
+    return query
+
+
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [T, 2 d], as [T, d]."""
     if _has_kernel(gate_up):
         return torch.ops.nanovllm.gated_silu(gate_up)
+    if fused.serves(gate_up):
+        from nanovllm.engine.kernels import silu_triton
+
+        return silu_triton.gated_silu(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
 

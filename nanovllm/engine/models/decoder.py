@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.engine.attention.base import AttentionBackend
+from nanovllm.engine.attention.base import AttentionBackend, SlotAttention
 from nanovllm.engine.layers import huge_pages
 from nanovllm.engine.layers.linear import Linear, Quantization
 from nanovllm.engine.layers.rotary import check_rope, known_positions, rotary_table
-from nanovllm.engine.layers.token_ops import Rotary, gated_silu, rms_norm, rotate_heads
+from nanovllm.engine.layers.token_ops import Rotary, add_rms_norm, gated_silu, rotate_and_write, rotate_heads
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 
@@ -123,9 +123,9 @@ class RMSNorm(nn.Module):
         self.weight = _weight(size)
         self._eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, size] → [T, size]."""
-        return rms_norm(x, self.weight, self._eps)
+    def forward(self, residual: Tensor, update: Tensor | None) -> Tensor:
+        """[T, size] → [T, size], of ``residual`` with ``update`` added to it in place."""
+        return add_rms_norm(residual, update, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -151,6 +151,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[T, hidden] → [T, heads * d], which ``o_proj`` brings back to [T, hidden]."""
         qkv = self.qkv_proj(hidden).view(-1, self.num_rotary + self.num_kv_heads, self.head_dim)
+        if isinstance(attention, SlotAttention):
+            query = rotate_and_write(qkv, self.qk_norm, self._eps, rotary, attention.slots(cache, metadata))
+            return attention.attend_written(query, cache, metadata).reshape(len(hidden), -1)
         qk = rotate_heads(qkv[:, : self.num_rotary], self.qk_norm, self._eps, rotary)
         query, key = qk.split((self.num_heads, self.num_kv_heads), 1)
         return attention.attend(query, key, qkv[:, self.num_rotary :], cache, metadata).reshape(len(hidden), -1)
@@ -170,7 +173,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on the normalised residual stream and added back to it."""
+    """Attention and feed-forward, each on the normalised residual stream and added back to it.
+
+    A sum and the norm of it are one call, so that what the feed-forward adds is left to the next norm.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -181,17 +187,22 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
+        residual: Tensor,
+        update: Tensor | None,
         rotary: Rotary,
         cache: Tensor,
         attention: AttentionBackend,
         metadata: Any,
         wanted: Tensor | None = None,
-    ) -> Tensor:
-        """[T, hidden] → [T, hidden], or the ``wanted`` rows of it: all leave their keys and values in the cache."""
-        attended = self.self_attn(self.input_layernorm(hidden), rotary, cache, attention, metadata)
-        hidden = _rows(hidden, wanted) + self.self_attn.o_proj(_rows(attended, wanted))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [T, hidden], and what is yet to be added to it, before the layer → the same behind it.
+
+        Or the ``wanted`` rows of both: all leave their keys and values in the cache. Writes to ``residual``.
+        """
+        attended = self.self_attn(self.input_layernorm(residual, update), rotary, cache, attention, metadata)
+        residual = _rows(residual, wanted)
+        normed = self.post_attention_layernorm(residual, self.self_attn.o_proj(_rows(attended, wanted)))
+        return residual, self.mlp(normed)
 
 
 class Decoder(TextModel):
@@ -227,7 +238,7 @@ class Decoder(TextModel):
         """Embeddings [T, hidden] at ``positions`` [T] or [T, axes] → normalised hidden states [T, hidden].
 
         Of ``wanted`` rows [n] alone, if they are named: the last layer leaves the others out once it has their keys
-        and values.
+        and values. ``hidden`` is written to.
 
         ``images``: first token and embeddings [n, width] of those that stand among the tokens. What is wider than
         hidden is added behind the first layers, hidden columns each (DeepStack, arXiv 2406.04334).
@@ -238,14 +249,18 @@ class Decoder(TextModel):
         levels = max((embedding.shape[1] // size - 1 for _, embedding in images), default=0)
         kept_by_last = wanted if levels < len(self.layers) else None  # else something is still added behind it
         rotary = self._rotary_rows(positions, hidden)
+        update: Tensor | None = None
         for depth, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
-            hidden = layer(
-                hidden, rotary, cache, attention, metadata, kept_by_last if depth == len(self.layers) else None
-            )
-            for first, embedding in images:
-                if embedding.shape[1] > depth * size:
-                    hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]
-        return self.norm(hidden if kept_by_last is wanted else _rows(hidden, wanted))
+            kept = kept_by_last if depth == len(self.layers) else None
+            hidden, update = layer(hidden, update, rotary, cache, attention, metadata, kept)
+            if depth <= levels:
+                hidden, update = hidden.add_(update), None
+                for first, embedding in images:
+                    if embedding.shape[1] > depth * size:
+                        hidden[first : first + len(embedding)] += embedding[:, depth * size : (depth + 1) * size]
+        if kept_by_last is not wanted:
+            hidden = _rows(hidden, wanted)  # nothing is left to add: an image was added behind the last layer
+        return self.norm(hidden, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] → [rows, vocab]."""

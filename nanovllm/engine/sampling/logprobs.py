@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from nanovllm.engine.layers.device_copy import to_device
 from nanovllm.engine.outputs import Logprob, TokenLogprobs
+
+SCORE_CHUNK_TOKENS = 256
+"""Tokens of a prompt whose logits are in memory together."""
 
 
 def top_logprobs(
     logits: Tensor, taken: Sequence[int], counts: Sequence[int], text_of: Callable[[int], str]
 ) -> list[TokenLogprobs]:
-    """For each row of ``logits`` [rows, vocab] the token ``taken`` there and the ``counts`` most probable ones.
+    """For each row of ``logits`` [rows, vocab] the token ``taken`` there and the ``counts`` most probable ones."""
+    scores = score_tokens(logits, to_device(taken, logits.device, torch.int64), max(counts))
+    return read_scores(scores, taken, counts, text_of)
 
-    A rank of 1 is the most probable token; equal logits share a rank.
+
+def score_tokens(logits: Tensor, taken: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Of each row of ``logits`` [rows, vocab] the scores of the token ``taken`` [rows] and of the ``count`` best ones.
+
+    Log probability and rank of the one, [rows] each, log probabilities and tokens of the others, [rows, count] each. A
+    rank of 1 is the most probable token; equal logits share a rank.
     """
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, logprobs.new_tensor(taken).long().unsqueeze(1))
-    ranks: list[int] = ((logprobs > own).sum(1) + 1).tolist()
-    best = logprobs.topk(min(max(counts), logprobs.shape[1]), dim=1)
-    table = zip(taken, own[:, 0].tolist(), ranks, counts, best.values.tolist(), best.indices.tolist(), strict=True)
+    own = logprobs.gather(1, taken.unsqueeze(1))
+    best = logprobs.topk(min(count, logprobs.shape[1]), dim=1)
+    return own[:, 0], (logprobs > own).sum(1) + 1, best.values, best.indices
+
+
+def read_scores(
+    scores: Sequence[Tensor], taken: Sequence[int], counts: Sequence[int], text_of: Callable[[int], str]
+) -> list[TokenLogprobs]:
+    """The rows of what `score_tokens` computed, each cut to its own of ``counts``."""
+    own, ranks, best, tokens = (values.tolist() for values in scores)
+    table = zip(taken, own, ranks, counts, best, tokens, strict=True)
     rows = []
     for token, logprob, own_rank, count, values, indices in table:
         row = {token: Logprob(logprob, own_rank, text_of(token))}

@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token of every row, with one synchronisation with the device, for the tokens.
+"""Sampling: from logits to the next token of every row, without waiting for the device.
 
 A greedy row is the argmax of its own logits, whatever the parameters of other rows. The random numbers of a row with a
 seed follow from the seed and the position in the output: they depend neither on the rest of the batch nor on how many
@@ -12,11 +12,10 @@ from collections import abc
 import torch
 from torch import Tensor
 
-from nanovllm.engine.layers.device_copy import move, read_back
 from nanovllm.engine.layers.token_ops import argmax
-from nanovllm.engine.sampling.random_draw import draw_tokens
-from nanovllm.engine.sampling.sampling_batch import SamplingBatch, TokenValues
-from nanovllm.engine.sampling.structured_output import forbid_masked
+from nanovllm.engine.sampling.kernel_selection import choose_kernels
+from nanovllm.engine.sampling.sampling_batch import ForbiddenTokens, SamplingBatch
+from nanovllm.engine.sampling.structured_output import GuidedRows
 from nanovllm.engine.scheduling.sequence import Sequence
 
 _MINUS_INFINITY = float("-inf")
@@ -25,31 +24,42 @@ _MINUS_INFINITY = float("-inf")
 class Sampler:
     """Greedy and random sampling with vLLM's parameters, in vLLM's order."""
 
-    def __init__(self, device: torch.device, seed: int | None = None) -> None:
-        """``seed`` is for the requests that bring none; None draws one from the system."""
+    def __init__(
+        self,
+        device: torch.device,
+        seed: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vocab_size: int = 1024,
+    ) -> None:
+        """``seed`` is for the requests that bring none; None draws one from the system.
+
+        On CUDA kernels are compiled and tried for logits of ``dtype`` [rows, vocab_size].
+        """
         self._device = device
+        self.kernels = choose_kernels(device, dtype, vocab_size)
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
 
-    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], masks: Tensor | None = None) -> list[int]:
-        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten.
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], guided: GuidedRows | None = None) -> Tensor:
+        """The next token of each sequence, from its row of ``logits`` [rows, vocab], which may be overwritten: [rows].
 
-        ``masks`` are those of `structured_output.TokenMasks`. A constraint has precedence: where bad words or
-        ``min_tokens`` leave no token that it allows, they do not apply.
+        ``guided``: the rows under a constraint, from `structured_output.TokenMasks`. A constraint has precedence: where
+        bad words or ``min_tokens`` leave no token that it allows, they do not apply.
         """
         batch = SamplingBatch.prepare(sequences, logits.shape[1], self._device, self._generator)
-        if masks is not None:
-            forbid_masked(logits, move(masks, logits.device))
+        if guided is not None:
+            self.kernels.forbid_masked(logits, guided.to(logits.device))
         adjust(logits, batch)
         if batch.random is None:
-            return read_back(argmax(logits))
-        drawn = draw_tokens(logits, batch.random)
+            return argmax(logits)
+        drawn = self.kernels.draw_tokens(logits, batch.random)
         if len(drawn) == len(sequences):
-            return read_back(drawn)
-        return read_back(argmax(logits).index_copy_(0, batch.random.rows, drawn))
+            return drawn
+        return argmax(logits).index_copy_(0, batch.random.rows, drawn)
 
 
 def adjust(logits: Tensor, batch: SamplingBatch) -> None:
@@ -66,10 +76,11 @@ def adjust(logits: Tensor, batch: SamplingBatch) -> None:
         logits[penalties.rows, penalties.tokens] -= penalties.values.to(logits)
 
 
-def _forbid(logits: Tensor, forbidden: TokenValues) -> None:
+def _forbid(logits: Tensor, forbidden: ForbiddenTokens) -> None:
     """Set the ``forbidden`` logits to minus infinity, except in rows that would have no token left."""
     rows, tokens = forbidden.rows, forbidden.tokens
     before = logits[rows, tokens]
     logits[rows, tokens] = _MINUS_INFINITY
-    is_empty = logits.amax(-1) == _MINUS_INFINITY
-    logits[rows, tokens] = torch.where(is_empty[rows], before, _MINUS_INFINITY)
+    asking = logits if len(forbidden.asking) == len(logits) else logits.index_select(0, forbidden.asking)
+    is_empty = asking.amax(-1) == _MINUS_INFINITY
+    logits[rows, tokens] = torch.where(is_empty[forbidden.places], before, _MINUS_INFINITY)

@@ -26,6 +26,22 @@ class TokenValues:
 
 
 @dataclass(frozen=True)
+class ForbiddenTokens:
+    """Single logits of the batch, as (row, token) pairs, and the rows that have any; all int64.
+
+    Attributes:
+        rows, tokens: [n].
+        asking: the distinct rows, [m].
+        places: of each pair's row in ``asking``, [n].
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    asking: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class RandomRows:
     """The rows that are not greedy, and how a token is drawn from each.
 
@@ -34,18 +50,22 @@ class RandomRows:
         limits: the inverse of the temperature, ``min_p`` and ``top_p``, float32 [rows, 3]; 0 and 2 where there is none.
         keys: a seed, the position in its sequence of draws, and ``top_k``, int64 [rows, 3]; the vocabulary's size where
             there is no ``top_k``.
+        has_min_p: whether any row may have one.
+        has_top: whether any row may have ``top_k`` or ``top_p``.
     """
 
     rows: Tensor
     limits: Tensor
     keys: Tensor
+    has_min_p: bool = True
+    has_top: bool = True
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
     """What changes the logits of a step before their argmax, then the rows that are sampled randomly."""
 
-    forbidden: TokenValues | None  # bad words, and end tokens before min_tokens
+    forbidden: ForbiddenTokens | None  # bad words, and end tokens before min_tokens
     biases: TokenValues | None
     repetition_penalties: TokenValues | None
     output_penalties: TokenValues | None  # presence and frequency
@@ -61,7 +81,7 @@ class SamplingBatch:
             params = sequence.sampling
             if sequence.bad_words or params.min_tokens:
                 tokens = np.array([*_forbidden_tokens(sequence)], np.int64)
-                forbidden.add(row, tokens, np.zeros(len(tokens)))
+                forbidden.add(row, tokens, tokens)
             if params.logit_bias:
                 biases.add(row, np.array([*params.logit_bias]), np.array([*params.logit_bias.values()]))
             if params.repetition_penalty == 1.0 and not (params.presence_penalty or params.frequency_penalty):
@@ -76,7 +96,7 @@ class SamplingBatch:
                 output.add(row, tokens[is_written], penalties)
         random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         return cls(
-            forbidden.to_device(device),
+            forbidden.as_forbidden(device),
             biases.to_device(device),
             repetition.to_device(device),
             output.to_device(device),
@@ -104,6 +124,13 @@ class _Collector:
         values = torch.from_numpy(np.concatenate(self._values).astype(np.float32))
         return TokenValues(rows, tokens, move(values, device))
 
+    def as_forbidden(self, device: torch.device) -> ForbiddenTokens | None:
+        if not self._rows:
+            return None
+        pairs = [np.concatenate(self._rows).tolist(), np.concatenate(self._tokens).tolist()]
+        places = [place for place, rows in enumerate(self._rows) for _ in rows]
+        return ForbiddenTokens(*together([*pairs, [int(rows[0]) for rows in self._rows], places], device))
+
 
 def _random_rows(
     sequences: abc.Sequence[Sequence],
@@ -123,7 +150,13 @@ def _random_rows(
         keys += (other, 0) if seed is None else (seed, sequence.num_output_tokens)
         keys.append(min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size)
     rows, flat = together([random, keys], device)
-    return RandomRows(rows, to_device(limits, device, torch.float32).view(-1, 3), flat.view(-1, 3))
+    return RandomRows(
+        rows,
+        to_device(limits, device, torch.float32).view(-1, 3),
+        flat.view(-1, 3),
+        has_min_p=any(limits[1::3]),
+        has_top=min(limits[2::3]) < 1.0 or min(keys[2::3]) < vocab_size,
+    )
 
 
 def _forbidden_tokens(sequence: Sequence) -> set[int]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.layers.device_copy import move
 
 _MINUS_INFINITY = float("-inf")
 _BITS = 32
@@ -101,6 +102,18 @@ class Matcher:
         return bool(self._compiled.is_accepting())
 
 
+@dataclass(frozen=True)
+class GuidedRows:
+    """The rows of a step that are under a constraint, int64 [n], and their masks, int32 [n, words], bit 1 = allowed."""
+
+    rows: Tensor
+    masks: Tensor
+
+    def to(self, device: torch.device) -> GuidedRows:
+        """The same on ``device``, without waiting for it."""
+        return GuidedRows(move(self.rows, device), move(self.masks, device))
+
+
 class TokenMasks:
     """Masks of allowed tokens, computed in a thread of their own during the forward pass."""
 
@@ -108,42 +121,53 @@ class TokenMasks:
         self._words = -(-vocab_size // _BITS)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-masks")
 
-    def begin(self, rows: abc.Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> Future[Tensor] | None:
+    def begin(self, rows: abc.Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> Future[GuidedRows] | None:
         """Start on the rows of a step: each a matcher, None where it is unconstrained, and its drafts.
 
-        The result is int32 [sampled tokens, words], bit 1 = allowed; a row samples its next token and one after each
-        draft. Until the result is there the matchers belong to the other thread.
+        A row samples its next token and one after each draft, so that it has as many rows of logits. None where no row
+        has a matcher. Until the result is there the matchers belong to the other thread.
         """
         if all(matcher is None for matcher, _ in rows):
             return None
         return self._executor.submit(self._fill, list(rows))
 
-    def _fill(self, rows: abc.Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> Tensor:
-        masks = torch.full((sum(1 + len(drafts) for _, drafts in rows), self._words), -1, dtype=torch.int32)
-        each_mask = iter(masks)
+    def _fill(self, rows: abc.Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> GuidedRows:
+        count = sum(1 + len(drafts) for matcher, drafts in rows if matcher is not None)
+        guided = GuidedRows(
+            torch.empty(count, dtype=torch.int64), torch.full((count, self._words), -1, dtype=torch.int32)
+        )
+        places, each_mask, place = guided.rows.numpy(), enumerate(guided.masks), 0
         for matcher, drafts in rows:
             if matcher is not None:
                 matcher.begin_step()
                 # A draft may lead into a dead end, and LLMatcher.rollback does not clear a matcher's error.
                 matcher = matcher.trial_copy() if drafts else matcher
-            for num_drafts in range(1 + len(drafts)):
-                mask = next(each_mask)
-                if matcher is not None:
+                for num_drafts in range(1 + len(drafts)):
+                    index, mask = next(each_mask)
+                    places[index] = place + num_drafts
                     if num_drafts:
                         matcher.consume(drafts[num_drafts - 1])
                     matcher.fill_mask(mask)
-        return masks
+            place += 1 + len(drafts)
+        return guided
 
     def close(self) -> None:
         """Stop the thread."""
         self._executor.shutdown(wait=False)
 
 
-def forbid_masked(logits: Tensor, masks: Tensor) -> None:
-    """Set the logits [rows, vocab] whose bit in ``masks`` [rows, words] is 0 to minus infinity, in place."""
+def forbid_masked(logits: Tensor, guided: GuidedRows) -> None:
+    """Set the logits [rows, vocab] whose bit in the masks of ``guided`` is 0 to minus infinity, in place."""
     if logits.is_cpu and logits.is_contiguous() and kernels.missing() is None:
-        torch.ops.nanovllm.forbid_masked(logits, masks)
-        return
+        torch.ops.nanovllm.forbid_masked(logits, guided.rows, guided.masks)
+    else:
+        forbid_by_torch(logits, guided)
+
+
+def forbid_by_torch(logits: Tensor, guided: GuidedRows) -> None:
+    """`forbid_masked` by torch's operators."""
     bits = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
-    allowed = (masks.to(logits.device).unsqueeze(-1) >> bits) & 1
-    logits.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, _MINUS_INFINITY)
+    allowed = (guided.masks.unsqueeze(-1) >> bits) & 1
+    own = logits.index_select(0, guided.rows)
+    own.masked_fill_(allowed.flatten(1)[:, : logits.shape[1]] == 0, _MINUS_INFINITY)
+    logits.index_copy_(0, guided.rows, own)

@@ -17,17 +17,13 @@ class ScheduledRow:
     sequence: Sequence
     start: int
     num_tokens: int
+    is_sampled: bool  # whether it reaches the sequence's last token, so that the next one can be sampled
     drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         """The position after the last token: the context length of the row."""
         return self.start + self.num_tokens
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
-        return self.end - len(self.drafts) == len(self.sequence)
 
     @property
     def num_samples(self) -> int:

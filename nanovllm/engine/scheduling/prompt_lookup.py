@@ -70,7 +70,10 @@ class PromptLookup:
         self._templates: OrderedDict[tuple[bytes, tuple[int, ...]], Recurrences] = OrderedDict()
 
     def propose(self, sequence: Sequence, max_tokens: int) -> tuple[int, ...]:
-        """Up to ``max_tokens`` tokens that may come next; none that ends the output, since that saves no step."""
+        """Up to ``max_tokens`` tokens that may come next; none that ends the output, since that saves no step.
+
+        Where the last token is not known yet, they come behind the one that it would be by the same text.
+        """
         if self.max_drafts == 0:
             return ()
         drafter = self._drafters.get(sequence)
@@ -81,7 +84,8 @@ class PromptLookup:
         length = min(max_tokens, drafter.limit, sequence.max_tokens - sequence.num_output_tokens - 1)
         if length < 1 or len(sequence) < drafter.paused_until:
             return ()
-        run = tuple(sequence.token_ids[-MATCH_TOKENS:])
+        run, unknown = tuple(sequence.token_ids[-MATCH_TOKENS:]), sequence.num_tokens - len(sequence)
+        length += unknown
         drafts = drafter.own.continuation(run, length)
         if not drafts and (template := self._templates.get(_template(sequence))) is not None:
             drafts = template.continuation(run, length)
@@ -92,7 +96,7 @@ class PromptLookup:
         drafts = drafts[: next((index for index, token in enumerate(drafts) if token in impossible), None)]
         if sequence.matcher is not None:
             drafts = drafts[: sequence.matcher.num_allowed(drafts)]
-        return tuple(drafts)
+        return tuple(drafts[unknown:])
 
     def learn(self, row: ScheduledRow) -> None:
         """Set the length of a sequence's next draft by how many drafts of its committed row were accepted."""

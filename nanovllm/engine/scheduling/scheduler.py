@@ -9,15 +9,15 @@ and continues in the next step (chunked prefill); the tokens of a cached prefix 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
-from nanovllm.engine.config import MAX_DRAFT_STEP_TOKENS
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
 from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_limits import CPU_LIMITS
 
 
 @dataclass
@@ -41,12 +41,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_draft_step_tokens: int = CPU_LIMITS.max_draft_step_tokens,
         num_speculative_tokens: int = 0,
     ) -> None:
         """``blocks`` is used by this scheduler alone."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_draft_step_tokens = max_draft_step_tokens
         self.running: list[Sequence] = []  # both lists are sorted by priority, then arrival
         self.waiting: list[Sequence] = []
         self.prompt_lookup = PromptLookup(num_speculative_tokens)
@@ -69,27 +71,52 @@ class Scheduler:
         or preempts, status, block table and the numbers of computed and cached tokens; of a preempted one it drops the
         images' embeddings. It writes nothing else of any sequence.
         """
+        return self._schedule(may_preempt=True)
+
+    def schedule_behind(self, launched: Iterable[ScheduledRow]) -> ScheduledBatch:
+        """Choose the rows of the step behind ``launched`` ones, before the tokens that these sample are known.
+
+        Commits the launched rows, which have no drafts; their tokens are appended later, without another commit.
+        Preempts nothing: where blocks are short there are no rows, since an output that ends may free them.
+        """
+        places = count()
+        for row in launched:
+            place = next(places) if row.is_sampled else None
+            if not row.sequence.is_finished:
+                self.commit(row)
+                row.sequence.pending = place
+        return self._schedule(may_preempt=False)
+
+    def _schedule(self, *, may_preempt: bool) -> ScheduledBatch:
         budget = StepBudget(self.max_num_batched_tokens, self.max_num_seqs - len(self.running))
         num_preemptions = self.num_preemptions
-        rows = self._continue_running(budget)
+        rows = self._continue_running(budget, may_preempt=may_preempt)
         # A step that had to preempt has no blocks for waiting sequences and drafts.
         if self.num_preemptions == num_preemptions:
             rows += self._admit_waiting(budget)
             rows = self._add_drafts(rows, budget)
         return ScheduledBatch(tuple(rows))
 
-    def _continue_running(self, budget: StepBudget) -> list[ScheduledRow]:
-        """Rows of running sequences, in order; where blocks are short, those at the end of the order are preempted."""
+    def _continue_running(self, budget: StepBudget, *, may_preempt: bool) -> list[ScheduledRow]:
+        """Rows of running sequences, in order; where blocks are short, those at the end of the order are preempted.
+
+        Where that must not be, there are no rows and no budget is left.
+        """
         rows = []
         for sequence in list(self.running):
             if budget.tokens == 0:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted below, for a sequence before it
-            row = ScheduledRow(
-                sequence, sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget.tokens)
-            )
+            if sequence.num_output_tokens == sequence.max_tokens:
+                continue  # its last token is on the device
+            missing = sequence.num_uncomputed_tokens
+            num_tokens = min(missing, budget.tokens)
+            row = ScheduledRow(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == missing)
             while not self._extend_block_table(row):
+                if not may_preempt:
+                    budget.tokens = 0
+                    return []
                 if self._preempt_last() is sequence:
                     break
             else:
@@ -112,7 +139,8 @@ class Scheduler:
             if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
                 break  # head-of-line: a later sequence must not take the blocks that this one waits for
             start = len(cached) * self.blocks.block_size
-            row = ScheduledRow(sequence, start, min(len(sequence) - start, budget.tokens))
+            num_tokens = min(len(sequence) - start, budget.tokens)
+            row = ScheduledRow(sequence, start, num_tokens, start + num_tokens == len(sequence))
             sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(row.end) - len(cached), cached)
             self._start(sequence, start)
             if self.blocks.enable_prefix_caching:
@@ -125,7 +153,7 @@ class Scheduler:
     def _add_drafts(self, rows: list[ScheduledRow], budget: StepBudget) -> list[ScheduledRow]:
         """The same rows, those that sample with drafts, as long as the step stays small and blocks are free."""
         num_tokens = self.max_num_batched_tokens - budget.tokens
-        budget.tokens = min(budget.tokens, MAX_DRAFT_STEP_TOKENS - num_tokens)
+        budget.tokens = min(budget.tokens, self.max_draft_step_tokens - num_tokens)
         drafted = []
         for row in rows:
             may_draft = row.is_sampled and budget.tokens > 0
@@ -216,7 +244,11 @@ class Scheduler:
         sequence.drop_embeddings(computed)
 
     def finish(self, sequence: Sequence) -> None:
-        """Remove a waiting or running sequence and free its blocks."""
+        """Remove a waiting or running sequence and free its blocks, though a launched step may still use them.
+
+        Later steps write to them later: the device computes steps in the order of their launches.
+        """
+        sequence.pending = None
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
         self._release(sequence)
@@ -242,6 +274,7 @@ class Scheduler:
             pinned = [span for span in sequence.images if span.embedding is not None]
             assert not pinned, f"{sequence.request_id} waits and pins {len(pinned)} images"
         for sequence in self.running:
+            assert sequence.pending is None, f"{sequence.request_id} lacks a token that was read"
             assert sequence.num_computed_tokens <= len(sequence), f"{sequence.request_id} is computed beyond its end"
             covered = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= covered, f"{sequence.request_id} has computed tokens without a block"

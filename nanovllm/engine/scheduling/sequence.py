@@ -14,6 +14,7 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text_ends: list[int] = field(default_factory=list)  # beside logprobs: characters of text up to each output token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pending: int | None = None  # place of its newest token among those of the step in flight; None: all are known
     states: Any = None  # of layers that carry one, where the model has such layers; None before the first token
     times: Timestamps = field(default_factory=Timestamps)
     arrival: int = field(default_factory=_arrivals.__next__)
@@ -157,14 +159,26 @@ class Sequence:
         return self._order < other._order
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens so far, the one that is still on the device among them."""
+        return len(self.token_ids) + (self.pending is not None)
+
+    @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Tokens generated so far, the one that is still on the device among them."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens without keys and values."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @cached_property
+    def needs_known_tokens(self) -> bool:
+        """Whether sampling looks at the output so far, on the host."""
+        sampling = self.sampling
+        counts = sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
+        return bool(counts or self.matcher is not None or any(len(word) > 1 for word in self.bad_words))
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,6 +68,9 @@ class EngineQueue:
         self._shares.charge(queued.tenant, tokens - queued.tokens)
 
     async def _take(self, queued: QueuedJob) -> None:
+        if self._free and not self._waiting:
+            self._grant(queued, {queued.lane})
+            return
         waiting = _Waiting(queued, next(self._arrivals), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._hand_out()
@@ -92,10 +95,14 @@ class EngineQueue:
             lane = self._lanes.next(lanes)
             chosen = min((one for one in self._waiting if one.queued.lane == lane), key=self._order)
             self._waiting.remove(chosen)
-            self._lanes.serve(lane, lanes)
-            self._free -= 1
-            self._shares.charge(chosen.queued.tenant, chosen.queued.tokens)
+            self._grant(chosen.queued, lanes)
             chosen.granted.set_result(None)
+
+    def _grant(self, queued: QueuedJob, lanes: Collection[int]) -> None:
+        """Give a free slot to a job, while jobs of ``lanes`` waited for one."""
+        self._lanes.serve(queued.lane, lanes)
+        self._free -= 1
+        self._shares.charge(queued.tenant, queued.tokens)
 
     def _order(self, waiting: _Waiting) -> tuple[tuple[float, float], bool, float, int]:
         queued = waiting.queued

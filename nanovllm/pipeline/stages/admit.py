@@ -17,6 +17,7 @@ from nanovllm.pipeline.admission.key_order import KeyTurn
 from nanovllm.pipeline.admission.tenant_shares import CHARS_PER_TOKEN, TokenRates
 from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.pipeline.stages.image_errors import of_image
+from nanovllm.pipeline.stages.job_sampling import JobSampling
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
 from nanovllm.vision.images.preprocess import ImageTransform
@@ -37,10 +38,10 @@ class AdmittedJob:
 
 @dataclass(eq=False)
 class Admit:
-    """Admits jobs. ``defaults``: sampling where a job says nothing; ``lanes``: the priority of each topic."""
+    """Admits jobs; ``lanes``: the priority of each topic."""
 
     settings: Settings
-    defaults: SamplingParams
+    sampling: JobSampling
     _: KW_ONLY
     engine: EngineBackend
     fetcher: ObjectFetcher
@@ -57,7 +58,7 @@ class Admit:
         with context.progress.stage("admit"):
             job.check_template_kwargs(self.settings.engine.job_chat_template_kwargs)
             limit = self.settings.admission.max_tokens
-            sampling = job.sampling_params(self.defaults, limit)
+            sampling = self.sampling.of(job)
             tokens = job.text_chars // CHARS_PER_TOKEN + (sampling.max_tokens or limit)
             queued = await self.queue(tokens, job.priority, context, reservation)
             refs = job.image_refs()

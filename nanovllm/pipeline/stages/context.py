@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import ClassVar, Literal
@@ -53,18 +53,28 @@ class Progress:
         """Seconds since the record was received."""
         return time.monotonic() - self.began
 
-    @contextmanager
-    def stage(self, name: Stage) -> Iterator[None]:
+    def stage(self, name: Stage) -> _StageTimer:
         """Count the seconds inside for the stage ``name``, and a failure inside as its failure."""
-        self.current_stage = name
-        started = time.monotonic()
-        try:
-            yield
-        except BaseException:
-            self.failed_stage = name
-            raise
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        return _StageTimer(self, name)
+
+
+class _StageTimer:
+    # Not a generator's context manager: a job has eight of these, at a third of the time.
+    __slots__ = ("_name", "_progress", "_started")
+
+    def __init__(self, progress: Progress, name: Stage) -> None:
+        self._progress = progress
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._progress.current_stage = self._name
+        self._started = time.monotonic()
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        progress, name = self._progress, self._name
+        if error_type is not None:
+            progress.failed_stage = name
+        progress.seconds[name] = progress.seconds.get(name, 0.0) + time.monotonic() - self._started
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ class AdmitEvent:
         context = routed.context
         with context.progress.stage("admit"):
             queued = await self._admit.queue(0, routed.route.priority, context, reservation)
-        refs = (routed.ref,)
-        return AdmittedJob(
-            context, reservation, queued, self._admit.defaults, refs, reuses_images=False, reuses_responses=False
-        )
+        refs, sampling = (routed.ref,), self._admit.sampling.defaults
+        return AdmittedJob(context, reservation, queued, sampling, refs, reuses_images=False, reuses_responses=False)
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,8 @@ class Receive:
         began, context = time.monotonic(), None
         try:
             job = await decoded(record, partial(self._decode, max_bytes=settings.admission.max_job_bytes))
-            context = self.context_of(record, began)
-            context = replace(
-                context,
-                format=message_format(record.value),
-                job_id=job.job_id or context.job_id,
-                expires_at=self._expiry(job, context),
-            )
-            context = replace(self.of_tenant(context), result_topic=settings.topics.result_topic(job.reply_to))
+            context = self.context_of(record, began, job)
+            context = self.of_tenant(context, settings.topics.result_topic(job.reply_to))
         except Exception as error:
             return self.invalid(record, began, context, error)
         if job.job_id is None:
@@ -81,18 +75,22 @@ class Receive:
         context.progress.seconds["receive"] = context.progress.elapsed_s
         return Received(context, job)
 
-    def context_of(self, record: ConsumedRecord, began: float | None = None) -> JobContext:
-        """The context of a record that is not decoded yet; ``began`` is the monotonic time of its receipt."""
+    def context_of(self, record: ConsumedRecord, began: float | None = None, job: Job | None = None) -> JobContext:
+        """The context of a record, of ``job`` where it is decoded; ``began`` is the monotonic time of its receipt."""
         origin = self._retry_topics.origin_of(record)
+        progress = Progress(began or time.monotonic(), origin.first_failed_at)
         source = origin.source
-        job_id = derive_job_id(source.topic, source.partition, source.offset)
-        return JobContext(record, origin, job_id, Progress(began or time.monotonic(), origin.first_failed_at))
+        job_id = (job and job.job_id) or derive_job_id(source.topic, source.partition, source.offset)
+        if job is None:
+            return JobContext(record, origin, job_id, progress)
+        expires_at = self._expiry(job, source.timestamp_ms)
+        return JobContext(record, origin, job_id, progress, message_format(record.value), expires_at=expires_at)
 
-    def of_tenant(self, context: JobContext) -> JobContext:
+    def of_tenant(self, context: JobContext, result_topic: str | None = None) -> JobContext:
         """``context`` with the tenant of its record. Raises NanoVLLMError where it has none, and must have one."""
         tenants = self._settings.tenants
         tenant = tenants.tenant_of(context.origin.source.topic, context.origin.headers)
-        return replace(context, tenant=tenant, salt=tenants.salt_of(tenant))
+        return replace(context, tenant=tenant, salt=tenants.salt_of(tenant), result_topic=result_topic)
 
     def invalid(
         self, record: ConsumedRecord, began: float, context: JobContext | None, error: Exception
@@ -106,9 +104,9 @@ class Receive:
             context = replace(self.context_of(record, began), job_id=reason.job_id)
         return InvalidRecord(record, reason, context)
 
-    def _expiry(self, job: Job, context: JobContext) -> datetime | None:
+    def _expiry(self, job: Job, written_ms: int | None) -> datetime | None:
         """The job's deadline, or the end of ``admission.ttl_s``, if that is earlier."""
-        ttl_s, written_ms = self._settings.admission.ttl_s, context.origin.source.timestamp_ms
+        ttl_s = self._settings.admission.ttl_s
         if ttl_s is None or written_ms is None:
             return job.deadline
         try:

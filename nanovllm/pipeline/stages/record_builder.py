@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 
 from nanovllm.engine.outputs import Completion, ModelInfo, RequestOutput
 from nanovllm.engine.outputs import TokenLogprobs as EngineLogprobs
@@ -55,6 +55,10 @@ class RecordBuilder:
     max_record_bytes: Callable[[str, int], Awaitable[int]]
     retry_topics: RetryTopics
 
+    @cached_property
+    def _model_use(self) -> ModelUse:
+        return ModelUse(**asdict(self.model))
+
     def answer(
         self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], inference: Inference, stats: EngineStats
     ) -> tuple[Result, OutgoingRecord]:
@@ -74,7 +78,7 @@ class RecordBuilder:
             constrained=output.is_constrained if job.asks_for_constraint else None,
             reused=inference.reused,
             usage=TokenUsage(**output.usage),
-            model=ModelUse(**asdict(self.model)),
+            model=self._model_use,
             inputs=tuple(
                 InputUse(
                     uri=image.uri,

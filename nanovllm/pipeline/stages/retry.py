@@ -57,13 +57,15 @@ async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
     A NanoVLLMError in it has a ``position`` where there were several.
     """
+    if not (waiting := list(coroutines)):
+        return []
     caller = asyncio.current_task()
     assert caller is not None
     cancelling = caller.cancelling()
     tasks: list[asyncio.Task[T]] = []
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+            tasks = [group.create_task(coroutine) for coroutine in waiting]
     except ExceptionGroup as failures:
         # In CPython 3.11 the group's own request to cancel its caller stays: a timeout around it that expires later
         # would take itself for a cancel from outside.

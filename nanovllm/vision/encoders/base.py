@@ -120,6 +120,18 @@ class ImageEncoder(nn.Module, ABC):
                 embeddings += self._embed([image.pixels for image in batch if image.pixels is not None])
         return embeddings
 
+    @torch.no_grad()
+    def embed_largest(self, max_tokens: int) -> list[Tensor]:
+        """Embed black images that take as much memory as any pass does, of up to ``max_tokens`` each; uncounted."""
+        size, count = self._largest_pass(max_tokens)
+        return self._embed([np.zeros((*size, 3), np.uint8)] * count)
+
+    def _largest_pass(self, max_tokens: int) -> tuple[tuple[int, int], int]:
+        """Height and width of the largest images of up to ``max_tokens`` each, and how many go in one pass."""
+        size = self.transform.output_size
+        assert size is not None  # else another encoder's
+        return size, self.batch_size
+
     @contextmanager
     def _counted(self, images: int) -> Iterator[None]:
         started = time.perf_counter()

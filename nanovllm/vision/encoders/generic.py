@@ -131,6 +131,17 @@ class GenericEncoder(ImageEncoder):
         relative = (found[:, _TEXT_BEFORE:] - _TEXT_BEFORE).T.tolist()
         return tuple(map(tuple, relative[:-1])), int(max(relative[-1]))
 
+    def embed_largest(self, max_tokens: int) -> list[Tensor]:
+        """See ImageEncoder; none where the model's processor refuses the image."""
+        try:
+            return super().embed_largest(max_tokens)
+        except InvalidImage:
+            return []
+
+    def _largest_pass(self, max_tokens: int) -> tuple[tuple[int, int], int]:
+        # What a processor makes of an image has no bound that is known here: as of a page in high resolution.
+        return (2 * _USUAL_SIDE, 2 * _USUAL_SIDE), 1
+
     def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         return [self._features(self._processor(image)[1]) for image in images]
 

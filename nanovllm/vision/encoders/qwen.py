@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,12 @@ class NativeEncoder(ImageEncoder):
         """Whether both sides are multiples, and no larger than the transform makes them."""
         _, largest, multiple = self.transform.size
         return min(size) > 0 and size[0] % multiple == size[1] % multiple == 0 and size[0] * size[1] <= largest
+
+    def _largest_pass(self, max_tokens: int) -> tuple[tuple[int, int], int]:
+        _, largest, multiple = self.transform.size
+        side = isqrt(min(largest, max_tokens * multiple**2)) // multiple * multiple
+        count = self.batch_patches // (side // self.tower.config.patch_size) ** 2
+        return (side, side), min(self.batch_size, max(1, count))
 
     def _architecture(self) -> dict[str, Any]:
         return {"tower": tower_fields(self.tower.config)}
