@@ -1,7 +1,7 @@
 """The engine beside an event loop: one thread steps, the loop awaits.
 
 The thread owns the ``LLMEngine`` from ``start`` to ``close``; the loop owns the generations. They exchange commands
-through one queue and outputs through another, with at most one ``call_soon_threadsafe`` a step, and share nothing else.
+through one queue and outputs through ``call_soon_threadsafe``, one call a step, and share nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -67,7 +66,6 @@ class AsyncEngine(EngineBackend):
         self._step_timeout_s = step_timeout_s
         # A request to add or to measure, the id of one to abort, or None, which ends the thread.
         self._commands: queue.SimpleQueue[Request | _FitCheck | str | None] = queue.SimpleQueue()
-        self._outbox: deque[list[StepOutput]] = deque()  # of the steps that the loop has yet to hear of
         self._fit_checks: set[asyncio.Future[bool]] = set()
         self._compiling: dict[str, bool] = {}  # what is compiled or preprocessed -> aborted meanwhile
         self._preprocessing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-images")
@@ -190,24 +188,8 @@ class AsyncEngine(EngineBackend):
                 logger.critical("a step has not ended after %.1f s", step_timeout_s)
                 self._die(EngineDead(f"a step has not ended after {step_timeout_s:g} s"))
 
-    def _hand_over(self, outputs: list[StepOutput], loop: asyncio.AbstractEventLoop) -> None:
-        """In the engine thread: give the loop the outputs of a step.
-
-        A call wakes the loop by a write, after which the thread waits for the interpreter's lock. A loop that has yet
-        to take an earlier step takes this one along.
-        """
-        if not outputs:
-            return
-        self._outbox.append(outputs)
-        if len(self._outbox) == 1:
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        """In the loop: hand the outputs of the steps that are over to their generations."""
-        while self._outbox:
-            self._deliver_step(self._outbox.popleft())
-
-    def _deliver_step(self, outputs: list[StepOutput]) -> None:
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """In the loop: hand the outputs of one step to their generations."""
         for output in outputs:
             generation = self._generations.get(output.request_id)
             if generation is None:
@@ -241,7 +223,8 @@ class AsyncEngine(EngineBackend):
                 outputs = self._engine.step()
                 self._step_started = None
                 self._stats = self._engine.stats()
-                self._hand_over(outputs, loop)
+                if outputs:
+                    loop.call_soon_threadsafe(self._deliver, outputs)
         except BaseException as error:
             logger.critical("the engine died", exc_info=error)
             death = EngineDead(f"the engine stopped on {type(error).__name__}")
