@@ -99,7 +99,7 @@ def time_parts(engine: LLM) -> dict[str, float]:
     watch(engine.scheduler, "schedule")
     watch(engine.model_runner, "prepare")
     watch(engine.model_runner, "forward")
-    watch(engine, "sample")
+    watch(engine.sampler, "sample")
     watch(engine, "commit")
     return seconds
 
