@@ -22,8 +22,6 @@ from nanovllm.engine.step_limits import Device, ModelCosts, StepLimits, choose_s
 from nanovllm.errors import ConfigurationError
 from nanovllm.vision.encoders.base import ImageEncoder
 
-Draw = Callable[[Tensor, RandomRows], Tensor]
-
 _LIBRARY_BYTES = 128 << 20
 """What libraries take later: a workspace of cuBLAS, 32 MiB on Hopper, for the engine's thread and for the stream that
 records graphs, and kernels that are loaded when they are first needed."""
