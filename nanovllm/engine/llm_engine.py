@@ -10,7 +10,6 @@ import logging
 import time
 from collections import abc, deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -24,20 +23,20 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, sample
+from nanovllm.engine.engine_stats import StepCounts, collect_stats
+from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, launch
+from nanovllm.engine.execution.make_scheduler import make_scheduler
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.layers.device_copy import is_asynchronous
-from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk
+from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
-from nanovllm.engine.scheduling.block_manager import BlockManager
-from nanovllm.engine.scheduling.scheduler import Scheduler
-from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 from nanovllm.engine.text.detokenizer import Detokenizer
 from nanovllm.engine.text.input_processor import Images, InputProcessor, Prompt
-from nanovllm.engine.text.output_processor import RequestState, extend, output_of
+from nanovllm.engine.text.output_processor import RequestState, add_token, extend, output_of
 from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
@@ -62,20 +61,10 @@ class LLMEngine:
         self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
-        self.scheduler = Scheduler(
-            BlockManager(
-                self.model_runner.num_blocks,
-                self.model_runner.attention.block_size,
-                enable_prefix_caching=self.config.enable_prefix_caching and not self.model_runner.model.has_states,
-            ),
-            **asdict(self.model_runner.limits),
-            num_speculative_tokens=0 if self.model_runner.model.has_states else self.config.num_speculative_tokens,
-        )
+        self.scheduler = make_scheduler(self.config, self.model_runner)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
-        self.sampler = Sampler(
-            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
-        )
+        self.sampler = Sampler(self.model_runner.device, self.config.seed, self.model_runner.sampling)
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,
@@ -97,9 +86,7 @@ class LLMEngine:
         self._overlaps = is_asynchronous(self.model_runner.device) and not self.model_runner.model.has_states
         self._is_closed = False
         self._names = count()
-        self._steps = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
+        self._counts = StepCounts()
 
     @cached_property
     def model_info(self) -> ModelInfo:
@@ -203,7 +190,6 @@ class LLMEngine:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
         launched = self._in_flight[0]
         if self._overlaps and len(self._in_flight) == 1 and launched.can_be_followed:
-            launched.is_committed = True
             self._launch(self.scheduler.schedule_behind(launched.rows), launched.token_ids)
         sampled = launched.read(self.model_runner.text_of)
         self._in_flight.popleft()
@@ -211,25 +197,24 @@ class LLMEngine:
 
     def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
         """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
-        if not scheduled.rows:
-            return
-        now = time.perf_counter()
-        for row in scheduled.rows:
-            row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-        self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
-        inputs = self.model_runner.prepare(scheduled, sampled_before)
-        # The masks are computed by another thread while the forward pass runs.
-        masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
-        result = self.model_runner.forward(inputs)
-        self._in_flight.append(sample(inputs, result, masks, self.sampler))
+        if scheduled.rows:
+            upcoming = self.scheduler.in_order()
+            step = launch(self.model_runner, self.sampler, self._masks, scheduled, upcoming, sampled_before)
+            self._in_flight.append(step)
 
     def commit(self, launched: LaunchedStep, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
         now = time.perf_counter()
-        self._steps += 1
+        self._counts.steps += 1
         for sequence, scores in launched.prompt_logprobs:
             sequence.prompt_logprobs += scores
         outputs = []
+        if launched.has_plain_tokens:
+            return [
+                self._append_token(row, token, now)
+                for row, token in zip(launched.rows, sampled.token_ids, strict=True)
+                if row.sequence.status is not SequenceStatus.FINISHED
+            ]
         first = 0
         for row in launched.rows:
             mine = slice(first, first + row.num_samples)
@@ -237,23 +222,21 @@ class LLMEngine:
             if row.sequence.is_finished:  # another output of the request has failed, which ended it
                 continue
             if row.start < row.sequence.num_prompt_tokens:
-                self._prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
+                self._counts.prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.is_sampled:
-                outputs.append(self._append(row, sampled, mine, now, is_committed=launched.is_committed))
-            elif not launched.is_committed:
+                outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
+            else:
                 self.scheduler.commit(row)
         return outputs
 
     def _append(
-        self, row: ScheduledRow, sampled: SampledTokens, mine: slice, now: float, *, is_committed: bool
+        self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
-        sequence.pending = None
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
-            tokens, logprobs = sampled.token_ids[mine], sampled.logprobs[mine]
             text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
             if reason is not None:
                 text += self._detokenizer(sequence).finish()
@@ -262,13 +245,31 @@ class LLMEngine:
         except Exception as error:  # the work of one request: the others of the step are not at fault
             return self._fail(sequence.request_id, error)
         finally:
-            self._generation_tokens += len(sequence) - known
-        if not is_committed:
-            self.scheduler.commit(row)
+            self._counts.generation_tokens += len(sequence) - known
+        self.scheduler.commit(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
-            return StepOutput(sequence.request_id, TokenChunk(text, new, index=sequence.index))
+            return StepOutput(sequence.request_id, TokenChunk(text, new, None, sequence.index))
         return self._finish(sequence, reason, text, new)
+
+    def _append_token(self, row: ScheduledRow, token: int, now: float) -> StepOutput:
+        """As ``_append``, for a row of ``LaunchedStep.has_plain_tokens``."""
+        sequence = row.sequence
+        sequence.times.last_token = now
+        self._counts.generation_tokens += 1
+        detokenizer = self._requests[sequence.request_id].detokenizers[sequence.index]
+        try:
+            text, reason = add_token(sequence, detokenizer, token)
+            if reason is not None:
+                text += detokenizer.finish()
+        except MemoryError:
+            raise
+        except Exception as error:  # the work of one request: the others of the step are not at fault
+            return self._fail(sequence.request_id, error)
+        self.scheduler.commit(row)
+        if reason is None:
+            return StepOutput(sequence.request_id, TokenChunk(text, (token,), None, sequence.index))
+        return self._finish(sequence, reason, text, (token,))
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         return self._requests[sequence.request_id].detokenizers[sequence.index]
@@ -353,24 +354,7 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, caches and counters."""
-        scheduler = self.scheduler
-        encoder = self.processor.encoder if self.processor else None
-        return EngineStats(
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            kv_cache_usage=scheduler.blocks.usage,
-            num_preemptions=scheduler.num_preemptions,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-            spec_decode_draft_tokens=scheduler.prompt_lookup.num_drafted,
-            spec_decode_accepted_tokens=scheduler.prompt_lookup.num_accepted,
-            encoder_images=encoder.images_encoded if encoder else 0,
-            encoder_seconds=encoder.encode_seconds if encoder else 0.0,
-            embedding_cache=self.processor.cache.stats() if self.processor else None,
-        )
+        return collect_stats(self.scheduler, self.processor, self._counts)
 
     def audit(self) -> None:
         """Check the engine's invariants between two steps; raises AssertionError."""

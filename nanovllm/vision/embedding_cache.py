@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats, TierStats
+from nanovllm.vision.timing import Share, Timed, TotalTime, begin
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,10 @@ def embedding_key(digest: bytes, encoder_revision: str, salt: bytes = b"", *, ki
 
 @dataclass(eq=False)
 class Entry:
-    """An embedding, the seconds that computing it took, and the keys of the files by which it is found."""
+    """An embedding, the time that computing it took, and the keys of the files by which it is found."""
 
     embedding: Tensor
-    seconds: float
+    time: Timed
     files: list[bytes] = field(default_factory=list)
 
     @property
@@ -120,12 +120,13 @@ class EmbeddingCache(Generic[Note]):
         Raises ConfigurationError for a negative bound.
         """
         self._tiers = (MemoryTier("device", max_bytes, device), *further)
+        self._device = device
         self._lock = threading.Lock()  # of what is recorded; held for moments
         self._moves = threading.Lock()  # of which tier has what; held while entries are copied
         self._flights: dict[bytes, Future[Entry]] = {}
         self._files: dict[bytes, tuple[bytes, Note]] = {}
         self._misses = self._joined = self._evictions = self._hits_by_file = 0
-        self._seconds_saved = 0.0
+        self._saved = TotalTime()
 
     def get_or_compute(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Tensor]]
@@ -164,8 +165,7 @@ class EmbeddingCache(Generic[Note]):
             entry = flight.result()
             found[index] = entry.embedding, "miss" if index in led else "joined"
             if index in followed:
-                with self._lock:
-                    self._seconds_saved += entry.seconds
+                self._saved.add(entry.time)
         return [found[index] for index in range(len(keys))]
 
     def name(self, file: bytes, key: bytes, note: Note) -> None:
@@ -230,7 +230,7 @@ class EmbeddingCache(Generic[Note]):
                 bytes=sum(tier.bytes for tier in tiers),
                 max_bytes=sum(tier.max_bytes for tier in tiers),
                 hits_by_file=self._hits_by_file,
-                seconds_saved=self._seconds_saved,
+                seconds_saved=self._saved.seconds,
                 tiers=tiers,
             )
 
@@ -270,7 +270,7 @@ class EmbeddingCache(Generic[Note]):
             return None
         entry = tier.entries[key]
         tier.hits += 1
-        self._seconds_saved += entry.seconds
+        self._saved.add(entry.time)
         return entry
 
     def _bring(self, key: bytes, entry: Entry) -> Tensor:
@@ -289,14 +289,15 @@ class EmbeddingCache(Generic[Note]):
     def _lead(
         self, keys: Sequence[bytes], led: dict[int, Future[Entry]], compute: Callable[[list[int]], Sequence[Tensor]]
     ) -> None:
-        started = time.perf_counter()
+        interval = begin(self._device)
         try:
             computed = compute(list(led))
             if len(computed) != len(led):
                 raise ValueError(f"{len(led)} embeddings were asked for, {len(computed)} computed")
-            seconds = (time.perf_counter() - started) / len(led)
+            interval.end()
+            time = Share(interval, len(led))
             # Copies: a view would keep the whole batch's storage alive behind one entry.
-            entries = [Entry(embedding.detach().clone(), seconds) for embedding in computed]
+            entries = [Entry(embedding.detach().clone(), time) for embedding in computed]
         except BaseException as error:
             self._fail(keys, led, error)
             raise
@@ -304,7 +305,7 @@ class EmbeddingCache(Generic[Note]):
             with self._moves:
                 for index, entry in zip(led, entries, strict=True):
                     # Another object: threads that joined read theirs outside the locks.
-                    self._store(keys[index], Entry(entry.embedding, entry.seconds))
+                    self._store(keys[index], Entry(entry.embedding, entry.time))
         finally:  # a copy to another device may fail
             with self._lock:
                 for (index, flight), entry in zip(led.items(), entries, strict=True):

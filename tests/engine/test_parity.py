@@ -32,7 +32,7 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.attention.varlen import PagedVarlenAttention, flash_attn_kernels
 from nanovllm.engine.execution import model_runner
-from nanovllm.engine.execution.model_runner import StepInputs, StepResult
+from nanovllm.engine.execution.step_inputs import StepInputs, StepResult
 from nanovllm.engine.layers import linear
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput

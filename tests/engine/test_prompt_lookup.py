@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from engine_parts import drain, greedy, noise_image, step
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduling.batch import ScheduledRow
-from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
+from nanovllm.engine.scheduling.prompt_lookup import MATCH_TOKENS, PromptLookup, Recurrences
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
@@ -177,3 +179,29 @@ def without_image_token(value: Any) -> Any:
     if isinstance(value, list):
         return [part for part in value if "<|image|>" not in json.dumps(part)]
     return value
+
+
+def test_the_runs_of_a_long_context_are_found_in_a_megabyte() -> None:
+    draw = random.Random(0)
+    tokens = [draw.randrange(12) for _ in range(1 << 15)]
+    tracemalloc.start()
+    recurrences = Recurrences(tokens)
+    recurrences.continuation((0, 0, 0), 1)
+    distinct = [draw.randrange(1 << 17) for _ in range(1 << 15)]
+    long = Recurrences(distinct)
+    for _ in range(3_000):
+        long.continuation((0, 0, 0), 1)
+        distinct.append(draw.randrange(1 << 17))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 3 << 20  # both lists among it, which are their owners'
+
+    for _ in range(2_000):
+        run = tuple(draw.randrange(12) for _ in range(MATCH_TOKENS))
+        ends = [end for end in range(len(tokens) - 1, len(tokens) - 300, -1) if tuple(tokens[end - 3 : end]) == run]
+        found = recurrences.continuation(run, 1)
+        assert not ends or found == [tokens[ends[0]]]
+        tokens.append(draw.randrange(12))
+    earlier = 100
+    assert long.continuation(tuple(distinct[earlier : earlier + 3]), 4) == distinct[earlier + 3 : earlier + 7]
+    assert long.continuation((1 << 18, 0, 0), 4) == long.continuation((5,), 4) == []

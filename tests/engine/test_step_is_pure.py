@@ -19,7 +19,7 @@ from nanovllm.engine.sampling.structured_output import Matcher
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-SCHEDULED = {"block_table", "status", "num_computed_tokens", "num_cached_tokens", "_block_hashes", "images"}
+SCHEDULED = {"block_table", "seat", "status", "num_computed_tokens", "num_cached_tokens", "_block_hashes", "images"}
 """The fields of a sequence that ``Scheduler.schedule`` documents; of ``images`` a preemption drops the embeddings."""
 
 PLAIN = (int, float, str, bytes, type(None), Enum)

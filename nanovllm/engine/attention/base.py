@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +25,13 @@ from nanovllm.engine.layers.token_ops import CacheSlots
 class AttentionBatch:
     """The rows of one step, single-token rows first and those by context length.
 
-    ``block_tables`` may name more blocks than ``context_lens`` (which include the row's own tokens) need.
+    ``block_tables``, lists or int32 [rows, width], may name more blocks than ``context_lens`` (which include the row's
+    own tokens) need; what an array holds beyond them may be any of the cache's.
     """
 
     query_lens: Sequence[int]
     context_lens: Sequence[int]
-    block_tables: Sequence[Sequence[int]]
+    block_tables: Sequence[Sequence[int]] | np.ndarray
 
 
 class AttentionBackend(Protocol):
@@ -83,18 +85,15 @@ class GraphAttention(AttentionBackend, Protocol):
         """
 
 
-def slots_of(batch: AttentionBatch, block_size: int) -> list[int]:
-    """The cache slot of every new token, in row order: block number times block size plus offset."""
-    slots: list[int] = []
-    for length, context, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
-        start = context - length
-        if length == 1:
-            slots.append(table[start // block_size] * block_size + start % block_size)
-            continue
-        for block in range(start // block_size, (context - 1) // block_size + 1):
-            low, high = max(start, block * block_size), min(context, (block + 1) * block_size)
-            first = (table[block] - block) * block_size
-            slots.extend(range(first + low, first + high))
+def slots_of(batch: AttentionBatch, block_size: int) -> np.ndarray:
+    """The cache slot of every new token, int64 [T] in row order: block number times block size plus offset."""
+    tables = batch.block_tables if isinstance(batch.block_tables, np.ndarray) else padded_tables(batch, block_size)
+    lengths, ends = np.array(batch.query_lens), np.array(batch.context_lens)
+    rows, positions = np.arange(len(lengths)), ends - 1
+    if len(lengths) and lengths.max() > 1:
+        rows = np.repeat(rows, lengths)
+        positions = np.arange(len(rows)) + np.repeat(ends - lengths.cumsum(), lengths)
+    slots: np.ndarray = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
     return slots
 
 
@@ -104,10 +103,16 @@ def last_slots(context_lens: Tensor, block_tables: Tensor, block_size: int) -> T
     return (block_tables.gather(1, last // block_size) * block_size + last % block_size).squeeze(1)
 
 
-def padded_tables(batch: AttentionBatch, block_size: int) -> list[list[int]]:
-    """The block tables, all as wide as the longest context needs."""
-    width = -(-max(batch.context_lens) // block_size)
-    return [[*table[:width], *[0] * (width - len(table))] for table in batch.block_tables]
+def padded_tables(batch: AttentionBatch, block_size: int) -> np.ndarray:
+    """The block tables, int32 [rows, width] without gaps: as wide as the longest context needs."""
+    tables, width = batch.block_tables, -(-max(batch.context_lens) // block_size)
+    if isinstance(tables, np.ndarray):
+        return np.ascontiguousarray(tables[:, :width])
+    padded = np.zeros((len(tables), width), np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        known = table[:width]
+        row[: len(known)] = known
+    return padded
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

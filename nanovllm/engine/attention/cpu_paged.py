@@ -29,10 +29,10 @@ class PagedCpuAttention:
     def metadata(self, batch: AttentionBatch) -> tuple[Tensor, ...]:
         """Slots, first tokens, contexts and the padded block table."""
         return (
-            torch.tensor(slots_of(batch, self.block_size)),
+            torch.from_numpy(slots_of(batch, self.block_size)),
             torch.tensor([0, *accumulate(batch.query_lens)]),
             torch.tensor(batch.context_lens),
-            torch.tensor(padded_tables(batch, self.block_size), dtype=torch.int32),
+            torch.from_numpy(padded_tables(batch, self.block_size)),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: tuple[Tensor, ...]) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.engine.attention.base import AttentionBatch, last_slots, slots_of, zeros
-from nanovllm.engine.layers.device_copy import to_device, together
+from nanovllm.engine.attention.base import AttentionBatch, last_slots, padded_tables, slots_of, zeros
+from nanovllm.engine.layers.device_copy import together
 
 _GRAPH_CONTEXTS = (512, 2048)  # tokens
 
@@ -69,6 +70,7 @@ class SdpaAttention:
     def metadata(self, batch: AttentionBatch) -> _SdpaMetadata:
         """Slots, pages and masks of the step, each in one tensor."""
         num_decodes = sum(length == 1 for length in batch.query_lens)
+        tables = padded_tables(batch, self.block_size)
         decodes: list[_DecodeGroup] = []
         start = 0
         while start < num_decodes:
@@ -77,13 +79,13 @@ class SdpaAttention:
             end = start + 1
             while end < num_decodes and self._num_pages(batch.context_lens[end]) <= limit:
                 end += 1
-            decodes.append(self._decode_group(batch, start, end))
+            decodes.append(self._decode_group(batch, tables, start, end))
             start = end
         prefills: list[_PrefillRow] = []
         for index in range(num_decodes, len(batch.query_lens)):
-            prefills.append(self._prefill_row(batch, index, start))
+            prefills.append(self._prefill_row(batch, tables[index], index, start))
             start += batch.query_lens[index]
-        slots = to_device(slots_of(batch, self.block_size), self._device)
+        (slots,) = together([slots_of(batch, self.block_size)], self._device)
         return _SdpaMetadata(slots, tuple(decodes), tuple(prefills))
 
     def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
@@ -100,14 +102,13 @@ class SdpaAttention:
     def _num_pages(self, context: int) -> int:
         return -(-context // self.block_size)
 
-    def _decode_group(self, batch: AttentionBatch, start: int, end: int) -> _DecodeGroup:
+    def _decode_group(self, batch: AttentionBatch, tables: np.ndarray, start: int, end: int) -> _DecodeGroup:
         contexts = batch.context_lens[start:end]
         width = self._num_pages(max(contexts))
-        pages: list[int] = []
-        for table in batch.block_tables[start:end]:
-            pages += table[:width]
-            pages += [table[0]] * (width - len(table))  # masked: any page will do
-        lengths, flat_pages = together([contexts, pages], self._device)
+        used = [[self._num_pages(context)] for context in contexts]
+        # Masked, but no page of another sequence: its keys and values may be no numbers.
+        pages = np.where(np.arange(width) < used, tables[start:end, :width], tables[start:end, :1])
+        lengths, flat_pages = together([contexts, pages.ravel()], self._device)
         return _DecodeGroup(start, end, flat_pages, self._mask(lengths, width))
 
     def _mask(self, context_lens: Tensor, width: int) -> Tensor:
@@ -115,11 +116,11 @@ class SdpaAttention:
         beyond = torch.arange(width * self.block_size, device=self._device) >= context_lens.view(-1, 1, 1, 1)
         return torch.zeros(beyond.shape, dtype=self._dtype, device=self._device).masked_fill_(beyond, float("-inf"))
 
-    def _prefill_row(self, batch: AttentionBatch, index: int, start: int) -> _PrefillRow:
+    def _prefill_row(self, batch: AttentionBatch, table: np.ndarray, index: int, start: int) -> _PrefillRow:
         length, context = batch.query_lens[index], batch.context_lens[index]
         if length == context:
             return _PrefillRow(start, start + length, context, None, None)
-        pages = to_device(batch.block_tables[index][: self._num_pages(context)], self._device)
+        (pages,) = together([table[: self._num_pages(context)]], self._device)
         mask = torch.full((length, context), float("-inf"), dtype=self._dtype, device=self._device)
         return _PrefillRow(start, start + length, context, pages, mask.triu_(context - length + 1))
 

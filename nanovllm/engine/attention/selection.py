@@ -182,7 +182,7 @@ def trial(
             torch.cat([whole[one][stops[one] - counts[one] : stops[one]] for one in order]) for whole in (keys, values)
         )
         if max(batch.query_lens) == 1 and isinstance(backend, GraphAttention):
-            padded = torch.tensor(padded_tables(batch, backend.block_size), device=device)
+            padded = torch.from_numpy(padded_tables(batch, backend.block_size)).to(device)
             metadata = backend.decode_metadata(torch.tensor(batch.context_lens, device=device), padded)
         else:
             metadata = backend.metadata(batch)

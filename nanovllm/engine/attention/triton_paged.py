@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,21 +51,22 @@ class TritonAttention(SlotAttention):
         """Slots, first tokens, contexts and the padded block table, in one copy to the device."""
         tables = padded_tables(batch, self.block_size)
         rows = len(tables)
-        slots, numbers = together(
+        slots, numbers, pages = together(
             [
                 slots_of(batch, self.block_size),
-                [0, *accumulate(batch.query_lens), *batch.context_lens, *chain.from_iterable(tables)],
+                [0, *accumulate(batch.query_lens), *batch.context_lens],
+                tables.ravel(),
             ],
             self._device,
         )
-        starts, contexts, pages = numbers.int().tensor_split((rows + 1, 2 * rows + 1))
+        starts, contexts = numbers.int().tensor_split((rows + 1,))
         return TritonMetadata(
-            slots, starts, contexts, pages.view(rows, -1), max(batch.query_lens), max(batch.context_lens)
+            slots, starts, contexts, pages.int().view(rows, -1), max(batch.query_lens), max(batch.context_lens)
         )
 
     def decode_contexts(self, limit: int, rows: int) -> tuple[int, ...]:
-        """Unused width costs the kernel nothing: a row's own context is cut into shares. But the host copies it every
-        time, and most steps have no long context.
+        """Unused width costs the kernel nothing: a row's own context is cut into shares. But it is gathered every time,
+        and most steps have no long context.
         """
         return tuple(sorted({min(limit, _NARROW), limit}))
 

@@ -3,25 +3,27 @@
 Launching the kernels of a small model one by one from Python takes longer than computing them. A graph replays them on
 the same memory, so its inputs are one tensor that every step writes to, and there are graphs of a few sizes: a step
 runs in the smallest that holds its tokens, and the rows left over are padding: their logits are not read, and their
-keys and values go to a spare block.
+keys and values go to a spare block. Block tables stay on the device, one row a seat; a step sends the cells that have
+changed.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention
+from nanovllm.engine.attention.base import AttentionBackend, GraphAttention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
-from nanovllm.engine.layers.device_copy import move, to_device
+from nanovllm.engine.layers.device_copy import move, to_device, together
 from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.scheduling.block_tables import BlockTables
 
 Compute = Callable[[], Any]
 Replay = Callable[[], Tensor]
@@ -30,7 +32,7 @@ Recorder = Callable[[Compute], Compute]
 
 _MAX_STEP_TOKENS = 512  # beyond them computing takes longer than launching
 _MAX_ROW_TOKENS = 16  # drafts or forced ones: each of them reads the whole context for itself
-_NUM_COLUMNS = 3  # of a graph's inputs before the block table: token, position, context length
+_NUM_COLUMNS = 4  # of a graph's inputs: token, position, context length, seat
 _GRAPH_LAYER_BYTES = 128 << 10  # what CUDA keeps of a layer's twenty kernels in a graph, about 6 KiB each
 
 
@@ -95,17 +97,12 @@ def graph_shapes(attention: GraphAttention, max_tokens: int, max_context: int) -
     return sorted(shapes, key=lambda shape: (shape[1], shape[0]), reverse=True)
 
 
-def graph_bytes(model: Decoder, attention: GraphAttention, shapes: Sequence[tuple[int, int]]) -> int:
-    """Bytes that graphs of ``shapes`` take beside their pool: logits, inputs, and by estimate what CUDA keeps."""
-    logits = shapes[0][0] * model.config.vocab_size * model.embed_tokens.dtype.itemsize
-    inputs = sum(8 * size * (_NUM_COLUMNS + -(-context // attention.block_size)) for size, context in shapes)
+def graph_bytes(model: Decoder, attention: GraphAttention, shapes: Sequence[tuple[int, int]], num_seats: int) -> int:
+    """Bytes that graphs take beside their pool: logits, inputs, block tables, and by estimate what CUDA keeps."""
+    tokens, context = shapes[0]
+    logits = tokens * model.config.vocab_size * model.embed_tokens.dtype.itemsize
+    inputs = 8 * tokens * _NUM_COLUMNS + 4 * (num_seats + 1) * -(-context // attention.block_size)
     return logits + inputs + len(shapes) * len(model.config.kv_shapes) * _GRAPH_LAYER_BYTES
-
-
-@dataclass(frozen=True)
-class _Graph:
-    inputs: Tensor  # [size, _NUM_COLUMNS + blocks] int64 on the device
-    replay: Compute
 
 
 class DecodeGraphs:
@@ -125,42 +122,39 @@ class DecodeGraphs:
         spare_block: int,
         max_tokens: int,
         max_context: int,
+        num_seats: int,
     ) -> None:
         """``spare_block`` of the ``caches`` is no sequence's. ``max_context``: tokens of the longest sequence."""
         self._model, self._attention, self._caches = model, attention, caches
-        self._spare_block = spare_block
         self.sizes = graph_sizes(max_tokens)
         self.contexts = {size: attention.decode_contexts(max_context, rows=size) for size in self.sizes}
         self.num_replays = 0
+        shapes = graph_shapes(attention, max_tokens, max_context)
+        device, width = model.embed_tokens.device, -(-shapes[0][1] // attention.block_size)
+        self._idle_row = np.array([0, 0, 1, num_seats])  # padding: a first token in the spare block
+        self._written = [0] * num_seats  # cells of each seat's row beyond which all are the spare block
         with torch.inference_mode():
             # One for all graphs: each would keep its own in the pool for ever.
             self._logits = model.embed_tokens.new_empty(self.sizes[-1], model.config.vocab_size)
-            self._graphs = {
-                (size, context): self._record(recorder, size, context)
-                for size, context in graph_shapes(attention, max_tokens, max_context)
-            }
+            self._inputs = move(torch.from_numpy(np.tile(self._idle_row, (self.sizes[-1], 1))), device)
+            self._tables = torch.full((num_seats + 1, width), spare_block, dtype=torch.int32, device=device)
+            self._graphs = {(size, context): self._record(recorder, size, context) for size, context in shapes}
 
-    def _record(self, recorder: Recorder, size: int, context: int) -> _Graph:
-        inputs = move(self._idle_rows(size, context), self._logits.device)
+    def _record(self, recorder: Recorder, size: int, context: int) -> Compute:
+        inputs, tables = self._inputs[:size], self._tables[:, : -(-context // self._attention.block_size)]
         logits = self._logits[:size]
         caches, model, attention = self._caches, self._model, self._attention
-        return _Graph(inputs, recorder(lambda: logits.copy_(compute_rows(model, attention, caches, inputs))))
-
-    def _idle_rows(self, size: int, context: int) -> Tensor:
-        """[size, _NUM_COLUMNS + blocks] in the host's memory: padding, each a first token in the spare block."""
-        blocks = -(-context // self._attention.block_size)
-        rows = torch.full(
-            (size, _NUM_COLUMNS + blocks), self._spare_block, dtype=torch.int64, pin_memory=self._logits.is_cuda
-        )
-        rows[:, :_NUM_COLUMNS] = torch.tensor([0, 0, 1])
-        return rows
+        return recorder(lambda: logits.copy_(compute_rows(model, attention, caches, inputs, tables)))
 
     def load(
         self,
         token_ids: Sequence[int],
         positions: Sequence[int],
-        wanted: Sequence[int],
-        batch: AttentionBatch,
+        wanted: Sequence[int] | None,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        seats: Sequence[int],
+        tables: BlockTables,
         ahead: TokensAhead | None = None,
     ) -> Replay | None:
         """Send the step's T tokens to the smallest graph that holds them; None where none does.
@@ -169,40 +163,67 @@ class DecodeGraphs:
 
         In the graph every token is a row of its own, whose context ends with it: each layer writes the keys and values
         of all tokens before any of them attends. The result computes the logits of the ``wanted`` tokens
-        [len(wanted), vocab].
+        [len(wanted), vocab], of all where it is None. ``query_lens``, ``context_lens`` and
+        ``seats``, those of the rows in ``tables``, have an entry a row.
         """
-        size = _first_from(self.sizes, len(token_ids))
-        if size is None or max(batch.query_lens) > _MAX_ROW_TOKENS:
+        count = len(token_ids)
+        size = _first_from(self.sizes, count)
+        if size is None or max(query_lens) > _MAX_ROW_TOKENS:
             return None
-        context = _first_from(self.contexts[size], max(batch.context_lens))
+        context = _first_from(self.contexts[size], max(context_lens))
         if context is None:
             return None
-        graph = self._graphs[size, context]
-        host = self._idle_rows(size, context)
-        rows, first = host.numpy(), 0
-        rows[: len(token_ids), 0] = token_ids
-        rows[: len(token_ids), 1] = positions
-        for length, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
-            known = table[: -(-end // self._attention.block_size)]
-            rows[first : first + length, 2] = range(end - length + 1, end + 1)
-            rows[first : first + length, _NUM_COLUMNS : _NUM_COLUMNS + len(known)] = known
-            first += length
-        graph.inputs.copy_(host, non_blocking=True)
+        self._send_changes(tables)
+        host = torch.empty(size, _NUM_COLUMNS, dtype=torch.int64, pin_memory=self._logits.is_cuda)
+        rows = host.numpy()
+        rows[:count, 0] = token_ids
+        rows[:count, 1] = positions
+        if count == len(seats):
+            rows[:count, 2] = context_lens
+            rows[:count, 3] = seats
+        else:
+            lengths = np.array(query_lens)
+            rows[:count, 2] = np.arange(1, count + 1) + np.repeat(context_lens - lengths.cumsum(), lengths)
+            rows[:count, 3] = np.repeat(seats, lengths)
+        if count < size:
+            rows[count:] = self._idle_row
+        self._inputs[:size].copy_(host, non_blocking=True)
         if ahead is not None:
-            ahead.write_to(graph.inputs[:, 0])
-        chosen = None if len(wanted) == first else to_device(wanted, self._logits.device, torch.int64)
-        return partial(self._replay, graph, first, chosen)
+            ahead.write_to(self._inputs[:, 0])
+        chosen = None if wanted is None else to_device(wanted, self._logits.device, torch.int64)
+        return partial(self._replay, self._graphs[size, context], count, chosen)
 
-    def _replay(self, graph: _Graph, count: int, wanted: Tensor | None) -> Tensor:
-        graph.replay()
+    def _send_changes(self, tables: BlockTables) -> None:
+        """Bring the block tables on the device up to date."""
+        if not tables.changed:
+            return
+        width = self._tables.shape[1]
+        places, blocks = [], []
+        for seat, first in tables.changed.items():
+            length = min(tables.lengths[seat], width)
+            end = max(length, self._written[seat])
+            self._written[seat] = length
+            places.append(np.arange(seat * width + first, seat * width + max(first, end)))
+            blocks.append(tables.rows[seat, first:end])
+        tables.changed.clear()
+        where, values = together([np.concatenate(places), np.concatenate(blocks)], self._tables.device)
+        self._tables.view(-1).index_copy_(0, where, values.int())
+
+    def _replay(self, replay: Compute, count: int, wanted: Tensor | None) -> Tensor:
+        replay()
         self.num_replays += 1
         return self._logits[:count] if wanted is None else self._logits.index_select(0, wanted)
 
 
-def compute_rows(model: Decoder, attention: GraphAttention, caches: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """The logits [n, vocab] of rows of one token each: int64 ``inputs`` [n, token, position, context, block table]."""
-    token_ids, positions, context_lens = inputs[:, :_NUM_COLUMNS].unbind(1)
-    metadata = attention.decode_metadata(context_lens, inputs[:, _NUM_COLUMNS:])
+def compute_rows(
+    model: Decoder, attention: GraphAttention, caches: Sequence[Tensor], inputs: Tensor, tables: Tensor
+) -> Tensor:
+    """The logits [n, vocab] of rows of one token each: int64 ``inputs`` [n, token, position, context, seat].
+
+    ``tables``: the blocks of each seat, int32 [seats, width].
+    """
+    token_ids, positions, context_lens, seats = inputs.unbind(1)
+    metadata = attention.decode_metadata(context_lens, tables.index_select(0, seats))
     return model.logits(model(model.embed(token_ids), positions, caches, attention, metadata))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from nanovllm.engine.attention.selection import Heads, choose_backend
 from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
-from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, Replay, choose_recorder, why_no_graphs
+from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.prompt_logprobs import score_prompt
+from nanovllm.engine.execution.step_inputs import StepInputs, StepResult, StepTokens
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
@@ -27,43 +28,14 @@ from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
-from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
+from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
+from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """The T tokens of all rows, and the model's other inputs."""
-
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T], or [T, 3] where the family counts height and width too
-    images: tuple[tuple[int, Tensor], ...]  # index of the first token, and embeddings [n, width]
-    attention: Any
-    sampling_indices: Tensor | None  # [rows of logits]; None when every token samples
-    scored: tuple[tuple[ScheduledRow, int], ...]  # rows whose prompt tokens want logprobs, and their first token
-    states: tuple[RowStates, ...]  # of every row, where layers of the model carry a state; else empty
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One forward pass: the rows in the order of their tokens, what is computed, and for whom."""
-
-    rows: tuple[ScheduledRow, ...]
-    sampled_sequences: tuple[Sequence, ...]  # for each row of logits the sequence, with the drafts before it appended
-    tokens: StepTokens | Replay  # Replay: they are in a CUDA graph already
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a forward pass computed. Nothing of it is in a sequence before the step is committed."""
-
-    logits: Tensor  # [sampling rows, vocab]
-    prompt_logprobs: tuple[tuple[Sequence, tuple[TokenLogprobs, ...]], ...]  # to be appended to the sequence's own
+from nanovllm.vision.timing import begin
 
 
 class ModelRunner:
@@ -93,8 +65,11 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
+        if self.encoder is not None and recorder is not None and not config.enforce_eager:
+            self.encoder.record(recorder)
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
-        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.sampling = choose_kernels(self.device, self.model.embed_tokens.dtype, text.vocab_size)
+        self.limits = limits_for(config, self.device, self.model, self.attention, self.sampling, reserved=reserved)
         self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
@@ -111,6 +86,7 @@ class ModelRunner:
                 spare_block=self.num_blocks,
                 max_tokens=self.limits.decode_tokens(config.num_speculative_tokens),
                 max_context=self.max_model_len,
+                num_seats=self.limits.max_num_seqs,
             )
 
     def _allocate_kv_caches(self, reserved: int) -> list[Tensor]:
@@ -125,6 +101,7 @@ class ModelRunner:
             self.device,
             self.model,
             self.attention,
+            self.sampling,
             self.encoder,
             has_graphs=self.why_no_graphs is None,
             reserved=reserved,
@@ -176,7 +153,7 @@ class ModelRunner:
     ) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
-        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
+        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and ``times.encodings``. The embeddings
         stay with the sequence until it has computed past them, so that no eviction can take them away between two
         chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
         to the cache.
@@ -194,15 +171,15 @@ class ModelRunner:
             by_salt[sequence.cache_salt].append((sequence, span))
         embeddings: dict[bytes, Tensor] = {}
         for salt, spans in by_salt.items():
-            started = time.perf_counter()
+            interval = begin(self.device)
             assert self.processor is not None  # a sequence with images passed admission
             embedded = self.processor.embed([span.image for _, span in spans], salt)
-            elapsed = time.perf_counter() - started
+            interval.end()
             for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
                 embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
             for sequence in {sequence for sequence, _ in spans}:
-                sequence.times.encode_s += elapsed
+                sequence.times.encodings += (interval,)
         for _, span in needed:
             span.embedding = embeddings[span.key]
 
@@ -241,6 +218,8 @@ class ModelRunner:
 
         ``sampled_before`` [n] are the tokens of the step in flight, where rows go on behind them.
         """
+        if scheduled.is_decode:
+            return self._prepare_decode(scheduled, sampled_before)
         rows = tuple(sorted(scheduled.rows, key=lambda row: (row.num_tokens != 1, row.end)))
         token_ids: list[int] = []
         positions: list[Any] = []
@@ -249,8 +228,7 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
-        places: list[int] = []  # of tokens that are not known yet
-        sources: list[int] = []  # where they are in ``sampled_before``
+        pending: list[tuple[int, int]] = []  # place of a token that is not known yet, and of it in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -265,24 +243,22 @@ class ModelRunner:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
             if sequence.pending is not None:
-                places.append(len(token_ids))
-                sources.append(sequence.pending)
+                pending.append((len(token_ids), sequence.pending))
                 token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
-        batch = AttentionBatch(
-            query_lens=[row.num_tokens for row in rows],
-            context_lens=[row.end for row in rows],
-            block_tables=[row.sequence.block_table for row in rows],
-        )
-        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
+        ahead = TokensAhead(sampled_before, pending) if sampled_before is not None and pending else None
+        seats = [row.sequence.seat for row in rows]
+        lengths, contexts = [row.num_tokens for row in rows], [row.end for row in rows]
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
-            if replay := self.graphs.load(token_ids, plain, sampling_indices, batch, ahead):
+            wanted = None if len(sampling_indices) == len(token_ids) else sampling_indices
+            tables = scheduled.tables
+            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, tables, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
@@ -294,12 +270,59 @@ class ModelRunner:
             token_ids=ids,
             positions=located if axes is None else located.view(len(ids), -1),
             images=tuple(images),
-            attention=self.attention.metadata(batch),
+            attention=self._attention_metadata(lengths, contexts, seats, scheduled.tables),
             sampling_indices=None if len(indices) == len(ids) else indices,
             scored=tuple(scored),
             states=tuple(states),
         )
         return StepInputs(rows, tuple(sampled), tokens)
+
+    def _prepare_decode(self, scheduled: ScheduledBatch, sampled_before: Tensor | None) -> StepInputs:
+        """As ``prepare``, where every row is the last token of a sequence behind its prompt."""
+        rows = tuple(sorted(scheduled.rows, key=attrgetter("start")))
+        sequences = tuple([row.sequence for row in rows])
+        token_ids = [sequence.token_ids[-1] for sequence in sequences]
+        ahead = None
+        if sampled_before is not None:
+            places = [(place, one.pending) for place, one in enumerate(sequences) if one.pending is not None]
+            ahead = TokensAhead(sampled_before, places) if places else None
+        starts = [row.start for row in rows]
+        seats = [sequence.seat for sequence in sequences]
+        config, axes = self.model.config, self.model.config.position_axes
+        # Behind its prompt a token has the same position on all axes.
+        positions = starts
+        if axes is not None:
+            positions = [
+                positions_of(config, sequence.images, start, start + 1)[0][0]
+                for sequence, start in zip(sequences, starts, strict=True)
+            ]
+        lengths, contexts = [1] * len(rows), [start + 1 for start in starts]
+        if self.graphs is not None:
+            replay = self.graphs.load(token_ids, positions, None, lengths, contexts, seats, scheduled.tables, ahead)
+            if replay is not None:
+                return StepInputs(rows, sequences, replay, is_decode=True)
+        ids, located = together([token_ids, positions], self.device)
+        if ahead is not None:
+            ahead.write_to(ids)
+        states: list[RowStates] = []
+        if self.model.has_states:
+            states = [(index, index + 1, sequence.states) for index, sequence in enumerate(sequences)]
+        tokens = StepTokens(
+            token_ids=ids,
+            positions=located if axes is None else located.unsqueeze(1).repeat(1, config.num_axes),
+            images=(),
+            attention=self._attention_metadata(lengths, contexts, seats, scheduled.tables),
+            sampling_indices=None,
+            scored=(),
+            states=tuple(states),
+        )
+        return StepInputs(rows, sequences, tokens, is_decode=True)
+
+    def _attention_metadata(
+        self, query_lens: list[int], context_lens: list[int], seats: list[int], tables: BlockTables
+    ) -> Any:
+        width = -(-max(context_lens) // self.attention.block_size)
+        return self.attention.metadata(AttentionBatch(query_lens, context_lens, tables.of(seats, width)))
 
     def forward(self, inputs: StepInputs) -> StepResult:
         """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""
@@ -313,7 +336,7 @@ class ModelRunner:
             hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted, **states
         )
         scores = tuple(
-            (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
+            (row.sequence, tuple(score_prompt(self.model, row, hidden[first : first + row.num_tokens], self.text_of)))
             for row, first in tokens.scored
         )
         if not inputs.sampled_sequences:
@@ -321,28 +344,6 @@ class ModelRunner:
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
         return StepResult(self.model.logits(hidden), scores)
-
-    def _prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> list[TokenLogprobs]:
-        """The log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
-        sequence = row.sequence
-        count = sequence.sampling.prompt_logprobs or 0
-        # The first token has none, because no logits come before it.
-        found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
-        # Positions before these were scored before a preemption.
-        first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {span.start + place for span in sequence.images for place in span.places}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), SCORE_CHUNK_TOKENS):
-            end = min(start + SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
-            tokens = sequence.token_ids[start + 1 : end + 1]
-            texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
-            logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
-            found += [{} for _ in tokens]
-            if texts:
-                taken = [tokens[index] for index in texts]
-                scores = top_logprobs(logits, taken, [count] * len(taken), self.text_of)
-                for index, score in zip(texts, scores, strict=True):
-                    found[index - len(tokens)] = score
-        return found
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; without vision all are 0."""

@@ -7,8 +7,8 @@ more entry of the queue, and torch keeps the memory until the copy is done. On a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +27,12 @@ def move(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def together(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Lists of integers as int64 tensors [n] on ``device``, all of them in one copy."""
-    flat = to_device(list(chain.from_iterable(lists)), device, torch.int64)
-    return flat.split([len(values) for values in lists])
+def together(lists: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Lists and flat arrays of integers as int64 tensors [n] on ``device``, all of them in one copy."""
+    lengths = [len(values) for values in lists]
+    host = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate([np.asarray(values, np.int64) for values in lists], out=host.numpy())
+    return move(host, device).split(lengths)
 
 
 def is_asynchronous(device: torch.device) -> bool:

@@ -76,8 +76,13 @@ class SamplingBatch:
         cls, sequences: abc.Sequence[Sequence], vocab_size: int, device: torch.device, generator: torch.Generator
     ) -> Self:
         """Collect the parameters of ``sequences``, one for each row of logits; keys without a seed are drawn."""
+        random = [row for row, sequence in enumerate(sequences) if not sequence.is_greedy]
+        drawn = _random_rows(sequences, random, vocab_size, device, generator) if random else None
+        adjusted = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.adjusts_logits]
+        if not adjusted:
+            return cls(None, None, None, None, drawn)
         forbidden, biases, repetition, output = (_Collector() for _ in range(4))
-        for row, sequence in enumerate(sequences):
+        for row, sequence in adjusted:
             params = sequence.sampling
             if sequence.bad_words or params.min_tokens:
                 tokens = np.array([*_forbidden_tokens(sequence)], np.int64)
@@ -94,13 +99,12 @@ class SamplingBatch:
                 is_written = counts > 0
                 penalties = params.presence_penalty + params.frequency_penalty * counts[is_written]
                 output.add(row, tokens[is_written], penalties)
-        random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
         return cls(
             forbidden.as_forbidden(device),
             biases.to_device(device),
             repetition.to_device(device),
             output.to_device(device),
-            _random_rows(sequences, random, vocab_size, device, generator) if random else None,
+            drawn,
         )
 
 

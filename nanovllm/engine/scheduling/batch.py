@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ScheduledRow:
     """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step.
 
-    The last of them are ``drafts``, which the sequence does not have yet.
+    The last of them are ``drafts``, which the sequence does not have yet. Only ``is_committed`` changes later; a frozen
+    dataclass takes several times as long to make.
     """
 
     sequence: Sequence
@@ -19,6 +21,7 @@ class ScheduledRow:
     num_tokens: int
     is_sampled: bool  # whether it reaches the sequence's last token, so that the next one can be sampled
     drafts: tuple[int, ...] = ()
+    is_committed: bool = False
 
     @property
     def end(self) -> int:
@@ -41,6 +44,11 @@ class ScheduledRow:
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step's rows; the block tables of their sequences already cover them."""
+    """One step's rows; the block tables of their sequences already cover them.
+
+    ``is_decode``: every row is the last token of a sequence behind its prompt, without drafts.
+    """
 
     rows: tuple[ScheduledRow, ...]
+    tables: BlockTables
+    is_decode: bool = False

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -18,6 +21,7 @@ from nanovllm.engine.scheduling.sequence import Sequence
 MATCH_TOKENS = 3
 """How many last tokens must have occurred before."""
 
+_MAX_RECENT_RUNS = 1024
 _FIRST_DRAFT_TOKENS = 4
 _PAUSE_TOKENS = 32  # of output without a draft after one of which no token was accepted
 _TEMPLATE_TOKENS = 16  # leading tokens that make two prompts one template
@@ -26,12 +30,18 @@ _MAX_TEMPLATE_OUTPUT_TOKENS = 8192
 
 
 class Recurrences:
-    """Where each run of ``MATCH_TOKENS`` tokens was last followed by another token, in a list that may grow."""
+    """Where each run of ``MATCH_TOKENS`` tokens was last followed by another token, in a list that may grow.
+
+    Runs are packed into one number each and sorted, with the index of the token behind: 12 bytes a token. The latest
+    ones are in a dictionary, which takes ten times as much, until they are sorted in.
+    """
 
     def __init__(self, tokens: list[int]) -> None:
         """``tokens`` is shared: its owner appends to it."""
         self.tokens = tokens
-        self._followers: dict[tuple[int, ...], int] = {}
+        self._runs = np.empty(0, np.int64)  # ascending; equal ones in the order of their followers
+        self._followers = np.empty(0, np.int32)
+        self._recent: dict[tuple[int, ...], int] = {}
         self._num_indexed = MATCH_TOKENS
 
     def continuation(self, run: tuple[int, ...], length: int) -> list[int]:
@@ -40,13 +50,36 @@ class Recurrences:
         What runs over the end repeats the part from the match to the end, as a text in a cycle does.
         """
         tokens = self.tokens
+        if len(tokens) - len(self._runs) > MATCH_TOKENS + max(_MAX_RECENT_RUNS, len(tokens) // 16):
+            self._sort()
         for index in range(self._num_indexed, len(tokens)):
-            self._followers[tuple(tokens[index - MATCH_TOKENS : index])] = index
+            self._recent[tuple(tokens[index - MATCH_TOKENS : index])] = index
         self._num_indexed = max(self._num_indexed, len(tokens))
-        first = self._followers.get(run)
+        first = self._recent.get(run) or self._find_sorted(run)
         if first is None:
             return []
         return [tokens[first + offset % (len(tokens) - first)] for offset in range(length)]
+
+    def _sort(self) -> None:
+        tokens = np.array(self.tokens)
+        count = len(tokens) - MATCH_TOKENS
+        runs = _pack(*(tokens[offset : offset + count] for offset in range(MATCH_TOKENS)))
+        order = runs.argsort(kind="stable")
+        self._runs, self._followers = runs[order], (order + MATCH_TOKENS).astype(np.int32)
+        self._recent.clear()
+        self._num_indexed = len(tokens)
+
+    def _find_sorted(self, run: tuple[int, ...]) -> int | None:
+        if len(run) < MATCH_TOKENS or not len(self._runs):
+            return None
+        key = _pack(*run)
+        index = int(self._runs.searchsorted(key, "right")) - 1
+        return int(self._followers[index]) if index >= 0 and self._runs[index] == key else None
+
+
+def _pack(first: Any, second: Any, third: Any) -> Any:
+    """Three tokens, or arrays of them, as one number: 21 bits hold any vocabulary's."""
+    return (first << 42) | (second << 21) | third
 
 
 @dataclass

@@ -15,6 +15,7 @@ from itertools import count, pairwise
 
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_manager import BlockManager
+from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.prompt_lookup import PromptLookup
 from nanovllm.engine.scheduling.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_limits import CPU_LIMITS
@@ -43,9 +44,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_draft_step_tokens: int = CPU_LIMITS.max_draft_step_tokens,
         num_speculative_tokens: int = 0,
+        tables: BlockTables | None = None,
     ) -> None:
-        """``blocks`` is used by this scheduler alone."""
+        """``blocks`` and ``tables`` are used by this scheduler alone; without ``tables`` they hold all blocks."""
         self.blocks = blocks
+        self.tables = tables or BlockTables(max_num_seqs, blocks.num_blocks)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_draft_step_tokens = max_draft_step_tokens
@@ -67,66 +70,81 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the rows of the next step and allocate the blocks that they write to.
 
-        Writes the two queues, the counters of preemptions and prefix hits and, of a sequence that it starts, continues
-        or preempts, status, block table and the numbers of computed and cached tokens; of a preempted one it drops the
-        images' embeddings. It writes nothing else of any sequence.
+        Writes the two queues, the tables, the counters of preemptions and prefix hits and, of a sequence that it
+        starts, continues or preempts, status, seat, block table and the numbers of computed and cached tokens; of a
+        preempted one it drops the images' embeddings. It writes nothing else of any sequence.
         """
         return self._schedule(may_preempt=True)
 
     def schedule_behind(self, launched: Iterable[ScheduledRow]) -> ScheduledBatch:
         """Choose the rows of the step behind ``launched`` ones, before the tokens that these sample are known.
 
-        Commits the launched rows, which have no drafts; their tokens are appended later, without another commit.
+        Commits the launched rows, which have no drafts; the commit behind their tokens then does nothing more.
         Preempts nothing: where blocks are short there are no rows, since an output that ends may free them.
         """
         places = count()
         for row in launched:
             place = next(places) if row.is_sampled else None
-            if not row.sequence.is_finished:
+            if row.sequence.status is SequenceStatus.RUNNING:
                 self.commit(row)
-                row.sequence.pending = place
+                row.is_committed, row.sequence.pending = True, place
         return self._schedule(may_preempt=False)
 
     def _schedule(self, *, may_preempt: bool) -> ScheduledBatch:
         budget = StepBudget(self.max_num_batched_tokens, self.max_num_seqs - len(self.running))
         num_preemptions = self.num_preemptions
-        rows = self._continue_running(budget, may_preempt=may_preempt)
+        rows, is_decode = self._continue_running(budget, may_preempt=may_preempt)
         # A step that had to preempt has no blocks for waiting sequences and drafts.
         if self.num_preemptions == num_preemptions:
-            rows += self._admit_waiting(budget)
-            rows = self._add_drafts(rows, budget)
-        return ScheduledBatch(tuple(rows))
+            admitted = self._admit_waiting(budget)
+            known = rows + admitted
+            rows = self._add_drafts(known, budget)
+            is_decode = is_decode and not admitted and rows is known
+        return ScheduledBatch(tuple(rows), self.tables, is_decode)
 
-    def _continue_running(self, budget: StepBudget, *, may_preempt: bool) -> list[ScheduledRow]:
-        """Rows of running sequences, in order; where blocks are short, those at the end of the order are preempted.
+    def _continue_running(self, budget: StepBudget, *, may_preempt: bool) -> tuple[list[ScheduledRow], bool]:
+        """Rows of running sequences, in order, and whether all are the last token of a sequence behind its prompt.
 
-        Where that must not be, there are no rows and no budget is left.
+        Where blocks are short, those at the end of the order are preempted. Where that must not be, there are no rows
+        and no budget is left.
         """
-        rows = []
+        rows: list[ScheduledRow] = []
+        is_decode, size, running = True, self.blocks.block_size, SequenceStatus.RUNNING
         for sequence in list(self.running):
             if budget.tokens == 0:
                 break
-            if sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not running:
                 continue  # preempted below, for a sequence before it
-            if sequence.num_output_tokens == sequence.max_tokens:
-                continue  # its last token is on the device
-            missing = sequence.num_uncomputed_tokens
+            start = sequence.num_computed_tokens
+            missing = len(sequence.token_ids) - start
+            if sequence.pending is not None:
+                if sequence.num_output_tokens == sequence.max_tokens:
+                    continue  # its last token is on the device
+                missing += 1
+            if missing != 1 or start < sequence.num_prompt_tokens:
+                is_decode = False
+            elif start < len(sequence.block_table) * size:  # most rows of most steps
+                budget.tokens -= 1
+                rows.append(ScheduledRow(sequence, start, 1, True))
+                continue
             num_tokens = min(missing, budget.tokens)
-            row = ScheduledRow(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == missing)
+            row = ScheduledRow(sequence, start, num_tokens, num_tokens == missing)
             while not self._extend_block_table(row):
                 if not may_preempt:
                     budget.tokens = 0
-                    return []
+                    return [], False
                 if self._preempt_last() is sequence:
                     break
             else:
                 budget.tokens -= row.num_tokens
                 rows.append(row)
-        return rows
+        return rows, is_decode
 
     def _admit_waiting(self, budget: StepBudget) -> list[ScheduledRow]:
         """First rows of waiting sequences, in order, as far as seats, tokens and blocks go."""
-        rows = []
+        rows: list[ScheduledRow] = []
+        if budget.tokens == 0 or budget.seats == 0:
+            return rows
         in_flight = self._in_flight_hashes()
         for sequence in list(self.waiting):
             if budget.tokens == 0 or budget.seats == 0:
@@ -142,6 +160,8 @@ class Scheduler:
             num_tokens = min(len(sequence) - start, budget.tokens)
             row = ScheduledRow(sequence, start, num_tokens, start + num_tokens == len(sequence))
             sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(row.end) - len(cached), cached)
+            sequence.seat = self.tables.take_seat()
+            self.tables.extend(sequence.seat, sequence.block_table)
             self._start(sequence, start)
             if self.blocks.enable_prefix_caching:
                 in_flight.update(sequence.block_hashes(self.blocks.block_size)[len(cached) :])
@@ -151,26 +171,36 @@ class Scheduler:
         return rows
 
     def _add_drafts(self, rows: list[ScheduledRow], budget: StepBudget) -> list[ScheduledRow]:
-        """The same rows, those that sample with drafts, as long as the step stays small and blocks are free."""
+        """The same rows, those that sample with drafts, as long as the step stays small and blocks are free.
+
+        It is the same list where no row gets any.
+        """
         num_tokens = self.max_num_batched_tokens - budget.tokens
         budget.tokens = min(budget.tokens, self.max_draft_step_tokens - num_tokens)
-        drafted = []
+        if budget.tokens <= 0 or self.prompt_lookup.max_drafts == 0:
+            return rows
+        drafted, has_drafts = [], False
         for row in rows:
             may_draft = row.is_sampled and budget.tokens > 0
             if may_draft and (drafts := self.prompt_lookup.propose(row.sequence, budget.tokens)):
                 longer = replace(row, num_tokens=row.num_tokens + len(drafts), drafts=drafts)
                 if self._extend_block_table(longer):
                     budget.tokens -= len(drafts)
-                    row = longer
+                    row, has_drafts = longer, True
             drafted.append(row)
-        return drafted
+        return drafted if has_drafts else rows
 
     def _extend_block_table(self, row: ScheduledRow) -> bool:
         """Allocate the blocks that the sequence lacks up to the row's end; False where too few are free."""
-        missing = max(0, self.blocks.blocks_for(row.end) - len(row.sequence.block_table))
+        sequence = row.sequence
+        covered = len(sequence.block_table)
+        missing = self.blocks.blocks_for(row.end) - covered
+        if missing <= 0:
+            return True
         if not self.blocks.can_allocate(missing):
             return False
-        row.sequence.block_table += self.blocks.allocate(missing)
+        sequence.block_table += self.blocks.allocate(missing)
+        self.tables.extend(sequence.seat, sequence.block_table[covered:])
         return True
 
     def _start(self, sequence: Sequence, num_cached: int) -> None:
@@ -228,11 +258,15 @@ class Scheduler:
         blocks that those alone needed are freed.
         """
         sequence, size = row.sequence, self.blocks.block_size
-        computed = row.end
+        sequence.pending = None
+        if row.is_committed:
+            return
+        computed = row.start + row.num_tokens
         if row.drafts:
             computed -= len(row.drafts) - row.num_accepted
             self.prompt_lookup.learn(row)
             num_blocks = self.blocks.blocks_for(computed)
+            self.tables.cut(sequence.seat, num_blocks)
             self.blocks.free(sequence.block_table[num_blocks:])
             del sequence.block_table[num_blocks:]
         first, last = row.start // size, computed // size
@@ -241,7 +275,8 @@ class Scheduler:
             for block in range(first, last):
                 self.blocks.cache_block(sequence.block_table[block], hashes[block])
         sequence.num_computed_tokens = computed
-        sequence.drop_embeddings(computed)
+        if sequence.images:
+            sequence.drop_embeddings(computed)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a waiting or running sequence and free its blocks, though a launched step may still use them.
@@ -256,6 +291,9 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
+        if sequence.seat >= 0:
+            self.tables.leave(sequence.seat)
+            sequence.seat = -1
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.states = None
@@ -264,6 +302,7 @@ class Scheduler:
     def audit(self) -> None:
         """Check the invariants of queues and blocks between two steps; raises AssertionError."""
         self.blocks.audit(sequence.block_table for sequence in self.running)
+        self.tables.audit((sequence.seat, sequence.block_table) for sequence in self.running)
         self.prompt_lookup.audit([*self.running, *self.waiting])
         assert len(self.running) <= self.max_num_seqs, "more sequences run than there are seats"
         for queue, status in ((self.running, SequenceStatus.RUNNING), (self.waiting, SequenceStatus.WAITING)):

@@ -14,7 +14,6 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.encoders.base import ImageLayout
     from nanovllm.vision.images.preprocess import PreparedImage
+    from nanovllm.vision.timing import Timed
 
 _ARRIVALS_PER_PRIORITY = 1000
 """How many later arrivals are scheduled before a sequence for each step of priority between them.
@@ -96,13 +96,16 @@ class ImageSpan:
 
 @dataclass
 class Timestamps:
-    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does."""
+    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does.
+
+    ``encodings``: the encoder's calls that it waited for.
+    """
 
     arrived: float = 0.0
     first_scheduled: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
-    encode_s: float = 0.0
+    encodings: tuple[Timed, ...] = ()
 
 
 @dataclass(eq=False)
@@ -124,6 +127,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
+    seat: int = -1  # its row of the block tables while it runs
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first; None before that
     block_table: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -135,6 +139,16 @@ class Sequence:
     arrival: int = field(default_factory=_arrivals.__next__)
     _block_hashes: list[bytes] = field(default_factory=list)
     _token_counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        params = self.sampling
+        self.is_greedy = params.is_greedy
+        penalises = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self.adjusts_logits = bool(self.bad_words or params.min_tokens or params.logit_bias or penalises)
+        """Whether anything but a constraint changes its logits before the argmax."""
+        has_long_words = any(len(word) > 1 for word in self.bad_words)
+        self.needs_known_tokens = bool(self.matcher is not None or penalises or has_long_words)
+        """Whether sampling looks at the output so far, on the host."""
 
     @property
     def seed(self) -> int | None:
@@ -172,13 +186,6 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens without keys and values."""
         return self.num_tokens - self.num_computed_tokens
-
-    @cached_property
-    def needs_known_tokens(self) -> bool:
-        """Whether sampling looks at the output so far, on the host."""
-        sampling = self.sampling
-        counts = sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
-        return bool(counts or self.matcher is not None or any(len(word) > 1 for word in self.bad_words))
 
     @property
     def output_token_ids(self) -> list[int]:

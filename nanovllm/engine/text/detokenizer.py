@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import takewhile
 from operator import itemgetter
 from typing import Any
@@ -43,6 +44,36 @@ def _byte_level() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
+@lru_cache(8)
+def _joins_whole_tokens(backend: Any) -> bool:
+    """Whether a token that is whole characters has the same text behind all others; False where that is not known."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    parts = decoder.get("decoders", [decoder])
+    kinds = [part.get("type") for part in parts]
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"]:  # as Llama 2 and Gemma have it
+        return all(part["type"] == "Strip" and part["stop"] == 0 for part in parts[3:])
+    return kinds in (["ByteLevel"], ["Metaspace"])
+
+
+class _WholeTokens(dict[int, str]):
+    """The text of each token that is whole characters; empty where it depends on its neighbours."""
+
+    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
+        self._decode = partial(backend.decode, skip_special_tokens=skip_special_tokens)
+        self._name = backend.id_to_token
+        self._context = _context(backend) if _joins_whole_tokens(backend) else ()
+
+    def __missing__(self, token: int) -> str:
+        text = ""
+        if self._context and not _BYTE_TOKEN.fullmatch(self._name(token) or ""):
+            text = self._decode([*self._context, token])[len(self._decode(self._context)) :]
+        self[token] = "" if REPLACEMENT in text else text
+        return self[token]
+
+
+_whole_tokens = lru_cache(16)(_WholeTokens)
+
+
 def _num_unfinished(tokens: bytes) -> int:
     """How many bytes at the end are the beginning of a character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -66,8 +97,10 @@ class Detokenizer:
         """``tokenizer`` is a fast Hugging Face tokenizer."""
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = sampling.skip_special_tokens
+        self._whole = _whole_tokens(self._backend, sampling.skip_special_tokens)
         self._skipped = _special_tokens(self._backend) if sampling.skip_special_tokens else frozenset[int]()
         self._stop = sampling.stop
+        self._stop_characters = {character for stop in self._stop for character in stop[:-1]}
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
@@ -75,9 +108,16 @@ class Detokenizer:
         self._num_read = len(self._window)  # tokens of the window that are not, or already, in the text
         self._read = self._decode(self._window)  # their text
         self._held = ""
-        self.text = ""
+        self._chunks: list[str] = []
         self.is_stopped = False
         self.is_cut = False
+
+    @property
+    def text(self) -> str:
+        """All text that may be shown."""
+        if len(self._chunks) > 1:
+            self._chunks = ["".join(self._chunks)]
+        return self._chunks[0] if self._chunks else ""
 
     def append(self, token_id: int) -> str:
         """Add a token and return the text that may be shown now.
@@ -85,6 +125,8 @@ class Detokenizer:
         Sets ``is_stopped`` at a stop string, and ``is_cut`` where text before the end of its tokens is then left out.
         """
         self._num_tokens += 1
+        if self._num_read == len(self._window) and (whole := self._whole[token_id]):
+            return self._release(whole)  # the window stays: any context will do
         if token_id in self._skipped:
             return self._release("")
         self._window.append(token_id)
@@ -142,24 +184,28 @@ class Detokenizer:
 
     def _release(self, fresh: str, *, final: bool = False) -> str:
         if not self._stop:
-            self.text += fresh
+            self._chunks.append(fresh)
             return fresh
         if not fresh and not final:
             return ""  # what is held back has no stop string in it
-        pending = self._held + fresh
-        found = [stop for stop in self._stop if stop in pending] if self._num_tokens > self._min_tokens else ()
-        if found:
-            start, stop = min((pending.find(stop), stop) for stop in found)
-            end = start + (len(stop) if self._include_stop else 0)
+        pending, found = self._held + fresh if self._held else fresh, None
+        if self._num_tokens > self._min_tokens:
+            for stop in self._stop:
+                if stop in pending:
+                    found = min(found or (len(pending), ""), (pending.find(stop), stop))
+        if found is not None:
+            end = found[0] + (len(found[1]) if self._include_stop else 0)
             self.is_stopped, self.is_cut, self._held = True, end < len(pending), ""
         else:
             end = len(pending) - (0 if final else self._beginning_of_stop(pending))
             self._held = pending[end:]
-        self.text += pending[:end]
+        self._chunks.append(pending[:end])
         return pending[:end]
 
     def _beginning_of_stop(self, text: str) -> int:
         """The length of the longest end of ``text`` that begins a stop string."""
+        if text[-1:] not in self._stop_characters:
+            return 0
         start = len(text)
         for stop in self._stop:
             at = text.find(stop[0], max(0, len(text) - len(stop) + 1), start)

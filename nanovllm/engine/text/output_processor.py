@@ -67,7 +67,7 @@ def _extend(
 ) -> tuple[str, FinishReason | None]:
     matcher = sequence.matcher
     if matcher is None:
-        return _add(sequence, detokenizer, token)
+        return add_token(sequence, detokenizer, token)
     text, reason, is_whole = _add_matched(sequence, detokenizer, matcher, token)
     # A forced token has no logits, so there would be no log probability.
     if force and reason is None and sequence.sampling.logprobs is None:
@@ -90,17 +90,19 @@ def _extend(
 def _add_matched(
     sequence: Sequence, detokenizer: Detokenizer, matcher: Matcher, token: int
 ) -> tuple[str, FinishReason | None, bool]:
-    """As ``_add``, and whether the text is all that the constraint demands."""
-    text, reason = _add(sequence, detokenizer, token)
+    """As ``add_token``, and whether the text is all that the constraint demands."""
+    text, reason = add_token(sequence, detokenizer, token)
     is_left_out = not sequence.sampling.include_stop_str_in_output and token in sequence.sampling.stop_token_ids
     was_whole = reason == "stop" and is_left_out and matcher.is_accepting
     matcher.consume(token)
     return text, reason, was_whole if is_left_out else matcher.is_stopped or matcher.is_accepting
 
 
-def _add(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:
-    sequence.token_ids.append(token)
-    count, sampling = sequence.num_output_tokens, sequence.sampling
+def add_token(sequence: Sequence, detokenizer: Detokenizer, token: int) -> tuple[str, FinishReason | None]:
+    """Append a token that no constraint confines; returns what ``extend`` does."""
+    token_ids, sampling = sequence.token_ids, sequence.sampling
+    token_ids.append(token)
+    count = len(token_ids) - sequence.num_prompt_tokens
     is_end = token in sequence.stop_token_ids and count > sampling.min_tokens
     # As in vLLM: the token that ends an output is one of its tokens, and no part of its text.
     text = "" if is_end and not sampling.include_stop_str_in_output else detokenizer.append(token)
@@ -164,7 +166,7 @@ def _timings(sequences: abc.Sequence[Sequence], now: float) -> RequestTimings:
     longest = max(sequence.num_output_tokens for sequence in sequences)
     return RequestTimings(
         queue_ms=(scheduled - arrived) * 1e3,
-        encode_ms=max(one.encode_s for one in times) * 1e3,
+        encode_ms=max(sum(call.seconds or 0.0 for call in one.encodings) for one in times) * 1e3,
         time_to_first_token_ms=(first_token - arrived) * 1e3 if first_token else 0.0,
         generation_ms=generation_ms,
         mean_itl_ms=generation_ms / (longest - 1) if longest > 1 else 0.0,
