@@ -68,7 +68,7 @@ def make_text_checkpoint(directory: Path, shape: Shape) -> None:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)  # as published checkpoints are
     words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, shape.vocab_size)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
 

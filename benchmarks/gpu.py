@@ -53,13 +53,13 @@ PARTS: dict[str, Part] = {
     "kernels": Part("kernels.check", 90),
     "parity-bfloat16": Part("parity.check", 120, ("bfloat16",)),
     "parity-float32": Part("parity.check", 120, ("float32",)),
-    "sanitizer": Part("sanitizer.check", 170),
-    "serve": Part("speed.serve", 170),
+    "sanitizer": Part("sanitizer.check", 140),
+    "serve": Part("speed.serve", 150),
     "decode": Part("speed.decode", 90),
     "prefill": Part("speed.prefill", 60),
     "images": Part("speed.images", 90),
     "sweep": Part("sweep.measure", 120),
-    "switches": Part("speed.switches", 120),
+    "switches": Part("switches.measure", 120),
     "parity-float16": Part("parity.check", 120, ("float16",)),
 }
 LEAST_SECONDS = 15.0  # with less than this left, no part is begun

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.attention.varlen import PagedVarlenAttention
 from nanovllm.engine.execution import model_runner
+from nanovllm.engine.execution.cuda_graphs import Recorder
 
 ROWS = (1, 32, 256)
 PROMPT_TOKENS = 300
@@ -56,15 +57,17 @@ def make_checkpoint(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
 
 
-def make_engine(directory: Path, block_size: int, **options: Any) -> LLM:
+def replay_nothing(compute: Callable[[], Any]) -> Callable[[], Any]:
+    """A recorder whose replays compute nothing."""
+    compute()
+    return lambda: None
+
+
+def make_engine(directory: Path, block_size: int, record: Recorder = replay_nothing, **options: Any) -> LLM:
     """An engine whose steps are recorded, in the layout of pages that kernels for CUDA want."""
 
     def attend(query: Tensor, *_: Any) -> Tensor:
         return torch.zeros_like(query)
-
-    def record(compute: Callable[[], Any]) -> Callable[[], Any]:
-        compute()
-        return lambda: None
 
     attention = PagedVarlenAttention(torch.device("cpu"), attend, block_size)
     model_runner.choose_recorder = lambda _: record

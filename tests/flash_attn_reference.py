@@ -1,4 +1,4 @@
-"""flash-attn's two calls in plain torch, as strict about arguments as the real ones, to run the CUDA backend on a CPU.
+"""flash-attn's call in plain torch, as strict about arguments as the real one, to run the CUDA backend on a CPU.
 
 Put it in ``sys.modules["flash_attn"]``. Semantics after flash-attn 2.8: causal masks are aligned at the last token, a
 paged cache has pages of a multiple of 256 tokens, and lengths and tables are int32.
@@ -62,29 +62,3 @@ def flash_attn_varlen_func(
         )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cache_seqlens: Tensor,
-    block_table: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """q [rows, tokens, heads, d], pages k_cache and v_cache, contexts cache_seqlens [rows] → like q.
-
-    The real one attends to new keys and values too, if it is given some; the backend has written them already.
-    """
-    rows, length = q.shape[:2]
-    assert cache_seqlens.shape == (rows,)
-    assert cache_seqlens.dtype == torch.int32
-    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
-    contexts = F.pad(cache_seqlens.cumsum(0, dtype=torch.int32), (1, 0))
-    limit = block_table.shape[1] * k_cache.shape[1]
-    return flash_attn_varlen_func(
-        q.flatten(0, 1), k_cache, v_cache, starts, contexts, length, limit,
-        softmax_scale=softmax_scale, causal=causal, block_table=block_table,
-    ).view_as(q)  # fmt: skip

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from nanovllm.engine.execution.step_inputs import StepInputs
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_loading import OLDEST
+from nanovllm.engine.scheduling.sequence import Sequence as EngineSequence
 from nanovllm.sampling_params import SamplingParams
 
 needs_release = pytest.mark.skipif(
@@ -37,15 +37,15 @@ class Recorded:
         self.engine = engine
         self.is_mixed = False
         self._logits: dict[str, list[Tensor]] = defaultdict(list)
-        sample = engine.sample
+        sample = engine.sampler.sample
 
-        def record(inputs: StepInputs, logits: Tensor, masks: Any) -> Any:
-            for sequence, row in zip(inputs.sampled_sequences, logits, strict=True):
+        def record(logits: Tensor, sequences: Sequence[EngineSequence], guided: Any) -> Tensor:
+            for sequence, row in zip(sequences, logits, strict=True):
                 self._logits[sequence.request_id].append(row.clone())
-            self.is_mixed |= len({bool(sequence.images) for sequence in inputs.sampled_sequences}) == 2
-            return sample(inputs, logits, masks)
+            self.is_mixed |= len({bool(sequence.images) for sequence in sequences}) == 2
+            return sample(logits, sequences, guided)
 
-        monkeypatch.setattr(engine, "sample", record)
+        monkeypatch.setattr(engine.sampler, "sample", record)
 
     def answers(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -13,6 +14,7 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if _IS_INTERPRETED else "cuda")
 
 
+@functools.cache
 def missing() -> str | None:
     """What keeps kernels from running here; None if nothing does."""
     if importlib.util.find_spec("triton") is None:
@@ -24,6 +26,7 @@ def missing() -> str | None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         return f"the interpreter of Triton {triton.__version__} is older than numpy 2.4"
     _teach_bfloat16()
+    _patch_once()
     return None
 
 
@@ -55,3 +58,24 @@ def _teach_bfloat16() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+def _patch_once() -> None:
+    """Patch the language once a launch for each module of functions, and not at each call, which takes most time."""
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **options)
+
+    def launched(self: Any, *args: Any, **options: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.GridExecutor.__call__ = launched

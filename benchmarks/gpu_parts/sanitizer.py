@@ -13,7 +13,7 @@ from pathlib import Path
 from gpu_parts.bench import Bench, Finding
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 75.0  # of a tool
+SECONDS = 60.0  # of a tool
 FOUND = 86  # exit status
 
 

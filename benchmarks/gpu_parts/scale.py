@@ -40,7 +40,7 @@ FULL = Scale(
     tests="",
     prompts=12, prompt_tokens=300, answer_tokens=48,
     batches=(1, 8, 32, 64, 128, 256), steps=64,
-    requests=256, shortest=100, longest=1024, baseline_batch=128, baseline_seconds=75.0,
+    requests=256, shortest=100, longest=1024, baseline_batch=128, baseline_seconds=60.0,
     held_out=64, pictures=64,
     copied_bytes=1 << 30, multiplied=8192,
     options={},
@@ -53,7 +53,7 @@ SMOKE = Scale(
     prompts=2, prompt_tokens=40, answer_tokens=6,
     batches=(1, 4), steps=4,
     requests=5, shortest=4, longest=16, baseline_batch=4, baseline_seconds=5.0,
-    held_out=1, pictures=4,
+    held_out=1, pictures=2,
     copied_bytes=1 << 24, multiplied=256,
     options={"kv_cache_bytes": 32 << 20, "max_num_seqs": 8},
 )  # fmt: skip

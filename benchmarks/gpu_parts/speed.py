@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from gpu_parts.roofline import Bound, share
 from gpu_parts.theirs import seconds_of
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints.resolve import resolve_checkpoint
-from nanovllm.engine.config import EngineConfig
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 
 PROMPT = 64  # tokens before a measured decode
-SWITCHES: dict[str, dict[str, Any]] = {
-    "without graphs": {"enforce_eager": True},
-    "without speculation": {"num_speculative_tokens": 0},
-    "without prefix caching": {"enable_prefix_caching": False},
-    "without overlap": {"overlap": False},
-    "without fused kernels": {"fused_kernels": False},
-}
-"""What an engine can do without. Options that it does not have are passed over."""
 
 
 def serve(bench: Bench) -> Iterator[Finding]:
@@ -109,10 +99,10 @@ def decode_options(bench: Bench) -> dict[str, Any]:
     }
 
 
-def decode_rate(bench: Bench, engine: LLM, batch: int) -> float:
+def decode_rate(bench: Bench, engine: LLM, batch: int, **sampling: float) -> float:
     """Tokens a second of ``batch`` requests that decode together."""
     scale = bench.scale
-    params = SamplingParams(temperature=0.0, max_tokens=scale.steps + 16, ignore_eos=True)
+    params = SamplingParams(**{"temperature": 0.0, **sampling}, max_tokens=scale.steps + 16, ignore_eos=True)
     names = [engine.add_request(prompt, params) for prompt in bench.draw(batch, PROMPT, seed=batch)]
     started = engine.stats().generation_tokens
     while (stats := engine.stats()).num_requests_waiting or stats.generation_tokens - started < 4 * batch:
@@ -204,19 +194,3 @@ def read_by_transformers(
     del model
     free_memory()
     return found
-
-
-def switches(bench: Bench) -> Iterator[Finding]:
-    """Decoding at the smallest and the largest batch, without one of the engine's features at a time."""
-    known = {field.name for field in fields(EngineConfig)}
-    batches = (bench.scale.batches[0], bench.scale.batches[-1])
-
-    def ask(engine: LLM) -> dict[str, float]:
-        return {str(batch): decode_rate(bench, engine, batch) for batch in batches}
-
-    for name, options in {"with all": {}, **SWITCHES}.items():
-        if set(options) <= known:
-            common = {"dtype": bench.dtype, "max_num_seqs": batches[-1]}
-            rates = bench.ask(ask, **{**common, **options})
-            print(f"decode {name}: " + ", ".join(f"{rate:,.0f}/s at {batch}" for batch, rate in rates.items()))
-            yield {name: rates}

@@ -58,6 +58,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield _step_limits(engine)
     if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
         yield _layers(engine)
+    yield from _sampling(engine)
     yield _graphs(engine)
     yield from _memory(engine)
     if importlib.util.find_spec("llguidance") is None:
@@ -167,6 +168,15 @@ def _layers(engine: LLMEngine) -> Finding:
     if (reason := fused.why_not(weight.device, weight.dtype)) is not None:
         return Finding("layers", "torch's operators: slow", f"the fused Triton kernels cannot be used: {reason}")
     return Finding("layers", "fused Triton kernels", "held against plain torch at start")
+
+
+def _sampling(engine: LLMEngine) -> Iterator[Finding]:
+    if engine.model_runner.device.type != "cuda":
+        return
+    if (reason := engine.sampler.kernels.reason) is None:
+        yield Finding("sampling", "Triton kernels", "held against plain torch at start")
+    else:
+        yield Finding("sampling", "torch's operators, which sort the vocabulary: slow", reason)
 
 
 def _graphs(engine: LLMEngine) -> Finding:

@@ -24,11 +24,11 @@ from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.checkpoints.transformers_version import warn_untested_version
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.engine_stats import StepCounts, collect_stats
-from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, sample
+from nanovllm.engine.execution.launched_step import LaunchedStep, SampledTokens, launch
 from nanovllm.engine.execution.make_scheduler import make_scheduler
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.layers.device_copy import is_asynchronous
-from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk
+from nanovllm.engine.outputs import FinishReason, ModelInfo, RequestOutput, StepOutput, TokenChunk, TokenLogprobs
 from nanovllm.engine.sampling.default_sampling import default_sampling, params_of_prompts, warn_ignored
 from nanovllm.engine.sampling.sampler import Sampler
 from nanovllm.engine.sampling.structured_output import TokenMasks
@@ -64,9 +64,7 @@ class LLMEngine:
         self.scheduler = make_scheduler(self.config, self.model_runner)
         self.max_model_len = self.model_runner.max_model_len
         vocab_size = self.model_runner.model.config.vocab_size
-        self.sampler = Sampler(
-            self.model_runner.device, self.config.seed, dtype=self.model_runner.dtype, vocab_size=vocab_size
-        )
+        self.sampler = Sampler(self.model_runner.device, self.config.seed, self.model_runner.sampling)
         self.input_processor = InputProcessor(
             self.tokenizer,
             self.processor,
@@ -192,7 +190,6 @@ class LLMEngine:
             raise EngineFault(f"nothing could be scheduled while {len(self._requests)} requests wait")
         launched = self._in_flight[0]
         if self._overlaps and len(self._in_flight) == 1 and launched.can_be_followed:
-            launched.is_committed = True
             self._launch(self.scheduler.schedule_behind(launched.rows), launched.token_ids)
         sampled = launched.read(self.model_runner.text_of)
         self._in_flight.popleft()
@@ -200,20 +197,10 @@ class LLMEngine:
 
     def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
         """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
-        if not scheduled.rows:
-            return
-        if not scheduled.is_decode:
-            now = time.perf_counter()
-            for row in scheduled.rows:
-                row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-            self.model_runner.attach_image_embeddings(scheduled.rows, self.scheduler.in_order())
-        inputs = self.model_runner.prepare(scheduled, sampled_before)
-        # The masks are computed by another thread while the forward pass runs.
-        masks = None
-        if any(row.sequence.matcher is not None for row in inputs.rows):
-            masks = self._masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
-        result = self.model_runner.forward(inputs)
-        self._in_flight.append(sample(inputs, result, masks, self.sampler))
+        if scheduled.rows:
+            upcoming = self.scheduler.in_order()
+            step = launch(self.model_runner, self.sampler, self._masks, scheduled, upcoming, sampled_before)
+            self._in_flight.append(step)
 
     def commit(self, launched: LaunchedStep, sampled: SampledTokens) -> list[StepOutput]:
         """Write a computed step into its sequences: computed tokens, scores, new tokens, and the ends of requests."""
@@ -224,7 +211,7 @@ class LLMEngine:
         outputs = []
         if launched.has_plain_tokens:
             return [
-                self._append_token(row, token, now, is_committed=launched.is_committed)
+                self._append_token(row, token, now)
                 for row, token in zip(launched.rows, sampled.token_ids, strict=True)
                 if row.sequence.status is not SequenceStatus.FINISHED
             ]
@@ -237,21 +224,19 @@ class LLMEngine:
             if row.start < row.sequence.num_prompt_tokens:
                 self._counts.prompt_tokens += min(row.end, row.sequence.num_prompt_tokens) - row.start
             if row.is_sampled:
-                outputs.append(self._append(row, sampled, mine, now, is_committed=launched.is_committed))
-            elif not launched.is_committed:
+                outputs.append(self._append(row, sampled.token_ids[mine], sampled.logprobs[mine], now))
+            else:
                 self.scheduler.commit(row)
         return outputs
 
     def _append(
-        self, row: ScheduledRow, sampled: SampledTokens, mine: slice, now: float, *, is_committed: bool
+        self, row: ScheduledRow, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None], now: float
     ) -> StepOutput:
         sequence = row.sequence
-        sequence.pending = None
         sequence.times.first_token = sequence.times.first_token or now
         sequence.times.last_token = now
         known = len(sequence)
         try:
-            tokens, logprobs = sampled.token_ids[mine], sampled.logprobs[mine]
             text, reason = extend(row, self._detokenizer(sequence), tokens, logprobs, force=self.config.forced_tokens)
             if reason is not None:
                 text += self._detokenizer(sequence).finish()
@@ -261,17 +246,15 @@ class LLMEngine:
             return self._fail(sequence.request_id, error)
         finally:
             self._counts.generation_tokens += len(sequence) - known
-        if not is_committed:
-            self.scheduler.commit(row)
+        self.scheduler.commit(row)
         new = tuple(sequence.token_ids[known:])
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, new, None, sequence.index))
         return self._finish(sequence, reason, text, new)
 
-    def _append_token(self, row: ScheduledRow, token: int, now: float, *, is_committed: bool) -> StepOutput:
+    def _append_token(self, row: ScheduledRow, token: int, now: float) -> StepOutput:
         """As ``_append``, for a row of ``LaunchedStep.has_plain_tokens``."""
         sequence = row.sequence
-        sequence.pending = None
         sequence.times.last_token = now
         self._counts.generation_tokens += 1
         detokenizer = self._requests[sequence.request_id].detokenizers[sequence.index]
@@ -283,8 +266,7 @@ class LLMEngine:
             raise
         except Exception as error:  # the work of one request: the others of the step are not at fault
             return self._fail(sequence.request_id, error)
-        if not is_committed:
-            self.scheduler.commit(row)
+        self.scheduler.commit(row)
         if reason is None:
             return StepOutput(sequence.request_id, TokenChunk(text, (token,), None, sequence.index))
         return self._finish(sequence, reason, text, (token,))

@@ -55,8 +55,9 @@ _HIDDEN_COPIES = 24
 """Rows of hidden states that a layer keeps of a token at its peak: residual, heads, and a gated layer of three to five
 times the width with its product."""
 
-_SAMPLING_BYTES = 82
-"""Of a logit, where torch's operators draw: sorted copies, and four words of 64 bits of noise (counted on a CPU)."""
+_SORTING_BYTES, _SEARCHING_BYTES = 82, 12
+"""Of a logit where torch's operators draw, counted on a CPU: sorted copies, and four words of 64 bits of noise; and
+where Triton's kernel does: a token that may be the limit, or the log probabilities that are computed afterwards."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ModelCosts:
         itemsize: bytes of a number.
         context: tokens of the longest context.
         copies_pages: whether attention copies the pages that it reads.
+        sorts_logits: whether torch's operators draw tokens, not Triton's kernel.
     """
 
     kv_token: int
@@ -87,6 +89,7 @@ class ModelCosts:
     itemsize: int
     context: int
     copies_pages: bool = False
+    sorts_logits: bool = False
 
 
 def choose_step_limits(config: EngineConfig, device: Device, room: int, model: ModelCosts) -> StepLimits:
@@ -111,7 +114,8 @@ def _limits_of_gpu(config: EngineConfig, device: Device, room: int, model: Model
     seats, tokens = next((seats, tokens) for gib, seats, tokens in _BY_MEMORY if device.memory >= gib * _GIB)
     kv_room = room if config.kv_cache_bytes is None else min(room, config.kv_cache_bytes)
     seat = model.kv_token * min(_SEAT_TOKENS, model.context)
-    logits_row = model.vocab_size * (2 * model.itemsize + _SAMPLING_BYTES)  # computed, and kept by the graphs
+    sampling_bytes = _SORTING_BYTES if model.sorts_logits else _SEARCHING_BYTES
+    logits_row = model.vocab_size * (2 * model.itemsize + sampling_bytes)  # computed, and kept by the graphs
     most = room // _ACTIVATION_SHARE
     seats = _halved(seats, min(kv_room // seat, most // logits_row), _LEAST_SEATS)
     tokens = _halved(tokens, most // (_HIDDEN_COPIES * model.hidden_row), _LEAST_TOKENS)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, InvalidRoutes, NanoVLLMError
+from nanovllm.pipeline.operations import yielding_loop
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
@@ -51,7 +52,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
         leave_out_triton()
     log_to_stderr(settings.log_level)
     try:
-        asyncio.run(_run(settings, signals, exit_when_drained))
+        yielding_loop.run(_run(settings, signals, exit_when_drained), beside_engine=settings.engine.loads_model)
     except InvalidRoutes as error:
         for refusal in error.refusals:
             logger.error("%s", refusal)

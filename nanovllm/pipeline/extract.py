@@ -30,6 +30,7 @@ from nanovllm.pipeline.documents.page_store import PageStore
 from nanovllm.pipeline.documents.schema_parts import split_schema
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.failure.backoff import Backoff
+from nanovllm.pipeline.operations import yielding_loop
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
 from nanovllm.pipeline.operations.ticking import tick
@@ -77,9 +78,10 @@ def extract_documents(
     forbid_debugging()
     prepare_threads()
     log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
-    return asyncio.run(
-        _extract_all(settings, documents, on_record, on_failure, on_same, page_store, with_sidecars, on_tick, signals)
+    work = _extract_all(
+        settings, documents, on_record, on_failure, on_same, page_store, with_sidecars, on_tick, signals
     )
+    return yielding_loop.run(work, beside_engine=settings.engine.loads_model)
 
 
 def documents_at_once(settings: Settings, max_num_seqs: int) -> int:

@@ -11,6 +11,7 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline import build
 from nanovllm.pipeline.app import prepare_threads
 from nanovllm.pipeline.consuming.line_source import LineSource
+from nanovllm.pipeline.operations import yielding_loop
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.log import log_to_stderr
 from nanovllm.pipeline.operations.stop_signals import FAILED, StopSignals
@@ -50,7 +51,8 @@ def run_lines(
     log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
     for name in LOGGERS_OF_DEAD_LETTERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    return asyncio.run(_run(without_kafka(settings), source, sink, decode, on_tick, signals))
+    work = _run(without_kafka(settings), source, sink, decode, on_tick, signals)
+    return yielding_loop.run(work, beside_engine=settings.engine.loads_model)
 
 
 def without_kafka(settings: Settings) -> Settings:

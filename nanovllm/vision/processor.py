@@ -158,11 +158,11 @@ class VisionProcessor:
         Raises InvalidImage for an image that the model does not take.
         """
         for image in images:
-            if image.embedding is None and not self.cache.touch(self.key(image, salt)):
+            if image.embedding is None and not self.cache.holds(self.key(image, salt)):
                 self.encoder.preprocess(image)
 
     def find(self, file_digest: bytes, salt: bytes = b"") -> PreparedImage | None:
-        """Image of the file with this SHA-256, with its embedding, if the cache has it."""
+        """Image of the file with this SHA-256, with its embedding where the cache has it; waits for no device."""
         found = self.cache.find(embedding_key(file_digest, self.encoder.revision, salt, kind="file"))
         return None if found is None else replace(found[1], embedding=found[0])
 
@@ -183,6 +183,8 @@ class VisionProcessor:
                 self.cache.name(name, key, replace(image, pixels=None))
         computed = dict(zip(places, found, strict=True))
         return [
-            (image.embedding, "hit") if image.embedding is not None else computed[place]
+            computed[place]
+            if image.embedding is None
+            else (self.cache.on_device(self.key(image, salt), image.embedding), "hit")
             for place, image in enumerate(images)
         ]

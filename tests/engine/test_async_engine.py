@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -153,7 +154,96 @@ async def test_the_streamed_chunks_join_to_the_final_text(engine: AsyncEngine) -
         assert "".join(chunk.text for chunk in chunks) == output.text
         assert tuple(token for chunk in chunks for token in chunk.token_ids) == output.token_ids
         assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
-        assert await chunks_of(generation) == chunks  # a second look shows the same
+        again = await chunks_of(generation)  # all of it is there
+        assert [(chunk.text, chunk.token_ids, chunk.finish_reason) for chunk in again] == [
+            (output.text, output.token_ids, "length")
+        ]
+
+
+def handovers_of(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one for every call by which the engine thread asks the event loop to take outputs."""
+    loop, seen = asyncio.get_running_loop(), list[None]()
+    original = loop.call_soon_threadsafe
+
+    def counting(callback: Callable[..., Any], *args: Any, **options: Any) -> asyncio.Handle:
+        if callback == engine._deliver:
+            seen.append(None)
+        return original(callback, *args, **options)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    return seen
+
+
+async def test_a_step_is_handed_over_once_for_all_its_streams(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handovers = handovers_of(engine, monkeypatch)
+    generations = [engine.submit(ask(f"r{n}", f"tell me {n}", max_tokens=20)) for n in range(8)]
+    streams = await asyncio.gather(*map(chunks_of, generations))
+    assert sum(len(chunk.token_ids) for chunks in streams for chunk in chunks) == 8 * 20
+    assert len(handovers) <= engine._engine._steps < 8 * 20
+
+
+async def test_steps_that_a_busy_loop_has_not_taken_come_as_one_chunk_and_lose_nothing(engine: AsyncEngine) -> None:
+    generations = [engine.submit(ask(f"r{n}", f"tell me {n}", max_tokens=200)) for n in range(3)]
+    iterators = [aiter(generation) for generation in generations]
+    firsts = [await anext(iterator) for iterator in iterators]
+    since = engine._engine._steps
+    end = time.monotonic() + 60
+    while engine._engine._steps < since + 10 and time.monotonic() < end:
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop stands still
+    for generation, iterator, first in zip(generations, iterators, firsts, strict=True):
+        chunks = [first, await anext(iterator), await anext(iterator)]
+        assert max(len(chunk.token_ids) for chunk in chunks) >= 9
+        chunks += [chunk async for chunk in iterator]
+        output = await generation
+        assert "".join(chunk.text for chunk in chunks) == output.text
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == output.token_ids
+
+
+async def test_who_waits_for_an_output_is_woken_by_its_end_alone() -> None:
+    generation = Generation("r", lambda _: None)
+    output, stream = generation.__await__(), aiter(generation)
+    woken = output.send(None)
+    generation.deliver(TokenChunk("a", (1,)))
+    assert not woken.done()
+    assert (await anext(stream)).text == "a"
+    generation.fail(EngineDead("the end"))
+    assert woken.done()
+    with pytest.raises(EngineDead):
+        output.send(None)
+
+
+async def test_a_slow_consumer_gets_what_came_meanwhile_as_one_chunk_of_each_output() -> None:
+    generation = Generation("r", lambda _: None)
+    stream = aiter(generation)
+    generation.deliver(TokenChunk("a", (1,)))
+    assert await anext(stream) == TokenChunk("a", (1,))
+    for chunk in (
+        TokenChunk("b", (2,)),
+        TokenChunk("x", (7,), index=1),
+        TokenChunk("", (3,)),
+        TokenChunk("cd", (4, 5), "stop"),
+        TokenChunk("y", (8,), index=1),
+    ):
+        generation.deliver(chunk)
+    assert [await anext(stream), await anext(stream)] == [
+        TokenChunk("bcd", (2, 3, 4, 5), "stop"),
+        TokenChunk("xy", (7, 8), None, 1),
+    ]
+    generation.deliver(TokenChunk("z", (9,), index=1))
+    generation.fail(EngineDead("the end"))
+    assert await anext(stream) == TokenChunk("z", (9,), None, 1)
+    with pytest.raises(EngineDead):
+        await anext(stream)
+
+
+async def test_the_interpreter_s_switch_interval_is_its_program_s_affair(text_model: Path) -> None:
+    before = sys.getswitchinterval()
+    async with AsyncEngine(LLMEngine(str(text_model), **OPTIONS)) as engine:
+        await engine.submit(ask("r"))
+        assert sys.getswitchinterval() == before
+    assert sys.getswitchinterval() == before
 
 
 async def test_chunks_arrive_while_the_request_still_runs(engine: AsyncEngine) -> None:

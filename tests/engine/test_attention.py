@@ -20,11 +20,12 @@ from strategies import examples
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.attention import selection
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, slots_of
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.attention.selection import CANDIDATES, TOLERANCES, Heads, choose_backend, first_right, trial
-from nanovllm.engine.attention.varlen import PagedVarlenAttention, torch_varlen_kernel
+from nanovllm.engine.attention.varlen import PagedVarlenAttention, VarlenRows, torch_varlen_kernel
 from nanovllm.errors import ConfigurationError
 
 HEADS, KV_HEADS, DIM, SIZE, BLOCKS = 6, 2, 16, 4, 64
@@ -159,25 +160,24 @@ def test_a_machine_without_a_compiler_is_told_so_and_does_without(
 def test_kernels_that_read_pages_get_lengths_and_tables_as_they_expect() -> None:
     calls = []
 
-    def kernel(query: Tensor, keys: Tensor, values: Tensor, metadata: object) -> Tensor:
-        calls.append((keys, values, metadata))
+    def kernel(query: Tensor, keys: Tensor, values: Tensor, rows: VarlenRows) -> Tensor:
+        calls.append((keys, values, rows))
         return query
 
     backend = PagedVarlenAttention(torch.device("cpu"), kernel, SIZE)
     cache = backend.allocate(4, KV_HEADS, DIM, torch.float32)
-    metadata = backend.metadata(AttentionBatch([1, 3], [6, 3], [[2, 1], [3]]))
-    key, value = torch.randn(2, 4, KV_HEADS, DIM)
-    backend.attend(torch.zeros(4, HEADS, DIM), key, value, cache, metadata)
-    ((keys, values, seen),) = calls
-    assert seen is metadata
-    assert metadata.query_starts.tolist() == [0, 1, 4]
-    assert metadata.context_starts.tolist() == [0, 6, 9]
-    assert metadata.context_lens.tolist() == [6, 3]
-    assert metadata.block_tables.tolist() == [[2, 1], [3, 0]]
-    assert {metadata.query_starts.dtype, metadata.context_lens.dtype, metadata.block_tables.dtype} == {torch.int32}
-    assert (metadata.max_query, metadata.max_context) == (3, 6)
-    torch.testing.assert_close(keys[1, 1], key[0])
-    torch.testing.assert_close(values[3, :3], value[1:])
+    metadata = backend.metadata(AttentionBatch([2, 3], [6, 3], [[2, 1], [3]]))
+    key, value = torch.randn(2, 5, KV_HEADS, DIM)
+    backend.attend(torch.zeros(5, HEADS, DIM), key, value, cache, metadata)
+    ((keys, values, rows),) = calls
+    assert rows.query_starts.tolist() == [0, 2, 5]
+    assert rows.context_starts.tolist() == [0, 6, 9]
+    assert rows.context_lens.tolist() == [6, 3]
+    assert rows.block_tables.tolist() == [[2, 1], [3, 0]]
+    assert {rows.query_starts.dtype, rows.context_lens.dtype, rows.block_tables.dtype} == {torch.int32}
+    assert (rows.max_query, rows.max_context) == (3, 6)
+    torch.testing.assert_close(keys[1, :2], key[:2])
+    torch.testing.assert_close(values[3, :3], value[2:])
 
 
 class LastRowIsGarbage(SdpaAttention):
@@ -281,6 +281,34 @@ def test_torch_s_varlen_attn_sees_no_window_where_every_row_is_one_token(monkeyp
     backend = PagedVarlenAttention(CPU, torch_varlen_kernel())
     assert trial(backend, CPU, torch.float32, Heads(2, 1, 16)) <= 1e-5
     assert windows == {(True, (-1, -1)), (False, (-1, 0))}
+
+
+def test_scaled_dot_product_attention_never_goes_through_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    found = SdpaAttention(CPU, torch.bfloat16)
+    monkeypatch.setattr(selection, "first_right", lambda *_: (found, []))
+    try:
+        assert choose_backend(torch.device("cuda"), torch.bfloat16) is found
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
+def test_rows_of_one_token_beside_a_prompt_have_a_call_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def kernel(query: Tensor, keys: Tensor, values: Tensor, rows: VarlenRows) -> Tensor:
+        calls.append((len(query), rows.max_query, rows.max_context, rows.block_tables.shape[1]))
+        return flash_attn_reference.flash_attn_varlen_func(
+            query, keys, values, rows.query_starts, rows.context_starts, rows.max_query, rows.max_context,
+            causal=True, block_table=rows.block_tables,
+        )  # fmt: skip
+
+    backend = PagedVarlenAttention(CPU, kernel)
+    assert trial(backend, CPU, torch.float32, Heads(2, 1, 16), ((1, 9), (1, 300), (5, 20), (17, 700))) <= 1e-5
+    # Those before; the single tokens and the others of a mixture, each with tables as wide as they need; one more each.
+    assert calls == [(1029, 700, 700, 3), (2, 1, 301, 2), (22, 17, 717, 3), (4, 1, 768, 3)]
 
 
 @pytest.mark.slow

@@ -64,8 +64,16 @@ def compiled(pairs: Sequence[tuple[Step, int]]) -> list[tuple[Step, Compiled]]:
 
 
 def excess(found: Sequence[tuple[Step, Compiled]]) -> dict[str, list[str]]:
-    # Where that makes room for one more program, ptxas spills a few bytes outside of the loop, with Triton 3.9.
-    return {str(step): beyond for step, one in found if (beyond := one.excess(spilled_bytes=32))}
+    """What is beyond the bounds, but for two reasons.
+
+    ptxas of Triton 3.9 spills up to 24 bytes where that makes room for one more program. And a prompt's tile with heads
+    of 256 has 8 warps of up to 244 registers: a smaller one would multiply less for each key that it reads.
+    """
+    return {
+        f"{step} on sm_{one.capability}": beyond
+        for step, one in found
+        if (beyond := one.excess(spilled_bytes=32, registers=244 if step.dim == 256 and step.longest > 1 else 200))
+    }
 
 
 @pytest.mark.slow
@@ -76,7 +84,7 @@ def test_tiles_of_usual_models_fit_into_registers_and_shared_memory() -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_every_tile_of_the_table_fits_into_registers_and_shared_memory() -> None:
-    heads = [Heads(group, 1, dim) for group, dim in product((1, 2, 7, 40), (24, 64, 80, 128, 256))]
+    heads = [Heads(group, 1, dim) for group, dim in product((1, 7, 16), (24, 64, 80, 128, 256))]
     assert not excess(compiled(list(product(steps(list(ELEMENTS), heads), CAPABILITIES))))

@@ -39,6 +39,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling import sampler
 from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vision.encoders.clip import VisionEncoder
 
 CPU = torch.device("cpu")
 WORLDS: dict[str, Callable[[Path], Path]] = {
@@ -56,26 +57,24 @@ def _varlen(
     )
 
 
-def _with_kvcache(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
-    return flash_attn_reference.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
-
-
 # The reference looks at values, which kernels do on the device: for whoever records, each call is one operator.
-_with_kvcache_op = torch.library.custom_op(
-    "nanovllm_tests::with_kvcache",
-    _with_kvcache,
+_varlen_op = torch.library.custom_op(
+    "nanovllm_tests::varlen",
+    _varlen,
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor table) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor ends, int most, int longest, Tensor table) -> Tensor",
 )
 decode_calls: list[int] = []
 
 
-def with_kvcache(
-    q: Tensor, k: Tensor, v: Tensor, *, cache_seqlens: Tensor, block_table: Tensor, causal: bool
-) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, most: int, longest: int, *, causal: bool,
+    block_table: Tensor,
+) -> Tensor:  # fmt: skip
     assert causal
-    decode_calls.append(len(q))
-    output: Tensor = _with_kvcache_op(q, k, v, cache_seqlens, block_table)
+    if most == 1:
+        decode_calls.append(len(q))
+    output: Tensor = _varlen_op(q, k, v, starts, ends, most, longest, block_table)
     return output
 
 
@@ -84,10 +83,7 @@ def use_graphs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runner, "choose_recorder", lambda _: tape.record)
     monkeypatch.setattr(kernels, "missing", lambda: "a GPU has none")
     if backend == "flash-attn":
-        module = SimpleNamespace(
-            flash_attn_varlen_func=flash_attn_reference.flash_attn_varlen_func, flash_attn_with_kvcache=with_kvcache
-        )
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
         attention = PagedVarlenAttention(CPU, flash_attn_kernels())
         monkeypatch.setattr(model_runner, "choose_backend", lambda *_: attention)
 
@@ -127,6 +123,8 @@ def test_recorded_steps_equal_transformers(
     ask_all(engine, cases, apart=3)
     replays = graphs_of(engine).num_replays
     assert replays > engine.stats().steps // 2
+    encoder = engine.model_runner.encoder
+    assert not isinstance(encoder, VisionEncoder) or encoder.num_replays > 0
     assert isinstance(engine.sampler, RecordingSampler)
     engine.sampler.logits.clear()
     ask_all(engine, cases)  # with a warm prefix cache
@@ -150,7 +148,9 @@ def test_recorded_steps_between_chunks_and_preemptions_equal_transformers(
     assert engine.stats().num_preemptions > 0 or backend == "flash-attn"
 
 
-def test_flash_attn_s_own_call_decodes_in_graphs_and_out_of_them(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_decodes_in_graphs_and_out_of_them_by_the_call_that_waits_for_nothing(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for eager in (False, True):
         use_graphs("flash-attn", monkeypatch)
         decode_calls.clear()

@@ -165,6 +165,27 @@ def test_overlapping_beginnings_of_a_stop_string_are_found() -> None:
     assert stream("xaaab", stop=("aab",))[1].text == "xa"
 
 
+@examples(200)
+@given(
+    text=st.text("ab\n", max_size=12), stop=st.lists(st.text("ab\n", min_size=1, max_size=5), min_size=1, max_size=4)
+)
+def test_what_is_shown_after_each_token_is_all_that_no_stop_string_can_take_back(text: str, stop: list[str]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams(stop=stop))
+    so_far = ""
+    for character in text:
+        shown = detokenizer.append(TOKENIZER.get_vocab()[{"\n": "Ċ"}.get(character, character)])
+        so_far += character
+        found = [so_far.find(one) for one in stop if one in so_far]
+        beginnings = [one[:length] for one in stop for length in range(1, len(one)) if so_far.endswith(one[:length])]
+        expected = so_far[: min(found)] if found else so_far[: len(so_far) - max(map(len, beginnings), default=0)]
+        assert detokenizer.text == expected
+        assert detokenizer.text.endswith(shown)
+        if detokenizer.is_stopped:
+            break
+    assert detokenizer.is_stopped == any(one in so_far for one in stop)
+    assert detokenizer.is_stopped or detokenizer.text + detokenizer.finish() == so_far
+
+
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
 @pytest.mark.parametrize("what", ["continuation bytes", "first bytes", "special tokens", "both"])
 def test_the_work_of_a_token_does_not_grow_with_those_that_are_no_text_yet(

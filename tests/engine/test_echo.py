@@ -38,7 +38,8 @@ async def test_it_answers_with_the_prompt_and_the_digests_of_the_images() -> Non
 async def test_it_streams_words_and_stops_at_max_tokens() -> None:
     async with EchoEngine() as engine:
         generation = engine.submit(ask("a", "one two three", max_tokens=2))
-        assert [(chunk.text, chunk.finish_reason) async for chunk in generation] == [("one", None), (" two", "length")]
+        assert "".join([chunk.text async for chunk in generation]) == "one two"
+        assert [(chunk.text, chunk.finish_reason) for chunk in generation.chunks] == [("one", None), (" two", "length")]
         assert (await generation).text == "one two"
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.native import AsyncEngine
+from nanovllm.engine.execution import model_runner
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.vision import processor as processor_module
@@ -267,3 +268,24 @@ async def test_the_backend_finds_an_image_by_its_file(llava: Path) -> None:
         second = await engine.submit(Request("b", prompt=PROMPT, images=(found,), sampling=greedy(2), cache_salt=b"t"))
         assert second.token_ids == first.token_ids
         assert engine.stats().encoder_images == 1
+
+
+def test_the_time_of_encoding_is_asked_for_when_the_request_has_ended(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, a device may not have done it yet."""
+    engine = make_engine(llava)
+    asked_at: list[int] = []
+
+    class OfDevice:
+        def end(self) -> None:
+            pass
+
+        @property
+        def seconds(self) -> float:
+            asked_at.append(engine.stats().generation_tokens)
+            return 0.5
+
+    monkeypatch.setattr(model_runner, "begin", lambda _: OfDevice())
+    assert ask(engine, noise_image(1)).timings.encode_ms == 500.0
+    assert asked_at == [4]

@@ -309,4 +309,4 @@ def test_by_torch_s_operators_a_layer_is_twice_as_many(
 ) -> None:
     monkeypatch.setattr(fused, "serves", lambda _: False)
     with_attention = 1 + operators_of_a_layer(model, OTHERS, MIXED).total()
-    assert with_attention == (19 if model.config.qk_norm else 17)
+    assert with_attention == (18 if model.config.qk_norm else 16)

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.engine import llm_engine
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.capabilities import Capabilities
@@ -114,12 +115,16 @@ def test_prefixes_and_drafts_are_reused_as_by_a_hand_written_family(tmp_path: Pa
         assert engine.stats().spec_decode_draft_tokens > 0
 
 
-def test_a_model_with_states_reuses_no_prefix_drafts_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_model_with_states_reuses_no_prefix_drafts_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = [7, 8, 9, 10] * 12
+    monkeypatch.setattr(llm_engine, "is_asynchronous", lambda _: True)
     with LLMEngine(str(make_generic_text(tmp_path, "lfm2")), **SMALL) as engine:
         first, second = (engine.generate([prompt], GREEDY, use_tqdm=False)[0].token_ids for _ in range(2))
         assert first == second
         assert engine.stats().prefix_cache_hits == engine.stats().spec_decode_draft_tokens == 0
+        assert not engine._overlaps
         (support,) = [finding for finding in describe(engine) if finding.subject == "support"]
         assert "no prefix cache, no speculation" in support.note
 

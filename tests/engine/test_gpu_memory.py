@@ -42,7 +42,9 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def budget(runner: ModelRunner, attention: AttentionBackend, **options: Any) -> int:
     config = EngineConfig("", gpu_memory_utilization=0.75, max_model_len=600)
-    return kv_cache_size.kv_cache_bytes(config, LIMITS, CUDA, runner.model, attention, runner.encoder, **options)
+    return kv_cache_size.kv_cache_bytes(
+        config, LIMITS, CUDA, runner.model, attention, runner.sampling, runner.encoder, **options
+    )
 
 
 def of_a_gpu(monkeypatch: pytest.MonkeyPatch, *peaks: int) -> list[Any]:
@@ -72,7 +74,7 @@ def test_the_cache_leaves_the_largest_of_step_encoder_and_warm_up_beside_what_gr
     assert len(computed[0]) == 16  # as many random tokens as drafts may add logits
 
     computed = of_a_gpu(monkeypatch, 2 * GIB, *encoder, graphs * GIB)
-    beside = graph_bytes(runner.model, attention, graph_shapes(attention, 16, 600))
+    beside = graph_bytes(runner.model, attention, graph_shapes(attention, 16, 600), 8)
     # A graph is warmed up in the memory of other steps, while the pool keeps what the largest one took.
     largest = max(2 * GIB, *encoder, graphs * GIB)
     assert budget(runner, attention, has_graphs=True, reserved=0) == free - largest - graphs * GIB - beside
@@ -83,11 +85,10 @@ def test_graphs_take_no_more_beside_their_pool_than_is_counted(runner: ModelRunn
     assert isinstance(runner.model, Decoder)
     attention = SdpaAttention(torch.device("cpu"), torch.float32)
     caches = [attention.allocate(2, *shape, torch.float32) for shape in runner.model.config.kv_shapes]
-    graphs = DecodeGraphs(
-        runner.model, attention, caches, lambda compute: compute, spare_block=1, max_tokens=16, max_context=600
-    )
-    kept = graphs._logits.nbytes + sum(graph.inputs.nbytes for graph in graphs._graphs.values())
-    counted = graph_bytes(runner.model, attention, graph_shapes(attention, 16, 600))
+    limits = {"max_tokens": 16, "max_context": 600, "num_seats": 8}
+    graphs = DecodeGraphs(runner.model, attention, caches, lambda compute: compute, spare_block=1, **limits)
+    kept = graphs._logits.nbytes + graphs._inputs.nbytes + graphs._tables.nbytes
+    counted = graph_bytes(runner.model, attention, graph_shapes(attention, 16, 600), 8)
     assert 0 < kept < counted
 
 

@@ -119,27 +119,33 @@ def package_trees(word: str) -> Iterator[tuple[str, ast.Module]]:
 
 def test_every_launch_of_a_triton_kernel_is_on_its_tensors_device() -> None:
     """torch's operators take their tensors' device; Triton takes the thread's current one."""
-    launches = []
-    for name, tree in package_trees("triton.jit"):
-        kernels = {
-            node.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef)
-            and any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
-        }
-        guarded = {
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.With) and any("device_of(" in ast.unparse(item) for item in node.items)
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
-                continue
-            if ast.unparse(node.func.value) in kernels:
-                launches.append((name, node.lineno, node in guarded))
+    trees = dict(package_trees("import triton"))
+    nodes = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
+    functions = [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
+    kernels = {
+        node.name for _, node in functions if any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
+    }
+    guarded = {
+        inner
+        for _, node in nodes
+        if isinstance(node, ast.With) and any("torch.cuda.device_of(" in ast.unparse(item) for item in node.items)
+        for inner in ast.walk(node)
+    }
+    launches = [
+        (name, node)
+        for name, node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value) in kernels
+    ]
     assert launches
-    assert [launch for launch in launches if not launch[-1]] == []
+
+    def is_called_guarded(function: str) -> bool:
+        calls = [node for _, node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+        return bool(calls) and all(call in guarded for call in calls)
+
+    helpers = {inner for _, node in functions if is_called_guarded(node.name) for inner in ast.walk(node)}
+    assert [(name, node.lineno) for name, node in launches if node not in guarded | helpers] == []
 
 
 def test_every_call_of_torch_cuda_names_its_device() -> None:

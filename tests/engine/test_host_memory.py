@@ -85,6 +85,7 @@ def test_the_kv_cache_has_what_the_share_of_memory_leaves(
                 runner.device,
                 runner.model,
                 runner.attention,
+                runner.sampling,
                 has_graphs=False,
                 reserved=reserved,
             )

@@ -73,7 +73,8 @@ async def test_its_chunks_are_the_text_and_end_with_a_reason() -> None:
         chunks = [chunk async for chunk in generation]
         output = await generation
     assert "".join(chunk.text for chunk in chunks) == output.text == "one two three"
-    assert [chunk.finish_reason for chunk in chunks] == [None, None, "stop"]
+    assert [chunk.finish_reason for chunk in generation.chunks] == [None, None, "stop"]
+    assert chunks[-1].finish_reason == "stop"
 
 
 async def test_messages_keep_their_roles_and_untrusted_text_stays_in_its_turn() -> None:

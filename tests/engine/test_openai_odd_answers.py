@@ -36,8 +36,8 @@ async def test_halves_of_a_surrogate_pair_in_two_events_are_one_character() -> N
     halves = [r'{"choices":[{"delta":{"content":"a\ud83d"}}]}', r'{"choices":[{"delta":{"content":"\ude00b"}}]}']
     async with ScriptedServer(stream(*halves, END)) as server, engine_of(server) as engine:
         generation = engine.submit(ask())
-        assert [chunk.text async for chunk in generation] == ["a", "\U0001f600b", ""]
         assert (await generation).text == "a\U0001f600b"
+        assert [chunk.text for chunk in generation.chunks] == ["a", "\U0001f600b", ""]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanovllm.engine import kernels, llm_engine
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.native import AsyncEngine
-from nanovllm.engine.execution import model_runner
+from nanovllm.engine.execution import launched_step, model_runner
 from nanovllm.engine.execution.launched_step import LaunchedStep
 from nanovllm.engine.layers.device_copy import HostCopy, is_asynchronous
 from nanovllm.engine.llm_engine import LLMEngine
@@ -46,7 +46,7 @@ class Trace:
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     found = Trace()
-    sample, read, schedule_behind = llm_engine.sample, LaunchedStep.read, Scheduler.schedule_behind
+    sample, read, schedule_behind = launched_step.sample, LaunchedStep.read, Scheduler.schedule_behind
 
     def launched(inputs: Any, *args: Any) -> LaunchedStep:
         found.events.append("launch")
@@ -62,7 +62,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         found.num_overlapped += bool(batch.rows)
         return batch
 
-    monkeypatch.setattr(llm_engine, "sample", launched)
+    monkeypatch.setattr(launched_step, "sample", launched)
     monkeypatch.setattr(Scheduler, "schedule_behind", scheduled)
     monkeypatch.setattr(LaunchedStep, "read", reads)
     return found

@@ -16,6 +16,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.execution import kv_cache_size
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sampling.kernel_selection import SamplingKernels
 from nanovllm.engine.scheduling.batch import ScheduledBatch
 from nanovllm.engine.step_limits import CPU_LIMITS, Device, ModelCosts, StepLimits, choose_step_limits
 
@@ -53,14 +54,14 @@ def limits_of(device: str, model: str, **options: object) -> StepLimits:
         ("H200", "Qwen3-32B", 256, 8192, 128),
         ("H100", "Qwen3-0.6B", 256, 8192, 128),
         ("H100", "Qwen3-8B", 256, 8192, 128),
-        ("H100", "Qwen3-32B", 32, 4096, 64),  # the weights leave 11 GB
+        ("H100", "Qwen3-32B", 32, 4096, 128),  # the weights leave 11 GB
         ("A100", "Qwen3-8B", 256, 8192, 64),
         ("L40S", "Qwen3-0.6B", 256, 4096, 64),
         ("L40S", "Qwen3-8B", 128, 4096, 64),
         ("RTX 4090", "Qwen3-0.6B", 128, 4096, 64),
         ("RTX 4090", "Qwen3-VL-2B", 128, 4096, 64),
-        ("RTX 4090", "Qwen3-8B", 32, 4096, 32),
-        ("L4", "Qwen3-8B", 16, 2048, 32),
+        ("RTX 4090", "Qwen3-8B", 32, 4096, 64),
+        ("L4", "Qwen3-8B", 16, 2048, 64),
         ("T4", "Qwen3-0.6B", 64, 2048, 64),
         ("T4", "Qwen3-8B", 8, 1024, 16),  # which does not fit: the least, and the cache's size refuses it
     ],
@@ -84,12 +85,14 @@ def test_a_cpu_has_the_limits_that_it_had() -> None:
 
 def test_a_large_vocabulary_takes_seats_where_logits_would_take_the_cache() -> None:
     room, costs = 20 * GB, MODELS["Qwen3-0.6B"][1]
-    small, large = (
-        choose_step_limits(EngineConfig("m"), DEVICES["RTX 4090"], room, replace(costs, vocab_size=size))
-        for size in (32_000, 600_000)
-    )
-    assert (small.max_num_seqs, large.max_num_seqs) == (128, 32)
-    assert large.max_draft_step_tokens == 32
+
+    def chosen(vocab_size: int, *, sorts_logits: bool) -> tuple[int, int]:
+        model = replace(costs, vocab_size=vocab_size, sorts_logits=sorts_logits)
+        limits = choose_step_limits(EngineConfig("m"), DEVICES["RTX 4090"], room, model)
+        return limits.max_num_seqs, limits.max_draft_step_tokens
+
+    assert chosen(32_000, sorts_logits=True) == chosen(600_000, sorts_logits=False) == (128, 64)
+    assert chosen(600_000, sorts_logits=True) == (32, 32)
 
 
 def test_a_small_cache_has_as_many_seats_as_it_holds_requests() -> None:
@@ -126,10 +129,11 @@ def test_the_engine_asks_the_gpu_for_its_memory_and_what_is_free(text: Path, mon
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], gpu.memory))
     with LLMEngine(str(text), kv_cache_bytes=1 << 20) as engine:
         model, cuda = engine.model_runner.model, torch.device("cuda", 0)
+        sampling = SamplingKernels(reason=None)
         attention = PagedVarlenAttention(torch.device("cpu"), lambda query, *_: query)
 
         def chosen() -> StepLimits:
-            return kv_cache_size.limits_for(EngineConfig("m"), cuda, model, attention, reserved=GB)
+            return kv_cache_size.limits_for(EngineConfig("m"), cuda, model, attention, sampling, reserved=GB)
 
         assert chosen() == StepLimits(128, 4096, 16)  # a checkpoint in float32
         free[0] = 4 * GB  # others have the rest

@@ -328,6 +328,95 @@ def test_what_leaves_the_device_is_found_in_host_memory_bit_for_bit_and_comes_ba
     assert cache.stats().evictions == 1
 
 
+class GatedTier(MemoryTier):
+    """A tier whose copies wait until they may go on, as behind the work of a device."""
+
+    def __init__(self, name: str, max_bytes: int) -> None:
+        super().__init__(name, max_bytes, "cpu")
+        self.copying, self.may_copy = threading.Event(), threading.Event()
+        self.threads: set[str] = set()
+
+    def copy(self, embedding: Tensor) -> Tensor:
+        """As a `MemoryTier`, and of another storage, as between two devices."""
+        self.threads.add(threading.current_thread().name)
+        self.copying.set()
+        assert self.may_copy.wait(60)
+        return embedding.clone()
+
+
+def test_while_a_tier_copies_everything_is_found_and_nothing_else_waits() -> None:
+    host = GatedTier("host", 2 * ENTRY_BYTES)
+    cache = EmbeddingCache[str](2 * ENTRY_BYTES, host)
+    ask(cache, 1, 2)
+    for number in (1, 2):
+        cache.name(bytes([number]), key(number), str(number))
+    mover = threading.Thread(target=lambda: ask(cache, 3), name="engine")
+    mover.start()
+    assert host.copying.wait(60)
+    seen: list[object] = []
+
+    def look() -> None:
+        for number in (1, 2):
+            found = cache.find(bytes([number]))
+            assert found is not None
+            assert torch.equal(found[0], embedding(number))
+            assert cache.holds(key(number))
+        cache.name(b"other", key(1), "again")
+        seen.append(cache.stats())
+        cache.audit()
+
+    join(start(look))
+    assert len(seen) == 1
+    assert mover.is_alive()
+    host.may_copy.set()
+    join([mover])
+    assert host.threads == {"engine"}
+    assert [tier.entries for tier in cache.stats().tiers] == [2, 1]
+    assert cache.find(b"other") is not None
+    cache.audit()
+
+
+def test_what_is_found_behind_the_device_stays_there_until_the_engine_takes_it() -> None:
+    host = GatedTier("host", ENTRY_BYTES)
+    host.may_copy.set()
+    cache = EmbeddingCache[str](ENTRY_BYTES, host)
+    ask(cache, 1)
+    cache.name(b"1", key(1), "one")
+    ask(cache, 2)
+    host.threads.clear()
+    found = cache.find(b"1")
+    assert found is not None
+    assert not host.threads
+    assert cache.touch(key(2))
+    assert not host.threads, "it is where it belongs"
+    assert torch.equal(cache.on_device(key(1), found[0]), embedding(1))
+    assert torch.equal(cache.on_device(key(1), found[0]), embedding(1))
+    assert [ask(cache, 1), ask(cache, 2)] == [["hit"]] * 2
+    assert [tier.hits for tier in cache.stats().tiers] == [1, 2]
+    ask(cache, 3)
+    cache.audit()
+    assert torch.equal(cache.on_device(key(1), found[0]), embedding(1)), "the caller holds what the cache dropped"
+
+
+def test_a_copy_that_fails_leaves_every_entry_where_it_was() -> None:
+    class BrokenTier(MemoryTier):
+        """A tier without memory for copies."""
+
+        def copy(self, embedding: Tensor) -> Tensor:
+            """None."""
+            raise torch.OutOfMemoryError("no memory")
+
+    cache = EmbeddingCache[str](ENTRY_BYTES, BrokenTier("host", ENTRY_BYTES))
+    ask(cache, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        ask(cache, 2)
+    cache.audit()
+    assert ask(cache, 1) == ["hit"]
+    with pytest.raises(torch.OutOfMemoryError):
+        ask(cache, 2)
+    assert [tier.entries for tier in cache.stats().tiers] == [1, 0]
+
+
 def test_what_is_too_large_for_the_device_lives_in_host_memory() -> None:
     cache = EmbeddingCache[str](0, MemoryTier("host", ENTRY_BYTES))
     assert [ask(cache, 1), ask(cache, 1)] == [["miss"], ["hit"]]

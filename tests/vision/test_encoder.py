@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,44 @@ def test_llavas_features_over_siglip_equal_transformers(tmp_path: Path, layer: A
     make_llava(tmp_path, **SMALL_SIGLIP, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
     encoder = assert_features_equal_transformers(tmp_path)
     assert encoder.num_vision_tokens == (15 if strategy == "default" else 16)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, [0, 2, -1]], ids=str)
+@pytest.mark.parametrize("tower", [SMALL_CLIP, SMALL_SIGLIP], ids=["clip", "siglip"])
+def test_the_states_of_layers_are_those_of_transformers_bit_for_bit_and_no_other_is_kept(
+    tmp_path: Path, tower: Any, layer: Any
+) -> None:
+    make_llava(tmp_path, **tower, vision_feature_layer=layer, vision_feature_select_strategy="full")
+    encoder = VisionEncoder.from_llava(tmp_path)
+    values = encoder.normalise(torch.tensor(pixels(encoder.transform)))
+    states = encoder.tower(values, output_hidden_states=True).hidden_states
+    outputs: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def see(_: Any, args: Any, output: Any) -> None:
+        alive.append(sum(one() is not None for one in outputs))
+        outputs.append(weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))
+
+    layers = getattr(encoder.tower, "vision_model", encoder.tower).encoder.layers
+    for one in layers:
+        one.register_forward_hook(see)
+    with torch.no_grad():
+        found = encoder.features(values)
+    assert torch.equal(found, torch.cat([states[index] for index in encoder._layers], dim=-1))
+    # What a layer reads lives until it is done, and the states that are wanted.
+    assert max(alive) <= 1 + len(set(encoder._layers) - {0, len(layers)})
+    assert len(alive) == len(layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pixels_are_normalised_to_the_values_of_the_table_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    encoder = VisionEncoder.from_llava(make_llava(tmp_path, **SMALL_CLIP), dtype=dtype)
+    batch = pixels(encoder.transform)
+    table = torch.from_numpy(encoder.transform.lookup_table())
+    expected = torch.stack([table[channel][torch.tensor(batch[..., channel]).long()] for channel in range(3)], dim=1)
+    found = encoder.normalise(torch.tensor(batch))
+    assert torch.equal(found, expected.to(dtype))
+    assert found.is_contiguous()  # a convolution of another layout would round otherwise
 
 
 def test_a_sharded_checkpoint_in_half_precision_at_the_guides_size_loads(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_pixels_equal_transformers_bit_for_bit(checkpoint: Path) -> None:
         expected = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)([picture(*size)], return_tensors="pt")
         (image,) = prepared(encoder, size)
         assert image.pixels is not None
-        assert torch.equal(encoder._patches(image.pixels), torch.as_tensor(expected["pixel_values"]))
+        assert torch.equal(encoder._patches(torch.from_numpy(image.pixels)), torch.as_tensor(expected["pixel_values"]))
 
 
 def test_an_image_alone_and_among_others_are_embedded_alike(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 from nanovllm.engine.backends.capabilities import Capabilities
@@ -61,8 +62,9 @@ class Request:
 class Generation:
     """A running request: await it for the whole output, or iterate over its chunks as they come.
 
-    Both may be done, in any order and more than once; every iteration starts at the first chunk and ends with one that
-    has a ``finish_reason``. Both raise what the request failed with. An aborted request is no failure: it ends with
+    Both may be done, in any order and more than once; every iteration starts at the beginning of the text and ends with
+    a chunk that has a ``finish_reason``. What came while its consumer was busy is one chunk, for each of ``n`` outputs.
+    Both raise what the request failed with. An aborted request is no failure: it ends with
     ``finish_reason == "abort"`` and the text so far. Belongs to one event loop; cancelling a task that waits does not
     abort the request. A request that began anew elsewhere (`restart`) ends iterations that have had chunks of it with a
     TransientError; awaiting and later iterations see the new beginning alone.
@@ -74,7 +76,8 @@ class Generation:
         self._chunks: list[TokenChunk] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._changed: asyncio.Event | None = None  # made by who waits: a chunk that nobody waits for costs none
+        self._ended = asyncio.Event()
+        self._changed = asyncio.Event()  # never set: `_announce` wakes those that wait now
         self._restarts = 0
 
     @property
@@ -125,31 +128,48 @@ class Generation:
                     raise TransientError(f"request {self.request_id} began anew: its server failed in mid-answer")
                 restarts = self._restarts
             if position < len(self._chunks):
-                position += 1
-                yield self._chunks[position - 1]
+                pending = self._chunks[position:]
+                position = len(self._chunks)
+                for chunk in _joined(pending):
+                    yield chunk
             elif self._error is not None:
                 raise self._error
             elif self._output is not None:
                 return
             else:
-                await self._change()
+                await self._changed.wait()
 
     async def _wait(self) -> RequestOutput:
-        while self._output is None:
-            if self._error is not None:
-                raise self._error
-            await self._change()
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._output is not None
         return self._output
 
     def _announce(self) -> None:
-        """Wake the tasks that wait now; later ones wait for a new event."""
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+        """Wake the iterations that wait now, and at the end those that wait for the output."""
+        self._changed.set()
+        self._changed.clear()
+        if self.is_finished:
+            self._ended.set()
 
-    async def _change(self) -> None:
-        self._changed = self._changed or asyncio.Event()
-        await self._changed.wait()
+
+def _joined(chunks: list[TokenChunk]) -> list[TokenChunk]:
+    """``chunks`` in their order, those of one output as one."""
+    if len(chunks) == 1:
+        return chunks
+    of_output: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        of_output.setdefault(chunk.index, []).append(chunk)
+    return [
+        TokenChunk(
+            "".join(chunk.text for chunk in parts),
+            tuple(chain.from_iterable(chunk.token_ids for chunk in parts)),
+            parts[-1].finish_reason,
+            index,
+        )
+        for index, parts in of_output.items()
+    ]
 
 
 class EngineBackend(ABC):

@@ -223,7 +223,8 @@ class AsyncEngine(EngineBackend):
                 outputs = self._engine.step()
                 self._step_started = None
                 self._stats = self._engine.stats()
-                loop.call_soon_threadsafe(self._deliver, outputs)
+                if outputs:
+                    loop.call_soon_threadsafe(self._deliver, outputs)
         except BaseException as error:
             logger.critical("the engine died", exc_info=error)
             death = EngineDead(f"the engine stopped on {type(error).__name__}")

@@ -129,8 +129,8 @@ class DecodeGraphs:
         self.sizes = graph_sizes(max_tokens)
         self.contexts = {size: attention.decode_contexts(max_context, rows=size) for size in self.sizes}
         self.num_replays = 0
-        device = model.embed_tokens.device
-        width = -(-max(contexts[-1] for contexts in self.contexts.values()) // attention.block_size)
+        shapes = graph_shapes(attention, max_tokens, max_context)
+        device, width = model.embed_tokens.device, -(-shapes[0][1] // attention.block_size)
         self._idle_row = np.array([0, 0, 1, num_seats])  # padding: a first token in the spare block
         self._written = [0] * num_seats  # cells of each seat's row beyond which all are the spare block
         with torch.inference_mode():
@@ -138,10 +138,7 @@ class DecodeGraphs:
             self._logits = model.embed_tokens.new_empty(self.sizes[-1], model.config.vocab_size)
             self._inputs = move(torch.from_numpy(np.tile(self._idle_row, (self.sizes[-1], 1))), device)
             self._tables = torch.full((num_seats + 1, width), spare_block, dtype=torch.int32, device=device)
-            self._graphs = {
-                (size, context): self._record(recorder, size, context)
-                for size, context in graph_shapes(attention, max_tokens, max_context)
-            }
+            self._graphs = {(size, context): self._record(recorder, size, context) for size, context in shapes}
 
     def _record(self, recorder: Recorder, size: int, context: int) -> Compute:
         inputs, tables = self._inputs[:size], self._tables[:, : -(-context // self._attention.block_size)]

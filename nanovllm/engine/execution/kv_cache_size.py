@@ -15,8 +15,8 @@ from nanovllm.engine.execution.cuda_graphs import compute_rows, graph_bytes, gra
 from nanovllm.engine.execution.host_memory import memory_limit, resident_bytes
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.text_model import TextModel
+from nanovllm.engine.sampling.kernel_selection import SamplingKernels
 from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
-from nanovllm.engine.sampling.random_draw import draw_tokens
 from nanovllm.engine.sampling.sampling_batch import RandomRows
 from nanovllm.engine.step_limits import Device, ModelCosts, StepLimits, choose_step_limits
 from nanovllm.errors import ConfigurationError
@@ -28,7 +28,13 @@ records graphs, and kernels that are loaded when they are first needed."""
 
 
 def limits_for(
-    config: EngineConfig, device: torch.device, model: TextModel, attention: AttentionBackend, *, reserved: int
+    config: EngineConfig,
+    device: torch.device,
+    model: TextModel,
+    attention: AttentionBackend,
+    sampling: SamplingKernels,
+    *,
+    reserved: int,
 ) -> StepLimits:
     """The limits of a step on ``device``, where the weights are already; ``reserved`` as for :func:`kv_cache_bytes`."""
     itemsize = model.embed_tokens.dtype.itemsize
@@ -39,6 +45,7 @@ def limits_for(
         itemsize=itemsize,
         context=model.config.context_limit(config.max_model_len),
         copies_pages=isinstance(attention, SdpaAttention),
+        sorts_logits=sampling.reason is not None,
     )
     if device.type != "cuda":
         return choose_step_limits(config, Device(device.type), 0, costs)
@@ -53,6 +60,7 @@ def kv_cache_bytes(
     device: torch.device,
     model: TextModel,
     attention: AttentionBackend,
+    sampling: SamplingKernels,
     encoder: ImageEncoder | None = None,
     *,
     has_graphs: bool,
@@ -60,8 +68,9 @@ def kv_cache_bytes(
 ) -> int:
     """The configured bytes; else what ``cpu_memory_utilization`` or ``gpu_memory_utilization`` leaves.
 
-    Weights are loaded already. ``has_graphs``: steps are to be recorded; ``reserved``: bytes that are allocated later,
-    for the embedding cache. Raises ConfigurationError where a step or the encoder's largest pass does not fit the GPU.
+    Weights are loaded already. ``draw`` is how tokens are drawn; ``has_graphs``: steps are to be recorded;
+    ``reserved``: bytes that are allocated later, for the embedding cache. Raises ConfigurationError where a step or the
+    encoder's largest pass does not fit the GPU.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
@@ -73,7 +82,7 @@ def kv_cache_bytes(
         f"a step of max_num_batched_tokens={limits.max_num_batched_tokens} at the end of a context of {context} "
         f"tokens, or sampling for max_num_seqs={limits.max_num_seqs}, does not fit the GPU: lower one of them"
     ):
-        peaks = [peak_bytes(device, lambda: largest_step(config, limits, model, attention))]
+        peaks = [peak_bytes(device, lambda: largest_step(config, limits, model, attention, sampling))]
     if encoder is not None:
         with _naming(
             "the largest images that the encoder takes do not fit the GPU: lower max_pixels, max_image_tokens or "
@@ -125,7 +134,13 @@ def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
 
 
 @torch.inference_mode()
-def largest_step(config: EngineConfig, limits: StepLimits, model: TextModel, attention: AttentionBackend) -> Tensor:
+def largest_step(
+    config: EngineConfig,
+    limits: StepLimits,
+    model: TextModel,
+    attention: AttentionBackend,
+    sampling: SamplingKernels,
+) -> Tensor:
     """Compute as much as any step: the last tokens of a longest prompt, random tokens of all rows, and logprobs."""
     context = model.config.context_limit(config.max_model_len)
     device = model.embed_tokens.device
@@ -139,8 +154,9 @@ def largest_step(config: EngineConfig, limits: StepLimits, model: TextModel, att
     hidden = model(model.embed(ids), positions, caches, attention, metadata)
     rows = limits.decode_tokens(config.num_speculative_tokens)
     logits = model.logits(hidden[:1].expand(rows, -1).contiguous())
-    unchanged = logits.clone()  # for logprobs of what is sampled
-    tokens = draw_tokens(logits, _limited_rows(rows, model))
+    # For logprobs of what is sampled, and those of the step before, which may not be read yet.
+    unchanged, _earlier = logits.clone(), logits.clone()
+    tokens = sampling.draw_tokens(logits, _limited_rows(rows, model))
     scored = min(len(hidden), SCORE_CHUNK_TOKENS)
     top_logprobs(model.logits(hidden[:scored]), [0] * scored, [1] * scored, str)
     top_logprobs(unchanged, [0] * rows, [1] * rows, str)

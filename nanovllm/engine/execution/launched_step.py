@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.execution.step_inputs import StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import HostCopy, to_device
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import read_scores, score_tokens
 from nanovllm.engine.sampling.sampler import Sampler
-from nanovllm.engine.sampling.structured_output import GuidedRows
-from nanovllm.engine.scheduling.batch import ScheduledRow
+from nanovllm.engine.sampling.structured_output import GuidedRows, TokenMasks
+from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.sequence import Sequence
 
 
@@ -36,7 +38,6 @@ class LaunchedStep:
     scored: dict[int, int]  # of the sampled tokens those with log probabilities, and how many each wants
     copies: HostCopy  # of the tokens, then of what `score_tokens` says of the scored ones
     has_plain_tokens: bool = False  # one a row, behind prompts, without constraints and log probabilities
-    is_committed: bool = False  # but for its tokens: Scheduler.schedule_behind
 
     @property
     def is_over(self) -> bool:
@@ -50,6 +51,8 @@ class LaunchedStep:
         Not where an output's constraint or penalties look at them on the host, nor where they decide how many drafts
         are accepted, nor where log probabilities of a prompt are yet to be appended.
         """
+        if self.has_plain_tokens:
+            return not any(row.sequence.needs_known_tokens for row in self.rows)
         return not any(
             row.drafts or row.sequence.lacks_prompt_logprobs or (row.is_sampled and row.sequence.needs_known_tokens)
             for row in self.rows
@@ -66,6 +69,31 @@ class LaunchedStep:
             for index, score in zip(self.scored, found, strict=True):
                 logprobs[index] = score
         return SampledTokens(tokens, logprobs)
+
+
+def launch(
+    runner: ModelRunner,
+    sampler: Sampler,
+    masks: TokenMasks,
+    scheduled: ScheduledBatch,
+    upcoming: Iterable[tuple[Sequence, int]],
+    sampled_before: Tensor | None,
+) -> LaunchedStep:
+    """Prepare, compute and sample the scheduled rows, without waiting for the device.
+
+    ``upcoming`` is `Scheduler.in_order`; ``sampled_before`` are the tokens of a step that these are behind.
+    """
+    if not scheduled.is_decode:
+        now = time.perf_counter()
+        for row in scheduled.rows:
+            row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
+        runner.attach_image_embeddings(scheduled.rows, upcoming)
+    inputs = runner.prepare(scheduled, sampled_before)
+    wanted = None
+    if any(row.sequence.matcher is not None for row in inputs.rows):
+        # They are computed by another thread while the forward pass runs.
+        wanted = masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
+    return sample(inputs, runner.forward(inputs), wanted, sampler)
 
 
 def sample(inputs: StepInputs, result: StepResult, masks: Future[GuidedRows] | None, sampler: Sampler) -> LaunchedStep:

@@ -10,6 +10,7 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
+from nanovllm.engine.attention.packed import choose_packed_attention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.execution.generic_models import load_generic_models
@@ -22,6 +23,7 @@ from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
+from nanovllm.vision.encoders.packed_attention import attend_packed, packed_heads
 from nanovllm.vision.processor import VisionProcessor
 
 
@@ -88,7 +90,9 @@ def load_models(
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
     if is_generic(checkpoint, config.backend):
-        return load_generic_models(config, checkpoint, dtype, device)
+        generic, encoder, reference = load_generic_models(config, checkpoint, dtype, device)
+        _choose_tower_attention(encoder, dtype, device)
+        return generic, encoder, reference
     model = load_text_model(checkpoint, dtype, device)
     model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
     fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
@@ -96,9 +100,19 @@ def load_models(
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
         choose_torch_layouts(encoder)
+        _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1
     return model, encoder, None
+
+
+def _choose_tower_attention(encoder: ImageEncoder | None, dtype: torch.dtype, device: torch.device) -> None:
+    """On CUDA, attend to all images and windows of a batch in one call, in towers that can."""
+    if encoder is None or device.type != "cuda":
+        return
+    attention = choose_packed_attention(packed_heads(encoder.tower), device, dtype)
+    if attention is not None:
+        attend_packed(encoder.tower, attention)
 
 
 def make_processor(

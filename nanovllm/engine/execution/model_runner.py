@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -20,6 +19,7 @@ from nanovllm.engine.execution import loading
 from nanovllm.engine.execution.batch_invariance import prove
 from nanovllm.engine.execution.cuda_graphs import DecodeGraphs, choose_recorder, why_no_graphs
 from nanovllm.engine.execution.kv_cache_size import kv_cache_bytes, limits_for
+from nanovllm.engine.execution.prompt_logprobs import score_prompt
 from nanovllm.engine.execution.step_inputs import StepInputs, StepResult, StepTokens
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
@@ -28,14 +28,14 @@ from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_states import RowStates, SequenceStates
 from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
-from nanovllm.engine.outputs import TokenLogprobs
-from nanovllm.engine.sampling.logprobs import SCORE_CHUNK_TOKENS, top_logprobs
+from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_tables import BlockTables
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
+from nanovllm.vision.timing import begin
 
 
 class ModelRunner:
@@ -65,8 +65,11 @@ class ModelRunner:
             prove(self.model, self.attention)
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
+        if self.encoder is not None and recorder is not None and not config.enforce_eager:
+            self.encoder.record(recorder)
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
-        self.limits = limits_for(config, self.device, self.model, self.attention, reserved=reserved)
+        self.sampling = choose_kernels(self.device, self.model.embed_tokens.dtype, text.vocab_size)
+        self.limits = limits_for(config, self.device, self.model, self.attention, self.sampling, reserved=reserved)
         self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
@@ -98,6 +101,7 @@ class ModelRunner:
             self.device,
             self.model,
             self.attention,
+            self.sampling,
             self.encoder,
             has_graphs=self.why_no_graphs is None,
             reserved=reserved,
@@ -149,7 +153,7 @@ class ModelRunner:
     ) -> None:
         """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
-        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and their ``times.encode_s``. The embeddings
+        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and ``times.encodings``. The embeddings
         stay with the sequence until it has computed past them, so that no eviction can take them away between two
         chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
         to the cache.
@@ -167,15 +171,15 @@ class ModelRunner:
             by_salt[sequence.cache_salt].append((sequence, span))
         embeddings: dict[bytes, Tensor] = {}
         for salt, spans in by_salt.items():
-            started = time.perf_counter()
+            interval = begin(self.device)
             assert self.processor is not None  # a sequence with images passed admission
             embedded = self.processor.embed([span.image for _, span in spans], salt)
-            elapsed = time.perf_counter() - started
+            interval.end()
             for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
                 embeddings[span.key] = embedding
                 span.outcome = span.outcome or outcome
             for sequence in {sequence for sequence, _ in spans}:
-                sequence.times.encode_s += elapsed
+                sequence.times.encodings += (interval,)
         for _, span in needed:
             span.embedding = embeddings[span.key]
 
@@ -224,8 +228,7 @@ class ModelRunner:
         sampling_indices: list[int] = []
         scored: list[tuple[ScheduledRow, int]] = []
         states: list[RowStates] = []
-        places: list[int] = []  # of tokens that are not known yet
-        sources: list[int] = []  # where they are in ``sampled_before``
+        pending: list[tuple[int, int]] = []  # place of a token that is not known yet, and of it in ``sampled_before``
         for row in rows:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
@@ -240,22 +243,22 @@ class ModelRunner:
                 scored.append((row, len(token_ids)))
             token_ids += sequence.token_ids[start:end]
             if sequence.pending is not None:
-                places.append(len(token_ids))
-                sources.append(sequence.pending)
+                pending.append((len(token_ids), sequence.pending))
                 token_ids.append(0)
             token_ids += row.drafts
             positions += positions_of(self.model.config, sequence.images, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
+        ahead = TokensAhead(sampled_before, pending) if sampled_before is not None and pending else None
         seats = [row.sequence.seat for row in rows]
         lengths, contexts = [row.num_tokens for row in rows], [row.end for row in rows]
-        ahead = TokensAhead(sampled_before, places, sources) if sampled_before is not None and places else None
         axes = self.model.config.position_axes
         if self.graphs is not None and not images and not scored:
             # Only an image's own tokens have different positions on different axes.
             plain = positions if axes is None else [triple[0] for triple in positions]
             wanted = None if len(sampling_indices) == len(token_ids) else sampling_indices
-            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, scheduled.tables, ahead):
+            tables = scheduled.tables
+            if replay := self.graphs.load(token_ids, plain, wanted, lengths, contexts, seats, tables, ahead):
                 return StepInputs(rows, tuple(sampled), replay)
         flat = positions if axes is None else [position for triple in positions for position in triple]
         ids, located, indices = together([token_ids, flat, sampling_indices], self.device)
@@ -281,9 +284,8 @@ class ModelRunner:
         token_ids = [sequence.token_ids[-1] for sequence in sequences]
         ahead = None
         if sampled_before is not None:
-            places = [place for place, sequence in enumerate(sequences) if sequence.pending is not None]
-            sources = [sequences[place].pending or 0 for place in places]
-            ahead = TokensAhead(sampled_before, places, sources) if places else None
+            places = [(place, one.pending) for place, one in enumerate(sequences) if one.pending is not None]
+            ahead = TokensAhead(sampled_before, places) if places else None
         starts = [row.start for row in rows]
         seats = [sequence.seat for sequence in sequences]
         config, axes = self.model.config, self.model.config.position_axes
@@ -334,7 +336,7 @@ class ModelRunner:
             hidden, tokens.positions, self.kv_caches, self.attention, tokens.attention, tokens.images, wanted, **states
         )
         scores = tuple(
-            (row.sequence, tuple(self._prompt_logprobs(row, hidden[first : first + row.num_tokens])))
+            (row.sequence, tuple(score_prompt(self.model, row, hidden[first : first + row.num_tokens], self.text_of)))
             for row, first in tokens.scored
         )
         if not inputs.sampled_sequences:
@@ -342,28 +344,6 @@ class ModelRunner:
         if tokens.scored and tokens.sampling_indices is not None:
             hidden = hidden.index_select(0, tokens.sampling_indices)
         return StepResult(self.model.logits(hidden), scores)
-
-    def _prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> list[TokenLogprobs]:
-        """The log probabilities of the prompt tokens after the row's positions; hidden is [row tokens, width]."""
-        sequence = row.sequence
-        count = sequence.sampling.prompt_logprobs or 0
-        # The first token has none, because no logits come before it.
-        found: list[TokenLogprobs] = [] if sequence.prompt_logprobs else [{}]
-        # Positions before these were scored before a preemption.
-        first = max(row.start, len(sequence.prompt_logprobs) - 1)
-        images = {span.start + place for span in sequence.images for place in span.places}
-        for start in range(first, min(row.end, sequence.num_prompt_tokens - 1), SCORE_CHUNK_TOKENS):
-            end = min(start + SCORE_CHUNK_TOKENS, row.end, sequence.num_prompt_tokens - 1)
-            tokens = sequence.token_ids[start + 1 : end + 1]
-            texts = [index for index in range(len(tokens)) if start + 1 + index not in images]
-            logits = self.model.logits(hidden[start - row.start : end - row.start][texts])
-            found += [{} for _ in tokens]
-            if texts:
-                taken = [tokens[index] for index in texts]
-                scores = top_logprobs(logits, taken, [count] * len(taken), self.text_of)
-                for index, score in zip(texts, scores, strict=True):
-                    found[index - len(tokens)] = score
-        return found
 
     def get_vision_stats(self) -> dict[str, Any]:
         """The embedding cache's figures under the guide's names; without vision all are 0."""

@@ -15,15 +15,13 @@ class TokensAhead:
 
     Attributes:
         sampled: the tokens that the step before sampled, int64 [n].
-        places: of the tokens that are taken over, among those of this step.
-        sources: where each of them stands in ``sampled``.
+        places: of each token that is taken over, its place in this step and its place in ``sampled``.
     """
 
     sampled: Tensor
-    places: list[int]
-    sources: list[int]
+    places: list[tuple[int, int]]
 
     def write_to(self, token_ids: Tensor) -> None:
         """Put the tokens to their places of ``token_ids`` [T]."""
-        places, sources = together([self.places, self.sources], token_ids.device)
-        token_ids.index_copy_(0, places, self.sampled.index_select(0, sources))
+        targets, sources = together([*zip(*self.places, strict=True)], token_ids.device)
+        token_ids.index_copy_(0, targets, self.sampled.index_select(0, sources))

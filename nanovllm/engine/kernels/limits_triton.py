@@ -121,12 +121,13 @@ def _count_kernel(
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     top_k, top_p = tl.load(keys + 3 * row + 2), tl.load(limits + 3 * row + 2)
     has_top_k = top_k < vocab
-    if (top_k >= vocab) & (top_p >= 1.0):
-        return
     best = best_of(bests, row, parts, padded)
+    if ((top_k >= vocab) & (top_p >= 1.0)) | (tl.abs(best) == float("inf")):
+        return
     place = tl.arange(0, _PIVOTS)
     own_pivots = pivots + row * 2 * _PIVOTS
     if pass_ == 0:
+        # Without top_k no token beyond the reach is looked at, as on a CPU.
         least = tl.maximum(floor_of(best, tl.load(limits + 3 * row + 1)), tl.where(has_top_k, _LEAST, best - _REACH))
         distance = (15 - place).to(tl.float32) / 15.0
         pivot = tl.maximum(best - _REACH * distance * distance, least)
@@ -139,7 +140,7 @@ def _count_kernel(
         low, high = tl.load(own_pivots + low_place), tl.load(own_pivots + low_place + 1)
         step = (tl.minimum(high, best) - low) / 15.0
         pivot = tl.minimum(low + step * place.to(tl.float32), high)
-        pivot = tl.where(place == 15, high, pivot)
+        pivot = tl.where(place == 0, low, tl.where(place == 15, high, pivot))
         if part == 0:
             tl.store(goals + row, goal)
     if part == 0:
@@ -159,14 +160,15 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=PLAIN)
 def _gather_kernel(
-    logits, rows, limits, keys, pivots, sums, goals, found, vocab, stride,
+    logits, rows, limits, keys, bests, pivots, sums, goals, found, vocab, stride,
     padded: tl.constexpr, share: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """The tokens between the two thresholds that enclose the last one kept; with ``top_k`` all above the lower."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     top_k, top_p = tl.load(keys + 3 * row + 2), tl.load(limits + 3 * row + 2)
     has_top_k = top_k < vocab
-    if (top_k >= vocab) & (top_p >= 1.0):
+    best = best_of(bests, row, parts, padded)
+    if ((top_k >= vocab) & (top_p >= 1.0)) | (tl.abs(best) == float("inf")):
         return
     reached = tl.sum(_sums_of(sums, row, 1, tl.where(has_top_k, 0, 1), parts, padded), 0)
     low_place = _last_reached(reached, tl.load(goals + row))
@@ -245,17 +247,17 @@ def _cut_kernel(
     logits, rows, limits, keys, bests, pivots, sums, goals, found, cuts, lasts, vocab, stride, parts,
     padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The least logit of a row that its limits keep, and the last token among those that have it."""
+    """The least logit of a row that its limits keep, and the last token among those that have it.
+
+    Of a row whose best logit is infinite all are kept, and the first that has it is drawn.
+    """
     row = tl.program_id(0).to(tl.int64)
     best = best_of(bests, row, parts, padded)
     tl.store(cuts + row, floor_of(best, tl.load(limits + 3 * row + 1)))
     tl.store(lasts + row, vocab)
     top_k, top_p = tl.load(keys + 3 * row + 2), tl.load(limits + 3 * row + 2)
     has_top_k = top_k < vocab
-    if (top_k >= vocab) & (top_p >= 1.0):
-        return
-    if tl.abs(best) == float("inf"):  # the first of them, or all are minus infinity
-        tl.store(cuts + row, best)
+    if ((top_k >= vocab) & (top_p >= 1.0)) | (tl.abs(best) == float("inf")):
         return
     line = logits + tl.load(rows + row) * stride
     scale = tl.load(limits + 3 * row)
@@ -319,7 +321,7 @@ def find_cuts(
             pass_=pass_, padded=padded, **tile,
         )  # fmt: skip
     _gather_kernel[count, parts](
-        logits, rows, limits, keys, pivots, sums, goals, found, vocab, logits.stride(0), padded=padded, **tile
+        logits, rows, limits, keys, bests, pivots, sums, goals, found, vocab, logits.stride(0), padded=padded, **tile
     )
     _cut_kernel[(count,)](
         logits, rows, limits, keys, bests, pivots, sums, goals, found, cuts, lasts, vocab, logits.stride(0), parts,

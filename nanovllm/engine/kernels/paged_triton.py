@@ -36,8 +36,8 @@ def choose_tile(max_query: int, group: int, head_dim: int, itemsize: int, capabi
     8,192 tokens, and within 7% of it elsewhere. Prompts: 64 by 64 is the fastest or 2% behind up to a context of 2,048;
     128 by 128 gains 9% at 8,192, but wants 200 KiB of shared memory and 200 registers, which few GPUs have to give.
     The others are compiled, not measured: the largest found that spill nothing on sm_90 with Triton 3.6 (elsewhere and
-    with 3.9 up to 32 bytes), need 200 registers at most (238 on sm_120) and less than the 99 KiB of shared memory that
-    all have.
+    with 3.9 up to 32 bytes), need 200 registers at most (244 for prompts with heads of 256) and less than the 99 KiB of
+    shared memory that all have. More than 32 heads a head of keys, in float32, are beyond that: they spill 2 KiB.
     """
     width = max(16, triton.next_power_of_2(head_dim)) * itemsize  # bytes of a key
     lines = triton.next_power_of_2(group)

@@ -236,7 +236,7 @@ def _embedded(image: ReferenceImage, encoder: ImageEncoder) -> ImageSpan:
     if layout is None or layout.token_ids != image.token_ids:
         raise ValueError("the tokens of an image depend on more than its size")
     (embedding,) = encoder.embed([prepared])
-    encoder.images_encoded, encoder.encode_seconds = 0, 0.0  # statistics are those of requests
+    encoder.reset_statistics()  # they are those of requests
     if len(embedding) != len(layout.places):
         raise ValueError(f"an image has {len(embedding)} features for {len(layout.places)} tokens")
     return ImageSpan(prepared, b"", image.start, len(layout.token_ids), layout=layout, embedding=embedding)

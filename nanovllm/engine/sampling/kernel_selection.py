@@ -68,10 +68,11 @@ def triton_kernels() -> SamplingKernels:
 def trial(kernels: SamplingKernels, device: torch.device, dtype: torch.dtype, vocab_size: int) -> int:
     """How many draws of ``kernels`` differ from those of torch's operators; all of them if masks do.
 
-    There are rows without limits, with ``min_p``, and with all limits, in few rows and in many.
+    There are rows without limits, with ``min_p``, and with all limits, in few rows and in many; their logits are flat
+    enough for every limit to change draws.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(_ROWS, vocab_size, generator=generator)).to(dtype)
+    logits = (0.5 * torch.randn(_ROWS, vocab_size, generator=generator)).to(dtype)
     words = -(-vocab_size // 32)
     masks = torch.randint(-(2**31), 2**31, (_ROWS // 2, words), generator=generator).int()
     masks[:, 0] |= 1
@@ -86,12 +87,12 @@ def trial(kernels: SamplingKernels, device: torch.device, dtype: torch.dtype, vo
     for has_min_p, has_top in ((False, False), (True, False), (True, True)):
         limits = torch.tensor([[1.0 / (0.5 + row % 3), 0.0, 2.0] for row in range(_ROWS)])
         if has_min_p:
-            limits[1::2, 1] = 0.02
+            limits[1::2, 1] = 0.2
         keys[:, 2] = vocab_size
         if has_top:
-            limits[1::3, 2] = 0.9
-            limits[2::3, 2] = 0.5
-            keys[0::2, 2] = torch.tensor([1, 5, 20, 50, 2000, *[vocab_size] * (_ROWS // 2 - 5)]).clamp(max=vocab_size)
+            limits[1::3, 2] = 0.6
+            limits[2::3, 2] = 0.3
+            keys[0::2, 2] = torch.tensor([1, 2, 5, 10, 20, 50, 100, 500, 2000, 10_000]).clamp(max=vocab_size)
         for rows in (slice(4), slice(4, _ROWS)):
             chosen = torch.arange(_ROWS)[rows]
             random = RandomRows(chosen.to(device), limits[rows].to(device), keys[rows].to(device), has_min_p, has_top)

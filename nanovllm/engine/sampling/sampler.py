@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.layers.token_ops import argmax
-from nanovllm.engine.sampling.kernel_selection import choose_kernels
+from nanovllm.engine.sampling.kernel_selection import SamplingKernels
 from nanovllm.engine.sampling.sampling_batch import ForbiddenTokens, SamplingBatch
 from nanovllm.engine.sampling.structured_output import GuidedRows
 from nanovllm.engine.scheduling.sequence import Sequence
@@ -28,16 +28,14 @@ class Sampler:
         self,
         device: torch.device,
         seed: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        vocab_size: int = 1024,
+        kernels: SamplingKernels | None = None,
     ) -> None:
         """``seed`` is for the requests that bring none; None draws one from the system.
 
-        On CUDA kernels are compiled and tried for logits of ``dtype`` [rows, vocab_size].
+        ``kernels`` are those of `choose_kernels`; None: a CPU's, or torch's operators.
         """
         self._device = device
-        self.kernels = choose_kernels(device, dtype, vocab_size)
+        self.kernels = kernels or SamplingKernels()
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()

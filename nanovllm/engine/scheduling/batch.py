@@ -12,7 +12,7 @@ from nanovllm.engine.scheduling.sequence import Sequence
 class ScheduledRow:
     """``num_tokens`` uncomputed tokens of one sequence from position ``start`` on, to be computed in this step.
 
-    The last of them are ``drafts``, which the sequence does not have yet. It is not changed once it is made; a frozen
+    The last of them are ``drafts``, which the sequence does not have yet. Only ``is_committed`` changes later; a frozen
     dataclass takes several times as long to make.
     """
 
@@ -21,6 +21,7 @@ class ScheduledRow:
     num_tokens: int
     is_sampled: bool  # whether it reaches the sequence's last token, so that the next one can be sampled
     drafts: tuple[int, ...] = ()
+    is_committed: bool = False
 
     @property
     def end(self) -> int:

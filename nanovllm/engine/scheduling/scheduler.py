@@ -79,15 +79,15 @@ class Scheduler:
     def schedule_behind(self, launched: Iterable[ScheduledRow]) -> ScheduledBatch:
         """Choose the rows of the step behind ``launched`` ones, before the tokens that these sample are known.
 
-        Commits the launched rows, which have no drafts; their tokens are appended later, without another commit.
+        Commits the launched rows, which have no drafts; the commit behind their tokens then does nothing more.
         Preempts nothing: where blocks are short there are no rows, since an output that ends may free them.
         """
         places = count()
         for row in launched:
             place = next(places) if row.is_sampled else None
-            if not row.sequence.is_finished:
+            if row.sequence.status is SequenceStatus.RUNNING:
                 self.commit(row)
-                row.sequence.pending = place
+                row.is_committed, row.sequence.pending = True, place
         return self._schedule(may_preempt=False)
 
     def _schedule(self, *, may_preempt: bool) -> ScheduledBatch:
@@ -258,6 +258,9 @@ class Scheduler:
         blocks that those alone needed are freed.
         """
         sequence, size = row.sequence, self.blocks.block_size
+        sequence.pending = None
+        if row.is_committed:
+            return
         computed = row.start + row.num_tokens
         if row.drafts:
             computed -= len(row.drafts) - row.num_accepted

@@ -14,7 +14,6 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
     from nanovllm.vision.encoders.base import ImageLayout
     from nanovllm.vision.images.preprocess import PreparedImage
+    from nanovllm.vision.timing import Timed
 
 _ARRIVALS_PER_PRIORITY = 1000
 """How many later arrivals are scheduled before a sequence for each step of priority between them.
@@ -97,13 +97,16 @@ class ImageSpan:
 
 @dataclass
 class Timestamps:
-    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does."""
+    """When a sequence reached each state, in seconds of ``time.perf_counter``; 0 before it does.
+
+    ``encodings``: the encoder's calls that it waited for.
+    """
 
     arrived: float = 0.0
     first_scheduled: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
-    encode_s: float = 0.0
+    encodings: tuple[Timed, ...] = ()
 
 
 @dataclass(eq=False)
@@ -141,15 +144,12 @@ class Sequence:
     def __post_init__(self) -> None:
         params = self.sampling
         self.is_greedy = params.is_greedy
-        self.adjusts_logits = bool(
-            self.bad_words
-            or params.min_tokens
-            or params.logit_bias
-            or params.repetition_penalty != 1.0
-            or params.presence_penalty
-            or params.frequency_penalty
-        )
+        penalises = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self.adjusts_logits = bool(self.bad_words or params.min_tokens or params.logit_bias or penalises)
         """Whether anything but a constraint changes its logits before the argmax."""
+        has_long_words = any(len(word) > 1 for word in self.bad_words)
+        self.needs_known_tokens = bool(self.matcher is not None or penalises or has_long_words)
+        """Whether sampling looks at the output so far, on the host."""
 
     @cached_property
     def seed(self) -> int | None:
@@ -194,13 +194,6 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens without keys and values."""
         return self.num_tokens - self.num_computed_tokens
-
-    @cached_property
-    def needs_known_tokens(self) -> bool:
-        """Whether sampling looks at the output so far, on the host."""
-        sampling = self.sampling
-        counts = sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
-        return bool(counts or self.matcher is not None or any(len(word) > 1 for word in self.bad_words))
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -186,6 +186,8 @@ class Detokenizer:
         if not self._stop:
             self._chunks.append(fresh)
             return fresh
+        if not fresh and not final:
+            return ""  # what is held back has no stop string in it
         pending, found = self._held + fresh if self._held else fresh, None
         if self._num_tokens > self._min_tokens:
             for stop in self._stop:
@@ -204,8 +206,10 @@ class Detokenizer:
         """The length of the longest end of ``text`` that begins a stop string."""
         if text[-1:] not in self._stop_characters:
             return 0
-        longest = min(len(text), max(map(len, self._stop)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+        start = len(text)
+        for stop in self._stop:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1), start)
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1, start)
+            start = at if at >= 0 else start
+        return len(text) - start

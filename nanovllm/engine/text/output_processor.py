@@ -166,7 +166,7 @@ def _timings(sequences: abc.Sequence[Sequence], now: float) -> RequestTimings:
     longest = max(sequence.num_output_tokens for sequence in sequences)
     return RequestTimings(
         queue_ms=(scheduled - arrived) * 1e3,
-        encode_ms=max(one.encode_s for one in times) * 1e3,
+        encode_ms=max(sum(call.seconds or 0.0 for call in one.encodings) for one in times) * 1e3,
         time_to_first_token_ms=(first_token - arrived) * 1e3 if first_token else 0.0,
         generation_ms=generation_ms,
         mean_itl_ms=generation_ms / (longest - 1) if longest > 1 else 0.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanovllm.vision.encoders.recorded_batches import Recorder
 from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
+from nanovllm.vision.timing import TotalTime, begin
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,28 @@ class ImageEncoder(nn.Module, ABC):
         """Set what all encoders have, once the attributes of images are set and the parameters are loaded."""
         self.vision_model = name
         self.dtype = dtype
-        self.images_encoded = 0
-        self.encode_seconds = 0.0
+        self.reset_statistics()
         self.to(dtype=dtype, device=device).eval()
         # On a CPU larger activations are memory that the system maps anew in every layer: 16% of the time of ViT-B/16.
         self.batch_patches = 2048 if torch.device(device).type == "cpu" else 16_384
-        self.register_buffer("_levels", torch.from_numpy(self.transform.lookup_table()).to(device), persistent=False)
-        self._levels: Tensor
+        levels = torch.from_numpy(self.transform.lookup_table()).to(device, dtype)
+        self.register_buffer("_levels", levels.flatten(), persistent=False)
+        self._levels: Tensor  # [3 * 256]
+        first = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device)
+        self.register_buffer("_first_levels", first.view(3, 1, 1), persistent=False)
+        self._first_levels: Tensor
         if freeze:
             self.tower.requires_grad_(False)
+
+    def reset_statistics(self) -> None:
+        """Count images and times anew."""
+        self.images_encoded = 0
+        self._time = TotalTime()
+
+    @property
+    def encode_seconds(self) -> float:
+        """What passes of the tower have taken; on CUDA those that are done."""
+        return self._time.seconds
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """Positions of an image of this (height, width) after the transform."""
@@ -83,6 +97,12 @@ class ImageEncoder(nn.Module, ABC):
         """Do the part of `embed` that needs no tower, in any thread; the next `embed` of the image takes it.
 
         Raises InvalidImage for an image that the model does not take.
+        """
+
+    def record(self, recorder: Recorder) -> None:
+        """Record passes of batches of a few sizes, where images have one size, at the ``batch_size`` of now.
+
+        From then on `embed` is for one thread.
         """
 
     def accepts(self, size: tuple[int, int]) -> bool:
@@ -134,16 +154,30 @@ class ImageEncoder(nn.Module, ABC):
 
     @contextmanager
     def _counted(self, images: int) -> Iterator[None]:
-        started = time.perf_counter()
+        interval = begin(self._levels.device)
         yield
+        interval.end()
         self.images_encoded += images
-        self.encode_seconds += time.perf_counter() - started
+        self._time.add(interval)
+
+    def _send(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Bytes of uint8 images ``[H, W, 3]``, one behind the other, on the device; does not wait for it."""
+        # Copied: a decoder's array is read-only, and torch has no read-only tensors.
+        host = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=self._levels.is_cuda)
+        np.concatenate([image.reshape(-1) for image in images], out=host.numpy())
+        return to_device(host, self._levels.device)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Rescale and normalise uint8 ``[N, H, W, 3]`` to the tower's ``pixel_values`` ``[N, 3, H, W]``."""
-        channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).long()
-        values = torch.stack([self._levels[channel][channels[:, channel]] for channel in range(3)], dim=1)
-        return values.to(self.dtype)
+        channels = pixels.to(self._levels.device).permute(0, 3, 1, 2).contiguous()
+        # By a table, because no two devices round alike; int32, because uint8 is taken for a mask.
+        indices = channels.int() + self._first_levels
+        return self._levels.index_select(0, indices.flatten()).view(channels.shape)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; the host does not wait for CUDA, as it would from pageable memory."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def tower_fields(config: Any) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +22,7 @@ from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_c
 from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
+from nanovllm.vision.encoders.recorded_batches import RecordedBatches, Recorder
 from nanovllm.vision.images.preprocess import ImageTransform
 
 SelectStrategy = Literal["default", "full"]
@@ -28,6 +30,9 @@ SelectStrategy = Literal["default", "full"]
 TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
 PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
 """In a LLaVA checkpoint: since transformers 4.52, and before it."""
+
+_KEPT: ContextVar[dict[int, Tensor] | None] = ContextVar("_KEPT", default=None)
+"""Hidden states that a pass of a tower keeps, by their index, beside the last one."""
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISION_TOKENS = 49
@@ -71,6 +76,8 @@ class VisionEncoder(ImageEncoder):
         ConfigurationError: options that contradict one another or the projector.
         UnsupportedModel: a tower of another kind.
     """
+
+    _recorded: RecordedBatches | None
 
     def __init__(
         self,
@@ -206,8 +213,23 @@ class VisionEncoder(ImageEncoder):
         with self._counted(len(batch)):
             return torch.cat([self(self.normalise(part)) for part in batch.split(self.batch_size)])
 
+    @torch.no_grad()
+    def record(self, recorder: Recorder) -> None:
+        """See ImageEncoder."""
+        pixels = torch.zeros(self.batch_size, *self.transform.output_size or (), 3, dtype=torch.uint8)
+        self._recorded = RecordedBatches(self._of_pixels, pixels.to(self._levels.device), recorder)
+
+    @property
+    def num_replays(self) -> int:
+        """Passes that ran as recorded."""
+        return 0 if self._recorded is None else self._recorded.num_replays
+
     def _embed(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        return list(self(self.normalise(torch.from_numpy(np.stack(images)))))
+        compute = self._recorded or self._of_pixels
+        return list(compute(self._send(images).view(len(images), *images[0].shape)))
+
+    def _of_pixels(self, pixels: Tensor) -> Tensor:
+        return self.forward(self.normalise(pixels))
 
     def _architecture(self) -> dict[str, Any]:
         return {
@@ -225,10 +247,14 @@ class VisionEncoder(ImageEncoder):
     def features(self, pixel_values: Tensor) -> Tensor:
         """Selected hidden states of the tower, pooled: ``[N, num_vision_tokens, tower width × feature layers]``."""
         own = self.tower.config.image_size
-        outputs = self.tower(
-            pixel_values, output_hidden_states=True, interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own)
-        )
-        selected = torch.cat([outputs.hidden_states[layer] for layer in self._layers], dim=-1)
+        kept: dict[int, Tensor] = {}
+        token = _KEPT.set(kept)
+        try:
+            outputs = self.tower(pixel_values, interpolate_pos_encoding=(*pixel_values.shape[-2:],) != (own, own))
+        finally:
+            _KEPT.reset(token)
+        states = {**kept, self.tower.config.num_hidden_layers: outputs.last_hidden_state}
+        selected = torch.cat([states[layer] for layer in self._layers], dim=-1)
         if self._pooled_grid is None:
             return selected[:, 1:] if self._strategy == "default" else selected
         patches = selected[:, int(self._has_class_token) :]
@@ -258,11 +284,15 @@ class VisionEncoder(ImageEncoder):
         config.num_hidden_layers = max(self._layers)
         self.tower = kind(_with_head(config, False))
         # Hidden states are taken before this norm; some releases of transformers return the last one after it.
-        getattr(self.tower, "vision_model", self.tower).post_layernorm = nn.Identity()
+        inner = getattr(self.tower, "vision_model", self.tower)
+        inner.post_layernorm = nn.Identity()
+        for index in set(self._layers) - {config.num_hidden_layers}:
+            inner.encoder.layers[index].register_forward_pre_hook(partial(_keep, index), with_kwargs=True)
         self._left_out = whole - _parameter_names(self.tower)
 
     def _finish(self, *args: Any) -> None:
         self.hidden_size = self.width = self.projector.linear_2.out_features
+        self._recorded = None
         super()._finish(*args)
         self.batch_size = min(self.batch_size, max(1, self.batch_patches // self._grid**2))
 
@@ -310,6 +340,12 @@ class VisionEncoder(ImageEncoder):
                 "max_image_size and num_vision_tokens unset for its own.",
                 stacklevel=3,
             )
+
+
+def _keep(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what a layer is about to read; unlike transformers' `output_hidden_states`, which keeps all layers'."""
+    if (kept := _KEPT.get()) is not None:
+        kept[index] = args[0] if args else kwargs["hidden_states"]
 
 
 def _tower_config(fields: dict[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.errors import InvalidImage, UnsupportedModel
-from nanovllm.vision.encoders.base import ImageEncoder, ImageLayout, tower_fields
+from nanovllm.vision.encoders.base import ImageEncoder, ImageLayout, to_device, tower_fields
 from nanovllm.vision.encoders.generic_processor import OneImageProcessor, image_token_of
 from nanovllm.vision.images.preprocess import AS_DECODED, PreparedImage
 
@@ -150,7 +150,7 @@ class GenericEncoder(ImageEncoder):
         """Features [places, width] of one image: the tower's, then those for further layers."""
         device = next(self.tower.parameters()).device
         taken = {
-            name: value.to(device, self.dtype if value.is_floating_point() else None)
+            name: to_device(value, device).to(self.dtype if value.is_floating_point() else value.dtype)
             for name, value in inputs.items()
             if name in self._takes
         }

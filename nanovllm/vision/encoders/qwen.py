@@ -19,12 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
 from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
-from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
+from nanovllm.vision.encoders.base import ImageEncoder, to_device, tower_fields
+from nanovllm.vision.encoders.packed_attention import is_packed
 from nanovllm.vision.images.preprocess import ImageTransform
 
 _TOWERS: dict[str, tuple[Any, Any]] = {
@@ -166,19 +173,42 @@ class NativeEncoder(ImageEncoder):
     def _run(self, images: Sequence[np.ndarray]) -> Sequence[Tensor]:
         patch = self.tower.config.patch_size
         grids = torch.tensor([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images])
-        values = torch.cat([self._patches(image) for image in images])
-        outputs = self.tower(values, grid_thw=grids.to(values.device))
+        sent = self._send(images).split([image.size for image in images])
+        values = torch.cat([self._patches(part.view(image.shape)) for part, image in zip(sent, images, strict=True)])
+        inputs = self._packed_inputs(grids) if is_packed(self.tower) else {"grid_thw": grids.to(values.device)}
+        outputs = self.tower(values, **inputs)
         # Only Qwen3-VL's tower has deep features.
         levels = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
         return torch.cat(levels, -1).split([self.num_tokens(image.shape[:2]) for image in images])
 
-    def _patches(self, image: np.ndarray) -> Tensor:
+    def _packed_inputs(self, grids: Tensor) -> dict[str, Any]:
+        """What the tower would compute of ``grids`` on the device, and wait for: computed here and sent."""
+        config, merge = self.tower.config, self.tower.config.spatial_merge_size
+        starts = get_vision_cu_seqlens(grids)
+        numbers: dict[str, Any] = {"max_seqlen": int(starts.diff().max())}
+        tensors = {"cu_seqlens": starts, "position_ids": get_vision_position_ids(grids, merge)}
+        if hasattr(config, "window_size"):
+            order, windows = get_vision_window_index(grids, merge, config.window_size, config.patch_size)
+            numbers["max_window_seqlen"] = int(windows.diff().max())
+            tensors |= {"window_index": order, "cu_window_seqlens": windows}
+        if hasattr(config, "num_position_embeddings"):
+            places, weights = get_vision_interpolation_indices_and_weights(
+                grids,
+                num_grid_per_side=self.tower.num_grid_per_side,
+                mode=self.tower.interpolation_mode,
+                align_corners=self.tower.interpolation_align_corners,
+                spatial_merge_size=merge,
+            )
+            tensors |= {"interp_indices": places, "interp_weights": weights}
+        sent = {name: to_device(tensor, self._levels.device) for name, tensor in tensors.items()}
+        return {"grid_thw": grids, **numbers, **sent}
+
+    def _patches(self, pixels: Tensor) -> Tensor:
         """Normalised patches ``[patches, 3 × frames × area]`` of uint8 ``[H, W, 3]``, those of each square together."""
         config = self.tower.config
         patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-        # Copied: a decoder's array is read-only, and torch has no read-only tensors.
-        (values,) = self.normalise(torch.tensor(image)[None])
-        rows, columns = image.shape[0] // (patch * merge), image.shape[1] // (patch * merge)
+        (values,) = self.normalise(pixels[None])
+        rows, columns = pixels.shape[0] // (patch * merge), pixels.shape[1] // (patch * merge)
         squares = values.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
         # The temporal patch of a still image repeats its frame.
         repeated = squares.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
