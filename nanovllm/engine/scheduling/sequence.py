@@ -14,6 +14,7 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
