@@ -155,6 +155,14 @@ def test_stop_strings_count_only_after_min_tokens() -> None:
     assert stream(text, stop=("stop",), min_tokens=first)[1].text == "stop it "
 
 
+def test_a_stop_string_in_what_is_held_back_counts_as_soon_as_it_may() -> None:
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams(stop=["abcx", "bc"], min_tokens=3))
+    *letters, beginning = (TOKENIZER.encode(letter, add_special_tokens=False)[0] for letter in ("a", "b", "c", "日"))
+    assert [detokenizer.append(letter) for letter in letters] == ["", "", ""]
+    assert detokenizer.append(beginning) == "a"  # whose token has no text yet
+    assert (detokenizer.is_stopped, detokenizer.text) == (True, "a")
+
+
 def test_a_text_is_cut_where_a_stop_string_leaves_something_out() -> None:
     assert stream("x stop", stop=("stop",))[1].is_cut
     assert not stream("x stop", stop=("stop",), include_stop_str_in_output=True)[1].is_cut

@@ -186,8 +186,8 @@ class Detokenizer:
         if not self._stop:
             self._chunks.append(fresh)
             return fresh
-        if not fresh and not final:
-            return ""  # what is held back has no stop string in it
+        if not fresh and not self._held:
+            return ""  # before `min_tokens` what is held back may have a stop string in it
         pending, found = self._held + fresh if self._held else fresh, None
         if self._num_tokens > self._min_tokens:
             for stop in self._stop:
