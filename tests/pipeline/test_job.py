@@ -326,6 +326,12 @@ def test_sampling_that_is_remembered_is_what_each_job_asks_for(asked: list[dict[
         assert outcome(partial(remembered.of, one)) == outcome(partial(one.sampling_params, defaults, 50))
 
 
+def test_a_job_that_asks_for_no_seed_gets_its_own_where_the_worker_has_one() -> None:
+    remembered = JobSampling(SamplingParams(seed=7), 50)
+    jobs = [job(job_id=name, sampling={"seed": None}) for name in ("a", "b")]
+    assert [remembered.of(one).seed for one in jobs] == [one.seed for one in jobs]
+
+
 def test_no_more_samplings_are_remembered_than_allowed() -> None:
     remembered = JobSampling(SamplingParams(), 50)
     for number in range(300):

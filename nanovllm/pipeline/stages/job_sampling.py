@@ -30,6 +30,6 @@ class JobSampling:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             known = self._known[asked] = job.sampling_params(self.defaults, self._max_tokens)
-        if job.sampling.get("seed") is None and self.defaults.seed is None:
+        if job.sampling.get("seed", self.defaults.seed) is None:
             return known.model_copy(update={"seed": job.seed})
         return known
