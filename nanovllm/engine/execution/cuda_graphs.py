@@ -136,12 +136,13 @@ class DecodeGraphs:
         with torch.inference_mode():
             # One for all graphs: each would keep its own in the pool for ever.
             self._logits = model.embed_tokens.new_empty(self.sizes[-1], model.config.vocab_size)
-            self._inputs = move(torch.from_numpy(np.tile(self._idle_row, (self.sizes[-1], 1))), device)
+            inputs = move(torch.from_numpy(np.tile(self._idle_row, (self.sizes[-1], 1))), device)
+            self._inputs = {size: inputs[:size] for size in self.sizes}
             self._tables = torch.full((num_seats + 1, width), spare_block, dtype=torch.int32, device=device)
             self._graphs = {(size, context): self._record(recorder, size, context) for size, context in shapes}
 
     def _record(self, recorder: Recorder, size: int, context: int) -> Compute:
-        inputs, tables = self._inputs[:size], self._tables[:, : -(-context // self._attention.block_size)]
+        inputs, tables = self._inputs[size], self._tables[:, : -(-context // self._attention.block_size)]
         logits = self._logits[:size]
         caches, model, attention = self._caches, self._model, self._attention
         return recorder(lambda: logits.copy_(compute_rows(model, attention, caches, inputs, tables)))
@@ -187,9 +188,9 @@ class DecodeGraphs:
             rows[:count, 3] = np.repeat(seats, lengths)
         if count < size:
             rows[count:] = self._idle_row
-        self._inputs[:size].copy_(host, non_blocking=True)
+        inputs = self._inputs[size].copy_(host, non_blocking=True)
         if ahead is not None:
-            ahead.write_to(self._inputs[:, 0])
+            ahead.write_to(inputs[:, 0])
         chosen = None if wanted is None else to_device(wanted, self._logits.device, torch.int64)
         return partial(self._replay, self._graphs[size, context], count, chosen)
 

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.layers.device_copy import move, to_device, together
+from nanovllm.engine.layers.device_copy import move, together
 from nanovllm.engine.scheduling.sequence import Sequence
-
-_MIN_TEMPERATURE = 1e-5  # below it only the best token is left, and float32 would overflow
 
 
 @dataclass(frozen=True)
@@ -144,22 +142,24 @@ def _random_rows(
     generator: torch.Generator,
 ) -> RandomRows:
     chosen = [sequences[row] for row in random]
-    limits: list[float] = []
-    keys: list[int] = []
-    drawn = iter(torch.randint(2**63 - 1, (len(chosen),), generator=generator).tolist())  # for those without a seed
-    for sequence, other in zip(chosen, drawn, strict=True):
-        params, seed = sequence.sampling, sequence.seed
-        limits += (1 / max(params.temperature, _MIN_TEMPERATURE), params.min_p)
-        limits.append(params.top_p if params.top_p < 1.0 else 2.0)  # rounding may sum to more than one
-        keys += (other, 0) if seed is None else (seed, sequence.num_output_tokens)
-        keys.append(min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size)
-    rows, flat = together([random, keys], device)
+    limits = np.array([sequence.draw_limits for sequence in chosen], np.float32)
+    top_k = np.array([sequence.sampling.top_k for sequence in chosen])
+    keys = np.empty((len(chosen), 3), np.int64)
+    keys[:, 0] = torch.randint(2**63 - 1, (len(chosen),), generator=generator).numpy()  # for those without a seed
+    keys[:, 1] = 0
+    seeds = [(row, sequence.seed) for row, sequence in enumerate(chosen) if sequence.seed is not None]
+    if seeds:
+        places = [row for row, _ in seeds]
+        keys[places, 0] = [seed for _, seed in seeds]
+        keys[places, 1] = [chosen[row].num_output_tokens for row in places]
+    keys[:, 2] = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
+    rows, flat = together([random, keys.ravel()], device)
     return RandomRows(
         rows,
-        to_device(limits, device, torch.float32).view(-1, 3),
+        move(torch.from_numpy(limits), device),
         flat.view(-1, 3),
-        has_min_p=any(limits[1::3]),
-        has_top=min(limits[2::3]) < 1.0 or min(keys[2::3]) < vocab_size,
+        has_min_p=bool(limits[:, 1].any()),
+        has_top=bool((limits[:, 2] < 1.0).any() or (keys[:, 2] < vocab_size).any()),
     )
 
 

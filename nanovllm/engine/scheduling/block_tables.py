@@ -18,7 +18,9 @@ class BlockTables:
 
     def __init__(self, num_seats: int, width: int, unused: int = 0) -> None:
         """``width``: blocks of the longest sequence. ``unused``: a block that any step may read."""
-        self.rows = np.full((num_seats, width), unused, np.int32)
+        self.rows = np.zeros((num_seats, width), np.int32)  # which takes memory only where it is written
+        if unused:
+            self.rows.fill(unused)
         self.lengths = [0] * num_seats
         self.changed: dict[int, int] = {}
         self._unused = unused

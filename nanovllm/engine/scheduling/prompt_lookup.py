@@ -122,6 +122,8 @@ class PromptLookup:
         drafts = drafter.own.continuation(run, length)
         if not drafts and (template := self._templates.get(_template(sequence))) is not None:
             drafts = template.continuation(run, length)
+        if not drafts:
+            return ()
         impossible = {
             *sequence.stop_token_ids,
             *(sequence.token_ids[span.start + span.places[0]] for span in sequence.images[:1]),

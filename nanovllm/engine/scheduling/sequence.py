@@ -14,6 +14,7 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ _ARRIVALS_PER_PRIORITY = 1000
 It bounds starvation: under an endless stream of urgent requests the others wait long, and not for ever.
 """
 
+_MIN_TEMPERATURE = 1e-5  # below it only the best token is left, and float32 would overflow
 _arrivals = count()
 
 
@@ -150,10 +152,17 @@ class Sequence:
         self.needs_known_tokens = bool(self.matcher is not None or penalises or has_long_words)
         """Whether sampling looks at the output so far, on the host."""
 
-    @property
+    @cached_property
     def seed(self) -> int | None:
         """The seed of its samples: each of several outputs has another one."""
         return None if self.sampling.seed is None else (self.sampling.seed + self.index) % 2**63
+
+    @cached_property
+    def draw_limits(self) -> tuple[float, float, float]:
+        """The inverse of the temperature, ``min_p`` and ``top_p``, which is 2 where there is none."""
+        params = self.sampling
+        # Rounding may sum to more than one.
+        return 1 / max(params.temperature, _MIN_TEMPERATURE), params.min_p, params.top_p if params.top_p < 1.0 else 2.0
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
