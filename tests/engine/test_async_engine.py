@@ -181,16 +181,16 @@ async def test_a_step_is_handed_over_once_for_all_its_streams(
     generations = [engine.submit(ask(f"r{n}", f"tell me {n}", max_tokens=20)) for n in range(8)]
     streams = await asyncio.gather(*map(chunks_of, generations))
     assert sum(len(chunk.token_ids) for chunks in streams for chunk in chunks) == 8 * 20
-    assert len(handovers) <= engine._engine._steps < 8 * 20
+    assert len(handovers) <= engine._engine._counts.steps < 8 * 20
 
 
 async def test_steps_that_a_busy_loop_has_not_taken_come_as_one_chunk_and_lose_nothing(engine: AsyncEngine) -> None:
     generations = [engine.submit(ask(f"r{n}", f"tell me {n}", max_tokens=200)) for n in range(3)]
     iterators = [aiter(generation) for generation in generations]
     firsts = [await anext(iterator) for iterator in iterators]
-    since = engine._engine._steps
+    since = engine._engine._counts.steps
     end = time.monotonic() + 60
-    while engine._engine._steps < since + 10 and time.monotonic() < end:
+    while engine._engine._counts.steps < since + 10 and time.monotonic() < end:
         time.sleep(0.001)  # noqa: ASYNC251 - the loop stands still
     for generation, iterator, first in zip(generations, iterators, firsts, strict=True):
         chunks = [first, await anext(iterator), await anext(iterator)]
@@ -301,7 +301,7 @@ async def test_an_abort_of_a_running_request_keeps_its_text_so_far(engine: Async
     seen = 0
     async for chunk in generation:
         seen += len(chunk.token_ids)
-        if seen == 3:
+        if seen >= 3:
             generation.abort()
     output = await generation
     assert output.finish_reason == "abort"

@@ -38,6 +38,7 @@ from nanovllm.engine.layers.device_copy import HostCopy
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling import sampler
 from nanovllm.engine.scheduling.sequence import Sequence
+from nanovllm.errors import ConfigurationError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vision.encoders.clip import VisionEncoder
 
@@ -337,3 +338,16 @@ def test_the_tape_refuses_what_a_graph_cannot_hold() -> None:
     values.fill_(3.0)
     replay()
     assert doubled.tolist() == [6.0] * 4
+
+
+def test_recorded_images_that_do_not_fit_are_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(compute: Callable[[], Any]) -> Callable[[], Any]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model_runner, "choose_recorder", lambda _: full)
+    directory = make_llava(tmp_path, patch=32, size=64)
+    with pytest.raises(ConfigurationError, match=r"a batch of 32 images does not fit the GPU.*enforce_eager=True"):
+        LLMEngine(str(directory), kv_cache_bytes=2 << 20)
+    LLMEngine(str(directory), kv_cache_bytes=2 << 20, enforce_eager=True).close()

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton_compile
 from torch import Tensor
-from triton_compile import CAPABILITIES, ELEMENTS, Launch, compile_for
+from triton_compile import CAPABILITIES, ELEMENTS, Compiled, Launch, compile_for
 
 if (reason := triton_compile.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -105,14 +105,15 @@ def launches_of(model: Model, dtype: torch.dtype) -> list[Launch]:
     return launches
 
 
-def excess(pairs: Sequence[tuple[Launch, int]]) -> dict[str, list[str]]:
-    return {str(one.launch): beyond for one in compile_for(pairs) if (beyond := one.excess())}
+def unfit(pairs: Sequence[tuple[Launch, int]]) -> list[Compiled]:
+    """Those beyond the bounds of all kernels, and those that spill, on whatever GPU."""
+    return [one for one in compile_for(pairs) if one.excess() or one.spilled_bytes]
 
 
 @pytest.mark.slow
 def test_kernels_of_usual_models_fit_into_registers_and_spill_nothing() -> None:
     everywhere = product(launches_of(QWEN3_0_6B, torch.bfloat16), CAPABILITIES)
-    assert not excess([*everywhere, *((launch, 90) for launch in launches_of(LLAMA_3_405B, torch.float32))])
+    assert not unfit([*everywhere, *((launch, 90) for launch in launches_of(LLAMA_3_405B, torch.float32))])
 
 
 @pytest.mark.proof
@@ -120,4 +121,4 @@ def test_kernels_of_usual_models_fit_into_registers_and_spill_nothing() -> None:
 def test_kernels_of_every_shape_fit_into_registers_and_spill_nothing() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     launches = [launch for model, dtype in product(MODELS, dtypes) for launch in launches_of(model, dtype)]
-    assert not excess(list(product(launches, CAPABILITIES)))
+    assert not unfit(list(product(launches, CAPABILITIES)))

@@ -41,6 +41,7 @@ EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Single tokens, a first chunk, and chunks that begin and end within pages.
 MIXED = AttentionBatch([1, 1, 3, 5], [1, 18, 3, 21], [[3], [0, 5], [1], [4, 2]])
+DECODE = AttentionBatch([1, 1], [2, 20], [[3], [0, 5]])
 
 
 OTHERS = PagedVarlenAttention(DEVICE, lambda query, *_: query, 16)
@@ -292,7 +293,7 @@ PRODUCTS = {"linear": 4}
 FUSED = {"_norm_kernel": 2, "_rotate_kernel": 1, "_silu_kernel": 1}
 
 
-@pytest.mark.parametrize("batch", [MIXED, AttentionBatch([1, 1], [2, 20], [[3], [0, 5]])], ids=["mixed", "decode"])
+@pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 def test_a_layer_is_nine_launches(model: Decoder, batch: AttentionBatch, serving: None, launches: Counter[str]) -> None:
     """The number that docs/engine.md names; a context that is cut into shares adds one."""
     assert operators_of_a_layer(model, TritonAttention(DEVICE), batch) == PRODUCTS
@@ -300,7 +301,7 @@ def test_a_layer_is_nine_launches(model: Decoder, batch: AttentionBatch, serving
 
 
 def test_others_attention_has_the_fused_write_too(model: Decoder, serving: None, launches: Counter[str]) -> None:
-    assert operators_of_a_layer(model, OTHERS, MIXED) == PRODUCTS
+    assert operators_of_a_layer(model, OTHERS, DECODE) == PRODUCTS
     assert launches == FUSED
 
 
@@ -308,5 +309,5 @@ def test_by_torch_s_operators_a_layer_is_twice_as_many(
     model: Decoder, without_cpu_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "serves", lambda _: False)
-    with_attention = 1 + operators_of_a_layer(model, OTHERS, MIXED).total()
+    with_attention = 1 + operators_of_a_layer(model, OTHERS, DECODE).total()
     assert with_attention == (18 if model.config.qk_norm else 16)

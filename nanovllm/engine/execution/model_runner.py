@@ -66,7 +66,13 @@ class ModelRunner:
         recorder = choose_recorder(self.device)
         self.why_no_graphs = self.model.why_no_graphs or why_no_graphs(config, self.attention, recorder)
         if self.encoder is not None and recorder is not None and not config.enforce_eager:
-            self.encoder.record(recorder)
+            try:
+                self.encoder.record(recorder)
+            except torch.OutOfMemoryError:
+                raise ConfigurationError(
+                    f"a batch of {self.encoder.batch_size} images does not fit the GPU beside the weights: set "
+                    "enable_multimodal=False, or enforce_eager=True, which records none"
+                ) from None
         reserved = config.embedding_cache_bytes if self.encoder is not None else 0
         self.sampling = choose_kernels(self.device, self.model.embed_tokens.dtype, text.vocab_size)
         self.limits = limits_for(config, self.device, self.model, self.attention, self.sampling, reserved=reserved)
