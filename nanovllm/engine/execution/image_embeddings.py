@@ -1,4 +1,4 @@
-"""The embeddings of the images that a step computes: from the cache, or encoded with others in one batch."""
+"""Image embeddings of a step: those that its rows touch, encoded in one batch with some of waiting sequences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections import abc, defaultdict
 from collections.abc import Iterable, Iterator
 from math import prod
 
-import torch
 from torch import Tensor
 
 from nanovllm.engine.config import EngineConfig
+from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.scheduling.batch import ScheduledRow
 from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
 from nanovllm.vision.processor import VisionProcessor
@@ -17,11 +17,7 @@ from nanovllm.vision.timing import begin
 
 
 def attach_image_embeddings(
-    processor: VisionProcessor,
-    config: EngineConfig,
-    device: torch.device,
-    rows: abc.Sequence[ScheduledRow],
-    upcoming: Iterable[tuple[Sequence, int]] = (),
+    runner: ModelRunner, rows: abc.Sequence[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()
 ) -> None:
     """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
 
@@ -38,12 +34,14 @@ def attach_image_embeddings(
     ]
     if not needed:
         return
+    processor = runner.processor
+    assert processor is not None  # a sequence with images passed admission
     by_salt: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
-    for sequence, span in (*needed, *_encoded_ahead(processor, config, [span for _, span in needed], upcoming)):
+    for sequence, span in (*needed, *_encoded_ahead(processor, runner.config, [span for _, span in needed], upcoming)):
         by_salt[sequence.cache_salt].append((sequence, span))
     embeddings: dict[bytes, Tensor] = {}
     for salt, spans in by_salt.items():
-        interval = begin(device)
+        interval = begin(runner.device)
         embedded = processor.embed([span.image for _, span in spans], salt)
         interval.end()
         for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):

@@ -88,8 +88,7 @@ def launch(
         now = time.perf_counter()
         for row in scheduled.rows:
             row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-        if runner.processor is not None:
-            attach_image_embeddings(runner.processor, runner.config, runner.device, scheduled.rows, upcoming)
+        attach_image_embeddings(runner, scheduled.rows, upcoming)
     inputs = runner.prepare(scheduled, sampled_before)
     wanted = None
     if any(row.sequence.matcher is not None for row in inputs.rows):

@@ -170,7 +170,7 @@ class ModelRunner:
             sequence, start, end = row.sequence, row.start, row.end
             for span in sequence.images:
                 if span.touches(start, end):
-                    assert span.embedding is not None  # `attach_image_embeddings` ran before
+                    assert span.embedding is not None  # attach_image_embeddings ran before
                     for first, low, high in span.runs(start, end):
                         images.append((len(token_ids) + first - start, span.embedding[low:high]))
             if self.model.has_states:
