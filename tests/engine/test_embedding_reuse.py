@@ -17,7 +17,7 @@ from PIL import Image
 
 from nanovllm.engine.backends.base import Request
 from nanovllm.engine.backends.native import AsyncEngine
-from nanovllm.engine.execution import model_runner
+from nanovllm.engine.execution import image_embeddings
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.vision import processor as processor_module
@@ -286,6 +286,6 @@ def test_the_time_of_encoding_is_asked_for_when_the_request_has_ended(
             asked_at.append(engine.stats().generation_tokens)
             return 0.5
 
-    monkeypatch.setattr(model_runner, "begin", lambda _: OfDevice())
+    monkeypatch.setattr(image_embeddings, "begin", lambda _: OfDevice())
     assert ask(engine, noise_image(1)).timings.encode_ms == 500.0
     assert asked_at == [4]

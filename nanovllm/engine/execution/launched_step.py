@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nanovllm.engine.execution.image_embeddings import attach_image_embeddings
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.execution.step_inputs import StepInputs, StepResult
 from nanovllm.engine.layers.device_copy import HostCopy, to_device
@@ -87,7 +88,7 @@ def launch(
         now = time.perf_counter()
         for row in scheduled.rows:
             row.sequence.times.first_scheduled = row.sequence.times.first_scheduled or now
-        runner.attach_image_embeddings(scheduled.rows, upcoming)
+        attach_image_embeddings(runner, scheduled.rows, upcoming)
     inputs = runner.prepare(scheduled, sampled_before)
     wanted = None
     if any(row.sequence.matcher is not None for row in inputs.rows):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import abc, defaultdict
-from collections.abc import Iterable, Iterator
-from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -31,11 +28,10 @@ from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
 from nanovllm.engine.scheduling.block_tables import BlockTables
-from nanovllm.engine.scheduling.sequence import ImageSpan, Sequence
+from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
-from nanovllm.vision.timing import begin
 
 
 class ModelRunner:
@@ -153,71 +149,6 @@ class ModelRunner:
         """Free the KV memory, and the graphs that hold it."""
         self.graphs = None
         self.kv_caches = []
-
-    def attach_image_embeddings(
-        self, rows: abc.Sequence[ScheduledRow], upcoming: Iterable[tuple[Sequence, int]] = ()
-    ) -> None:
-        """Give every image that a row touches its embedding: from the cache, or encoded, all of one salt in one batch.
-
-        Writes ``embedding`` and ``outcome`` of the sequences' image spans, and ``times.encodings``. The embeddings
-        stay with the sequence until it has computed past them, so that no eviction can take them away between two
-        chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
-        to the cache.
-        """
-        needed = [
-            (row.sequence, span)
-            for row in rows
-            for span in row.sequence.images
-            if span.embedding is None and span.touches(row.start, row.end)
-        ]
-        if not needed:
-            return
-        by_salt: dict[bytes, list[tuple[Sequence, ImageSpan]]] = defaultdict(list)
-        for sequence, span in (*needed, *self._encoded_ahead([span for _, span in needed], upcoming)):
-            by_salt[sequence.cache_salt].append((sequence, span))
-        embeddings: dict[bytes, Tensor] = {}
-        for salt, spans in by_salt.items():
-            interval = begin(self.device)
-            assert self.processor is not None  # a sequence with images passed admission
-            embedded = self.processor.embed([span.image for _, span in spans], salt)
-            interval.end()
-            for (_, span), (embedding, outcome) in zip(spans, embedded, strict=True):
-                embeddings[span.key] = embedding
-                span.outcome = span.outcome or outcome
-            for sequence in {sequence for sequence, _ in spans}:
-                sequence.times.encodings += (interval,)
-        for _, span in needed:
-            span.embedding = embeddings[span.key]
-
-    def _encoded_ahead(
-        self, needed: abc.Sequence[ImageSpan], upcoming: Iterable[tuple[Sequence, int]]
-    ) -> Iterator[tuple[Sequence, ImageSpan]]:
-        """The images of ``upcoming`` to encode along with the needed ones: the next distinct ones that the cache lacks.
-
-        Encoded ahead are, with what the cache already holds of them, at most half of its bytes and what the needed ones
-        leave. All of these are then its most recently used entries, so that this step evicts none of them.
-        """
-        assert self.processor is not None
-        encoder, cache = self.processor.encoder, self.processor.cache
-        if encoder.batch_size == 1:
-            return  # deterministic: nothing is gained
-        row_bytes = encoder.width * encoder.dtype.itemsize
-        lengths = {span.key: span.length for span in needed}
-        capacity = self.config.embedding_cache_bytes
-        free_bytes = min(capacity // 2, capacity - sum(lengths.values()) * row_bytes)
-        pixels = self.config.encoder_batch_pixels - sum(prod(span.image.size) for span in needed)
-        for sequence, computed in upcoming:
-            for span in sequence.images:
-                if span.end <= computed or span.key in lengths or span.image.embedding is not None:
-                    continue
-                lengths[span.key] = span.length
-                free_bytes -= span.length * row_bytes
-                if free_bytes < 0:
-                    return
-                if not cache.touch(span.key):
-                    pixels -= prod(span.image.size)
-                    if pixels >= 0:
-                        yield sequence, span
 
     def prepare(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> StepInputs:
         """The scheduled rows as tensors, single-token rows first, or load them into a graph.
