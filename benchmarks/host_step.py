@@ -155,7 +155,8 @@ def main() -> None:
     add_output(parser, "host-step.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine = describe_machine(" ".join(["python benchmarks/host_step.py", *sys.argv[1:]]))
+    words = ["CHECKOUT" if word == str(args.nano_vllm) else word for word in sys.argv[1:]]
+    machine = describe_machine(" ".join(["python benchmarks/host_step.py", *words]))
     turns: dict[tuple[str, int], list[float]] = defaultdict(list)
     parts: dict[tuple[str, int], dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 from checkpoints import make_tokenizer
 from hypothesis import given
@@ -124,6 +126,42 @@ def test_random_bytes_are_decoded_as_by_the_tokenizer_where_no_character_is_take
     detokenizer = Detokenizer(tokenizer, SamplingParams())
     text = "".join([*map(detokenizer.append, tokens), detokenizer.finish()])
     assert text == tokenizer.decode([vocab["x"], *tokens]).removeprefix("x")
+
+
+def words_tokenizer(decoder: decoders.Decoder | None) -> PreTrainedTokenizerFast:
+    """Words that begin as each kind of decoder has it, of which one may write them together."""
+    words = ["<unk>", "</s>", "the", "▁the", "##s", "▁", "é", "a▁b", "Ġx", "'", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = {
+    **TOKENIZERS,
+    "metaspace": words_tokenizer(decoders.Metaspace()),
+    "word pieces": words_tokenizer(decoders.WordPiece()),
+    "none": words_tokenizer(None),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@examples(150)
+@given(data=st.data(), skips=st.booleans(), stop=st.sampled_from([(), ("th", "x a"), (" ",)]))
+def test_tokens_whose_text_is_known_beforehand_change_no_chunk(
+    kind: str, data: st.DataObject, skips: bool, stop: tuple[str, ...]
+) -> None:
+    tokenizer = KINDS[kind]
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=20))
+    quick, slow = (Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skips, stop=stop)) for _ in range(2))
+    slow._whole = defaultdict(str)  # type: ignore[assignment]
+    for token in tokens:
+        assert quick.append(token) == slow.append(token)
+        assert (quick.is_stopped, quick.is_cut) == (slow.is_stopped, slow.is_cut)
+        if quick.is_stopped:
+            break
+    assert quick.finish() == slow.finish()
+    assert quick.text == slow.text
 
 
 def test_special_tokens_are_left_out_unless_wanted() -> None:

@@ -87,7 +87,7 @@ def test_graphs_take_no_more_beside_their_pool_than_is_counted(runner: ModelRunn
     caches = [attention.allocate(2, *shape, torch.float32) for shape in runner.model.config.kv_shapes]
     limits = {"max_tokens": 16, "max_context": 600, "num_seats": 8}
     graphs = DecodeGraphs(runner.model, attention, caches, lambda compute: compute, spare_block=1, **limits)
-    kept = graphs._logits.nbytes + graphs._inputs.nbytes + graphs._tables.nbytes
+    kept = graphs._logits.nbytes + graphs._inputs[16].nbytes + graphs._tables.nbytes
     counted = graph_bytes(runner.model, attention, graph_shapes(attention, 16, 600), 8)
     assert 0 < kept < counted
 
