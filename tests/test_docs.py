@@ -9,9 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nanovllm"
-PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+PAGES = [
+    ROOT / name
+    for name in (
+        *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+        *("benchmarks/README.md", "examples/README.md", "helm/nanovllm/README.md"),
+    )
+] + sorted((ROOT / "docs").glob("*.md"))
 # Of a path in code marks the pages leave out what the reader knows: the package, or the engine on a page about it.
 BASES = (ROOT, PACKAGE, PACKAGE / "engine", PACKAGE / "vision")
 
@@ -66,7 +70,7 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page: Path) -> Non
 def test_paths_in_code_marks_exist(page: Path) -> None:
     marked = re.findall(r"`([^`\s]+)`", without_fences(page.read_text(encoding="utf-8")))
     paths = {one for one in marked if re.fullmatch(r"[\w.\-]+(/[\w.\-]+)+\.(py|cpp|h|md|sh|json|toml)", one)}
-    missing = sorted(path for path in paths if not any((base / path).exists() for base in BASES))
+    missing = sorted(path for path in paths if not any((base / path).exists() for base in (page.parent, *BASES)))
     assert not missing, f"{shown(page)} names files that do not exist: {missing}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,14 @@ class Report:
 
     @classmethod
     def read(cls, path: Path, *, into: Path | None = None) -> Report:
-        """The report in ``path``, to be written to ``into``; an empty one where there is none."""
-        return cls(into or path, json.loads(path.read_text()) if path.is_file() else None)
+        """The report in ``path``, to be written to ``into``; an empty one where there is none.
+
+        Exits where it is no report by parts, as those of earlier scripts.
+        """
+        known = json.loads(path.read_text()) if path.is_file() else None
+        if known is not None and "parts" not in known:
+            sys.exit(f"{path} is of an earlier script: it has no parts to go on from")
+        return cls(into or path, known)
 
     def write(self) -> None:
         """Replace the file at once, so that it is whole whenever the run is cut."""

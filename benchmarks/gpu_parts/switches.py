@@ -33,7 +33,7 @@ SWITCHES = {
     "on copied pages": Switch(replaced=(f"{ENGINE}.attention.selection.CANDIDATES", {})),
     "drawn": Switch(sampling=DRAWN),
     "drawn by torch": Switch(
-        replaced=(f"{ENGINE}.sampling.sampler.choose_kernels", lambda *_: SamplingKernels(reason="switched off")),
+        replaced=(f"{ENGINE}.execution.model_runner.choose_kernels", lambda *_: SamplingKernels(reason="switched off")),
         sampling=DRAWN,
     ),
 }

@@ -86,6 +86,13 @@ def test_a_part_that_takes_too_long_is_cut_and_the_file_says_so(
     assert read(tmp_path / "gpu.json")["parts"]["serve"]["unfinished"] == "cut after 0 s"
 
 
+def test_a_file_of_an_earlier_script_is_refused(tmp_path: Path) -> None:
+    output = str(tmp_path / "gpu.json")
+    done = run("--smoke", "--parts", "roofline", "--resume", "benchmarks/results/gpu.json", "--output", output)
+    assert done.returncode == 1
+    assert "benchmarks/results/gpu.json is of an earlier script" in done.stderr
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path / "gpu.json"))
     assert done.returncode == 2
