@@ -1,6 +1,6 @@
 # A worker for CPUs:  docker build -t nanovllm .
 # In front of servers (engine.backend: openai), without torch:  docker build --build-arg EXTRAS=remote -t nanovllm-remote .
-# For GPUs take a CUDA base, torch from the index that fits its driver, and the extra cuda. No image has been built yet.
+# For GPUs: Dockerfile.cuda. No image has been built yet.
 
 FROM python:3.12-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
