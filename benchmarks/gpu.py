@@ -112,6 +112,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such parts: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.resume not in (None, True) and not args.resume.exists():
+        parser.error(f"there is no {args.resume} to resume")
     if args.resume is True:
         args.resume = args.output
     try:

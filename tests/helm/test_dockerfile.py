@@ -232,7 +232,7 @@ def test_the_python_is_one_that_the_package_supports(
 ) -> None:
     bases = {only(stage, "FROM").split()[0] for stage in stages[-2:]}
     (base,) = bases  # a virtual environment moves between stages of one Python only
-    minor = int(re.fullmatch(r"python:3\.(\d+)-slim", base)[1])  # type: ignore[index]
+    minor = int(re.fullmatch(r"python:3\.(\d+)-slim(?:-trixie)?", base)[1])  # type: ignore[index]
     assert minor >= int(str(project["requires-python"]).removeprefix(">=3."))
 
 
