@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -21,9 +22,16 @@ async def work(seconds: float) -> int:
 
 
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The sleeps of this thread from now on; others of the process sleep too."""
     seen: list[float] = []
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: (seen.append(seconds), sleep(seconds)))
+    sleep, own = time.sleep, threading.get_ident()
+
+    def noting(seconds: float) -> None:
+        if threading.get_ident() == own:
+            seen.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", noting)
     return seen
 
 
