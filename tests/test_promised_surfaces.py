@@ -30,7 +30,7 @@ def settings() -> dict[str, list[str]]:
 def metrics() -> dict[str, list[Any]]:
     collectors = Metrics().registry._collector_to_names
     return {
-        name: [type(collector).__name__, list(getattr(collector, "_labelnames", ()))]
+        name: [type(collector).__name__.removeprefix("_"), list(getattr(collector, "_labelnames", ()))]
         for collector, names in collectors.items()
         for name in names
     }
