@@ -359,7 +359,8 @@ async def test_a_kill_in_mid_batch_loses_nothing(step: str, kafka_broker: str, s
 async def test_sigterm_drains_the_process(setting: Setting, tmp_path: Path) -> None:
     names = [f"{number}.pdf" for number in range(200)]
     setting.send(*(notification(name) for name in names))
-    process = setting.process(tmp_path, "--receivers", "2")
+    # One: moto 5 rebuilds its list of messages at a deletion, so that one of two at once undoes the other.
+    process = setting.process(tmp_path, "--receivers", "1")
     process.start()
     await eventually(lambda: setting.counts() != (len(names), 0) or not process.is_running)
     assert process.stop(grace_s=60) == 0, process.tail()
@@ -368,8 +369,7 @@ async def test_sigterm_drains_the_process(setting: Setting, tmp_path: Path) -> N
     moved = await setting.keys()
     left = [event.key for body in setting.waiting() for event in parse_events(body.encode())]
     assert len(left) == visible
-    # At least once: two receivers that ask at the same moment may be given one message.
-    assert set(moved + left) == set(names)
+    assert sorted(moved + left) == sorted(names)
 
 
 def test_the_command_says_what_it_moved_and_what_is_wrong(
