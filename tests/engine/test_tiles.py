@@ -88,7 +88,7 @@ def test_a_row_of_bfloat16_by_tiles_is_right_and_the_same_in_any_batch(
 
 
 def test_sums_by_tiles_are_nearer_to_the_truth_than_those_of_vectors(emulator: amx.Emulator) -> None:
-    """A row's sums are read in three pieces of 8 bits, as results are bfloat16: each has the earlier ones as its bias."""
+    """A row's sums are read in pieces of 8 bits, as results are bfloat16: each has the earlier ones as its bias."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(48, 1024, generator=generator).bfloat16()
     x = torch.randn(16, 1024, generator=generator).bfloat16()

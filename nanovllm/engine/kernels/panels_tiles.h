@@ -5,12 +5,11 @@
 // Sums of bfloat16 are of even and odd inputs apart, sixteen steps at a time: not the bits of `vdpbf16ps`. Sums of bytes are exact.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "panels.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace tiles {
@@ -143,7 +142,7 @@ void run(const int32_t* inputs, int64_t num_rows, const char* panels, int64_t nu
   const int64_t wanted = (kItemsPerThread * at::get_num_threads() + num_panels - 1) / num_panels;
   const int64_t most_blocks = std::min(fitting, kGroupBlocks);
   const int64_t groups = std::max((blocks + most_blocks - 1) / most_blocks, std::min(blocks, wanted));
-  at::parallel_for(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(((blocks + groups - 1) / groups) * 2 * kRows * kOutputs);
     const Configured configured(rows.height(), kRows);
     for (int64_t item = begin; item < end; ++item) {

@@ -1,11 +1,12 @@
 """Instructions for products with panels, by number of rows: measured once a kind of machine, and recorded.
 
-No flag of a CPU tells which are fastest: `vdpbf16ps` is twice as fast as products in float32 on one maker's CPUs, and slower
-on another's. The record lies beside the compiled kernels: an edited one counts, and without it the next start measures.
+No flag of a CPU tells which are fastest: `vdpbf16ps` is twice as fast as products in float32 on one maker's CPUs, and
+slower on another's. The record lies beside the compiled kernels: an edited one counts, and without it the next start
+measures.
 
 With ``deterministic=True`` no bit may follow from a measurement, which replicas make on their own. Tiles of int8, and
-bfloat16 multiplied as floats, have the bits of vectors, so they may be mixed. Tiles of bfloat16 have other bits: there that
-mode multiplies all rows by tiles wherever the process has them.
+bfloat16 multiplied as floats, have the bits of vectors, so they may be mixed. Tiles of bfloat16 have other bits: there
+that mode multiplies all rows by tiles wherever the process has them.
 """
 
 from __future__ import annotations
