@@ -20,7 +20,6 @@ constexpr int64_t kPartTiles = 8;                   // of a panel, that stay in 
 constexpr int64_t kAheadTiles = 8;
 constexpr int64_t kGroupBytes = 1 << 20;  // of inputs, that stay in a core's own cache
 constexpr int64_t kGroupBlocks = 16;
-constexpr int64_t kItemsPerThread = 8;  // so that the last ones wait little
 
 struct BFloat16s {
   PANEL static __m512 sum(const int32_t* sums) { return _mm512_loadu_ps(reinterpret_cast<const float*>(sums)); }
@@ -139,9 +138,8 @@ void run(const int32_t* inputs, int64_t num_rows, const char* panels, int64_t nu
          int64_t width, Stored* output) {
   const Rows rows{num_rows};
   const int64_t blocks = rows.blocks(), fitting = std::max<int64_t>(1, kGroupBytes / (2 * kRows * 4 * steps));
-  const int64_t wanted = (kItemsPerThread * at::get_num_threads() + num_panels - 1) / num_panels;
   const int64_t most_blocks = std::min(fitting, kGroupBlocks);
-  const int64_t groups = std::max((blocks + most_blocks - 1) / most_blocks, std::min(blocks, wanted));
+  const int64_t groups = std::max((blocks + most_blocks - 1) / most_blocks, groups_of_rows(num_panels, blocks));
   share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(((blocks + groups - 1) / groups) * 2 * kRows * kOutputs);
     const Configured configured(rows.height(), kRows);
