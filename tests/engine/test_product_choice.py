@@ -129,8 +129,8 @@ def ramp(*factors: float) -> list[float]:
         (ramp(1, 1, 1, 1, 1, 1), None, Choice()),  # what gains nothing is left as it is
         (ramp(0.99, 0.98, 0.99, 0.98, 0.99, 0.98), None, Choice()),
         (ramp(1.1, 1, 0.9, 0.5, 0.5, 0.5), None, Choice(floats_from=4)),
-        (ramp(0.5, 0.5, 3.0, 0.5, 0.5, 0.5), None, Choice(floats_from=8)),  # a turn that a neighbour took
-        (ramp(0.5, 0.5, 1.2, 0.5, 0.5, 0.5), None, Choice(floats_from=1)),
+        (ramp(0.5, 0.5, 3.0, 0.5, 0.5, 0.5), None, Choice(floats_from=1)),  # a neighbour took one turn
+        (ramp(0.9, 0.9, 3.0, 0.5, 0.5, 0.5), None, Choice(floats_from=8)),
         (ramp(1, 1, 1, 0.5, 0.5, 0.5), ramp(1.1, 0.9, 0.7, 0.6, 0.3, 0.3), Choice(8, 2)),
         (None, ramp(1.1, 1.1, 1.1, 1.1, 1.1, 0.8), Choice(tiles_from=32)),
         (None, ramp(2, 2, 2, 2, 2, 2), Choice()),

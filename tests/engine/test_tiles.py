@@ -187,15 +187,14 @@ def test_an_engine_in_bfloat16_is_as_near_to_float32_by_tiles(
     assert 0 < (by_tiles - exact).abs().mean() <= 1.2 * (by_vectors - exact).abs().mean()
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_a_shape_that_a_cpu_refuses_ends_the_process(signed: bool) -> None:
+def test_a_shape_that_a_cpu_refuses_ends_the_process() -> None:
     """The emulator does not forgive what the CPU would not: here three bytes of a row."""
     if not torch.ops.nanovllm.request_tiles():
         pytest.skip("the CPU has tiles itself")
     program = (
         "import ctypes; from tests import amx\n"
         "with amx.emulated() as emulator:\n"
-        f"    emulator.library.amx_multiply({4 if signed else 0}, 1, 3, 1, b' ' * 64, b' ' * 64, b' ' * 64)\n"
+        "    emulator.library.amx_multiply(0, 1, 3, 1, b' ' * 64, b' ' * 64, b' ' * 64)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 132
