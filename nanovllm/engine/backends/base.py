@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput, SystemicError, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
+from nanovllm.value_object import value_object
 
 USUAL_CHARS_PER_TOKEN = 4
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
-@dataclass(frozen=True)
+@value_object
 class Request:
     """One untrusted request: its text can never become special tokens.
 

@@ -11,9 +11,10 @@ from itertools import count
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
 from nanovllm.pipeline.admission.tenant_shares import FairShares
+from nanovllm.value_object import value_object
 
 
-@dataclass(frozen=True)
+@value_object
 class QueuedJob:
     """One job that waits for a slot, or has one.
 

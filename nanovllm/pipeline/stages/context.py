@@ -19,6 +19,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
+from nanovllm.value_object import value_object
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",
@@ -77,7 +78,7 @@ class _StageTimer:
         progress.seconds[name] = progress.seconds.get(name, 0.0) + time.monotonic() - self._started
 
 
-@dataclass(frozen=True)
+@value_object
 class JobContext:
     """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart.
 
@@ -131,7 +132,7 @@ class JobContext:
             raise DeadlineExceeded(f"the deadline passed while the job was in stage {stage}") from None
 
 
-@dataclass(frozen=True)
+@value_object
 class Answered:
     """A job with an answer: the records of its result and its metrics; ``reused`` where another job was inferred."""
 
@@ -198,7 +199,7 @@ class EventSkippedError(Exception):
 Outcome = Answered | Extracted | Retried | DeadLettered | Skipped
 
 
-@dataclass(frozen=True)
+@value_object
 class Inference:
     """The engine's output for a job, or another job's equal one."""
 
