@@ -41,7 +41,11 @@ class _KeptChildren(MetricWrapperBase):
 
 
 class _Counter(_KeptChildren, Counter):
-    pass
+    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
+        if amount > 0 and exemplar is None and self._is_observable():
+            self._value.inc(amount)
+        else:
+            super().inc(amount, exemplar)
 
 
 class _Histogram(_KeptChildren, Histogram):

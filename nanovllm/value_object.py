@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
@@ -16,3 +16,10 @@ def value_object(cls: type[T]) -> type[T]:
     and this one 0.26 µs (CPython 3.11).
     """
     return dataclass(unsafe_hash=True)(cls)
+
+
+def changed(instance: T, **fields: Any) -> T:
+    """A copy of a value object with other ``fields``: `dataclasses.replace` without ``__post_init__``."""
+    copied = object.__new__(type(instance))
+    copied.__dict__.update(instance.__dict__, **fields)
+    return copied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import field
 
 from nanovllm.value_object import value_object
 
@@ -21,12 +21,13 @@ class OutgoingRecord:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    size_bytes: int = field(init=False, repr=False, compare=False)
+    """At least what the record takes in a batch of its own."""
 
-    @cached_property
-    def size_bytes(self) -> int:
-        """At least what the record takes in a batch of its own."""
+    def __post_init__(self) -> None:
         headers = self.headers
         size = _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value or b"")
         size += _HEADER_OVERHEAD_BYTES * len(headers) + sum([len(value) for _, value in headers])
         names = "".join([name for name, _ in headers])
-        return size + (len(names) if names.isascii() else len(names.encode()))
+        size += len(names) if names.isascii() else len(names.encode())
+        object.__setattr__(self, "size_bytes", size)

@@ -79,6 +79,7 @@ class Generation:
         self._error: BaseException | None = None
         self._ended = asyncio.Event()
         self._changed = asyncio.Event()  # never set: `_announce` wakes those that wait now
+        self._iterations_waiting = 0
         self._restarts = 0
 
     @property
@@ -138,7 +139,11 @@ class Generation:
             elif self._output is not None:
                 return
             else:
-                await self._changed.wait()
+                self._iterations_waiting += 1
+                try:
+                    await self._changed.wait()
+                finally:
+                    self._iterations_waiting -= 1
 
     async def _wait(self) -> RequestOutput:
         await self._ended.wait()
@@ -149,8 +154,9 @@ class Generation:
 
     def _announce(self) -> None:
         """Wake the iterations that wait now, and at the end those that wait for the output."""
-        self._changed.set()
-        self._changed.clear()
+        if self._iterations_waiting:
+            self._changed.set()
+            self._changed.clear()
         if self.is_finished:
             self._ended.set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import ClassVar, Literal
@@ -108,17 +108,17 @@ class JobContext:
             return None
         return max(0.0, self.progress.received_at.timestamp() - self.record.timestamp_ms / 1000)
 
-    @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
+    def deadline(self) -> AbstractAsyncContextManager[None]:
         """Cancel what happens inside when the job expires.
 
         Raises:
             DeadlineExceeded: it has expired, before or inside.
         """
-        if self.expires_at is None:
-            yield
-            return
-        left_s = (self.expires_at - datetime.now(UTC)).total_seconds()
+        return nullcontext() if self.expires_at is None else self._until(self.expires_at)
+
+    @asynccontextmanager
+    async def _until(self, expires_at: datetime) -> AsyncIterator[None]:
+        left_s = (expires_at - datetime.now(UTC)).total_seconds()
         if left_s <= 0:
             self.progress.failed_stage = "admit"
             raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the job was received")
