@@ -33,7 +33,7 @@ MISUSE = 2
 GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvidia-caps/*", "/dev/dxg", "/dev/kfd")
 """Device files of which a machine or a container with a GPU has one: of NVIDIA's driver, of WSL's, of AMD's."""
 TICK_S = 1.0
-COLLECT_AFTER_OBJECTS = 10_000
+COLLECT_AFTER_OBJECTS = 5_000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
 

@@ -77,9 +77,8 @@ class Generation:
         self._chunks: list[TokenChunk] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._ended = asyncio.Event()
-        self._changed = asyncio.Event()  # never set: `_announce` wakes those that wait now
-        self._iterations_waiting = 0
+        self._iterating: list[asyncio.Future[None]] = []
+        self._awaiting: list[asyncio.Future[None]] = []
         self._restarts = 0
 
     @property
@@ -139,14 +138,11 @@ class Generation:
             elif self._output is not None:
                 return
             else:
-                self._iterations_waiting += 1
-                try:
-                    await self._changed.wait()
-                finally:
-                    self._iterations_waiting -= 1
+                await _waiter_in(self._iterating)
 
     async def _wait(self) -> RequestOutput:
-        await self._ended.wait()
+        if not self.is_finished:
+            await _waiter_in(self._awaiting)
         if self._error is not None:
             raise self._error
         assert self._output is not None
@@ -154,11 +150,23 @@ class Generation:
 
     def _announce(self) -> None:
         """Wake the iterations that wait now, and at the end those that wait for the output."""
-        if self._iterations_waiting:
-            self._changed.set()
-            self._changed.clear()
+        _wake(self._iterating)
         if self.is_finished:
-            self._ended.set()
+            _wake(self._awaiting)
+
+
+def _waiter_in(waiting: list[asyncio.Future[None]]) -> asyncio.Future[None]:
+    waiter = asyncio.get_running_loop().create_future()
+    waiting.append(waiter)
+    return waiter
+
+
+def _wake(waiting: list[asyncio.Future[None]]) -> None:
+    # Not an asyncio.Event: most chunks come while nothing waits for them.
+    for waiter in waiting:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiting.clear()
 
 
 def _joined(chunks: list[TokenChunk]) -> list[TokenChunk]:

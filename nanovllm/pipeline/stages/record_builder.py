@@ -58,9 +58,14 @@ class RecordBuilder:
         return ModelUse(**asdict(self.model))
 
     def answer(
-        self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], inference: Inference, stats: EngineStats
+        self,
+        context: JobContext,
+        job: Job,
+        fetched: Sequence[FetchedImage],
+        inference: Inference,
+        stats: Callable[[], EngineStats],
     ) -> tuple[Result, OutgoingRecord]:
-        """The result of an answered job, and the record of its metrics."""
+        """The result of an answered job, and the record of its metrics; ``stats`` are the engine's now."""
         output = inference.output
         job_id = job.job_id or ""
         fields = {
@@ -233,17 +238,18 @@ def _timings(context: JobContext, output: RequestOutput) -> dict[str, float]:
         "generation": timings.generation_ms,
         "total": 1000 * context.progress.elapsed_s,
     }
-    return {name: round(value, 3) for name, value in milliseconds.items()}
+    return {name: round(value, 3) if value else 0.0 for name, value in milliseconds.items()}
 
 
-def _metrics(result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats) -> JobMetrics:
+def _metrics(
+    result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, engine_stats: Callable[[], EngineStats]
+) -> JobMetrics:
     ours, timings, usage = result.timings_ms, output.timings, output.usage
     generation_s = timings.generation_ms / 1000
     # The first token belongs to the prefill; what generation_ms covers are the ones after it.
     after_first = max(0, usage.output_tokens - 1)
-    spared_s = 0.0
-    if output.images and stats.encoder_images:
-        spared = sum(image.outcome != "miss" for image in output.images)
+    spared, spared_s = sum(image.outcome != "miss" for image in output.images), 0.0
+    if spared and (stats := engine_stats()).encoder_images:
         spared_s = spared * (stats.encoder_seconds / stats.encoder_images)
     return JobMetrics(
         job_id=result.job_id,
