@@ -48,6 +48,18 @@ class _Counter(_KeptChildren, Counter):
             super().inc(amount, exemplar)
 
 
+class PartitionGauge(_KeptChildren, Gauge):
+    """A gauge of the partitions that a worker has now, by topic and number."""
+
+    def show(self, values: Mapping[tuple[str, int], float]) -> None:
+        """Set each partition's value; those that have left must not go on showing their last one."""
+        for gone in self._kept.keys() - values.keys():
+            del self._kept[gone]
+            self.remove(*gone)
+        for labels, value in values.items():
+            self.labels(*labels).set(value)
+
+
 class _Histogram(_KeptChildren, Histogram):
     """Keeps what was observed as a list, and counts it into the buckets by the hundred and before a scrape.
 
@@ -127,11 +139,11 @@ class Metrics:
             "priorities_clamped", "Jobs whose priority was outside of the range that the settings allow."
         )
         self.retries = self._counter("retries", "Attempts that failed and were repeated in place.", ("stage",))
-        self.consumer_lag = self._gauge(
-            "consumer_lag_records", "Records of a partition that are not finished.", ("topic", "partition")
+        self.consumer_lag = self._partition_gauge(
+            "consumer_lag_records", "Records of a partition that are not finished."
         )
-        self.watermark = self._gauge(
-            "consumer_watermark_offset", "Offset up to which a partition is finished.", ("topic", "partition")
+        self.watermark = self._partition_gauge(
+            "consumer_watermark_offset", "Offset up to which a partition is finished."
         )
         self.tombstones = self._counter("tombstones", "Records of jobs topics without a value.", ("topic",))
         self.overtaken = self._counter(
@@ -179,8 +191,11 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return _Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
-    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
-        return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"nanovllm_{name}", text, registry=self.registry)
+
+    def _partition_gauge(self, name: str, text: str) -> PartitionGauge:
+        return PartitionGauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
         return _Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))

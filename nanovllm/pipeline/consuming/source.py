@@ -249,7 +249,7 @@ class JobSource(ConsumerRebalanceListener):
                 consumer.seek(tp, records[0].offset)
         if time.monotonic() - self._positions_noted >= POSITION_INTERVAL_S:
             self._positions_noted = time.monotonic()
-            await assignments.note_positions(consumer)
+            assignments.note_positions(consumer)
         return deliveries
 
     async def watch_topics(self) -> None:
