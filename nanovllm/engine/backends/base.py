@@ -98,12 +98,13 @@ class Generation:
 
     def deliver(self, chunk: TokenChunk, output: RequestOutput | None = None) -> None:
         """For backends, in the event loop: add a chunk and, with the last one, the whole output."""
-        if self.is_finished:
+        if self._output is not None or self._error is not None:
             return
         if chunk.token_ids or chunk.text or chunk.finish_reason:
             self._chunks.append(chunk)
         self._output = output
-        self._announce()
+        if self._iterating or output is not None:
+            self._announce()
 
     def restart(self) -> None:
         """For backends, in the event loop: the chunks so far are void; the request begins anew."""
