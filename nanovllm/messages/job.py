@@ -318,7 +318,9 @@ class Job(_Strict):
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
         # In place of the limit that other objects have: unknown names cost nothing here.
-        known_names = cls.model_fields
+        known_names = cls.__pydantic_fields__
+        if isinstance(fields, dict) and fields.keys() <= known_names.keys():
+            return fields
         names = fields if isinstance(fields, Mapping) else {}
         unknown = [name for name in names if isinstance(name, str) and name not in known_names]
         absent = [name for name in known_names if name not in names] if unknown else []

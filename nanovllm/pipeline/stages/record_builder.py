@@ -248,7 +248,8 @@ def _metrics(
     generation_s = timings.generation_ms / 1000
     # The first token belongs to the prefill; what generation_ms covers are the ones after it.
     after_first = max(0, usage.output_tokens - 1)
-    spared, spared_s = sum(image.outcome != "miss" for image in output.images), 0.0
+    spared = sum(image.outcome != "miss" for image in output.images) if output.images else 0
+    spared_s = 0.0
     if spared and (stats := engine_stats()).encoder_images:
         spared_s = spared * (stats.encoder_seconds / stats.encoder_images)
     return JobMetrics(
