@@ -12,8 +12,7 @@ T = TypeVar("T")
 def value_object(cls: type[T]) -> type[T]:
     """A dataclass that is frozen for the type checker alone, with the equality and hash of a frozen one.
 
-    ``dataclass(frozen=True)`` sets each field by ``object.__setattr__``: with ten fields one takes 2.1 µs to make,
-    and this one 0.26 µs (CPython 3.11).
+    ``dataclass(frozen=True)`` sets each field by ``object.__setattr__``, and takes eight times as long to make.
     """
     return dataclass(unsafe_hash=True)(cls)
 

@@ -9,7 +9,7 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 
 _SEED, _FACTOR, _WORD = 0x9747B28C, 0x5BD1E995, 0xFFFFFFFF
-MAX_KNOWN_KEYS = 1_024
+MAX_KNOWN_KEYS, MAX_KNOWN_KEY_BYTES = 1_024, 1_024
 
 
 class KeyedProducer(AIOKafkaProducer):
@@ -24,11 +24,12 @@ class KeyedProducer(AIOKafkaProducer):
         if partition is not None or encoded is None:
             chosen: int = super()._partition(topic, partition, key, value, *serialized)
             return chosen
+        # A dead letter has the key of its record, of any length.
+        hashed = _known_murmur2(encoded) if len(encoded) <= MAX_KNOWN_KEY_BYTES else murmur2(encoded)
         # Partitions are numbered from 0; metadata lists those without a leader too.
-        return (murmur2(encoded) & 0x7FFFFFFF) % len(self._metadata._partitions[topic])
+        return (hashed & 0x7FFFFFFF) % len(self._metadata._partitions[topic])
 
 
-@lru_cache(MAX_KNOWN_KEYS)
 def murmur2(data: bytes) -> int:
     """Murmur2 of ``data`` with the seed of Kafka's clients, as an unsigned number of 32 bits."""
     words = len(data) >> 2
@@ -40,3 +41,6 @@ def murmur2(data: bytes) -> int:
         state = (state ^ int.from_bytes(rest, "little")) * _FACTOR & _WORD
     state = (state ^ state >> 13) * _FACTOR & _WORD
     return state ^ state >> 15
+
+
+_known_murmur2 = lru_cache(MAX_KNOWN_KEYS)(murmur2)

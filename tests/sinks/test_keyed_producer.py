@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts import create_topic
 
-from nanovllm.kafka.keyed_producer import KeyedProducer, murmur2
+from nanovllm.kafka.keyed_producer import MAX_KNOWN_KEY_BYTES, KeyedProducer, _known_murmur2, murmur2
 
 
 @given(st.binary(max_size=80))
@@ -32,7 +32,8 @@ async def test_records_go_to_the_partitions_of_aiokafkas_producer(
 ) -> None:
     topic = unique("keys")
     await create_topic(embedded_broker, topic, partitions=7)
-    keys = [f"job-{number}".encode() for number in range(40)]
+    keys = [*(f"job-{number}".encode() for number in range(40)), b"k" * (MAX_KNOWN_KEY_BYTES + 1)]
+    _known_murmur2.cache_clear()
     async with (
         KeyedProducer(bootstrap_servers=embedded_broker) as ours,
         AIOKafkaProducer(bootstrap_servers=embedded_broker) as theirs,
@@ -40,5 +41,6 @@ async def test_records_go_to_the_partitions_of_aiokafkas_producer(
         for key in keys:
             mine, other = [await one.send_and_wait(topic, b"value", key=key) for one in (ours, theirs)]
             assert mine.partition == other.partition
+        assert _known_murmur2.cache_info().currsize == 40  # a long key is not kept
         assert (await ours.send_and_wait(topic, b"value", partition=3, key=keys[0])).partition == 3
         assert (await ours.send_and_wait(topic, b"value")).partition in range(7)
