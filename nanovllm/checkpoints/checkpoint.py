@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.checkpoints.config_fields import reading_config
+from nanovllm.checkpoints.digest import digest_of
 from nanovllm.checkpoints.resolve import (
     checkpoint_name,
     is_lfs_pointer,
@@ -218,11 +218,7 @@ class Checkpoint:
     @cached_property
     def parameter_digest(self) -> str:
         """SHA-256 (hex) over the weight files in order of their names."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
-        return digest.hexdigest()
+        return digest_of(self.files)
 
     @property
     def revision(self) -> str:

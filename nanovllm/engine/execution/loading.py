@@ -19,6 +19,7 @@ from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.start_phases import START, Phase
 from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.processor import VisionProcessor
@@ -92,16 +93,21 @@ def load_models(
     if is_generic(checkpoint, config.backend):
         from nanovllm.engine.execution.generic_models import load_generic_models  # transformers' layers: seconds
 
-        generic, encoder, reference = load_generic_models(config, checkpoint, dtype, device)
+        with START.timed(Phase.WEIGHTS):
+            generic, encoder, reference = load_generic_models(config, checkpoint, dtype, device)
         _choose_tower_attention(encoder, dtype, device)
         return generic, encoder, reference
-    model = load_text_model(checkpoint, dtype, device)
-    model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+    with START.timed(Phase.WEIGHTS):
+        model = load_text_model(checkpoint, dtype, device)
+    with START.timed(Phase.PACKING):
+        model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
     fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
-    encoder = load_encoder(checkpoint, config, model, dtype, device)
+    with START.timed(Phase.WEIGHTS):
+        encoder = load_encoder(checkpoint, config, model, dtype, device)
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        choose_torch_layouts(encoder)
+        with START.timed(Phase.PACKING):
+            choose_torch_layouts(encoder)
         _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1
