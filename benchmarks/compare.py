@@ -57,6 +57,7 @@ CANNOT = {  # kinds of workload
     "transformers-cb": {"schema", "images"},
     "llama.cpp": {"text", "images", "sampling", "schema"},
 }
+NO_DEFAULTS = {"nanovllm", "transformers-cb"}  # the latter's cache takes 60% of the memory, and others stay loaded
 NO_INT8 = {"transformers", "transformers-cb", "vllm"}
 WORKLOADS: dict[str, Maker] = {
     "text": make_text,
@@ -121,7 +122,7 @@ def read_arguments() -> argparse.Namespace:
             parser.error(f"--peer {peer}: not one of {', '.join(RUNNERS)} with an environment; see peers/setup.sh")
         args.peers[name] = str(Path(directory).absolute() / "bin" / "python")
     if args.own_defaults:
-        args.peers |= {name + OWN_DEFAULTS: python for name, python in args.peers.items() if name != "nanovllm"}
+        args.peers |= {name + OWN_DEFAULTS: python for name, python in args.peers.items() if name not in NO_DEFAULTS}
     args.output = args.output or DIRECTORY / f"peers-{args.size}.json"
     return args
 

@@ -12,7 +12,7 @@ from protocol import Answers, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-KV_CACHE_BYTES = 4 << 30  # as vLLM and OpenVINO get
+KV_CACHE_BYTES = 1 << 30  # taken from the machine at once
 PAGE_TOKENS = 16
 NO_TOKEN = -1
 
@@ -23,29 +23,20 @@ class Continuous:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.precision == "int8":
             raise SystemExit("transformers has no int8 of its own on a CPU")
-        dtype: torch.dtype | str = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-        if args.own_defaults:
-            dtype = "auto"
-        else:
-            torch.set_num_threads(args.threads)
+        torch.set_num_threads(args.threads)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.config = ContinuousBatchingConfig()
-        if not args.own_defaults:
-            self.config = ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS,
-                num_blocks=KV_CACHE_BYTES // (PAGE_TOKENS * token_bytes(self.model)),
-                max_batch_tokens=512,
-                max_requests_per_batch=args.batch,
-            )
+        self.config = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=KV_CACHE_BYTES // (PAGE_TOKENS * token_bytes(self.model)),
+            max_batch_tokens=512,
+            max_requests_per_batch=args.batch,
+        )
         self.manager: Any = None
         self.sampling: dict[str, float] | None = None
         self.turn = 0
-        self.versions = {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "dtype": str(self.model.dtype),
-        }
+        self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
 
     @torch.inference_mode()
     def run(self, workload: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:

@@ -77,14 +77,14 @@ def restart_with_openmp() -> None:
     if "VLLM_NO_USAGE_STATS" in os.environ:
         return
     found = sorted(Path(sys.prefix).glob("lib/**/libiomp5.so"))
-    os.environ |= {"VLLM_NO_USAGE_STATS": "1", **({"LD_PRELOAD": str(found[0])} if found else {})}
+    os.environ |= {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # by itself it wants nine tenths of the memory, and others stay loaded
+        **({"LD_PRELOAD": str(found[0])} if found else {}),
+    }
     if "--own-defaults" not in sys.argv:
         threads = int(sys.argv[sys.argv.index("--threads") + 1])
-        os.environ |= {
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "4",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
