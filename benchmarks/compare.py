@@ -232,6 +232,8 @@ def take_turns(args: argparse.Namespace, make: Maker, tokenizer: Any, runners: l
                     continue
                 if turn >= args.warm_ups:
                     turns[runner.name].append(reply)
+    if "nanovllm" in failures:
+        raise RunnerFailed(failures["nanovllm"])
     answers = {name: [turn.pop("answers") for turn in of_engine] for name, of_engine in turns.items()}
     ours = turns["nanovllm"]
     engines = {}
