@@ -151,6 +151,11 @@ class Metrics:
             "Offsets that retention, or the deletion of their topic, removed before they were finished.",
             ("topic", "partition"),
         )
+        self.engine_idle_seconds = self._counter(
+            "engine_idle_seconds",
+            "Time in which the engine computed no text, by what it waited for.",
+            ("reason",),
+        )
         self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
         self.event_loop_lag_seconds = self._gauge(
             "event_loop_lag_seconds", "How late the event loop's last tick was; heartbeats to Kafka share it."

@@ -52,6 +52,7 @@ class EndpointStats:
 class EngineStats:
     """A snapshot of the engine; ``prefix_cache_queries`` and ``prefix_cache_hits`` count tokens.
 
+    ``image_seconds``: no text was computed, because images were preprocessed or in the tower.
     ``spec_decode_draft_tokens`` were guessed ahead, and ``spec_decode_accepted_tokens`` of them were right.
     """
 
@@ -68,5 +69,6 @@ class EngineStats:
     spec_decode_accepted_tokens: int = 0
     encoder_images: int = 0
     encoder_seconds: float = 0.0
+    image_seconds: float = 0.0
     embedding_cache: CacheStats | None = None
     endpoints: tuple[EndpointStats, ...] = ()

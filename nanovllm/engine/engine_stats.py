@@ -35,5 +35,6 @@ def collect_stats(scheduler: Scheduler, processor: VisionProcessor | None, count
         spec_decode_accepted_tokens=scheduler.prompt_lookup.num_accepted,
         encoder_images=encoder.images_encoded if encoder else 0,
         encoder_seconds=encoder.encode_seconds if encoder else 0.0,
+        image_seconds=encoder.encode_seconds if encoder else 0.0,
         embedding_cache=processor.cache.stats() if processor else None,
     )

@@ -45,6 +45,7 @@ from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
@@ -141,7 +142,10 @@ def build_worker(
     retry = Retry(faults, backoff, metrics)
     limit = DeadLetterLimit(settings.dead_letters.poison_limit)
     builder = RecordBuilder(settings, engine.model_info, sink.max_record_bytes, retry_topics)
-    receive, failure = Receive(settings, retry_topics, decode), Failure(builder, limit)
+    idle = EngineIdle(metrics)
+    if decoders is not None:
+        decoders.while_at_work = idle.waits["decode"]
+    receive, failure = Receive(settings, retry_topics, idle, decode), Failure(builder, limit)
     rates = TokenRates(settings.tenants.tokens_per_minute, settings.tenants.limits)
     holds = BucketHolds(health.set_held_buckets)
     watched = WatchedFetcher(fetcher, holds)
@@ -155,13 +159,13 @@ def build_worker(
     # A quarter more slots than run at once: a finished job's successor is in the engine's very next step.
     slots = engine.max_num_seqs + max(1, engine.max_num_seqs // 4)
     queue = EngineQueue(slots, FairShares(settings.tenants.weights, are_configured=settings.tenants.are_configured))
-    infer: Infer = CallEngine(engine)
+    infer: Infer = CallEngine(engine, idle)
     if settings.engine.backend == "openai":
-        infer = AwaitServers(infer, retry)
+        infer = AwaitServers(infer, retry, idle)
     infer_part = infer
     if crash_guard is not None:
-        infer = GuardCrashes(infer, crash_guard, retry)
-        infer_part = GuardCrashes(infer_part, crash_guard, retry, is_whole=False)
+        infer = GuardCrashes(infer, crash_guard, retry, idle)
+        infer_part = GuardCrashes(infer_part, crash_guard, retry, idle, is_whole=False)
     infer = WaitForSlot(infer, queue)
     if settings.reuse.answer_bytes:
         infer = ReuseResponses(infer, engine.model_info, metrics, max_bytes=settings.reuse.answer_bytes)
@@ -236,6 +240,7 @@ def build_worker(
             lanes=set(lanes.values()),
         ),
         engine=engine,
+        idle=idle,
         faults=faults,
         backoff=backoff,
         metrics=metrics,

@@ -19,8 +19,10 @@ from nanovllm.pipeline.admission.key_order import KeyOrder
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.record_source import RecordSource
+from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.failure.backoff import Backoff
 from nanovllm.pipeline.failure.faults import ActiveFaults
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.idle_loop import idle_loop
 from nanovllm.pipeline.stages.admit import AfterKeyTurn
@@ -61,6 +63,7 @@ class Worker:
     event_stages: EventStages | None
     admission: Admission
     engine: EngineBackend
+    idle: EngineIdle
     faults: ActiveFaults
     backoff: Backoff
     metrics: Metrics
@@ -82,6 +85,7 @@ class Worker:
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
+        self._delayed_topics = frozenset(RetryTopics.of(self.settings).delays_s)
 
     def stop(self) -> None:
         """Take no more jobs, finish those at work within the drain's budget, and let ``run`` return."""
@@ -149,12 +153,15 @@ class Worker:
                 records = await self._poll(source, rooms, takes_work)
             except BrokersUnavailable as error:
                 failures += 1
+                self.idle.records_wait = True  # for all that is known
                 self.faults.report("kafka consumer", error)
                 await asyncio.sleep(self.backoff.wait_s(failures))
                 continue
             failures = 0
             self.faults.clear("kafka consumer")
             await self._begin(records, source)
+            if any(rooms.values()) and not records and source.has_joined:
+                self.idle.records_wait = False
             if takes_work:
                 await self.admission.wait_for_room(POLL_MS / 1000)
 
@@ -307,6 +314,7 @@ class Worker:
             self.health.wait_for(f"topic {missing}, which the brokers do not list" if missing else None)
             self.health.is_engine_alive = not self.engine.dead.is_set()
             self.engine_stats = self.engine.stats()
+            self.idle.observe(self.engine_stats)
             self._observe_outage()
             self.faults.observe()
             self.metrics.jobs_in_flight.set(self.admission.jobs)
@@ -318,7 +326,9 @@ class Worker:
                 except BrokersUnavailable as error:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
-                self.metrics.consumer_lag.show(source.lags)
+                self.metrics.consumer_lag.show(lags := source.lags)
+                due = sum(lag for (topic, _), lag in lags.items() if topic not in self._delayed_topics)
+                self.idle.records_wait = due > self.admission.jobs or not source.has_joined
                 self.metrics.watermark.show(source.watermarks)
 
     def _observe_outage(self) -> None:

@@ -483,3 +483,29 @@ async def test_memory_that_runs_out_is_the_engines_end(engine: AsyncEngine, monk
     with pytest.raises(EngineDead):
         await engine.submit(ask("any"))
     assert engine.death is not None
+
+
+async def test_the_tower_and_preprocessing_without_other_requests_are_time_for_images(
+    vision_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncEngine(LLMEngine(str(vision_model), **OPTIONS)) as engine:
+        processor, gate = engine._engine.processor, threading.Event()
+        assert processor is not None
+        await engine.submit(ask("a", "<|image|>", images=(picture(engine, 10),)))
+        stats = engine.stats()
+        assert stats.image_seconds == stats.encoder_seconds > 0
+
+        monkeypatch.setattr(processor.encoder, "preprocesses", True)
+        monkeypatch.setattr(processor, "preprocess", lambda *_: gate.wait(60))
+        waiting = engine.submit(ask("b", "<|image|>", images=(picture(engine, 20),)))
+        first, second = engine.stats().image_seconds, engine.stats().image_seconds
+        assert stats.image_seconds < first < second
+        beside = engine.submit(ask("c", max_tokens=12))
+        first, second = engine.stats().image_seconds, engine.stats().image_seconds
+        assert first == second, "an engine that computes text waits for no image"
+        await beside
+        first, second = engine.stats().image_seconds, engine.stats().image_seconds
+        assert first < second
+        gate.set()
+        await waiting
+        assert engine._preparing_since is None

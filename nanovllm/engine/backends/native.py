@@ -68,6 +68,8 @@ class AsyncEngine(EngineBackend):
         self._commands: queue.SimpleQueue[Request | _FitCheck | str | None] = queue.SimpleQueue()
         self._fit_checks: set[asyncio.Future[bool]] = set()
         self._compiling: dict[str, bool] = {}  # what is compiled or preprocessed -> aborted meanwhile
+        self._prepared_s = 0.0  # in which every request was compiled or preprocessed
+        self._preparing_since: float | None = None
         self._preprocessing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-images")
         self._stats = engine.stats()
         self._step_started: float | None = None
@@ -141,10 +143,12 @@ class AsyncEngine(EngineBackend):
             self._commands.put(request)
             return
         self._compiling[request.request_id] = False
+        self._note_preparation()
         compiling: asyncio.Future[Any] = waits[0] if len(waits) == 1 else asyncio.gather(*waits)
 
         def queue_request(done: asyncio.Future[object]) -> None:
             aborted = self._compiling.pop(request.request_id)
+            self._note_preparation()
             if done.cancelled():  # the engine was closed, which ended the generation
                 return
             error = done.exception()
@@ -168,7 +172,19 @@ class AsyncEngine(EngineBackend):
         """The engine's figures after its last step; requests that it has not seen yet count as waiting."""
         stats = self._stats
         unseen = max(0, len(self._generations) - stats.num_requests_running - stats.num_requests_waiting)
-        return replace(stats, num_requests_waiting=stats.num_requests_waiting + unseen)
+        self._note_preparation()
+        return replace(
+            stats,
+            num_requests_waiting=stats.num_requests_waiting + unseen,
+            image_seconds=stats.image_seconds + self._prepared_s,
+        )
+
+    def _note_preparation(self) -> None:
+        now = time.monotonic()
+        if self._preparing_since is not None:
+            self._prepared_s += now - self._preparing_since
+        has_others = len(self._generations) > len(self._compiling)
+        self._preparing_since = now if self._compiling and not has_others else None
 
     async def close(self) -> None:
         """End the thread after its current step and close the engine; unfinished generations end with EngineDead."""
@@ -196,6 +212,8 @@ class AsyncEngine(EngineBackend):
                 continue
             if output.finished is not None or output.failure is not None:
                 del self._generations[output.request_id]
+                if self._compiling:
+                    self._note_preparation()
             if output.failure is not None:
                 generation.fail(output.failure)
             else:

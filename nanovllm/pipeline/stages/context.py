@@ -19,6 +19,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.value_object import value_object
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
@@ -48,6 +49,7 @@ class Progress:
     current_stage: Stage = "receive"
     failed_stage: Stage = "receive"
     seconds: dict[Stage, float] = field(default_factory=dict)
+    idle: EngineIdle | None = None
 
     @property
     def elapsed_s(self) -> float:
@@ -69,10 +71,14 @@ class _StageTimer:
 
     def __enter__(self) -> None:
         self._progress.current_stage = self._name
+        if (idle := self._progress.idle) is not None:
+            idle.enter_stage(self._name)
         self._started = time.monotonic()
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         progress, name = self._progress, self._name
+        if (idle := progress.idle) is not None:
+            idle.leave_stage(name)
         if error_type is not None:
             progress.failed_stage = name
         progress.seconds[name] = progress.seconds.get(name, 0.0) + time.monotonic() - self._started

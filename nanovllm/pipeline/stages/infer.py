@@ -20,6 +20,7 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.tenant_shares import TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.caches import SingleFlightCache
 from nanovllm.pipeline.stages.context import Inference
@@ -50,19 +51,21 @@ def request_of(job: Job, images: tuple[PreparedImage, ...], admitted: AdmittedJo
 class CallEngine:
     """Submits requests to the engine; a call that is cancelled aborts its request."""
 
-    def __init__(self, engine: EngineBackend) -> None:
+    def __init__(self, engine: EngineBackend, idle: EngineIdle) -> None:
         self._engine = engine
+        self._idle = idle
         self._numbers = count(1)
 
     async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """The engine's output."""
         # One job may be at work twice, delivered again or sent again: the number keeps the two apart.
         own_id = f"{request.request_id}#{next(self._numbers)}"
-        generation = self._engine.submit(changed(request, request_id=own_id))
-        try:
-            return Inference(await generation)
-        finally:
-            generation.abort()
+        with self._idle.request:
+            generation = self._engine.submit(changed(request, request_id=own_id))
+            try:
+                return Inference(await generation)
+            finally:
+                generation.abort()
 
 
 ENGINE_ENDPOINTS = "engine endpoints"
@@ -72,9 +75,10 @@ ENGINE_ENDPOINTS = "engine endpoints"
 class AwaitServers:
     """Holds requests while no server of the engine takes any, and the worker takes no work meanwhile."""
 
-    def __init__(self, infer: Infer, retry: Retry) -> None:
+    def __init__(self, infer: Infer, retry: Retry, idle: EngineIdle) -> None:
         self._infer = infer
         self._retry = retry
+        self._idle = idle
 
     async def __call__(self, request: Request, admitted: AdmittedJob) -> Inference:
         """As ``infer``, which is called again for as long as it raises EndpointsUnavailable or CredentialsRefused."""
@@ -93,7 +97,8 @@ class AwaitServers:
             except Exception as error:
                 return error  # of the request, or of the engine for good: not to be tried again
 
-        outcome = await self._retry(attempt, ENGINE_ENDPOINTS, admitted.context.progress)
+        with self._idle.waits["endpoint"]:  # an engine that has the request is not idle
+            outcome = await self._retry(attempt, ENGINE_ENDPOINTS, admitted.context.progress)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -105,8 +110,11 @@ class GuardCrashes:
     ``is_whole`` False: the requests are parts of jobs, such as pages of documents.
     """
 
-    def __init__(self, infer: Infer, guard: CrashGuard, retry: Retry, *, is_whole: bool = True) -> None:
+    def __init__(
+        self, infer: Infer, guard: CrashGuard, retry: Retry, idle: EngineIdle, *, is_whole: bool = True
+    ) -> None:
         self._infer = infer
+        self._idle = idle
         self._guard = guard
         self._retry = retry
         self._is_whole = is_whole
@@ -115,7 +123,8 @@ class GuardCrashes:
         """As ``infer``. Raises CrashedWorker where the job has ended as many workers as are allowed."""
         record = admitted.context.record
         async with self._guard.enter(record, is_whole=self._is_whole):
-            await self._retry(lambda: self._guard.recorded(record), "kafka producer", admitted.context.progress)
+            with self._idle.waits["broker"]:
+                await self._retry(lambda: self._guard.recorded(record), "kafka producer", admitted.context.progress)
             return await self._infer(request, admitted)
 
 

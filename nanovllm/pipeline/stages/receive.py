@@ -19,6 +19,7 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.events.envelope import split_events
 from nanovllm.pipeline.events.event import ObjectEvent
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.stages.context import JobContext, Progress
 from nanovllm.pipeline.stages.failure import dead_letter_reason
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
@@ -56,8 +57,11 @@ class Receive:
     ``decode`` in place of `decode_job` takes other forms of a job too.
     """
 
-    def __init__(self, settings: Settings, retry_topics: RetryTopics, decode: DecodeJob | None = None) -> None:
+    def __init__(
+        self, settings: Settings, retry_topics: RetryTopics, idle: EngineIdle, decode: DecodeJob | None = None
+    ) -> None:
         self._settings = settings
+        self._idle = idle
         self._retry_topics = retry_topics
         self._decode = decode or decode_job
 
@@ -79,7 +83,7 @@ class Receive:
     def context_of(self, record: ConsumedRecord, began: float | None = None, job: Job | None = None) -> JobContext:
         """The context of a record, of ``job`` where it is decoded; ``began`` is the monotonic time of its receipt."""
         origin = self._retry_topics.origin_of(record)
-        progress = Progress(began or time.monotonic(), origin.first_failed_at)
+        progress = Progress(began or time.monotonic(), origin.first_failed_at, idle=self._idle)
         source = origin.source
         job_id = (job and job.job_id) or derive_job_id(source.topic, source.partition, source.offset)
         if job is None:

@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -94,6 +95,8 @@ class DecoderPool:
         self._turns: FairTurns[_Decoder] = FairTurns()
         self._exchanges: set[asyncio.Task[Any]] = set()
         self._is_open = False
+        self.while_at_work: AbstractContextManager[None] = nullcontext()
+        """Entered for each image or page that waits for a process or is in one; any number at once."""
 
     async def start(self) -> None:
         """Start all processes.
@@ -197,11 +200,12 @@ class DecoderPool:
     async def _run(self, request: _Request[T], tenant: str) -> T:
         if not self._is_open:
             raise _closed()
-        decoder = await self._turns.take(tenant, lambda decoder: request.document in decoder.documents)
-        exchange = asyncio.create_task(self._exchange(decoder, request))
-        self._exchanges.add(exchange)
-        exchange.add_done_callback(self._forget)
-        return await asyncio.shield(exchange)
+        with self.while_at_work:
+            decoder = await self._turns.take(tenant, lambda decoder: request.document in decoder.documents)
+            exchange = asyncio.create_task(self._exchange(decoder, request))
+            self._exchanges.add(exchange)
+            exchange.add_done_callback(self._forget)
+            return await asyncio.shield(exchange)
 
     async def _exchange(self, decoder: _Decoder, request: _Request[T]) -> T:
         subject = request.subject
