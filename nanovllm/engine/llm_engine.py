@@ -40,6 +40,7 @@ from nanovllm.engine.text.output_processor import RequestState, add_token, exten
 from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.start_phases import START, Phase
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
@@ -58,7 +59,8 @@ class LLMEngine:
         warn_untested_version()
         self.config = EngineConfig.from_options(model, options)
         self.checkpoint = Checkpoint(resolve_checkpoint(model))
-        self.tokenizer = self.checkpoint.tokenizer()
+        with START.timed(Phase.TOKENIZER):
+            self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
         self.scheduler = make_scheduler(self.config, self.model_runner)
