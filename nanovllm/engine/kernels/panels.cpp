@@ -9,7 +9,6 @@
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <immintrin.h>
@@ -21,6 +20,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 
@@ -143,7 +143,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
          int64_t width, Stored* output) {
   const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
   const bool widens = Dot::kBytes < 64 && blocks >= kWidenedBlocks;
-  at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
     std::vector<float> wide(widens ? steps * kOutputs : 0);
     int64_t some;
@@ -204,7 +204,7 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
     dispatch(x.scalar_type(), [&](auto stored) {
       using Stored = decltype(stored);
       const Stored* source = x.const_data_ptr<Stored>();
-      at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+      share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(d);
         for (int64_t row = begin; row < end; ++row)
           row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, reinterpret_cast<uint8_t*>(&inputs[row * steps]));
