@@ -63,6 +63,12 @@ class EngineSettings(SettingsModel):
         description="Share of the machine's memory, or of the control group's limit, that the engine takes on a CPU; "
         "the KV cache has 1 GiB at least.",
     )
+    cpu_memory_shares: int = Field(
+        1,
+        ge=1,
+        description="Workers of one machine or control group that divide what cpu_memory_utilization leaves beside "
+        "the weights that they share; `replicas` sets it.",
+    )
     packed_weights_bytes: int = Field(
         32 * 2**30,
         ge=0,
