@@ -23,6 +23,7 @@ from nanovllm.engine.models import registry
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.registry import load_encoder, unfilled_text_model
 from nanovllm.engine.models.text_model import TextModel
+from nanovllm.start_phases import START, Phase
 from nanovllm.vision.encoders import base
 from nanovllm.vision.encoders.base import ImageEncoder
 
@@ -49,13 +50,14 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
             unfilled = unfilled_text_model(checkpoint, dtype)
             aliases: dict[str, str] = {}
             for linears in unfilled.fill(device):
-                _pack(unfilled.model, linears, config)
+                with START.timed(Phase.PACKING):
+                    _pack(unfilled.model, linears, config)
                 aliases |= _write_state(writer, unfilled.model)
                 release(unfilled.model)
             return {_ALIASES: json.dumps(aliases)}
 
         if (kept := cache.open(key, expected, write)) is not None:
-            restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]))
+            restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]), deterministic=config.deterministic)
             for module in shell.modules():
                 if isinstance(module, Linear):
                     module.use_tile(_tile(config))
@@ -63,7 +65,8 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
     unfilled = unfilled_text_model(checkpoint, dtype)
     with huge_pages.for_new_memory():
         for linears in unfilled.fill(device):
-            _pack(unfilled.model, linears, config)
+            with START.timed(Phase.PACKING):
+                _pack(unfilled.model, linears, config)
     return unfilled.model
 
 
@@ -86,7 +89,7 @@ def load_packed_encoder(
                 return {_ALIASES: json.dumps(_write_state(writer, encoder)), _REVISION: encoder.revision}
 
             if (kept := cache.open(key, expected, write)) is not None:
-                restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]))
+                restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]), deterministic=config.deterministic)
                 shell.revision = kept.notes[_REVISION]
                 return shell
     return _load_encoder(config, checkpoint, text, dtype, device)
@@ -98,7 +101,7 @@ def _load_encoder(
     encoder = load_encoder(checkpoint, config, text, dtype, device)
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        choose_torch_layouts(encoder)
+        choose_torch_layouts(encoder, deterministic=config.deterministic)
     return encoder
 
 

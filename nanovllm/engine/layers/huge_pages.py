@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nanovllm.start_phases import START, Phase
+
 _MAPS = Path("/proc/self/maps")
 _WORTH_IT = 4 << 20  # bytes of a mapping: a smaller one has few whole huge pages in it
 _PIECE = 32 << 20  # bytes of one call: a process that ends waits for it
@@ -60,10 +62,11 @@ def for_new_memory() -> Iterator[None]:
 def _collapse(mappings: Iterable[tuple[int, int]]) -> None:
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-    for start, end in mappings:
-        for piece in range(start, end, _PIECE):
-            # What is no memory any more, or other memory by now, is refused or served: neither does harm.
-            _advise(piece, min(piece + _PIECE, end), _COLLAPSE)
+    with START.timed(Phase.HUGE_PAGES):
+        for start, end in mappings:
+            for piece in range(start, end, _PIECE):
+                # What is no memory any more, or other memory by now, is refused or served: neither does harm.
+                _advise(piece, min(piece + _PIECE, end), _COLLAPSE)
 
 
 def _advise(start: int, end: int, advice: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.engine import kernels
-from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers import huge_pages, product_choice
 from nanovllm.engine.layers.token_ops import scale_rows
 
 Quantization = Literal["int8"]
@@ -35,9 +35,10 @@ class Panels(nn.Module):
     scales: Tensor | None
     excess: Tensor | None
 
-    def __init__(self, width: int, tensors: Mapping[str, Tensor | None]) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]) -> None:
+        """``dtype`` is the weight's own; the panels may store its values in fewer bits."""
         super().__init__()
-        self.width = width
+        self.width, self.dtype = width, dtype
         for name in ("panels", "bias", "scales", "excess"):
             self.register_buffer(name, tensors.get(name))
 
@@ -46,10 +47,14 @@ class Panels(nn.Module):
         """What the layer's layout is called."""
         return "int8" if self.panels.dtype == torch.int8 else "panels"
 
-    def product(self) -> Multiply:
-        """The product of inputs [..., in] with the weight."""
+    def product(self, *, deterministic: bool = False) -> Multiply:
+        """The product of inputs [..., in] with the weight.
+
+        The number of rows chooses the instructions; with ``deterministic`` no bit depends on it.
+        """
         panels, width, per_output = self.panels, self.width, (self.bias, self.scales, self.excess)
-        return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, *per_output)
+        choice = product_choice.choose(self.dtype, deterministic=deterministic)
+        return lambda x: product_choice.multiply(x.contiguous(), panels, width, per_output, choice)
 
 
 class Linear(nn.Module):
@@ -92,15 +97,16 @@ class Linear(nn.Module):
             self.layout, product = fastest_layout(self.weight, self.bias)
         self.use_tile(tile)
         if isinstance(product, Panels):
-            self.take_panels(product)
+            self.take_panels(product, deterministic=tile is not None)
         else:
             self._multiply = product
         if self._multiply is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def take_panels(self, panels: Panels) -> None:
+    def take_panels(self, panels: Panels, *, deterministic: bool) -> None:
         """Multiply by ``panels`` from now on, whatever the plain weight is."""
-        self.panels, self.layout, self._multiply = panels, panels.layout, panels.product()
+        self.panels, self.layout = panels, panels.layout
+        self._multiply = panels.product(deterministic=deterministic)
 
     def give_up_panels(self) -> None:
         """Multiply by the plain weight again, whose values are elsewhere."""
@@ -140,7 +146,7 @@ def fastest_layout(weight: Tensor, bias: Tensor | None) -> tuple[Layout, Panels 
     return ("packed", packed_multiply(weight, bias)) if can_pack(weight) else ("plain", None)
 
 
-def choose_torch_layouts(module: nn.Module) -> None:
+def choose_torch_layouts(module: nn.Module, *, deterministic: bool = False) -> None:
     """Store the weights of ``torch.nn.Linear`` layers inside ``module`` in their fastest layouts.
 
     Their plain weights are dropped: read them (for a digest, a checkpoint) before.
@@ -151,16 +157,16 @@ def choose_torch_layouts(module: nn.Module) -> None:
                 continue
             _, product = fastest_layout(layer.weight, layer.bias)
             if isinstance(product, Panels):
-                give_panels(layer, product)
+                give_panels(layer, product, deterministic=deterministic)
             elif product is not None:
                 layer.forward = product  # type: ignore[assignment]
                 _drop_weight(layer)
 
 
-def give_panels(layer: nn.Linear, panels: Panels) -> None:
+def give_panels(layer: nn.Linear, panels: Panels, *, deterministic: bool) -> None:
     """Let a layer of torch's multiply by ``panels``, in place of its plain weight."""
     layer.add_module("panels", panels)
-    layer.forward = panels.product()  # type: ignore[assignment]
+    layer.forward = panels.product(deterministic=deterministic)  # type: ignore[assignment]
     _drop_weight(layer)
 
 
@@ -198,7 +204,7 @@ def make_panels(
     padded = {
         name: None if values is None else F.pad(values, (0, -width % _PANEL)) for name, values in per_output.items()
     }
-    return Panels(width, {"panels": panels, **padded})
+    return Panels(width, weight.dtype, {"panels": panels, **padded})
 
 
 def shortest(weight: Tensor) -> Tensor:

@@ -40,12 +40,14 @@ def release(module: nn.Module) -> None:
             child.give_up_panels()
 
 
-def restore(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    """Give a module on the meta device the state of one of its kind.
+def restore(
+    module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], *, deterministic: bool
+) -> None:
+    """Give a module on the meta device the state of one of its kind; ``deterministic``: see `Panels.product`.
 
     Raises DamagedFile where parts of it are missing, or are of another module.
     """
-    panels: dict[str, dict[str, Tensor | None]] = {}
+    panels: dict[str, dict[str, Tensor]] = {}
     try:
         for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
@@ -55,7 +57,7 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[s
             else:
                 _set(module.get_submodule(path), attribute, tensor)
         for name, parts in panels.items():
-            _give(module.get_submodule(name), parts)
+            _give(module.get_submodule(name), parts, deterministic=deterministic)
         for name, first in aliases.items():
             owner, _, attribute = name.rpartition(".")
             found, _, other = first.rpartition(".")
@@ -85,11 +87,13 @@ def _set(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
         raise KeyError(attribute)
 
 
-def _give(layer: nn.Module, parts: Mapping[str, Tensor | None]) -> None:
-    if isinstance(layer, Linear):
-        layer.take_panels(Panels(layer.out_features, parts))
-        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    elif isinstance(layer, nn.Linear):
-        give_panels(layer, Panels(layer.out_features, parts))
-    else:
+def _give(layer: nn.Module, parts: Mapping[str, Tensor], *, deterministic: bool) -> None:
+    if not isinstance(layer, Linear | nn.Linear):
         raise KeyError(f"panels of a {type(layer).__name__}")
+    dtype = torch.int8 if parts["panels"].dtype == torch.int8 else layer.weight.dtype
+    panels = Panels(layer.out_features, dtype, parts)
+    if isinstance(layer, Linear):
+        layer.take_panels(panels, deterministic=deterministic)
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    else:
+        give_panels(layer, panels, deterministic=deterministic)
