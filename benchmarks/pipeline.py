@@ -31,10 +31,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import msgpack
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from machine import describe_machine
-from output import add_output, write_text
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from nanovllm.demo.child_process import LocalProcess
 
 PARTITIONS = 4
