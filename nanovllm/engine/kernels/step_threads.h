@@ -151,6 +151,8 @@ class StepThreads {
     if (place >= kMostThreads) return false;
     sigset_t all, before;
     sigfillset(&all);
+    // A fault's signal is its own thread's: were it blocked, the process would end without a handler (faulthandler's) being called.
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads that were there before
     try {
       workers_.emplace_back([this, place, seen = generation_.load()] { serve(place, seen); });
