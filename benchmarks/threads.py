@@ -1,7 +1,7 @@
 """Decoding with a step's own threads beside decoding with OpenMP's, alone and beside a process that is always busy.
 
-Both sides run in one engine by turns of a few steps, so that the machine's moods fall on both. The neighbour counts as
-fast as it can, at the same priority; what it loses to a side is the CPU time that it gets meanwhile. Writes a JSON file.
+Both sides run in one engine by turns of a few steps, so that what else the machine does falls on both. The neighbour
+never waits, and has the same priority; what it loses to a side is CPU time. Writes a JSON file.
 """
 
 from __future__ import annotations
