@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -58,6 +59,11 @@ class S3Client:
             if classed is error:
                 raise
             raise classed from error
+
+    def prepare(self) -> None:
+        """Make the client now, as far as that can be done."""
+        with suppress(CredentialsRefused):
+            self._connected()
 
     def close(self) -> None:
         """Close idle connections; the next call makes another client."""
