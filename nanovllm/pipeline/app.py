@@ -138,10 +138,13 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         client_kwargs(settings.kafka)
         routes = await asyncio.to_thread(_read_routes, settings)
         asking = asyncio.create_task(_ask_brokers(settings, routes, health), name="brokers")
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # another error may end the start
         stack.callback(asking.cancel)
         build.begin_digest(settings)
         await asyncio.to_thread(_check_model, settings, routes)
 
+        if asking.done():
+            asking.result()
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
         logger.info("loading the model")
         with _told("the model is loaded and the decoders are started"):
