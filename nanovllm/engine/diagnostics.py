@@ -27,6 +27,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.start_phases import START, Phase
 
 if TYPE_CHECKING:
     from nanovllm.engine.models.generic_trial import TrialResult
@@ -71,6 +72,15 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
         yield Finding("guided output", "none", "pip install '.[guided]' in a clone")
     else:
         yield Finding("guided output", "JSON schema, regex, choice, grammar")
+
+
+def take_first_token(engine: LLMEngine) -> Finding:
+    """The phases of this process's start, which one token from the engine ends; the engine is idle."""
+    with START.timed(Phase.FIRST_TOKEN):
+        _requests(engine, 1, 1, 1, 0)
+        while engine.has_unfinished():
+            engine.step()
+    return Finding("start", f"first token {START.age_s():.2f} s after the process began", str(START))
 
 
 def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
