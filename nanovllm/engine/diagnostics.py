@@ -16,10 +16,12 @@ import torch
 import transformers
 
 from nanovllm.checkpoints.transformers_version import untested_version
+from nanovllm.engine import kernels
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.layers import fused
-from nanovllm.engine.layers.linear import Linear
+from nanovllm.engine.layers.linear import Linear, why_no_int8
+from nanovllm.engine.layers.panel_forms import is_emulated, name_of, panel_forms
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_trial import TrialResult
 from nanovllm.engine.sampling.default_sampling import ignored_names
@@ -46,6 +48,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     backend = "native" if engine.model_runner.trial is None else "generic"
     yield Finding("backend", f"{backend} (engine.backend {engine.config.backend})")
     yield _machine(engine)
+    yield from _products(engine)
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
@@ -91,10 +94,29 @@ def _machine(engine: LLMEngine) -> Finding:
     device = engine.model_runner.device
     if device.type == "cuda":
         return Finding("device", torch.cuda.get_device_name(device))
-    kinds = [torch.backends.cpu.get_cpu_capability()]
-    kinds += ["VNNI"] if torch.cpu._is_vnni_supported() else []
-    kinds += ["bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    return Finding("device", f"CPU, {platform.machine()}, {', '.join(kinds)}", f"torch {torch.__version__}")
+    return Finding("device", f"CPU, {platform.machine()}, {kernels.kind()}", f"torch {torch.__version__}")
+
+
+def _products(engine: LLMEngine) -> Iterator[Finding]:
+    """What linear layers could be multiplied by on this CPU, beside what the engine chose."""
+    if engine.model_runner.device.type != "cpu":
+        return
+    forms, values, notes = panel_forms(), [], []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = name_of(dtype)
+        if not is_emulated(dtype):
+            values.append(f"{name} by {forms.get(name, 'oneDNN')}")
+        elif forms:
+            values.append(f"{name} widened to float32")
+        else:
+            notes.append(f"no {name}: this CPU has no instructions for it")
+    if (reason := why_no_int8(engine.model_runner.device)) is None:
+        values.append(f"int8 by {forms.get('int8', 'FBGEMM')}")
+    else:
+        notes.append(f"no int8: {reason}")
+    if not forms:
+        notes.append(f"no deterministic, and the rest is slower, without our kernels: {kernels.missing()}")
+    yield Finding("products", ", ".join(values), "; ".join(notes))
 
 
 def _threads() -> Finding:
@@ -135,7 +157,7 @@ def _weights(engine: LLMEngine) -> Finding:
     counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
     if layouts["plain"]:
-        note = "plain ones are too small to gain by packing, or of a type that this CPU does not compute in"
+        note = "plain ones are too small to gain by packing, or torch's own product in their type is the fastest"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
