@@ -51,7 +51,7 @@ def numbered(device: torch.device) -> torch.device:
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU.
 
-    Raises ConfigurationError for one that a CPU has no instructions for, where our kernels, which widen it, are missing.
+    Raises ConfigurationError for what this CPU has no instructions for, where our kernels, which would widen it, are missing.
     """
     if config.dtype not in (None, "auto"):
         dtype: torch.dtype = getattr(torch, str(config.dtype))
