@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -19,14 +20,17 @@ from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine import kernels
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
-from nanovllm.engine.layers import fused
+from nanovllm.engine.kernels import tiles
+from nanovllm.engine.layers import fused, product_choice
 from nanovllm.engine.layers.linear import Linear, why_no_int8
-from nanovllm.engine.layers.panel_forms import is_emulated, name_of, panel_forms
+from nanovllm.engine.layers.panel_forms import is_emulated, is_wide, name_of, panel_forms
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.models.generic_trial import TrialResult
 from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.models.generic_trial import TrialResult
 
 _MIB = 1 << 20
 _BATCHES = (1, 8, 32)
@@ -48,7 +52,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     backend = "native" if engine.model_runner.trial is None else "generic"
     yield Finding("backend", f"{backend} (engine.backend {engine.config.backend})")
     yield _machine(engine)
-    yield from _products(engine)
+    yield from _instructions(engine)
     yield _threads()
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
@@ -57,6 +61,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield Finding("transformers", transformers.__version__, untested_version())
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
+    yield from _products(engine)
     yield _attention(engine)
     yield _step_limits(engine)
     if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
@@ -97,7 +102,7 @@ def _machine(engine: LLMEngine) -> Finding:
     return Finding("device", f"CPU, {platform.machine()}, {kernels.kind()}", f"torch {torch.__version__}")
 
 
-def _products(engine: LLMEngine) -> Iterator[Finding]:
+def _instructions(engine: LLMEngine) -> Iterator[Finding]:
     """What linear layers could be multiplied by on this CPU, beside what the engine chose."""
     if engine.model_runner.device.type != "cpu":
         return
@@ -116,7 +121,7 @@ def _products(engine: LLMEngine) -> Iterator[Finding]:
         notes.append(f"no int8: {reason}")
     if not forms:
         notes.append(f"no deterministic, and the rest is slower, without our kernels: {kernels.missing()}")
-    yield Finding("products", ", ".join(values), "; ".join(notes))
+    yield Finding("instructions", ", ".join(values), "; ".join(notes))
 
 
 def _threads() -> Finding:
@@ -161,6 +166,19 @@ def _weights(engine: LLMEngine) -> Finding:
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
+
+
+def _products(engine: LLMEngine) -> Iterator[Finding]:
+    """Instructions for products with panels, where there is a choice."""
+    dtype = torch.int8 if engine.config.quantization == "int8" else engine.model_runner.dtype
+    if dtype not in (torch.bfloat16, torch.int8) or engine.model_runner.device.type != "cpu" or not is_wide(dtype):
+        return
+    is_fixed = dtype == torch.bfloat16 and engine.config.deterministic
+    choice = product_choice.choose(dtype, deterministic=engine.config.deterministic)
+    notes = [f"no AMX tiles: {reason}"] if (reason := tiles.why_not()) is not None else []
+    if not (is_fixed and reason is None) and not (dtype == torch.int8 and reason is not None):
+        notes.append(f"measured on this machine, recorded in {product_choice.record_path()}")
+    yield Finding("products", product_choice.describe(dtype, choice), "; ".join(notes))
 
 
 def _attention(engine: LLMEngine) -> Finding:

@@ -8,7 +8,6 @@
 // query adds up, and in which order, depends on its own position alone: not on the work item, the row's other tokens, or
 // the other rows. So the result is the same to the bit in any batch and for any chunking of a prompt.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 
@@ -134,7 +134,7 @@ class Attention {
 
   // Keys and values of the tokens from `begin` on go to their slots.
   void write(int64_t begin, int64_t end) const {
-    at::parallel_for(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
+    share_out(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
       std::vector<Stored> scratch(head_);
       for (; first < last; first += kTile)
         for (int64_t kv_head = 0; kv_head < kv_heads_; ++kv_head)
@@ -145,7 +145,7 @@ class Attention {
   void run(const std::vector<Item>& items) const {
     const int64_t total = static_cast<int64_t>(items.size()) * kv_heads_;
     std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    share_out(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
       const auto begin = [&](int64_t item) {
         return item < total ? collect(items[item / kv_heads_], item % kv_heads_, 0) : Stride<Stored>{};
       };

@@ -1,6 +1,5 @@
 // Products with weights in panels on CPUs without AVX-512, and those in bytes where AVX-512 comes without VNNI.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +13,7 @@
 
 #include "lanes.h"
 #include "panel_lanes.h"
+#include "parallel.h"
 
 namespace {
 
@@ -28,7 +28,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
   const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
   constexpr bool is_short = std::is_base_of_v<Floats, Dot> && !std::is_same_v<Floats, Dot>;
   const bool widens = is_short && blocks >= kWidenedBlocks;
-  at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
     std::vector<float> wide(widens ? steps * kOutputs : 0);
     int64_t some;
@@ -61,7 +61,7 @@ void run_bytes(const Stored* source, int64_t rows, int64_t d, const char* panels
                Epilogue epilogue, int64_t width, Stored* output) {
   std::vector<int32_t> inputs(rows * steps);
   std::vector<float> row_scales(rows);
-  at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+  share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(d);
     for (int64_t row = begin; row < end; ++row)
       row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, Dot::kOffset,

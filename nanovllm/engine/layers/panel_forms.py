@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,15 +43,19 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def panel_product(panels: Tensor, width: int, *per_output: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Multiply by panels [panels, steps, 48, n] of a weight with ``width`` outputs.
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether kernels/panels.cpp multiplies by weights of ``dtype`` under inputs of it, or under any inputs in int8."""
+    return panel_forms().get(name_of(dtype), "").endswith("(AVX-512)")
+
+
+def panel_product(panels: Tensor, width: int, per_output: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """Multiply by panels [panels, steps, 48, n] of a weight with ``width`` outputs, where that is not `is_wide`.
 
     ``per_output``: bias, scales and excess, each [48 * panels] or None.
     """
-    name = "int8" if panels.dtype == torch.int8 else "float32"
-    is_wide = panel_forms()[name].endswith("(AVX-512)")
-    multiply = torch.ops.nanovllm.multiply_panels if is_wide else torch.ops.nanovllm.multiply_narrow_panels
-    if panels.dtype in _HALVES and panels.shape[-1] == 1:
-        # Inputs in float32 pass through both conversions as they are.
-        return lambda x: multiply(x.float().contiguous(), panels, width, *per_output).to(x.dtype)
-    return lambda x: multiply(x.contiguous(), panels, width, *per_output)
+    if panels.dtype == torch.int8:
+        return lambda x: torch.ops.nanovllm.multiply_narrow_panels(x.contiguous(), panels, width, *per_output)
+    operators = torch.ops.nanovllm
+    multiply = operators.multiply_panels if is_wide(torch.float32) else operators.multiply_narrow_panels
+    # Inputs in float32 pass through both conversions as they are.
+    return lambda x: multiply(x.float().contiguous(), panels, width, *per_output).to(x.dtype)
