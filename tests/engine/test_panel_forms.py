@@ -19,56 +19,16 @@ from nanovllm.engine.layers.linear import Linear, int8_multiply, panels_multiply
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from tests.checkpoints import make_qwen3
+from tests.engine.kernel_programs import compile_program, output_of
 
 CPU = torch.device("cpu")
-PROGRAMS = Path(__file__).parent / "kernel_programs"
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}")
-
-
-def compile_program(compiler: str, source: Path, program: Path, *flags: str) -> None:
-    """Raises CalledProcessError, with the compiler's words on standard error."""
-    folder = Path(kernels.__file__).parent
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O2",
-        "-ffp-contract=off",
-        *flags,
-        f"-I{folder}",
-        str(source),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True, timeout=200)
-
-
-def output_of(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported() or not shutil.which("g++"), reason="needs AVX2 and g++")
 def test_forms_for_avx2_sum_as_plain_cpp_does(tmp_path: Path) -> None:
-    program = tmp_path / "panels"
-    compile_program("g++", PROGRAMS / "panels.cpp", program, "-mavx2", "-mfma", "-mf16c", *WARNINGS)
-    assert output_of(str(program)).startswith("FMA (AVX2); vpmaddubsw (AVX2)")
-
-
-ARM_COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
-needs_arm = pytest.mark.skipif(
-    not (shutil.which(ARM_COMPILER) and shutil.which(QEMU)),
-    reason="64-bit ARM needs the Debian packages g++-aarch64-linux-gnu and qemu-user",
-)
-
-
-@needs_arm
-def test_forms_for_arm_sum_as_plain_cpp_does(tmp_path: Path) -> None:
-    program = tmp_path / "panels"
-    compile_program(ARM_COMPILER, PROGRAMS / "panels.cpp", program, "-static", *WARNINGS)
-    assert output_of(QEMU, "-cpu", "cortex-a57", str(program)) == "FMA (NEON); smull (NEON)"
-    assert output_of(QEMU, "-cpu", "max", str(program)) == "FMA (NEON); smull (NEON); sdot (NEON)"
+    program = compile_program("g++", "panels", tmp_path, "-mavx2", "-mfma", "-mf16c", "-Wall", "-Wextra", "-Werror")
+    assert output_of(program).startswith("FMA (AVX2); vpmaddubsw (AVX2)")
 
 
 def digest_of_products() -> str:
