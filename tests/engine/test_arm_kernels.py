@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from tests.engine.kernel_programs import STAND_IN, compile_program, output_of
+from tests.kernel_programs import STAND_IN, compile_program, output_of
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 

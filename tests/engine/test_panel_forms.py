@@ -19,7 +19,7 @@ from nanovllm.engine.layers.linear import Linear, int8_multiply, panels_multiply
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from tests.checkpoints import make_qwen3
-from tests.engine.kernel_programs import compile_program, output_of
+from tests.kernel_programs import compile_program, output_of
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanovllm.engine import kernels
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "engine" / "kernel_programs"
 
 
 def compile_program(compiler: str, name: str, folder: Path, *flags: str) -> Path:
