@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import platform
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from nanovllm.errors import ConfigurationError
 from tests.checkpoints import make_qwen3
 from tests.kernel_programs import compile_program, output_of
 
-CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}")
 
 
@@ -31,44 +27,47 @@ def test_forms_for_avx2_sum_as_plain_cpp_does(tmp_path: Path) -> None:
     assert output_of(program).startswith("FMA (AVX2); vpmaddubsw (AVX2)")
 
 
-def digest_of_products() -> str:
-    """Of products in float32, from 16 bits, and in int8, with weights that some of the checks above do not have."""
-    generator = torch.Generator().manual_seed(5)
-    digest = hashlib.sha256()
-    weight, bias = torch.randn(200, 258, generator=generator), torch.randn(200, generator=generator)
-    for rows in (1, 2, 5, 30, 61):
-        x = torch.randn(rows, 258, generator=generator)
-        for stored in (weight, weight.bfloat16().float(), weight.half().float()):
-            digest.update(panels_multiply(stored, bias)(x).numpy().tobytes())
-        multiply = int8_multiply(weight, bias)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            digest.update(multiply(x.to(dtype)).float().numpy().tobytes())
-    return digest.hexdigest()
+@pytest.fixture
+def lesser_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this CPU one that multiplies floats by the named instructions, and has none for 16 bits."""
+
+    def degrade(floats: str) -> None:
+        forms = {"float32": floats, "int8": "vpdpbusd (AVX-VNNI)"}
+        for module in (linear, panel_forms):
+            monkeypatch.setattr(module, "panel_forms", lambda: forms)
+            monkeypatch.setattr(module, "is_emulated", lambda asked: asked in (torch.bfloat16, torch.float16))
+
+    return degrade
 
 
 @needs_kernels
-@pytest.mark.slow
-def test_avx2_multiplies_to_the_bits_of_avx512() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 30, 61])
+def test_avx2_multiplies_to_the_bits_of_avx512(rows: int, lesser_cpu: Callable[[str], None]) -> None:
     if kernels.kind() != "AVX512":
         pytest.skip("this CPU has no AVX-512")
-    program = "from tests.engine.test_panel_forms import *; print(kernels.kind(), digest_of_products())"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
-    assert done.stdout.split() == ["AVX2", digest_of_products()], done.stderr[-2000:]
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((200, 258), (200,), (rows, 258)))
+    stored = (weight, weight.bfloat16().float(), weight.half().float())
+    types = (torch.float32, torch.bfloat16, torch.float16)
+
+    def products() -> list[bytes]:
+        found = [panels_multiply(one, bias)(x) for one in stored]
+        found += [int8_multiply(weight, bias)(x.to(dtype)).float() for dtype in types]
+        return [one.numpy().tobytes() for one in found]
+
+    expected = products()
+    lesser_cpu("FMA (AVX2)")
+    assert products() == expected
 
 
 @needs_kernels
+@pytest.mark.parametrize("floats", [None, "FMA (AVX2)"])
 @pytest.mark.parametrize("outputs", [47, 768])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_without_instructions_are_widened_and_each_row_stands_by_itself(
-    dtype: torch.dtype, outputs: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, outputs: int, floats: str | None, lesser_cpu: Callable[[str], None]
 ) -> None:
-    forms = {name: form for name, form in panel_forms.panel_forms().items() if name not in ("bfloat16", "float16")}
-    for module in (linear, panel_forms):
-        monkeypatch.setattr(module, "panel_forms", lambda: forms)
-        monkeypatch.setattr(module, "is_emulated", lambda asked: asked in (torch.bfloat16, torch.float16))
+    lesser_cpu(floats or panel_forms.panel_forms()["float32"])
     torch.manual_seed(outputs)
     layer = Linear(258, outputs, bias=True)
     for parameter in layer.parameters():
