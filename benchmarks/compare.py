@@ -5,8 +5,8 @@
 `peers/setup.sh PEER DIR` builds an environment; without ``--peer`` only ``transformers`` (of this environment, static
 batches and its continuous batching) is compared with. ``--own-defaults`` adds a column for each peer as it runs where
 nothing is set. Every engine is a runner process that stays loaded and sleeps while the others have their turn. Figures
-are medians of turns, ratios those of turn by turn. With ``--budget`` it ends with 3 after the last group that fits, and
-``--resume`` goes on.
+are medians of turns, ratios those of turn by turn. With ``--budget`` it ends with 3 after the workload in which
+the budget is spent, and ``--resume`` goes on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,15 @@ def main() -> int:
     report = read_or_begin(args)
     end = None if args.budget is None else time.monotonic() + args.budget
     for precision, model, names in missing_groups(args, report):
-        began = time.monotonic()
-        if end is not None and began >= end:
-            print(f"the budget of {args.budget:.0f} s is spent; the same command with --resume goes on")
-            return 3
-        report["results"] += compare(args, precision, model, names)
-        report["group_seconds"][f"{model}, {precision}"] = round(time.monotonic() - began)
-        write_text(args.output, json.dumps(report, indent=1) + "\n")
+        with closing(compare(args, precision, model, names)) as rows:
+            for row in rows:
+                report["results"].append(row)
+                write_text(args.output, json.dumps(report, indent=1) + "\n")
+                print_row(row)
+                if end is not None and time.monotonic() >= end:
+                    print(f"the budget of {args.budget:.0f} s is spent; the same command with --resume goes on")
+                    return 3
+    print(f"\n{table(report)}\n")
     draw_bars(report, args.output.with_suffix(".svg"))
     print(f"written to {args.output} and {args.output.with_suffix('.svg')}")
     return 0
@@ -108,7 +110,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-ups", type=int, default=2, help="turns before those: a KV cache is slow to write first")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=32, help="sequences at once")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no group of workloads after these")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no workload after these")
     parser.add_argument("--resume", action="store_true", help="go on with the file of --output")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanovllm-peers")
     parser.add_argument(
@@ -136,7 +138,7 @@ def read_or_begin(args: argparse.Namespace) -> dict[str, Any]:
         if (report["settings"], report["machine"]["cpu"]) != (settings, machine["cpu"]):
             raise SystemExit(f"{args.output} is of another CPU or other settings: --output names another file")
         return report
-    return {"machine": machine, "settings": settings, "group_seconds": {}, "results": []}
+    return {"machine": machine, "settings": settings, "results": []}
 
 
 def missing_groups(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
@@ -167,12 +169,13 @@ def can_run(column: str, workload: str) -> bool:
     return workload.split("-")[0] not in CANNOT.get(abilities(column)[0], set())
 
 
-def compare(args: argparse.Namespace, precision: str, model: str, names: list[str]) -> list[dict[str, Any]]:
-    """All workloads of one checkpoint in one precision: start every engine once, then let them take turns."""
+def compare(
+    args: argparse.Namespace, precision: str, model: str, names: list[str]
+) -> Generator[dict[str, Any], None, None]:
+    """The rows of all workloads of one checkpoint in one precision; every engine is started once for all of them."""
     directory = checkpoint(model, args.work)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     cpu = {"cpu": name_of_cpu(), "amx": has_amx()}
-    rows = []
     with ExitStack() as stack:
         runners = []
         for name in args.peers:
@@ -184,12 +187,10 @@ def compare(args: argparse.Namespace, precision: str, model: str, names: list[st
             except RunnerFailed as error:
                 print(error, file=sys.stderr)
         for name in names:
-            row = take_turns(
-                args, WORKLOADS[name], tokenizer, [runner for runner in runners if can_run(runner.name, name)]
-            )
-            rows.append({"workload": name, "model": model, "precision": precision, **cpu, **row})
-            print_row(rows[-1])
-    return rows
+            began, able = time.monotonic(), [runner for runner in runners if can_run(runner.name, name)]
+            row = take_turns(args, WORKLOADS[name], tokenizer, able)
+            taken = {"seconds": round(time.monotonic() - began)}
+            yield {"workload": name, "model": model, "precision": precision, **cpu, **taken, **row}
 
 
 def launch_of(args: argparse.Namespace, column: str, directory: Path, precision: str, workloads: list[str]) -> Launch:
@@ -266,6 +267,21 @@ def print_row(row: dict[str, Any]) -> None:
             flush=True,
         )
     print(f"  the linear layers take {row['engines']['nanovllm']['linear_share']:.0%} of our time", flush=True)
+
+
+def table(report: dict[str, Any]) -> str:
+    """All rows as Markdown: tokens a second of every column, in parentheses how many times as fast ours is."""
+    columns = list(dict.fromkeys(name for row in report["results"] for name in row["engines"]))
+    lines = ["| | CPU | AMX | " + " | ".join(columns) + " | linear |", "|---" * (len(columns) + 4) + "|"]
+    for row in report["results"]:
+        cells = [f"{row['workload']}, {row['precision']}", row["cpu"], "yes" if row["amx"] else "no"]
+        for name in columns:
+            engine = row["engines"].get(name)
+            ratio = "" if name == "nanovllm" or engine is None else f" ({engine['ours_is_faster_by']:.2f})"
+            cells.append("–" if engine is None else f"{engine['tokens_per_second']:,.1f}{ratio}")
+        cells.append(f"{row['engines']['nanovllm']['linear_share']:.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

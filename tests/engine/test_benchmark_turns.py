@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.before_after import Clock, OutOfTime, good_pairs, summarise
 from benchmarks.checkpoints import checkpoint
+from benchmarks.compare import table
 from benchmarks.turn_statistics import agreement, median_interval
 from benchmarks.workloads import QWEN_SAMPLING, make_decode, make_prompts, make_sampling, make_text
 
@@ -119,3 +120,21 @@ def test_checkpoints_are_stored_in_bfloat16_as_published_ones_are(tmp_path: Path
     for name in ("tiny", "tiny-vision"):
         tensors = load_file(checkpoint(name, tmp_path) / "model.safetensors")
         assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}, name
+
+
+def test_a_table_of_peers_names_the_cpu_and_leaves_out_who_cannot() -> None:
+    def row(workload: str, **speeds: float) -> dict[str, Any]:
+        engines: dict[str, dict[str, float]] = {
+            name: {"tokens_per_second": speed, "ours_is_faster_by": round(speeds["nanovllm"] / speed, 3)}
+            for name, speed in speeds.items()
+        }
+        engines["nanovllm"]["linear_share"] = 0.75
+        return {"workload": workload, "precision": "bf16", "cpu": "Xeon", "amx": True, "engines": engines}
+
+    report = {"results": [row("text", nanovllm=100.0, vllm=80.0), row("schema", nanovllm=50.0)]}
+    assert table(report).splitlines() == [
+        "| | CPU | AMX | nanovllm | vllm | linear |",
+        "|---|---|---|---|---|---|",
+        "| text, bf16 | Xeon | yes | 100.0 | 80.0 (1.25) | 75% |",
+        "| schema, bf16 | Xeon | yes | 50.0 | – | 75% |",
+    ]

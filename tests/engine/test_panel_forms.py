@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.engine import kernels
 from nanovllm.engine.layers import linear, panel_forms
-from nanovllm.engine.layers.linear import Linear, int8_multiply, panels_multiply
+from nanovllm.engine.layers.linear import Linear, Panels, int8_product, make_panels
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
 from tests.checkpoints import make_qwen3
@@ -51,8 +51,10 @@ def test_avx2_multiplies_to_the_bits_of_avx512(rows: int, lesser_cpu: Callable[[
     types = (torch.float32, torch.bfloat16, torch.float16)
 
     def products() -> list[bytes]:
-        found = [panels_multiply(one, bias)(x) for one in stored]
-        found += [int8_multiply(weight, bias)(x.to(dtype)).float() for dtype in types]
+        found = [make_panels(one, bias).product()(x) for one in stored]
+        whole = int8_product(weight, bias)
+        assert isinstance(whole, Panels)
+        found += [whole.product()(x.to(dtype)).float() for dtype in types]
         return [one.numpy().tobytes() for one in found]
 
     expected = products()

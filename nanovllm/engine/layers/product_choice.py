@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
-_WEIGHT_BYTES = 16 << 20  # beyond a core's own cache, as the weights of a model are
-_BUDGET_S = 0.15  # for a type; two turns in any case
+_WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
+_WEIGHTS = 8  # by turns, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type; each weight once in any case
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -136,7 +137,7 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     """
     group = 4 // dtype.itemsize
     num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * dtype.itemsize)
-    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=dtype)
+    weights = torch.ones((_WEIGHTS, num_panels, _INPUTS // group, 48, group), dtype=dtype)
     width = 48 * num_panels
     ones = torch.ones(width)
     per_output = (None, ones, ones.int()) if dtype == torch.int8 else (None, None, None)
@@ -149,7 +150,8 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
-    while turns < 2 or time.perf_counter() < until:
+    while turns < _WEIGHTS or time.perf_counter() < until:
+        panels = weights[turns % _WEIGHTS]
         turns += 1
         for number, x in enumerate(inputs):
             for kind, choice in kinds.items():
