@@ -19,7 +19,7 @@ from nanovllm.engine.layers.linear import (
     shortest,
     to_panels,
 )
-from nanovllm.engine.layers.panel_forms import panel_product
+from nanovllm.engine.layers.panel_forms import is_emulated, panel_product
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -83,7 +83,7 @@ def test_layers_of_somebody_else_s_module_are_packed_where_that_pays(dtype: torc
     with torch.inference_mode():
         expected = module(x)
         choose_torch_layouts(module)
-        assert [layer.weight.numel() for layer in module] == [0, 8 * 512]
+        assert [layer.weight.numel() for layer in module] == [0, 0 if is_emulated(dtype) else 8 * 512]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
 
