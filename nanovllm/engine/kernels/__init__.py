@@ -143,7 +143,9 @@ def compile_for(capability: str, library: Path) -> None:
     logger.info("compiling the CPU kernels with %s, once for this machine (half a minute)", compiler)
     (libraries,) = library_paths("cpu")
     # torch's own OpenMP: a second one would bring its own threads, and the two would spin against each other.
-    openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
+    # Its wheels for ARM keep it beside the package.
+    folders = (Path(libraries), Path(libraries).parents[1] / "torch.libs")
+    openmp = sorted(str(path) for folder in folders for path in folder.glob("libgomp*.so*")) or ["-fopenmp"]
     compile_source = [
         *(compiler, "-c", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
         *FLAGS[capability],
@@ -173,7 +175,7 @@ def compile_for(capability: str, library: Path) -> None:
         except BaseException:
             side_by_side.shutdown(wait=False, cancel_futures=True)
             raise
-        link = [compiler, "-shared", "-fopenmp", *objects, "-o", str(library)]
+        link = [compiler, "-shared", "-pthread", *objects, "-o", str(library)]
         run([*link, f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp])
 
 
