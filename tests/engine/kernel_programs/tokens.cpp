@@ -90,7 +90,7 @@ template <typename Stored>
 void check_rows() {
   const int64_t rows = 3, d = 96;
   const at::Tensor x = drawn<Stored>({rows, d}), weight = drawn<Stored>({d});
-  const at::Tensor normed = rms_norm(x, weight, 1e-6), gated = gated_silu(x), best = argmax(x);
+  const at::Tensor normed = add_rms_norm(x, std::nullopt, weight, 1e-6), gated = gated_silu(x), best = argmax(x);
   const auto [scaled, largest] = scale_rows(x);
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0, most = 0;
@@ -104,7 +104,7 @@ void check_rows() {
     for (int64_t i = 0; i < d; ++i) {
       const double number = at_place<Stored>(x, row * d + i);
       const double expected = number / std::sqrt(squares / d + 1e-6) * at_place<Stored>(weight, i);
-      expect<Stored>("rms_norm", at_place<Stored>(normed, row * d + i), expected);
+      expect<Stored>("add_rms_norm", at_place<Stored>(normed, row * d + i), expected);
       expect<float>("scale_rows", at_place<float>(scaled, row * d + i), number / most);
     }
     for (int64_t i = 0; i < d / 2; ++i) {
