@@ -14,7 +14,7 @@ from engine_parts import RecordingSampler, drain, greedy, random_prompt, recordi
 from torch import Tensor
 
 from nanovllm.engine.layers import linear
-from nanovllm.engine.layers.linear import has_panels, panels_multiply, to_panels
+from nanovllm.engine.layers.linear import has_panels, make_panels, to_panels
 from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
@@ -149,8 +149,31 @@ def test_panels_of_bfloat16_as_floats_have_the_bits_of_their_own_instruction(
 
 def test_no_rows_have_no_products() -> None:
     weight = torch.randn(50, 64).bfloat16()
-    assert panels_multiply(weight, None)(torch.empty(0, 64).bfloat16()).shape == (0, 50)
+    assert make_panels(weight, None).product()(torch.empty(0, 64).bfloat16()).shape == (0, 50)
     assert product(torch.empty(0, 64).bfloat16(), to_panels(weight), 50, tiles_from=0).shape == (0, 50)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_layers_of_a_tower_multiply_by_tiles_and_keep_a_row_s_bits_where_that_is_promised(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    torch.manual_seed(1)
+    tower = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 50)).bfloat16()
+    x = torch.randn(1, 20, 64).bfloat16()
+    with torch.inference_mode(), amx.granted(monkeypatch, Choice(tiles_from=2)) as emulator:
+        expected = tower(x)
+        linear.choose_torch_layouts(tower, deterministic=deterministic)
+        before = emulator.executed()["bfloat16"]
+        together = tower(x)
+        assert has_run(emulator, "bfloat16", before)
+        torch.testing.assert_close(together, expected, rtol=2e-2, atol=2e-2)
+        before = emulator.executed()
+        alone = tower(x[:, 7:8])
+        if deterministic:
+            assert bits(alone) == bits(together[:, 7:8])
+        else:
+            assert emulator.executed() == before
 
 
 def logits_of(directory: Path, **options: Any) -> Tensor:

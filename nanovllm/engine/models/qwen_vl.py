@@ -22,7 +22,7 @@ from nanovllm.vision.encoders.qwen import NativeEncoder, native_tokens, native_t
 from nanovllm.vision.images.preprocess import ImageTransform
 
 TEXT_PREFIXES = (("model.language_model.", "model."), ("model.visual.", None), ("visual.", None), ("", ""))
-"""For ``weight_map.load_decoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
+"""For ``weight_map.UnfilledDecoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
 
 
 def qwen2_5_vl(config: Any) -> DecoderConfig:
