@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -36,8 +37,9 @@ logger = logging.getLogger(__name__)
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
 _WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
-_WEIGHTS = 8  # by turns, so that they come from beyond a core's own cache, as those of a model do
-_BUDGET_S = 0.15  # for a type; each weight once in any case
+_WEIGHTS = 8  # one after another, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type
+_LEAST_TURNS = 4
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -149,12 +151,13 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     inputs = [torch.ones(rows, _INPUTS, dtype=torch.bfloat16) for rows in _ROWS]
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
+    order = itertools.cycle(weights)
     turns = 0
-    while turns < _WEIGHTS or time.perf_counter() < until:
-        panels = weights[turns % _WEIGHTS]
+    while turns < _LEAST_TURNS or time.perf_counter() < until:
         turns += 1
         for number, x in enumerate(inputs):
             for kind, choice in kinds.items():
+                panels = next(order)
                 started = time.perf_counter()
                 multiply(x, panels, width, per_output, choice)
                 took = round((time.perf_counter() - started) * 1e6, 1)
