@@ -8,7 +8,7 @@ and continues in the next step (chunked prefill); the tokens of a cached prefix 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
@@ -145,14 +145,15 @@ class Scheduler:
         rows: list[ScheduledRow] = []
         if budget.tokens == 0 or budget.seats == 0:
             return rows
-        in_flight = self._in_flight_hashes()
-        for sequence in list(self.waiting):
-            if budget.tokens == 0 or budget.seats == 0:
-                break
+        in_flight, put_off = self._in_flight_hashes(), 0
+        # As many as there are seats take them all when the blocks are computed; to look at more costs the running ones.
+        while put_off < min(len(self.waiting), self.max_num_seqs) and budget.tokens and budget.seats:
+            sequence = self.waiting[put_off]
             reusable = self._reusable_hashes(sequence)
             cached = self.blocks.match_prefix(reusable)
             # A running sequence has yet to compute the very next block: reuse it then instead of computing it twice.
             if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
+                put_off += 1
                 continue
             if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
                 break  # head-of-line: a later sequence must not take the blocks that this one waits for
@@ -207,7 +208,7 @@ class Scheduler:
         """Move a waiting sequence to the running batch; its first ``num_cached`` tokens are computed already."""
         sequence.num_computed_tokens = num_cached
         sequence.status = SequenceStatus.RUNNING
-        self.waiting.remove(sequence)
+        _remove(self.waiting, sequence)
         insort(self.running, sequence)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
@@ -232,12 +233,14 @@ class Scheduler:
         size = self.blocks.block_size
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
-    def in_order(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in scheduling order, with their computed tokens; of waiting ones, those that are cached."""
+    def images_in_order(self) -> Iterator[tuple[Sequence, int]]:
+        """Sequences with images in scheduling order, with computed tokens; of waiting ones, those that are cached."""
         for sequence in self.running:
-            yield sequence, sequence.num_computed_tokens
+            if sequence.images:
+                yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:
-            yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
+            if sequence.images:
+                yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
 
     def _in_flight_hashes(self) -> set[bytes]:
         """The hashes of the full blocks that running sequences have yet to compute."""
@@ -285,7 +288,7 @@ class Scheduler:
         """
         sequence.pending = None
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
-        queue.remove(sequence)
+        _remove(queue, sequence)
         self._release(sequence)
         self.prompt_lookup.finish(sequence)
         sequence.status = SequenceStatus.FINISHED
@@ -317,3 +320,10 @@ class Scheduler:
             assert sequence.num_computed_tokens <= len(sequence), f"{sequence.request_id} is computed beyond its end"
             covered = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= covered, f"{sequence.request_id} has computed tokens without a block"
+
+
+def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+    """Remove a sequence from a sorted queue that holds it, without looking at all others."""
+    place = bisect_left(queue, sequence)
+    assert queue[place] is sequence, "a queue is out of order"
+    del queue[place]
