@@ -194,8 +194,8 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return _Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"nanovllm_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
     def _partition_gauge(self, name: str, text: str) -> _Gauge:
         return _Gauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
