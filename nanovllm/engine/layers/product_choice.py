@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -35,8 +36,10 @@ logger = logging.getLogger(__name__)
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
-_WEIGHT_BYTES = 16 << 20  # beyond a core's own cache, as the weights of a model are
-_BUDGET_S = 0.15  # for a type; two turns in any case
+_WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
+_WEIGHTS = 8  # one after another, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type
+_LEAST_TURNS = 4
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -136,7 +139,7 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     """
     group = 4 // dtype.itemsize
     num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * dtype.itemsize)
-    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=dtype)
+    weights = torch.ones((_WEIGHTS, num_panels, _INPUTS // group, 48, group), dtype=dtype)
     width = 48 * num_panels
     ones = torch.ones(width)
     per_output = (None, ones, ones.int()) if dtype == torch.int8 else (None, None, None)
@@ -148,11 +151,13 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     inputs = [torch.ones(rows, _INPUTS, dtype=torch.bfloat16) for rows in _ROWS]
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
+    order = itertools.cycle(weights)
     turns = 0
-    while turns < 2 or time.perf_counter() < until:
+    while turns < _LEAST_TURNS or time.perf_counter() < until:
         turns += 1
         for number, x in enumerate(inputs):
             for kind, choice in kinds.items():
+                panels = next(order)
                 started = time.perf_counter()
                 multiply(x, panels, width, per_output, choice)
                 took = round((time.perf_counter() - started) * 1e6, 1)

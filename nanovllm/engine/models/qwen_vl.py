@@ -87,6 +87,9 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
     for span in images:
         assert span.grid is not None  # the encoder of this family gives one
         rows, columns = span.grid
+        if span.end <= start:
+            saved += span.length - max(rows, columns)
+            continue
         found += [(index - saved,) * 3 for index in range(start + len(found), min(end, span.start))]
         begin = span.start - saved
         for index in range(max(start, span.start), min(end, span.end)):
