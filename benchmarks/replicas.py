@@ -1,7 +1,8 @@
 """Memory of engines that share packed weights, what a start from a file takes, and how fast a step reads it.
 
 Engines are processes of their own. ``first`` is one that packs the weights and writes the file, ``again`` one that maps
-it, ``packed in memory`` one without a file. Memory is the sum of proportional set sizes (``smaps_rollup``: a page that
+it, ``packed in memory`` one without a file (the system may join its weights and its KV cache to one mapping, all of
+which is then left out: mind that figure). Memory is the sum of proportional set sizes (``smaps_rollup``: a page that
 n processes map counts 1/n in each) of engines that have answered, without what their KV caches have touched.
 """
 
