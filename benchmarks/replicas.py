@@ -1,7 +1,8 @@
 """Memory of engines that share packed weights, what a start from a file takes, and how fast a step reads it.
 
 Engines are processes of their own. ``first`` is one that packs the weights and writes the file, ``again`` one that maps
-it, ``packed in memory`` one without a file. Memory is the sum of proportional set sizes (``smaps_rollup``: a page that
+it, ``packed in memory`` one without a file (the system may join its weights and its KV cache to one mapping, all of
+which is then left out: mind that figure). Memory is the sum of proportional set sizes (``smaps_rollup``: a page that
 n processes map counts 1/n in each) of engines that have answered, without what their KV caches have touched.
 """
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm", help="smollm, or a shape of benchmarks/checkpoints.py, as 0.6b")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", choices=["int8"])
+    parser.add_argument("--without-decoding", action="store_true", help="starts and memory alone")
     parser.add_argument("--checkpoints", type=Path, default=Path("build/checkpoints"))
     parser.add_argument("--engine", help=argparse.SUPPRESS)  # of the engine's own process
     add_output(parser, "replicas.json")
@@ -46,13 +48,15 @@ def main() -> None:
     model = str(checkpoint(arguments.model, arguments.checkpoints))
     with tempfile.TemporaryDirectory() as cache:
         figures = measure(model, options, Path(cache))
+        if not arguments.without_decoding:
+            figures["decode"] = decode(model, options, Path(cache))
     result = {"machine": machine, "model": arguments.model, "options": options, **figures}
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 
 def measure(model: str, options: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """Starts, memory and decoding, each by engines in processes of their own."""
+    """Starts and memory, each by engines in processes of their own."""
     with Engine(model, options | {"packed_weights_bytes": 0}, cache) as alone:
         in_memory, in_memory_pss = alone.loaded, alone.pss()
     with Engine(model, options, cache) as first:
@@ -71,7 +75,6 @@ def measure(model: str, options: dict[str, Any], cache: Path) -> dict[str, Any]:
     return {
         "start": {"packed in memory": in_memory, "first": packing, "again": again},
         "proportional_set_bytes": memory,
-        "decode": decode(model, options, cache),
     }
 
 

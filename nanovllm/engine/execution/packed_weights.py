@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,7 @@ def _write_state(writer: PackedFileWriter, module: nn.Module) -> dict[str, str]:
     return aliases
 
 
+@functools.cache
 def _code() -> str:
     """Hash (hex) of the modules that decide how weights are packed, and what their names mean."""
     folders = {Path(module.__file__ or "").parent for module in (linear, registry, base)}

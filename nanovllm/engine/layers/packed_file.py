@@ -89,7 +89,8 @@ def read_packed(path: Path) -> PackedTensors:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PADDING)}  # noqa: SIM118
+            names = [name for name in file.keys() if not name.startswith(_PADDING)]  # noqa: SIM118 (not a mapping)
+            found = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise DamagedFile(str(error)) from error
     checked = metadata.get("checked", "")
