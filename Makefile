@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself the first time; a second run starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all proof chaos check format bench clean
+.PHONY: help demo test test-all proof chaos check format bench site release clean
 
 PY := .venv/bin/python
 # Two threads that spin against each other run up to ten times slower than two that wait.
@@ -45,6 +45,12 @@ format: .venv/.dev ## Let ruff mend what it can
 
 bench: .venv/.dev ## The engine against transformers, on this machine
 	$(PY) benchmarks/engine.py
+
+site: .venv/.dev ## The documentation as a site, in build/site
+	$(PY) tools/docs_site.py build/site
+
+release: .venv/.dev ## Wheel, sdist, the wheel's bill of materials and a licence list, in dist
+	PYTHONPATH=. $(PY) tools/release.py dist
 
 clean: ## Remove the virtual environment and everything built
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

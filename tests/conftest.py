@@ -1,4 +1,4 @@
-"""Fixtures for real parts. Whatever a machine lacks skips the test, with the reason."""
+"""Fixtures for real parts. Whatever a machine lacks skips the test, with the reason, or fails it (REQUIRE_PARTS)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import skips
 from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
 
 from nanovllm.demo.broker import EmbeddedBroker
@@ -36,6 +37,11 @@ _NO_CLOCK: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothe
 hypothesis.settings.register_profile("repeatable", max_examples=100, derandomize=True, **_NO_CLOCK)
 hypothesis.settings.register_profile("thorough", max_examples=20_000, derandomize=False, print_blob=True, **_NO_CLOCK)
 hypothesis.settings.load_profile("repeatable")
+
+
+pytest_configure = skips.pytest_configure
+pytest_runtest_makereport = skips.pytest_runtest_makereport
+pytest_terminal_summary = skips.pytest_terminal_summary
 
 
 @pytest.fixture
