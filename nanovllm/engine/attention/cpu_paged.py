@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nanovllm.engine.attention.base import AttentionBatch, padded_tables, slots_of, zeros
+from nanovllm.engine.attention.base import AttentionBatch, slots_of, table_rows, zeros
 
 
 class PagedCpuAttention:
@@ -20,7 +20,7 @@ class PagedCpuAttention:
     name = "our kernel on the pages"
 
     def __init__(self, block_size: int | None = None, *, tiles_from: int | None = None) -> None:
-        """``tiles_from``: the query vectors that a row has for a key head, from which on AMX tiles multiply bfloat16."""
+        """``tiles_from``: the query vectors of a row for a key head from which on AMX tiles multiply bfloat16."""
         self.block_size = block_size or 16
         self.tiles_from = tiles_from
 
@@ -30,12 +30,14 @@ class PagedCpuAttention:
         return zeros((num_blocks, 2, num_kv_heads, positions, padded), dtype, torch.device("cpu"))
 
     def metadata(self, batch: AttentionBatch) -> tuple[Tensor, ...]:
-        """Slots, first tokens, contexts and the padded block table."""
+        """Slots, first tokens, contexts, block tables and the row of them that is each row's."""
+        tables, rows = table_rows(batch, self.block_size)
         return (
             torch.from_numpy(slots_of(batch, self.block_size)),
             torch.tensor([0, *accumulate(batch.query_lens)]),
             torch.tensor(batch.context_lens),
-            torch.from_numpy(padded_tables(batch, self.block_size)),
+            torch.from_numpy(tables),
+            torch.from_numpy(rows),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: tuple[Tensor, ...]) -> Tensor:

@@ -18,7 +18,7 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // A work item: a tile of a row's query tokens, which it takes with the query heads that share one key head.
 struct Item {
-  int64_t row, first_token, num_tokens, first_position;
+  int64_t seat, first_token, num_tokens, first_position;
   bool writes;  // its own key and value, as nobody else waits for them
 };
 
@@ -77,7 +77,7 @@ struct Pages {
     Stride<Stored> stride;
     while (stride.count < kTiles && position < context) {
       const int64_t block = position / block_size, offset = position % block_size;
-      const int64_t page = tables[item.row * width + block];
+      const int64_t page = tables[item.seat * width + block];
       const Stored* keys = cache + (page * 2 * kv_heads + kv_head) * page_size * d + offset * d;
       const int64_t count = std::min({kTile, block_size - offset, context - position});
       stride.pieces[stride.count++] = {keys, keys + kv_heads * page_size * d, position, count};

@@ -248,22 +248,25 @@ void attend_all(const Kernel& kernel, const Pages<Computed, Stored>& pages, cons
   });
 }
 
-// starts [rows + 1]: the first token of each row; contexts [rows]: positions with the row's own tokens; tables [rows, width].
+// starts [rows + 1]: the first token of each row; contexts [rows]: positions with the row's own tokens; tables [any, width], of
+// which seats [rows] are the rows'.
 // Rows of at least `tiles_from` query vectors for each key head attend by TileAttention: for bfloat16, where the process may
 // use AMX. None: never.
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor cache,
                            int64_t block_size, const at::Tensor& slots, const at::Tensor& starts, const at::Tensor& contexts,
-                           const at::Tensor& tables, double scale, std::optional<int64_t> tiles_from) {
+                           const at::Tensor& tables, const at::Tensor& seats, double scale, std::optional<int64_t> tiles_from) {
   for (const at::Tensor* part : {&query, &key, &value}) {
     TORCH_CHECK(part->dim() == 3 && part->stride(2) == 1 && part->stride(1) == part->size(2), "heads must lie together");
     TORCH_CHECK(part->scalar_type() == query.scalar_type(), "queries, keys and values must have one type");
   }
   TORCH_CHECK(cache.is_contiguous() && cache.size(4) % 16 == 0 && query.size(2) <= cache.size(4), "heads do not fit the pages");
+  TORCH_CHECK(tables.is_contiguous() && seats.numel() == contexts.numel(), "every row has a row of the block tables");
   TORCH_CHECK(cache.size(3) % kTile == 0 && block_size <= cache.size(3), "a page must hold its block in whole tiles");
   at::Tensor output = at::empty(query.sizes(), query.options());
   std::vector<Item> items, tiled_items;
   const int64_t group = query.size(1) / cache.size(2);
   const int64_t* start = starts.const_data_ptr<int64_t>();
+  const int64_t* seat = seats.const_data_ptr<int64_t>();
   const int64_t* context = contexts.const_data_ptr<int64_t>();
   int64_t written = 0;  // tokens whose items write them
   for (int64_t row = 0; row < contexts.numel(); ++row) {
@@ -273,7 +276,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     const int64_t item_tokens = std::max<int64_t>(1, (tiled ? kTileQueries : kQueries) / group);
     for (int64_t token = start[row]; token < start[row + 1]; token += item_tokens)
       (tiled ? tiled_items : items)
-          .push_back({row, token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token), writes});
+          .push_back({seat[row], token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token), writes});
   }
   const auto run = [&](auto computed, auto stored) {
     using Computed = decltype(computed);
@@ -306,6 +309,6 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
 TORCH_LIBRARY(nanovllm, library) {
   library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, int block_size, Tensor slots, "
-      "Tensor starts, Tensor contexts, Tensor tables, float scale, int? tiles_from=None) -> Tensor");
+      "Tensor starts, Tensor contexts, Tensor tables, Tensor seats, float scale, int? tiles_from=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) { library.impl("paged_attention", paged_attention); }
