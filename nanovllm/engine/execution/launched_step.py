@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from nanovllm.engine.execution.image_embeddings import attach_image_embeddings
 from nanovllm.engine.execution.model_runner import ModelRunner
 from nanovllm.engine.execution.step_inputs import StepInputs, StepResult
+from nanovllm.engine.kernels import step_threads
 from nanovllm.engine.layers.device_copy import HostCopy, to_device
 from nanovllm.engine.outputs import TokenLogprobs
 from nanovllm.engine.sampling.logprobs import read_scores, score_tokens
@@ -94,7 +96,8 @@ def launch(
     if any(row.sequence.matcher is not None for row in inputs.rows):
         # They are computed by another thread while the forward pass runs.
         wanted = masks.begin([(row.sequence.matcher, row.drafts) for row in inputs.rows if row.is_sampled])
-    return sample(inputs, runner.forward(inputs), wanted, sampler)
+    with step_threads.awake() if runner.device.type == "cpu" else nullcontext():
+        return sample(inputs, runner.forward(inputs), wanted, sampler)
 
 
 def sample(inputs: StepInputs, result: StepResult, masks: Future[GuidedRows] | None, sampler: Sampler) -> LaunchedStep:

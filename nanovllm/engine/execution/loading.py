@@ -99,7 +99,7 @@ def load_models(
     encoder = load_encoder(checkpoint, config, model, dtype, device)
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        choose_torch_layouts(encoder)
+        choose_torch_layouts(encoder, deterministic=config.deterministic)
         _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1

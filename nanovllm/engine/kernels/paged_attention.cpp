@@ -8,7 +8,6 @@
 // query adds up, and in which order, depends on its own position alone: not on the work item, the row's other tokens, or
 // the other rows. So the result is the same to the bit in any batch and for any chunking of a prompt.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -21,6 +20,7 @@
 
 #include "attention_pages.h"
 #include "attention_tiles.h"
+#include "parallel.h"
 
 namespace {
 
@@ -215,7 +215,7 @@ class Attention {
 // Keys and values of the tokens from `begin` on go to their slots.
 template <typename Computed, typename Stored>
 void write_tokens(const Pages<Computed, Stored>& pages, int64_t begin, int64_t end) {
-  at::parallel_for(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
+  share_out(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
     std::vector<Stored> scratch(pages.head);
     for (; first < last; first += kTile)
       for (int64_t kv_head = 0; kv_head < pages.kv_heads; ++kv_head)
@@ -230,7 +230,7 @@ void attend_all(const Kernel& kernel, const Pages<Computed, Stored>& pages, cons
   int64_t tokens = 1;
   for (const Item& item : items) tokens = std::max(tokens, item.num_tokens);
   std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  share_out(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     const auto begin = [&](int64_t item) {
       return item < total ? pages.collect(items[item / pages.kv_heads], item % pages.kv_heads, 0) : Stride<Stored>{};
     };

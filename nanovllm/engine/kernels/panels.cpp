@@ -9,7 +9,6 @@
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <immintrin.h>
@@ -20,29 +19,30 @@
 #include <optional>
 #include <vector>
 
-#include "lanes.h"
+#include "panels.h"
+#include "panels_tiles.h"
+#include "parallel.h"
 
 namespace {
 
-constexpr int64_t kVectors = 3;  // of a panel
-constexpr int64_t kOutputs = 16 * kVectors;
 constexpr int64_t kRows = 9;
 constexpr int64_t kWidenedBlocks = 6;  // of rows, from which on a panel is widened once
 constexpr int64_t kAhead = 24 * 64 * kVectors;  // bytes that a panel is fetched before it is needed
 
-#define PANEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
-
-// A kind of product reads kVectors vectors of kBytes from a panel in every step. Two instructions are by name below: what
-// GCC makes of their intrinsics copies every sum before and after.
+// A kind of product reads kVectors vectors of kBytes from a panel in every step, of kTogether steps that lie together. Two
+// instructions are by name below: what GCC makes of their intrinsics copies every sum before and after.
 struct WholeVectors {
-  static constexpr int64_t kBytes = 64;
-  PANEL static __m512i load(const char* panel) { return _mm512_loadu_si512(panel); }
+  static constexpr int64_t kBytes = 64, kTogether = 1;
+  PANEL static __m512i load(const char* together, int64_t, int64_t v) { return _mm512_loadu_si512(together + v * 64); }
 };
+
+struct Floats;
 
 struct SummedAsFloats {
   using Sum = __m512;
+  using Widened = Floats;  // its kind once a panel is widened
+  static constexpr bool kFlushes = false;  // denormal numbers to zero
   PANEL static Sum zero() { return _mm512_setzero_ps(); }
-  PANEL static __m512 finish(Sum sum, __m512i) { return sum; }
 };
 
 struct Floats : WholeVectors, SummedAsFloats {
@@ -53,15 +53,30 @@ struct Floats : WholeVectors, SummedAsFloats {
 
 struct FloatsByBFloat16s : Floats {
   static constexpr int64_t kBytes = 32;
-  PANEL static __m512i load(const char* panel) {
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel))), 16);
+  PANEL static __m512i load(const char* step, int64_t, int64_t v) {
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(step + v * 32))), 16);
   }
 };
 
 struct FloatsByHalves : Floats {
   static constexpr int64_t kBytes = 32;
-  PANEL static __m512i load(const char* panel) {
-    return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel))));
+  PANEL static __m512i load(const char* step, int64_t, int64_t v) {
+    return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(step + v * 32))));
+  }
+};
+
+// What BFloat16s computes, bit for bit, by instructions for floats, which are the faster ones of some CPUs: of a pair the
+// second product first, and denormal numbers are zero. A pair is two steps, and inputs are floats in the order of the steps.
+struct FlushedFloats : Floats {
+  static constexpr bool kFlushes = true;
+};
+
+struct FloatsByPairs : FlushedFloats {
+  using Widened = FlushedFloats;
+  static constexpr int64_t kBytes = 32, kTogether = 2;
+  PANEL static __m512i load(const char* pair, int64_t step, int64_t v) {
+    const __m512i both = _mm512_loadu_si512(pair + v * 64);
+    return step == 0 ? _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))) : _mm512_slli_epi32(both, 16);
   }
 };
 
@@ -75,19 +90,13 @@ struct BFloat16s : WholeVectors, SummedAsFloats {
 // Inputs are bytes without a sign, 128 too high: so many times the sum of its weights is every output too high.
 struct Bytes : WholeVectors {
   using Sum = __m512i;
+  using Widened = Floats;
+  static constexpr bool kFlushes = false;
   PANEL static Sum zero() { return _mm512_setzero_si512(); }
   PANEL static Sum add(Sum sum, int32_t input, __m512i weight) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(input)), "v"(weight));
     return sum;
   }
-  PANEL static __m512 finish(Sum sum, __m512i excess) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, excess)); }
-};
-
-struct Epilogue {
-  const float* row_scales;  // null: none
-  const float* scales;      // of the outputs; null: none
-  const int32_t* excess;    // null: none
-  const float* bias;        // null: none
 };
 
 // R rows of inputs, `steps` steps each, times one panel.
@@ -97,29 +106,32 @@ PANEL void multiply(const int32_t* inputs, const char* panel, int64_t steps, con
   typename Dot::Sum sums[R][kVectors];
   for (int64_t r = 0; r < R; ++r)
     for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = Dot::zero();
-  for (int64_t step = 0; step < steps; ++step) {
-    __m512i weights[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t place = (step * kVectors + v) * Dot::kBytes;
-      weights[v] = Dot::load(panel + place);
-      _mm_prefetch(ahead[v] + place, _MM_HINT_T1);
-    }
-    for (int64_t r = 0; r < R; ++r) {
-      const int32_t input = inputs[r * steps + step];
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = Dot::add(sums[r][v], input, weights[v]);
-    }
-  }
-  for (int64_t v = 0; v < kVectors; ++v) {
-    const int64_t first = output + v * 16;
-    const __m512i excess = epilogue.excess ? _mm512_loadu_si512(epilogue.excess + first) : _mm512_setzero_si512();
-    for (int64_t r = 0; r < R; ++r) {
-      __m512 result = Dot::finish(sums[r][v], excess);
-      if (epilogue.scales)
-        result = _mm512_mul_ps(result, _mm512_mul_ps(_mm512_loadu_ps(epilogue.scales + first), _mm512_set1_ps(epilogue.row_scales[r])));
-      if (epilogue.bias) result = _mm512_add_ps(result, _mm512_loadu_ps(epilogue.bias + first));
-      _mm512_storeu_ps(results + r * kOutputs + v * 16, result);
+  const unsigned modes = _mm_getcsr();
+  if constexpr (Dot::kFlushes) _mm_setcsr(modes | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+  for (int64_t together = 0; together < steps; together += Dot::kTogether) {
+    UNROLLED for (int64_t part = 0; part < Dot::kTogether; ++part) {
+      const int64_t step = together + part;
+      __m512i weights[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t place = (step * kVectors + v) * Dot::kBytes;
+        weights[v] = Dot::load(panel + together * kVectors * Dot::kBytes, part, v);
+        _mm_prefetch(ahead[v] + place, _MM_HINT_T1);
+      }
+      for (int64_t r = 0; r < R; ++r) {
+        const int32_t input = inputs[r * steps + step];
+        for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = Dot::add(sums[r][v], input, weights[v]);
+      }
     }
   }
+  if constexpr (Dot::kFlushes) {
+    _mm_setcsr(modes);
+    // The compiler does not know that what follows must not move before.
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t v = 0; v < kVectors; ++v) asm volatile("" : "+v"(sums[r][v]));
+  }
+  for (int64_t v = 0; v < kVectors; ++v)
+    for (int64_t r = 0; r < R; ++r)
+      _mm512_storeu_ps(results + r * kOutputs + v * 16, finish(sums[r][v], epilogue, r, output + v * 16));
 }
 
 template <typename Dot, int64_t R>
@@ -131,10 +143,14 @@ void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64
     multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, ahead, epilogue, output, results);
 }
 
-// So many vectors of a panel as they are multiplied.
+// So many steps of a panel as they are multiplied.
 template <typename Dot>
-PANEL void widen(const char* panel, int64_t vectors, float* wide) {
-  for (int64_t i = 0; i < vectors; ++i) _mm512_storeu_si512(wide + 16 * i, Dot::load(panel + i * Dot::kBytes));
+PANEL void widen(const char* panel, int64_t steps, float* wide) {
+  for (int64_t together = 0; together < steps; together += Dot::kTogether)
+    UNROLLED for (int64_t part = 0; part < Dot::kTogether; ++part)
+      for (int64_t v = 0; v < kVectors; ++v)
+        _mm512_storeu_si512(wide + (together + part) * kOutputs + 16 * v,
+                            Dot::load(panel + together * kVectors * Dot::kBytes, part, v));
 }
 
 // inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
@@ -143,7 +159,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
          int64_t width, Stored* output) {
   const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
   const bool widens = Dot::kBytes < 64 && blocks >= kWidenedBlocks;
-  at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
     std::vector<float> wide(widens ? steps * kOutputs : 0);
     int64_t some;
@@ -151,7 +167,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
       const char* panel = panels + number * panel_bytes;
       const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
       const char* following = number + 1 < end ? panel + panel_bytes : panel;
-      if (widens) widen<Dot>(panel, steps * kVectors, wide.data());
+      if (widens) widen<Dot>(panel, steps, wide.data());
       const char* own_panel = widens ? reinterpret_cast<const char*>(wide.data()) : panel;
       for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
         some = (rows - row + blocks - block - 1) / (blocks - block);
@@ -162,7 +178,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
         Epilogue own = epilogue;
         if (own.row_scales) own.row_scales += row;
         if (widens)
-          multiply_rows<Floats, kRows>(some, inputs + row * steps, own_panel, steps, ahead, own, first, results);
+          multiply_rows<typename Dot::Widened, kRows>(some, inputs + row * steps, own_panel, steps, ahead, own, first, results);
         else
           multiply_rows<Dot, kRows>(some, inputs + row * steps, own_panel, steps, ahead, own, first, results);
         for (int64_t r = 0; r < some; ++r) store(results + r * kOutputs, count, output + (row + r) * width + first);
@@ -185,15 +201,28 @@ PANEL float to_bytes(const float* x, int64_t d, uint8_t* bytes) {
   return highest / 127.0f;
 }
 
+// Pairs of bfloat16 as floats, the second of a pair first; negative zeros and denormal numbers as they are.
+PANEL void widen_pairs(const int32_t* pairs, int64_t count, float* wide) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t first = static_cast<int32_t>(static_cast<uint32_t>(pairs[i]) << 16), second = pairs[i] & static_cast<int32_t>(0xffff0000);
+    std::memcpy(wide + 2 * i, &second, 4);
+    std::memcpy(wide + 2 * i + 1, &first, 4);
+  }
+}
+
 // x [rows, d] times a weight [width, d] in panels [panels, steps, 48] of its own type, of 16
 // bits under inputs in float, of pairs of bfloat16 or fours of int8. With int8 `scales` and `excess` [48 * panels] belong to the outputs: see Bytes.
+// From so many rows on bfloat16 is multiplied as floats (the same bits), and both by tiles; none: never.
 at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_t width, const std::optional<at::Tensor>& bias,
-                           const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& excess) {
+                           const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& excess,
+                           std::optional<int64_t> floats_from, std::optional<int64_t> tiles_from) {
   const int64_t d = x.size(-1), rows = x.numel() / std::max<int64_t>(d, 1), num_panels = panels.size(0), steps = panels.size(1);
   TORCH_CHECK(x.is_contiguous() && panels.is_contiguous() && width <= num_panels * kOutputs);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = width;
   at::Tensor output = at::empty(sizes, x.options());
+  if (output.numel() == 0) return output;
+  const bool by_tiles = tiles_from && rows >= *tiles_from && steps % tiles::kRows == 0;
   const char* weights = static_cast<const char*>(panels.const_data_ptr());
   Epilogue epilogue{nullptr, nullptr, nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
   if (panels.scalar_type() == at::kChar) {
@@ -204,13 +233,17 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
     dispatch(x.scalar_type(), [&](auto stored) {
       using Stored = decltype(stored);
       const Stored* source = x.const_data_ptr<Stored>();
-      at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+      share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(d);
         for (int64_t row = begin; row < end; ++row)
           row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, reinterpret_cast<uint8_t*>(&inputs[row * steps]));
       });
       epilogue.row_scales = row_scales.data();
-      run<Bytes>(inputs.data(), rows, weights, num_panels, steps, epilogue, width, output.mutable_data_ptr<Stored>());
+      Stored* results = output.mutable_data_ptr<Stored>();
+      if (by_tiles)
+        tiles::run<tiles::Bytes>(inputs.data(), rows, weights, num_panels, steps, epilogue, width, results);
+      else
+        run<Bytes>(inputs.data(), rows, weights, num_panels, steps, epilogue, width, results);
     });
   } else if (x.scalar_type() == at::kFloat) {
     const int32_t* inputs = static_cast<const int32_t*>(x.const_data_ptr());
@@ -226,8 +259,19 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
     }
   } else {
     TORCH_CHECK(panels.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16 && 2 * steps == d);
-    run<BFloat16s>(static_cast<const int32_t*>(x.const_data_ptr()), rows, weights, num_panels, steps, epilogue, width,
-                   output.mutable_data_ptr<at::BFloat16>());
+    const int32_t* inputs = static_cast<const int32_t*>(x.const_data_ptr());
+    at::BFloat16* results = output.mutable_data_ptr<at::BFloat16>();
+    if (by_tiles) {
+      tiles::run<tiles::BFloat16s>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+    } else if (floats_from && rows >= *floats_from) {
+      const at::Tensor wide = at::empty({rows, d}, x.options().dtype(at::kFloat));
+      float* floats = wide.mutable_data_ptr<float>();
+      share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d),
+                [&](int64_t begin, int64_t end) { widen_pairs(inputs + begin * steps, (end - begin) * steps, floats + begin * d); });
+      run<FloatsByPairs>(reinterpret_cast<const int32_t*>(floats), rows, weights, num_panels, d, epilogue, width, results);
+    } else {
+      run<BFloat16s>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+    }
   }
   return output;
 }
@@ -235,7 +279,10 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
-  library.def("multiply_panels(Tensor x, Tensor panels, int width, Tensor? bias, Tensor? scales, Tensor? excess) -> Tensor");
+  library.def(
+      "multiply_panels(Tensor x, Tensor panels, int width, Tensor? bias, Tensor? scales, Tensor? excess, int? floats_from=None, "
+      "int? tiles_from=None) -> Tensor");
+  library.def("request_tiles() -> str", tiles::refusal);
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) { library.impl("multiply_panels", multiply_panels); }
 

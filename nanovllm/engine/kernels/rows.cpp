@@ -1,7 +1,6 @@
 // What a decoder layer does to each token by itself, in one pass over memory each: normalise, rotate, gate, scale.
 // Everything is computed in float; a row's result depends on the row alone.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -14,6 +13,7 @@
 #include <tuple>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ constexpr int64_t kGrain = 1 << 15;  // elements below which waking a thread cos
 // Calls row(i) for every row; `width` elements are work on a row.
 template <typename Row>
 void for_each_row(int64_t rows, int64_t width, const Row& row) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+  share_out(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i);
   });
 }

@@ -3,7 +3,6 @@
 // Every row depends on itself alone. Limits are found without sorting the row: few best tokens by a heap, others by counts
 // and probabilities in buckets of logits, of which one alone is put in order.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 
@@ -325,7 +325,7 @@ at::Tensor draw_tokens(const at::Tensor& logits, const at::Tensor& rows, const a
   dispatch(logits.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
     const Stored* numbers = logits.const_data_ptr<Stored>();
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Limits own{limit[3 * i], limit[3 * i + 1], limit[3 * i + 2], key[3 * i + 2]};
         drawn[i] = Row<Stored>(numbers + chosen[i] * vocab, vocab, own, Philox(key[3 * i], key[3 * i + 1])).draw();
@@ -343,7 +343,7 @@ void forbid_masked(at::Tensor logits, const at::Tensor& rows, const at::Tensor& 
   const int64_t* guided = rows.const_data_ptr<int64_t>();
   dispatch(logits.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Stored* own = logits.mutable_data_ptr<Stored>() + guided[i] * vocab;
         const int32_t* mask = masks.const_data_ptr<int32_t>() + i * words;

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.engine import kernels
-from nanovllm.engine.layers import huge_pages
+from nanovllm.engine.layers import huge_pages, product_choice
 from nanovllm.engine.layers.token_ops import scale_rows
 
 Quantization = Literal["int8"]
@@ -57,7 +57,7 @@ class Linear(nn.Module):
         if quantization == "int8":
             self.layout, self._multiply = "int8", int8_multiply(self.weight, self.bias)
         else:
-            self.layout, self._multiply = fastest_layout(self.weight, self.bias)
+            self.layout, self._multiply = fastest_layout(self.weight, self.bias, deterministic=tile is not None)
         self._tile = tile if self.layout in ("plain", "packed") else None
         if self._multiply is not None and not keep_weight:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -83,16 +83,18 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def fastest_layout(weight: Tensor, bias: Tensor | None) -> tuple[Layout, Multiply | None]:
+def fastest_layout(
+    weight: Tensor, bias: Tensor | None, *, deterministic: bool = False
+) -> tuple[Layout, Multiply | None]:
     """The fastest layout of a weight [out, in] without a change of type, and the product with it; None: as it is."""
     if weight.numel() < _MIN_PACKED_ELEMENTS:
         return "plain", None
     if has_panels(weight.dtype, weight.device):
-        return "panels", panels_multiply(weight, bias)
+        return "panels", panels_multiply(weight, bias, deterministic=deterministic)
     return ("packed", packed_multiply(weight, bias)) if can_pack(weight) else ("plain", None)
 
 
-def choose_torch_layouts(module: nn.Module) -> None:
+def choose_torch_layouts(module: nn.Module, *, deterministic: bool = False) -> None:
     """Store the weights of ``torch.nn.Linear`` layers inside ``module`` in their fastest layouts.
 
     Their plain weights are dropped: read them (for a digest, a checkpoint) before.
@@ -101,7 +103,7 @@ def choose_torch_layouts(module: nn.Module) -> None:
         for layer in module.modules():
             if type(layer) is not nn.Linear:
                 continue
-            _, multiply = fastest_layout(layer.weight, layer.bias)
+            _, multiply = fastest_layout(layer.weight, layer.bias, deterministic=deterministic)
             if multiply is not None:
                 layer.forward = multiply  # type: ignore[assignment]
                 layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
@@ -128,14 +130,23 @@ def has_panels(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def panels_multiply(
-    weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, excess: Tensor | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+    excess: Tensor | None = None,
+    *,
+    deterministic: bool = False,
 ) -> Multiply:
-    """Multiply by a weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
+    """Multiply by a weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out].
+
+    The number of rows chooses the instructions; with ``deterministic`` no bit depends on it.
+    """
     stored, width = shortest(weight.detach()), len(weight)
     panels = to_panels(stored, None if stored.dtype == weight.dtype else 1)
     per_output = (None if bias is None else bias.float(), scales, excess)
     padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in per_output]
-    return lambda x: torch.ops.nanovllm.multiply_panels(x.contiguous(), panels, width, *padded)
+    choice = product_choice.choose(weight.dtype, deterministic=deterministic)
+    return lambda x: product_choice.multiply(x.contiguous(), panels, width, padded, choice)
 
 
 def shortest(weight: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""Permission for AMX tiles, which Linux gives to a process that asks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from nanovllm.engine import kernels
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why kernels cannot multiply by tiles in this process, which is asked for once; None if they can."""
+    if (reason := kernels.missing()) is not None:
+        return reason
+    if not hasattr(torch.ops.nanovllm, "request_tiles"):
+        return "there are none without AVX-512"
+    reason = torch.ops.nanovllm.request_tiles()
+    if reason.startswith("Linux"):
+        logger.warning(
+            "the CPU has AMX tiles, but %s: vectors multiply, which is several times slower for many rows; "
+            "a kernel of 5.16 or later grants them, unless a container's seccomp profile forbids arch_prctl",
+            reason,
+        )
+    return reason or None
