@@ -142,11 +142,18 @@ def panels_multiply(
     The number of rows chooses the instructions; with ``deterministic`` no bit depends on it.
     """
     stored, width = shortest(weight.detach()), len(weight)
-    panels = to_panels(stored, None if stored.dtype == weight.dtype else 1)
+    panels = to_panels(stored)
     per_output = (None if bias is None else bias.float(), scales, excess)
     padded = [None if values is None else F.pad(values, (0, -width % _PANEL)) for values in per_output]
     choice = product_choice.choose(weight.dtype, deterministic=deterministic)
+    if weight.dtype == torch.float32 and choice.tiles_from is not None and not _has_three_products(stored):
+        choice = product_choice.Choice()
     return lambda x: product_choice.multiply(x.contiguous(), panels, width, padded, choice)
+
+
+def _has_three_products(stored: Tensor) -> bool:
+    """Whether kernels/three_products.h multiplies float32 by a weight as well as vectors do."""
+    return stored.dtype == torch.bfloat16 and all(end.isfinite() for end in stored.aminmax())
 
 
 def shortest(weight: Tensor) -> Tensor:
@@ -155,19 +162,20 @@ def shortest(weight: Tensor) -> Tensor:
     Our kernel widens them as it multiplies: the result has the same bits, from half the memory.
     """
     if weight.dtype == torch.float32:
-        for dtype in (torch.bfloat16, torch.float16):
+        # Pairs of bfloat16 need an even number of inputs.
+        for dtype in (torch.bfloat16, torch.float16)[weight.shape[1] % 2 :]:
             stored = weight.to(dtype)
             if torch.equal(stored.float(), weight):
                 return stored
     return weight
 
 
-def to_panels(weight: Tensor, group: int | None = None) -> Tensor:
+def to_panels(weight: Tensor) -> Tensor:
     """A weight [out, in] as [panels, steps, 48, n]: n neighbouring inputs of 48 outputs side by side.
 
-    n is ``group``, by default as many as are four bytes.
+    n is as many as are four bytes, and 1 of float16, by which inputs in float32 alone are multiplied.
     """
-    group = group or 4 // weight.itemsize
+    group = 1 if weight.dtype == torch.float16 else 4 // weight.itemsize
     padded = F.pad(weight, (0, -weight.shape[1] % group, 0, -len(weight) % _PANEL))
     return padded.view(-1, _PANEL, padded.shape[1] // group, group).transpose(1, 2).contiguous()
 

@@ -4,6 +4,10 @@ No flag of a CPU tells which are fastest: `vdpbf16ps` is twice as fast as produc
 slower on another's. The record lies beside the compiled kernels: an edited one counts, and without it the next start
 measures.
 
+Inputs in float32 are multiplied by tiles as three bfloat16 products (kernels/three_products.h), with other bits than by
+vectors. For few rows that is slower, and without it bits of float32 are the same on every CPU with AVX-512: with
+``deterministic=True`` vectors multiply all rows of float32.
+
 With ``deterministic=True`` no bit may follow from a measurement, which replicas make on their own. Tiles of int8, and
 bfloat16 multiplied as floats, have the bits of vectors, so they may be mixed. Tiles of bfloat16 have other bits: there
 that mode multiplies all rows by tiles wherever the process has them.
@@ -52,13 +56,16 @@ class Choice:
 
 @functools.cache
 def choose(dtype: torch.dtype, *, deterministic: bool = False) -> Choice:
-    """The instructions for weights of ``dtype`` in panels, under inputs of their own type."""
-    if dtype not in (torch.bfloat16, torch.int8):
+    """The instructions for weights of ``dtype`` in panels, under inputs of their own type.
+
+    Those of float32 are stored in bfloat16: where they are not, tiles cannot multiply.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8) or (dtype == torch.float32 and deterministic):
         return Choice()
     can_have_tiles = tiles.why_not() is None
     if dtype == torch.bfloat16 and can_have_tiles and deterministic:
         return Choice(tiles_from=1)
-    if dtype == torch.int8 and not can_have_tiles:
+    if dtype != torch.bfloat16 and not can_have_tiles:
         return Choice()
     return _recorded(dtype, can_have_tiles)
 
@@ -123,9 +130,10 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
 
     By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
     """
-    group = 4 // dtype.itemsize
-    num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * dtype.itemsize)
-    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=dtype)
+    stored = torch.int8 if dtype == torch.int8 else torch.bfloat16
+    group = 4 // stored.itemsize
+    num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * stored.itemsize)
+    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=stored)
     width = 48 * num_panels
     ones = torch.ones(width)
     per_output = (None, ones, ones.int()) if dtype == torch.int8 else (None, None, None)
@@ -134,7 +142,7 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
         kinds["floats"] = Choice(floats_from=0)
     if can_have_tiles:
         kinds["tiles"] = Choice(tiles_from=0)
-    inputs = [torch.ones(rows, _INPUTS, dtype=torch.bfloat16) for rows in _ROWS]
+    inputs = [torch.ones(rows, _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16) for rows in _ROWS]
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
