@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+
+from nanovllm.engine.kernels import tiles
+from nanovllm.engine.layers import product_choice
+from nanovllm.engine.layers.product_choice import Choice
 
 _SOURCE = Path(__file__).with_name("amx_emulator.cpp")
 _KINDS = ("configure", "release", "zero", "load", "store", "bfloat16", "bytes")
@@ -64,6 +69,19 @@ def _emulator() -> Emulator:
     assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "amx_emulator.so")
-        flags = ("-shared", "-fPIC", "-std=c++20", "-O2", "-mfma", "-mavx512f", "-ffp-contract=off")
+        flags = ("-shared", "-fPIC", "-std=c++20", "-O3", "-mfma", "-mavx512f", "-ffp-contract=off")
         subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(library)], check=True)
         return Emulator(ctypes.CDLL(str(library)))
+
+
+@contextmanager
+def granted(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> Iterator[Emulator]:
+    """Engines of this process may use tiles, and choose instructions as if ``choice`` had been measured."""
+    monkeypatch.setattr(tiles, "why_not", lambda: None)
+    monkeypatch.setattr(product_choice, "recorded", lambda *_: choice)
+    product_choice.choose.cache_clear()
+    try:
+        with emulated() as emulator:
+            yield emulator
+    finally:
+        product_choice.choose.cache_clear()

@@ -114,21 +114,25 @@ float widened(const uint8_t* number) {
 
 // Called with MXCSR set: never inlined, so that no operation leaves this function.
 __attribute__((noinline)) void multiply_bfloat16s(Tile& c, const Tile& a, const Tile& b) {
+  const int columns = c.row_bytes / 4, pairs = a.row_bytes / 4;
+  float weights[2][16][16] = {};
+  for (int k = 0; k < pairs; ++k)
+    for (int n = 0; n < columns; ++n)
+      for (int odd = 0; odd < 2; ++odd) weights[odd][k][n] = widened(b.data[k] + 4 * n + 2 * odd);
   for (int m = 0; m < c.rows; ++m) {
     float sums[2][16] = {};
-    for (int k = 0; k < a.row_bytes / 4; ++k)
+    for (int k = 0; k < pairs; ++k)
       for (int odd = 0; odd < 2; ++odd) {
         const float input = widened(a.data[m] + 4 * k + 2 * odd);
-        for (int n = 0; n < c.row_bytes / 4; ++n)
-          sums[odd][n] = __builtin_fmaf(input, widened(b.data[k] + 4 * n + 2 * odd), sums[odd][n]);
+        for (int n = 0; n < 16; ++n) sums[odd][n] = __builtin_fmaf(input, weights[odd][k][n], sums[odd][n]);
       }
-    for (int n = 0; n < c.row_bytes / 4; ++n) {
-      float value;
-      std::memcpy(&value, c.data[m] + 4 * n, 4);
+    float values[16] = {};
+    std::memcpy(values, c.data[m], 4 * columns);
+    for (int n = 0; n < 16; ++n) {
       const float sum = sums[0][n] + sums[1][n];
-      value = value + sum;
-      std::memcpy(c.data[m] + 4 * n, &value, 4);
+      values[n] = values[n] + sum;
     }
+    std::memcpy(c.data[m], values, 4 * columns);
   }
 }
 

@@ -18,8 +18,9 @@ import transformers
 from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
-from nanovllm.engine.layers import fused
-from nanovllm.engine.layers.linear import Linear
+from nanovllm.engine.kernels import tiles
+from nanovllm.engine.layers import fused, product_choice
+from nanovllm.engine.layers.linear import Linear, has_panels
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.models.generic_trial import TrialResult
 from nanovllm.engine.sampling.default_sampling import ignored_names
@@ -54,6 +55,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     yield Finding("transformers", transformers.__version__, untested_version())
     yield _sampling_defaults(engine, defaults or engine.get_default_sampling_params())
     yield _weights(engine)
+    yield from _products(engine)
     yield _attention(engine)
     yield _step_limits(engine)
     if engine.model_runner.device.type == "cuda" and engine.model_runner.trial is None:
@@ -139,6 +141,19 @@ def _weights(engine: LLMEngine) -> Finding:
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
+
+
+def _products(engine: LLMEngine) -> Iterator[Finding]:
+    """Instructions for products with panels, where there is a choice."""
+    dtype = torch.int8 if engine.config.quantization == "int8" else engine.model_runner.dtype
+    if dtype not in (torch.bfloat16, torch.int8) or not has_panels(dtype, engine.model_runner.device):
+        return
+    is_fixed = dtype == torch.bfloat16 and engine.config.deterministic
+    choice = product_choice.choose(dtype, deterministic=engine.config.deterministic)
+    notes = [f"no AMX tiles: {reason}"] if (reason := tiles.why_not()) is not None else []
+    if not (is_fixed and reason is None) and not (dtype == torch.int8 and reason is not None):
+        notes.append(f"measured on this machine, recorded in {product_choice.record_path()}")
+    yield Finding("products", product_choice.describe(dtype, choice), "; ".join(notes))
 
 
 def _attention(engine: LLMEngine) -> Finding:

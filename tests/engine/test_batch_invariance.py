@@ -15,8 +15,10 @@ from torch import Tensor
 from nanovllm.engine import kernels
 from nanovllm.engine.layers import linear
 from nanovllm.engine.layers.linear import Linear
+from nanovllm.engine.layers.product_choice import Choice
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError
+from tests import amx
 from tests.checkpoints import make_llava, make_qwen3, make_qwen_vl
 
 pytestmark = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
@@ -90,6 +92,31 @@ def assert_same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_every_way_to_compute_a_request_gives_the_same_bits(world: tuple[str, Path], mode: str) -> None:
+    check_every_way(world, mode)
+
+
+@pytest.mark.skipif(amx.missing() is not None, reason=str(amx.missing()))
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("text", "bfloat16"),
+        pytest.param("text", "int8", marks=pytest.mark.proof),
+        pytest.param("llava", "bfloat16", marks=pytest.mark.proof),
+    ],
+)
+def test_every_way_gives_the_same_bits_by_panels_and_tiles(
+    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    # int8 mixes instructions, as it may; bfloat16 must not, whatever was measured.
+    with amx.granted(monkeypatch, Choice(tiles_from=5)) as emulator:
+        before = emulator.executed()
+        check_every_way((name, WORLDS[name](tmp_path)), mode)
+        assert emulator.executed() != before or torch.ops.nanovllm.request_tiles() == ""
+        assert emulator.configured_threads() == 0
+
+
+def check_every_way(world: tuple[str, Path], mode: str) -> None:
     run = Run(world, mode)
     engine = run.engine(enable_prefix_caching=False, embedding_cache_bytes=0, num_speculative_tokens=0)
     alone: dict[str, Tensor] = {}

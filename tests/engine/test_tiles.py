@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from engine_parts import RecordingSampler, drain, greedy, random_prompt, recording_engine
 from torch import Tensor
 
+from nanovllm.engine.layers import linear
 from nanovllm.engine.layers.linear import has_panels, panels_multiply, to_panels
+from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
 CPU = torch.device("cpu")
@@ -144,3 +151,51 @@ def test_no_rows_have_no_products() -> None:
     weight = torch.randn(50, 64).bfloat16()
     assert panels_multiply(weight, None)(torch.empty(0, 64).bfloat16()).shape == (0, 50)
     assert product(torch.empty(0, 64).bfloat16(), to_panels(weight), 50, tiles_from=0).shape == (0, 50)
+
+
+def logits_of(directory: Path, **options: Any) -> Tensor:
+    """Logits [tokens, vocab] of eight requests, each computed among the others."""
+    engine = recording_engine(directory, **options)
+    for seed in range(8):
+        engine.add_request(random_prompt(seed, 5 + 4 * seed), greedy(4), request_id=str(seed))
+    drain(engine)
+    assert isinstance(engine.sampler, RecordingSampler)
+    rows = engine.sampler.logits
+    return torch.stack([rows[str(seed)][place] for seed in range(8) for place in sorted(rows[str(seed)])])
+
+
+def test_an_engine_answers_in_int8_with_the_same_bits_by_tiles(
+    text: Path, monkeypatch: pytest.MonkeyPatch, emulator: amx.Emulator
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    expected = logits_of(text, quantization="int8")
+    before = emulator.executed()["bytes"]
+    with amx.granted(monkeypatch, Choice(tiles_from=3)):
+        assert bits(logits_of(text, quantization="int8")) == bits(expected)
+    assert has_run(emulator, "bytes", before)
+
+
+def test_an_engine_in_bfloat16_is_as_near_to_float32_by_tiles(
+    text: Path, monkeypatch: pytest.MonkeyPatch, emulator: amx.Emulator
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    exact, by_vectors = logits_of(text)[::4], logits_of(text, dtype="bfloat16")[::4].float()
+    before = emulator.executed()["bfloat16"]
+    with amx.granted(monkeypatch, Choice(tiles_from=1)):
+        by_tiles = logits_of(text, dtype="bfloat16")[::4].float()  # of first tokens: prompts are the same
+    assert has_run(emulator, "bfloat16", before)
+    assert 0 < (by_tiles - exact).abs().mean() <= 1.2 * (by_vectors - exact).abs().mean()
+
+
+def test_a_shape_that_a_cpu_refuses_ends_the_process() -> None:
+    """The emulator does not forgive what the CPU would not: here three bytes of a row."""
+    if not torch.ops.nanovllm.request_tiles():
+        pytest.skip("the CPU has tiles itself")
+    program = (
+        "import ctypes; from tests import amx\n"
+        "with amx.emulated() as emulator:\n"
+        "    emulator.library.amx_multiply(0, 1, 3, 1, b' ' * 64, b' ' * 64, b' ' * 64)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 132
+    assert "a CPU refuses this instruction" in done.stderr

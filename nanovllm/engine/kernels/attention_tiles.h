@@ -12,13 +12,14 @@
 
 #include <immintrin.h>
 
+#include <optional>
 #include <vector>
 
 #include "attention_pages.h"
+#include "tiles.h"
 
-constexpr int64_t kTileRows = 16;
 
-#define TILED __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#define TILED __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 
 class TileAttention {
  public:
@@ -27,43 +28,30 @@ class TileAttention {
   TileAttention(const Pages<Half, Half>& pages, double scale)
       : pages_(pages), d_(pages.d), pairs_(steps(pages.d) * 16), scale_(static_cast<float>(scale)) {}
 
-  // Holds the configuration of its thread's tiles.
+  // Of one thread, whose tiles it configures.
   struct Workspace {
     Workspace(const Pages<Half, Half>& pages, int64_t rows)
         : queries(whole_tiles(rows) * steps(pages.d)),
           keys(kTiles * steps(pages.d) * 16),
           values(kStride / 2 * pages.d / 16),
-          scores(kTileRows * kStride / 16),
-          weights(kTileRows * kStride / 32),
+          scores(tiles::kRows * kStride / 16),
+          weights(tiles::kRows * kStride / 32),
           outputs(whole_tiles(rows) * pages.d / 16),
           sums(whole_tiles(rows)),
           highest(whole_tiles(rows)),
           stored(pages.head) {}
-    TILED ~Workspace() {
-      if (height) _tile_release();
-    }
-    Workspace(const Workspace&) = delete;
-
     // Tiles 0 to 3 are sums of up to `rows` rows, 4 and 5 their inputs, 6 and 7 pairs of keys or values.
-    TILED void configure(int64_t rows) {
+    void configure(int64_t rows) {
       if (rows == height) return;
       height = rows;
-      alignas(64) struct {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-      } shapes;
-      for (int tile = 0; tile < 8; ++tile) {
-        shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileRows);
-      }
-      _tile_loadconfig(&shapes);
+      configured.emplace(rows, 6);
     }
 
     struct alignas(64) Line {
       char bytes[64] = {};
     };
     int64_t height = 0;
+    std::optional<tiles::Configured> configured;
     std::vector<Line> queries;  // [rows, steps, 32]
     std::vector<Line> keys;     // [4, 16 * steps, 16, 2]
     std::vector<Line> values;   // [32, d, 2]
@@ -81,7 +69,7 @@ class TileAttention {
 
   // `stride` is the item's first one, `after` that of the item that will follow.
   TILED void attend(const Item& item, int64_t kv_head, Stride<Half> stride, const Stride<Half>& after, Workspace& work) const {
-    const int64_t rows = item.num_tokens * pages_.group, head = pages_.head, height = std::min(rows, kTileRows);
+    const int64_t rows = item.num_tokens * pages_.group, head = pages_.head, height = std::min(rows, tiles::kRows);
     work.configure(height);
     Half* queries = as<Half>(work.queries);
     for (int64_t row = 0; row < rows; ++row) {
@@ -99,11 +87,11 @@ class TileAttention {
       const Stride<Half> following = pages_.collect(item, kv_head, end.position + end.count);
       if (following.count == 0 && item.writes) pages_.write(item.first_token, kv_head, work.stored.data());
       pair(stride, following.count == 0 ? after : following, work);
-      for (int64_t row = 0; row < rows; row += kTileRows) {
-        const int64_t last = item.first_position + (std::min(row + kTileRows, rows) - 1) / pages_.group;
+      for (int64_t row = 0; row < rows; row += tiles::kRows) {
+        const int64_t last = item.first_position + (std::min(row + tiles::kRows, rows) - 1) / pages_.group;
         if (last < stride.pieces[0].position) continue;
         score(row, work);
-        soften(item, row, std::min(kTileRows, rows - row), stride, work);
+        soften(item, row, std::min(tiles::kRows, rows - row), stride, work);
         accumulate(row, work);
       }
       stride = following;
@@ -119,29 +107,12 @@ class TileAttention {
   }
 
  private:
-  static int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+  static int64_t whole_tiles(int64_t rows) { return (rows + tiles::kRows - 1) / tiles::kRows * tiles::kRows; }
   static int64_t steps(int64_t d) { return (d + 31) / 32; }  // of a product over the dimensions
 
   template <typename T>
   static T* as(std::vector<Workspace::Line>& lines) {
     return reinterpret_cast<T*>(lines.data());
-  }
-
-  template <int T>
-  TILED static void load_tile(const void* memory, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(memory), "r"(stride), "i"(T) : "memory");
-  }
-  template <int T>
-  TILED static void store_tile(void* memory, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(memory), "r"(stride), "i"(T) : "memory");
-  }
-  template <int T>
-  TILED static void clear_tile() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(T));
-  }
-  template <int Sums, int Inputs, int Pairs>
-  TILED static void multiply_tiles() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Inputs), "i"(Pairs));
   }
 
   // Sixteen numbers of either row side by side.
@@ -182,34 +153,34 @@ class TileAttention {
   TILED void score(int64_t row, Workspace& work) const {
     const Half* queries = as<Half>(work.queries) + row * 2 * pairs_;
     const __m512i* keys = as<__m512i>(work.keys);
-    clear_tile<0>();
-    clear_tile<1>();
-    clear_tile<2>();
-    clear_tile<3>();
+    tiles::zero<0>();
+    tiles::zero<1>();
+    tiles::zero<2>();
+    tiles::zero<3>();
     for (int64_t step = 0; step < pairs_; step += 16, keys += 16) {
-      load_tile<4>(queries + 2 * step, 4 * pairs_);
-      load_tile<6>(keys, 64);
-      multiply_tiles<0, 4, 6>();
-      load_tile<7>(keys + pairs_, 64);
-      multiply_tiles<1, 4, 7>();
-      load_tile<6>(keys + 2 * pairs_, 64);
-      multiply_tiles<2, 4, 6>();
-      load_tile<7>(keys + 3 * pairs_, 64);
-      multiply_tiles<3, 4, 7>();
+      tiles::load<4>(queries + 2 * step, 4 * pairs_);
+      tiles::load<6>(keys, 64);
+      tiles::add_bfloat16s<0, 4, 6>();
+      tiles::load<7>(keys + pairs_, 64);
+      tiles::add_bfloat16s<1, 4, 7>();
+      tiles::load<6>(keys + 2 * pairs_, 64);
+      tiles::add_bfloat16s<2, 4, 6>();
+      tiles::load<7>(keys + 3 * pairs_, 64);
+      tiles::add_bfloat16s<3, 4, 7>();
     }
     float* scores = as<float>(work.scores);
-    store_tile<0>(scores, 4 * kStride);
-    store_tile<1>(scores + 16, 4 * kStride);
-    store_tile<2>(scores + 32, 4 * kStride);
-    store_tile<3>(scores + 48, 4 * kStride);
+    tiles::store<0>(scores, 4 * kStride);
+    tiles::store<1>(scores + 16, 4 * kStride);
+    tiles::store<2>(scores + 32, 4 * kStride);
+    tiles::store<3>(scores + 48, 4 * kStride);
   }
 
   // Scores to weights of `count` rows; what they have summed up so far is brought to their new highest score.
   TILED void soften(const Item& item, int64_t first, int64_t count, const Stride<Half>& stride, Workspace& work) const {
     const float* scores = as<float>(work.scores);
     char* weights = as<char>(work.weights);
-    alignas(64) float found[kTileRows], scales[kTileRows];
-    __m512 sums[kTileRows];
+    alignas(64) float found[tiles::kRows], scales[tiles::kRows];
+    __m512 sums[tiles::kRows];
     for (int64_t row = 0; row < count; ++row) {
       const int64_t seen = item.first_position + (first + row) / pages_.group + 1;
       __m512 own[kTiles], most = _mm512_set1_ps(work.highest[first + row]);
@@ -228,7 +199,7 @@ class TileAttention {
       target[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(own[1], own[0]));
       target[1] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(own[3], own[2]));
     }
-    for (int64_t row = count; row < kTileRows; ++row) found[row] = kNever;
+    for (int64_t row = count; row < tiles::kRows; ++row) found[row] = kNever;
     const __m512 before = _mm512_loadu_ps(work.highest.data() + first), now = _mm512_load_ps(found);
     const __mmask16 same = _mm512_cmp_ps_mask(before, now, _CMP_EQ_OQ);
     _mm512_storeu_ps(work.highest.data() + first, now);
@@ -266,31 +237,31 @@ class TileAttention {
   template <int N>
   TILED void add_values(float* outputs, const __m512i* values, Workspace& work) const {
     const int64_t row_bytes = 4 * d_;
-    load_tile<0>(outputs, row_bytes);
-    if constexpr (N > 1) load_tile<1>(outputs + 16, row_bytes);
-    if constexpr (N > 2) load_tile<2>(outputs + 32, row_bytes);
-    if constexpr (N > 3) load_tile<3>(outputs + 48, row_bytes);
+    tiles::load<0>(outputs, row_bytes);
+    if constexpr (N > 1) tiles::load<1>(outputs + 16, row_bytes);
+    if constexpr (N > 2) tiles::load<2>(outputs + 32, row_bytes);
+    if constexpr (N > 3) tiles::load<3>(outputs + 48, row_bytes);
     for (int64_t half = 0; half < 2; ++half, values += d_) {
-      load_tile<4>(work.weights.data() + half, 2 * kStride);
-      load_tile<6>(values, row_bytes);
-      multiply_tiles<0, 4, 6>();
+      tiles::load<4>(work.weights.data() + half, 2 * kStride);
+      tiles::load<6>(values, row_bytes);
+      tiles::add_bfloat16s<0, 4, 6>();
       if constexpr (N > 1) {
-        load_tile<7>(values + 1, row_bytes);
-        multiply_tiles<1, 4, 7>();
+        tiles::load<7>(values + 1, row_bytes);
+        tiles::add_bfloat16s<1, 4, 7>();
       }
       if constexpr (N > 2) {
-        load_tile<6>(values + 2, row_bytes);
-        multiply_tiles<2, 4, 6>();
+        tiles::load<6>(values + 2, row_bytes);
+        tiles::add_bfloat16s<2, 4, 6>();
       }
       if constexpr (N > 3) {
-        load_tile<7>(values + 3, row_bytes);
-        multiply_tiles<3, 4, 7>();
+        tiles::load<7>(values + 3, row_bytes);
+        tiles::add_bfloat16s<3, 4, 7>();
       }
     }
-    store_tile<0>(outputs, row_bytes);
-    if constexpr (N > 1) store_tile<1>(outputs + 16, row_bytes);
-    if constexpr (N > 2) store_tile<2>(outputs + 32, row_bytes);
-    if constexpr (N > 3) store_tile<3>(outputs + 48, row_bytes);
+    tiles::store<0>(outputs, row_bytes);
+    if constexpr (N > 1) tiles::store<1>(outputs + 16, row_bytes);
+    if constexpr (N > 2) tiles::store<2>(outputs + 32, row_bytes);
+    if constexpr (N > 3) tiles::store<3>(outputs + 48, row_bytes);
   }
 
   Pages<Half, Half> pages_;

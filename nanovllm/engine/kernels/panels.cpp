@@ -159,20 +159,23 @@ PANEL void widen(const char* panel, int64_t steps, float* wide) {
 template <typename Dot, typename Stored>
 void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, Epilogue epilogue,
          int64_t width, Stored* output) {
-  const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
-  const bool widens = Dot::kBytes < 64 && blocks >= kWidenedBlocks;
-  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+  const int64_t all_blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
+  const bool widens = Dot::kBytes < 64 && all_blocks >= kWidenedBlocks;
+  const int64_t groups = groups_of_rows(num_panels, all_blocks / kWidenedBlocks);
+  share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
     std::vector<float> wide(widens ? steps * kOutputs : 0);
     int64_t some;
-    for (int64_t number = begin; number < end; ++number) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t number = item % num_panels, group = item / num_panels, last = (group + 1) * rows / groups;
+      const int64_t blocks = (last - group * rows / groups + kRows - 1) / kRows;
       const char* panel = panels + number * panel_bytes;
       const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
-      const char* following = number + 1 < end ? panel + panel_bytes : panel;
+      const char* following = item + 1 < end && number + 1 < num_panels ? panel + panel_bytes : panel;
       if (widens) widen<Dot>(panel, steps, wide.data());
       const char* own_panel = widens ? reinterpret_cast<const char*>(wide.data()) : panel;
-      for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
-        some = (rows - row + blocks - block - 1) / (blocks - block);
+      for (int64_t row = group * rows / groups, block = 0; row < last; row += some, ++block) {
+        some = (last - row + blocks - block - 1) / (blocks - block);
         // Every block of rows fetches its share of the next panel; a single one fetches what it needs itself soon.
         const char* ahead[kVectors];
         for (int64_t v = 0; v < kVectors; ++v)

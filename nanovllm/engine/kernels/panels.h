@@ -1,14 +1,24 @@
 // The layout of weights in panels, and what becomes of a product's sums: for every kind of instruction that multiplies.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "lanes.h"
 
 constexpr int64_t kVectors = 3;  // of a panel
 constexpr int64_t kOutputs = 16 * kVectors;
+
+constexpr int64_t kItemsPerThread = 4;  // so that the last ones wait little
+
+// Groups of rows, `most` at most, so that a weight of few panels has items for all threads: a panel and a group each.
+inline int64_t groups_of_rows(int64_t num_panels, int64_t most) {
+  const int64_t wanted = (kItemsPerThread * at::get_num_threads() + num_panels - 1) / num_panels;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+}
 
 #define PANEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 

@@ -145,7 +145,7 @@ void run(const int32_t* inputs, int64_t num_rows, const char* panels, int64_t nu
   const int64_t groups = std::max((blocks + most_blocks - 1) / most_blocks, groups_of_rows(num_panels, blocks));
   share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(((blocks + groups - 1) / groups) * 2 * kRows * kOutputs);
-    const Configured configured(rows.height(), kRows);
+    const Configured configured(rows.height(), 7);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / num_panels, number = item % num_panels;
       multiply_group<Dot>(reinterpret_cast<const char*>(inputs), rows, group * blocks / groups, (group + 1) * blocks / groups,

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from nanovllm.engine import kernels
 from nanovllm.engine.kernels import tiles
+from nanovllm.errors import counted
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,16 @@ def choose(dtype: torch.dtype, *, deterministic: bool = False) -> Choice:
         return Choice(tiles_from=1)
     if dtype != torch.bfloat16 and not can_have_tiles:
         return Choice()
-    return _recorded(dtype, can_have_tiles)
+    return recorded(dtype, can_have_tiles)
+
+
+def describe(dtype: torch.dtype, choice: Choice) -> str:
+    """``choice`` in words, such as ``vectors, from 8 rows on tiles``."""
+    limits = {"float32 vectors of the same bits": choice.floats_from, "AMX tiles": choice.tiles_from}
+    if dtype != torch.bfloat16:
+        limits.pop("float32 vectors of the same bits")
+    parts = [f"from {counted(rows, 'row')} on {kind}" for kind, rows in limits.items() if rows is not None]
+    return ", ".join(["vectors of its own type", *parts])
 
 
 def record_path() -> Path:
@@ -82,7 +92,8 @@ def record_path() -> Path:
     return library.with_name(f"products-{hashlib.sha256(kind.encode()).hexdigest()[:24]}.json")
 
 
-def _recorded(dtype: torch.dtype, can_have_tiles: bool) -> Choice:
+def recorded(dtype: torch.dtype, can_have_tiles: bool) -> Choice:
+    """The choice that was measured once, or is now."""
     path, name = record_path(), str(dtype).removeprefix("torch.")
     record = _read(path)
     try:
