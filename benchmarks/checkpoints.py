@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from smollm import smollm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from benchmarks.smollm import smollm
 
 IMAGE_TOKEN = "<image>"
 
@@ -74,7 +75,7 @@ def make_text_checkpoint(directory: Path, shape: Shape) -> None:
 
 
 def make_llava(directory: Path, text: Path) -> None:
-    """The text model of ``text`` behind a ViT-B/16-shape tower (224 px, 196 tokens) with random weights."""
+    """The text model of ``text`` behind a random tower of ViT-B/16's shape (224 px, 196 tokens), all in bfloat16."""
     language = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -97,7 +98,7 @@ def make_llava(directory: Path, text: Path) -> None:
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
-    model.save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory)  # as published checkpoints are
     name_as_published(directory / "model.safetensors")
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}),
@@ -110,15 +111,15 @@ def make_llava(directory: Path, text: Path) -> None:
 
 
 def checkpoint(name: str, root: Path) -> Path:
-    """The directory of ``name`` (a shape, smollm or smollm-vision) under ``root``, made if it is not there yet."""
+    """The directory of a text model (a shape or ``smollm``) or of NAME-vision under ``root``, made where it is not."""
     if name == "smollm":
         return smollm()
     directory = root / name
     if (directory / "config.json").is_file():
         return directory
     shutil.rmtree(directory, ignore_errors=True)
-    if name == "smollm-vision":
-        make_llava(directory, smollm())
+    if name.endswith("-vision"):
+        make_llava(directory, checkpoint(name.removesuffix("-vision"), root))
     else:
         make_text_checkpoint(directory, SHAPES[name])
     return directory

@@ -27,12 +27,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from machine import describe_machine
-from output import add_output, write_text
 from parts import KafkaNode, VersityNode, create_topic
-from plot import draw_curves
 from world import World
 
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
+from benchmarks.plot import draw_curves
 from nanovllm.training.synthetic import PROMPTS, generator, receipt
 
 # One question about a picture, or four: an equal prompt about an equal picture is answered from the prefix cache alone.

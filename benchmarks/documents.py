@@ -41,11 +41,11 @@ from nanovllm.pipeline.app import prepare_threads
 prepare_threads()
 
 from document_files import SCHEMA, native_receipts_pdf, receipts_pdf
-from machine import busy_seconds, describe_machine
-from output import add_output, write_text
 from parts import S3Part, VersityNode, s3_node_program
-from plot import draw_groups
 
+from benchmarks.machine import busy_seconds, describe_machine
+from benchmarks.output import add_output, write_text
+from benchmarks.plot import draw_groups
 from nanovllm.cli.main import main as nanovllm
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import StepOutput

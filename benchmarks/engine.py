@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import SHAPES, make_text_checkpoint
-from machine import describe_machine
-from output import add_output, write_text
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, Qwen3ForCausalLM
 
+from benchmarks.checkpoints import SHAPES, make_text_checkpoint
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.errors import ModelNotFound

@@ -29,7 +29,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from output import add_output
+from benchmarks.output import add_output
 
 if TYPE_CHECKING:
     from gpu_parts.report import Report

@@ -23,13 +23,13 @@ from string import ascii_lowercase
 from typing import Any
 
 import torch
-from checkpoints import Shape, make_text_checkpoint
-from machine import describe_machine
-from output import add_output, write_text
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.checkpoints import Shape, make_text_checkpoint
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.attention.varlen import PagedVarlenAttention
 from nanovllm.engine.execution import model_runner

@@ -16,15 +16,26 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_b
 def describe_machine(command: str) -> dict[str, Any]:
     """The processor, its vector instructions, the software, and the load at the start."""
     return {
-        "cpu": _cpuinfo("model name") or platform.machine(),
+        "cpu": name_of_cpu(),
         "cpus": os.cpu_count(),
         "features": [name for name in _FEATURES if name in _cpuinfo("flags").split()],
+        "amx": has_amx(),
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "command": command,
     }
+
+
+def name_of_cpu() -> str:
+    """What the processor calls itself."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX tiles for bfloat16 and int8."""
+    return {"amx_bf16", "amx_int8"} <= set(_cpuinfo("flags").split())
 
 
 def _cpuinfo(field: str) -> str:
@@ -36,10 +47,10 @@ def _cpuinfo(field: str) -> str:
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes of this machine have used since it started; 0 where the system does not tell."""
+    """CPU time used since the start by all processes, and by a hypervisor's other guests; 0 where it is not told."""
     try:
         line = Path("/proc/stat").read_text().splitlines()[0]
     except OSError:
         return 0.0
-    user, nice, system, _idle, _waiting, *interrupts = (int(ticks) for ticks in line.split()[1:8])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _waiting, *others = (int(ticks) for ticks in line.split()[1:9])  # interrupts, stolen
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from host_step import PROMPT_TOKENS, make_checkpoint, make_engine
-from machine import describe_machine
-from output import add_output, write_text
 from torch import Tensor
 
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from nanovllm import SamplingParams
 from nanovllm.engine import llm_engine
 from nanovllm.engine.execution import launched_step

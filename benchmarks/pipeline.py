@@ -1,10 +1,12 @@
 """The pipeline alone, its engine echoing: CPU a job, jobs a second, added latency and memory, on Apache Kafka.
 
-    python benchmarks/pipeline.py [--jobs 20000] [--more-jobs 180000] [--faststream-python PATH]
+    python benchmarks/pipeline.py [--jobs 20000] [--more-jobs 180000] [--before TREE]... [--faststream-python PATH]
 
 Beside it, by turns, loops that only take a job, check it and produce two records. Rates and CPU are seen from outside:
 from the first result in the topic to the last, and what the kernel charged to the process in between. Three runs
 each, in turn; the figures are medians. ``--faststream-python`` is an interpreter that has ``faststream[kafka]``.
+``--before`` is another checkout of this repository, whose worker of the same mode runs behind each of this one's: the
+report has the ratio of CPU a job of each such pair. ``--workers`` names the workers that are compared.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import msgpack
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from output import add_output, write_text
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
+from benchmarks.machine import describe_machine
+from benchmarks.output import add_output, write_text
 from nanovllm.demo.child_process import LocalProcess
 
 PARTITIONS = 4
@@ -51,6 +54,7 @@ class Bench:
     brokers: str
     directory: Path
     faststream_python: str | None
+    before: Sequence[Path] = ()
 
     async def topics(self) -> Topics:
         base = unique_name("bench")
@@ -73,7 +77,11 @@ class Bench:
             "NANOVLLM_LOG_LEVEL": "warning",
             **{f"NANOVLLM_TOPICS__{key.upper()}": value for key, value in vars(topics).items()},
         }
-        return worker_process(self.directory, settings=settings, name=name)
+        tree = next((tree for tree in self.before if name.endswith(_of(tree))), None)
+        if tree is None:
+            return worker_process(self.directory, settings=settings, name=name)
+        settings |= {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
+        return worker_process(self.directory, settings=settings, name=name, program=_program_of(tree))
 
     async def produce(self, topics: Topics, count: int, *, packed: bool, per_second: float = 0.0) -> None:
         async with AIOKafkaProducer(bootstrap_servers=self.brokers, linger_ms=5) as producer:
@@ -180,6 +188,18 @@ class Bench:
         return seen
 
 
+def _of(tree: Path) -> str:
+    """What the name of a worker of ``tree`` ends with."""
+    return f" of {tree.name}"
+
+
+def _program_of(tree: Path) -> list[str]:
+    """Arguments of Python that run the command line of ``tree``, wherever it is there."""
+    script = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]["nanovllm"]
+    module, _, function = script.partition(":")
+    return ["-c", f"from {module} import {function}; {function}()"]
+
+
 def _cpu_s(process: LocalProcess) -> float:
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
@@ -189,16 +209,29 @@ def _resident_bytes(process: LocalProcess) -> int:
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_ratios(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """CPU a job of each worker over that of the other tree's worker behind it, turn by turn."""
+    found = {}
+    for name, after in runs.items():
+        for other, before in runs.items():
+            if other.startswith(f"{name} of "):
+                pairs = zip(after, before, strict=True)
+                ratios = [round(one["cpu_ms_per_job"] / two["cpu_ms_per_job"], 3) for one, two in pairs]
+                found[other] = {"median": round(statistics.median(ratios), 3), "ratios": ratios}
+    return found
+
+
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
-    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as directory:
         async with KafkaNode(Path(directory)) as node:
-            bench = Bench(node.bootstrap_servers, Path(directory), options.faststream_python)
-            names = ["worker json", "worker msgpack", "worker json exactly_once", "aiokafka"]
+            trees = [tree.resolve() for tree in options.before]
+            bench = Bench(node.bootstrap_servers, Path(directory), options.faststream_python, trees)
+            names = [name + tree for name in options.workers for tree in ("", *map(_of, trees))]
+            names += ["aiokafka"]
             names += ["faststream"] if options.faststream_python else []
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             for _ in range(options.repeats):
@@ -206,19 +239,18 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                     runs[name].append(await bench.rate(name, options.jobs))
                     print(name, runs[name][-1], flush=True)
             report: dict[str, Any] = {
-                "command": " ".join(["python", "benchmarks/pipeline.py", *sys.argv[1:]]),
-                "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-                "python": platform.python_version(),
-                "load_average_at_start": load,
+                "machine": describe_machine(" ".join(["python", "benchmarks/pipeline.py", *sys.argv[1:]])),
                 "jobs": options.jobs,
                 "repeats": options.repeats,
                 "medians": {name: medians(found) for name, found in runs.items()},
+                "cpu_ratios": cpu_ratios(runs),
                 "runs": runs,
             }
-            report["added_latency"] = {
-                name: await bench.latency(name, options.latency_jobs, options.latency_rate)
-                for name in ("worker json", "worker json exactly_once")
-            }
+            if options.latency_jobs:
+                report["added_latency"] = {
+                    name: await bench.latency(name, options.latency_jobs, options.latency_rate)
+                    for name in ("worker json", "worker json exactly_once")
+                }
             if options.more_jobs:
                 report["memory"] = await bench.memory(options.jobs, options.more_jobs)
             return report
@@ -229,7 +261,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--more-jobs", type=int, default=180_000, help="0 leaves the memory out")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--latency-jobs", type=int, default=1_000)
+    parser.add_argument("--workers", nargs="+", default=["worker json", "worker msgpack", "worker json exactly_once"])
+    parser.add_argument("--before", type=Path, action="append", default=[], help="a checkout of another commit")
+    parser.add_argument("--latency-jobs", type=int, default=1_000, help="0 leaves the latency out")
     parser.add_argument("--latency-rate", type=float, default=50.0)
     parser.add_argument("--faststream-python")
     add_output(parser, "pipeline.json")

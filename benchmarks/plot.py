@@ -19,6 +19,7 @@ COLOURS = {
     "llama.cpp": "#c08a2d",
     "vllm": "#7d5ba6",
 }
+_SPEEDS = ("tokens_per_second", "decode_tokens_per_second", "useful_tokens_per_second")  # the last two: older reports
 _LEFT, _WIDTH, _BAR, _GAP = 110, 520, 18, 34  # pixels
 
 
@@ -28,8 +29,7 @@ def draw_bars(report: dict[str, Any], path: Path) -> None:
     load = machine["load_average_at_start"][0]
     groups = {
         f"{row['workload']}, {row['model']}, {row['precision']}: tokens per second": {
-            name: engine.get("decode_tokens_per_second", engine.get("useful_tokens_per_second"))
-            for name, engine in row["engines"].items()
+            name: next(engine[field] for field in _SPEEDS if field in engine) for name, engine in row["engines"].items()
         }
         for row in report["results"]
     }

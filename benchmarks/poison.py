@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from output import add_output, write_text
 from parts import KafkaNode, create_topic, unique_name, worker_process
 
+from benchmarks.output import add_output, write_text
 from nanovllm.demo.child_process import LocalProcess
 
 PARTITIONS = 4

@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import psutil
 from openai_server import OpenAIServer
-from output import add_output, write_text
 from parts import KafkaNode, create_topic, eventually, unique_name
 
+from benchmarks.output import add_output, write_text
 from nanovllm.demo.child_process import LocalProcess
 
 CONSUMING = re.compile(r"^(\S+ \S+) INFO nanovllm\.worker: consuming .* which took ([\d.]+) s to join", re.MULTILINE)

@@ -20,7 +20,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.output import add_output, write_text
 from benchmarks.smollm import smollm
 from nanovllm.engine.layers import product_choice
-from nanovllm.engine.layers.linear import shortest, to_panels
+from nanovllm.engine.layers.linear import has_panels, shortest, to_panels
 from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
@@ -91,6 +91,7 @@ def main() -> None:
     add_output(parser, "three-products.json")
     arguments = parser.parse_args()
     cases: dict[str, Any] = {}
+    assert has_panels(torch.float32, torch.device("cpu")), "products with panels need AVX-512 and a compiler"
     with amx.emulated() as emulator, torch.inference_mode():
         for name, x, weight in (*drawn_inputs(), *real_inputs()):
             cases[name] = measure(x, weight)

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import IMAGE_TOKEN, draw_picture
+from benchmarks.checkpoints import IMAGE_TOKEN, draw_picture
 
 TOPICS = """the history of paper,how bridges carry weight,why the sky is blue,the life of bees,how bread rises
 the first printed books,what a census counts,how tides work,the rules of chess,why leaves fall,how glass is made
 the invention of the telephone,what maps leave out,how canals lift boats,why cats purr,the spice trade
 how vaccines work,the names of the months,what a library lends,how clocks keep time""".replace("\n", ",").split(",")
 MANNERS = ("for a child", "in plain words", "for a newspaper", "as a letter to a friend", "with two examples")
+
+QWEN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
 RECEIPT_SCHEMA = {
     "type": "object",
@@ -68,10 +70,11 @@ class Workload:
     name: str
     requests: tuple[Request, ...]
     ignore_eos: bool = True
+    sampling: dict[str, float] | None = None  # temperature, top_p and top_k of every request; None: greedy
 
     @property
     def kind(self) -> str:
-        """``decode``, ``text``, ``images`` or ``schema``: what an engine must be able to do."""
+        """What an engine must be able to do: decode, text, prompts, sampling, images or schema."""
         return self.name.split("-")[0]
 
     def write(self, path: Path) -> Path:
@@ -92,6 +95,17 @@ def make_text(seed: int, tokenizer: Any, _: Path, count: int = 32) -> Workload:
         size, answer = lengths.randint(32, 128), lengths.randint(16, 96)
         requests.append(Request(draw_prompt(draw, tokenizer, size), answer))
     return Workload("text", tuple(requests))
+
+
+def make_sampling(seed: int, tokenizer: Any, scratch: Path, count: int = 32) -> Workload:
+    """The requests of ``text``, drawn as Qwen recommends."""
+    return replace(make_text(seed, tokenizer, scratch, count), name="sampling", sampling=QWEN_SAMPLING)
+
+
+def make_prompts(seed: int, tokenizer: Any, _: Path, count: int = 16, size: int = 600, answer: int = 8) -> Workload:
+    """Long prompts and short answers, as of documents."""
+    draw = random.Random(seed)
+    return Workload("prompts", tuple(Request(draw_prompt(draw, tokenizer, size), answer) for _ in range(count)))
 
 
 def make_decode(batch: int, prompt: int, answer: int) -> Maker:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.start_phases import START, Phase
+
 if TYPE_CHECKING:
     from nanovllm.client.producer import JobProducer
     from nanovllm.client.results import ResultReader
@@ -37,7 +39,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    value = getattr(import_module(module), attribute)
+    with START.timed(Phase.IMPORTS):
+        value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

@@ -281,9 +281,12 @@ class GatedEngine(EchoEngine):
         self.requests.append(request)
         return super().submit(request)
 
-    async def _answer(self, request: Request, generation: Generation) -> None:
+    def _begin(self, request: Request, generation: Generation) -> None:
+        self._begun[request.request_id] = asyncio.create_task(self._answer_later(request, generation))
+
+    async def _answer_later(self, request: Request, generation: Generation) -> None:
         await self._gate(job_id_of(request)).wait()
-        await super()._answer(request, generation)
+        await super()._answer_later(request, generation)
 
     def _gate(self, job_id: str) -> asyncio.Event:
         return self._gates.setdefault(job_id, asyncio.Event())

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from checkpoints import SHAPES, Shape, checkpoint
 from transformers import Qwen3ForCausalLM
 
+from benchmarks.checkpoints import SHAPES, Shape, checkpoint
 from gpu_parts.report import Report
 from gpu_parts.scale import Scale
 from nanovllm import LLM

@@ -6,8 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoints import checkpoint
-
+from benchmarks.checkpoints import checkpoint
 from nanovllm import LLM, SamplingParams
 
 

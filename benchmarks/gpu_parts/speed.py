@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import IMAGE_TOKEN, checkpoint, draw_picture, make_llava
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from benchmarks.checkpoints import IMAGE_TOKEN, checkpoint, draw_picture, make_llava
 from gpu_parts import theirs
 from gpu_parts.bench import Bench, Finding, free_memory, path_of
 from gpu_parts.roofline import Bound, share

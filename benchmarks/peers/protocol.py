@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 Answers = list[list[int]] | None  # token ids, in the order of the requests; None where an engine does not tell
@@ -37,6 +38,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, required=True, help="sequences at once")
     parser.add_argument("--kinds", default="text", help="kinds of workload to come, by commas")
     parser.add_argument("--work", required=True, help="directory for exported or converted weights, kept between runs")
+    parser.add_argument("--own-defaults", action="store_true", help="as the engine runs where nothing is set")
+    parser.add_argument("--clocks", action="store_true", help="time linear layers too (nanovllm alone)")
     return parser.parse_args()
 
 
@@ -66,6 +69,22 @@ def time_one(engine: Engine, workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
+    """CPU time of this process, of its children that have ended, and of processes below it that run."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + _running_below()
+
+
+def _running_below() -> float:
+    parents, seconds = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()  # a name may hold spaces
+        except OSError:  # ended meanwhile
+            continue
+        process = int(path.parent.name)
+        parents[process] = int(fields[1])
+        seconds[process] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with its own ended children
+    below = {os.getpid()}
+    while found := {process for process, parent in parents.items() if parent in below} - below:
+        below |= found
+    return sum(seconds[process] for process in below - {os.getpid()})

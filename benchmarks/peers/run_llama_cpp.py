@@ -1,4 +1,4 @@
-"""llama.cpp's own ``llama-batched-bench``: decoding at a batch, which is what it measures; it has no mixed lengths.
+"""llama.cpp's own ``llama-batched-bench``: prompts and answers of equal length, which is what it measures.
 
 It runs on made-up tokens, so there are no answers to compare. ``--work`` keeps the weights that it reads.
 """
@@ -26,7 +26,9 @@ class BatchedBench:
     """One process a turn; it loads the model anew, outside its own measurement."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.threads = str(args.threads)
+        # At its own defaults it counts the cores and cuts prompts itself; weights stay in the type asked for.
+        threads = str(args.threads)
+        self.options = [] if args.own_defaults else ["-t", threads, "-tb", threads, "-b", "2048", "-ub", "512"]
         self.weights = convert(Path(args.model), Path(args.work), FORMATS[args.precision])
         source = BIN.parent.parent / "sdist"
         self.versions = {
@@ -39,11 +41,15 @@ class BatchedBench:
         prompt, answer = len(requests[0]["prompt"]), requests[0]["max_tokens"]
         context = len(requests) * (prompt + answer + 32)
         command = [str(BIN / "llama-batched-bench"), "-m", str(self.weights), "-npp", str(prompt), "-ntg", str(answer)]
-        command += ["-npl", str(len(requests)), "-t", self.threads, "-tb", self.threads, "-c", str(context)]
-        command += ["-b", "2048", "-ub", "512", "--output-format", "jsonl"]
+        command += ["-npl", str(len(requests)), "-c", str(context), *self.options, "--output-format", "jsonl"]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
-        return None, {"decode_tokens_per_second": figures["speed_tg"], "prefill_tokens_per_second": figures["speed_pp"]}
+        prefill, decode = figures["t_pp"], figures["t_tg"]
+        seconds = decode if workload["name"].startswith("decode") else prefill + decode
+        return None, {
+            "tokens_per_second": len(requests) * answer / seconds,
+            "prefill_tokens_per_second": figures["speed_pp"],
+        }
 
 
 def convert(model: Path, work: Path, weights: str) -> Path:

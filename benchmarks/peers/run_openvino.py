@@ -1,4 +1,9 @@
-"""OpenVINO GenAI's ContinuousBatchingPipeline on a checkpoint that optimum-intel exports once."""
+"""OpenVINO GenAI on a checkpoint that optimum-intel exports once: a continuous batch, of pictures too.
+
+``VLMPipeline`` takes one request a call, and with ``scheduler_config`` runs it in a ContinuousBatchingPipeline of its
+own. Many requests with pictures are given to that pipeline itself; at its own defaults VLMPipeline answers them one
+after the other.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +38,11 @@ class Pipeline:
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(
             str(model), scheduler, "CPU", {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": hint}
         )
-        self.versions = {
-            "openvino_genai": openvino_genai.__version__,
-            "openvino": openvino.__version__,
-            "precision_hint": hint,
-        }
+        self.versions = {**versions(), "precision_hint": hint}
 
     def run(self, workload: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
         requests = workload["requests"]
-        configs = [configure(request, ignore_eos=workload["ignore_eos"]) for request in requests]
+        configs = [configure(request, workload, seed) for seed, request in enumerate(requests)]
         if requests[0]["images"]:
             prompts = [request["prompt"] for request in requests]
             images = [[read_picture(path) for path in request["images"]] for request in requests]
@@ -57,19 +58,50 @@ class Pipeline:
         return openvino.Tensor(np.array([prompt], dtype=np.int64))
 
 
+class OwnDefaults(Pipeline):
+    """What the CPU plugin and the scheduler choose themselves: bf16 where the CPU has it, cores, a growing cache."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        model = str(export(Path(args.model), Path(args.work), "int8" if args.precision == "int8" else "fp32"))
+        self.sees = "images" in args.kinds.split(",")
+        if self.sees:
+            self.pipeline = openvino_genai.VLMPipeline(model, "CPU")
+        else:
+            self.pipeline = openvino_genai.ContinuousBatchingPipeline(model, openvino_genai.SchedulerConfig(), "CPU")
+        self.versions = {**versions(), "capabilities": ", ".join(capabilities())}
+
+    def run(self, workload: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
+        if not self.sees:
+            return super().run(workload)
+        for seed, request in enumerate(workload["requests"]):
+            images = [read_picture(path) for path in request["images"]]
+            config = configure(request, workload, seed)
+            self.pipeline.generate(request["prompt"], images=images, generation_config=config)
+        return None, {}
+
+
+def versions() -> dict[str, str]:
+    """What runs."""
+    return {"openvino_genai": openvino_genai.__version__, "openvino": openvino.__version__}
+
+
 def capabilities() -> list[str]:
     """What the CPU computes in, as OpenVINO names it."""
     return openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def configure(request: dict[str, Any], *, ignore_eos: bool) -> openvino_genai.GenerationConfig:
-    """Greedy, and as long as it is bound to be."""
+def configure(request: dict[str, Any], workload: dict[str, Any], seed: int) -> openvino_genai.GenerationConfig:
+    """Greedy or drawn, and as long as it is bound to be."""
     config = openvino_genai.GenerationConfig()
-    config.do_sample = False
+    config.do_sample = workload["sampling"] is not None
+    if config.do_sample:
+        config.rng_seed = seed
+        for name, value in workload["sampling"].items():
+            setattr(config, name, value)
     config.max_new_tokens = request["max_tokens"]
-    config.ignore_eos = ignore_eos
+    config.ignore_eos = workload["ignore_eos"]
     config.apply_chat_template = False
-    if ignore_eos:
+    if workload["ignore_eos"]:
         config.min_new_tokens = request["max_tokens"]
     if request["json_schema"] is not None:
         config.structured_output_config = openvino_genai.StructuredOutputConfig(
@@ -95,4 +127,4 @@ def export(model: Path, work: Path, weights: str) -> Path:
     return output
 
 
-serve(Pipeline)
+serve(lambda args: OwnDefaults(args) if args.own_defaults else Pipeline(args))

@@ -24,9 +24,12 @@ class Static:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.precision == "int8":
             raise SystemExit("transformers has no int8 of its own on a CPU")
-        torch.set_num_threads(args.threads)
+        dtype: torch.dtype | str = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+        if args.own_defaults:
+            dtype = "auto"  # the checkpoint's
+        else:
+            torch.set_num_threads(args.threads)
         self.batch = args.batch
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         sees = hasattr(AutoConfig.from_pretrained(args.model), "vision_config")
         family = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         self.model = family.from_pretrained(args.model, dtype=dtype).eval()
@@ -35,11 +38,16 @@ class Static:
         self.tokenizer.padding_side = "left"
         if self.processor is not None:
             self.processor.tokenizer.padding_side = "left"
-        self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        self.versions = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(self.model.dtype),
+        }
 
     @torch.inference_mode()
     def run(self, workload: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
         requests = workload["requests"]
+        how = {"do_sample": True, **workload["sampling"]} if workload["sampling"] else {"do_sample": False}
         answers: list[list[int]] = [[] for _ in requests]
         order = sorted(range(len(requests)), key=lambda index: requests[index]["max_tokens"])
         for first in range(0, len(order), self.batch):
@@ -47,7 +55,7 @@ class Static:
             inputs = self._encode([requests[row] for row in rows])
             longest = max(requests[row]["max_tokens"] for row in rows)
             options = {"min_new_tokens": longest} if workload["ignore_eos"] else {}
-            made = self.model.generate(**inputs, do_sample=False, max_new_tokens=longest, **options)
+            made = self.model.generate(**inputs, **how, max_new_tokens=longest, **options)
             for row, tokens in zip(rows, made[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[row] = tokens[: requests[row]["max_tokens"]]
                 self.tokenizer.decode(answers[row])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
 from nanovllm.checkpoints.config_fields import reading_config
+from nanovllm.checkpoints.digest import digest_of
 from nanovllm.checkpoints.resolve import (
     checkpoint_name,
     is_lfs_pointer,
@@ -23,6 +20,12 @@ from nanovllm.checkpoints.resolve import (
 )
 from nanovllm.checkpoints.template_files import TEMPLATE, check_templates
 from nanovllm.checkpoints.tensors import names_in
+from nanovllm.checkpoints.transformers_imports import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from nanovllm.errors import ModelNotFound, UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,19 @@ _GENERATION_IGNORED: dict[str, object] = {
                      "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0),
     "max_length": 20,
 }  # fmt: skip
+
+
+WITHOUT_PROCESSOR = ("llama", "qwen2", "qwen3")
+"""Model types that are text alone, the most frequent ones."""
+
+
+def _has_processor(model_type: str) -> bool:
+    """Whether transformers has a processor for a model type. Its table comes with all that its models import."""
+    if model_type in WITHOUT_PROCESSOR:
+        return False
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return model_type in PROCESSOR_MAPPING_NAMES
 
 
 def _lost_its_bytes(file: Path, tokenizer: Any) -> bool:
@@ -141,7 +157,7 @@ class Checkpoint:
         """
         own = _json_fields(self.directory / "processor_config.json")
         is_named = any("processor_class" in fields for fields in (own, _json_fields(self.directory / _PREPROCESSOR)))
-        if not is_named and self.config.model_type not in PROCESSOR_MAPPING_NAMES:
+        if not is_named and not _has_processor(self.config.model_type):
             return None
         template = own.get("chat_template") or _json_fields(self.directory / _TEMPLATE_JSON).get("chat_template")
         if template is None and (self.directory / TEMPLATE).is_file():
@@ -202,11 +218,7 @@ class Checkpoint:
     @cached_property
     def parameter_digest(self) -> str:
         """SHA-256 (hex) over the weight files in order of their names."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
-        return digest.hexdigest()
+        return digest_of(self.files)
 
     @property
     def revision(self) -> str:

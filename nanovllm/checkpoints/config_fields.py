@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
+from nanovllm.checkpoints.transformers_imports import ACTIVATIONS
 from nanovllm.errors import NanoVLLMError, UnsupportedModel
 
 _COUNTS = (
@@ -82,7 +82,7 @@ def _wrong_in(part: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
             yield name, value, "a type of torch, such as 'bfloat16'"
     for name in ("hidden_act", "projector_hidden_act"):
         value = part.get(name)
-        if value is not None and (not isinstance(value, str) or value not in ACT2FN):
+        if value is not None and (not isinstance(value, str) or value not in ACTIVATIONS):
             yield name, value, "an activation that transformers has"
     yield from _wrong_numbers("", part, ("rope_theta",))
     for name in _ROPE:

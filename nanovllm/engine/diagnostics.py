@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,10 +23,12 @@ from nanovllm.engine.kernels import tiles
 from nanovllm.engine.layers import fused, product_choice
 from nanovllm.engine.layers.linear import Linear, has_panels
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.models.generic_trial import TrialResult
 from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.models.generic_trial import TrialResult
 
 _MIB = 1 << 20
 _BATCHES = (1, 8, 32)

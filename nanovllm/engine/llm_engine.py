@@ -40,6 +40,7 @@ from nanovllm.engine.text.output_processor import RequestState, add_token, exten
 from nanovllm.engine.text.prompt_forms import read_conversations, read_prompts
 from nanovllm.errors import EngineDead, EngineFault, InvalidInput, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.start_phases import START, Phase
 from nanovllm.statistics import EngineStats
 from nanovllm.vision.processor import PromptImages, VisionProcessor
 
@@ -58,7 +59,8 @@ class LLMEngine:
         warn_untested_version()
         self.config = EngineConfig.from_options(model, options)
         self.checkpoint = Checkpoint(resolve_checkpoint(model))
-        self.tokenizer = self.checkpoint.tokenizer()
+        with START.timed(Phase.TOKENIZER):
+            self.tokenizer = self.checkpoint.tokenizer()
         self.model_runner = ModelRunner(self.config, self.checkpoint, self.tokenizer)
         self.processor: VisionProcessor | None = self.model_runner.processor
         self.scheduler = make_scheduler(self.config, self.model_runner)
@@ -198,7 +200,7 @@ class LLMEngine:
     def _launch(self, scheduled: ScheduledBatch, sampled_before: Tensor | None = None) -> None:
         """Prepare, compute and sample the scheduled rows, if any, without waiting for the device."""
         if scheduled.rows:
-            upcoming = self.scheduler.in_order()
+            upcoming = self.scheduler.images_in_order()
             step = launch(self.model_runner, self.sampler, self._masks, scheduled, upcoming, sampled_before)
             self._in_flight.append(step)
 
@@ -318,7 +320,8 @@ class LLMEngine:
             for prompt, params, pictures in zip(batch, params_of_each, images_of_prompts, strict=True):
                 outputs[self.add_request(prompt, params, pictures, chat_template_kwargs=chat_template_kwargs)] = None
             with tqdm(total=len(batch), disable=not use_tqdm, desc="Generating", unit="request") as bar:
-                while any(output is None for output in outputs.values()):
+                unfinished = len(outputs)
+                while unfinished:
                     for output in self.step():
                         if output.request_id not in outputs:
                             continue
@@ -326,6 +329,7 @@ class LLMEngine:
                             raise output.failure
                         if output.finished is not None:
                             outputs[output.request_id] = output.finished
+                            unfinished -= 1
                             bar.update(1)
         except BaseException:
             for request_id in outputs:

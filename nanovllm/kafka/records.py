@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import field
+
+from nanovllm.value_object import value_object
 
 Headers = tuple[tuple[str, bytes], ...]
 DEFAULT_MAX_RECORD_BYTES = 1_000_000
@@ -12,7 +13,7 @@ _BATCH_OVERHEAD_BYTES = 128
 _HEADER_OVERHEAD_BYTES = 10
 
 
-@dataclass(frozen=True)
+@value_object
 class OutgoingRecord:
     """One Kafka record that is to be published."""
 
@@ -20,11 +21,13 @@ class OutgoingRecord:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    size_bytes: int = field(init=False, repr=False, compare=False)
+    """At least what the record takes in a batch of its own."""
 
-    @cached_property
-    def size_bytes(self) -> int:
-        """At least what the record takes in a batch of its own."""
+    def __post_init__(self) -> None:
+        headers = self.headers
         size = _BATCH_OVERHEAD_BYTES + len(self.key or b"") + len(self.value or b"")
-        for name, value in self.headers:
-            size += len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES
-        return size
+        size += _HEADER_OVERHEAD_BYTES * len(headers) + sum([len(value) for _, value in headers])
+        names = "".join([name for name, _ in headers])
+        size += len(names) if names.isascii() else len(names.encode())
+        object.__setattr__(self, "size_bytes", size)

@@ -15,6 +15,7 @@ from nanovllm.errors import BrokersUnavailable
 from nanovllm.kafka.batch_send import send_batches
 from nanovllm.kafka.client import producer_kwargs
 from nanovllm.kafka.errors import is_fatal
+from nanovllm.kafka.keyed_producer import KeyedProducer
 from nanovllm.kafka.paced_metadata import pace_metadata
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RecoveringProducer:
         def connect() -> AIOKafkaProducer:
             # A topic's limit is one for whole batches: small records that exceed it together are refused together.
             batch_bytes = min(options["max_batch_size"], limits.for_new_producer())
-            return AIOKafkaProducer(**{**options, "max_batch_size": batch_bytes})
+            return KeyedProducer(**{**options, "max_batch_size": batch_bytes})
 
         return cls(connect)
 
@@ -93,7 +94,7 @@ class RecoveringProducer:
         try:
             sent = await producer.send(topic, value, key=key, headers=list(headers))
         except KafkaError as error:
-            await self._replace_after(error, producer)
+            await self.replace_after(error, producer)
             raise
         return _Acknowledgement(self, producer, sent)
 
@@ -107,7 +108,7 @@ class RecoveringProducer:
         try:
             errors = await send_batches(producer, topic, records, max_bytes)
         except KafkaError as error:
-            await self._replace_after(error, producer)
+            await self.replace_after(error, producer)
             raise
         if any(error is not None and is_fatal(error) for error in errors):
             await self._replace(producer, logging.ERROR)
@@ -124,15 +125,7 @@ class RecoveringProducer:
         if self._producer is not None:
             await self._replace(self._producer, logging.DEBUG)
 
-    async def acknowledged(self, sent: Awaitable[object], producer: AIOKafkaProducer) -> None:
-        """Await what ``producer`` has ``sent``. Raises KafkaError as ``send_and_wait``."""
-        try:
-            await sent
-        except KafkaError as error:
-            await self._replace_after(error, producer)
-            raise
-
-    async def _replace_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
+    async def replace_after(self, error: KafkaError, producer: AIOKafkaProducer) -> None:
         """Replace ``producer`` if ``error`` is fatal, unless that has been done already."""
         if is_fatal(error):
             await self._replace(producer, logging.ERROR)
@@ -156,7 +149,7 @@ class RecoveringProducer:
         return producer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Acknowledgement:
     """Awaitable of one record; what is never awaited leaves no coroutine that never ran."""
 
@@ -165,4 +158,8 @@ class _Acknowledgement:
     sent: Awaitable[object]
 
     def __await__(self) -> Generator[Any, None, None]:
-        return self.owner.acknowledged(self.sent, self.producer).__await__()
+        try:
+            yield from self.sent.__await__()
+        except KafkaError as error:
+            yield from self.owner.replace_after(error, self.producer).__await__()
+            raise

@@ -21,7 +21,7 @@ MAX_INTEGER = 2**53  # beyond it, a reader whose numbers are doubles gets anothe
 def encode(message: BaseModel, fmt: MessageFormat) -> bytes:
     """``message`` as JSON or msgpack, without the fields that are unset (None)."""
     if fmt == "json":
-        return message.model_dump_json(exclude_none=True).encode()
+        return message.__pydantic_serializer__.to_json(message, exclude_none=True)  # as bytes, never as text
     packed: bytes = msgpack.packb(message.model_dump(exclude_none=True), use_bin_type=True, default=_to_json_value)
     return packed
 

@@ -318,7 +318,9 @@ class Job(_Strict):
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
         # In place of the limit that other objects have: unknown names cost nothing here.
-        known_names = cls.model_fields
+        known_names = cls.__pydantic_fields__
+        if isinstance(fields, dict) and fields.keys() <= known_names.keys():
+            return fields
         names = fields if isinstance(fields, Mapping) else {}
         unknown = [name for name in names if isinstance(name, str) and name not in known_names]
         absent = [name for name in known_names if name not in names] if unknown else []
@@ -365,7 +367,9 @@ class Job(_Strict):
 
     @property
     def _parts(self) -> list[TextPart | ImagePart | ImageUrlPart]:
-        contents = [message.content for message in self.messages or ()]
+        if self.messages is None:
+            return []
+        contents = [message.content for message in self.messages]
         return [part for content in contents if not isinstance(content, str) for part in content]
 
     def image_refs(self) -> tuple[ImageRef, ...]:
@@ -392,8 +396,10 @@ class Job(_Strict):
     @property
     def text_chars(self) -> int:
         """Characters of the prompt or of the messages' text."""
-        texts = [self.prompt or "", *(part.text for part in self._parts if isinstance(part, TextPart))]
-        texts += [message.content for message in self.messages or () if isinstance(message.content, str)]
+        if self.messages is None:
+            return len(self.prompt or "")
+        texts = [*(part.text for part in self._parts if isinstance(part, TextPart))]
+        texts += [message.content for message in self.messages if isinstance(message.content, str)]
         return sum(map(len, texts))
 
     def image_key(self) -> str | None:
@@ -420,8 +426,7 @@ class Job(_Strict):
 
     def check_template_kwargs(self, allowed: Collection[str]) -> None:
         """Raise InvalidJob for a variable of the chat template that is not ``allowed``."""
-        refused = sorted(self.chat_template_kwargs.keys() - set(allowed))
-        if refused:
+        if refused := self.chat_template_kwargs and sorted(self.chat_template_kwargs.keys() - set(allowed)):
             raise InvalidJob(
                 f"chat_template_kwargs: {refused[0][:64]!r} is not among the names that this worker lets jobs set "
                 "(engine.job_chat_template_kwargs)"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import uuid
+from hashlib import sha1
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from nanovllm.messages.base import CacheOutcome, FinishReason, Message, Reused, Source
 
-_RESULT_NAMESPACE = uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f")
+_RESULT_NAMESPACE = uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f").bytes
 
 
 def result_id_for(job_id: str) -> str:
     """The identity of a job's result: equal for every delivery and every worker, so that repeats can be dropped."""
-    return str(uuid.uuid5(_RESULT_NAMESPACE, job_id))
+    # As uuid.uuid5 makes it, without an object for it.
+    digest = bytearray(sha1(_RESULT_NAMESPACE + job_id.encode(), usedforsecurity=False).digest()[:16])
+    digest[6] = digest[6] & 0x0F | 0x50
+    digest[8] = digest[8] & 0x3F | 0x80
+    text = digest.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class ModelUse(Message):

@@ -7,11 +7,10 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from botocore.exceptions import ClientError
 
@@ -32,6 +31,7 @@ from nanovllm.errors import (
 )
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import split_prefix_uri
+from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.errors import classify, status_of
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.objects.versions import lasting_version
@@ -40,9 +40,6 @@ from nanovllm.settings.s3 import S3Settings
 CHUNK_BYTES = 256 * 1024
 PROBE_KEY = "nanovllm-probe"
 """What is asked for to learn whether a strange answer concerns one object or the store; it need not exist."""
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +110,7 @@ class ObjectFetcher:
         self._max_bytes = max_bytes
         self._client = S3Client(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
+        self._threads = DaemonThreads("nanovllm-fetch")
         self._timeout_s = settings.object_timeout_s
         self._too_large: type[InvalidInput] = ImageTooLarge
 
@@ -156,7 +154,7 @@ class ObjectFetcher:
             body = _Body()
             try:
                 async with asyncio.timeout(self._timeout_s) as limit:
-                    return await _in_daemon_thread(lambda: self._read(ref, held, body))
+                    return await self._threads.run(lambda: self._read(ref, held, body))
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -183,7 +181,7 @@ class ObjectFetcher:
         async with self._connections:
             try:
                 async with asyncio.timeout(self._timeout_s) as limit:
-                    return await _in_daemon_thread(lambda: self._client.call(ask))
+                    return await self._threads.run(lambda: self._client.call(ask))
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -307,24 +305,6 @@ class _Body:
             if self._stream is not None:
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
                     self._stream.shutdown()  # urllib3 2.3; unlike close it wakes a thread that waits for data
-
-
-async def _in_daemon_thread(read: Callable[[], T]) -> T:
-    """What ``read`` returns or raises.
-
-    Not an executor: the interpreter waits for its threads, and a store that hangs would outlast the drain's budget.
-    """
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # a task that is cancelled does not end the thread
-
-    def run() -> None:
-        try:
-            outcome.set_result(read())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="nanovllm-fetch", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
 
 
 def _version_in(error: ClientError) -> str | None:

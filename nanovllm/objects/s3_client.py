@@ -7,14 +7,18 @@ a token that is too short is a ``ParamValidationError``, a missing token file a 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import botocore.exceptions as sdk
 import botocore.session
 from botocore.config import Config
+from botocore.utils import parse_timestamp
 
 from nanovllm.errors import (
     ConfigurationError,
@@ -150,4 +154,13 @@ def _client_of(session: Any, settings: S3Settings, max_attempts: int) -> Any:
             request_checksum_calculation="when_required",
         )
     )
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
     return session.create_client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region)
+
+
+def _time_of(value: Any) -> datetime:
+    # Each answer has a Last-Modified, in one form; botocore's parser of all forms takes ten times as long.
+    if isinstance(value, str) and value.endswith(" GMT"):
+        with contextlib.suppress(ValueError):
+            return parsedate_to_datetime(value)
+    return parse_timestamp(value)

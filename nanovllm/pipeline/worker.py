@@ -318,7 +318,8 @@ class Worker:
                 except BrokersUnavailable as error:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
-                self._observe_partitions(source)
+                self.metrics.consumer_lag.show(source.lags)
+                self.metrics.watermark.show(source.watermarks)
 
     def _observe_outage(self) -> None:
         outage = self.engine.outage
@@ -336,15 +337,6 @@ class Worker:
             logger.info("in the consumer group again, after %.0f s", time.monotonic() - self._left_at)
             self._left_at = None
         self.health.has_joined = has_joined
-
-    def _observe_partitions(self, source: RecordSource) -> None:
-        # Cleared first: partitions that left must not go on showing their last lag.
-        self.metrics.consumer_lag.clear()
-        self.metrics.watermark.clear()
-        for (topic, partition), lag in source.lags.items():
-            self.metrics.consumer_lag.labels(topic, partition).set(lag)
-        for (topic, partition), offset in source.watermarks.items():
-            self.metrics.watermark.labels(topic, partition).set(offset)
 
     async def _wait_until_drained(self, source: RecordSource) -> None:
         idle_since: float | None = None

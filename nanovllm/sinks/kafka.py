@@ -91,8 +91,13 @@ class KafkaSink:
                 sent.append(error)
         errors: list[NanoVLLMError | None] = []
         for record, acknowledged in zip(records, sent, strict=True):
-            failure = await _failure(acknowledged)
-            errors.append(failure and await self._meaning(record, failure, batch_bytes))
+            failure = acknowledged if isinstance(acknowledged, KafkaError) else None
+            if not isinstance(acknowledged, KafkaError):
+                try:
+                    await acknowledged
+                except KafkaError as error:
+                    failure = error
+            errors.append(None if failure is None else await self._meaning(record, failure, batch_bytes))
         return errors
 
     async def _meaning(self, record: OutgoingRecord, failure: KafkaError, batch_bytes: int) -> NanoVLLMError:
@@ -149,16 +154,6 @@ class Unsent:
         errors = await self._sink.publish_each(self.records)
         self.records = [record for record, error in zip(self.records, errors, strict=True) if error is not None]
         raise_worst(errors)
-
-
-async def _failure(sent: Awaitable[object] | KafkaError) -> KafkaError | None:
-    if isinstance(sent, KafkaError):
-        return sent
-    try:
-        await sent
-    except KafkaError as error:
-        return error
-    return None
 
 
 def raise_worst(errors: Sequence[NanoVLLMError | None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
+from functools import lru_cache
+from time import time_ns
 
 from nanovllm.kafka.records import Headers
 
@@ -29,6 +31,17 @@ def kept_headers(headers: Headers, names: Collection[str]) -> Iterable[tuple[str
         if count > MAX_HEADERS or left < 0:
             return
         yield name, value
+
+
+def rfc3339_now() -> str:
+    """The time as `rfc3339` writes it."""
+    seconds, milliseconds = divmod(time_ns() // 1_000_000, 1_000)
+    return f"{_whole_second(seconds)}.{milliseconds:03d}Z"
+
+
+@lru_cache(8)
+def _whole_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def rfc3339(time: datetime) -> str:

@@ -59,7 +59,7 @@ class FaultyEcho(EchoEngine):
         super().__init__(delay_s=WORK_S, **options)
         self._orders = orders
 
-    async def _answer(self, request: Request, generation: Generation) -> None:
+    async def _answer_later(self, request: Request, generation: Generation) -> None:
         if POISON in (request.prompt or ""):
             await asyncio.sleep(WORK_S)  # a crash in a kernel comes some time after the start
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -69,7 +69,7 @@ class FaultyEcho(EchoEngine):
         if self._orders.take("out-of-memory"):
             self.kill()
             return
-        await super()._answer(request, generation)
+        await super()._answer_later(request, generation)
 
 
 def crash_decoding(data: bytes, **options: Any) -> Any:

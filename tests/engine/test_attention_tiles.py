@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.attention import tile_choice
 from nanovllm.engine.attention.base import AttentionBatch
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
-from nanovllm.engine.attention.selection import TOLERANCES, Heads, trial
+from nanovllm.engine.attention.selection import TOLERANCES, Heads, choose_backend, trial
+from nanovllm.engine.layers import product_choice
+from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
@@ -104,3 +107,29 @@ def test_numbers_of_a_float32_model_are_never_multiplied_by_tiles(emulator: amx.
     for dtype in (torch.float32, torch.float16):
         assert trial(PagedCpuAttention(tiles_from=1), CPU, dtype, Heads(2, 1, 32), ((3, 5),)) <= TOLERANCES[dtype]
     assert emulator.executed()["bfloat16"] == before
+
+
+def test_an_engine_attends_by_tiles_where_they_were_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    with amx.granted(monkeypatch, Choice(tiles_from=8)):
+        assert tile_choice.tiles_from(BFLOAT16) == 8
+        backend = choose_backend(CPU, BFLOAT16)
+        assert isinstance(backend, PagedCpuAttention)
+        assert backend.tiles_from == 8
+        assert backend.name == "our kernel on the pages, from 8 query vectors on by AMX tiles"
+        assert trial(backend, CPU, BFLOAT16, Heads(4, 2, 32), ((1, 70), (5, 70))) <= TOLERANCES[BFLOAT16] / 3
+
+
+def test_in_deterministic_mode_all_rows_attend_by_tiles_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with amx.granted(monkeypatch, Choice()):
+        assert tile_choice.tiles_from(BFLOAT16) is None
+        assert tile_choice.tiles_from(BFLOAT16, deterministic=True) == 1
+        assert tile_choice.tiles_from(torch.float32, deterministic=True) is None
+    monkeypatch.setattr(tile_choice.tiles, "why_not", lambda: "none")
+    assert tile_choice.tiles_from(BFLOAT16, deterministic=True) is None
+
+
+def test_attention_is_measured_by_numbers_of_query_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_choice, "_BUDGET_S", 0.0)
+    found = tile_choice.measure()
+    assert set(found) == {"vectors", "tiles"}
+    assert isinstance(product_choice.choice_from(found), Choice)

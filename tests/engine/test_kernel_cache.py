@@ -1,14 +1,18 @@
-"""The folder of compiled kernels: what another user could have written is not loaded."""
+"""The folder of compiled kernels: what another user could have written is not loaded, and processes compile once."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanovllm.engine import kernels
+from tests.parts import REPOSITORY
 
 
 @pytest.fixture
@@ -46,3 +50,59 @@ def test_a_folder_of_ones_own_passes(library: Path) -> None:
     kernels.check_ownership(library.parent)
     kernels.check_ownership(library)
     kernels.check_ownership(library.with_name("not-there"))
+
+
+COMPILER = """#!/bin/sh
+echo "$*" >> {log}
+for last; do
+    case "$previous$last" in
+        *paged_attention.cpp) {first} ;;
+        *rows.cpp) {second} ;;
+        -o*) echo made > "$last"; output="$last" ;;
+    esac
+    previous="$last"
+done
+case "$1" in -shared) echo | c++ -shared -fPIC -x c++ - -o "$output" ;; esac
+"""
+
+
+def make_compiler(folder: Path, first: str = ":", second: str = ":") -> Path:
+    """A compiler of empty libraries that logs its calls, and does ``first`` and ``second`` with two of the sources."""
+    program = folder / "compiler"
+    program.write_text(COMPILER.format(log=folder / "calls", first=first, second=second))
+    program.chmod(0o755)
+    return program
+
+
+LOAD = "from nanovllm.engine import kernels; print(kernels.missing())"
+
+
+def loading(folder: Path, compiler: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "CXX": str(compiler), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen([sys.executable, "-c", LOAD], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU compiles one source at a time")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in kernels.FLAGS, reason="no kernels for this CPU")
+def test_sources_are_compiled_side_by_side_and_once_however_many_processes_start(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    os.mkfifo(one)
+    os.mkfifo(other)
+    # Each of two sources waits until the other one's compiler runs.
+    program = make_compiler(tmp_path, first=f"echo > {one}; read x < {other}", second=f"read x < {one}; echo > {other}")
+    processes = [loading(tmp_path, program) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["None\n", "None\n"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    sources = list(Path(kernels.__file__).parent.glob("*.cpp"))
+    assert sum(call.startswith("-c ") for call in calls) == len(sources)
+    assert sum(call.startswith("-shared ") for call in calls) == 1
+    assert len(list((tmp_path / "nanovllm").glob("*.so"))) == 1
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in kernels.FLAGS, reason="no kernels for this CPU")
+def test_a_source_that_does_not_compile_is_told_and_nothing_is_kept(tmp_path: Path) -> None:
+    program = make_compiler(tmp_path, first="echo 'no such instruction' >&2; exit 1")
+    told = loading(tmp_path, program).communicate(timeout=120)[0]
+    assert told == f"{program} could not compile the CPU kernels: no such instruction\n\n"
+    assert list((tmp_path / "nanovllm").glob("*.so")) == []

@@ -18,6 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.models.decoder import Decoder
+from nanovllm.engine.models.qwen_vl import DECODERS
 from nanovllm.engine.models.registry import LLAVA, QWEN_VL, TEXT_FAMILIES
 from nanovllm.pipeline.documents.page_sizes import A4, Points, rendered_size
 from nanovllm.vision.encoders.qwen import native_tokens, native_transform
@@ -123,7 +124,7 @@ def tokens_at(dpi: int, transform: ImageTransform, points: Points = A4) -> int:
 def test_the_figures_of_a_checkpoint_follow_from_its_shape(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     config = config_of(shape)
-    decoder = QWEN_VL[ARCHITECTURES[shape.family]](config.text_config)
+    decoder = DECODERS[ARCHITECTURES[shape.family]](config.text_config)
     with torch.device("meta"):
         text = Decoder(decoder)
         tower = TOWERS[shape.family](config.vision_config)

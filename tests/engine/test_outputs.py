@@ -114,6 +114,15 @@ def test_a_result_cannot_be_changed(result: RequestOutput) -> None:
     assert hash(Usage(1, 2, 3, 4)) == hash(Usage(1, 2, 3, 4))
 
 
+def test_a_record_is_made_by_position_and_by_name() -> None:
+    assert Usage(1, 2, 3, 4) == Usage(1, 2, cached_tokens=4, image_tokens=3) == dict(Usage(1, 2, 3, 4))
+    assert (RequestTimings().e2e_ms, RequestTimings(e2e_ms=2.0)["e2e_ms"]) == (0.0, 2.0)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'cached_tokens'"):
+        Usage(1, 2, 3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tokens'"):
+        Usage(1, 2, 3, 4, tokens=5)  # type: ignore[call-arg]
+
+
 def test_a_result_has_no_path_of_this_machine(engine: MultiModalLLM, tmp_path: Path) -> None:
     from PIL import Image
 

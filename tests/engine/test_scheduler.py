@@ -91,6 +91,19 @@ def test_equal_prompts_in_one_step_are_computed_once() -> None:
     assert {tuple(twin.block_table[:2]) for twin in twins} == {tuple(twins[0].block_table[:2])}
 
 
+def test_of_many_followers_of_one_leader_a_step_looks_at_as_many_as_there_are_seats() -> None:
+    scheduler = make_scheduler(64, max_num_seqs=3, budget=16)
+    leader, *followers = (make_sequence([*range(40), 100 + number]) for number in range(20))
+    for sequence in (leader, *followers):
+        scheduler.add(sequence)
+    for _ in range(3):  # the last one leaves room in its budget
+        run(scheduler)
+    assert scheduler.running == [leader]
+    assert [bool(sequence._block_hashes) for sequence in followers] == [True] * 3 + [False] * 16
+    finish_all(scheduler)
+    assert all(sequence.num_cached_tokens == 40 for sequence in followers)
+
+
 def test_followers_do_not_wait_for_a_leader_that_was_aborted() -> None:
     scheduler = make_scheduler(budget=4)
     leader, follower = make_sequence(list(range(12))), make_sequence(list(range(12)))

@@ -113,14 +113,9 @@ def test_only_finite_weights_of_bfloat16_have_three_products(
 
 
 def test_float32_is_multiplied_by_vectors_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_choice.tiles, "why_not", lambda: None)
-    monkeypatch.setattr(product_choice, "_recorded", lambda *_: Choice(tiles_from=9))
-    product_choice.choose.cache_clear()
-    try:
+    with amx.granted(monkeypatch, Choice(tiles_from=9)):
         assert product_choice.choose(torch.float32) == Choice(tiles_from=9)
         assert product_choice.choose(torch.float32, deterministic=True) == Choice()
-    finally:
-        product_choice.choose.cache_clear()
 
 
 def test_the_measured_choice_has_tiles_for_float32() -> None:

@@ -35,7 +35,7 @@ def operations(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
         return rotate
 
     return {
-        "rms_norm": lambda x: rows.rms_norm(x[:, :WIDTH].contiguous(), weight, EPS),
+        "rms_norm": lambda x: rows.add_rms_norm(x[:, :WIDTH].contiguous(), None, weight, EPS),
         "rotate_heads": heads(None),
         "rotate_normalised_heads": heads(norm),
         "gated_silu": lambda x: rows.gated_silu(x[:, : 2 * WIDTH].contiguous()),
@@ -84,3 +84,13 @@ def test_the_best_place_is_the_first_of_the_highest(width: int, dtype: torch.dty
     x[0] = float("-inf")
     expected = [row.index(max(row)) for row in x.tolist()]
     assert rows.argmax(x).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_sum_and_its_norm_in_one_pass_have_the_bits_of_both(dtype: torch.dtype, count: int) -> None:
+    residual, update, weight = (torch.randn(n, WIDTH).to(dtype) for n in (count, count, 1))
+    expected = residual + update
+    normed = rows.add_rms_norm(expected.clone(), None, weight[0], EPS)
+    assert torch.equal(rows.add_rms_norm(residual, update, weight[0], EPS), normed)
+    assert torch.equal(residual, expected)

@@ -33,6 +33,7 @@ from nanovllm.errors import (
 )
 from nanovllm.messages.job import ImageRef
 from nanovllm.objects import fetch
+from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.errors import classify
 from nanovllm.objects.fetch import AllowList, ObjectFetcher
 from nanovllm.settings.s3 import S3Settings
@@ -379,6 +380,7 @@ async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: by
 async def test_the_thread_of_an_object_that_nothing_waits_for_ends() -> None:
     with dribbling(OBJECT) as url:
         fetcher, others = fetcher_for(url, "s3://bucket"), reading_threads()
+        fetcher._threads = DaemonThreads("nanovllm-fetch", idle_s=0.01)  # a thread that reads no more is soon gone
         with pytest.MonkeyPatch.context() as patch:
             began = threading.Event()
             begin = fetch._Body.begin

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgpack
@@ -16,11 +18,22 @@ from nanovllm.messages.encoding import check_json_value, encode
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result, result_id_for
 from nanovllm.sinks.jsonl import JsonLinesSink
+from nanovllm.sinks.kept_headers import rfc3339, rfc3339_now
 
 
 def test_a_result_id_depends_on_the_job_id_alone_and_never_changes() -> None:
     assert result_id_for("r-0001") == "6de7f676-3bf8-5881-91dd-e3eb52cdbd90"
     assert result_id_for("r-0001") != result_id_for("r-0002")
+
+
+@given(st.text(max_size=40))
+def test_a_result_id_is_a_name_based_uuid(job_id: str) -> None:
+    assert result_id_for(job_id) == str(uuid.uuid5(uuid.UUID("6d1f3d0e-5b0a-5e0c-9d7e-0f6b6e616e6f"), job_id))
+
+
+def test_the_time_of_an_event_is_written_as_other_times_are() -> None:
+    before, now, after = rfc3339(datetime.now(UTC)), rfc3339_now(), rfc3339(datetime.now(UTC))
+    assert before <= now <= after
 
 
 def test_a_reader_of_today_takes_the_messages_of_tomorrow() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.attention.base import AttentionBatch, slots_of, table_rows, zeros
+from nanovllm.errors import counted
 
 
 class PagedCpuAttention:
@@ -23,6 +24,8 @@ class PagedCpuAttention:
         """``tiles_from``: the query vectors of a row for a key head from which on AMX tiles multiply bfloat16."""
         self.block_size = block_size or 16
         self.tiles_from = tiles_from
+        if tiles_from is not None:
+            self.name += f", from {counted(tiles_from, 'query vector')} on by AMX tiles"
 
     def allocate(self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
         """[num_blocks, 2, kv_heads, positions, d]: whole tiles of positions, whole vectors; padding stays zero."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from nanovllm.engine.outputs import ModelInfo, RequestOutput, TokenChunk
 from nanovllm.errors import EngineDead, InvalidInput, SystemicError, TransientError
 from nanovllm.sampling_params import Constraint, SamplingParams
 from nanovllm.statistics import EngineStats
+from nanovllm.value_object import value_object
 
 USUAL_CHARS_PER_TOKEN = 4
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 
 
-@dataclass(frozen=True)
+@value_object
 class Request:
     """One untrusted request: its text can never become special tokens.
 
@@ -76,8 +77,8 @@ class Generation:
         self._chunks: list[TokenChunk] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._ended = asyncio.Event()
-        self._changed = asyncio.Event()  # never set: `_announce` wakes those that wait now
+        self._iterating: list[asyncio.Future[None]] = []
+        self._awaiting: list[asyncio.Future[None]] = []
         self._restarts = 0
 
     @property
@@ -97,12 +98,13 @@ class Generation:
 
     def deliver(self, chunk: TokenChunk, output: RequestOutput | None = None) -> None:
         """For backends, in the event loop: add a chunk and, with the last one, the whole output."""
-        if self.is_finished:
+        if self._output is not None or self._error is not None:
             return
         if chunk.token_ids or chunk.text or chunk.finish_reason:
             self._chunks.append(chunk)
         self._output = output
-        self._announce()
+        if self._iterating or output is not None:
+            self._announce()
 
     def restart(self) -> None:
         """For backends, in the event loop: the chunks so far are void; the request begins anew."""
@@ -137,10 +139,11 @@ class Generation:
             elif self._output is not None:
                 return
             else:
-                await self._changed.wait()
+                await _waiter_in(self._iterating)
 
     async def _wait(self) -> RequestOutput:
-        await self._ended.wait()
+        if not self.is_finished:
+            await _waiter_in(self._awaiting)
         if self._error is not None:
             raise self._error
         assert self._output is not None
@@ -148,10 +151,23 @@ class Generation:
 
     def _announce(self) -> None:
         """Wake the iterations that wait now, and at the end those that wait for the output."""
-        self._changed.set()
-        self._changed.clear()
+        _wake(self._iterating)
         if self.is_finished:
-            self._ended.set()
+            _wake(self._awaiting)
+
+
+def _waiter_in(waiting: list[asyncio.Future[None]]) -> asyncio.Future[None]:
+    waiter = asyncio.get_running_loop().create_future()
+    waiting.append(waiter)
+    return waiter
+
+
+def _wake(waiting: list[asyncio.Future[None]]) -> None:
+    # Not an asyncio.Event: most chunks come while nothing waits for them.
+    for waiter in waiting:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiting.clear()
 
 
 def _joined(chunks: list[TokenChunk]) -> list[TokenChunk]:

@@ -61,7 +61,7 @@ class EchoEngine(EngineBackend):
         self._image_tokens = image_tokens
         self._fault = fault
         self._seats = asyncio.Semaphore(max_num_seqs)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._begun: dict[str, asyncio.Task[None] | asyncio.Handle] = {}
         self._digests: set[bytes] = set()
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -74,12 +74,17 @@ class EchoEngine(EngineBackend):
         return None
 
     def _begin(self, request: Request, generation: Generation) -> None:
-        self._tasks[request.request_id] = asyncio.create_task(self._answer(request, generation))
+        loop = asyncio.get_running_loop()
+        if self._delay_s:
+            self._begun[request.request_id] = loop.create_task(self._answer_later(request, generation))
+        else:
+            now = time.perf_counter()
+            self._begun[request.request_id] = loop.call_soon(self._answer, request, generation, now, now)
 
     def abort(self, request_id: str) -> None:
         """End a request early, with no text."""
         if request_id in self._generations:
-            self._tasks.pop(request_id).cancel()
+            self._begun.pop(request_id).cancel()
             usage = Usage(input_tokens=0, output_tokens=0, image_tokens=0, cached_tokens=0)
             output = RequestOutput(request_id, "", (), "abort", usage, RequestTimings())
             self._generations.pop(request_id).deliver(TokenChunk("", (), "abort"), output)
@@ -102,38 +107,43 @@ class EchoEngine(EngineBackend):
     def kill(self, reason: str = "killed") -> None:
         """Die now: every unfinished generation, and every later one, fails with EngineDead."""
         self._die(EngineDead(reason))
-        for task in self._tasks.values():
-            task.cancel()
-        self._tasks.clear()
+        for begun in self._begun.values():
+            begun.cancel()
+        self._begun.clear()
 
-    async def _answer(self, request: Request, generation: Generation) -> None:
+    async def _answer_later(self, request: Request, generation: Generation) -> None:
         start = time.perf_counter()
         async with self._seats:
             admitted = time.perf_counter()
-            if self._delay_s:
-                await asyncio.sleep(self._delay_s)
-        del self._tasks[request.request_id], self._generations[request.request_id]
+            await asyncio.sleep(self._delay_s)
+        self._answer(request, generation, start, admitted)
+
+    def _answer(self, request: Request, generation: Generation, start: float, admitted: float) -> None:
+        del self._begun[request.request_id], self._generations[request.request_id]
         if self._fault is not None and (error := self._fault(request)) is not None:
             generation.fail(error)
             return
         try:
-            output = self._echo(request, start, admitted)
+            output, words = self._echo(request, start, admitted)
         except Exception as failure:
             generation.fail(failure)
             return
-        words = _WORD.findall(output.text)
         for word, token in zip(words[:-1], output.token_ids, strict=False):
             generation.deliver(TokenChunk(word, (token,)))
         generation.deliver(TokenChunk(words[-1] if words else "", output.token_ids[-1:], output.finish_reason), output)
 
-    def _echo(self, request: Request, start: float, admitted: float) -> RequestOutput:
+    def _echo(self, request: Request, start: float, admitted: float) -> tuple[RequestOutput, list[str]]:
+        """The output, and the words of its text, each a token."""
         text, num_placeholders = _text_and_num_placeholders(request)
         if num_placeholders != len(request.images):
             raise PlaceholderMismatch(
                 f"the prompt has {counted(num_placeholders, 'image placeholder')} "
                 f"for {counted(len(request.images), 'image')}"
             )
-        words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
+        of_text = _WORD.findall(text)
+        words = of_text
+        if request.images:
+            words = _WORD.findall(" ".join([text, *(image.digest.hex() for image in request.images)]))
         kept = words[: request.sampling.max_tokens]
         answer = Completion(0, "".join(kept), tuple(range(len(kept))), "stop" if len(kept) == len(words) else "length")
         image_tokens = self._image_tokens * len(request.images)
@@ -142,11 +152,11 @@ class EchoEngine(EngineBackend):
             outcome: ImageOutcome = "hit" if image.digest in self._digests else "miss"
             self._digests.add(image.digest)
             uses.append(ImageUse(image.digest.hex(), outcome, self._image_tokens, image.width, image.height))
-        usage = Usage(len(_WORD.findall(text)) + image_tokens, len(kept), image_tokens, cached_tokens=0)
+        usage = Usage(len(of_text) + image_tokens, len(kept), image_tokens, cached_tokens=0)
         self._prompt_tokens += usage.input_tokens
         self._generation_tokens += usage.output_tokens
         e2e_ms = (time.perf_counter() - start) * 1000
-        return RequestOutput(
+        output = RequestOutput(
             request_id=request.request_id,
             text=answer.text,
             token_ids=answer.token_ids,
@@ -156,6 +166,7 @@ class EchoEngine(EngineBackend):
             images=tuple(uses),
             outputs=(answer,),
         )
+        return output, kept
 
 
 def _text_and_num_placeholders(request: Request) -> tuple[str, int]:

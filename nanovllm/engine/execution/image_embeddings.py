@@ -23,8 +23,8 @@ def attach_image_embeddings(
 
     Writes ``embedding`` and ``outcome`` of the sequences' image spans, and ``times.encodings``. The embeddings
     stay with the sequence until it has computed past them, so that no eviction can take them away between two
-    chunks of its prompt. Images of ``upcoming``, which is `Scheduler.in_order`, fill the encoder's batch up and go
-    to the cache.
+    chunks of its prompt. Images of ``upcoming``, which is `Scheduler.images_in_order`, fill the encoder's batch up and
+    go to the cache.
     """
     needed = [
         (row.sequence, span)

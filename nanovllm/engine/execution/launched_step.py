@@ -84,7 +84,7 @@ def launch(
 ) -> LaunchedStep:
     """Prepare, compute and sample the scheduled rows, without waiting for the device.
 
-    ``upcoming`` is `Scheduler.in_order`; ``sampled_before`` are the tokens of a step that these are behind.
+    ``upcoming`` is `Scheduler.images_in_order`; ``sampled_before`` are the tokens of a step that these are behind.
     """
     if not scheduled.is_decode:
         now = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,18 +13,19 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.packed import choose_packed_attention
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
-from nanovllm.engine.execution.generic_models import load_generic_models
 from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.generic_trial import Reference
 from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
+from nanovllm.start_phases import START, Phase
 from nanovllm.vision.embedding_cache import EmbeddingCache, MemoryTier
 from nanovllm.vision.encoders.base import ImageEncoder
-from nanovllm.vision.encoders.packed_attention import attend_packed, packed_heads
 from nanovllm.vision.processor import VisionProcessor
+
+if TYPE_CHECKING:
+    from nanovllm.engine.models.generic_trial import Reference
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -90,16 +91,23 @@ def load_models(
     if reason is not None:
         raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
     if is_generic(checkpoint, config.backend):
-        generic, encoder, reference = load_generic_models(config, checkpoint, dtype, device)
+        from nanovllm.engine.execution.generic_models import load_generic_models  # transformers' layers: seconds
+
+        with START.timed(Phase.WEIGHTS):
+            generic, encoder, reference = load_generic_models(config, checkpoint, dtype, device)
         _choose_tower_attention(encoder, dtype, device)
         return generic, encoder, reference
-    model = load_text_model(checkpoint, dtype, device)
-    model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+    with START.timed(Phase.WEIGHTS):
+        model = load_text_model(checkpoint, dtype, device)
+    with START.timed(Phase.PACKING):
+        model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
     fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
-    encoder = load_encoder(checkpoint, config, model, dtype, device)
+    with START.timed(Phase.WEIGHTS):
+        encoder = load_encoder(checkpoint, config, model, dtype, device)
     if encoder is not None:
         _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        choose_torch_layouts(encoder, deterministic=config.deterministic)
+        with START.timed(Phase.PACKING):
+            choose_torch_layouts(encoder, deterministic=config.deterministic)
         _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1
@@ -110,6 +118,8 @@ def _choose_tower_attention(encoder: ImageEncoder | None, dtype: torch.dtype, de
     """On CUDA, attend to all images and windows of a batch in one call, in towers that can."""
     if encoder is None or device.type != "cuda":
         return
+    from nanovllm.vision.encoders.packed_attention import attend_packed, packed_heads
+
     attention = choose_packed_attention(packed_heads(encoder.tower), device, dtype)
     if attention is not None:
         attend_packed(encoder.tower, attention)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +23,7 @@ from nanovllm.engine.execution.step_inputs import StepInputs, StepResult, StepTo
 from nanovllm.engine.execution.tokens_ahead import TokensAhead
 from nanovllm.engine.layers.device_copy import together
 from nanovllm.engine.models.decoder import Decoder
-from nanovllm.engine.models.generic import GenericDecoder
 from nanovllm.engine.models.generic_states import RowStates, SequenceStates
-from nanovllm.engine.models.generic_trial import TrialResult, hold_against
 from nanovllm.engine.models.registry import around_image, positions_of
 from nanovllm.engine.sampling.kernel_selection import choose_kernels
 from nanovllm.engine.scheduling.batch import ScheduledBatch, ScheduledRow
@@ -34,6 +32,9 @@ from nanovllm.engine.scheduling.sequence import Sequence
 from nanovllm.errors import ConfigurationError
 from nanovllm.statistics import CacheStats
 from nanovllm.vision.processor import VisionProcessor
+
+if TYPE_CHECKING:
+    from nanovllm.engine.models.generic_trial import TrialResult
 
 
 class ModelRunner:
@@ -53,10 +54,13 @@ class ModelRunner:
             self.processor = loading.make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
         heads = Heads(text.num_attention_heads, *text.kv_shapes[0])
-        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
+        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads, config.deterministic)
         self.trial: TrialResult | None = None
-        if isinstance(self.model, GenericDecoder):
-            assert reference is not None
+        if reference is not None:
+            from nanovllm.engine.models.generic import GenericDecoder
+            from nanovllm.engine.models.generic_trial import hold_against
+
+            assert isinstance(self.model, GenericDecoder)
             self.trial = hold_against(self.model, self.attention, reference, self.encoder)
         elif config.deterministic:
             assert isinstance(self.model, Decoder)

@@ -13,9 +13,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+
+from nanovllm.start_phases import START, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +42,46 @@ def missing() -> str | None:
         return f"there are none for a CPU of the kind {capability}, only for {' and '.join(FLAGS)}"
     library = kept(capability)
     try:
-        for path in (library.parent, library):
-            check_ownership(path)
-        if library.exists():
-            torch.ops.load_library(str(library))
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder, library.name)
-            compile_for(capability, built)
-            torch.ops.load_library(str(_keep(built, library)))
+        with START.timed(Phase.KERNELS):
+            if not _load_kept(library):
+                with _one_process(library):
+                    if not _load_kept(library):
+                        _compile_and_load(capability, library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
     return None
+
+
+def _load_kept(library: Path) -> bool:
+    """Load a library that was compiled before; whether there is one. Raises as `check_ownership`."""
+    for path in (library.parent, library):
+        check_ownership(path)
+    if not library.exists():
+        return False
+    torch.ops.load_library(str(library))
+    return True
+
+
+@contextmanager
+def _one_process(library: Path) -> Iterator[None]:
+    """Wait for other processes that compile ``library``; where its folder cannot be written, each compiles its own."""
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            lock = stack.enter_context(library.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        except (ImportError, OSError) as error:
+            logger.debug("the CPU kernels are compiled without a lock: %s", error)
+        yield
+
+
+def _compile_and_load(capability: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, library.name)
+        compile_for(capability, built)
+        torch.ops.load_library(str(_keep(built, library)))
 
 
 def kept(capability: str) -> Path:
@@ -91,17 +125,35 @@ def compile_for(capability: str, library: Path) -> None:
     (libraries,) = library_paths("cpu")
     # torch's own OpenMP: a second one would bring its own threads, and the two would spin against each other.
     openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
-    command = [
-        *(compiler, "-shared", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
+    compile_source = [
+        *(compiler, "-c", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
         *FLAGS[capability],
         *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-DAT_PARALLEL_OPENMP=1"),
         *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
         *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
-        *(*_SOURCES, "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{compiler} could not compile the CPU kernels: {done.stderr[-2000:]}")
+    deadline = time.monotonic() + _COMPILE_TIMEOUT_S
+
+    def run(command: list[str]) -> None:
+        left_s = max(0.0, deadline - time.monotonic())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left_s, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} could not compile the CPU kernels: {done.stderr[-2000:]}")
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as side_by_side:
+        objects = [os.path.join(folder, f"{Path(source).stem}.o") for source in _SOURCES]
+        compiling = [
+            side_by_side.submit(run, [*compile_source, source, "-o", built])
+            for source, built in zip(_SOURCES, objects, strict=True)
+        ]
+        try:
+            for one in compiling:
+                one.result()
+        except BaseException:
+            side_by_side.shutdown(wait=False, cancel_futures=True)
+            raise
+        link = [compiler, "-shared", "-fopenmp", *objects, "-o", str(library)]
+        run([*link, f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp])
 
 
 def _keep(built: Path, library: Path) -> Path:

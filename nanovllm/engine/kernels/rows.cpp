@@ -17,12 +17,14 @@
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements below which waking a thread costs more than it saves
+// Elements below which calling a thread costs more than it saves: one that sleeps, or one that is awake in a step.
+constexpr int64_t kGrain = 1 << 15, kGrainInStep = 1 << 12;
 
 // Calls row(i) for every row; `width` elements are work on a row.
 template <typename Row>
 void for_each_row(int64_t rows, int64_t width, const Row& row) {
-  share_out(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = StepThreads::held() == nullptr ? kGrain : kGrainInStep;
+  share_out(0, rows, std::max<int64_t>(1, grain / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i);
   });
 }
@@ -38,17 +40,21 @@ Lanes inverse_rms(const Stored* x, int64_t d, double eps) {
   return Lanes(1.0f / std::sqrt(sum_of(even + odd) / static_cast<float>(d) + static_cast<float>(eps)));
 }
 
-// x [rows, d] / rms(x) * weight [d]
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+// Adds update [rows, d] to x [rows, d] in place, if there is one; returns x / rms(x) * weight [d].
+at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& update, const at::Tensor& weight, double eps) {
   const int64_t d = x.size(-1), rows = x.numel() / d;
   TORCH_CHECK(x.is_contiguous() && d % 32 == 0 && weight.numel() == d && weight.scalar_type() == x.scalar_type());
+  TORCH_CHECK(!update || (update->is_contiguous() && update->sizes() == x.sizes() && update->scalar_type() == x.scalar_type()));
   at::Tensor output = at::empty(x.sizes(), x.options());
   dispatch(x.scalar_type(), [&](auto stored) {
     using Stored = decltype(stored);
-    const Stored *source = x.const_data_ptr<Stored>(), *scales = weight.const_data_ptr<Stored>();
-    Stored* target = output.mutable_data_ptr<Stored>();
+    Stored *sums = x.mutable_data_ptr<Stored>(), *target = output.mutable_data_ptr<Stored>();
+    const Stored *scales = weight.const_data_ptr<Stored>(), *added = update ? update->const_data_ptr<Stored>() : nullptr;
     for_each_row(rows, d, [&](int64_t row) {
-      const Stored* own = source + row * d;
+      Stored* own = sums + row * d;
+      if (added)
+        for (int64_t i = 0; i < d; i += kLanes)
+          store_lanes(load_lanes(own + i) + load_lanes(added + row * d + i), own + i);
       const Lanes factor = inverse_rms(own, d, eps);
       for (int64_t i = 0; i < d; i += kLanes)
         store_lanes(load_lanes(own + i) * factor * load_lanes(scales + i), target + row * d + i);
@@ -157,14 +163,14 @@ at::Tensor argmax(const at::Tensor& x) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
-  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("add_rms_norm(Tensor(a!) x, Tensor? update, Tensor weight, float eps) -> Tensor");
   library.def("rotate_heads(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor signed_sin) -> Tensor");
   library.def("gated_silu(Tensor gate_up) -> Tensor");
   library.def("argmax(Tensor x) -> Tensor");
   library.def("scale_rows(Tensor x) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) {
-  library.impl("rms_norm", rms_norm);
+  library.impl("add_rms_norm", add_rms_norm);
   library.impl("rotate_heads", rotate_heads);
   library.impl("gated_silu", gated_silu);
   library.impl("argmax", argmax);

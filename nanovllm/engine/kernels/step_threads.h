@@ -1,7 +1,8 @@
 // Threads that share the work of one step's kernels, and wait between two kernels without sleeping.
 //
 // A step's kernels are microseconds apart, and waking a sleeping thread takes as long as many of them. So a step opens the
-// team, and until it ends the threads spin for the next kernel, for kPatience at most. Between steps they sleep.
+// team, and until it ends the threads spin for the next kernel, for kPatience at most. Between steps they sleep. A thread
+// whose core others want spins for kLittlePatience: it would take from them what it does not use.
 //
 // A kernel's items are shared out as one run for each thread. A thread takes half of what is left of its own run at a
 // time, then of the others': what a thread would do that does not come (it sleeps, or something else has its core) is done
@@ -22,6 +23,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "core_share.h"
 
 class StepThreads {
  public:
@@ -89,7 +92,7 @@ class StepThreads {
   Counts counts() const { return {static_cast<int64_t>(helpers_) + 1, kernels_, sleeps_, pauses_}; }
 
  private:
-  static constexpr std::chrono::microseconds kPatience{50};
+  static constexpr std::chrono::microseconds kPatience{50}, kLittlePatience{5};
   static constexpr int kPausesPerLook = 8;  // at the clock
   static constexpr size_t kMostThreads = 1024;
 
@@ -116,10 +119,9 @@ class StepThreads {
 #endif
   }
 
-  // Pauses until done() for as long as it is worth while; returns what done() is then.
+  // Pauses in a step until done() or `until`; returns whether it is done.
   template <typename Done>
-  bool spin(const Done& done) {
-    const auto until = std::chrono::steady_clock::now() + kPatience;
+  bool spin(std::chrono::steady_clock::time_point until, const Done& done) {
     int64_t pauses = 0;
     bool is_done = done();
     while (!is_done && spins_.load(std::memory_order_relaxed)) {
@@ -138,7 +140,7 @@ class StepThreads {
   }
 
   void wait_for_helpers() {
-    if (spin([this] { return inside_.load() == 0; })) return;
+    if (spin(std::chrono::steady_clock::now() + kPatience, [this] { return inside_.load() == 0; })) return;
     owner_sleeps_.store(true);
     for (uint32_t inside; (inside = inside_.load()) != 0;) inside_.wait(inside);
     owner_sleeps_.store(false, std::memory_order_relaxed);
@@ -164,9 +166,12 @@ class StepThreads {
   }
 
   void serve(size_t place, uint32_t seen) {
+    CoreShare core;
     for (;;) {
-      const bool is_wanted = place <= helpers_.load(std::memory_order_relaxed);
-      if (!is_wanted || !spin([&] { return generation_.load(std::memory_order_acquire) != seen; })) {
+      const auto now = std::chrono::steady_clock::now();
+      const auto until = now + (core.is_small(now) ? kLittlePatience : kPatience);
+      const bool is_wanted = static_cast<int64_t>(place) <= helpers_.load(std::memory_order_relaxed);
+      if (!is_wanted || !spin(until, [&] { return generation_.load(std::memory_order_acquire) != seen; })) {
         sleepers_.fetch_add(1);
         sleeps_.fetch_add(1, std::memory_order_relaxed);
         generation_.wait(seen);

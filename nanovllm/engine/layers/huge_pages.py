@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanovllm.start_phases import START, Phase
+
 _MAPS = Path("/proc/self/maps")
 _WORTH_IT = 4 << 20  # bytes of a mapping: a smaller one has few whole huge pages in it
 _COLLAPSE = 25  # MADV_COLLAPSE: now, instead of when the kernel comes by (Linux 6.1; an error before)
@@ -36,9 +38,10 @@ def for_new_memory() -> Iterator[None]:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     madvise = ctypes.CDLL(None).madvise
-    for start, end in _large_mappings() - before:
-        for advice in (mmap.MADV_HUGEPAGE, _COLLAPSE):
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    with START.timed(Phase.HUGE_PAGES):
+        for start, end in _large_mappings() - before:
+            for advice in (mmap.MADV_HUGEPAGE, _COLLAPSE):
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def _large_mappings() -> set[tuple[int, int]]:

@@ -23,7 +23,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def choose(dtype: torch.dtype, *, deterministic: bool = False) -> Choice:
         return Choice(tiles_from=1)
     if dtype != torch.bfloat16 and not can_have_tiles:
         return Choice()
-    return recorded(dtype, can_have_tiles)
+    return recorded(str(dtype).removeprefix("torch."), lambda: measure(dtype, can_have_tiles))
 
 
 def describe(dtype: torch.dtype, choice: Choice) -> str:
@@ -92,16 +92,16 @@ def record_path() -> Path:
     return library.with_name(f"products-{hashlib.sha256(kind.encode()).hexdigest()[:24]}.json")
 
 
-def recorded(dtype: torch.dtype, can_have_tiles: bool) -> Choice:
-    """The choice that was measured once, or is now."""
-    path, name = record_path(), str(dtype).removeprefix("torch.")
+def recorded(name: str, measure_now: Callable[[], Microseconds]) -> Choice:
+    """The choice that was measured once under ``name``, or is now."""
+    path = record_path()
     record = _read(path)
     try:
         return _validated(Choice(**record[name]["choice"]))
     except (KeyError, TypeError):
         pass
     started = time.perf_counter()
-    found = measure(dtype, can_have_tiles)
+    found = measure_now()
     choice = choice_from(found)
     logger.info("measured in %.2f s how %s is multiplied fastest: %s", time.perf_counter() - started, name, choice)
     _write(path, {**_read(path), name: {"choice": asdict(choice), "rows": _ROWS, "microseconds": found}})
@@ -137,10 +137,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
-    """Microseconds of one product by number of rows (`_ROWS`), for each kind of instructions that can be chosen.
-
-    By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
-    """
+    """Microseconds of one product by number of rows (`_ROWS`), for each kind of instructions that can be chosen."""
     stored = torch.int8 if dtype == torch.int8 else torch.bfloat16
     group = 4 // stored.itemsize
     num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * stored.itemsize)
@@ -153,16 +150,24 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
         kinds["floats"] = Choice(floats_from=0)
     if can_have_tiles:
         kinds["tiles"] = Choice(tiles_from=0)
-    inputs = [torch.ones(rows, _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16) for rows in _ROWS]
+    x = torch.ones(max(_ROWS), _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16)
+    return by_turns(list(kinds), lambda kind, rows: multiply(x[:rows], panels, width, per_output, kinds[kind]))
+
+
+def by_turns(kinds: Sequence[str], compute: Callable[[str, int], object]) -> Microseconds:
+    """Microseconds of ``compute`` with a kind and each of `_ROWS`.
+
+    By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
+    """
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
     while turns < 2 or time.perf_counter() < until:
         turns += 1
-        for number, x in enumerate(inputs):
-            for kind, choice in kinds.items():
+        for number, rows in enumerate(_ROWS):
+            for kind in kinds:
                 started = time.perf_counter()
-                multiply(x, panels, width, per_output, choice)
+                compute(kind, rows)
                 took = round((time.perf_counter() - started) * 1e6, 1)
                 fastest[kind][number] = min(fastest[kind][number], took)
     return fastest

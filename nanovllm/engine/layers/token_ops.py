@@ -27,22 +27,20 @@ class CacheSlots(NamedTuple):
         self.values.index_copy_(0, self.slots, value)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale rows [T, d] to unit root mean square, then by ``weight`` [d]."""
-    if _has_kernel(x):
-        return torch.ops.nanovllm.rms_norm(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add ``update`` [T, d], if there is one, to ``residual`` [T, d] in place; returns the `rms_norm` of the sum."""
+    """Add ``update`` [T, d], if there is one, to ``residual`` [T, d] in place.
+
+    Returns the rows of the sum scaled to unit root mean square, then by ``weight`` [d].
+    """
+    if _has_kernel(residual):
+        return torch.ops.nanovllm.add_rms_norm(residual, update, weight, eps)
     if fused.serves(residual):
         from nanovllm.engine.kernels import norm_triton
 
         return norm_triton.add_rms_norm(residual, update, weight, eps)
     if update is not None:
         residual.add_(update)
-    return rms_norm(residual, weight, eps)
+    return F.rms_norm(residual, weight.shape, weight, eps)
 
 
 def rotate_heads(x: Tensor, norm: Tensor | None, eps: float, rotary: Rotary) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 
 def llama(config: LlamaConfig) -> DecoderConfig:

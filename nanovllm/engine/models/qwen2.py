@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import Qwen2Config
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
 
 
 def qwen2(config: Qwen2Config) -> DecoderConfig:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import Qwen3Config
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
 
 
 def qwen3(config: Qwen3Config) -> DecoderConfig:

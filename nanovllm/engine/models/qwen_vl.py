@@ -42,6 +42,13 @@ def qwen3_vl(config: Any) -> DecoderConfig:
     return DecoderConfig.of(config, qk_norm=True, qkv_bias=bias, output_bias=bias, position_axes=axes)
 
 
+DECODERS = {
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "Qwen3VLForConditionalGeneration": qwen3_vl,
+}
+"""The decoder of each architecture, of its text's configuration."""
+
+
 def _sections(config: Any) -> tuple[int, int, int]:
     """How many of a head's frequencies rotate with time, height and width; UnsupportedModel where some remain."""
     found = (config.rope_parameters or {}).get("mrope_section")

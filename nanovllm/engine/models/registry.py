@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.checkpoints.resolve import checkpoint_name
+from nanovllm.checkpoints.transformers_imports import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from nanovllm.engine.config import IMAGE_BOUNDS, Backend, EngineConfig
-from nanovllm.engine.models import generic, llava, qwen_vl
 from nanovllm.engine.models.decoder import Decoder, DecoderConfig
-from nanovllm.engine.models.generic import GenericConfig
 from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
 from nanovllm.engine.models.qwen3 import qwen3
@@ -25,10 +25,7 @@ from nanovllm.vision.encoders.base import ImageEncoder
 from nanovllm.vision.images.preprocess import ImageTransform
 
 LLAVA = "LlavaForConditionalGeneration"
-QWEN_VL = {
-    "Qwen2_5_VLForConditionalGeneration": qwen_vl.qwen2_5_vl,
-    "Qwen3VLForConditionalGeneration": qwen_vl.qwen3_vl,
-}
+QWEN_VL = ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
 
 _AROUND_IMAGE = (("vision_start_token_id", "vision_end_token_id"), ("image_start_token_id", "image_end_token_id"))
 
@@ -37,6 +34,18 @@ TEXT_FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
 }
+
+
+def _with_tower(architecture: str) -> ModuleType | None:
+    """The module of a family with a tower of its own, None for others.
+
+    Imported when such a checkpoint comes: it imports the towers of transformers, for more than a second.
+    """
+    if architecture == LLAVA:
+        return import_module("nanovllm.engine.models.llava")
+    if architecture in QWEN_VL:
+        return import_module("nanovllm.engine.models.qwen_vl")
+    return None
 
 
 def text_architecture(config: Any) -> str:
@@ -76,22 +85,23 @@ def decoder_config(checkpoint: Checkpoint) -> tuple[DecoderConfig, Sequence[tupl
             f"the checkpoint's weights are quantised ({method!r}), which is not supported: take the unquantised "
             "checkpoint; quantization='int8' quantises it at start"
         )
-    prefixes: Sequence[tuple[str, str | None]] = (("", ""),)
+    family = _with_tower(architecture)
+    prefixes: Sequence[tuple[str, str | None]] = (("", ""),) if family is None else family.TEXT_PREFIXES
+    if family is not None and architecture != LLAVA:
+        return family.DECODERS[architecture](text), prefixes
     if architecture == LLAVA:
-        architecture, prefixes = text_architecture(text), llava.TEXT_PREFIXES
+        architecture = text_architecture(text)
         if architecture not in TEXT_FAMILIES:
             raise UnsupportedModel(
                 f"a LLaVA checkpoint over {text.model_type!r} text is not supported; "
                 f"its text may be {', '.join(TEXT_FAMILIES)}"
             )
-    elif architecture in QWEN_VL:
-        prefixes = qwen_vl.TEXT_PREFIXES
     elif architecture not in TEXT_FAMILIES:
         raise UnsupportedModel(
             f"architecture {architecture!r} is not supported; supported are "
             f"{', '.join((*TEXT_FAMILIES, LLAVA, *QWEN_VL))}"
         )
-    return {**TEXT_FAMILIES, **QWEN_VL}[architecture](text), prefixes
+    return TEXT_FAMILIES[architecture](text), prefixes
 
 
 def image_tokens(
@@ -101,9 +111,10 @@ def image_tokens(
 
     Reads no weights. None where the checkpoint has no tower of its own. Raises ConfigurationError as `load_encoder`.
     """
-    own = {LLAVA: llava.image_tokens, **dict.fromkeys(QWEN_VL, qwen_vl.image_tokens)}.get(checkpoint.architecture)
-    if own is not None:
-        return own(checkpoint, config)
+    family = _with_tower(checkpoint.architecture)
+    if family is not None:
+        found: tuple[ImageTransform, Callable[[tuple[int, int]], int]] = family.image_tokens(checkpoint, config)
+        return found
     _refuse_image_bounds(checkpoint, config)
     return None
 
@@ -115,13 +126,16 @@ def load_encoder(
 
     Raises ConfigurationError for options that contradict the checkpoint.
     """
-    own = {LLAVA: llava.own_encoder, **dict.fromkeys(QWEN_VL, qwen_vl.own_encoder)}.get(checkpoint.architecture)
     if config.wants_vision is False:
         return None
-    if own is not None:
-        return own(checkpoint, config, dtype, device)
+    family = _with_tower(checkpoint.architecture)
+    if family is not None:
+        own: ImageEncoder = family.own_encoder(checkpoint, config, dtype, device)
+        return own
     if config.wants_vision:
-        return llava.composed_encoder(config, text, dtype, device)
+        from nanovllm.engine.models.llava import composed_encoder
+
+        return composed_encoder(config, text, dtype, device)
     _refuse_image_bounds(checkpoint, config)
     return None
 
@@ -143,6 +157,10 @@ def positions_of(config: TextConfig, images: Sequence[ImageSpan], start: int, en
     """The positions of a sequence's tokens [start, end): plain numbers, or triples where the family has axes."""
     if config.position_axes is None:
         return range(start, end)
-    if isinstance(config, GenericConfig):
-        return generic.positions(images, start, end, config.num_axes)
-    return qwen_vl.positions(images, start, end)
+    if isinstance(config, DecoderConfig):
+        from nanovllm.engine.models.qwen_vl import positions as qwen_positions
+
+        return qwen_positions(images, start, end)
+    from nanovllm.engine.models.generic import positions as generic_positions
+
+    return generic_positions(images, start, end, config.num_axes)

@@ -145,14 +145,16 @@ class Scheduler:
         rows: list[ScheduledRow] = []
         if budget.tokens == 0 or budget.seats == 0:
             return rows
-        in_flight = self._in_flight_hashes()
+        in_flight, put_off = self._in_flight_hashes(), 0
         for sequence in list(self.waiting):
-            if budget.tokens == 0 or budget.seats == 0:
+            # As many as there are seats take them all when the blocks are computed; to look at more costs the running.
+            if budget.tokens == 0 or budget.seats == 0 or put_off == self.max_num_seqs:
                 break
             reusable = self._reusable_hashes(sequence)
             cached = self.blocks.match_prefix(reusable)
             # A running sequence has yet to compute the very next block: reuse it then instead of computing it twice.
             if len(cached) < len(reusable) and reusable[len(cached)] in in_flight:
+                put_off += 1
                 continue
             if not self.blocks.can_allocate(self.blocks.blocks_for(len(sequence)) - len(cached), cached):
                 break  # head-of-line: a later sequence must not take the blocks that this one waits for
@@ -232,12 +234,14 @@ class Scheduler:
         size = self.blocks.block_size
         return sequence.block_hashes(size)[: (len(sequence) - 1) // size]
 
-    def in_order(self) -> Iterator[tuple[Sequence, int]]:
-        """All sequences in scheduling order, with their computed tokens; of waiting ones, those that are cached."""
+    def images_in_order(self) -> Iterator[tuple[Sequence, int]]:
+        """Sequences with images in scheduling order, with computed tokens; of waiting ones, those that are cached."""
         for sequence in self.running:
-            yield sequence, sequence.num_computed_tokens
+            if sequence.images:
+                yield sequence, sequence.num_computed_tokens
         for sequence in self.waiting:
-            yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
+            if sequence.images:
+                yield sequence, len(self.blocks.match_prefix(self._reusable_hashes(sequence))) * self.blocks.block_size
 
     def _in_flight_hashes(self) -> set[bytes]:
         """The hashes of the full blocks that running sequences have yet to compute."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 
 from nanovllm.pipeline.admission.lanes import LaneTurns
 from nanovllm.pipeline.admission.tenant_shares import FairShares
+from nanovllm.value_object import value_object
 
 
-@dataclass(frozen=True)
+@value_object
 class QueuedJob:
     """One job that waits for a slot, or has one.
 
@@ -49,23 +49,28 @@ class EngineQueue:
         self._arrivals = count()
         self._lanes = LaneTurns()
 
-    @asynccontextmanager
-    async def slot(self, queued: QueuedJob) -> AsyncIterator[None]:
-        """Hold a slot inside; waits for one."""
-        self._shares.join(queued.tenant)
-        try:
-            await self._take(queued)
-            try:
-                yield
-            finally:
-                self._free += 1
-                self._hand_out()
-        finally:
-            self._shares.leave(queued.tenant)
+    def slot(self, queued: QueuedJob) -> _Slot:
+        """Hold a slot inside ``async with``; waits for one."""
+        return _Slot(self, queued)
 
     def settle(self, queued: QueuedJob, tokens: int) -> None:
         """Charge the tokens that the job used, in place of the estimate that was charged with its slot."""
         self._shares.charge(queued.tenant, tokens - queued.tokens)
+
+    async def take(self, queued: QueuedJob) -> None:
+        """Wait for a slot; `give_back` it."""
+        self._shares.join(queued.tenant)
+        try:
+            await self._take(queued)
+        except BaseException:
+            self._shares.leave(queued.tenant)
+            raise
+
+    def give_back(self, queued: QueuedJob) -> None:
+        """Give back the slot that ``queued`` took."""
+        self._free += 1
+        self._hand_out()
+        self._shares.leave(queued.tenant)
 
     async def _take(self, queued: QueuedJob) -> None:
         if self._free and not self._waiting:
@@ -87,6 +92,8 @@ class EngineQueue:
             raise
 
     def _hand_out(self) -> None:
+        if not self._waiting:
+            return
         # Many are cancelled at once when a partition leaves; each future knows it before its task does.
         self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while self._free and self._waiting:
@@ -109,3 +116,18 @@ class EngineQueue:
         deadline = queued.deadline.timestamp() if queued.deadline else 0.0
         place = self._shares.place(queued.tenant, queued.priority)
         return place, queued.deadline is None, deadline, waiting.arrival
+
+
+class _Slot:
+    # Not a generator's context manager: that takes as long as all else which a slot needs.
+    __slots__ = ("_queue", "_queued")
+
+    def __init__(self, queue: EngineQueue, queued: QueuedJob) -> None:
+        self._queue = queue
+        self._queued = queued
+
+    async def __aenter__(self) -> None:
+        await self._queue.take(self._queued)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._queue.give_back(self._queued)

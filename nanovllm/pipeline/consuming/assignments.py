@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
@@ -26,7 +25,6 @@ from nanovllm.settings.kafka import KafkaSettings
 logger = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 10.0
-POSITION_TIMEOUT_S = 0.2
 
 # Partitions that are taken in at the same time, and transactions that one commit has open. Each partition needs some
 # requests, and with exactly_once a producer with connections of its own; a worker may get hundreds at once.
@@ -175,15 +173,17 @@ class Assignments:
             if self.active.get(tp) is assignment:
                 consumer.seek(tp, offset)
 
-    async def note_positions(self, consumer: AIOKafkaConsumer) -> None:
+    def note_positions(self, consumer: AIOKafkaConsumer) -> None:
         """The consumer's position passes offsets without a record; an idle partition commits it."""
-        with suppress(KafkaError, TimeoutError):
-            # position() answers at once, except for a partition whose offset is being reset.
-            async with asyncio.timeout(POSITION_TIMEOUT_S):
-                for tp, assignment in list(self.active.items()):
-                    position = await consumer.position(tp)
-                    if self.active.get(tp) is assignment:
-                        assignment.ledger.advance(position)
+        subscription = consumer._subscription.subscription
+        states = None if subscription is None else subscription.assignment
+        if states is None:
+            return
+        # Not by consumer.position(), a coroutine for each partition. One whose offset is being reset has none now.
+        for tp, assignment in self.active.items():
+            state = states.state_value(tp)
+            if state is not None and state.has_valid_position:
+                assignment.ledger.advance(state.position)
 
     async def commit(
         self, consumer: AIOKafkaConsumer, assignments: dict[TopicPartition, AssignedPartition], failure: str
@@ -328,12 +328,13 @@ async def _commit_transactions(assignments: Iterable[AssignedPartition]) -> None
 
 
 async def _commit_offsets(consumer: AIOKafkaConsumer, assignments: dict[TopicPartition, AssignedPartition]) -> None:
+    numbers = {topic: consumer.partitions_for_topic(topic) or () for topic in {tp.topic for tp in assignments}}
     watermarks = {
         tp: assignment.ledger.watermark
         for tp, assignment in assignments.items()
         if assignment.ledger.watermark != assignment.committed
         # Of a topic that was deleted: aiokafka repeats such a commit until its time is over, and no other one passes.
-        and tp.partition in (consumer.partitions_for_topic(tp.topic) or ())
+        and tp.partition in numbers[tp.topic]
     }
     if not watermarks:
         return

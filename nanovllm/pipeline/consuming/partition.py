@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from nanovllm.errors import InvalidJob
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.transactions import PartitionTransactions
+from nanovllm.value_object import value_object
 
 
-@dataclass(frozen=True)
+@value_object
 class ConsumedRecord:
     """One record, delivered once during one assignment of its partition."""
 

@@ -7,7 +7,6 @@ reading the partition until then. What must outlive the wait travels in headers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from nanovllm.errors import NanoVLLMError
@@ -18,11 +17,12 @@ from nanovllm.settings.base import MAX_TOPIC_CHARS
 from nanovllm.settings.failures import retry_topic
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kept_headers import MAX_REPLAYS, OWN_PREFIX, REPLAYS_HEADER
+from nanovllm.value_object import value_object
 
 MAX_ATTEMPTS = 1_000_000
 
 
-@dataclass(frozen=True)
+@value_object
 class Origin:
     """Where a job came from first, and what has been tried before this record.
 

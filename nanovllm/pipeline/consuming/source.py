@@ -92,11 +92,11 @@ class JobSource(ConsumerRebalanceListener):
 
     def put_off(self, last: ConsumedRecord, *, is_invalid: bool) -> None:
         """Read the partition of ``last`` by polls of its own after an invalid record, and as others after a job."""
-        tp = TopicPartition(last.topic, last.partition)
-        if not is_invalid:
-            self._fair_poll.put_off.discard(tp)
-        elif last.is_current:
-            self._fair_poll.put_off.add(tp)
+        put_off = self._fair_poll.put_off
+        if is_invalid and last.is_current:
+            put_off.add(TopicPartition(last.topic, last.partition))
+        elif put_off and not is_invalid:
+            put_off.discard(TopicPartition(last.topic, last.partition))
 
     @property
     def has_joined(self) -> bool:
@@ -249,7 +249,7 @@ class JobSource(ConsumerRebalanceListener):
                 consumer.seek(tp, records[0].offset)
         if time.monotonic() - self._positions_noted >= POSITION_INTERVAL_S:
             self._positions_noted = time.monotonic()
-            await assignments.note_positions(consumer)
+            assignments.note_positions(consumer)
         return deliveries
 
     async def watch_topics(self) -> None:

@@ -30,6 +30,7 @@ from aiokafka.errors import (
 from nanovllm.errors import MessageTooLarge, NanoVLLMError, TransientError
 from nanovllm.kafka.client import transactional_kwargs
 from nanovllm.kafka.errors import is_fatal, publish_error
+from nanovllm.kafka.keyed_producer import KeyedProducer
 from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.kafka.topic_limits import TopicLimits
@@ -277,7 +278,7 @@ class PartitionTransactions:
         self._producer = None
         if self._is_closed:
             raise ProducerFenced()  # a new producer would fence the partition's next owner
-        producer = AIOKafkaProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
+        producer = KeyedProducer(**transactional_kwargs(self._kafka, self._tp.topic, self._tp.partition))
         pace_metadata(producer.client)
         try:
             await producer.start()

@@ -20,10 +20,11 @@ from nanovllm.pipeline.stages.image_errors import of_image
 from nanovllm.pipeline.stages.job_sampling import JobSampling
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.settings.worker import Settings
+from nanovllm.value_object import value_object
 from nanovllm.vision.images.preprocess import ImageTransform
 
 
-@dataclass(frozen=True)
+@value_object
 class AdmittedJob:
     """An admitted job: what it may hold and reuse, and how it stands in the engine queue."""
 

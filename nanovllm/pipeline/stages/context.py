@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import ClassVar, Literal
@@ -19,6 +19,7 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.encoding import MessageFormat
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
+from nanovllm.value_object import value_object
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",
@@ -77,7 +78,7 @@ class _StageTimer:
         progress.seconds[name] = progress.seconds.get(name, 0.0) + time.monotonic() - self._started
 
 
-@dataclass(frozen=True)
+@value_object
 class JobContext:
     """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart.
 
@@ -107,17 +108,17 @@ class JobContext:
             return None
         return max(0.0, self.progress.received_at.timestamp() - self.record.timestamp_ms / 1000)
 
-    @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
+    def deadline(self) -> AbstractAsyncContextManager[None]:
         """Cancel what happens inside when the job expires.
 
         Raises:
             DeadlineExceeded: it has expired, before or inside.
         """
-        if self.expires_at is None:
-            yield
-            return
-        left_s = (self.expires_at - datetime.now(UTC)).total_seconds()
+        return nullcontext() if self.expires_at is None else self._until(self.expires_at)
+
+    @asynccontextmanager
+    async def _until(self, expires_at: datetime) -> AsyncIterator[None]:
+        left_s = (expires_at - datetime.now(UTC)).total_seconds()
         if left_s <= 0:
             self.progress.failed_stage = "admit"
             raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the job was received")
@@ -131,7 +132,7 @@ class JobContext:
             raise DeadlineExceeded(f"the deadline passed while the job was in stage {stage}") from None
 
 
-@dataclass(frozen=True)
+@value_object
 class Answered:
     """A job with an answer: the records of its result and its metrics; ``reused`` where another job was inferred."""
 
@@ -198,7 +199,7 @@ class EventSkippedError(Exception):
 Outcome = Answered | Extracted | Retried | DeadLettered | Skipped
 
 
-@dataclass(frozen=True)
+@value_object
 class Inference:
     """The engine's output for a job, or another job's equal one."""
 

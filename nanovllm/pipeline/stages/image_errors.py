@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from nanovllm.errors import NanoVLLMError
 from nanovllm.messages.job import ImageRef
@@ -17,9 +17,13 @@ _QUERY = re.compile(r"(\?|#|%3f).*", re.IGNORECASE | re.DOTALL)
 _USER = re.compile(r"//[^/@]*@")
 
 
-@contextmanager
-def naming_image(refs: Sequence[ImageRef]) -> Iterator[None]:
+def naming_image(refs: Sequence[ImageRef]) -> AbstractContextManager[None]:
     """Raise the first cause of an ExceptionGroup of `gather` inside, its image named: ``refs`` are those gathered."""
+    return _naming_image(refs) if refs else nullcontext()
+
+
+@contextmanager
+def _naming_image(refs: Sequence[ImageRef]) -> Iterator[None]:
     try:
         yield
     except ExceptionGroup as group:

@@ -24,6 +24,7 @@ from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.caches import SingleFlightCache
 from nanovllm.pipeline.stages.context import Inference
 from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.value_object import changed
 from nanovllm.vision.images.preprocess import PreparedImage
 
 Infer = Callable[[Request, AdmittedJob], Awaitable[Inference]]
@@ -57,7 +58,7 @@ class CallEngine:
         """The engine's output."""
         # One job may be at work twice, delivered again or sent again: the number keeps the two apart.
         own_id = f"{request.request_id}#{next(self._numbers)}"
-        generation = self._engine.submit(replace(request, request_id=own_id))
+        generation = self._engine.submit(changed(request, request_id=own_id))
         try:
             return Inference(await generation)
         finally:

@@ -31,5 +31,5 @@ class JobSampling:
                 self._known.clear()
             known = self._known[asked] = job.sampling_params(self.defaults, self._max_tokens)
         if job.sampling.get("seed", self.defaults.seed) is None:
-            return known.model_copy(update={"seed": job.seed})
+            return known.with_seed(job.seed)
         return known

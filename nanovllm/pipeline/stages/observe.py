@@ -63,5 +63,5 @@ def observe_stages(metrics: Metrics, context: JobContext) -> None:
     metrics.process_seconds.observe(context.progress.elapsed_s)
     for stage, seconds in context.progress.seconds.items():
         metrics.stage_seconds.labels(stage).observe(seconds)
-    if context.waited_in_kafka_s is not None:
-        metrics.stage_seconds.labels("kafka").observe(context.waited_in_kafka_s)
+    if (waited_s := context.waited_in_kafka_s) is not None:
+        metrics.stage_seconds.labels("kafka").observe(waited_s)

@@ -33,7 +33,7 @@ class Answer:
         self, job: Job, context: JobContext, fetched: Sequence[FetchedImage], inference: Inference
     ) -> Answered:
         """The answered outcome."""
-        result, metrics = self._builder.answer(context, job, fetched, inference, self._engine.stats())
+        result, metrics = self._builder.answer(context, job, fetched, inference, self._engine.stats)
         self._limit.reset()
         record = await self._result_record(result, context)
         return Answered((record, metrics), inference.output, inference.reused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
@@ -23,6 +23,7 @@ from nanovllm.pipeline.stages.context import JobContext, Progress
 from nanovllm.pipeline.stages.failure import dead_letter_reason
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.settings.worker import Settings
+from nanovllm.value_object import changed, value_object
 
 MAX_BYTES_AT_ONCE = 64 << 10
 """Longest message that is decoded in the event loop: a few milliseconds at the worst."""
@@ -33,7 +34,7 @@ DecodeJob = Callable[..., Job]
 """As `decode_job`: the bytes, and ``max_bytes`` by its name."""
 
 
-@dataclass(frozen=True)
+@value_object
 class Received:
     """A job, and its context."""
 
@@ -41,7 +42,7 @@ class Received:
     job: Job
 
 
-@dataclass(frozen=True)
+@value_object
 class ReceivedEvents:
     """The events of a record, each with its own notification as a message, and the record's context."""
 
@@ -90,7 +91,7 @@ class Receive:
         """``context`` with the tenant of its record. Raises NanoVLLMError where it has none, and must have one."""
         tenants = self._settings.tenants
         tenant = tenants.tenant_of(context.origin.source.topic, context.origin.headers)
-        return replace(context, tenant=tenant, salt=tenants.salt_of(tenant), result_topic=result_topic)
+        return changed(context, tenant=tenant, salt=tenants.salt_of(tenant), result_topic=result_topic)
 
     def invalid(
         self, record: ConsumedRecord, began: float, context: JobContext | None, error: Exception

@@ -26,10 +26,8 @@ from nanovllm.messages.result import (
     ModelUse,
     Output,
     Result,
-    StageTimings,
     TokenLogprob,
     TokenLogprobs,
-    TokenUsage,
     result_id_for,
 )
 from nanovllm.objects.fetch import FetchedImage
@@ -60,26 +58,31 @@ class RecordBuilder:
         return ModelUse(**asdict(self.model))
 
     def answer(
-        self, context: JobContext, job: Job, fetched: Sequence[FetchedImage], inference: Inference, stats: EngineStats
+        self,
+        context: JobContext,
+        job: Job,
+        fetched: Sequence[FetchedImage],
+        inference: Inference,
+        stats: Callable[[], EngineStats],
     ) -> tuple[Result, OutgoingRecord]:
-        """The result of an answered job, and the record of its metrics."""
+        """The result of an answered job, and the record of its metrics; ``stats`` are the engine's now."""
         output = inference.output
         job_id = job.job_id or ""
-        result = Result(
-            job_id=job_id,
-            result_id=result_id_for(job_id),
-            status="ok" if all(one.finish_reason == "stop" for one in output.outputs) else "incomplete",
-            text=output.text,
-            token_ids=output.token_ids,
-            finish_reason=output.finish_reason,
-            logprobs=_logprobs(output.logprobs),
-            prompt_logprobs=_logprobs(output.prompt_logprobs),
-            outputs=tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
-            constrained=output.is_constrained if job.asks_for_constraint else None,
-            reused=inference.reused,
-            usage=TokenUsage(**output.usage),
-            model=self._model_use,
-            inputs=tuple(
+        fields = {
+            "job_id": job_id,
+            "result_id": result_id_for(job_id),
+            "status": "ok" if all(one.finish_reason == "stop" for one in output.outputs) else "incomplete",
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+            "logprobs": _logprobs(output.logprobs),
+            "prompt_logprobs": _logprobs(output.prompt_logprobs),
+            "outputs": tuple(map(_output, output.outputs)) if len(output.outputs) > 1 else None,
+            "constrained": output.is_constrained if job.sampling and job.asks_for_constraint else None,
+            "reused": inference.reused,
+            "usage": output.usage,
+            "model": self._model_use,
+            "inputs": tuple(
                 InputUse(
                     uri=image.uri,
                     version_id=image.version_id,
@@ -89,13 +92,14 @@ class RecordBuilder:
                     height=use.height,
                     cache=use.outcome,
                 )
-                for ref, image, use in zip(job.image_refs(), fetched, output.images, strict=True)
+                for ref, image, use in zip(job.image_refs() if fetched else (), fetched, output.images, strict=True)
             ),
-            timings_ms=_timings(context, output),
-            source=context.origin.source,
-            worker=self.settings.worker_id,
-            metadata=job.metadata,
-        )
+            "timings_ms": _timings(context, output),
+            "source": context.origin.source,
+            "worker": self.settings.worker_id,
+            "metadata": job.metadata,
+        }
+        result = Result.model_validate(fields)  # with its parts in one call
         metrics = _metrics(result, fetched, output, stats)
         record = event_record(metrics, self.settings.topics.metrics, self.format_of(context), context.origin.headers)
         return result, record
@@ -221,27 +225,33 @@ class RecordBuilder:
         return context.format if wanted == "as_job" else wanted
 
 
-def _timings(context: JobContext, output: RequestOutput) -> StageTimings:
+def _timings(context: JobContext, output: RequestOutput) -> dict[str, float]:
+    """The fields of the result's ``timings_ms``."""
     seconds, timings = context.progress.seconds, output.timings
-    return StageTimings(
-        admit=_ms(seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
-        fetch=_ms(seconds.get("fetch", 0.0)),
-        prepare=_ms(seconds.get("prepare", 0.0)),
-        queue=round(timings.queue_ms, 3),
-        encode=round(timings.encode_ms, 3),
-        time_to_first_token=round(timings.time_to_first_token_ms, 3),
-        generation=round(timings.generation_ms, 3),
-        total=_ms(context.progress.elapsed_s),
-    )
+    milliseconds = {
+        "admit": 1000 * (seconds.get("receive", 0.0) + seconds.get("admit", 0.0)),
+        "fetch": 1000 * seconds.get("fetch", 0.0),
+        "prepare": 1000 * seconds.get("prepare", 0.0),
+        "queue": timings.queue_ms,
+        "encode": timings.encode_ms,
+        "time_to_first_token": timings.time_to_first_token_ms,
+        "generation": timings.generation_ms,
+        "total": 1000 * context.progress.elapsed_s,
+    }
+    return {name: round(value, 3) if value else 0.0 for name, value in milliseconds.items()}
 
 
-def _metrics(result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, stats: EngineStats) -> JobMetrics:
+def _metrics(
+    result: Result, fetched: Sequence[FetchedImage], output: RequestOutput, engine_stats: Callable[[], EngineStats]
+) -> JobMetrics:
     ours, timings, usage = result.timings_ms, output.timings, output.usage
     generation_s = timings.generation_ms / 1000
     # The first token belongs to the prefill; what generation_ms covers are the ones after it.
     after_first = max(0, usage.output_tokens - 1)
-    encode_s = stats.encoder_seconds / stats.encoder_images if stats.encoder_images else 0.0
-    spared = sum(image.outcome != "miss" for image in output.images)
+    spared = sum(image.outcome != "miss" for image in output.images) if output.images else 0
+    spared_s = 0.0
+    if spared and (stats := engine_stats()).encoder_images:
+        spared_s = spared * (stats.encoder_seconds / stats.encoder_images)
     return JobMetrics(
         job_id=result.job_id,
         result_id=result.result_id,
@@ -264,7 +274,7 @@ def _metrics(result: Result, fetched: Sequence[FetchedImage], output: RequestOut
         prepare_time_ms=ours.prepare,
         encode_time_ms=ours.encode,
         engine_seconds_spent=round(max(0.0, timings.e2e_ms - timings.queue_ms) / 1000, 6),
-        engine_seconds_saved=round(spared * encode_s, 6),
+        engine_seconds_saved=round(spared_s, 6),
         images=tuple(
             ImageMetrics(sha256=image.sha256, cache=use.outcome, tokens=use.tokens)
             for image, use in zip(fetched, output.images, strict=True)
@@ -310,7 +320,3 @@ def _logprobs(positions: Sequence[EngineLogprobs] | None) -> tuple[TokenLogprobs
     return tuple(
         tuple(TokenLogprob(token_id=token, **score) for token, score in position.items()) for position in positions
     )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
