@@ -1,8 +1,8 @@
 """The error of float32 as three bfloat16 products on AMX tiles, beside today's kernel of float32 and beside bfloat16.
 
 Of kernels, against float64, with weights that are bfloat16: inputs that are uniform, normal, with outliers, over many
-exponents, and real ones, of every linear layer of SmolLM2-135M-Instruct behind this project's own English. Where the CPU
-has no AMX the tests' emulator carries its instructions out: errors are the same, times are none. Writes a JSON file.
+exponents, and real ones: of the linear layers of SmolLM2-135M-Instruct under the README. Where the CPU has no
+AMX the tests' emulator carries its instructions out: errors are the same, times are none. Writes a JSON file.
 """
 
 from __future__ import annotations
