@@ -11,10 +11,11 @@ from nanovllm.engine import kernels
 from nanovllm.engine.layers import linear
 from nanovllm.engine.layers.linear import (
     Linear,
+    Panels,
     choose_torch_layouts,
     has_panels,
-    int8_multiply,
-    panels_multiply,
+    int8_product,
+    make_panels,
     shortest,
     to_panels,
 )
@@ -104,7 +105,7 @@ def test_panels_multiply_as_the_plain_weight_and_each_row_by_itself(
     torch.manual_seed(outputs)
     weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(37, inputs).to(dtype)
     added = torch.randn(outputs).to(dtype) if bias else None
-    multiply = panels_multiply(weight, added)
+    multiply = make_panels(weight, added).product()
     product = multiply(x)
     expected = x.double() @ weight.double().T + (added.double() if added is not None else 0)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -125,7 +126,9 @@ def test_panels_of_bytes_are_the_rounded_products_exactly(
     torch.manual_seed(outputs)
     weight, x = torch.randn(outputs, inputs), torch.randn(21, inputs).to(dtype)
     added = torch.randn(outputs) if bias else None
-    product = int8_multiply(weight, added)(x)
+    panels = int8_product(weight, added)
+    assert isinstance(panels, Panels)
+    product = panels.product()(x)
 
     def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scales = rows.abs().amax(1, keepdim=True)
@@ -173,7 +176,7 @@ def test_panels_of_16_bits_multiply_to_the_bits_of_float32_ones(
     assert shortest(weight).dtype == (stored if has_pairs else torch.float32)
     panels = to_panels(weight)
     expected = torch.ops.nanovllm.multiply_panels(x, panels, outputs, None, None, None)
-    found = panels_multiply(weight, None)(x)
+    found = make_panels(weight, None).product()(x)
     assert found.numpy().tobytes() == expected.numpy().tobytes()
 
 

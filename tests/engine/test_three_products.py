@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm.engine.kernels import tiles
 from nanovllm.engine.layers import linear, product_choice
-from nanovllm.engine.layers.linear import has_panels, panels_multiply, shortest, to_panels
+from nanovllm.engine.layers.linear import has_panels, make_panels, shortest, to_panels
 from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
@@ -106,10 +106,10 @@ def test_only_finite_weights_of_bfloat16_have_three_products(
     infinite[7, 9] = INFINITY
     for other in (infinite, halves, whole):
         before = emulator.executed()["bfloat16"]
-        found = panels_multiply(other, None)(x)
+        found = make_panels(other, None).product()(x)
         assert emulator.executed()["bfloat16"] == before
         torch.testing.assert_close(found, x @ other.T, equal_nan=True)
-    assert torch.equal(panels_multiply(weight, None)(x), products(x, weight)[0])
+    assert torch.equal(make_panels(weight, None).product()(x), products(x, weight)[0])
 
 
 def test_float32_is_multiplied_by_vectors_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:

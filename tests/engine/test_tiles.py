@@ -14,7 +14,7 @@ from engine_parts import RecordingSampler, drain, greedy, random_prompt, recordi
 from torch import Tensor
 
 from nanovllm.engine.layers import linear
-from nanovllm.engine.layers.linear import has_panels, panels_multiply, to_panels
+from nanovllm.engine.layers.linear import has_panels, make_panels, to_panels
 from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
@@ -149,7 +149,7 @@ def test_panels_of_bfloat16_as_floats_have_the_bits_of_their_own_instruction(
 
 def test_no_rows_have_no_products() -> None:
     weight = torch.randn(50, 64).bfloat16()
-    assert panels_multiply(weight, None)(torch.empty(0, 64).bfloat16()).shape == (0, 50)
+    assert make_panels(weight, None).product()(torch.empty(0, 64).bfloat16()).shape == (0, 50)
     assert product(torch.empty(0, 64).bfloat16(), to_panels(weight), 50, tiles_from=0).shape == (0, 50)
 
 

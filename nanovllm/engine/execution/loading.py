@@ -12,10 +12,10 @@ from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.packed import choose_packed_attention
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.batch_invariance import TILE
+from nanovllm.engine.execution.packed_weights import load_packed_encoder, load_packed_text
 from nanovllm.engine.layers import fused
-from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
+from nanovllm.engine.layers.linear import why_no_int8
+from nanovllm.engine.models.registry import is_generic
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
@@ -98,16 +98,11 @@ def load_models(
         _choose_tower_attention(encoder, dtype, device)
         return generic, encoder, reference
     with START.timed(Phase.WEIGHTS):
-        model = load_text_model(checkpoint, dtype, device)
-    with START.timed(Phase.PACKING):
-        model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+        model = load_packed_text(config, checkpoint, dtype, device)
     fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
     with START.timed(Phase.WEIGHTS):
-        encoder = load_encoder(checkpoint, config, model, dtype, device)
+        encoder = load_packed_encoder(config, checkpoint, model, dtype, device)
     if encoder is not None:
-        _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        with START.timed(Phase.PACKING):
-            choose_torch_layouts(encoder, deterministic=config.deterministic)
         _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1

@@ -88,8 +88,12 @@ def kept(capability: str) -> Path:
     """Where the kernels for a kind of CPU are kept: under ``nanovllm`` in XDG_CACHE_HOME or ~/.cache."""
     texts = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*"))]
     parts = "\0".join((*texts, torch.__version__, capability, *FLAGS[capability]))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
-    return folder / f"cpu-{hashlib.sha256(parts.encode()).hexdigest()[:24]}.so"
+    return cache_folder() / f"cpu-{hashlib.sha256(parts.encode()).hexdigest()[:24]}.so"
+
+
+def cache_folder() -> Path:
+    """The user's cache of this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
 
 
 def check_ownership(path: Path) -> None:

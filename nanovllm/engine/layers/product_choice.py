@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
-_WEIGHT_BYTES = 16 << 20  # beyond a core's own cache, as the weights of a model are
-_BUDGET_S = 0.15  # for a type; two turns in any case
+_WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
+_WEIGHTS = 8  # by turns, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type; each weight once in any case
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -141,7 +142,7 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     stored = torch.int8 if dtype == torch.int8 else torch.bfloat16
     group = 4 // stored.itemsize
     num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * stored.itemsize)
-    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=stored)
+    weights = torch.ones((_WEIGHTS, num_panels, _INPUTS // group, 48, group), dtype=stored)
     width = 48 * num_panels
     ones = torch.ones(width)
     per_output = (None, ones, ones.int()) if dtype == torch.int8 else (None, None, None)
@@ -151,25 +152,29 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     if can_have_tiles:
         kinds["tiles"] = Choice(tiles_from=0)
     x = torch.ones(max(_ROWS), _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16)
-    return by_turns(list(kinds), lambda kind, rows: multiply(x[:rows], panels, width, per_output, kinds[kind]))
+
+    def compute(kind: str, rows: int, turn: int) -> Tensor:
+        return multiply(x[:rows], weights[turn % _WEIGHTS], width, per_output, kinds[kind])
+
+    return by_turns(list(kinds), compute)
 
 
-def by_turns(kinds: Sequence[str], compute: Callable[[str, int], object]) -> Microseconds:
-    """Microseconds of ``compute`` with a kind and each of `_ROWS`.
+def by_turns(kinds: Sequence[str], compute: Callable[[str, int, int], object]) -> Microseconds:
+    """Microseconds of ``compute`` with a kind, each of `_ROWS`, and the number of the turn.
 
     By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
     """
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
-    while turns < 2 or time.perf_counter() < until:
-        turns += 1
+    while turns < _WEIGHTS or time.perf_counter() < until:
         for number, rows in enumerate(_ROWS):
             for kind in kinds:
                 started = time.perf_counter()
-                compute(kind, rows)
+                compute(kind, rows, turns)
                 took = round((time.perf_counter() - started) * 1e6, 1)
                 fastest[kind][number] = min(fastest[kind][number], took)
+        turns += 1
     return fastest
 
 
