@@ -48,7 +48,7 @@ class _Counter(_KeptChildren, Counter):
             super().inc(amount, exemplar)
 
 
-class PartitionGauge(_KeptChildren, Gauge):
+class _Gauge(_KeptChildren, Gauge):
     """A gauge of the partitions that a worker has now, by topic and number."""
 
     def show(self, values: Mapping[tuple[str, int], float]) -> None:
@@ -194,8 +194,8 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"nanovllm_{name}", text, registry=self.registry)
 
-    def _partition_gauge(self, name: str, text: str) -> PartitionGauge:
-        return PartitionGauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
+    def _partition_gauge(self, name: str, text: str) -> _Gauge:
+        return _Gauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
         return _Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))

@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import transformers
 from nanovllm.checkpoints.transformers_version import untested_version
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
-from nanovllm.engine.kernels import tiles
+from nanovllm.engine.kernels import step_threads, tiles
 from nanovllm.engine.layers import fused, product_choice
 from nanovllm.engine.layers.linear import Linear, has_panels
 from nanovllm.engine.llm_engine import LLMEngine
@@ -50,7 +51,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     backend = "native" if engine.model_runner.trial is None else "generic"
     yield Finding("backend", f"{backend} (engine.backend {engine.config.backend})")
     yield _machine(engine)
-    yield _threads()
+    yield _threads(engine)
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
     if (trial := engine.model_runner.trial) is not None:
@@ -102,12 +103,23 @@ def _machine(engine: LLMEngine) -> Finding:
     return Finding("device", f"CPU, {platform.machine()}, {', '.join(kinds)}", f"torch {torch.__version__}")
 
 
-def _threads() -> Finding:
+def _threads(engine: LLMEngine) -> Finding:
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    spins = os.environ.get("GOMP_SPINCOUNT") != "0" and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE"
     notes = [f"more than the {cores} cores: set OMP_NUM_THREADS={cores}"] if threads > cores else []
-    notes += ["they spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"] if spins else []
+    if threads > 1 and engine.model_runner.device.type == "cpu":
+        notes.append(_waiting(spins=threads <= cores))
     return Finding("threads", f"{threads} on {counted(cores, 'core')}", "; ".join(notes))
+
+
+def _waiting(*, spins: bool) -> str:
+    """How the threads of a step wait for one another."""
+    if step_threads.openmp_spins():
+        return "OpenMP's threads spin while they wait, which is slow beside other work: set GOMP_SPINCOUNT=0"
+    if (reason := step_threads.why_not()) is not None:
+        return f"they sleep between two operators: {reason}"
+    if not spins:
+        return "they sleep between two operators, as there are not enough cores"
+    return "they spin between two operators of a step, for microseconds, and sleep between steps"
 
 
 def _support(engine: LLMEngine, trial: TrialResult) -> Finding:
@@ -238,8 +250,9 @@ def _linears(engine: LLMEngine, rows: int, sampled: int, seconds: float) -> floa
     with torch.inference_mode():
         while fastest == float("inf") or time.perf_counter() < until:
             started = time.perf_counter()
-            for layer, count in zip(layers, counts, strict=True):
-                layer(inputs[layer.in_features][:count])
+            with step_threads.awake() if runner.device.type == "cpu" else nullcontext():
+                for layer, count in zip(layers, counts, strict=True):
+                    layer(inputs[layer.in_features][:count])
             if runner.device.type == "cuda":
                 torch.cuda.synchronize(runner.device)
             fastest = min(fastest, time.perf_counter() - started)

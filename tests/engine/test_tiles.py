@@ -153,6 +153,29 @@ def test_no_rows_have_no_products() -> None:
     assert product(torch.empty(0, 64).bfloat16(), to_panels(weight), 50, tiles_from=0).shape == (0, 50)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_layers_of_a_tower_multiply_by_tiles_and_keep_a_row_s_bits_where_that_is_promised(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    torch.manual_seed(1)
+    tower = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 50)).bfloat16()
+    x = torch.randn(1, 20, 64).bfloat16()
+    with torch.inference_mode(), amx.granted(monkeypatch, Choice(tiles_from=2)) as emulator:
+        expected = tower(x)
+        linear.choose_torch_layouts(tower, deterministic=deterministic)
+        before = emulator.executed()["bfloat16"]
+        together = tower(x)
+        assert has_run(emulator, "bfloat16", before)
+        torch.testing.assert_close(together, expected, rtol=2e-2, atol=2e-2)
+        before = emulator.executed()
+        alone = tower(x[:, 7:8])
+        if deterministic:
+            assert bits(alone) == bits(together[:, 7:8])
+        else:
+            assert emulator.executed() == before
+
+
 def logits_of(directory: Path, **options: Any) -> Tensor:
     """Logits [tokens, vocab] of eight requests, each computed among the others."""
     engine = recording_engine(directory, **options)

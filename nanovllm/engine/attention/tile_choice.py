@@ -29,7 +29,7 @@ def measure() -> product_choice.Microseconds:
     slots, starts, contexts, seats = (torch.tensor(each) for each in ([_CONTEXT - 1], [0, 1], [_CONTEXT], [0]))
     limits = {"vectors": None, "tiles": 1}
 
-    def attend(kind: str, queries: int, _turn: int) -> None:
+    def attend(kind: str, queries: int) -> None:
         query = torch.ones(1, queries, _DIM, dtype=torch.bfloat16)
         key = query[:, :1].contiguous()
         torch.ops.nanovllm.paged_attention(

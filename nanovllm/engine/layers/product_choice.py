@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -40,8 +41,9 @@ logger = logging.getLogger(__name__)
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
 _WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
-_WEIGHTS = 8  # by turns, so that they come from beyond a core's own cache, as those of a model do
-_BUDGET_S = 0.15  # for a type; each weight once in any case
+_WEIGHTS = 8  # one after another, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type
+_LEAST_TURNS = 4
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -152,29 +154,26 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
     if can_have_tiles:
         kinds["tiles"] = Choice(tiles_from=0)
     x = torch.ones(max(_ROWS), _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16)
-
-    def compute(kind: str, rows: int, turn: int) -> Tensor:
-        return multiply(x[:rows], weights[turn % _WEIGHTS], width, per_output, kinds[kind])
-
-    return by_turns(list(kinds), compute)
+    order = itertools.cycle(weights)
+    return by_turns(list(kinds), lambda kind, rows: multiply(x[:rows], next(order), width, per_output, kinds[kind]))
 
 
-def by_turns(kinds: Sequence[str], compute: Callable[[str, int, int], object]) -> Microseconds:
-    """Microseconds of ``compute`` with a kind, each of `_ROWS`, and the number of the turn.
+def by_turns(kinds: Sequence[str], compute: Callable[[str, int], object]) -> Microseconds:
+    """Microseconds of ``compute`` with a kind and each of `_ROWS`.
 
     By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
     """
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
-    while turns < _WEIGHTS or time.perf_counter() < until:
+    while turns < _LEAST_TURNS or time.perf_counter() < until:
+        turns += 1
         for number, rows in enumerate(_ROWS):
             for kind in kinds:
                 started = time.perf_counter()
-                compute(kind, rows, turns)
+                compute(kind, rows)
                 took = round((time.perf_counter() - started) * 1e6, 1)
                 fastest[kind][number] = min(fastest[kind][number], took)
-        turns += 1
     return fastest
 
 
