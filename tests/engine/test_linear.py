@@ -173,7 +173,8 @@ def test_panels_of_16_bits_multiply_to_the_bits_of_float32_ones(
     weight[0, 0] = 1e-7 if stored == torch.float16 else 1e-40  # below the normal numbers of its type
     weight[-1, -1] = float("inf")
     weight, x = weight.float(), torch.randn(num_rows, inputs, generator=generator)
-    assert shortest(weight).dtype == stored
+    has_pairs = stored == torch.float16 or inputs % 2 == 0
+    assert shortest(weight).dtype == (stored if has_pairs else torch.float32)
     panels = to_panels(weight)
     expected = panel_product(panels, outputs, (None, None, None))(x)
     found = make_panels(weight, None).product()(x)
@@ -181,7 +182,7 @@ def test_panels_of_16_bits_multiply_to_the_bits_of_float32_ones(
 
 
 def test_a_weight_with_a_value_that_16_bits_have_not_stays_in_float32() -> None:
-    weight = torch.zeros(2, 3)
+    weight = torch.zeros(2, 4)
     weight[1, 2] = 1 + 2**-20
     assert shortest(weight) is weight
     weight[1, 2] = float("nan")

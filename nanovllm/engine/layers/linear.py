@@ -57,6 +57,8 @@ class Panels(nn.Module):
         if not is_wide(self.dtype):
             return panel_product(panels, width, per_output)
         choice = product_choice.choose(self.dtype, deterministic=deterministic)
+        if self.dtype == torch.float32 and choice.tiles_from is not None and not _has_three_products(panels):
+            choice = product_choice.Choice()
         return lambda x: product_choice.multiply(x.contiguous(), panels, width, per_output, choice)
 
 
@@ -200,12 +202,21 @@ def make_panels(
     """A weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
     stored, width = shortest(weight.detach()), len(weight)
     is_widened = stored.dtype != weight.dtype or name_of(stored.dtype) not in panel_forms()
-    panels = to_panels(stored, 1 if is_widened else None)
+    if is_widened and stored.dtype == torch.bfloat16 and is_wide(torch.float32):
+        # The kernel reads such weights in pairs.
+        panels = to_panels(stored if stored.shape[1] % 2 == 0 else stored.float())
+    else:
+        panels = to_panels(stored, 1 if is_widened else None)
     per_output = {"bias": None if bias is None else bias.detach().float(), "scales": scales, "excess": excess}
     padded = {
         name: None if values is None else F.pad(values, (0, -width % _PANEL)) for name, values in per_output.items()
     }
     return Panels(width, weight.dtype, {"panels": panels, **padded})
+
+
+def _has_three_products(stored: Tensor) -> bool:
+    """Whether kernels/three_products.h multiplies float32 by a weight as well as vectors do."""
+    return stored.dtype == torch.bfloat16 and all(end.isfinite() for end in stored.aminmax())
 
 
 def shortest(weight: Tensor) -> Tensor:
@@ -214,7 +225,8 @@ def shortest(weight: Tensor) -> Tensor:
     Our kernel widens them as it multiplies: the result has the same bits, from half the memory.
     """
     if weight.dtype == torch.float32:
-        for dtype in (torch.bfloat16, torch.float16):
+        # Pairs of bfloat16 need an even number of inputs.
+        for dtype in (torch.bfloat16, torch.float16)[weight.shape[1] % 2 :]:
             stored = weight.to(dtype)
             if torch.equal(stored.float(), weight):
                 return stored
