@@ -184,7 +184,7 @@ def test_the_same_run_without_the_mode_differs_in_some_bits(
     # Our kernel sums a row by itself, in whatever batch: oneDNN is what needs the mode.
     monkeypatch.setattr(linear, "has_panels", lambda *_: False)
     run = Run(world, "float32")
-    run.options = {}
+    run.options = {"packed_weights_bytes": 0}  # a file would have panels
     alone: dict[str, Tensor] = {}
     engine = run.engine(enable_prefix_caching=False)
     for request in run.requests:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.scheduling.drafted_tokens import DraftedTokens
 from nanovllm.engine.scheduling.token_counts import TokenCounts
 
 if TYPE_CHECKING:
@@ -108,27 +109,6 @@ class Timestamps:
     first_token: float = 0.0
     last_token: float = 0.0
     encodings: tuple[Timed, ...] = ()
-
-
-class DraftedTokens(abc.Sequence[int]):
-    """The tokens of a sequence by now, and drafts behind them, without a copy of either."""
-
-    def __init__(self, known: list[int], drafts: tuple[int, ...]) -> None:
-        self._known, self._drafts = known, drafts
-        self._num_known = len(known)
-
-    def __len__(self) -> int:
-        return self._num_known + len(self._drafts)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        places = range(len(self))[index]
-        if isinstance(places, int):
-            return self._known[places] if places < self._num_known else self._drafts[places - self._num_known]
-        return [self[place] for place in places]
 
 
 @dataclass(eq=False)
