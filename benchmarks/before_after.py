@@ -189,11 +189,12 @@ def launches(
 
 
 def prepare(args: argparse.Namespace, trees: dict[str, Path]) -> None:
-    """Load every checkpoint once in both trees, so that no later start makes one or compiles kernels."""
-    for model, names in group_by_model(args.size, args.workloads).items():
-        for launch in launches(args, trees, args.precisions[0], model, names):
-            with started(launch):
-                pass
+    """Load every checkpoint once in both trees and each precision, so that no later start has to make anything."""
+    for precision in args.precisions:
+        for model, names in group_by_model(args.size, args.workloads).items():
+            for launch in launches(args, trees, precision, model, names):
+                with started(launch):
+                    pass
 
 
 def measure_group(

@@ -1,7 +1,7 @@
 """Decoding with a step's own threads beside decoding with OpenMP's, alone and beside a process that is always busy.
 
-Both sides run in one engine by turns of a few steps, so that the machine's moods fall on both. The neighbour counts as
-fast as it can, at the same priority; what it loses to a side is the CPU time that it gets meanwhile. Writes a JSON file.
+Both sides run in one engine by turns of a few steps, so that what else the machine does falls on both. The neighbour
+never waits, and has the same priority; what it loses to a side is CPU time. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from checkpoints import checkpoint
-from machine import describe_machine
+from machine import busy_seconds, describe_machine
 from output import add_output, write_text
 
 from nanovllm import LLM, SamplingParams
@@ -80,7 +80,7 @@ def turns(engine: LLM, seconds: float, turn_s: float, cpu_of_neighbour: Callable
 
 
 def measure(directory: Path, form: str, rows: list[int], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The figures of each number of rows, alone and beside the neighbour."""
+    """The figures of each number of rows, alone and beside the neighbour; ``others`` is what else had of the cores."""
     draw = random.Random(0)
     longest = args.prompt + args.most_steps
     with LLM(
@@ -92,7 +92,10 @@ def measure(directory: Path, form: str, rows: list[int], args: argparse.Namespac
             names = [engine.add_request(prompt, params) for prompt in prompts]
             while engine.scheduler.waiting or any(one.num_output_tokens < 4 for one in engine.scheduler.running):
                 engine.step()
+            began, others = time.perf_counter(), busy_seconds() - time.process_time()
             alone = turns(engine, args.seconds, args.turn, lambda: 0.0)
+            others = busy_seconds() - time.process_time() - others
+            load = round(others / (time.perf_counter() - began), 3)
             beside = {}
             if args.beside:
                 with neighbour() as cpu:
@@ -102,7 +105,7 @@ def measure(directory: Path, form: str, rows: list[int], args: argparse.Namespac
                 engine.abort(name)
             while engine.has_unfinished():
                 engine.step()
-            yield {"form": form, "rows": count, "alone": alone, "beside": beside}
+            yield {"form": form, "rows": count, "others": load, "alone": alone, "beside": beside}
 
 
 def main() -> None:
@@ -134,7 +137,7 @@ def main() -> None:
 
 def print_case(case: dict[str, Any]) -> None:
     """One line for people."""
-    line = f"{case['form']:9} {case['rows']:3} rows"
+    line = f"{case['form']:9} {case['rows']:3} rows, others {case['others']:.2f}"
     for name in ("alone", "beside"):
         if sides := case[name]:
             old, new = sides["openmp"], sides["own"]

@@ -48,7 +48,7 @@ class _Counter(_KeptChildren, Counter):
             super().inc(amount, exemplar)
 
 
-class PartitionGauge(_KeptChildren, Gauge):
+class _Gauge(_KeptChildren, Gauge):
     """A gauge of the partitions that a worker has now, by topic and number."""
 
     def show(self, values: Mapping[tuple[str, int], float]) -> None:
@@ -157,6 +157,9 @@ class Metrics:
             ("reason",),
         )
         self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
+        self.start_seconds = self._gauge(
+            "start_seconds", "Time of each phase of the start; phases run beside one another.", ("phase",)
+        )
         self.event_loop_lag_seconds = self._gauge(
             "event_loop_lag_seconds", "How late the event loop's last tick was; heartbeats to Kafka share it."
         )
@@ -196,11 +199,11 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return _Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"nanovllm_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
-    def _partition_gauge(self, name: str, text: str) -> PartitionGauge:
-        return PartitionGauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
+    def _partition_gauge(self, name: str, text: str) -> _Gauge:
+        return _Gauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
         return _Histogram(f"nanovllm_{name}", text, tuple(labels), registry=self.registry, buckets=tuple(buckets))

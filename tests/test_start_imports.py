@@ -22,7 +22,6 @@ OF_OTHER_MODELS = {
     "transformers.generation.utils": "transformers' own generation",
     "torch._dynamo": "compiles; here nothing is",
     "torch.distributed.tensor": "one process computes",
-    "sympy": "of torch's compiler",
     "accelerate": "of transformers' models",
     "triton": "there is no GPU, or its kernels are tried when there is one",
     "torchvision": "images are decoded by Pillow",

@@ -20,7 +20,7 @@ def measure(is_tiny: bool) -> list[Row]:
     few = (10, 100)
     return [
         *rows_of(_ledger, "open offsets", few if is_tiny else (1_000, 100_000, 1_000_000)),
-        *rows_of(_queue, "jobs that want a slot", few if is_tiny else (128, 1_024, 8_192)),
+        *rows_of(_queue, "jobs that want a slot", few if is_tiny else (128, 512, 2_048)),
         *rows_of(_tenants, "remembered tenants", few if is_tiny else (10, 1_000, 10_000)),
         *rows_of(_record, "jobs at work of a partition", few if is_tiny else (16, 128, 10_000)),
         *rows_of(_reuse, "kept entries", few if is_tiny else (1_000, 100_000)),

@@ -46,48 +46,71 @@ def names_in(files: Iterable[Path]) -> frozenset[str]:
     return frozenset(names)
 
 
-def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None]) -> Iterator[tuple[str, str, Tensor]]:
-    """Stored name, new name and tensor, on the CPU in the stored type, where ``rename`` gives a name.
+class StoredTensors:
+    """The tensors of safetensors files, by the names that a model has for them; read where they are copied to.
 
-    Raises UnsupportedModel for a tensor of a type that no weight has: it is quantised, or not what its name says.
-    """
-    for file in files:
-        with open_tensors(file) as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 (not a mapping)
-                name = rename(stored)
-                if name is None:
-                    continue
-                tensor = tensors.get_tensor(stored)
-                if tensor.dtype not in _WEIGHT_DTYPES:
-                    kind, known = _plain(tensor.dtype), ", ".join(map(_plain, _WEIGHT_DTYPES))
-                    raise UnsupportedModel(f"checkpoint tensor {stored!r} is of type {kind}; weights are {known}")
-                yield stored, name, tensor
-
-
-@torch.no_grad()
-def load_parameters(
-    files: Iterable[Path], places: Mapping[str, Sequence[Tensor]], rename: Callable[[str], str | None]
-) -> None:
-    """Copy all stored tensors to their ``places``, except those that ``rename`` gives no name.
+    ``rename`` gives a stored name the model's, or None where the model has no use for the tensor. ``places`` are the
+    model's tensors, on any device, meta included.
 
     Raises:
-        UnsupportedModel: a tensor is missing, is unknown, is there twice with different values, or has another shape
-            or type.
+        UnsupportedModel: a tensor is missing, is unknown, or has another shape or type.
     """
-    loaded: dict[str, str] = {}
-    for stored, name, tensor in read_tensors(files, rename):
-        if name.endswith(_COMPUTED):
-            continue
-        if name not in places:
-            raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this model")
-        for place in places[name]:
-            if place.shape != tensor.shape:
-                raise UnsupportedModel(
-                    f"checkpoint tensor {stored!r} is {list(tensor.shape)}, expected {list(place.shape)}"
-                )
-            _copy_once(place, tensor, stored, loaded.get(name))
-        loaded[name] = stored
-    _check_complete(places, loaded, UnsupportedModel)
+
+    def __init__(
+        self, files: Iterable[Path], places: Mapping[str, Sequence[Tensor]], rename: Callable[[str], str | None]
+    ) -> None:
+        self._copies: dict[str, list[tuple[Path, str]]] = {}
+        for file in files:
+            for stored, name, tensor in _named_tensors(file, rename):
+                if name.endswith(_COMPUTED):
+                    continue
+                if name not in places:
+                    raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this model")
+                for place in places[name]:
+                    if place.shape != tensor.shape:
+                        raise UnsupportedModel(
+                            f"checkpoint tensor {stored!r} is {list(tensor.shape)}, expected {list(place.shape)}"
+                        )
+                self._copies.setdefault(name, []).append((file, stored))
+        _check_complete(places, self._copies, UnsupportedModel)
+
+    @torch.no_grad()
+    def copy_to(self, places: Mapping[str, Sequence[Tensor]]) -> None:
+        """Fill ``places``, some of the model's.
+
+        Raises:
+            UnsupportedModel: a tensor is there twice with different values.
+        """
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name in places:
+            for file, stored in self._copies[name]:
+                by_file.setdefault(file, []).append((stored, name))
+        loaded: dict[str, str] = {}
+        for file, wanted in by_file.items():
+            with open_tensors(file) as tensors:
+                for stored, name in wanted:
+                    tensor = tensors.get_tensor(stored)
+                    for place in places[name]:
+                        _copy_once(place, tensor, stored, loaded.get(name))
+                    loaded[name] = stored
+
+
+def _named_tensors(file: Path, rename: Callable[[str], str | None]) -> Iterator[tuple[str, str, Tensor]]:
+    """Stored name, new name and tensor, on the CPU in the stored type, where ``rename`` gives a name.
+
+    The tensors are views of the mapped file: none is read until its values are.
+    Raises UnsupportedModel for a tensor of a type that no weight has: it is quantised, or not what its name says.
+    """
+    with open_tensors(file) as tensors:
+        for stored in tensors.keys():  # noqa: SIM118 (not a mapping)
+            name = rename(stored)
+            if name is None:
+                continue
+            tensor = tensors.get_tensor(stored)
+            if tensor.dtype not in _WEIGHT_DTYPES:
+                kind, known = _plain(tensor.dtype), ", ".join(map(_plain, _WEIGHT_DTYPES))
+                raise UnsupportedModel(f"checkpoint tensor {stored!r} is of type {kind}; weights are {known}")
+            yield stored, name, tensor
 
 
 @torch.no_grad()
@@ -107,7 +130,7 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...], left_o
     parameters = {name.removeprefix("vision_model."): value for name, value in module.named_parameters()}
     # Releases of transformers before 4.31 stored position_ids, which follow from the configuration.
     ignored = {name.removeprefix("vision_model.") for name, _ in module.named_buffers()}.union(left_out)
-    files = _files_of(path)
+    files = module_files(path)
     named = tuple(filter(None, prefixes))
     if any(name.startswith(named) for name in names_in(files)):
         prefixes = named
@@ -118,7 +141,7 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...], left_o
         return None if name in ignored else name
 
     loaded: dict[str, str] = {}
-    for stored, name, tensor in read_tensors(files, rename):
+    for stored, name, tensor in (found for file in files for found in _named_tensors(file, rename)):
         if name not in parameters:
             raise UnsupportedModel(f"checkpoint tensor {stored!r} has no place in this {type(module).__name__}")
         if parameters[name].shape != tensor.shape:
@@ -132,7 +155,7 @@ def load_module(module: nn.Module, path: Path, prefixes: tuple[str, ...], left_o
     _check_complete((prefix + name for name in parameters), (prefix + name for name in loaded), ModelNotFound)
 
 
-def _files_of(path: Path) -> list[Path]:
+def module_files(path: Path) -> list[Path]:
     """The weight files of a checkpoint's directory, or all safetensors of one that is named otherwise."""
     if path.is_file():
         return [path]
@@ -142,7 +165,12 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _copy_once(place: Tensor, tensor: Tensor, stored: str, earlier: str | None) -> None:
-    """Copy a tensor; a second one for the same place (in another shard, or under an older name) must be equal."""
+    """Copy a tensor; a second one for the same place (in another shard, or under an older name) must be equal.
+
+    Nothing is read for a place on the meta device.
+    """
+    if place.is_meta:
+        return
     if earlier is None:
         place.copy_(tensor)
     elif not torch.equal(place, tensor.to(place)):

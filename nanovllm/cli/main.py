@@ -43,8 +43,11 @@ from nanovllm.cli.run import require_engine, run
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
 from nanovllm.messages.validation import describe_errors
+from nanovllm.pipeline.operations.log import log_to_stderr
+from nanovllm.pipeline.operations.replicas import Replicas, end_with_parent
 from nanovllm.pipeline.operations.stop_signals import DONE, FAILED
 from nanovllm.settings.loading import load_settings
+from nanovllm.settings.worker import Settings
 from nanovllm.terminal import long_work, plain
 
 # aiokafka logs each attempt at a broker, which without a handler would stand before the error's own line.
@@ -98,16 +101,40 @@ def worker(
     exit_when_drained: Annotated[
         bool, typer.Option("--exit-when-drained", help="Leave when every job has been answered: for batches.")
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            min=1,
+            help="Worker processes on this machine, each on its share of the cores (setting `replicas`): they share "
+            "packed weights; the i-th listens on http.port + i. One that ends is started again.",
+        ),
+    ] = None,
+    replica: Annotated[
+        int | None, typer.Option("--replica", hidden=True, help="Of a process that others follow.")
+    ] = None,
 ) -> None:
     """Answer jobs until told to stop (SIGTERM finishes what is at work)."""
-    settings = load_settings(config)
+    settings = load_settings(config, None if replicas is None else {"replicas": replicas})
     if print_config:
         print(settings.masked_yaml(), end="")
         return
     require_engine(settings)
+    if settings.replicas > 1:
+        raise typer.Exit(_run_replicas(settings, config, exit_when_drained))
     from nanovllm.pipeline.app import run_worker
 
+    if replica is not None:
+        end_with_parent()
     raise typer.Exit(run_worker(settings, exit_when_drained=exit_when_drained))
+
+
+def _run_replicas(settings: Settings, config: Path | None, exit_when_drained: bool) -> int:
+    log_to_stderr(settings.log_level)
+    command = [sys.executable, "-m", "nanovllm.cli.main", "worker"]
+    command += [] if config is None else ["--config", str(config)]
+    command += ["--exit-when-drained"] * exit_when_drained
+    return Replicas(settings, command).run(until_all_end=exit_when_drained)
 
 
 @app.command()

@@ -43,6 +43,8 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "bfloat16"] = "auto"  # the model's own; "bfloat16" halves a float32 one, on a CPU
     gpu_memory_utilization: float = 0.9
     cpu_memory_utilization: float = 0.4  # of the machine's memory or the control group's limit; 1 GiB of cache at least
+    cpu_memory_shares: int = 1  # processes that divide it: what is mapped from files is there once for all of them
+    packed_weights_bytes: int = 32 << 30  # of files with packed weights in the user's cache, on a CPU; 0: none
     enable_prefix_caching: bool = True
     embedding_cache_bytes: int = 256 << 20  # beside the encoder
     embedding_cache_host_bytes: int = 0  # in the host's memory, for what leaves a GPU's
@@ -71,16 +73,16 @@ class EngineConfig:
     freeze_vision_weights: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_images_per_request", "max_num_batched_tokens", "max_model_len", "block_size",
-                     "kv_cache_bytes", "max_image_size", "num_vision_tokens", "min_pixels", "max_pixels",
-                     "max_image_tokens"):  # fmt: skip
+        for name in ("max_num_seqs", "cpu_memory_shares", "max_images_per_request", "max_num_batched_tokens",
+                     "max_model_len", "block_size", "kv_cache_bytes", "max_image_size", "num_vision_tokens",
+                     "min_pixels", "max_pixels", "max_image_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is None and getattr(EngineConfig, name) is None:  # the default
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
         for name in ("embedding_cache_bytes", "embedding_cache_host_bytes", "encoder_batch_pixels", "encoder_linger_s",
-                     "num_speculative_tokens"):  # fmt: skip
+                     "packed_weights_bytes", "num_speculative_tokens"):  # fmt: skip
             value = getattr(self, name)
             if not (_is_number(value) and value >= 0):
                 raise ConfigurationError(f"{name} must be a number, and not negative, got {value!r}")

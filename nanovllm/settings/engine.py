@@ -63,6 +63,18 @@ class EngineSettings(SettingsModel):
         description="Share of the machine's memory, or of the control group's limit, that the engine takes on a CPU; "
         "the KV cache has 1 GiB at least.",
     )
+    cpu_memory_shares: int = Field(
+        1,
+        ge=1,
+        description="Workers of one machine or control group that divide what cpu_memory_utilization leaves beside "
+        "the weights that they share; `replicas` sets it.",
+    )
+    packed_weights_bytes: int = Field(
+        32 * 2**30,
+        ge=0,
+        description="Most bytes of files with packed weights in the user's cache, on a CPU: the next start maps them, "
+        "and workers of one machine share them; 0: none.",
+    )
     enforce_eager: bool = Field(False, description="Record no CUDA graphs: a quicker start, slower small steps.")
     embedding_cache_bytes: int = Field(256 * 2**20, ge=0, description="Size of the cache of image embeddings.")
     embedding_cache_host_bytes: int = Field(

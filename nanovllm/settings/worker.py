@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Worker processes that `nanovllm worker` starts, each on its share of the cores and with its own "
+        "group membership; replica i listens on http.port + i, and its names end in -i.",
+    )
     kafka: KafkaSettings = KafkaSettings()
     topics: TopicSettings = TopicSettings()
     s3: S3Settings = S3Settings()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,25 +95,36 @@ def test_every_way_to_compute_a_request_gives_the_same_bits(world: tuple[str, Pa
     check_every_way(world, mode)
 
 
-@pytest.mark.skipif(amx.missing() is not None, reason=str(amx.missing()))
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("text", "bfloat16"),
-        pytest.param("text", "int8", marks=pytest.mark.proof),
-        pytest.param("llava", "bfloat16", marks=pytest.mark.proof),
-    ],
-)
-def test_every_way_gives_the_same_bits_by_panels_and_tiles(
-    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers of any size multiply by tiles; int8 mixes instructions, as it may, but bfloat16 must not."""
+    if (reason := amx.missing()) is not None:
+        pytest.skip(reason)
     monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
-    # int8 mixes instructions, as it may; bfloat16 must not, whatever was measured.
     with amx.granted(monkeypatch, Choice(tiles_from=5)) as emulator:
         before = emulator.executed()
-        check_every_way((name, WORLDS[name](tmp_path)), mode)
+        yield
         assert emulator.executed() != before or torch.ops.nanovllm.request_tiles() == ""
         assert emulator.configured_threads() == 0
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_requests_alone_and_together_have_the_same_bits_by_panels_and_tiles(mode: str, tmp_path: Path) -> None:
+    run = Run(("text", make_qwen3(tmp_path)), mode)
+    engine = run.engine(enable_prefix_caching=False, num_speculative_tokens=0)
+    names = list(run.requests)[:4]
+    alone: dict[str, Tensor] = {}
+    for name in names:
+        alone |= run.all_at_once(engine, [name])
+    assert_same_bits(run.all_at_once(engine, names), alone)
+
+
+@pytest.mark.proof
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("name", "mode"), [("text", "bfloat16"), ("text", "int8"), ("llava", "bfloat16")])
+def test_every_way_gives_the_same_bits_by_panels_and_tiles(name: str, mode: str, tmp_path: Path) -> None:
+    check_every_way((name, WORLDS[name](tmp_path)), mode)
 
 
 def check_every_way(world: tuple[str, Path], mode: str) -> None:
@@ -173,7 +184,7 @@ def test_the_same_run_without_the_mode_differs_in_some_bits(
     # Our kernel sums a row by itself, in whatever batch: oneDNN is what needs the mode.
     monkeypatch.setattr(linear, "has_panels", lambda *_: False)
     run = Run(world, "float32")
-    run.options = {}
+    run.options = {"packed_weights_bytes": 0}  # a file would have panels
     alone: dict[str, Tensor] = {}
     engine = run.engine(enable_prefix_caching=False)
     for request in run.requests:

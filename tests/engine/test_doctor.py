@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def told(engine: LLMEngine) -> dict[str, str]:
 def test_what_was_chosen_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with LLMEngine(str(make_llava(tmp_path)), kv_cache_bytes=2 << 20, embedding_cache_bytes=1 << 20) as engine:
         findings = told(engine)
         tokens = engine.scheduler.blocks.num_blocks * 16
@@ -38,6 +40,22 @@ def test_what_was_chosen_is_told_with_its_reason(tmp_path: Path, monkeypatch: py
     assert "plain" in findings["weights"]
     assert f"2 MiB: {tokens:,} tokens in blocks of 16, float32" in findings["KV cache"]
     assert "1 MiB" in findings["embedding cache"]
+
+
+def test_how_threads_wait_for_one_another_is_told(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(kernels, "missing", lambda: None)
+    with LLMEngine(str(text), kv_cache_bytes=1 << 20) as engine:
+        assert "spin between two operators of a step" in told(engine)["threads"]
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+        assert "more than the 1 cores" in told(engine)["threads"]
+        assert "there are not enough cores" in told(engine)["threads"]
+        monkeypatch.setattr(kernels, "missing", lambda: "there is no C++ compiler")
+        assert "they sleep between two operators: there are no kernels" in told(engine)["threads"]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert "sleep" not in told(engine)["threads"]
 
 
 def test_a_fallback_is_called_slow_and_says_what_is_missing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

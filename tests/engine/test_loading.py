@@ -347,9 +347,18 @@ def test_a_wrong_value_of_either_half_is_named_with_file_and_field(
     assert (next(iter(value)) if isinstance(value, dict) else field).split("_")[-1] in str(caught.value)
 
 
-def test_a_model_that_no_memory_holds_is_refused_by_its_configuration(tmp_path: Path) -> None:
-    edit_json(make_text(tmp_path / "it", family="llama") / "config.json", vocab_size=1 << 40)
-    with pytest.raises(UnsupportedModel, match=r"config\.json of 'it' cannot be made on cpu"):
+@pytest.mark.parametrize(
+    ("vocab_size", "why"),
+    [
+        (1 << 40, r"'lm_head\.weight' is \[383, 64\], expected \[1099511627776, 64\]"),
+        (1 << 60, r"config\.json of 'it' cannot be made: "),
+    ],
+)
+def test_a_model_that_no_memory_holds_is_refused_by_its_configuration(
+    tmp_path: Path, vocab_size: int, why: str
+) -> None:
+    edit_json(make_text(tmp_path / "it", family="llama") / "config.json", vocab_size=vocab_size)
+    with pytest.raises(UnsupportedModel, match=why):
         recording_engine(tmp_path / "it")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from engine_parts import RecordingSampler, drain, greedy, random_prompt, recordi
 from torch import Tensor
 
 from nanovllm.engine.layers import linear
-from nanovllm.engine.layers.linear import has_panels, panels_multiply, to_panels
+from nanovllm.engine.layers.linear import has_panels, make_panels, to_panels
 from nanovllm.engine.layers.product_choice import Choice
 from tests import amx
 
@@ -149,8 +148,31 @@ def test_panels_of_bfloat16_as_floats_have_the_bits_of_their_own_instruction(
 
 def test_no_rows_have_no_products() -> None:
     weight = torch.randn(50, 64).bfloat16()
-    assert panels_multiply(weight, None)(torch.empty(0, 64).bfloat16()).shape == (0, 50)
+    assert make_panels(weight, None).product()(torch.empty(0, 64).bfloat16()).shape == (0, 50)
     assert product(torch.empty(0, 64).bfloat16(), to_panels(weight), 50, tiles_from=0).shape == (0, 50)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_layers_of_a_tower_multiply_by_tiles_and_keep_a_row_s_bits_where_that_is_promised(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 0)
+    torch.manual_seed(1)
+    tower = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 50)).bfloat16()
+    x = torch.randn(1, 20, 64).bfloat16()
+    with torch.inference_mode(), amx.granted(monkeypatch, Choice(tiles_from=2)) as emulator:
+        expected = tower(x)
+        linear.choose_torch_layouts(tower, deterministic=deterministic)
+        before = emulator.executed()["bfloat16"]
+        together = tower(x)
+        assert has_run(emulator, "bfloat16", before)
+        torch.testing.assert_close(together, expected, rtol=2e-2, atol=2e-2)
+        before = emulator.executed()
+        alone = tower(x[:, 7:8])
+        if deterministic:
+            assert bits(alone) == bits(together[:, 7:8])
+        else:
+            assert emulator.executed() == before
 
 
 def logits_of(directory: Path, **options: Any) -> Tensor:
@@ -187,15 +209,14 @@ def test_an_engine_in_bfloat16_is_as_near_to_float32_by_tiles(
     assert 0 < (by_tiles - exact).abs().mean() <= 1.2 * (by_vectors - exact).abs().mean()
 
 
-def test_a_shape_that_a_cpu_refuses_ends_the_process() -> None:
+def test_a_shape_that_a_cpu_refuses_ends_the_process(emulator: amx.Emulator, capfd: pytest.CaptureFixture[str]) -> None:
     """The emulator does not forgive what the CPU would not: here three bytes of a row."""
     if not torch.ops.nanovllm.request_tiles():
         pytest.skip("the CPU has tiles itself")
-    program = (
-        "import ctypes; from tests import amx\n"
-        "with amx.emulated() as emulator:\n"
-        "    emulator.library.amx_multiply(0, 1, 3, 1, b' ' * 64, b' ' * 64, b' ' * 64)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 132
-    assert "a CPU refuses this instruction" in done.stderr
+    child = os.fork()
+    if child == 0:
+        emulator.library.amx_multiply(0, 1, 3, 1, b" " * 64, b" " * 64, b" " * 64)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 132
+    assert "a CPU refuses this instruction" in capfd.readouterr().err

@@ -4,6 +4,7 @@
 {
   "openai": {
     "block_size": null,
+    "cpu_memory_shares": 1,
     "cpu_memory_utilization": 0.4,
     "deterministic": false,
     "device": null,
@@ -23,11 +24,13 @@
     "min_pixels": null,
     "model_aliases": {},
     "num_speculative_tokens": 8,
+    "packed_weights_bytes": 34359738368,
     "quantization": null,
     "step_timeout_s": 300.0
   },
   "vllm": {
     "block_size": null,
+    "cpu_memory_shares": 1,
     "cpu_memory_utilization": 0.4,
     "deterministic": false,
     "device": null,
@@ -38,6 +41,7 @@
     "max_pixels": null,
     "min_pixels": null,
     "num_speculative_tokens": 8,
+    "packed_weights_bytes": 34359738368,
     "quantization": null
   }
 }

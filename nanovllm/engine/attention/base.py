@@ -26,12 +26,14 @@ class AttentionBatch:
     """The rows of one step, single-token rows first and those by context length.
 
     ``block_tables``, lists or int32 [rows, width], may name more blocks than ``context_lens`` (which include the row's
-    own tokens) need; what an array holds beyond them may be any of the cache's.
+    own tokens) need; what an array holds beyond them may be any of the cache's. ``seats``: of each row its row of an
+    array, where that has others; an array is not copied then, and must not change before the step is computed.
     """
 
     query_lens: Sequence[int]
     context_lens: Sequence[int]
     block_tables: Sequence[Sequence[int]] | np.ndarray
+    seats: Sequence[int] | None = None
 
 
 class AttentionBackend(Protocol):
@@ -87,9 +89,9 @@ class GraphAttention(AttentionBackend, Protocol):
 
 def slots_of(batch: AttentionBatch, block_size: int) -> np.ndarray:
     """The cache slot of every new token, int64 [T] in row order: block number times block size plus offset."""
-    tables = batch.block_tables if isinstance(batch.block_tables, np.ndarray) else padded_tables(batch, block_size)
+    tables, rows = table_rows(batch, block_size)
     lengths, ends = np.array(batch.query_lens), np.array(batch.context_lens)
-    rows, positions = np.arange(len(lengths)), ends - 1
+    positions = ends - 1
     if len(lengths) and lengths.max() > 1:
         rows = np.repeat(rows, lengths)
         positions = np.arange(len(rows)) + np.repeat(ends - lengths.cumsum(), lengths)
@@ -103,11 +105,20 @@ def last_slots(context_lens: Tensor, block_tables: Tensor, block_size: int) -> T
     return (block_tables.gather(1, last // block_size) * block_size + last % block_size).squeeze(1)
 
 
+def table_rows(batch: AttentionBatch, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Block tables, int32 [any, width], and of each row of the batch its row of them, int64; an array is not copied."""
+    if isinstance(batch.block_tables, np.ndarray) and batch.seats is not None:
+        return batch.block_tables, np.array(batch.seats)
+    tables = batch.block_tables if isinstance(batch.block_tables, np.ndarray) else padded_tables(batch, block_size)
+    return tables, np.arange(len(batch.query_lens))
+
+
 def padded_tables(batch: AttentionBatch, block_size: int) -> np.ndarray:
     """The block tables, int32 [rows, width] without gaps: as wide as the longest context needs."""
     tables, width = batch.block_tables, -(-max(batch.context_lens) // block_size)
     if isinstance(tables, np.ndarray):
-        return np.ascontiguousarray(tables[:, :width])
+        used = tables[:, :width]
+        return np.ascontiguousarray(used) if batch.seats is None else used.take(batch.seats, 0)
     padded = np.zeros((len(tables), width), np.int32)
     for row, table in zip(padded, tables, strict=True):
         known = table[:width]

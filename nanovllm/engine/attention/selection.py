@@ -20,6 +20,7 @@ from nanovllm.engine import kernels
 from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, GraphAttention, padded_tables
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
+from nanovllm.engine.attention.tile_choice import tiles_from
 from nanovllm.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -48,13 +49,20 @@ _SOME_HEADS = Heads(4, 2, 64)
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, block_size: int | None = None, heads: Heads = _SOME_HEADS
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int | None = None,
+    heads: Heads = _SOME_HEADS,
+    deterministic: bool = False,
 ) -> AttentionBackend:
-    """The best backend that is there and passes its trial; ConfigurationError if it has no pages of ``block_size``."""
+    """The best backend that is there and passes its trial; ConfigurationError if it has no pages of ``block_size``.
+
+    ``deterministic``: a token's bits may not depend on how its prompt is cut into chunks.
+    """
     if device.type == "cpu":
         reason = kernels.missing()
         if reason is None:
-            return PagedCpuAttention(block_size)
+            return PagedCpuAttention(block_size, tiles_from=tiles_from(dtype, deterministic=deterministic))
         logger.warning("attention copies its pages, because our kernels for CPUs cannot be used: %s", reason)
         return SdpaAttention(device, dtype, block_size, reason=reason)
     if device.type != "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -124,7 +124,17 @@ def _by_length(batch: AttentionBatch) -> list[AttentionBatch]:
     """Rows of one token, which stand first, and the others, as far as there are both."""
     singles = sum(length == 1 for length in batch.query_lens)
     cuts = (slice(0, singles), slice(singles, None)) if 0 < singles < len(batch.query_lens) else (slice(None),)
-    return [AttentionBatch(batch.query_lens[cut], batch.context_lens[cut], batch.block_tables[cut]) for cut in cuts]
+    shared = batch.seats is not None
+    return [
+        replace(
+            batch,
+            query_lens=batch.query_lens[cut],
+            context_lens=batch.context_lens[cut],
+            block_tables=batch.block_tables if shared else batch.block_tables[cut],
+            seats=batch.seats and batch.seats[cut],
+        )
+        for cut in cuts
+    ]
 
 
 def flash_attn_kernels() -> Kernel:

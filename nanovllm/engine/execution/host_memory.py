@@ -21,7 +21,7 @@ def memory_limit(proc: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/c
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
-        mapped, resident = _memory(proc)
+        mapped, resident, _ = _memory(proc)
         limits.append(max(0, address_space - mapped + resident))
     for controller, group in _control_groups(proc):
         folder = groups / controller
@@ -37,14 +37,19 @@ def resident_bytes(proc: Path = Path("/proc/self")) -> int:
     return _memory(proc)[1]
 
 
-def _memory(proc: Path) -> tuple[int, int]:
-    """Bytes of memory that are mapped, and those that are resident; 0 where the system does not tell."""
+def shared_bytes(proc: Path = Path("/proc/self")) -> int:
+    """Those of them that are mapped from files, which other processes may have too; 0 where it does not tell."""
+    return _memory(proc)[2]
+
+
+def _memory(proc: Path) -> tuple[int, int, int]:
+    """Bytes of memory: mapped, resident, and resident from files; 0 where the system does not tell."""
     try:
-        mapped, resident, *_ = map(int, (proc / "statm").read_text().split())
+        mapped, resident, shared, *_ = map(int, (proc / "statm").read_text().split())
     except (OSError, ValueError):
-        return 0, 0
+        return 0, 0, 0
     page = os.sysconf("SC_PAGE_SIZE")
-    return mapped * page, resident * page
+    return mapped * page, resident * page, shared * page
 
 
 def _control_groups(proc: Path) -> list[tuple[str, PurePosixPath]]:

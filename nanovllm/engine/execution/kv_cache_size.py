@@ -12,7 +12,7 @@ from nanovllm.engine.attention.base import AttentionBackend, AttentionBatch, Gra
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.config import LEAST_KV_BYTES, EngineConfig
 from nanovllm.engine.execution.cuda_graphs import compute_rows, graph_bytes, graph_shapes
-from nanovllm.engine.execution.host_memory import memory_limit, resident_bytes
+from nanovllm.engine.execution.host_memory import memory_limit, resident_bytes, shared_bytes
 from nanovllm.engine.models.decoder import Decoder
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.engine.sampling.kernel_selection import SamplingKernels
@@ -75,8 +75,9 @@ def kv_cache_bytes(
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if device.type != "cuda":
-        share = int(memory_limit() * config.cpu_memory_utilization)
-        return max(LEAST_KV_BYTES, share - resident_bytes() - reserved)
+        shared = shared_bytes()
+        own = (int(memory_limit() * config.cpu_memory_utilization) - shared) // config.cpu_memory_shares
+        return max(LEAST_KV_BYTES, own - (resident_bytes() - shared) - reserved)
     context = model.config.context_limit(config.max_model_len)
     with _naming(
         f"a step of max_num_batched_tokens={limits.max_num_batched_tokens} at the end of a context of {context} "

@@ -12,10 +12,11 @@ from nanovllm.engine.attention.base import AttentionBackend
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.packed import choose_packed_attention
 from nanovllm.engine.config import EngineConfig
-from nanovllm.engine.execution.batch_invariance import TILE
+from nanovllm.engine.execution.packed_weights import load_packed_encoder, load_packed_text
 from nanovllm.engine.layers import fused
-from nanovllm.engine.layers.linear import choose_torch_layouts, why_no_int8
-from nanovllm.engine.models.registry import is_generic, load_encoder, load_text_model
+from nanovllm.engine.layers.linear import why_no_int8
+from nanovllm.engine.layers.panel_forms import is_emulated
+from nanovllm.engine.models.registry import is_generic
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
@@ -49,9 +50,18 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU."""
+    """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU.
+
+    Raises ConfigurationError for one that this CPU would emulate, where our kernels, which widen it, are missing.
+    """
     if config.dtype not in (None, "auto"):
-        return getattr(torch, str(config.dtype))
+        dtype: torch.dtype = getattr(torch, str(config.dtype))
+        if device.type == "cpu" and is_emulated(dtype) and (reason := kernels.missing()) is not None:
+            raise ConfigurationError(
+                f"dtype={config.dtype!r}: this CPU has no instructions for it, and our kernels, which multiply by such "
+                f"weights in float32, cannot be used: {reason}. Set dtype='float32'"
+            )
+        return dtype
     if device.type == "cpu":
         return torch.float32
     stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
@@ -89,7 +99,7 @@ def load_models(
     """
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
-        raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
+        raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}. Leave quantization out")
     if is_generic(checkpoint, config.backend):
         from nanovllm.engine.execution.generic_models import load_generic_models  # transformers' layers: seconds
 
@@ -98,16 +108,11 @@ def load_models(
         _choose_tower_attention(encoder, dtype, device)
         return generic, encoder, reference
     with START.timed(Phase.WEIGHTS):
-        model = load_text_model(checkpoint, dtype, device)
-    with START.timed(Phase.PACKING):
-        model.choose_layouts(config.quantization, tile=TILE if config.deterministic else None)
+        model = load_packed_text(config, checkpoint, dtype, device)
     fused.serves(model.embed_tokens)  # tried and told now: nothing can be tried while a graph is captured
     with START.timed(Phase.WEIGHTS):
-        encoder = load_encoder(checkpoint, config, model, dtype, device)
+        encoder = load_packed_encoder(config, checkpoint, model, dtype, device)
     if encoder is not None:
-        _ = encoder.revision  # computed now: it takes seconds and needs the plain weights, and an event loop reads it
-        with START.timed(Phase.PACKING):
-            choose_torch_layouts(encoder, deterministic=config.deterministic)
         _choose_tower_attention(encoder, dtype, device)
         if config.deterministic:
             encoder.batch_size = 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class ModelRunner:
             self.processor = loading.make_processor(config, self.encoder, self.image_token_id, self.device)
         text = self.model.config
         heads = Heads(text.num_attention_heads, *text.kv_shapes[0])
-        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads)
+        self.attention = choose_backend(self.device, self.dtype, config.block_size, heads, config.deterministic)
         self.trial: TrialResult | None = None
         if reference is not None:
             from nanovllm.engine.models.generic import GenericDecoder
@@ -79,6 +81,7 @@ class ModelRunner:
         self.kv_caches = self._allocate_kv_caches(reserved)
         limit = self.model.config.context_limit(config.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * self.attention.block_size)
+        self._saved_positions: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
         self.graphs: DecodeGraphs | None = None
         if self.why_no_graphs is None:
             assert recorder is not None
@@ -187,7 +190,7 @@ class ModelRunner:
                 pending.append((len(token_ids), sequence.pending))
                 token_ids.append(0)
             token_ids += row.drafts
-            positions += positions_of(self.model.config, sequence.images, start, end)
+            positions += self._positions(sequence, start, end)
             sampled += [sequence.ahead(row.drafts[:drafted]) for drafted in range(row.num_samples)]
             sampling_indices += range(len(token_ids) - row.num_samples, len(token_ids))
         ahead = TokensAhead(sampled_before, pending) if sampled_before is not None and pending else None
@@ -233,10 +236,7 @@ class ModelRunner:
         # Behind its prompt a token has the same position on all axes.
         positions = starts
         if axes is not None:
-            positions = [
-                positions_of(config, sequence.images, start, start + 1)[0][0]
-                for sequence, start in zip(sequences, starts, strict=True)
-            ]
+            positions = [start - self._saved_by_images(one) for one, start in zip(sequences, starts, strict=True)]
         lengths, contexts = [1] * len(rows), [start + 1 for start in starts]
         if self.graphs is not None:
             replay = self.graphs.load(token_ids, positions, None, lengths, contexts, seats, scheduled.tables, ahead)
@@ -259,11 +259,26 @@ class ModelRunner:
         )
         return StepInputs(rows, sequences, tokens, is_decode=True)
 
+    def _positions(self, sequence: Sequence, start: int, end: int) -> Ordered[Any]:
+        config = self.model.config
+        if config.position_axes is None or start < sequence.num_prompt_tokens:
+            return positions_of(config, sequence.images, start, end)
+        saved = self._saved_by_images(sequence)
+        return [(index - saved,) * config.num_axes for index in range(start, end)]
+
+    def _saved_by_images(self, sequence: Sequence) -> int:
+        """Token index minus position behind a prompt, the same on all axes; the images are looked through once."""
+        saved = self._saved_positions.get(sequence)
+        if saved is None:
+            end = sequence.num_prompt_tokens
+            saved = end - positions_of(self.model.config, sequence.images, end, end + 1)[0][0]
+            self._saved_positions[sequence] = saved
+        return saved
+
     def _attention_metadata(
         self, query_lens: list[int], context_lens: list[int], seats: list[int], tables: BlockTables
     ) -> Any:
-        width = -(-max(context_lens) // self.attention.block_size)
-        return self.attention.metadata(AttentionBatch(query_lens, context_lens, tables.of(seats, width)))
+        return self.attention.metadata(AttentionBatch(query_lens, context_lens, tables.rows, seats))
 
     def forward(self, inputs: StepInputs) -> StepResult:
         """Compute the step's logits and log probabilities of prompts; writes to the KV caches and to no sequence."""

@@ -1,7 +1,7 @@
 // Attention that reads keys and values where they lie: in the pages of the KV cache.
 //
-// A page holds, for each key head, its keys in tiles of sixteen positions, each tile [d, 16], and its values [positions, d].
-// So the products of a query with sixteen keys are one vector, and nothing is ever summed across a vector.
+// Keys lie in tiles of sixteen positions, so the products of a query with sixteen keys are one vector, and nothing is ever
+// summed across a vector.
 //
 // A work item is a tile of a row's query tokens with the query heads that share one key head. It walks the row's pages in
 // logical order, four tiles of keys at a time, with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). What a
@@ -15,52 +15,24 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <optional>
 #include <vector>
 
-#include "lanes.h"
+#include "attention_pages.h"
+#include "attention_tiles.h"
 #include "parallel.h"
 
 namespace {
 
-constexpr int64_t kTile = 16;  // positions of a tile of keys
-constexpr int64_t kTiles = 4;  // tiles between two updates of the softmax
-constexpr int64_t kStride = kTile * kTiles;
 constexpr int64_t kQueries = 32;  // query vectors of a work item, unless a single token has more heads than that
+constexpr int64_t kTileQueries = 128;  // of an item of TileAttention: so many share what pairing a stride costs
 constexpr int64_t kRegisters = kLanes == 16 ? 16 : 8;  // sums that stay in registers
-constexpr int64_t kCacheLine = 64;  // bytes
-constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-struct Item {
-  int64_t row, first_token, num_tokens, first_position;
-  bool writes;  // its own key and value, as nobody else waits for them
-};
-
-// Keys and values of neighbouring positions, at most a tile of them.
-template <typename Stored>
-struct Piece {
-  const Stored *keys, *values;
-  int64_t position, count;
-};
-
-// What is attended to between two updates of the softmax.
-template <typename Stored>
-struct Stride {
-  Piece<Stored> pieces[kTiles];
-  int64_t count = 0;
-};
 
 // The exponential of the weights, for one number.
 float exponential(float x) {
   float lanes[kLanes];
   Lanes(x).exp_u20().store(lanes);
   return lanes[0];
-}
-
-// What will be needed sets out while something else is computed: every piece lies in another page, at which the CPU's own
-// prefetching begins anew.
-template <int64_t N, typename Stored>
-void fetch(const Stored* memory) {
-  for (int64_t i = 0; i < N; i += kCacheLine / sizeof(Stored)) __builtin_prefetch(memory + i, 0, 2);
 }
 
 // scores[q][tile] = queries[q] . each key of the tiles, summed in the order of the dimensions. Fetches as much of `ahead`.
@@ -110,96 +82,30 @@ void accumulate(const float* weights, const float* scales, const Stride<Stored>&
 template <typename Computed, typename Stored>
 class Attention {
  public:
-  Attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& cache,
-            const at::Tensor& slots, const at::Tensor& tables, int64_t block_size, double scale, at::Tensor& output)
-      : query_(query.const_data_ptr<Computed>()),
-        key_(key.const_data_ptr<Computed>()),
-        value_(value.const_data_ptr<Computed>()),
-        cache_(cache.mutable_data_ptr<Stored>()),
-        slots_(slots.const_data_ptr<int64_t>()),
-        tables_(tables.const_data_ptr<int32_t>()),
-        output_(output.mutable_data_ptr<Computed>()),
-        width_(tables.size(1)),
-        heads_(query.size(1)),
-        head_(query.size(2)),
-        d_(cache.size(4)),
-        query_stride_(query.stride(0)),
-        key_stride_(key.stride(0)),
-        value_stride_(value.stride(0)),
-        kv_heads_(cache.size(2)),
-        page_size_(cache.size(3)),
-        block_size_(block_size),
-        group_(heads_ / kv_heads_),
-        scale_(static_cast<float>(scale)) {}
+  Attention(const Pages<Computed, Stored>& pages, double scale) : pages_(pages), d_(pages.d), scale_(static_cast<float>(scale)) {}
 
-  // Keys and values of the tokens from `begin` on go to their slots.
-  void write(int64_t begin, int64_t end) const {
-    share_out(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
-      std::vector<Stored> scratch(head_);
-      for (; first < last; first += kTile)
-        for (int64_t kv_head = 0; kv_head < kv_heads_; ++kv_head)
-          for (int64_t token = first; token < std::min(first + kTile, last); ++token) write(token, kv_head, scratch.data());
-    });
-  }
-
-  void run(const std::vector<Item>& items) const {
-    const int64_t total = static_cast<int64_t>(items.size()) * kv_heads_;
-    std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
-    share_out(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      const auto begin = [&](int64_t item) {
-        return item < total ? collect(items[item / kv_heads_], item % kv_heads_, 0) : Stride<Stored>{};
-      };
-      Workspace work(*this, items);
-      int64_t item = next++;
-      Stride<Stored> stride = begin(item);
-      for (int64_t piece = 0; piece < stride.count; ++piece) fetch_keys(stride.pieces[piece], 0);
-      while (item < total) {
-        const int64_t following = next++;
-        const Stride<Stored> after = begin(following);
-        attend(items[item / kv_heads_], item % kv_heads_, stride, after, work);
-        item = following;
-        stride = after;
-      }
-    });
-  }
-
- private:
   struct Workspace {
-    Workspace(const Attention& parent, const std::vector<Item>& items) {
-      int64_t tokens = 1;
-      for (const Item& item : items) tokens = std::max(tokens, item.num_tokens);
-      const int64_t rows = tokens * parent.group_;
-      queries.resize(rows * parent.d_);
-      outputs.resize(rows * parent.d_);
-      scores.resize(rows * kStride);
-      highest.resize(rows);
-      sums.resize(rows);
-      scales.resize(rows);
-      stored.resize(parent.head_);
-    }
+    // For items of up to `rows` query vectors.
+    Workspace(const Pages<Computed, Stored>& pages, int64_t rows)
+        : queries(rows * pages.d),
+          outputs(rows * pages.d),
+          scores(rows * kStride),
+          highest(rows),
+          sums(rows),
+          scales(rows),
+          stored(pages.head) {}
     std::vector<float> queries, outputs, scores, highest, sums, scales;
     std::vector<Stored> stored;
   };
 
-  // Heads are padded with zeros to whole vectors of floats, which change neither products nor outputs.
-  void write(int64_t token, int64_t kv_head, Stored* scratch) const {
-    const int64_t block = slots_[token] / block_size_, offset = slots_[token] % block_size_;
-    Stored* keys = cache_ + (block * 2 * kv_heads_ + kv_head) * page_size_ * d_;
-    convert(key_ + token * key_stride_ + kv_head * head_, head_, scratch);
-    Stored* column = keys + offset / kTile * kTile * d_ + offset % kTile;
-    for (int64_t i = 0; i < head_; ++i) column[i * kTile] = scratch[i];
-    convert(value_ + token * value_stride_ + kv_head * head_, head_, keys + (kv_heads_ * page_size_ + offset) * d_);
-  }
-
   // `stride` is the item's first one, `after` that of the item that will follow.
   void attend(const Item& item, int64_t kv_head, Stride<Stored> stride, const Stride<Stored>& after, Workspace& work) const {
-    const int64_t rows = item.num_tokens * group_;
+    const int64_t rows = item.num_tokens * pages_.group, head = pages_.head;
     for (int64_t row = 0; row < rows; ++row) {
-      const Computed* source = query_ + (item.first_token + row / group_) * query_stride_ + (kv_head * group_ + row % group_) * head_;
       float* target = work.queries.data() + row * d_;
-      load(source, head_, target);
-      for (int64_t i = 0; i < head_; ++i) target[i] *= scale_;
-      std::fill(target + head_, target + d_, 0.0f);
+      load(pages_.query_of(item, kv_head, row), head, target);
+      for (int64_t i = 0; i < head; ++i) target[i] *= scale_;
+      std::fill(target + head, target + d_, 0.0f);
     }
     std::fill_n(work.outputs.data(), rows * d_, 0.0f);
     std::fill_n(work.highest.data(), rows, kNever);
@@ -207,8 +113,8 @@ class Attention {
 
     while (stride.count > 0) {
       const Piece<Stored>& end = stride.pieces[stride.count - 1];
-      const Stride<Stored> following = collect(item, kv_head, end.position + end.count);
-      if (following.count == 0 && item.writes) write(item.first_token, kv_head, work.stored.data());
+      const Stride<Stored> following = pages_.collect(item, kv_head, end.position + end.count);
+      if (following.count == 0 && item.writes) pages_.write(item.first_token, kv_head, work.stored.data());
       update(item, rows, stride, following.count == 0 ? after : following, work);
       stride = following;
     }
@@ -216,27 +122,17 @@ class Attention {
     for (int64_t row = 0; row < rows; ++row) {
       float* source = work.outputs.data() + row * d_;
       const float inverse = 1.0f / work.sums[row];
-      for (int64_t i = 0; i < head_; ++i) source[i] *= inverse;
-      Computed* target = output_ + ((item.first_token + row / group_) * heads_ + kv_head * group_ + row % group_) * head_;
-      store(source, head_, target);
+      for (int64_t i = 0; i < head; ++i) source[i] *= inverse;
+      store(source, head, pages_.output_of(item, kv_head, row));
     }
   }
 
-  // What the item's context has from `position` on.
-  Stride<Stored> collect(const Item& item, int64_t kv_head, int64_t position) const {
-    const int64_t context = item.first_position + item.num_tokens;
-    Stride<Stored> stride;
-    while (stride.count < kTiles && position < context) {
-      const int64_t block = position / block_size_, offset = position % block_size_;
-      const int64_t page = tables_[item.row * width_ + block];
-      const Stored* keys = cache_ + (page * 2 * kv_heads_ + kv_head) * page_size_ * d_ + offset * d_;
-      const int64_t count = std::min({kTile, block_size_ - offset, context - position});
-      stride.pieces[stride.count++] = {keys, keys + kv_heads_ * page_size_ * d_, position, count};
-      position += count;
-    }
-    return stride;
+  // A tile's keys without the first ones of them.
+  void fetch_keys(const Piece<Stored>& piece, int64_t first = 0) const {
+    for (int64_t i = first * d_; i < kTile * d_; i += kTile) fetch<kTile>(piece.keys + i);
   }
 
+ private:
   // Attends to a stride, while its values and the keys of the following one are fetched.
   void update(const Item& item, int64_t rows, const Stride<Stored>& stride, const Stride<Stored>& following, Workspace& work) const {
     const Stored *own_keys[kTiles], *own_values[kTiles], *next_keys[kTiles];
@@ -262,7 +158,7 @@ class Attention {
       }
       if (piece < stride.count) score(std::integral_constant<int64_t, 1>{}, piece);
     });
-    for (int64_t row = 0; row < rows; ++row) soften(item.first_position + row / group_, row, stride, work);
+    for (int64_t row = 0; row < rows; ++row) soften(item.first_position + row / pages_.group, row, stride, work);
     in_groups(rows, [&](auto width, int64_t row) {
       constexpr int64_t at_once = kRegisters / (width <= 2 ? 2 : width <= 4 ? 4 : 8);
       const auto add = [&](auto vectors, int64_t start) {
@@ -275,11 +171,6 @@ class Attention {
     });
     for (int64_t piece = 0; piece < following.count; ++piece)
       fetch_keys(following.pieces[piece], piece < stride.count ? stride.pieces[piece].count : 0);
-  }
-
-  // A tile's keys without the first ones of them.
-  void fetch_keys(const Piece<Stored>& piece, int64_t first) const {
-    for (int64_t i = first * d_; i < kTile * d_; i += kTile) fetch<kTile>(piece.keys + i);
   }
 
   // Scores to weights, in place, of a query at `position`, which sees what comes up to it.
@@ -316,41 +207,88 @@ class Attention {
     if (rows - row == 1) step(std::integral_constant<int64_t, 1>{}, row);
   }
 
-  const Computed *query_, *key_, *value_;
-  Stored* cache_;
-  const int64_t* slots_;
-  const int32_t* tables_;
-  Computed* output_;
-  int64_t width_, heads_, head_, d_, query_stride_, key_stride_, value_stride_, kv_heads_, page_size_, block_size_, group_;
+  Pages<Computed, Stored> pages_;
+  int64_t d_;
   float scale_;
 };
 
-// starts [rows + 1]: the first token of each row; contexts [rows]: positions with the row's own tokens; tables [rows, width].
+// Keys and values of the tokens from `begin` on go to their slots.
+template <typename Computed, typename Stored>
+void write_tokens(const Pages<Computed, Stored>& pages, int64_t begin, int64_t end) {
+  share_out(begin, end, 2 * kTile, [&](int64_t first, int64_t last) {
+    std::vector<Stored> scratch(pages.head);
+    for (; first < last; first += kTile)
+      for (int64_t kv_head = 0; kv_head < pages.kv_heads; ++kv_head)
+        for (int64_t token = first; token < std::min(first + kTile, last); ++token) pages.write(token, kv_head, scratch.data());
+  });
+}
+
+// Every item attends, by Attention or TileAttention.
+template <typename Kernel, typename Computed, typename Stored>
+void attend_all(const Kernel& kernel, const Pages<Computed, Stored>& pages, const std::vector<Item>& items) {
+  const int64_t total = static_cast<int64_t>(items.size()) * pages.kv_heads;
+  int64_t tokens = 1;
+  for (const Item& item : items) tokens = std::max(tokens, item.num_tokens);
+  std::atomic<int64_t> next{0};  // items differ in length: whoever is free takes the next
+  share_out(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const auto begin = [&](int64_t item) {
+      return item < total ? pages.collect(items[item / pages.kv_heads], item % pages.kv_heads, 0) : Stride<Stored>{};
+    };
+    typename Kernel::Workspace work(pages, tokens * pages.group);
+    int64_t item = next++;
+    Stride<Stored> stride = begin(item);
+    for (int64_t piece = 0; piece < stride.count; ++piece) kernel.fetch_keys(stride.pieces[piece]);
+    while (item < total) {
+      const int64_t following = next++;
+      const Stride<Stored> after = begin(following);
+      kernel.attend(items[item / pages.kv_heads], item % pages.kv_heads, stride, after, work);
+      item = following;
+      stride = after;
+    }
+  });
+}
+
+// starts [rows + 1]: the first token of each row; contexts [rows]: positions with the row's own tokens; tables [any, width], of
+// which seats [rows] are the rows'.
+// Rows of at least `tiles_from` query vectors for each key head attend by TileAttention: for bfloat16, where the process may
+// use AMX. None: never.
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor cache,
                            int64_t block_size, const at::Tensor& slots, const at::Tensor& starts, const at::Tensor& contexts,
-                           const at::Tensor& tables, double scale) {
+                           const at::Tensor& tables, const at::Tensor& seats, double scale, std::optional<int64_t> tiles_from) {
   for (const at::Tensor* part : {&query, &key, &value}) {
     TORCH_CHECK(part->dim() == 3 && part->stride(2) == 1 && part->stride(1) == part->size(2), "heads must lie together");
     TORCH_CHECK(part->scalar_type() == query.scalar_type(), "queries, keys and values must have one type");
   }
   TORCH_CHECK(cache.is_contiguous() && cache.size(4) % 16 == 0 && query.size(2) <= cache.size(4), "heads do not fit the pages");
+  TORCH_CHECK(tables.is_contiguous() && seats.numel() == contexts.numel(), "every row has a row of the block tables");
   TORCH_CHECK(cache.size(3) % kTile == 0 && block_size <= cache.size(3), "a page must hold its block in whole tiles");
   at::Tensor output = at::empty(query.sizes(), query.options());
-  std::vector<Item> items;
-  const int64_t item_tokens = std::max<int64_t>(1, kQueries * cache.size(2) / query.size(1));
+  std::vector<Item> items, tiled_items;
+  const int64_t group = query.size(1) / cache.size(2);
   const int64_t* start = starts.const_data_ptr<int64_t>();
+  const int64_t* seat = seats.const_data_ptr<int64_t>();
   const int64_t* context = contexts.const_data_ptr<int64_t>();
   int64_t written = 0;  // tokens whose items write them
   for (int64_t row = 0; row < contexts.numel(); ++row) {
     const bool writes = start[row + 1] == start[row] + 1 && start[row] == written;
     written += writes;
+    const bool tiled = tiles_from && (start[row + 1] - start[row]) * group >= *tiles_from;
+    const int64_t item_tokens = std::max<int64_t>(1, (tiled ? kTileQueries : kQueries) / group);
     for (int64_t token = start[row]; token < start[row + 1]; token += item_tokens)
-      items.push_back({row, token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token), writes});
+      (tiled ? tiled_items : items)
+          .push_back({seat[row], token, std::min(item_tokens, start[row + 1] - token), context[row] - (start[row + 1] - token), writes});
   }
   const auto run = [&](auto computed, auto stored) {
-    const Attention<decltype(computed), decltype(stored)> attention(query, key, value, cache, slots, tables, block_size, scale, output);
-    attention.write(written, slots.numel());
-    attention.run(items);
+    using Computed = decltype(computed);
+    using Stored = decltype(stored);
+    const Pages<Computed, Stored> pages(query, key, value, cache, slots, tables, block_size, output);
+    write_tokens(pages, written, slots.numel());
+    if (!items.empty()) attend_all(Attention<Computed, Stored>(pages, scale), pages, items);
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<Computed, at::BFloat16>)
+      if (!tiled_items.empty()) return attend_all(TileAttention(pages, scale), pages, tiled_items);
+#endif
+    TORCH_CHECK(tiled_items.empty(), "no attention by tiles in ", query.scalar_type(), " on this CPU");
   };
   const auto computed = query.scalar_type(), stored = cache.scalar_type();
   if (computed == at::kFloat && stored == at::kFloat)
@@ -371,6 +309,6 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
 TORCH_LIBRARY(nanovllm, library) {
   library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, int block_size, Tensor slots, "
-      "Tensor starts, Tensor contexts, Tensor tables, float scale) -> Tensor");
+      "Tensor starts, Tensor contexts, Tensor tables, Tensor seats, float scale, int? tiles_from=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(nanovllm, CPU, library) { library.impl("paged_attention", paged_attention); }

@@ -2,7 +2,7 @@
 // float, two bfloat16 or four int8 of a row of the weight). A step of a product so reads three whole vectors of the
 // panel and four bytes of each input row, whatever the type; nine rows by 48 outputs are summed in registers.
 //
-// Inputs in float may have weights stored in 16 bits, one for each step. They are widened on their way into registers, or
+// Inputs in float may have weights stored in 16 bits, bfloat16 in pairs. They are widened on their way into registers, or
 // once for many rows: the same bits as with weights stored in float, from half the memory.
 //
 // A row's result is summed in the order of its inputs, whatever is multiplied beside it: the same bits in any batch.
@@ -22,6 +22,7 @@
 #include "panels.h"
 #include "panels_tiles.h"
 #include "parallel.h"
+#include "three_products.h"
 
 namespace {
 
@@ -52,9 +53,10 @@ struct Floats : WholeVectors, SummedAsFloats {
 };
 
 struct FloatsByBFloat16s : Floats {
-  static constexpr int64_t kBytes = 32;
-  PANEL static __m512i load(const char* step, int64_t, int64_t v) {
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(step + v * 32))), 16);
+  static constexpr int64_t kBytes = 32, kTogether = 2;
+  PANEL static __m512i load(const char* pair, int64_t step, int64_t v) {
+    const __m512i both = _mm512_loadu_si512(pair + v * 64);
+    return step == 0 ? _mm512_slli_epi32(both, 16) : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   }
 };
 
@@ -213,9 +215,9 @@ PANEL void widen_pairs(const int32_t* pairs, int64_t count, float* wide) {
   }
 }
 
-// x [rows, d] times a weight [width, d] in panels [panels, steps, 48] of its own type, of 16
-// bits under inputs in float, of pairs of bfloat16 or fours of int8. With int8 `scales` and `excess` [48 * panels] belong to the outputs: see Bytes.
-// From so many rows on bfloat16 is multiplied as floats (the same bits), and both by tiles; none: never.
+// x [rows, d] times a weight [width, d] in panels [panels, steps, 48, n] of float32 or, under inputs in float, float16 (n = 1),
+// of pairs of bfloat16 or fours of int8. With int8 `scales` and `excess` [48 * panels] belong to the outputs: see Bytes.
+// From so many rows on bfloat16 is multiplied as floats (the same bits), and bfloat16 and int8 by tiles; none: never.
 at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_t width, const std::optional<at::Tensor>& bias,
                            const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& excess,
                            std::optional<int64_t> floats_from, std::optional<int64_t> tiles_from) {
@@ -251,9 +253,20 @@ at::Tensor multiply_panels(const at::Tensor& x, const at::Tensor& panels, int64_
   } else if (x.scalar_type() == at::kFloat) {
     const int32_t* inputs = static_cast<const int32_t*>(x.const_data_ptr());
     float* results = output.mutable_data_ptr<float>();
-    TORCH_CHECK(steps == d);
+    TORCH_CHECK(steps * panels.size(3) == d);
     if (panels.scalar_type() == at::kBFloat16) {
-      run<FloatsByBFloat16s>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+      TORCH_CHECK(2 * steps == d);
+      if (by_tiles) {
+        const at::Tensor terms = at::empty({tiles::Floats::kTerms, rows, d}, x.options().dtype(at::kBFloat16));
+        uint16_t* first = static_cast<uint16_t*>(terms.mutable_data_ptr());
+        share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+          uint16_t* const own[] = {first + begin * d, first + (rows + begin) * d, first + (2 * rows + begin) * d};
+          tiles::split(x.const_data_ptr<float>() + begin * d, (end - begin) * d, own);
+        });
+        tiles::run<tiles::Floats>(reinterpret_cast<const int32_t*>(first), rows, weights, num_panels, steps, epilogue, width, results);
+      } else {
+        run<FloatsByBFloat16s>(inputs, rows, weights, num_panels, d, epilogue, width, results);
+      }
     } else if (panels.scalar_type() == at::kHalf) {
       run<FloatsByHalves>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
     } else {

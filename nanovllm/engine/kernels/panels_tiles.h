@@ -22,6 +22,7 @@ constexpr int64_t kGroupBytes = 1 << 20;  // of inputs, that stay in a core's ow
 constexpr int64_t kGroupBlocks = 16;
 
 struct BFloat16s {
+  static constexpr int64_t kTerms = 1;  // of each input, [terms, rows, steps], which are multiplied by the same weights
   PANEL static __m512 sum(const int32_t* sums) { return _mm512_loadu_ps(reinterpret_cast<const float*>(sums)); }
   template <int Sum, int Left, int Right>
   static void add() {
@@ -30,6 +31,7 @@ struct BFloat16s {
 };
 
 struct Bytes {
+  static constexpr int64_t kTerms = 1;
   PANEL static __m512i sum(const int32_t* sums) { return _mm512_loadu_si512(sums); }
   template <int Sum, int Left, int Right>
   static void add() {
@@ -105,20 +107,21 @@ PANEL void multiply_group(const char* inputs, Rows rows, int64_t begin, int64_t 
   const int64_t row_bytes = 4 * steps, num_tiles = steps / kRows, num_blocks = end - begin;
   // A single block reads each weight once; several read a part of the panel again and again, from the innermost cache.
   const int64_t parts = num_blocks == 1 ? 1 : (num_tiles + kPartTiles - 1) / kPartTiles;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t from = part * num_tiles / parts, count = (part + 1) * num_tiles / parts - from;
+  for (int64_t pass = 0; pass < Dot::kTerms * parts; ++pass) {
+    const int64_t part = pass % parts, from = part * num_tiles / parts, count = (part + 1) * num_tiles / parts - from;
+    const char* term = inputs + pass / parts * rows.count * row_bytes;
     for (int64_t number = 0; number < num_blocks; ++number) {
       const int64_t unit = 2 * (begin + number);
-      const char* first = inputs + rows.first_of(unit) * row_bytes + from * kRowBytes;
-      const char* second = inputs + rows.first_of(unit + 1) * row_bytes + from * kRowBytes;
+      const char* first = term + rows.first_of(unit) * row_bytes + from * kRowBytes;
+      const char* second = term + rows.first_of(unit + 1) * row_bytes + from * kRowBytes;
       const Ahead ahead{(num_blocks == 1 ? kAheadTiles : count) * kTileBytes, number * (kTileBytes / 64) / num_blocks,
                         (number + 1) * (kTileBytes / 64) / num_blocks};
       int32_t* own_sums = sums + number * 2 * kRows * kOutputs;
       const char* weights = panel + from * kTileBytes;
       if (unit + 1 < rows.units())
-        multiply_block<Dot, true>(first, second, row_bytes, weights, count, part == 0, ahead, own_sums);
+        multiply_block<Dot, true>(first, second, row_bytes, weights, count, pass == 0, ahead, own_sums);
       else
-        multiply_block<Dot, false>(first, nullptr, row_bytes, weights, count, part == 0, ahead, own_sums);
+        multiply_block<Dot, false>(first, nullptr, row_bytes, weights, count, pass == 0, ahead, own_sums);
     }
   }
   float result[kOutputs];
@@ -132,17 +135,17 @@ PANEL void multiply_group(const char* inputs, Rows rows, int64_t begin, int64_t 
   }
 }
 
-// inputs [rows, steps] times panels [panels, steps, 48] of four bytes each, to output [rows, width]; steps: a multiple of 16.
+// inputs [terms, rows, steps] times panels [panels, steps, 48] of four bytes each, to output [rows, width]; steps: a multiple of 16.
 template <typename Dot, typename Stored>
 void run(const int32_t* inputs, int64_t num_rows, const char* panels, int64_t num_panels, int64_t steps, const Epilogue& epilogue,
          int64_t width, Stored* output) {
   const Rows rows{num_rows};
-  const int64_t blocks = rows.blocks(), fitting = std::max<int64_t>(1, kGroupBytes / (2 * kRows * 4 * steps));
+  const int64_t blocks = rows.blocks(), fitting = std::max<int64_t>(1, kGroupBytes / (2 * kRows * 4 * steps * Dot::kTerms));
   const int64_t most_blocks = std::min(fitting, kGroupBlocks);
   const int64_t groups = std::max((blocks + most_blocks - 1) / most_blocks, groups_of_rows(num_panels, blocks));
   share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(((blocks + groups - 1) / groups) * 2 * kRows * kOutputs);
-    const Configured configured(rows.height(), kRows);
+    const Configured configured(rows.height(), 7);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / num_panels, number = item % num_panels;
       multiply_group<Dot>(reinterpret_cast<const char*>(inputs), rows, group * blocks / groups, (group + 1) * blocks / groups,

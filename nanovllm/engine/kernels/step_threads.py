@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ def why_not() -> str | None:
         return "there are no kernels"
     if torch.get_num_threads() < 2:
         return "there is one thread"
+    if torch.get_num_threads() > (quota := cpu_quota()):
+        return f"there are more threads than the {quota:g} CPUs of the control group"
     if openmp_spins():
         return "OpenMP's threads spin while they wait, and would have the others' cores: set GOMP_SPINCOUNT=0"
     return None
@@ -37,6 +41,16 @@ def openmp_spins() -> bool:
     if count := os.environ.get("GOMP_SPINCOUNT", "").strip():
         return count != "0"
     return os.environ.get("OMP_WAIT_POLICY", "").strip().upper() != "PASSIVE"
+
+
+@functools.cache
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """The CPUs' time that a container's control group (version 2) has in a second, in seconds; inf where it has all."""
+    try:
+        quota, period = (groups / "cpu.max").read_text().split()
+        return float(quota) / float(period) if quota != "max" else float("inf")
+    except (OSError, ValueError):
+        return float("inf")
 
 
 @contextmanager

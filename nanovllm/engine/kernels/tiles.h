@@ -27,10 +27,10 @@ inline std::string refusal() {
   return std::string("Linux refuses them (arch_prctl: ") + std::strerror(errno) + ")";
 }
 
-// The tiles of this thread, for as long as this lives: all have as many rows and bytes, the last may have its own.
+// The tiles of this thread, for as long as this lives: those before `first_whole` have `rows` rows, the others all.
 class Configured {
  public:
-  Configured(int64_t rows, int64_t last_rows) {
+  Configured(int64_t rows, int first_whole) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -38,7 +38,7 @@ class Configured {
     } config;
     for (int t = 0; t < 8; ++t) {
       config.row_bytes[t] = kRowBytes;
-      config.rows[t] = static_cast<uint8_t>(t == 7 ? last_rows : rows);
+      config.rows[t] = static_cast<uint8_t>(t < first_whole ? rows : kRows);
     }
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }

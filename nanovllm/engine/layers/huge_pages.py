@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from torch import Tensor
 
 from nanovllm.start_phases import START, Phase
 
 _MAPS = Path("/proc/self/maps")
 _WORTH_IT = 4 << 20  # bytes of a mapping: a smaller one has few whole huge pages in it
+_PIECE = 32 << 20  # bytes of one call: a process that ends waits for it
+_LOWEST_PRIORITY = 19
+_HUGEPAGE = 14  # MADV_HUGEPAGE, which Python has on Linux alone
 _COLLAPSE = 25  # MADV_COLLAPSE: now, instead of when the kernel comes by (Linux 6.1; an error before)
 
 
@@ -27,21 +35,43 @@ def zeroed(size: int) -> mmap.mmap:
     return memory
 
 
+def ask_for(tensors: Iterable[Tensor]) -> None:
+    """Have the pages of ``tensors`` that lie in a mapped file read and mapped in huge ones where the system can."""
+    for tensor in tensors:
+        start = tensor.data_ptr()
+        first = start - start % mmap.PAGESIZE
+        _advise(first, start + tensor.nbytes, _HUGEPAGE)
+
+
 @contextmanager
 def for_new_memory() -> Iterator[None]:
     """Put what the block allocates, and keeps in large pieces, on huge pages, as far as the system has them.
 
-    For memory that libraries allocate for themselves: oneDNN's and FBGEMM's packed weights.
+    For memory that libraries allocate for themselves: oneDNN's and FBGEMM's packed weights. Pages are copied to huge
+    ones in a thread of lowest priority, up to three seconds a gigabyte: whoever starts does not wait for it.
     """
     before = _large_mappings()
     yield
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    madvise = ctypes.CDLL(None).madvise
+    found = _large_mappings() - before
+    for start, end in found:
+        _advise(start, end, _HUGEPAGE)
+    if found:
+        threading.Thread(target=_collapse, args=(sorted(found),), name="huge-pages", daemon=True).start()
+
+
+def _collapse(mappings: Iterable[tuple[int, int]]) -> None:
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     with START.timed(Phase.HUGE_PAGES):
-        for start, end in _large_mappings() - before:
-            for advice in (mmap.MADV_HUGEPAGE, _COLLAPSE):
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        for start, end in mappings:
+            for piece in range(start, end, _PIECE):
+                # What is no memory any more, or other memory by now, is refused or served: neither does harm.
+                _advise(piece, min(piece + _PIECE, end), _COLLAPSE)
+
+
+def _advise(start: int, end: int, advice: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def _large_mappings() -> set[tuple[int, int]]:

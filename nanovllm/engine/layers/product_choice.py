@@ -4,6 +4,10 @@ No flag of a CPU tells which are fastest: `vdpbf16ps` is twice as fast as produc
 slower on another's. The record lies beside the compiled kernels: an edited one counts, and without it the next start
 measures.
 
+Inputs in float32 are multiplied by tiles as three bfloat16 products (kernels/three_products.h), with other bits than by
+vectors. For few rows that is slower, and without it bits of float32 are the same on every CPU with AVX-512: with
+``deterministic=True`` vectors multiply all rows of float32.
+
 With ``deterministic=True`` no bit may follow from a measurement, which replicas make on their own. Tiles of int8, and
 bfloat16 multiplied as floats, have the bits of vectors, so they may be mixed. Tiles of bfloat16 have other bits: there
 that mode multiplies all rows by tiles wherever the process has them.
@@ -13,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +40,10 @@ logger = logging.getLogger(__name__)
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS = 1024
-_WEIGHT_BYTES = 16 << 20  # beyond a core's own cache, as the weights of a model are
-_BUDGET_S = 0.15  # for a type; two turns in any case
+_WEIGHT_BYTES = 2 << 20  # multiplied in a millisecond or so: a busy neighbour leaves some turns alone
+_WEIGHTS = 8  # one after another, so that they come from beyond a core's own cache, as those of a model do
+_BUDGET_S = 0.15  # for a type
+_LEAST_TURNS = 4
 _LEAST_GAIN = 0.03  # of the time: what differs by less is left as it is
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
@@ -53,15 +60,18 @@ class Choice:
 
 @functools.cache
 def choose(dtype: torch.dtype, *, deterministic: bool = False) -> Choice:
-    """The instructions for weights of ``dtype`` in panels, under inputs of their own type."""
-    if dtype not in (torch.bfloat16, torch.int8):
+    """The instructions for weights of ``dtype`` in panels, under inputs of their own type.
+
+    Those of float32 are stored in bfloat16: where they are not, tiles cannot multiply.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8) or (dtype == torch.float32 and deterministic):
         return Choice()
     can_have_tiles = tiles.why_not() is None
     if dtype == torch.bfloat16 and can_have_tiles and deterministic:
         return Choice(tiles_from=1)
-    if dtype == torch.int8 and not can_have_tiles:
+    if dtype != torch.bfloat16 and not can_have_tiles:
         return Choice()
-    return recorded(dtype, can_have_tiles)
+    return recorded(str(dtype).removeprefix("torch."), lambda: measure(dtype, can_have_tiles))
 
 
 def describe(dtype: torch.dtype, choice: Choice) -> str:
@@ -75,7 +85,7 @@ def describe(dtype: torch.dtype, choice: Choice) -> str:
 
 def record_path() -> Path:
     """Where the choices of this kind of machine, kernels and number of threads are kept."""
-    library = kernels.kept(torch.backends.cpu.get_cpu_capability())
+    library = kernels.kept(kernels.kind())
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     except OSError:
@@ -85,16 +95,16 @@ def record_path() -> Path:
     return library.with_name(f"products-{hashlib.sha256(kind.encode()).hexdigest()[:24]}.json")
 
 
-def recorded(dtype: torch.dtype, can_have_tiles: bool) -> Choice:
-    """The choice that was measured once, or is now."""
-    path, name = record_path(), str(dtype).removeprefix("torch.")
+def recorded(name: str, measure_now: Callable[[], Microseconds]) -> Choice:
+    """The choice that was measured once under ``name``, or is now."""
+    path = record_path()
     record = _read(path)
     try:
         return _validated(Choice(**record[name]["choice"]))
     except (KeyError, TypeError):
         pass
     started = time.perf_counter()
-    found = measure(dtype, can_have_tiles)
+    found = measure_now()
     choice = choice_from(found)
     logger.info("measured in %.2f s how %s is multiplied fastest: %s", time.perf_counter() - started, name, choice)
     _write(path, {**_read(path), name: {"choice": asdict(choice), "rows": _ROWS, "microseconds": found}})
@@ -130,13 +140,11 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
-    """Microseconds of one product by number of rows (`_ROWS`), for each kind of instructions that can be chosen.
-
-    By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
-    """
-    group = 4 // dtype.itemsize
-    num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * dtype.itemsize)
-    panels = torch.full((num_panels, _INPUTS // group, 48, group), 1, dtype=dtype)
+    """Microseconds of one product by number of rows (`_ROWS`), for each kind of instructions that can be chosen."""
+    stored = torch.int8 if dtype == torch.int8 else torch.bfloat16
+    group = 4 // stored.itemsize
+    num_panels = _WEIGHT_BYTES // (_INPUTS * 48 * stored.itemsize)
+    weights = torch.ones((_WEIGHTS, num_panels, _INPUTS // group, 48, group), dtype=stored)
     width = 48 * num_panels
     ones = torch.ones(width)
     per_output = (None, ones, ones.int()) if dtype == torch.int8 else (None, None, None)
@@ -145,16 +153,25 @@ def measure(dtype: torch.dtype, can_have_tiles: bool) -> Microseconds:
         kinds["floats"] = Choice(floats_from=0)
     if can_have_tiles:
         kinds["tiles"] = Choice(tiles_from=0)
-    inputs = [torch.ones(rows, _INPUTS, dtype=torch.bfloat16) for rows in _ROWS]
+    x = torch.ones(max(_ROWS), _INPUTS, dtype=dtype if dtype.is_floating_point else torch.bfloat16)
+    order = itertools.cycle(weights)
+    return by_turns(list(kinds), lambda kind, rows: multiply(x[:rows], next(order), width, per_output, kinds[kind]))
+
+
+def by_turns(kinds: Sequence[str], compute: Callable[[str, int], object]) -> Microseconds:
+    """Microseconds of ``compute`` with a kind and each of `_ROWS`.
+
+    By turns, the fastest of some: a busy neighbour slows single turns, and all kinds alike.
+    """
     fastest = {kind: [math.inf] * len(_ROWS) for kind in kinds}
     until = time.perf_counter() + _BUDGET_S
     turns = 0
-    while turns < 2 or time.perf_counter() < until:
+    while turns < _LEAST_TURNS or time.perf_counter() < until:
         turns += 1
-        for number, x in enumerate(inputs):
-            for kind, choice in kinds.items():
+        for number, rows in enumerate(_ROWS):
+            for kind in kinds:
                 started = time.perf_counter()
-                multiply(x, panels, width, per_output, choice)
+                compute(kind, rows)
                 took = round((time.perf_counter() - started) * 1e6, 1)
                 fastest[kind][number] = min(fastest[kind][number], took)
     return fastest

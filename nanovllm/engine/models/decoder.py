@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.engine.attention.base import AttentionBackend, SlotAttention
-from nanovllm.engine.layers import huge_pages
-from nanovllm.engine.layers.linear import Linear, Quantization
+from nanovllm.engine.layers.linear import Linear
 from nanovllm.engine.layers.rotary import check_rope, known_positions, rotary_table
 from nanovllm.engine.layers.token_ops import Rotary, add_rms_norm, gated_silu, rotate_and_write, rotate_heads
 from nanovllm.engine.models.text_model import TextModel
@@ -279,10 +278,3 @@ class Decoder(TextModel):
             rows = self._rotary[positions[:, self._axes], :, dims].transpose(1, 2).contiguous()
         cos_rows, sin_rows = rows.unsqueeze(2).unbind(1)
         return cos_rows, sin_rows
-
-    def choose_layouts(self, quantization: Quantization | None = None, *, tile: int | None = None) -> None:
-        """Store the loaded weights in the layouts that this machine multiplies by fastest; see ``Linear``."""
-        with huge_pages.for_new_memory():
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.choose_layout(quantization, keep_weight=module.weight is self.embed_tokens, tile=tile)

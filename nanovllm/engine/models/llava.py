@@ -25,7 +25,7 @@ TEXT_PREFIXES = (
     *((prefix, None) for prefix in (*TOWER_PREFIXES, *PROJECTOR_PREFIXES)),
     ("", ""),
 )
-"""For ``weight_map.load_decoder``: tensors' names of transformers before 4.52, and after it."""
+"""For ``weight_map.UnfilledDecoder``: tensors' names of transformers before 4.52, and after it."""
 
 
 def own_encoder(

@@ -22,7 +22,7 @@ from nanovllm.vision.encoders.qwen import NativeEncoder, native_tokens, native_t
 from nanovllm.vision.images.preprocess import ImageTransform
 
 TEXT_PREFIXES = (("model.language_model.", "model."), ("model.visual.", None), ("visual.", None), ("", ""))
-"""For ``weight_map.load_decoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
+"""For ``weight_map.UnfilledDecoder``: tensors' names as the hub has them, and as transformers 5 saves them."""
 
 
 def qwen2_5_vl(config: Any) -> DecoderConfig:
@@ -87,6 +87,9 @@ def positions(images: Sequence[ImageSpan], start: int, end: int) -> list[tuple[i
     for span in images:
         assert span.grid is not None  # the encoder of this family gives one
         rows, columns = span.grid
+        if span.end <= start:
+            saved += span.length - max(rows, columns)
+            continue
         found += [(index - saved,) * 3 for index in range(start + len(found), min(end, span.start))]
         begin = span.start - saved
         for index in range(max(start, span.start), min(end, span.end)):

@@ -18,7 +18,7 @@ from nanovllm.engine.models.llama import llama
 from nanovllm.engine.models.qwen2 import qwen2
 from nanovllm.engine.models.qwen3 import qwen3
 from nanovllm.engine.models.text_model import TextConfig, TextModel
-from nanovllm.engine.models.weight_map import load_decoder
+from nanovllm.engine.models.weight_map import UnfilledDecoder
 from nanovllm.engine.scheduling.sequence import ImageSpan
 from nanovllm.errors import UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder
@@ -62,21 +62,31 @@ def is_generic(checkpoint: Checkpoint, backend: Backend) -> bool:
 
 
 def load_text_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The text model of any supported checkpoint, alone or behind a tower; raises UnsupportedModel for others."""
+    """The text model of any supported checkpoint, its weights as they are stored; raises as `unfilled_text_model`."""
+    unfilled = unfilled_text_model(checkpoint, dtype)
+    for _ in unfilled.fill(device):
+        pass
+    return unfilled.model
+
+
+def unfilled_text_model(checkpoint: Checkpoint, dtype: torch.dtype) -> UnfilledDecoder:
+    """The text model of any supported checkpoint, alone or behind a tower, before its weights are read.
+
+    Raises UnsupportedModel for others.
+    """
     config, prefixes = decoder_config(checkpoint)
-    return load_decoder(
+    return UnfilledDecoder(
         checkpoint,
         config,
         # transformers reads it at the outermost level, to which some families' configurations lift it from the text's.
         tied=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
         prefixes=prefixes,
         dtype=dtype,
-        device=device,
     )
 
 
 def decoder_config(checkpoint: Checkpoint) -> tuple[DecoderConfig, Sequence[tuple[str, str | None]]]:
-    """The text model's configuration, and the prefixes of its tensors' names; raises as `load_text_model`."""
+    """The text model's configuration, and the prefixes of its tensors' names; raises as `unfilled_text_model`."""
     text: Any = checkpoint.config.get_text_config()
     architecture = checkpoint.architecture
     if quantization := checkpoint.fields.get("quantization_config"):

@@ -48,10 +48,6 @@ class BlockTables:
         self.lengths[seat] = length
         self._note_change(seat, length)
 
-    def of(self, seats: Sequence[int], num_blocks: int) -> np.ndarray:
-        """A copy of the first ``num_blocks`` cells of the rows of ``seats``, int32 [len(seats), num_blocks]."""
-        return self.rows[:, :num_blocks].take(seats, 0)
-
     def _note_change(self, seat: int, first: int) -> None:
         self.changed[seat] = min(first, self.changed.get(seat, first))
 

@@ -8,7 +8,7 @@ and continues in the next step (chunked prefill); the tokens of a cached prefix 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
@@ -146,10 +146,9 @@ class Scheduler:
         if budget.tokens == 0 or budget.seats == 0:
             return rows
         in_flight, put_off = self._in_flight_hashes(), 0
-        for sequence in list(self.waiting):
-            # As many as there are seats take them all when the blocks are computed; to look at more costs the running.
-            if budget.tokens == 0 or budget.seats == 0 or put_off == self.max_num_seqs:
-                break
+        # As many as there are seats take them all when the blocks are computed; to look at more costs the running ones.
+        while put_off < min(len(self.waiting), self.max_num_seqs) and budget.tokens and budget.seats:
+            sequence = self.waiting[put_off]
             reusable = self._reusable_hashes(sequence)
             cached = self.blocks.match_prefix(reusable)
             # A running sequence has yet to compute the very next block: reuse it then instead of computing it twice.
@@ -209,7 +208,7 @@ class Scheduler:
         """Move a waiting sequence to the running batch; its first ``num_cached`` tokens are computed already."""
         sequence.num_computed_tokens = num_cached
         sequence.status = SequenceStatus.RUNNING
-        self.waiting.remove(sequence)
+        _remove(self.waiting, sequence)
         insort(self.running, sequence)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
@@ -289,7 +288,7 @@ class Scheduler:
         """
         sequence.pending = None
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
-        queue.remove(sequence)
+        _remove(queue, sequence)
         self._release(sequence)
         self.prompt_lookup.finish(sequence)
         sequence.status = SequenceStatus.FINISHED
@@ -321,3 +320,10 @@ class Scheduler:
             assert sequence.num_computed_tokens <= len(sequence), f"{sequence.request_id} is computed beyond its end"
             covered = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= covered, f"{sequence.request_id} has computed tokens without a block"
+
+
+def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+    """Remove a sequence from a sorted queue that holds it, without looking at all others."""
+    place = bisect_left(queue, sequence)
+    assert queue[place] is sequence, "a queue is out of order"
+    del queue[place]

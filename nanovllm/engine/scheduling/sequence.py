@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.scheduling.drafted_tokens import DraftedTokens
 from nanovllm.engine.scheduling.token_counts import TokenCounts
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Sequence:
         if not drafts:
             return self
         other = copy.copy(self)
-        other.token_ids = [*self.token_ids, *drafts]
+        other.token_ids = DraftedTokens(self.token_ids, drafts)  # type: ignore[assignment]  # nothing is appended to it
         if self._token_counts is not None:
             other._token_counts = self._token_counts.copy()
         return other

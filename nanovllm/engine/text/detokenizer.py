@@ -52,7 +52,7 @@ def _joins_whole_tokens(backend: Any) -> bool:
     kinds = [part.get("type") for part in parts]
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"]:  # as Llama 2 and Gemma have it
         return all(part["type"] == "Strip" and part["stop"] == 0 for part in parts[3:])
-    return kinds in (["ByteLevel"], ["Metaspace"])
+    return kinds in (["ByteLevel"], ["Metaspace"], ["Fuse"])
 
 
 class _WholeTokens(dict[int, str]):

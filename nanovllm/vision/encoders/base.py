@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanovllm.checkpoints.tensors import load_module, module_files
 from nanovllm.vision.encoders.recorded_batches import Recorder
 from nanovllm.vision.images.preprocess import ImageTransform, PreparedImage
 from nanovllm.vision.timing import TotalTime, begin
@@ -50,6 +52,12 @@ class ImageEncoder(nn.Module, ABC):
     batch_patches: int  # most patches in one pass
     preprocesses = False  # whether `preprocess` spares the encoder's thread work
     tower: Any
+    weight_files: tuple[Path, ...] = ()  # that the parameters were read from
+
+    def _load(self, module: nn.Module, path: Path, prefixes: tuple[str, ...], left_out: Collection[str] = ()) -> None:
+        """Read a part of the encoder; see `load_module`."""
+        load_module(module, path, prefixes, left_out)
+        self.weight_files += tuple(module_files(path))
 
     def _finish(self, name: str, freeze: bool, dtype: torch.dtype, device: str | torch.device) -> None:
         """Set what all encoders have, once the attributes of images are set and the parameters are loaded."""
@@ -58,7 +66,7 @@ class ImageEncoder(nn.Module, ABC):
         self.reset_statistics()
         self.to(dtype=dtype, device=device).eval()
         # On a CPU larger activations are memory that the system maps anew in every layer: 16% of the time of ViT-B/16.
-        self.batch_patches = 2048 if torch.device(device).type == "cpu" else 16_384
+        self.batch_patches = 16_384 if torch.device(device).type == "cuda" else 2048
         levels = torch.from_numpy(self.transform.lookup_table()).to(device, dtype)
         self.register_buffer("_levels", levels.flatten(), persistent=False)
         self._levels: Tensor  # [3 * 256]
@@ -117,14 +125,18 @@ class ImageEncoder(nn.Module, ABC):
     def _architecture(self) -> dict[str, Any]:
         """Options beside parameters and preprocessing that determine an embedding."""
 
+    @property
+    def identity(self) -> str:
+        """What determines an embedding beside the parameters."""
+        return json.dumps(self._architecture(), sort_keys=True, default=str) + self.transform.fingerprint()
+
     @cached_property
     def revision(self) -> str:
         """SHA-256 (hex) over architecture, parameters and preprocessing: equal revisions embed an image equally.
 
         Computed at the first access; parameters must not change afterwards.
         """
-        digest = hashlib.sha256(json.dumps(self._architecture(), sort_keys=True, default=str).encode())
-        digest.update(self.transform.fingerprint().encode())
+        digest = hashlib.sha256(self.identity.encode())
         for name, parameter in sorted(self.named_parameters()):
             digest.update(f"{name}:{parameter.dtype}:{list(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -19,7 +19,6 @@ from transformers.activations import ACT2FN
 
 from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config, resolve_checkpoint
-from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, tower_fields
 from nanovllm.vision.encoders.recorded_batches import RecordedBatches, Recorder
@@ -101,7 +100,7 @@ class VisionEncoder(ImageEncoder):
             self._build_tower(_tower_config(fields), layer, None)
         if self._has_class_token and options.get("vision_feature_select_strategy") == "full":
             raise ConfigurationError("the projector was trained with the class token; composing takes patches only")
-        load_module(self.tower, directory, ("vision_model.", *TOWER_PREFIXES, ""), self._left_out)
+        self._load(self.tower, directory, ("vision_model.", *TOWER_PREFIXES, ""), self._left_out)
 
         size = max_image_size or DEFAULT_IMAGE_SIZE
         self._set_transform(_composed_transform(directory, self._has_class_token, size))
@@ -117,7 +116,7 @@ class VisionEncoder(ImageEncoder):
             _initialise(self.projector)
             _warn_untrained()
         else:
-            load_module(self.projector, path, (*PROJECTOR_PREFIXES, ""))
+            self._load(self.projector, path, (*PROJECTOR_PREFIXES, ""))
         self._finish(str(vision_model), freeze_vision_weights, dtype, device)
 
     @classmethod
@@ -153,8 +152,8 @@ class VisionEncoder(ImageEncoder):
                 activation=config.projector_hidden_act,
                 bias=config.multimodal_projector_bias,
             )
-        load_module(encoder.tower, directory, TOWER_PREFIXES, encoder._left_out)
-        load_module(encoder.projector, directory, PROJECTOR_PREFIXES)
+        encoder._load(encoder.tower, directory, TOWER_PREFIXES, encoder._left_out)
+        encoder._load(encoder.projector, directory, PROJECTOR_PREFIXES)
         if max_image_size is None and transform.output_size != (side, side):
             raise ConfigurationError(
                 f"the preprocessor makes images of {transform.output_size}, the tower takes {side}x{side}"
@@ -394,7 +393,9 @@ def _initialise(projector: nn.Module) -> None:
             if parameter.ndim == 1:
                 parameter.zero_()
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, device="cpu") / math.sqrt(parameter.shape[1])
+                )
 
 
 @cache  # once a process

@@ -28,7 +28,6 @@ from transformers.vision_utils import (
 
 from nanovllm.checkpoints.config_fields import reading_config
 from nanovllm.checkpoints.resolve import checkpoint_name, read_config
-from nanovllm.checkpoints.tensors import load_module
 from nanovllm.errors import ConfigurationError, UnsupportedModel
 from nanovllm.vision.encoders.base import ImageEncoder, to_device, tower_fields
 from nanovllm.vision.encoders.packed_attention import is_packed
@@ -116,7 +115,7 @@ class NativeEncoder(ImageEncoder):
         with reading_config(fields, name):
             config = vision_config(fields)
             self.tower = _TOWERS[fields["model_type"]][1](config)
-        load_module(self.tower, directory, ("model.visual.", "visual."))
+        self._load(self.tower, directory, ("model.visual.", "visual."))
         self.tower.patch_embed.proj = _PatchProjection(self.tower.patch_embed.proj)
         self.transform = native_transform(
             directory,

@@ -1,0 +1,241 @@
+"""Packed weights in a file: mapped where they were packed before, and the same bits as packed in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import edit_tensors
+from checkpoints import make_llava, make_qwen3, make_qwen_vl, make_text
+from engine_parts import drain, greedy, noise_image, recording_engine
+from torch import Tensor
+
+from nanovllm.engine import kernels
+from nanovllm.engine.execution import packed_weights
+from nanovllm.engine.layers import linear
+from nanovllm.engine.layers.linear import has_panels
+from nanovllm.engine.layers.packed_cache import PackedCache, Write
+from nanovllm.engine.layers.packed_file import PackedFileWriter, read_packed
+
+pytestmark = pytest.mark.skipif(
+    not has_panels(torch.float32, torch.device("cpu")), reason="weights are packed by our kernel alone, with AVX-512"
+)
+
+OPTIONS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int8 of bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
+}
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3": make_qwen3,
+    "qwen2, tied": functools.partial(make_text, family="qwen2", tie_word_embeddings=True),
+    "llama, biases": functools.partial(make_text, family="llama", attention_bias=True, mlp_bias=True),
+    "llava, clip": make_llava,
+    "llava, siglip": functools.partial(make_llava, tower="siglip", patch=16, size=64, tie_word_embeddings=True),
+    "qwen2.5-vl": make_qwen_vl,
+    "qwen3-vl": functools.partial(make_qwen_vl, family="qwen3_vl", tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own, in which the kernels are already; every layer is packed, every model worth a file."""
+    compiled = kernels.kept(torch.backends.cpu.get_cpu_capability())
+    assert kernels.missing() is None
+    folder = tmp_path / "cache" / "nanovllm"
+    folder.mkdir(mode=0o755, parents=True)
+    monkeypatch.setattr(kernels, "cache_folder", lambda: folder)
+    monkeypatch.setattr(kernels, "kept", lambda capability: folder / compiled.name)
+    monkeypatch.setattr(packed_weights, "LEAST_BYTES", 0)
+    monkeypatch.setattr(linear, "_MIN_PACKED_ELEMENTS", 256)
+    yield folder
+    folder.chmod(0o755)
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("weights-*.safetensors"))
+
+
+def logits(directory: Path, *, sees: bool = False, **options: object) -> Tensor:
+    engine = recording_engine(directory, kv_cache_bytes=1 << 20, **options)
+    prompt, images = "the total" + " <|image|> and" * sees, [noise_image(1, 90, 70)] * sees
+    engine.add_request(prompt, greedy(3), images=images, request_id="it")
+    drain(engine)
+    engine.close()
+    return torch.stack(list(engine.sampler.logits["it"].values()))  # type: ignore[attr-defined]
+
+
+def forbid_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def packs(*_: object) -> None:
+        raise AssertionError("a weight is packed")
+
+    monkeypatch.setattr(linear, "to_panels", packs)
+
+
+CASES = [*((kind, "float32") for kind in MAKERS), *(("qwen2, tied", name) for name in OPTIONS if name != "float32")]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_panels_from_a_file_give_the_bits_of_panels_packed_in_memory(
+    tmp_path: Path, cache: Path, kind: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, sees = MAKERS[kind](tmp_path / "it"), "vl" in kind or "llava" in kind
+    given = OPTIONS[options]
+    expected = logits(directory, sees=sees, packed_weights_bytes=0, **given)
+    assert files(cache) == []
+    assert torch.equal(logits(directory, sees=sees, **given), expected)
+    assert len(files(cache)) == 1 + sees
+    forbid_packing(monkeypatch)
+    assert torch.equal(logits(directory, sees=sees, **given), expected)
+
+
+def test_panels_of_16_bits_and_of_32_are_each_kept_as_they_are(tmp_path: Path, cache: Path) -> None:
+    directory = make_qwen3(tmp_path / "it")
+    edit_tensors(directory, lambda tensors: {name: tensor.bfloat16().float() for name, tensor in tensors.items()})
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_tensors(directory, lambda tensors: {**tensors, name: tensors[name] * (1 + 2**-20)})
+    expected = logits(directory, packed_weights_bytes=0)
+    assert torch.equal(logits(directory), expected)
+    (file,) = files(cache)
+    kept = {name: tensor.dtype for name, tensor in read_packed(file).tensors.items() if name.endswith(".panels")}
+    assert kept.pop("layers.0.mlp.down_proj.panels.panels") == torch.float32
+    assert set(kept.values()) == {torch.bfloat16}
+
+
+DAMAGE: dict[str, Callable[[bytearray], bytes]] = {
+    "cut": lambda content: bytes(content[: len(content) // 2]),
+    "empty": lambda content: b"",
+    "one bit of a tensor": lambda content: flipped(content, len(content) - 5000),
+    "one bit of the header": lambda content: flipped(content, content.index(b"embed_tokens")),
+    "one bit of a note": lambda content: flipped(content, content.index(b"aliases")),
+    "one bit of an offset": lambda content: flipped(content, content.index(b"data_offsets") + 16),
+    "zeros": lambda content: bytes(content[: len(content) - 8192]) + bytes(8192),
+}
+
+
+def flipped(content: bytearray, place: int) -> bytes:
+    content[place] ^= 1
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("checkpoint") / "it", family="qwen2", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_damaged_panels_are_told_of_and_made_anew(
+    checkpoint: Path, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(checkpoint)
+    (file,) = files(cache)
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[damage](bytearray(whole)))
+    assert torch.equal(logits(checkpoint), expected)
+    assert "is damaged and is made anew" in caplog.text
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_panels_are_packed_in_memory_where_the_cache_cannot_be_written(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(checkpoint, packed_weights_bytes=0)
+    cache.chmod(0o555)
+    assert torch.equal(logits(checkpoint), expected)
+    assert caplog.text.count("packed weights cannot be kept in") == 1
+
+
+def test_panels_are_packed_in_memory_where_the_cache_is_no_folder(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(checkpoint, packed_weights_bytes=0)
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    assert torch.equal(logits(checkpoint), expected)
+    assert caplog.text.count("packed weights cannot be kept in") == 1
+
+
+def test_panels_that_others_could_have_written_are_not_taken(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(checkpoint)
+    (file,) = files(cache)
+    file.chmod(0o666)
+    assert torch.equal(logits(checkpoint), expected)
+    assert "is writable by other users: chmod go-w" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_no_panels_behind(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(checkpoint, packed_weights_bytes=0)
+
+    def full(self: PackedFileWriter, name: str, tensor: Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PackedFileWriter, "add", full)
+    assert torch.equal(logits(checkpoint), expected)
+    assert "No space left on device" in caplog.text
+    assert [path.name for path in cache.iterdir() if "weights" in path.name] == ["weights.lock"]
+
+
+def test_panels_belong_to_a_state_of_the_checkpoint_s_files_and_to_the_options(checkpoint: Path, cache: Path) -> None:
+    logits(checkpoint)
+    logits(checkpoint, quantization="int8")
+    logits(checkpoint, dtype="bfloat16")
+    assert len(files(cache)) == 3
+    before = logits(checkpoint)
+    edit_tensors(checkpoint, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    assert not torch.equal(logits(checkpoint), before)
+    assert len(files(cache)) == 4
+
+
+def test_the_least_recently_used_panels_are_removed_beyond_the_limit(checkpoint: Path, cache: Path) -> None:
+    logits(checkpoint)
+    (first,) = files(cache)
+    os.utime(first, (1, 1))
+    limit = 2 * first.stat().st_size
+    logits(checkpoint, quantization="int8", packed_weights_bytes=limit)
+    (second,) = set(files(cache)) - {first}
+    os.utime(second, (2, 2))
+    logits(checkpoint, packed_weights_bytes=limit)  # used: now it is the newer one
+    logits(checkpoint, dtype="bfloat16", packed_weights_bytes=limit)
+    assert first in files(cache)
+    assert second not in files(cache)
+    assert len(files(cache)) == 2
+    logits(checkpoint, dtype="bfloat16", quantization="int8", packed_weights_bytes=1)
+    assert len(files(cache)) == 2, "what is larger than the limit is not written"
+
+
+def test_what_one_process_writes_to_its_panels_another_does_not_see(checkpoint: Path, cache: Path) -> None:
+    expected = logits(checkpoint)
+    (file,) = files(cache)
+    for tensor in read_packed(file).tensors.values():
+        tensor.zero_()
+    assert torch.equal(logits(checkpoint), expected)
+
+
+def test_workers_that_start_at_once_pack_panels_once_and_share_them(checkpoint: Path, cache: Path) -> None:
+    written = []
+
+    class Counting(PackedCache):
+        def _write(self, path: Path, write: Write) -> None:
+            written.append(path)
+            super()._write(path, write)
+
+    def write(writer: PackedFileWriter) -> dict[str, str]:
+        writer.add("it", torch.arange(70_000))
+        return {}
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: Counting(1 << 30, cache).open("key", 1, write), range(4)))
+    assert len(written) == 1
+    assert all(kept is not None and torch.equal(kept.tensors["it"], torch.arange(70_000)) for kept in found)
