@@ -24,6 +24,8 @@ Write = Callable[[PackedFileWriter], Mapping[str, str]]
 """Writes tensors, and returns the notes of the file."""
 
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
+_UNFINISHED = ".weights-"
+_MIB = 1 << 20
 _ROOM = 2  # times what a file is expected to have must be free: what is written is not known before
 
 
@@ -47,9 +49,12 @@ class PackedCache:
         """
         path = self._folder / f"{_PREFIX}{key}{_SUFFIX}"
         try:
-            with self._locked():
+            with self._locked() as is_alone:
                 if (kept := self._read(path)) is not None:
+                    logger.info("packed weights are mapped from %s", path)
                     return kept
+                if is_alone:
+                    self._remove_unfinished()
                 free = shutil.disk_usage(self._folder).free
                 if expected_bytes > self._most_bytes or _ROOM * expected_bytes > free:
                     logger.info(
@@ -59,6 +64,8 @@ class PackedCache:
                     return None
                 self._write(path, write)
                 self._remove_old(path)
+                size = path.stat().st_size
+                logger.info("packed weights are written to %s, which later starts map: %d MiB", path, size // _MIB)
                 return read_packed(path)
         except (OSError, DamagedFile) as error:
             logger.warning("packed weights cannot be kept in %s: %s", self._folder, error)
@@ -79,7 +86,7 @@ class PackedCache:
         return kept
 
     def _write(self, path: Path, write: Write) -> None:
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".weights-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
             try:
                 writer = PackedFileWriter(file.file)
                 writer.finish(write(writer))
@@ -87,6 +94,11 @@ class PackedCache:
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
+
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that were killed have left: while the lock is held, no other process writes."""
+        for path in self._folder.glob(f"{_UNFINISHED}*"):
+            path.unlink(missing_ok=True)
 
     def _remove_old(self, newest: Path) -> None:
         """Remove files beyond the limit, those used longest ago first; processes that have them mapped keep them."""
@@ -100,8 +112,12 @@ class PackedCache:
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let one process at a time look for a file and write it; where only reading is possible, all may."""
+    def _locked(self) -> Iterator[bool]:
+        """Let one process at a time look for a file and write it; where only reading is possible, all may.
+
+        Yields whether this process is alone.
+        """
+        is_alone = False
         with suppress(OSError):
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         kernels.check_ownership(self._folder)
@@ -109,7 +125,8 @@ class PackedCache:
             with suppress(OSError):
                 lock = stack.enter_context((self._folder / "weights.lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+                is_alone = True
+            yield is_alone
 
 
 def key_of(files: Iterable[Path], **parts: Any) -> str:
