@@ -180,13 +180,14 @@ def _sampling_defaults(engine: LLMEngine, defaults: SamplingParams) -> Finding:
 
 
 def _weights(engine: LLMEngine) -> Finding:
-    layouts = Counter(module.layout for module in engine.model_runner.model.modules() if isinstance(module, Linear))
+    linears = [module for module in engine.model_runner.model.modules() if isinstance(module, Linear)]
+    layouts = Counter(module.layout for module in linears)
     counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
     if layouts["plain"]:
         note = "plain ones are too small to gain by packing, or torch's own product in their type is the fastest"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
-    if layouts["panels"]:
+    if any(module.panels is not None for module in linears):
         note = "; ".join(filter(None, [_panels_in(engine), note]))
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)

@@ -204,12 +204,15 @@ def test_the_log_and_the_doctor_tell_where_panels_lie(
         with recording_engine(checkpoint, kv_cache_bytes=1 << 20, **options) as engine:
             return next(finding.note for finding in describe(engine) if finding.subject == "weights")
 
+    assert "panels are mapped from" in told(quantization="int8")
+    (int8,) = files(cache)
+    int8.unlink()
     with caplog.at_level("INFO"):
         assert "in no file: engine.packed_weights_bytes is 0" in told(packed_weights_bytes=0)
         first = told()
         (file,) = files(cache)
         assert f"packed weights are written to {file}" in caplog.text
-        assert "are mapped from" not in caplog.text
+        assert "packed weights are mapped from" not in caplog.text
         assert told() == first
     assert f"panels are mapped from {file} (2 MiB)" in first
     assert f"packed weights are mapped from {file}" in caplog.text
