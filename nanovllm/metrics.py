@@ -152,6 +152,9 @@ class Metrics:
             ("topic", "partition"),
         )
         self.is_systemic = self._gauge("systemic", "1 while no work is taken because nothing can succeed.")
+        self.start_seconds = self._gauge(
+            "start_seconds", "Time of each phase of the start; phases run beside one another.", ("phase",)
+        )
         self.event_loop_lag_seconds = self._gauge(
             "event_loop_lag_seconds", "How late the event loop's last tick was; heartbeats to Kafka share it."
         )
@@ -191,8 +194,8 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return _Counter(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"nanovllm_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"nanovllm_{name}", text, tuple(labels), registry=self.registry)
 
     def _partition_gauge(self, name: str, text: str) -> _Gauge:
         return _Gauge(f"nanovllm_{name}", text, ("topic", "partition"), registry=self.registry)

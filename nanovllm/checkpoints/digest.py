@@ -24,7 +24,9 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def begin_digest(files: Sequence[Path]) -> None:
-    """Compute the digest of ``files`` in a thread, for the next `digest_of`."""
+    """Compute the digest of ``files`` in a thread, for the next `digest_of`; nothing where that has begun."""
+    if tuple(files) in _BEGUN:
+        return
     result: Future[str] = Future()
 
     def run() -> None:

@@ -20,6 +20,7 @@ from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
 from nanovllm.settings.worker import Settings
+from nanovllm.start_phases import START, Phase
 from nanovllm.terminal import Row, long_work, print_table
 
 PATIENCE_MS = 5_000
@@ -63,19 +64,23 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
     require("worker", "torch", "transformers", "PIL")
     from nanovllm.pipeline.app import prepare_threads
 
+    START.add(Phase.IMPORTS, START.age_s())  # of the command line
     prepare_threads()
     with long_work("loading and measuring the engine"):
-        from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
-        from nanovllm.engine.diagnostics import describe, measure
-        from nanovllm.pipeline import build
-        from nanovllm.pipeline.documents.model_profile import heeded_sampling
-        from nanovllm.pipeline.stages.admit import sampling_defaults
+        with START.timed(Phase.IMPORTS):
+            from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
+            from nanovllm.engine.diagnostics import describe, measure, take_first_token
+            from nanovllm.pipeline import build
+            from nanovllm.pipeline.documents.model_profile import heeded_sampling
+            from nanovllm.pipeline.stages.admit import sampling_defaults
 
         build.image_limits(settings.images)
+        build.begin_digest(settings)
         with build.build_engine(settings.engine) as engine:
             of_profile = heeded_sampling(model_profile(settings.engine).profile, SAMPLING_NAMES)
             defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
-            findings = [*describe(engine, defaults), *(measure(engine, seconds) if seconds else ())]
+            first = take_first_token(engine)
+            findings = [*describe(engine, defaults), first, *(measure(engine, seconds) if seconds else ())]
     return [Row(finding.subject, finding.value, finding.note) for finding in findings]
 
 

@@ -18,15 +18,18 @@ import torch
 import transformers
 
 from nanovllm.checkpoints.transformers_version import untested_version
+from nanovllm.engine import kernels
 from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.attention.sdpa import SdpaAttention
 from nanovllm.engine.kernels import step_threads, tiles
 from nanovllm.engine.layers import fused, product_choice
-from nanovllm.engine.layers.linear import Linear, has_panels
+from nanovllm.engine.layers.linear import Linear, why_no_int8
+from nanovllm.engine.layers.panel_forms import is_emulated, is_wide, name_of, panel_forms
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sampling.default_sampling import ignored_names
 from nanovllm.errors import counted
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.start_phases import START, Phase
 
 if TYPE_CHECKING:
     from nanovllm.engine.models.generic_trial import TrialResult
@@ -51,6 +54,7 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
     backend = "native" if engine.model_runner.trial is None else "generic"
     yield Finding("backend", f"{backend} (engine.backend {engine.config.backend})")
     yield _machine(engine)
+    yield from _instructions(engine)
     yield _threads(engine)
     name, checkpoint = Path(engine.config.model).name, engine.checkpoint
     yield Finding("model", f"{name}, {checkpoint.architecture}", f"revision {checkpoint.revision}")
@@ -71,6 +75,15 @@ def describe(engine: LLMEngine, defaults: SamplingParams | None = None) -> Itera
         yield Finding("guided output", "none", "pip install '.[guided]' in a clone")
     else:
         yield Finding("guided output", "JSON schema, regex, choice, grammar")
+
+
+def take_first_token(engine: LLMEngine) -> Finding:
+    """The phases of this process's start, which one token from the engine ends; the engine is idle."""
+    with START.timed(Phase.FIRST_TOKEN):
+        _requests(engine, 1, 1, 1, 0)
+        while engine.has_unfinished():
+            engine.step()
+    return Finding("start", f"first token {START.age_s():.2f} s after the process began", str(START))
 
 
 def measure(engine: LLMEngine, seconds: float = 10.0) -> Iterator[Finding]:
@@ -97,10 +110,29 @@ def _machine(engine: LLMEngine) -> Finding:
     device = engine.model_runner.device
     if device.type == "cuda":
         return Finding("device", torch.cuda.get_device_name(device))
-    kinds = [torch.backends.cpu.get_cpu_capability()]
-    kinds += ["VNNI"] if torch.cpu._is_vnni_supported() else []
-    kinds += ["bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    return Finding("device", f"CPU, {platform.machine()}, {', '.join(kinds)}", f"torch {torch.__version__}")
+    return Finding("device", f"CPU, {platform.machine()}, {kernels.kind()}", f"torch {torch.__version__}")
+
+
+def _instructions(engine: LLMEngine) -> Iterator[Finding]:
+    """What linear layers could be multiplied by on this CPU, beside what the engine chose."""
+    if engine.model_runner.device.type != "cpu":
+        return
+    forms, values, notes = panel_forms(), [], []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = name_of(dtype)
+        if not is_emulated(dtype):
+            values.append(f"{name} by {forms.get(name, 'oneDNN')}")
+        elif forms:
+            values.append(f"{name} widened to float32")
+        else:
+            notes.append(f"no {name}: this CPU has no instructions for it")
+    if (reason := why_no_int8(engine.model_runner.device)) is None:
+        values.append(f"int8 by {forms.get('int8', 'FBGEMM')}")
+    else:
+        notes.append(f"no int8: {reason}")
+    if not forms:
+        notes.append(f"no deterministic, and the rest is slower, without our kernels: {kernels.missing()}")
+    yield Finding("instructions", ", ".join(values), "; ".join(notes))
 
 
 def _threads(engine: LLMEngine) -> Finding:
@@ -152,7 +184,7 @@ def _weights(engine: LLMEngine) -> Finding:
     counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
     if layouts["plain"]:
-        note = "plain ones are too small to gain by packing, or of a type that this CPU does not compute in"
+        note = "plain ones are too small to gain by packing, or torch's own product in their type is the fastest"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
@@ -161,7 +193,7 @@ def _weights(engine: LLMEngine) -> Finding:
 def _products(engine: LLMEngine) -> Iterator[Finding]:
     """Instructions for products with panels, where there is a choice."""
     dtype = torch.int8 if engine.config.quantization == "int8" else engine.model_runner.dtype
-    if dtype not in (torch.bfloat16, torch.int8) or not has_panels(dtype, engine.model_runner.device):
+    if dtype not in (torch.bfloat16, torch.int8) or engine.model_runner.device.type != "cpu" or not is_wide(dtype):
         return
     is_fixed = dtype == torch.bfloat16 and engine.config.deterministic
     choice = product_choice.choose(dtype, deterministic=engine.config.deterministic)

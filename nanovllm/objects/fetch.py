@@ -197,6 +197,10 @@ class ObjectFetcher:
             raise ObjectChanged(f"the image has sha256 {image.sha256}, the job promised {ref.sha256}")
         return image
 
+    def begin_connecting(self) -> None:
+        """Have a thread make the client, with what the SDK knows of credentials; a failure is told by the first use."""
+        threading.Thread(target=self._client.prepare, name="nanovllm-s3", daemon=True).start()
+
     def close(self) -> None:
         """Close idle connections; threads that still read end with their read timeout, or with the process."""
         self._client.close()

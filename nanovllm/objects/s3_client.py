@@ -7,9 +7,9 @@ a token that is too short is a ``ParamValidationError``, a missing token file a 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -62,6 +62,11 @@ class S3Client:
             if classed is error:
                 raise
             raise classed from error
+
+    def prepare(self) -> None:
+        """Make the client now, as far as that can be done."""
+        with suppress(CredentialsRefused):
+            self._connected()
 
     def close(self) -> None:
         """Close idle connections; the next call makes another client."""
@@ -161,6 +166,6 @@ def _client_of(session: Any, settings: S3Settings, max_attempts: int) -> Any:
 def _time_of(value: Any) -> datetime:
     # Each answer has a Last-Modified, in one form; botocore's parser of all forms takes ten times as long.
     if isinstance(value, str) and value.endswith(" GMT"):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             return parsedate_to_datetime(value)
     return parse_timestamp(value)

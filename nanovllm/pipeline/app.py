@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from glob import glob
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nanovllm.confinement import forbid_debugging
 from nanovllm.errors import BrokersUnavailable, ConfigurationError, InvalidRoutes, NanoVLLMError
 from nanovllm.pipeline.operations import yielding_loop
+from nanovllm.pipeline.operations.loading_thread import is_loading
 from nanovllm.pipeline.operations.log import log_to_stderr
-from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals
+from nanovllm.pipeline.operations.stop_signals import DONE, FAILED, StopSignals, end_at_once
 from nanovllm.pipeline.operations.ticking import tick
 from nanovllm.settings.worker import Settings
+from nanovllm.start_phases import START, Phase
 
 if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.health import Health
     from nanovllm.pipeline.routing.routes import Routes
 
 logger = logging.getLogger("nanovllm.worker")
@@ -43,15 +46,24 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     SIGTERM and SIGINT drain: jobs at work are finished within ``admission.drain_timeout_s``, the rest goes back to
     Kafka. Before the first job is taken they end the process within two seconds; a second signal ends it at once. 0:
     stopped or drained; 1: a second signal, or a failure, with the offsets of what was at work uncommitted; 2: settings
-    that cannot work, or a topic that is missing, found before the model is loaded. Brokers that cannot be reached at
-    the start are waited for.
+    that cannot work, found before the model is loaded, or a topic that is missing, found meanwhile at the latest.
+    Brokers that cannot be reached at the start are waited for.
     """
+    START.add(Phase.IMPORTS, START.age_s())  # of the command line
     signals = StopSignals()
     forbid_debugging()
     prepare_threads()
     if settings.engine.loads_model:
         leave_out_triton()
     log_to_stderr(settings.log_level)
+    code = _run_to_the_end(settings, signals, exit_when_drained)
+    if is_loading():
+        end_at_once(code)
+    return code
+
+
+def _run_to_the_end(settings: Settings, signals: StopSignals, exit_when_drained: bool) -> int:
+    """The exit code of a worker that has ended; logs why it failed."""
     try:
         yielding_loop.run(_run(settings, signals, exit_when_drained), beside_engine=settings.engine.loads_model)
     except InvalidRoutes as error:
@@ -107,36 +119,37 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         stack.callback(ticking.cancel)
 
         # The probes answer by now: these imports take seconds.
-        from nanovllm.kafka.admin import message_limits
-        from nanovllm.kafka.client import client_kwargs
-        from nanovllm.kafka.topic_limits import TopicLimits
-        from nanovllm.kafka.topic_presence import require_topics
-        from nanovllm.pipeline import build
-        from nanovllm.pipeline.route_checks import check_routes
-        from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
-        from nanovllm.sinks.kafka import KafkaSink
+        with START.timed(Phase.IMPORTS):
+            from nanovllm.kafka.admin import message_limits
+            from nanovllm.kafka.client import client_kwargs
+            from nanovllm.kafka.topic_limits import TopicLimits
+            from nanovllm.pipeline import build
+            from nanovllm.pipeline.route_checks import check_routes
+            from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
+            from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
             logger.warning(
                 "s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)%s",
                 "; documents are read from the buckets of the routes" if settings.documents.routes else "",
             )
-        # What a user must change is found before the model is loaded, which takes minutes: first what can be known
-        # without a broker (certificates, keys, the signer of a login, image formats, the device), then the topics.
+        # What a user must change is told first: what can be known without a broker (certificates, keys, the signer of
+        # a login, image formats, the device), then the topics. The brokers are asked while torch is imported and the
+        # model is loaded, which take seconds to minutes.
         client_kwargs(settings.kafka)
-        routes = await asyncio.to_thread(_check, settings)
-        health.wait_for(f"the brokers {brokers}")
-        with _phase("the brokers and topics are there"):
-            required = partial(
-                require_topics, settings.kafka, build.required_topics(settings, routes), may_be_created=False
-            )
-            await _until_reachable(required)
-        health.wait_for(None)
+        routes = await asyncio.to_thread(_read_routes, settings)
+        asking = asyncio.create_task(_ask_brokers(settings, routes, health), name="brokers")
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # another error may end the start
+        stack.callback(asking.cancel)
+        build.begin_digest(settings)
+        await asyncio.to_thread(_check_model, settings, routes)
 
+        if asking.done():
+            asking.result()
         # The model comes before the group: a member that loads for minutes holds partitions and answers nothing.
         logger.info("loading the model")
-        with _phase("the model is loaded and the decoders are started"):
-            parts = await stack.enter_async_context(build.started_parts(settings))
+        with _told("the model is loaded and the decoders are started"):
+            parts = await _unless_failed(asking, stack.enter_async_context(build.started_parts(settings)))
         health.is_model_loaded = True
         model = parts.engine.model_info
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
@@ -144,9 +157,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             # The context of servers, and of vLLM, is known only now.
             await asyncio.to_thread(check_routes, routes, settings, context=parts.engine.capabilities.context)
 
-        health.wait_for(f"the brokers {brokers}")
         read_limits = partial(message_limits, settings.kafka, build.written_topics(settings, routes))
-        limits = TopicLimits(await _until_reachable(read_limits), read=read_limits)
+        limits = TopicLimits(await asking, read=read_limits)
         dead_letters = settings.topics.dead_letters
         if small := too_small_for_dead_letters(dead_letters, limits.record_bytes(dead_letters)):
             logger.error("topic %s %s", small.topic, small.what)
@@ -176,6 +188,10 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
                 return
             raise
         health.wait_for(None)
+        START.add(Phase.GROUP, time.monotonic() - joining_since)
+        for phase, seconds in START.seconds().items():
+            metrics.start_seconds.labels(phase).set(seconds)
+        logger.info("start: %.2f s since the process began (%s)", START.age_s(), START)
         logger.info(
             "consuming %s as %s in group %s, which took %.2f s to join",
             ", ".join(source.topics),
@@ -187,26 +203,70 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         logger.info("stopped: what has ended is committed, the rest goes to the group's other members")
 
 
-def _check(settings: Settings) -> Routes | None:
-    """The worker's routes; finds out what can be known of them and the parts before a model is loaded or asked.
+def _read_routes(settings: Settings) -> Routes | None:
+    """The worker's routes; finds out what can be known of the parts without torch.
+
+    Raises:
+        ConfigurationError: as `check_surroundings`, or the routes cannot be read.
+    """
+    from nanovllm.pipeline.build import check_surroundings
+    from nanovllm.pipeline.routing.routes import read_routes
+
+    check_surroundings(settings)
+    path = settings.documents.routes
+    return None if path is None else read_routes(path)
+
+
+def _check_model(settings: Settings, routes: Routes | None) -> None:
+    """Find out what can be known of device and routes before a model is loaded or asked.
 
     It imports torch where this process computes, for seconds.
 
     Raises:
-        ConfigurationError: as `check_parts` and, with its InvalidRoutes, `check_routes`.
+        ConfigurationError: as `check_device` and, with its InvalidRoutes, `check_routes`.
     """
-    from nanovllm.pipeline.build import check_parts
-    from nanovllm.pipeline.routing.routes import read_routes
+    from nanovllm.pipeline.build import check_device
 
-    check_parts(settings)
-    path = settings.documents.routes
-    routes = None if path is None else read_routes(path)
+    with START.timed(Phase.IMPORTS):
+        check_device(settings)
     if routes is not None:
         from nanovllm.pipeline.route_checks import check_routes
 
-        with _phase(f"the routes of {settings.documents.routes} hold"):
+        with _told(f"the routes of {settings.documents.routes} hold"):
             check_routes(routes, settings)
-    return routes
+
+
+async def _ask_brokers(settings: Settings, routes: Routes | None, health: Health) -> dict[str, int]:
+    """Wait for the brokers and their topics, and return the largest message of each topic that is written.
+
+    Raises:
+        MissingTopic, ConfigurationError: as `require_topics`.
+    """
+    from nanovllm.kafka.admin import message_limits
+    from nanovllm.kafka.topic_presence import require_topics
+    from nanovllm.pipeline.build import required_topics, written_topics
+
+    health.wait_for(f"the brokers {settings.kafka.bootstrap_servers}")
+    started = time.monotonic()
+    with _told("the brokers and topics are there"):
+        await _until_reachable(
+            partial(require_topics, settings.kafka, required_topics(settings, routes), may_be_created=False)
+        )
+    limits = await _until_reachable(partial(message_limits, settings.kafka, written_topics(settings, routes)))
+    START.add(Phase.BROKERS, time.monotonic() - started)
+    health.wait_for(None)
+    return limits
+
+
+async def _unless_failed(asking: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` returns; it is given up where ``asking`` fails first, whose error is raised."""
+    working = asyncio.create_task(work, name="loading")
+    await asyncio.wait((asking, working), return_when=asyncio.FIRST_COMPLETED)
+    if asking.done() and asking.exception() is not None and not working.done():
+        working.cancel()
+        await asyncio.wait((working,))
+        asking.result()
+    return await working
 
 
 async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:
@@ -222,7 +282,7 @@ async def _until_reachable(ask: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextmanager
-def _phase(what: str) -> Iterator[None]:
+def _told(what: str) -> Iterator[None]:
     """Log ``what`` with its seconds when the block has ended."""
     started = time.monotonic()
     yield

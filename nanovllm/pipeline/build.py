@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanovllm.checkpoints import digest
+from nanovllm.checkpoints.resolve import register_alias, resolve_checkpoint, weight_files
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
+from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
@@ -46,6 +50,7 @@ from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.loading_thread import in_loading_thread
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
@@ -76,6 +81,7 @@ from nanovllm.settings.images import ImageSettings
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.claim_check import S3ResultStore
+from nanovllm.start_phases import START, Phase
 from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
 
@@ -104,15 +110,20 @@ async def started_parts(settings: Settings) -> AsyncIterator[Parts]:
         ConfigurationError: one cannot be made.
     """
     async with AsyncExitStack() as stack:
+        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        stack.callback(fetcher.close)
+        if settings.s3.allow or settings.documents.routes is not None:
+            fetcher.begin_connecting()
+        begin_digest(settings)
         engine = await load_engine(settings)
         stack.push_async_callback(engine.close)
         await engine.start()
         decoders = build_decoders(settings, engine)
         if decoders is not None:
             stack.push_async_callback(decoders.close)
+            started = time.monotonic()
             await decoders.start()
-        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
-        stack.callback(fetcher.close)
+            START.add(Phase.DECODERS, time.monotonic() - started)
         yield Parts(engine, decoders, fetcher)
 
 
@@ -333,8 +344,18 @@ def check_parts(settings: Settings) -> None:
     """Find out what can be known of the parts before weights are read; it imports torch, for seconds.
 
     Raises:
-        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or what reads documents, an image format, the
-            device or the model are not there.
+        ConfigurationError, ModelNotFound: as `check_surroundings`, or the device is not there.
+    """
+    check_surroundings(settings)
+    check_device(settings)
+
+
+def check_surroundings(settings: Settings) -> None:
+    """Find out what can be known without torch.
+
+    Raises:
+        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or what reads documents, an image format or the
+            model are not there.
     """
     if settings.documents.routes is not None:
         check_extra({"openai": "remote", "vllm": "vllm"}.get(settings.engine.backend, "worker"))
@@ -352,10 +373,21 @@ def check_parts(settings: Settings) -> None:
         from nanovllm.pipeline.build_vllm import check_vllm
 
         check_vllm(settings, directory)
-        return
-    from nanovllm.engine.execution.loading import choose_device
 
-    choose_device(engine.device)
+
+def check_device(settings: Settings) -> None:
+    """Raise ConfigurationError where the device is not there that an engine of ours would use; it imports torch."""
+    if settings.engine.loads_model:
+        from nanovllm.engine.execution.loading import choose_device
+
+        choose_device(settings.engine.device)
+
+
+def begin_digest(settings: Settings) -> None:
+    """Have a thread compute the digest of the weights, which loading them does not need, and results do."""
+    if settings.engine.loads_model:
+        with suppress(NanoVLLMError):  # files that are missing are told by what loads them
+            digest.begin_digest(weight_files(checkpoint_directory(settings.engine)))
 
 
 async def load_engine(settings: Settings) -> EngineBackend:
@@ -375,8 +407,12 @@ async def load_engine(settings: Settings) -> EngineBackend:
     from nanovllm.engine.backends.native import AsyncEngine
     from nanovllm.engine.diagnostics import describe
 
-    # In a thread: the probes answer while weights are read, and a signal ends the process.
-    engine = await asyncio.to_thread(build_engine, options)
+    def load() -> LLMEngine:
+        engine = build_engine(options)
+        _ = engine.model_info  # waits for the digest, which results have
+        return engine
+
+    engine = await in_loading_thread(load)
     model = model_profile(options)
     defaults = sampling_defaults(settings, engine.generation_defaults, heeded_sampling(model.profile, SAMPLING_NAMES))
     for finding in describe(engine, defaults):
@@ -391,7 +427,8 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
     Raises:
         ConfigurationError, UnsupportedModel, ModelNotFound: it cannot be made.
     """
-    from nanovllm.engine.llm_engine import LLMEngine
+    with START.timed(Phase.IMPORTS):
+        from nanovllm.engine.llm_engine import LLMEngine
 
     _register_aliases(settings)
     return LLMEngine(settings.model or DEFAULT_MODEL, **engine_options(settings))
@@ -406,14 +443,10 @@ def engine_options(settings: EngineSettings) -> dict[str, Any]:
 
 def checkpoint_directory(settings: EngineSettings) -> Path:
     """Where the checkpoint is that the settings name. Raises ModelNotFound."""
-    from nanovllm.checkpoints.resolve import resolve_checkpoint
-
     _register_aliases(settings)
     return resolve_checkpoint(settings.model or DEFAULT_MODEL)
 
 
 def _register_aliases(settings: EngineSettings) -> None:
-    from nanovllm.checkpoints.resolve import register_alias
-
     for name, directory in settings.model_aliases.items():
         register_alias(name, Path(directory))

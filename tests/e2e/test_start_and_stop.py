@@ -224,7 +224,7 @@ async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_b
 
 @pytest.mark.kafka
 @pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
-async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loaded(tmp_path: Path) -> None:
+async def test_a_topic_that_is_missing_ends_the_worker_before_it_joins_the_group(tmp_path: Path) -> None:
     # Kafka's default: the worker's own look must not make the topic.
     async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "true"}) as node:
         for missing in ("jobs", "dead_letters"):
@@ -237,8 +237,40 @@ async def test_a_topic_that_is_missing_ends_the_worker_before_the_model_is_loade
             assert worker.process.exit_code == 2, log
             assert f"do not list topic {worker.topics[missing]}" in log
             assert log.count("not found in cluster metadata") < 10
-            assert "loading the model" not in log
+            assert "consuming" not in log
             assert "Traceback" not in log
+
+
+# A model that takes minutes: its thread is in the midst of torch when the brokers have said what is wrong.
+SLOW_TO_LOAD = """
+import sys
+import torch
+from nanovllm.cli import main as cli
+from nanovllm.pipeline import build
+
+def load(options):
+    while True:
+        torch.randn(300, 300) @ torch.randn(300, 300)
+
+build.build_engine = load
+sys.argv[0] = "nanovllm"
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.kafka
+@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
+async def test_a_topic_that_is_missing_ends_the_worker_while_its_model_loads(tmp_path: Path) -> None:
+    async with KafkaNode(tmp_path / "node") as node:
+        engine = {"NANOVLLM_ENGINE__BACKEND": "native"}
+        worker = Worker(tmp_path, node.bootstrap_servers, engine, program=("-c", SLOW_TO_LOAD))
+        with started(worker):
+            await eventually(lambda: not worker.process.is_running)
+    log = worker.process.tail(1_000)
+    assert "loading the model" in log
+    assert worker.process.exit_code == 2, log
+    assert "do not list topics" in log
+    assert "Traceback" not in log
 
 
 class _Draining(ConsumerRebalanceListener):

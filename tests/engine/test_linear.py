@@ -19,6 +19,7 @@ from nanovllm.engine.layers.linear import (
     shortest,
     to_panels,
 )
+from nanovllm.engine.layers.panel_forms import is_emulated, panel_product
 
 
 def make_layer(in_features: int, out_features: int, *, bias: bool = False, seed: int = 0) -> Linear:
@@ -82,7 +83,7 @@ def test_layers_of_somebody_else_s_module_are_packed_where_that_pays(dtype: torc
     with torch.inference_mode():
         expected = module(x)
         choose_torch_layouts(module)
-        assert [layer.weight.numel() for layer in module] == [0, 8 * 512]
+        assert [layer.weight.numel() for layer in module] == [0, 0 if is_emulated(dtype) else 8 * 512]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
 
@@ -160,7 +161,7 @@ def test_a_packed_layer_does_not_keep_its_plain_weight() -> None:
     assert address() is None
 
 
-@pytest.mark.skipif(not has_panels(torch.float32, torch.device("cpu")), reason="our kernel needs AVX-512")
+@pytest.mark.skipif(not has_panels(torch.float32, torch.device("cpu")), reason="no kernels")
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 10, 45, 46, 100])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 5), (47, 33), (200, 258)])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -174,7 +175,7 @@ def test_panels_of_16_bits_multiply_to_the_bits_of_float32_ones(
     weight, x = weight.float(), torch.randn(num_rows, inputs, generator=generator)
     assert shortest(weight).dtype == stored
     panels = to_panels(weight)
-    expected = torch.ops.nanovllm.multiply_panels(x, panels, outputs, None, None, None)
+    expected = panel_product(panels, outputs, (None, None, None))(x)
     found = make_panels(weight, None).product()(x)
     assert found.numpy().tobytes() == expected.numpy().tobytes()
 

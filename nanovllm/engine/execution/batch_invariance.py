@@ -33,7 +33,9 @@ def prove(model: Decoder, attention: AttentionBackend) -> None:
     """
     if not isinstance(attention, PagedCpuAttention):
         reason = kernels.missing() if model.embed_tokens.is_cpu else "the device is no CPU"
-        raise ConfigurationError(f"deterministic=True needs our kernels for CPUs, which cannot be used: {reason}")
+        raise ConfigurationError(
+            f"deterministic=True needs our kernels for CPUs, which cannot be used: {reason}. Leave deterministic out"
+        )
     expected = None
     for chunks, neighbours in itertools.product(_CHUNKS, ((), (1,), (TILE + 2, 3))):
         logits = _logits(model, attention, chunks, neighbours)

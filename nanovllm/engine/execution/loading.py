@@ -15,6 +15,7 @@ from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.packed_weights import load_packed_encoder, load_packed_text
 from nanovllm.engine.layers import fused
 from nanovllm.engine.layers.linear import why_no_int8
+from nanovllm.engine.layers.panel_forms import is_emulated
 from nanovllm.engine.models.registry import is_generic
 from nanovllm.engine.models.text_model import TextModel
 from nanovllm.errors import ConfigurationError, counted
@@ -49,9 +50,18 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def choose_dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU."""
+    """The configured dtype; else float32 on a CPU, and the checkpoint's on a GPU.
+
+    Raises ConfigurationError for one that this CPU would emulate, where our kernels, which widen it, are missing.
+    """
     if config.dtype not in (None, "auto"):
-        return getattr(torch, str(config.dtype))
+        dtype: torch.dtype = getattr(torch, str(config.dtype))
+        if device.type == "cpu" and is_emulated(dtype) and (reason := kernels.missing()) is not None:
+            raise ConfigurationError(
+                f"dtype={config.dtype!r}: this CPU has no instructions for it, and our kernels, which multiply by such "
+                f"weights in float32, cannot be used: {reason}. Set dtype='float32'"
+            )
+        return dtype
     if device.type == "cpu":
         return torch.float32
     stored = checkpoint.config.get_text_config().dtype or checkpoint.config.dtype
@@ -89,7 +99,7 @@ def load_models(
     """
     reason = why_no_int8(device) if config.quantization == "int8" else None
     if reason is not None:
-        raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}")
+        raise ConfigurationError(f"quantization='int8' is not possible on {device}: {reason}. Leave quantization out")
     if is_generic(checkpoint, config.backend):
         from nanovllm.engine.execution.generic_models import load_generic_models  # transformers' layers: seconds
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -28,18 +29,32 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(str(path) for path in _FOLDER.glob("*.cpp"))
 _COMPILE_TIMEOUT_S = 300.0
-FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
-}
+_IS_ARM = platform.machine() == "aarch64"
+FLAGS = (
+    {"NEON": ("-march=armv8-a", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT")}
+    if _IS_ARM
+    else {
+        "AVX512": (
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+            *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+        ),
+        "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+    }
+)
+"""What a compiler is told for each kind of CPU of this architecture. 64-bit ARM is one: all have NEON."""
+
+
+def kind() -> str:
+    """The kind of this CPU: NEON, or what torch calls it (AVX512, AVX2, DEFAULT)."""
+    return "NEON" if _IS_ARM else torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache
 def missing() -> str | None:
     """Load the kernels, compiling them first where that was not done yet; returns the reason if they cannot be had."""
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability = kind()
     if capability not in FLAGS:
-        return f"there are none for a CPU of the kind {capability}, only for {' and '.join(FLAGS)}"
+        return f"there are none for a CPU of the kind {capability}, only for AVX512, AVX2 and 64-bit ARM"
     library = kept(capability)
     try:
         with START.timed(Phase.KERNELS):
@@ -114,7 +129,7 @@ def check_ownership(path: Path) -> None:
 
 
 def compile_for(capability: str, library: Path) -> None:
-    """Compile for a CPU of ``capability`` (AVX2 or AVX512), which need not be this one, into ``library``.
+    """Compile for a CPU of ``capability``, a key of FLAGS and not necessarily this one, into ``library``.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
@@ -128,12 +143,16 @@ def compile_for(capability: str, library: Path) -> None:
     logger.info("compiling the CPU kernels with %s, once for this machine (half a minute)", compiler)
     (libraries,) = library_paths("cpu")
     # torch's own OpenMP: a second one would bring its own threads, and the two would spin against each other.
-    openmp = sorted(str(path) for path in Path(libraries).glob("libgomp*.so*"))
+    # Its wheels for ARM keep it beside the package.
+    folders = (Path(libraries), Path(libraries).parents[1] / "torch.libs")
+    openmp = sorted(str(path) for folder in folders for path in folder.glob("libgomp*.so*")) or ["-fopenmp"]
     compile_source = [
         *(compiler, "-c", "-fPIC", "-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off"),
         *FLAGS[capability],
-        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-DAT_PARALLEL_OPENMP=1"),
-        *(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
+        *(
+            "-DAT_PARALLEL_OPENMP=1",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ),
         *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
     ]
     deadline = time.monotonic() + _COMPILE_TIMEOUT_S
@@ -156,7 +175,7 @@ def compile_for(capability: str, library: Path) -> None:
         except BaseException:
             side_by_side.shutdown(wait=False, cancel_futures=True)
             raise
-        link = [compiler, "-shared", "-fopenmp", *objects, "-o", str(library)]
+        link = [compiler, "-shared", "-pthread", *objects, "-o", str(library)]
         run([*link, f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp])
 
 

@@ -15,6 +15,8 @@ constexpr int64_t kLanes = Lanes::size();
 // The bare vector. An array of these stays in registers if every loop over it is unrolled; one of Lanes lies on the stack.
 #if defined(CPU_CAPABILITY_AVX512)
 using Register = __m512;
+#elif defined(__aarch64__)
+using Register = float32x4_t;
 #else
 using Register = __m256;
 #endif
@@ -38,12 +40,20 @@ Lanes load_lanes(const Stored* source) {
   if constexpr (std::is_same_v<Stored, float>) {
     return Lanes::loadu(source);
   } else {
+#if defined(__aarch64__)
+    const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(source));
+    if constexpr (std::is_same_v<Stored, at::BFloat16>)
+      return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+    else
+      return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+#else
     Lanes lanes;
     if constexpr (std::is_same_v<Stored, at::BFloat16>)
       at::vec::load_fp32_from_bf16(source, lanes);
     else
       at::vec::load_fp32_from_fp16(source, lanes);
     return lanes;
+#endif
   }
 }
 
@@ -53,10 +63,23 @@ void store_lanes(Lanes lanes, Stored* target) {
     lanes.store(target);
   } else {
     const auto converted = [&] {
+#if defined(__aarch64__)
+      const float32x4_t floats = lanes;
+      if constexpr (std::is_same_v<Stored, at::BFloat16>) {
+        // To the nearest, of two to the even one; a NaN stays one.
+        const uint32x4_t bits = vreinterpretq_u32_f32(floats);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+        return vshrn_n_u32(vbslq_u32(vceqq_f32(floats, floats), rounded, vdupq_n_u32(0x7fc00000)), 16);
+      } else {
+        return vcvt_f16_f32(floats);
+      }
+#else
       if constexpr (std::is_same_v<Stored, at::BFloat16>)
         return at::vec::cvtfp32_bf16(lanes);
       else
         return at::vec::cvtfp32_fp16(lanes);
+#endif
     }();
     std::memcpy(target, &converted, sizeof converted);
   }

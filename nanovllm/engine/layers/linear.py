@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from nanovllm.engine import kernels
 from nanovllm.engine.layers import huge_pages, product_choice
+from nanovllm.engine.layers.panel_forms import is_emulated, is_wide, name_of, panel_forms, panel_product
 from nanovllm.engine.layers.token_ops import scale_rows
 
 Quantization = Literal["int8"]
-Layout = Literal["plain", "packed", "panels", "int8"]  # packed: oneDNN's; panels: of kernels/panels.cpp
+Layout = Literal["plain", "packed", "panels", "int8"]  # packed: oneDNN's; panels: our kernels'
 Multiply = Callable[[Tensor], Tensor]
 
 _PACKED_ROWS_HINT = 16  # the batch that oneDNN lays the weight out for; measured to serve 1 to 512 rows as well
@@ -53,6 +54,8 @@ class Panels(nn.Module):
         The number of rows chooses the instructions; with ``deterministic`` no bit depends on it.
         """
         panels, width, per_output = self.panels, self.width, (self.bias, self.scales, self.excess)
+        if not is_wide(self.dtype):
+            return panel_product(panels, width, per_output)
         choice = product_choice.choose(self.dtype, deterministic=deterministic)
         return lambda x: product_choice.multiply(x.contiguous(), panels, width, per_output, choice)
 
@@ -132,14 +135,12 @@ def can_pack(weight: Tensor) -> bool:
     has_calls = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not has_calls:
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not is_emulated(weight.dtype))
 
 
 def fastest_layout(weight: Tensor, bias: Tensor | None) -> tuple[Layout, Panels | Multiply | None]:
     """The fastest layout of a weight [out, in] without a change of type, and what multiplies by it; None: as it is."""
-    if weight.numel() < _MIN_PACKED_ELEMENTS:
+    if weight.numel() < _MIN_PACKED_ELEMENTS and not is_emulated(weight.dtype):
         return "plain", None
     if has_panels(weight.dtype, weight.device):
         return "panels", make_panels(weight, bias)
@@ -186,12 +187,11 @@ def adopt_torch_linears(module: nn.Module, *, only: nn.Module | None = None) -> 
 
 
 def has_panels(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether our kernel multiplies by weights of ``dtype`` here: it needs AVX-512, and its extension for the type."""
-    if device.type != "cpu" or kernels.missing() is not None or not hasattr(torch.ops.nanovllm, "multiply_panels"):
-        return False
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.float32 or (dtype == torch.int8 and torch.cpu._is_vnni_supported())
+    """Whether our kernels multiply by weights of ``dtype`` here, and no slower than torch's own.
+
+    They widen 16 bits where the CPU has no instructions for them. Where it has some, ours serve bfloat16 on AVX-512.
+    """
+    return device.type == "cpu" and (name_of(dtype) in panel_forms() or (bool(panel_forms()) and is_emulated(dtype)))
 
 
 def make_panels(
@@ -199,7 +199,8 @@ def make_panels(
 ) -> Panels:
     """A weight [out, in] in the layout of kernels/panels.cpp; int8 has ``scales`` and ``excess`` [out]."""
     stored, width = shortest(weight.detach()), len(weight)
-    panels = to_panels(stored, None if stored.dtype == weight.dtype else 1)
+    is_widened = stored.dtype != weight.dtype or name_of(stored.dtype) not in panel_forms()
+    panels = to_panels(stored, 1 if is_widened else None)
     per_output = {"bias": None if bias is None else bias.detach().float(), "scales": scales, "excess": excess}
     padded = {
         name: None if values is None else F.pad(values, (0, -width % _PANEL)) for name, values in per_output.items()
@@ -243,7 +244,7 @@ def why_no_int8(device: torch.device) -> str | None:
     if has_panels(torch.int8, device):
         return None
     if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return "this build of torch comes without FBGEMM"
+        return f"our kernels cannot be used ({kernels.missing()}), and this build of torch comes without FBGEMM"
     if not hasattr(torch.ops.quantized, _INT8_CALL):
         return f"torch {torch.__version__} has no quantized.{_INT8_CALL}"
     return None

@@ -14,10 +14,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanovllm.engine import kernels
 from nanovllm.engine.layers.packed_file import DamagedFile, PackedFileWriter, PackedTensors, read_packed
+from nanovllm.engine.layers.panel_forms import panel_forms
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +116,6 @@ def key_of(files: Iterable[Path], **parts: Any) -> str:
     """The name of packed weights: of the files that they come from, the kernels, and ``parts``."""
     stats = [(str(path.resolve()), path.stat()) for path in files]
     identity = [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats]
-    library = kernels.kept(torch.backends.cpu.get_cpu_capability()).name
-    everything = [identity, library, parts]
+    library = kernels.kept(kernels.kind()).name
+    everything = [identity, library, dict(panel_forms()), parts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]

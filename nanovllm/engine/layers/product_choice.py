@@ -78,7 +78,7 @@ def describe(dtype: torch.dtype, choice: Choice) -> str:
 
 def record_path() -> Path:
     """Where the choices of this kind of machine, kernels and number of threads are kept."""
-    library = kernels.kept(torch.backends.cpu.get_cpu_capability())
+    library = kernels.kept(kernels.kind())
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     except OSError:

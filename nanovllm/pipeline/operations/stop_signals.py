@@ -54,10 +54,10 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received += 1
         if self._received > 1:
-            _end_at_once(FAILED)
+            end_at_once(FAILED)
         if self._loop is None:
             os.write(sys.stderr.fileno(), b"nanovllm: stopped before the first job\n")  # no lock, unlike print
-            _end_at_once(self._code_before_work)
+            end_at_once(self._code_before_work)
         with suppress(RuntimeError):  # the loop is closed: the process ends anyway
             # Neither logging nor threads here: the main thread may hold the locks that they need.
             self._loop.call_soon_threadsafe(self._begin)
@@ -72,9 +72,10 @@ class StopSignals:
 
     def _end_if_idle(self) -> None:
         if not self._has_taken():
-            _end_at_once(self._code_before_work)
+            end_at_once(self._code_before_work)
 
 
-def _end_at_once(code: int) -> NoReturn:
+def end_at_once(code: int) -> NoReturn:
+    """End the process with ``code``, whatever its threads do."""
     # Not sys.exit: that would wait for threads that read or compute.
     os._exit(code)

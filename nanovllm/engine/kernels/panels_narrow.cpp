@@ -1,0 +1,126 @@
+// Products with weights in panels on CPUs without AVX-512, and those in bytes where AVX-512 comes without VNNI.
+
+#include <ATen/core/Dict.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "lanes.h"
+#include "panel_lanes.h"
+#include "parallel.h"
+
+namespace {
+
+using namespace panel_lanes;
+
+constexpr int64_t kWidenedBlocks = 6;  // of rows, from which on a panel is widened once
+
+// inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
+template <typename Dot, typename Stored>
+void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, const Epilogue& epilogue,
+         int64_t width, Stored* output) {
+  const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
+  constexpr bool is_short = std::is_base_of_v<Floats, Dot> && !std::is_same_v<Floats, Dot>;
+  const bool widens = is_short && blocks >= kWidenedBlocks;
+  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+    float results[kRows * kOutputs];
+    std::vector<float> wide(widens ? steps * kOutputs : 0);
+    int64_t some;
+    for (int64_t number = begin; number < end; ++number) {
+      const char* panel = panels + number * panel_bytes;
+      const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
+      const char* following = number + 1 < end ? panel + panel_bytes : panel;
+      if constexpr (is_short)
+        if (widens) widen<Dot>(panel, steps, wide.data());
+      for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
+        some = (rows - row + blocks - block - 1) / (blocks - block);
+        Epilogue own = epilogue;
+        if (own.row_scales) own.row_scales += row;
+        if (widens) {
+          const char* own_panel = reinterpret_cast<const char*>(wide.data());
+          multiply_rows<Floats>(some, inputs + row * steps, own_panel, steps, own_panel, own, first, results);
+        } else {
+          // The first of several blocks of rows fetches the next panel; a single one what it needs itself soon.
+          const char* ahead = blocks == 1 ? panel + kAhead : block == 0 ? following : panel;
+          multiply_rows<Dot>(some, inputs + row * steps, panel, steps, ahead, own, first, results);
+        }
+        for (int64_t r = 0; r < some; ++r) store(results + r * kOutputs, count, output + (row + r) * width + first);
+      }
+    }
+  });
+}
+
+template <typename Dot, typename Stored>
+void run_bytes(const Stored* source, int64_t rows, int64_t d, const char* panels, int64_t num_panels, int64_t steps,
+               Epilogue epilogue, int64_t width, Stored* output) {
+  std::vector<int32_t> inputs(rows * steps);
+  std::vector<float> row_scales(rows);
+  share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(d);
+    for (int64_t row = begin; row < end; ++row)
+      row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, Dot::kOffset,
+                                 reinterpret_cast<uint8_t*>(&inputs[row * steps]));
+  });
+  epilogue.row_scales = row_scales.data();
+  run<Dot>(inputs.data(), rows, panels, num_panels, steps, epilogue, width, output);
+}
+
+// As multiply_panels of panels.cpp, without pairs of bfloat16.
+at::Tensor multiply_narrow_panels(const at::Tensor& x, const at::Tensor& panels, int64_t width, const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& excess) {
+  const int64_t d = x.size(-1), rows = x.numel() / std::max<int64_t>(d, 1), num_panels = panels.size(0), steps = panels.size(1);
+  TORCH_CHECK(x.is_contiguous() && panels.is_contiguous() && width <= num_panels * kOutputs);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = width;
+  at::Tensor output = at::empty(sizes, x.options());
+  const char* weights = static_cast<const char*>(panels.const_data_ptr());
+  Epilogue epilogue{nullptr, nullptr, nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
+  if (panels.scalar_type() == at::kChar) {
+    static const bool dots = has_dot_products();
+    epilogue.scales = scales->const_data_ptr<float>();
+    epilogue.excess = excess->const_data_ptr<int32_t>();
+    dispatch(x.scalar_type(), [&](auto stored) {
+      using Stored = decltype(stored);
+      (dots ? run_bytes<BytesByDotProducts, Stored> : run_bytes<Bytes, Stored>)(
+          x.const_data_ptr<Stored>(), rows, d, weights, num_panels, steps, epilogue, width, output.mutable_data_ptr<Stored>());
+    });
+    return output;
+  }
+  TORCH_CHECK(x.scalar_type() == at::kFloat && steps == d, "inputs in float, and panels of one number a step");
+  const auto* inputs = static_cast<const int32_t*>(x.const_data_ptr());
+  float* results = output.mutable_data_ptr<float>();
+  if (panels.scalar_type() == at::kBFloat16)
+    run<FloatsByBFloat16s>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+  else if (panels.scalar_type() == at::kHalf)
+    run<FloatsByHalves>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+  else
+    run<Floats>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+  return output;
+}
+
+// By what weights of a type are multiplied here; a type that is missing has no instructions of its own.
+c10::Dict<std::string, std::string> panel_forms() {
+  c10::Dict<std::string, std::string> forms;
+  forms.insert("float32", kFloatForm);
+  forms.insert("int8", has_dot_products() ? kDotProductForm : kByteForm);
+#if defined(CPU_CAPABILITY_AVX512)
+  forms.insert_or_assign("float32", "FMA (AVX-512)");
+  if (__builtin_cpu_supports("avx512bf16")) forms.insert("bfloat16", "vdpbf16ps (AVX-512)");
+  if (__builtin_cpu_supports("avx512vnni")) forms.insert_or_assign("int8", "vpdpbusd (AVX-512)");
+#endif
+  return forms;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nanovllm, library) {
+  library.def("panel_forms() -> Dict(str, str)", panel_forms);
+  library.def("multiply_narrow_panels(Tensor x, Tensor panels, int width, Tensor? bias, Tensor? scales, Tensor? excess) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(nanovllm, CPU, library) { library.impl("multiply_narrow_panels", multiply_narrow_panels); }
