@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from glob import glob
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
@@ -152,6 +153,14 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             parts = await _unless_failed(asking, stack.enter_async_context(build.started_parts(settings)))
         health.is_model_loaded = True
         model = parts.engine.model_info
+        metrics.worker.info(
+            {
+                "version": version("nanovllm"),
+                "model": model.id,
+                "revision": model.revision,
+                "backend": settings.engine.backend,
+            }
+        )
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
         if routes is not None and not settings.engine.loads_model:
             # The context of servers, and of vLLM, is known only now.

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -153,6 +154,19 @@ class SlowStore:
         )
         await writer.drain()
         writer.close()
+
+
+async def test_the_metrics_name_the_worker(setup: Setup) -> None:
+    async with setup.worker() as worker:
+        await setup.until_readyz(200)
+        _, metrics = await setup.get("/metrics")
+        worker.terminate()
+        await asyncio.wait_for(worker.wait(), 60)
+    (line,) = re.findall(r"^nanovllm_worker_info\{.*\} 1\.0$", metrics, re.MULTILINE)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+    revision = labels.pop("revision")
+    assert labels == {"version": version("nanovllm"), "model": "echo", "backend": "echo"}
+    assert revision
 
 
 async def test_answers_what_is_there_and_leaves_when_drained(setup: Setup) -> None:

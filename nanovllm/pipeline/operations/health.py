@@ -1,4 +1,4 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``, in threads of their own: they answer when the event loop does not."""
+"""The worker's probes and ``/metrics``, in threads of their own: they answer when the event loop does not."""
 
 from __future__ import annotations
 
@@ -83,6 +83,11 @@ class Health:
         return tuple(reason for reason in reasons if reason)
 
     @property
+    def unstarted(self) -> tuple[str, ...]:
+        """Why the start has not ended. Brokers are no part of it: a pod that waits for them would be ended again."""
+        return () if self.is_model_loaded else ("the model is not loaded",)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is wrong for single tenants, while others are answered."""
         return self.held_tenants if self._others_are_answered else ()
@@ -132,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._report(self.server.health.troubles)
         elif path == "/readyz":
             self._report(self.server.health.unready, self.server.health.notes)
+        elif path == "/startupz":
+            self._report(self.server.health.unstarted)
         elif path == "/metrics":
             self._answer(200, self.server.metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
         else:
