@@ -130,7 +130,7 @@ def worker(
 
 
 def _run_replicas(settings: Settings, config: Path | None, exit_when_drained: bool) -> int:
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, settings.worker_id)
     command = [sys.executable, "-m", "nanovllm.cli.main", "worker"]
     command += [] if config is None else ["--config", str(config)]
     command += ["--exit-when-drained"] * exit_when_drained

@@ -56,7 +56,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     prepare_threads()
     if settings.engine.loads_model:
         leave_out_triton()
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, settings.worker_id)
     code = _run_to_the_end(settings, signals, exit_when_drained)
     if is_loading():
         end_at_once(code)

@@ -27,7 +27,7 @@ ENV_PREFIX = "NANOVLLM_"
 
 
 class HttpSettings(SettingsModel):
-    """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
+    """The worker's own endpoints: `/healthz`, `/readyz`, `/startupz`, `/metrics`."""
 
     # Probes and scrapes come from outside the pod.
     host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="`json`: an object a line, with `worker_id`, and with `job_id`, `topic`, `partition` and `offset` "
+        "where a line is about a job.",
     )
     replicas: int = Field(
         1,

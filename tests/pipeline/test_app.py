@@ -169,6 +169,17 @@ async def test_the_metrics_name_the_worker(setup: Setup) -> None:
     assert revision
 
 
+async def test_lines_in_json_name_the_job_that_they_are_about(setup: Setup) -> None:
+    setup.environment["NANOVLLM_LOG_FORMAT"] = "json"
+    await setup.send({"job_id": "wrong", "prompt": "<|image|>", "images": ["s3://elsewhere/a.png"]})
+    async with setup.worker("--exit-when-drained") as worker:
+        _, said = await asyncio.wait_for(worker.communicate(), 60)
+    lines = [json.loads(line) for line in said.decode().splitlines()]
+    assert all(line["worker_id"] and line["level"] and line["message"] for line in lines)
+    (about,) = [line for line in lines if line.get("job_id") == "wrong"]
+    assert (about["topic"], about["partition"], about["offset"]) == (setup.topics["jobs"], 0, 0)
+
+
 async def test_answers_what_is_there_and_leaves_when_drained(setup: Setup) -> None:
     await setup.send(*({"job_id": f"j{i}", "prompt": f"say {i}"} for i in range(30)))
     async with setup.worker("--exit-when-drained") as worker:

@@ -141,7 +141,9 @@ class Replicas:
         finally:
             os.sched_setaffinity(0, before)
         assert process.stdout is not None
-        output = threading.Thread(target=_pass_on, args=(process.stdout, f"[{index}] ".encode()), daemon=True)
+        # A line of JSON has the replica's name in it.
+        prefix = b"" if self._settings.log_format == "json" else f"[{index}] ".encode()
+        output = threading.Thread(target=_pass_on, args=(process.stdout, prefix), daemon=True)
         output.start()
         port = self._settings.http.port
         logger.info(
