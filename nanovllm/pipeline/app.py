@@ -127,6 +127,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             from nanovllm.pipeline import build
             from nanovllm.pipeline.route_checks import check_routes
             from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
+            from nanovllm.pipeline.worker_status import worker_status
             from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
@@ -179,6 +180,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         worker = build.build_worker(settings, parts, sink, metrics, health, routes=routes, crash_guard=guard)
         source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
+        server.status = partial(worker_status, worker)
         # These objects stay: the collector need not look through them again and again while jobs pass.
         gc.collect()
         gc.freeze()

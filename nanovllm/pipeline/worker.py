@@ -26,6 +26,7 @@ from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.idle_loop import idle_loop
 from nanovllm.pipeline.operations.log import log_fields
+from nanovllm.pipeline.operations.recent_jobs import RecentJobs
 from nanovllm.pipeline.stages.admit import AfterKeyTurn
 from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.pipeline.stages.infer import ENGINE_ENDPOINTS
@@ -66,6 +67,7 @@ class Worker:
     admission: Admission
     engine: EngineBackend
     idle: EngineIdle
+    recent: RecentJobs
     faults: ActiveFaults
     backoff: Backoff
     metrics: Metrics
@@ -87,6 +89,9 @@ class Worker:
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
+        self.began = time.monotonic()
+        self.lags: Mapping[tuple[str, int], int] = {}
+        """Unfinished records by topic and partition, as they were a second ago at most."""
         self._delayed_topics = frozenset(RetryTopics.of(self.settings).delays_s)
 
     def stop(self) -> None:
@@ -330,8 +335,9 @@ class Worker:
                 except BrokersUnavailable as error:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
-                self.metrics.consumer_lag.show(lags := source.lags)
-                due = sum(lag for (topic, _), lag in lags.items() if topic not in self._delayed_topics)
+                self.lags = source.lags
+                self.metrics.consumer_lag.show(self.lags)
+                due = sum(lag for (topic, _), lag in self.lags.items() if topic not in self._delayed_topics)
                 self.idle.records_wait = due > self.admission.jobs or not source.has_joined
                 self.metrics.watermark.show(source.watermarks)
 
