@@ -40,6 +40,7 @@ from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import require_engine, run
+from nanovllm.cli.status import status
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
 from nanovllm.messages.validation import describe_errors
@@ -64,6 +65,7 @@ app = Application(
     pretty_exceptions_enable=False,
 )
 app.command("submit")(submit)
+app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
