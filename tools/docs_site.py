@@ -31,7 +31,8 @@ NAVIGATION = {
     ),
     "Engine": ("docs/engine.md", "docs/backends.md", "docs/align.md", "benchmarks/README.md"),
     "Operations": (
-        *("docs/deploy.md", "helm/nanovllm/README.md", "docs/metrics.md", "docs/reliability.md"),
+        *("docs/deploy.md", "docs/operations.md", "helm/nanovllm/README.md", "docs/metrics.md"),
+        "docs/reliability.md",
         "docs/security.md",
     ),
     "Development": (
