@@ -24,6 +24,7 @@ Write = Callable[[PackedFileWriter], Mapping[str, str]]
 """Writes tensors, and returns the notes of the file."""
 
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
+_UNFINISHED = ".weights-"
 _ROOM = 2  # times what a file is expected to have must be free: what is written is not known before
 
 
@@ -47,9 +48,11 @@ class PackedCache:
         """
         path = self._folder / f"{_PREFIX}{key}{_SUFFIX}"
         try:
-            with self._locked():
+            with self._locked() as is_alone:
                 if (kept := self._read(path)) is not None:
                     return kept
+                if is_alone:
+                    self._remove_unfinished()
                 free = shutil.disk_usage(self._folder).free
                 if expected_bytes > self._most_bytes or _ROOM * expected_bytes > free:
                     logger.info(
@@ -79,7 +82,7 @@ class PackedCache:
         return kept
 
     def _write(self, path: Path, write: Write) -> None:
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".weights-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
             try:
                 writer = PackedFileWriter(file.file)
                 writer.finish(write(writer))
@@ -99,23 +102,36 @@ class PackedCache:
             if total > self._most_bytes:
                 path.unlink(missing_ok=True)
 
+    def _remove_unfinished(self) -> None:
+        """Remove what processes left that were killed while they wrote: nobody else writes now."""
+        for path in self._folder.glob(f"{_UNFINISHED}*"):
+            path.unlink(missing_ok=True)
+
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let one process at a time look for a file and write it; where only reading is possible, all may."""
+    def _locked(self) -> Iterator[bool]:
+        """Let one process at a time look for a file and write it; where only reading is possible, all may.
+
+        Yields whether no other process does.
+        """
         with suppress(OSError):
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         kernels.check_ownership(self._folder)
+        is_alone = False
         with ExitStack() as stack:
             with suppress(OSError):
                 lock = stack.enter_context((self._folder / "weights.lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+                is_alone = True
+            yield is_alone
 
 
 def key_of(files: Iterable[Path], **parts: Any) -> str:
-    """The name of packed weights: of the files that they come from, the kernels, and ``parts``."""
+    """The name of packed weights: of the files that they come from, the kernels, and ``parts``.
+
+    The time of the last change counts beside that of the last write, which whoever copies a file may set.
+    """
     stats = [(str(path.resolve()), path.stat()) for path in files]
-    identity = [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats]
+    identity = [(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats]
     library = kernels.kept(kernels.kind()).name
     everything = [identity, library, dict(panel_forms()), parts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
