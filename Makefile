@@ -49,7 +49,7 @@ bench: .venv/.dev ## The engine against transformers, on this machine
 site: .venv/.dev ## The documentation as a site, in build/site
 	$(PY) tools/docs_site.py build/site
 
-release: .venv/.dev ## Wheel, sdist, the wheel's bill of materials and a licence list, in dist
+release: .venv/.dev ## Wheel, sdist and the bill of materials, in dist; all extras of users have to be installed
 	PYTHONPATH=. $(PY) tools/release.py dist
 
 clean: ## Remove the virtual environment and everything built

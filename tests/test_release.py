@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tools import release
 from tools.docs_site import build as build_site
 from tools.licences import EXTRAS, PAGE, dependencies, licence, normalised, page
-from tools.release import bill_of_materials, build_archives, check_versions, version
+from tools.release import bill_of_materials, build_archives, check_extras, check_versions, version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +104,15 @@ def test_the_bill_of_materials_has_what_users_install_and_nothing_else() -> None
     refs = {one["bom-ref"] for one in bill["components"]}
     assert {ref for one in bill["dependencies"] for ref in one["dependsOn"]} <= refs
     assert not re.search(rf"file:|{re.escape(sys.prefix)}|{re.escape(str(ROOT))}", json.dumps(bill))
+
+
+def test_a_release_without_an_extra_of_users_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = dict.fromkeys(needed_by_users())
+    monkeypatch.setattr(release, "dependencies", lambda extra: everything)
+    check_extras()
+    del everything["pillow-heif"]
+    with pytest.raises(ValueError, match=r"need: heic \(.* -m pip install '\.\[heic\]'\)"):
+        check_extras()
 
 
 def test_the_page_of_licences_names_each_dependency_with_what_it_declares() -> None:

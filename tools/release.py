@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Collection
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
 
 from tools.licences import EXTRAS, dependencies, normalised
 
@@ -65,9 +67,26 @@ def bill_of_materials(names: Collection[str]) -> dict[str, Any]:
     return bill
 
 
+def check_extras() -> None:
+    """Raise ValueError where what an extra of users needs is not installed: the bill would lack it."""
+    needed = [Requirement(text) for text in metadata.requires("nanovllm") or ()]
+    missing = []
+    for extra in EXTRAS:
+        wanted = {normalised(one.name) for one in needed if one.marker and one.marker.evaluate({"extra": extra})}
+        if wanted - {"nanovllm"} - dependencies(extra).keys():
+            missing.append(extra)
+    if missing:
+        command = f"{sys.executable} -m pip install '.[{','.join(missing)}]'"
+        raise ValueError(f"the bill of materials would lack what these extras need: {', '.join(missing)} ({command})")
+
+
 def main(folder: Path) -> None:
-    """Write a release into ``folder``. Raises ValueError where the places that name its version differ."""
+    """Write a release into ``folder``.
+
+    Raises ValueError where the places that name its version differ, or an extra of users is not installed.
+    """
     check_versions()
+    check_extras()
     build_archives(folder)
     names = {name for extra in ("", *EXTRAS) for name in dependencies(extra)}
     bill = folder / f"nanovllm-{version()}.cdx.json"

@@ -27,6 +27,7 @@ from nanovllm.checkpoints.transformers_imports import (
     PreTrainedTokenizerFast,
 )
 from nanovllm.errors import ModelNotFound, UnsupportedModel
+from nanovllm.start_phases import START, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def _has_processor(model_type: str) -> bool:
     """Whether transformers has a processor for a model type. Its table comes with all that its models import."""
     if model_type in WITHOUT_PROCESSOR:
         return False
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    with START.timed(Phase.IMPORTS):
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     return model_type in PROCESSOR_MAPPING_NAMES
 

@@ -180,14 +180,26 @@ def _sampling_defaults(engine: LLMEngine, defaults: SamplingParams) -> Finding:
 
 
 def _weights(engine: LLMEngine) -> Finding:
-    layouts = Counter(module.layout for module in engine.model_runner.model.modules() if isinstance(module, Linear))
+    linears = [module for module in engine.model_runner.model.modules() if isinstance(module, Linear)]
+    layouts = Counter(module.layout for module in linears)
     counts = ", ".join(f"{count} {layout}" for layout, count in layouts.most_common())
     note = ""
     if layouts["plain"]:
         note = "plain ones are too small to gain by packing, or torch's own product in their type is the fastest"
         note = "a GPU needs no packing" if engine.model_runner.device.type == "cuda" else note
+    if any(module.panels is not None for module in linears):
+        note = "; ".join(filter(None, [_panels_in(engine), note]))
     value = f"{str(engine.model_runner.dtype).removeprefix('torch.')}, linear layers: {counts}"
     return Finding("weights", value, note)
+
+
+def _panels_in(engine: LLMEngine) -> str:
+    """Where the panels of weights lie."""
+    if (file := engine.model_runner.model.packed_file) is not None:
+        size = f" ({file.stat().st_size // _MIB} MiB)" if file.exists() else ", which is removed meanwhile"
+        return f"panels are mapped from {file}{size}"
+    why = ": engine.packed_weights_bytes is 0" if not engine.config.packed_weights_bytes else ""
+    return f"panels are in this process's own memory, and in no file{why}"
 
 
 def _products(engine: LLMEngine) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from engine_parts import drain, greedy, noise_image, recording_engine
 from torch import Tensor
 
 from nanovllm.engine import kernels
+from nanovllm.engine.diagnostics import describe
 from nanovllm.engine.execution import packed_weights
 from nanovllm.engine.layers import linear
 from nanovllm.engine.layers.linear import has_panels
@@ -185,6 +186,36 @@ def test_a_disk_that_is_full_leaves_no_panels_behind(
     assert torch.equal(logits(checkpoint), expected)
     assert "No space left on device" in caplog.text
     assert [path.name for path in cache.iterdir() if "weights" in path.name] == ["weights.lock"]
+
+
+def test_what_a_killed_process_has_left_of_a_file_is_removed_by_the_next_that_writes_one(
+    checkpoint: Path, cache: Path
+) -> None:
+    (cache / ".weights-x1").write_bytes(b"half of it")
+    logits(checkpoint)
+    assert [path.name for path in cache.glob(".weights-*")] == []
+    assert len(files(cache)) == 1
+
+
+def test_the_log_and_the_doctor_tell_where_panels_lie(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(**options: object) -> str:
+        with recording_engine(checkpoint, kv_cache_bytes=1 << 20, **options) as engine:
+            return next(finding.note for finding in describe(engine) if finding.subject == "weights")
+
+    assert "panels are mapped from" in told(quantization="int8")
+    (int8,) = files(cache)
+    int8.unlink()
+    with caplog.at_level("INFO"):
+        assert "in no file: engine.packed_weights_bytes is 0" in told(packed_weights_bytes=0)
+        first = told()
+        (file,) = files(cache)
+        assert f"packed weights are written to {file}" in caplog.text
+        assert "packed weights are mapped from" not in caplog.text
+        assert told() == first
+    assert f"panels are mapped from {file} (2 MiB)" in first
+    assert f"packed weights are mapped from {file}" in caplog.text
 
 
 def test_panels_belong_to_a_state_of_the_checkpoint_s_files_and_to_the_options(checkpoint: Path, cache: Path) -> None:

@@ -62,6 +62,7 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
             for module in shell.modules():
                 if isinstance(module, Linear):
                     module.use_tile(_tile(config))
+            shell.packed_file = kept.path
             return shell
     unfilled = unfilled_text_model(checkpoint, dtype)
     with huge_pages.for_new_memory():

@@ -25,6 +25,7 @@ Write = Callable[[PackedFileWriter], Mapping[str, str]]
 
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
 _UNFINISHED = ".weights-"
+_MIB = 1 << 20
 _ROOM = 2  # times what a file is expected to have must be free: what is written is not known before
 
 
@@ -50,6 +51,7 @@ class PackedCache:
         try:
             with self._locked() as is_alone:
                 if (kept := self._read(path)) is not None:
+                    logger.info("packed weights are mapped from %s", path)
                     return kept
                 if is_alone:
                     self._remove_unfinished()
@@ -62,6 +64,8 @@ class PackedCache:
                     return None
                 self._write(path, write)
                 self._remove_old(path)
+                size = path.stat().st_size
+                logger.info("packed weights are written to %s, which later starts map: %d MiB", path, size // _MIB)
                 return read_packed(path)
         except (OSError, DamagedFile) as error:
             logger.warning("packed weights cannot be kept in %s: %s", self._folder, error)
@@ -91,6 +95,11 @@ class PackedCache:
                 Path(file.name).unlink(missing_ok=True)
                 raise
 
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that were killed have left: while the lock is held, no other process writes."""
+        for path in self._folder.glob(f"{_UNFINISHED}*"):
+            path.unlink(missing_ok=True)
+
     def _remove_old(self, newest: Path) -> None:
         """Remove files beyond the limit, those used longest ago first; processes that have them mapped keep them."""
         files = sorted(self._folder.glob(f"{_PREFIX}*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -101,11 +110,6 @@ class PackedCache:
             total += path.stat().st_size
             if total > self._most_bytes:
                 path.unlink(missing_ok=True)
-
-    def _remove_unfinished(self) -> None:
-        """Remove what processes left that were killed while they wrote: nobody else writes now."""
-        for path in self._folder.glob(f"{_UNFINISHED}*"):
-            path.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:

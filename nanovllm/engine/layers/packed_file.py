@@ -37,6 +37,7 @@ class DamagedFile(Exception):
 class PackedTensors:
     """Tensors by name, and what was noted of them."""
 
+    path: Path
     tensors: dict[str, Tensor]
     notes: dict[str, str]
 
@@ -100,7 +101,7 @@ def read_packed(path: Path) -> PackedTensors:
     huge_pages.ask_for(found.values())
     if fields["checksums"] != {name: checksum(tensor) for name, tensor in found.items()}:
         raise DamagedFile("its tensors have changed")
-    return PackedTensors(found, fields["notes"])
+    return PackedTensors(path, found, fields["notes"])
 
 
 def checksum(tensor: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ class TextModel(nn.Module, ABC):
     lm_head: nn.Module
     has_states = False
     """Whether layers carry a state of each sequence, which no cached prefix has and no rejected draft gives back."""
+
+    packed_file: Path | None = None
+    """The file that its packed weights are mapped from; None where they are in the process's own memory."""
 
     why_no_graphs: str | None = None
     """Why its steps cannot be recorded as CUDA graphs; None where they can."""

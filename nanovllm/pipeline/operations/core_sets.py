@@ -23,7 +23,10 @@ def core_sets(replicas: int, system: Path = _SYSTEM) -> list[tuple[int, ...]]:
         raise ConfigurationError(f"replicas={replicas}: this system binds no process to cores; Linux does")
     cores = os.sched_getaffinity(0)
     if replicas > len(cores):
-        raise ConfigurationError(f"replicas={replicas}, and this process may use {counted(len(cores), 'core')}")
+        raise ConfigurationError(
+            f"replicas={replicas}, and this process may use {counted(len(cores), 'core')}: set {len(cores)} at most, "
+            "or give it more cores"
+        )
     return divide(cores_by_node(cores, system), replicas)
 
 
