@@ -8,7 +8,7 @@ from math import fsum
 from threading import Lock
 from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
@@ -103,6 +103,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.worker = Info(
+            "nanovllm_worker",
+            "1, with version, model, revision and backend of the worker as labels.",
+            registry=self.registry,
+        )
 
         # The delivery of jobs
         self.consumed = self._counter(

@@ -30,7 +30,11 @@ NAVIGATION = {
         *("docs/sidecars.md", "docs/evaluate.md"),
     ),
     "Engine": ("docs/engine.md", "docs/backends.md", "docs/align.md", "benchmarks/README.md"),
-    "Operations": ("docs/deploy.md", "helm/nanovllm/README.md", "docs/reliability.md", "docs/security.md"),
+    "Operations": (
+        *("docs/deploy.md", "docs/operations.md", "helm/nanovllm/README.md", "docs/metrics.md"),
+        "docs/reliability.md",
+        "docs/security.md",
+    ),
     "Development": (
         *("ARCHITECTURE.md", "docs/extending.md", "CONTRIBUTING.md"),
         *("docs/licences.md", "nanovllm/checkpoints/assets/tiny-receipts/README.md"),

@@ -1,4 +1,4 @@
-"""The generated references: JSON Schemas of the messages, pages of settings and dead-letter codes, the backends' table.
+"""The generated references: schemas of the messages, pages of settings, metrics and dead-letter codes, tables.
 
 ``PYTHONPATH=. .venv/bin/python tools/reference.py`` writes them into ``docs/``; a test fails while they differ.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode
@@ -27,8 +28,12 @@ from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.messages.job import Job
 from nanovllm.messages.job_metrics import JobMetrics
 from nanovllm.messages.result import Result
+from nanovllm.metrics import Metrics
 from nanovllm.pipeline.stages.context import dead_letter_class
 from nanovllm.settings.worker import ENV_PREFIX, Settings
+from nanovllm.statistics import CacheStats, EndpointStats, EngineStats, TierStats
+
+_METRIC_SUFFIXES = {"counter": "_total", "info": "_info"}
 
 _MESSAGES: tuple[tuple[type[Job | Result | JobMetrics | DeadLetter | DocumentRecord], JsonSchemaMode], ...] = (
     (Job, "validation"),
@@ -76,6 +81,20 @@ This page is generated from the errors themselves (`PYTHONPATH=. .venv/bin/pytho
 """
 
 
+_METRICS_HEAD = """# Metrics
+
+`GET /metrics` of a worker (port `http.port`) answers in the text format of Prometheus. Names follow vLLM's under
+`nanovllm_` where there are any. They are promised: a name, its kind and its labels change with a major version alone.
+A histogram has `_bucket`, `_sum` and `_count`. `GET /healthz` says whether the process should be restarted (its event
+loop and its engine, never the brokers), `/startupz` whether its model is loaded, `/readyz` whether it takes work.
+
+This page is generated from the registry itself (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
+
+| metric | kind | labels | meaning |
+|---|---|---|---|
+"""
+
+
 _CAPABILITIES = ("<!-- capabilities, by tools/reference.py -->", "<!-- end of capabilities -->")
 _PROFILES = ("<!-- profiles, by tools/reference.py -->", "<!-- end of profiles -->")
 
@@ -119,6 +138,31 @@ def codes_page() -> str:
         for error in sorted(errors_of_dead_letters(), key=lambda error: error.code)
     ]
     return _CODES_HEAD + "".join(_cells(row) + "\n" for row in rows)
+
+
+def metrics_page() -> str:
+    """Markdown of every metric of a worker."""
+    metrics = Metrics()
+    endpoints = (EndpointStats("http://server", is_up=True, faults=(("timeout", 1),)),)
+    cache = CacheStats(tiers=(TierStats("host", 0, 0, 0, 0),))
+    metrics.watch_engine(lambda: EngineStats(embedding_cache=cache, endpoints=endpoints))
+    metrics.watch_page_store(lambda: {"hit": 0})
+    rows = []
+    for collector in list(metrics.registry._collector_to_names):
+        if isinstance(collector, MetricWrapperBase):
+            rows.append((collector.describe()[0], collector._labelnames))
+        else:
+            rows += [(family, tuple(family.samples[0].labels)) for family in collector.collect()]
+    cells = [
+        (
+            f"`{family.name}{_METRIC_SUFFIXES.get(family.type, '')}`",
+            family.type,
+            ", ".join(f"`{label}`" for label in labels),
+            family.documentation,
+        )
+        for family, labels in rows
+    ]
+    return _METRICS_HEAD + "".join(_cells(row) + "\n" for row in cells)
 
 
 def capabilities_table() -> str:
@@ -192,6 +236,7 @@ def write(docs: Path) -> None:
     for name, text in schemas().items():
         (docs / "schemas" / name).write_text(text, encoding="utf-8")
     (docs / "settings.md").write_text(settings_page(), encoding="utf-8")
+    (docs / "metrics.md").write_text(metrics_page(), encoding="utf-8")
     (docs / "dead-letters.md").write_text(codes_page(), encoding="utf-8")
     for name, renew in (("backends.md", with_capabilities), ("profiles.md", with_profiles)):
         page = docs / name

@@ -58,7 +58,7 @@ def bridge_sqs(
     from nanovllm.pipeline.routing.sqs import SqsQueue
 
     signals = StopSignals()
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format)
     queue = SqsQueue(queue_url, visibility_s=visibility, threads=2 * receivers)
     try:
         moved = asyncio.run(run_bridge(settings, queue, signals, receivers=receivers, until_empty=exit_when_drained))

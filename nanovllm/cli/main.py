@@ -40,6 +40,7 @@ from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import require_engine, run
+from nanovllm.cli.status import status
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
 from nanovllm.messages.validation import describe_errors
@@ -64,6 +65,7 @@ app = Application(
     pretty_exceptions_enable=False,
 )
 app.command("submit")(submit)
+app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
@@ -130,7 +132,7 @@ def worker(
 
 
 def _run_replicas(settings: Settings, config: Path | None, exit_when_drained: bool) -> int:
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, settings.worker_id)
     command = [sys.executable, "-m", "nanovllm.cli.main", "worker"]
     command += [] if config is None else ["--config", str(config)]
     command += ["--exit-when-drained"] * exit_when_drained

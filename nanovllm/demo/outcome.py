@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Outcome:
     """One run.
 
     ``results`` by job_id; ``dead_letters`` are those of jobs; ``worker_exit`` is None while the worker is left
-    running, ``documents`` in a run without them.
+    running, ``documents`` in a run without them. ``idle_s``: seconds in which the engine computed no text, by reason.
     """
 
     demo: DemoSet
@@ -58,6 +58,7 @@ class Outcome:
     seconds: float
     worker_exit: int | None
     documents: DocumentOutcome | None = None
+    idle_s: Mapping[str, float] = field(default_factory=dict)
 
     def is_exact(self, job: DemoJob) -> bool:
         """Whether the job's text is the truth, character by character."""

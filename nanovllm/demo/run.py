@@ -7,11 +7,13 @@ process of its own, stores documents and publishes their events, and compares wh
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -135,9 +137,10 @@ async def _demo(demo: DemoSet, keep: bool, output: Path, console: Console, parts
         extracted = await _extract(documents, DocumentsAtWork(store, kafka, TOPICS, worker, port), console)
         if not worker.is_running:
             raise _ended_early(worker)
+    idle_s = await asyncio.to_thread(_idle_seconds, port)
     with _step(console, "Writing the report" if keep else "Ending the worker, writing the report"):
         worker_exit = None if keep else await asyncio.to_thread(worker.stop, 30.0)
-        outcome = Outcome(demo, results, dead_letters, answered - started, worker_exit, extracted)
+        outcome = Outcome(demo, results, dead_letters, answered - started, worker_exit, extracted, idle_s)
         outcome.write(output)
         (output / "report.html").write_text(render_report(outcome), encoding="utf-8")
     _show(outcome, output, console)
@@ -191,6 +194,17 @@ def _worker_environment(settings: Mapping[str, str], port: int) -> dict[str, str
         "PYTHONUNBUFFERED": "1",
     }
     return quiet | inherited | own | dict(settings)
+
+
+def _idle_seconds(port: int) -> dict[str, float]:
+    """What the worker's engine waited for, in seconds; nothing where the worker tells nothing."""
+    # Loopback is never reached through the proxy that the environment may name.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{HOST}:{port}/stats", timeout=5) as answer:
+            return dict(json.load(answer)["idle"]["seconds"])
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _upload(demo: DemoSet, store: EmbeddedObjectStore) -> None:

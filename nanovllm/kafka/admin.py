@@ -56,7 +56,7 @@ async def create_topics(
         TooFewBrokers: so many copies cannot be made.
     """
     created, settings = [], configs or {}
-    async with _admin(kafka) as admin:
+    async with connected_admin(kafka) as admin:
         topics = [NewTopic(name, partitions, replication, topic_configs=dict(settings.get(name, {}))) for name in names]
         response = await admin.create_topics(topics)
         for name, code, *reason in response.topic_errors:
@@ -76,7 +76,7 @@ async def topic_states(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, 
     Raises:
         BrokersUnavailable: the brokers cannot be reached, or refuse.
     """
-    async with _admin(kafka) as admin:
+    async with connected_admin(kafka) as admin:
         there = set(await admin.list_topics())
         known = [name for name in names if name in there]
         described = await admin.describe_topics(known) if known else []  # an empty list would ask for every topic
@@ -107,7 +107,7 @@ async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str
         BrokersUnavailable: the brokers cannot be reached.
     """
     limits = dict.fromkeys(names, kafka.max_request_bytes)
-    async with _admin(kafka) as admin:
+    async with connected_admin(kafka) as admin:
         resources = [ConfigResource(ConfigResourceType.TOPIC, name, {"max.message.bytes": None}) for name in names]
         try:
             responses = await admin.describe_configs(resources)
@@ -122,7 +122,8 @@ async def message_limits(kafka: KafkaSettings, names: Sequence[str]) -> dict[str
 
 
 @asynccontextmanager
-async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+async def connected_admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A started admin client. Raises BrokersUnavailable: the brokers cannot be reached, or refuse."""
     admin = AIOKafkaAdminClient(**client_kwargs(kafka))
     try:
         with refusals_of(kafka.bootstrap_servers):

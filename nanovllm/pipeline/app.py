@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from glob import glob
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.confinement import forbid_debugging
@@ -55,7 +56,7 @@ def run_worker(settings: Settings, *, exit_when_drained: bool = False) -> int:
     prepare_threads()
     if settings.engine.loads_model:
         leave_out_triton()
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, settings.worker_id)
     code = _run_to_the_end(settings, signals, exit_when_drained)
     if is_loading():
         end_at_once(code)
@@ -126,6 +127,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             from nanovllm.pipeline import build
             from nanovllm.pipeline.route_checks import check_routes
             from nanovllm.pipeline.topic_checks import too_small_for_dead_letters
+            from nanovllm.pipeline.worker_status import worker_status
             from nanovllm.sinks.kafka import KafkaSink
 
         if not settings.s3.allow:
@@ -152,6 +154,14 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
             parts = await _unless_failed(asking, stack.enter_async_context(build.started_parts(settings)))
         health.is_model_loaded = True
         model = parts.engine.model_info
+        metrics.worker.info(
+            {
+                "version": version("nanovllm"),
+                "model": model.id,
+                "revision": model.revision,
+                "backend": settings.engine.backend,
+            }
+        )
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
         if routes is not None and not settings.engine.loads_model:
             # The context of servers, and of vLLM, is known only now.
@@ -170,6 +180,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         worker = build.build_worker(settings, parts, sink, metrics, health, routes=routes, crash_guard=guard)
         source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
+        server.status = partial(worker_status, worker)
         # These objects stay: the collector need not look through them again and again while jobs pass.
         gc.collect()
         gc.freeze()

@@ -52,6 +52,7 @@ from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.loading_thread import in_loading_thread
+from nanovllm.pipeline.operations.recent_jobs import RecentJobs
 from nanovllm.pipeline.routing.routes import Routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.caches import ImageCache
@@ -153,7 +154,7 @@ def build_worker(
     retry = Retry(faults, backoff, metrics)
     limit = DeadLetterLimit(settings.dead_letters.poison_limit)
     builder = RecordBuilder(settings, engine.model_info, sink.max_record_bytes, retry_topics)
-    idle = EngineIdle(metrics)
+    idle, recent = EngineIdle(metrics), RecentJobs()
     if decoders is not None:
         decoders.while_at_work = idle.waits["decode"]
     receive, failure = Receive(settings, retry_topics, idle, decode), Failure(builder, limit)
@@ -223,6 +224,7 @@ def build_worker(
                 publish=publish,
                 metrics=metrics,
                 health=health,
+                recent=recent,
                 crash_guard=crash_guard,
                 make_fetch=make_fetch,
             ),
@@ -239,7 +241,7 @@ def build_worker(
         answer=answer,
         failure=failure,
         publish=publish,
-        observe=partial(observe, metrics, health),
+        observe=partial(observe, metrics, health, recent),
     )
     return Worker(
         settings,
@@ -252,6 +254,7 @@ def build_worker(
         ),
         engine=engine,
         idle=idle,
+        recent=recent,
         faults=faults,
         backoff=backoff,
         metrics=metrics,

@@ -26,6 +26,7 @@ from nanovllm.pipeline.events.order import is_newer_version
 from nanovllm.pipeline.failure.bucket_holds import BucketHolds, WatchedFetcher
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.recent_jobs import RecentJobs
 from nanovllm.pipeline.routing.routes import Routes, load_routes
 from nanovllm.pipeline.stages.admit import Admit, decoded_bytes, sampling_defaults
 from nanovllm.pipeline.stages.answer_document import AnswerDocument
@@ -78,6 +79,7 @@ class DocumentParts:
     publish: Publish
     metrics: Metrics
     health: Health
+    recent: RecentJobs
     crash_guard: CrashGuard | None
     make_fetch: Callable[..., Fetch]
 
@@ -176,7 +178,7 @@ def build_event_stages(settings: Settings, routes: Routes, parts: DocumentParts)
         answer=AnswerDocument(parts.builder, parts.sink, sidecars, parts.large_results, parts.limit, ask, retry),
         failure=parts.failure,
         publish=parts.publish.together,
-        observe=partial(observe_event, parts.metrics, parts.health),
+        observe=partial(observe_event, parts.metrics, parts.health, parts.recent),
     )
 
 

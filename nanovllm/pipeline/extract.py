@@ -77,7 +77,7 @@ def extract_documents(
     signals = StopSignals(code_before_work=FAILED)
     forbid_debugging()
     prepare_threads()
-    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
+    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     work = _extract_all(
         settings, documents, on_record, on_failure, on_same, page_store, with_sidecars, on_tick, signals
     )

@@ -48,7 +48,7 @@ def run_lines(
     signals = StopSignals(code_before_work=FAILED)
     forbid_debugging()
     prepare_threads()
-    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level)
+    log_to_stderr("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     for name in LOGGERS_OF_DEAD_LETTERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     work = _run(without_kafka(settings), source, sink, decode, on_tick, signals)

@@ -25,7 +25,10 @@ from nanovllm.pipeline.failure.faults import ActiveFaults
 from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.operations.health import Health
 from nanovllm.pipeline.operations.idle_loop import idle_loop
+from nanovllm.pipeline.operations.log import log_fields
+from nanovllm.pipeline.operations.recent_jobs import RecentJobs
 from nanovllm.pipeline.stages.admit import AfterKeyTurn
+from nanovllm.pipeline.stages.context import JobContext
 from nanovllm.pipeline.stages.infer import ENGINE_ENDPOINTS
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.pipeline.stages.process import Stages, process_job
@@ -64,6 +67,7 @@ class Worker:
     admission: Admission
     engine: EngineBackend
     idle: EngineIdle
+    recent: RecentJobs
     faults: ActiveFaults
     backoff: Backoff
     metrics: Metrics
@@ -85,6 +89,9 @@ class Worker:
         # Fails with the error of a record that came to no outcome.
         self._breach: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.engine_stats = self.engine.stats()
+        self.began = time.monotonic()
+        self.lags: Mapping[tuple[str, int], int] = {}
+        """Unfinished records by topic and partition, as they were a second ago at most."""
         self._delayed_topics = frozenset(RetryTopics.of(self.settings).delays_s)
 
     def stop(self) -> None:
@@ -232,19 +239,20 @@ class Worker:
             turn = self.key_order.join((record.topic, record.partition, record.key))
             stages = replace(stages, admit=AfterKeyTurn(turn, stages.admit))
             ends.append(turn.end)
-        self._begin_record(record, lambda reservation: process_job(received.job, context, reservation, stages), *ends)
+        self._begin_record(context, lambda reservation: process_job(received.job, context, reservation, stages), *ends)
 
     def _begin_events(self, received: ReceivedEvents) -> None:
         assert self.event_stages is not None  # without routes no topic of events is read
-        self._begin_record(received.context.record, partial(process_events, received, stages=self.event_stages))
+        self._begin_record(received.context, partial(process_events, received, stages=self.event_stages))
 
     def _begin_record(
         self,
-        record: ConsumedRecord,
+        context: JobContext,
         process: Callable[[Reservation], Coroutine[Any, Any, None]],
         *ends: Callable[[], None],
     ) -> None:
-        """Admit ``record`` and process it with its reservation; ``ends`` are called when it has ended."""
+        """Admit a record and process it with its reservation; ``ends`` are called when it has ended."""
+        record = context.record
         reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
 
         def close(_: bool) -> int:
@@ -253,7 +261,8 @@ class Worker:
                 end()
             return 1
 
-        self._start(process(reservation), record, close)
+        with log_fields(context.job_id, record.topic, record.partition, record.offset):
+            self._start(process(reservation), record, close)
 
     def _begin_invalid(self, ledger: PartitionLedger, invalid: list[InvalidRecord]) -> None:
         held = sum(len(one.record.value) for one in invalid)
@@ -326,8 +335,9 @@ class Worker:
                 except BrokersUnavailable as error:
                     self.faults.report("offset commits", error)
                 committed_at = time.monotonic()
-                self.metrics.consumer_lag.show(lags := source.lags)
-                due = sum(lag for (topic, _), lag in lags.items() if topic not in self._delayed_topics)
+                self.lags = source.lags
+                self.metrics.consumer_lag.show(self.lags)
+                due = sum(lag for (topic, _), lag in self.lags.items() if topic not in self._delayed_topics)
                 self.idle.records_wait = due > self.admission.jobs or not source.has_joined
                 self.metrics.watermark.show(source.watermarks)
 

@@ -27,11 +27,14 @@ ENV_PREFIX = "NANOVLLM_"
 
 
 class HttpSettings(SettingsModel):
-    """The worker's own endpoints: `/healthz`, `/readyz`, `/metrics`."""
+    """The worker's own endpoints: `/healthz`, `/readyz`, `/startupz`, `/metrics`, `/stats` and a page over it."""
 
     # Probes and scrapes come from outside the pod.
     host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    cost_per_hour: float | None = Field(
+        None, ge=0, description="Price of this worker's hour, for the costs on its status page; unset: seconds alone."
+    )
 
 
 class Settings(BaseSettings):
@@ -61,6 +64,11 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="`json`: an object a line, with `worker_id`, and with `job_id`, `topic`, `partition` and `offset` "
+        "where a line is about a job.",
     )
     replicas: int = Field(
         1,

@@ -52,6 +52,15 @@ def test_a_folder_of_ones_own_passes(library: Path) -> None:
     kernels.check_ownership(library.with_name("not-there"))
 
 
+def test_without_a_home_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "set HOME or XDG_CACHE_HOME" in (kernels.missing.__wrapped__() or "")
+
+
 COMPILER = """#!/bin/sh
 echo "$*" >> {log}
 for last; do

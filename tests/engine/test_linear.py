@@ -97,7 +97,7 @@ def needs_panels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 2), (47, 34), (48, 64), (200, 258)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 2), (3, 5), (47, 34), (48, 64), (200, 258), (130, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_multiply_as_the_plain_weight_and_each_row_by_itself(
     dtype: torch.dtype, outputs: int, inputs: int, bias: bool

@@ -229,6 +229,34 @@ def test_panels_belong_to_a_state_of_the_checkpoint_s_files_and_to_the_options(c
     assert len(files(cache)) == 4
 
 
+def test_a_checkpoint_overwritten_under_its_old_size_and_time_is_another_one(
+    checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    before = logits(checkpoint)
+    other = edit_tensors(
+        shutil.copytree(checkpoint, tmp_path / "other"),
+        lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()},
+    )
+    file = checkpoint / "model.safetensors"
+    known = file.stat()
+    with file.open("r+b") as same:  # as `rsync --inplace --times` does
+        same.write((other / file.name).read_bytes())
+    os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns))
+    found = file.stat()
+    assert (found.st_size, found.st_mtime_ns, found.st_ino) == (known.st_size, known.st_mtime_ns, known.st_ino)
+    expected = logits(checkpoint, packed_weights_bytes=0)
+    assert not torch.equal(expected, before)
+    assert torch.equal(logits(checkpoint), expected)
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next_that_writes(checkpoint: Path, cache: Path) -> None:
+    left = cache / ".weights-1a2b3c4d"
+    left.write_bytes(b"half of a file")
+    logits(checkpoint)
+    assert not left.exists()
+    assert len(files(cache)) == 1
+
+
 def test_the_least_recently_used_panels_are_removed_beyond_the_limit(checkpoint: Path, cache: Path) -> None:
     logits(checkpoint)
     (first,) = files(cache)

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -153,6 +154,30 @@ class SlowStore:
         )
         await writer.drain()
         writer.close()
+
+
+async def test_the_metrics_name_the_worker(setup: Setup) -> None:
+    async with setup.worker() as worker:
+        await setup.until_readyz(200)
+        _, metrics = await setup.get("/metrics")
+        worker.terminate()
+        await asyncio.wait_for(worker.wait(), 60)
+    (line,) = re.findall(r"^nanovllm_worker_info\{.*\} 1\.0$", metrics, re.MULTILINE)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+    revision = labels.pop("revision")
+    assert labels == {"version": version("nanovllm"), "model": "echo", "backend": "echo"}
+    assert revision
+
+
+async def test_lines_in_json_name_the_job_that_they_are_about(setup: Setup) -> None:
+    setup.environment["NANOVLLM_LOG_FORMAT"] = "json"
+    await setup.send({"job_id": "wrong", "prompt": "<|image|>", "images": ["s3://elsewhere/a.png"]})
+    async with setup.worker("--exit-when-drained") as worker:
+        _, said = await asyncio.wait_for(worker.communicate(), 60)
+    lines = [json.loads(line) for line in said.decode().splitlines()]
+    assert all(line["worker_id"] and line["level"] and line["message"] for line in lines)
+    (about,) = [line for line in lines if line.get("job_id") == "wrong"]
+    assert (about["topic"], about["partition"], about["offset"]) == (setup.topics["jobs"], 0, 0)
 
 
 async def test_answers_what_is_there_and_leaves_when_drained(setup: Setup) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -366,3 +367,10 @@ def test_tables_of_many_columns_become_cards_at_phone_width(demo):
     assert re.search(r"table\.wide td \{ display: block", phone)
     assert "table.wide thead { display: none }" in phone, "each cell that needs it names itself"
     assert page.count('data-name="code"') == len(outcome(demo, perfect(demo)).dead_letters)
+
+
+def test_the_report_says_what_the_engine_waited_for(demo):
+    waited = replace(outcome(demo, perfect(demo)), idle_s={"fetch": 0.25, "empty": 12.5})
+    page = render_report(waited)
+    assert page.index("Why the engine waited") < page.index("<td>empty</td>") < page.index("<td>fetch</td>")
+    assert "Why the engine waited" not in render_report(outcome(demo, perfect(demo)))

@@ -53,6 +53,15 @@ def test_a_worker_that_loads_its_model_is_alive_and_not_ready(served: Served) ->
     assert served.get("/healthz")[0] == 200
 
 
+def test_the_start_ends_with_the_model_whatever_the_brokers_do(served: Served) -> None:
+    assert served.get("/startupz") == (503, '{"status": "unavailable", "reasons": ["the model is not loaded"]}\n')
+    served.health.is_model_loaded = True
+    served.health.wait_for("the brokers kafka:9092")
+    assert served.get("/startupz")[0] == 200
+    served.health.is_engine_alive = False
+    assert served.get("/startupz")[0] == 200
+
+
 def test_a_worker_without_its_group_names_the_brokers() -> None:
     health = Health("kafka-0:9092,kafka-1:9092")
     health.is_model_loaded = True

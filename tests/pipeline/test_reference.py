@@ -34,6 +34,11 @@ def test_the_page_of_dead_letter_codes_is_that_of_the_errors() -> None:
     assert page == reference.codes_page(), "run: PYTHONPATH=. python tools/reference.py"
 
 
+def test_the_page_of_metrics_is_that_of_the_registry() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    assert page == reference.metrics_page(), "run: PYTHONPATH=. python tools/reference.py"
+
+
 def test_the_table_of_backends_is_that_of_their_capabilities() -> None:
     page = (DOCS / "backends.md").read_text()
     assert reference.capabilities_table() in page

@@ -55,8 +55,8 @@ def missing() -> str | None:
     capability = kind()
     if capability not in FLAGS:
         return f"there are none for a CPU of the kind {capability}, only for AVX512, AVX2 and 64-bit ARM"
-    library = kept(capability)
     try:
+        library = kept(capability)
         with START.timed(Phase.KERNELS):
             if not _load_kept(library):
                 with _one_process(library):
@@ -107,8 +107,13 @@ def kept(capability: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's cache of this project."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+    """The user's cache of this project. RuntimeError where the system knows no home of a user without HOME."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder, "nanovllm")
+    try:
+        return Path.home() / ".cache" / "nanovllm"
+    except RuntimeError as error:
+        raise RuntimeError(f"there is no folder for them (set HOME or XDG_CACHE_HOME): {error}") from error
 
 
 def check_ownership(path: Path) -> None:

@@ -59,6 +59,9 @@ class Panels(nn.Module):
         choice = product_choice.choose(self.dtype, deterministic=deterministic)
         if self.dtype == torch.float32 and choice.tiles_from is not None and not _has_three_products(panels):
             choice = product_choice.Choice()
+        if panels.dtype == self.dtype == torch.bfloat16:
+            # Its inputs are read in pairs, and the weight has a zero beside the last one.
+            return lambda x: product_choice.multiply(_in_pairs(x).contiguous(), panels, width, per_output, choice)
         return lambda x: product_choice.multiply(x.contiguous(), panels, width, per_output, choice)
 
 
@@ -217,6 +220,11 @@ def make_panels(
 def _has_three_products(stored: Tensor) -> bool:
     """Whether kernels/three_products.h multiplies float32 by a weight as well as vectors do."""
     return stored.dtype == torch.bfloat16 and all(end.isfinite() for end in stored.aminmax())
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    """Inputs with a zero behind an odd number of them."""
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
 
 
 def shortest(weight: Tensor) -> Tensor:

@@ -115,12 +115,12 @@ class PackedCache:
     def _locked(self) -> Iterator[bool]:
         """Let one process at a time look for a file and write it; where only reading is possible, all may.
 
-        Yields whether this process is alone.
+        Yields whether no other process does.
         """
-        is_alone = False
         with suppress(OSError):
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         kernels.check_ownership(self._folder)
+        is_alone = False
         with ExitStack() as stack:
             with suppress(OSError):
                 lock = stack.enter_context((self._folder / "weights.lock").open("w"))
@@ -130,9 +130,12 @@ class PackedCache:
 
 
 def key_of(files: Iterable[Path], **parts: Any) -> str:
-    """The name of packed weights: of the files that they come from, the kernels, and ``parts``."""
+    """The name of packed weights: of the files that they come from, the kernels, and ``parts``.
+
+    The time of the last change counts beside that of the last write, which whoever copies a file may set.
+    """
     stats = [(str(path.resolve()), path.stat()) for path in files]
-    identity = [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats]
+    identity = [(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats]
     library = kernels.kept(kernels.kind()).name
     everything = [identity, library, dict(panel_forms()), parts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]

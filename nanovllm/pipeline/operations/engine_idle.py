@@ -33,7 +33,8 @@ class EngineIdle:
     """
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = metrics.engine_idle_seconds
+        self._metric = metrics.engine_idle_seconds
+        self._seconds: dict[str, float] = {}
         self._clock = clock
         self._requests = 0
         self._at_work: dict[Wait, int] = dict.fromkeys(NEAREST_FIRST, 0)
@@ -69,7 +70,7 @@ class EngineIdle:
     def observe(self, stats: EngineStats) -> None:
         """Count until now, and what ``stats`` say of images."""
         self._charge()
-        self._seconds.labels("encode").inc(max(0.0, stats.image_seconds - self._image_seconds))
+        self._count("encode", max(0.0, stats.image_seconds - self._image_seconds))
         self._image_seconds = stats.image_seconds
 
     @property
@@ -80,10 +81,23 @@ class EngineIdle:
                 return wait
         return "broker" if self._records_wait else "empty"
 
+    @property
+    def current(self) -> str | None:
+        """What the engine waits for now; None while it has a request."""
+        return None if self._requests else self.reason
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each reason, counted so far; may be called in any thread."""
+        return dict(self._seconds)
+
+    def _count(self, reason: str, seconds: float) -> None:
+        self._metric.labels(reason).inc(seconds)
+        self._seconds[reason] = self._seconds.get(reason, 0.0) + seconds
+
     def _charge(self) -> None:
         now = self._clock()
         if not self._requests:
-            self._seconds.labels(self.reason).inc(now - self._since)
+            self._count(self.reason, now - self._since)
         self._since = now
 
     def _enter(self, wait: Wait) -> None:

@@ -1,24 +1,44 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``, in threads of their own: they answer when the event loop does not."""
+"""The worker's probes and ``/metrics``, in threads of their own: they answer when the event loop does not."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from nanovllm.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+PAGE = Path(__file__).with_name("status_page.html")
+
 # Heartbeats to Kafka share the event loop; one that stood still for longer has lost its partitions long ago.
 MAX_SILENCE_S = 30.0
 ANSWER_LAPSE_S = 60.0
 """What is held back from one tenant makes the worker unready once nothing was answered for so long."""
+
+
+@cache
+def page_policy() -> str:
+    """The status page's policy: its own script and style, by their digests, and requests to this server alone."""
+
+    def digests(element: str) -> str:
+        (text,) = re.findall(rf"<{element}>(.*?)</{element}>", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    own = f"script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Health:
@@ -83,6 +103,11 @@ class Health:
         return tuple(reason for reason in reasons if reason)
 
     @property
+    def unstarted(self) -> tuple[str, ...]:
+        """Why the start has not ended. Brokers are no part of it: a pod that waits for them would be ended again."""
+        return () if self.is_model_loaded else ("the model is not loaded",)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is wrong for single tenants, while others are answered."""
         return self.held_tenants if self._others_are_answered else ()
@@ -99,6 +124,8 @@ class HealthServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         self.health = health
         self.metrics = metrics
+        self.status: Callable[[], Mapping[str, Any]] | None = None
+        """What ``/stats`` answers, once there is a worker; called in the server's threads."""
         self.port = int(self.server_address[1])
         self._serving = threading.Thread(target=self.serve_forever, name="nanovllm-http", daemon=True)
 
@@ -132,6 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._report(self.server.health.troubles)
         elif path == "/readyz":
             self._report(self.server.health.unready, self.server.health.notes)
+        elif path == "/startupz":
+            self._report(self.server.health.unstarted)
+        elif path == "/stats":
+            self._stats()
+        elif path == "/":
+            self._answer(200, PAGE.read_bytes(), "text/html; charset=utf-8", {"Content-Security-Policy": page_policy()})
         elif path == "/metrics":
             self._answer(200, self.server.metrics.exposition(), "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -140,13 +173,23 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def _stats(self) -> None:
+        status = self.server.status
+        said = {"worker": {"state": "starting", "reasons": self.server.health.unready}} if status is None else status()
+        self._answer(200, json.dumps(said).encode(), "application/json", {"Cache-Control": "no-store"})
+
     def _report(self, reasons: tuple[str, ...], notes: tuple[str, ...] = ()) -> None:
         said = {"status": "unavailable" if reasons else "ok", "reasons": reasons} | ({"notes": notes} if notes else {})
         self._answer(503 if reasons else 200, (json.dumps(said) + "\n").encode(), "application/json")
 
-    def _answer(self, status: int, body: bytes, content_type: str) -> None:
+    def _answer(self, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
+        for name, value in {
+            "Content-Type": content_type,
+            "X-Content-Type-Options": "nosniff",
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

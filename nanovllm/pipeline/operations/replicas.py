@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO
@@ -29,6 +30,7 @@ _LASTING_S = 60.0  # a replica that ran for so long begins anew with the shortes
 _MOST_ENDS = 5  # of one replica in a row, none of which lasted
 _PR_SET_PDEATHSIG = 1
 _LAST_PORT = 65_535
+_LAST_LINES_S = 1.0  # for what a replica wrote before its end; a process that it started may hold its output for longer
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Replicas:
                 replica.process.send_signal(number)
             replica.signals_sent = len(self._signals)
             return
-        replica.output.join()
+        replica.output.join(_LAST_LINES_S)
         if self._signals or code == _MISUSE or (until_all_end and code == DONE):
             replica.code = code
         else:
@@ -138,7 +140,9 @@ class Replicas:
         finally:
             os.sched_setaffinity(0, before)
         assert process.stdout is not None
-        output = threading.Thread(target=_pass_on, args=(process.stdout, f"[{index}] ".encode()), daemon=True)
+        # A line of JSON has the replica's name in it.
+        prefix = b"" if self._settings.log_format == "json" else f"[{index}] ".encode()
+        output = threading.Thread(target=_pass_on, args=(process.stdout, prefix), daemon=True)
         output.start()
         port = self._settings.http.port
         logger.info(
@@ -188,7 +192,11 @@ def end_with_parent() -> None:
 
 
 def _pass_on(output: IO[bytes], prefix: bytes) -> None:
-    """Write each line of a replica with its prefix to standard error."""
+    """Write each line of a replica with its prefix to standard error.
+
+    Where nobody reads that any more the lines are lost: a replica whose output nobody took would stand still.
+    """
     for line in output:
-        sys.stderr.buffer.write(prefix + line)
-        sys.stderr.buffer.flush()
+        with suppress(OSError):
+            sys.stderr.buffer.write(prefix + line)
+            sys.stderr.buffer.flush()

@@ -5,23 +5,26 @@ from __future__ import annotations
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.metrics import Metrics
 from nanovllm.pipeline.operations.health import Health
+from nanovllm.pipeline.operations.recent_jobs import EndedJob, RecentJobs
 from nanovllm.pipeline.stages.context import (
     Answered,
     DeadLettered,
     Extracted,
     JobContext,
     Outcome,
+    Retried,
     Skipped,
     dead_letter_class,
 )
 
 
-def observe(metrics: Metrics, health: Health, outcome: Outcome, context: JobContext) -> None:
-    """Count ``outcome``, observe its times, and tell ``health`` of an answer."""
+def observe(metrics: Metrics, health: Health, recent: RecentJobs, outcome: Outcome, context: JobContext) -> None:
+    """Count ``outcome``, observe its times, keep it among the recent ones, and tell ``health`` of an answer."""
     if isinstance(outcome, (Answered, Extracted)):
         health.answer()
     metrics.jobs.labels(outcome.label).inc()
     observe_stages(metrics, context)
+    recent.add(_ended(outcome, context))
     if isinstance(outcome, DeadLettered):
         error, stage = outcome.error, context.progress.failed_stage
         metrics.dead_letters.labels(dead_letter_class(error), error.code, stage).inc()
@@ -29,18 +32,32 @@ def observe(metrics: Metrics, health: Health, outcome: Outcome, context: JobCont
         observe_inference(metrics, outcome.output)
 
 
-def observe_event(metrics: Metrics, health: Health, outcome: Outcome, context: JobContext) -> None:
+def observe_event(metrics: Metrics, health: Health, recent: RecentJobs, outcome: Outcome, context: JobContext) -> None:
     """As ``observe``, for one event of a record: what is skipped is counted by its reason, and is no job."""
     if isinstance(outcome, Skipped):
         metrics.events.labels(outcome.reason).inc()
         return
     metrics.events.labels(outcome.label).inc()
-    observe(metrics, health, outcome, context)
+    observe(metrics, health, recent, outcome, context)
     if isinstance(outcome, Extracted):
         for page in outcome.record.pages:
             source = "reused" if page.reused else page.source or "none"
             metrics.pages.labels(page.status, source).inc()
         metrics.engine_seconds_saved.inc(outcome.record.timings_ms.saved / 1000)
+
+
+def _ended(outcome: Outcome, context: JobContext) -> EndedJob:
+    route, tokens = context.origin.source.topic, (0, 0)
+    if isinstance(outcome, Extracted):
+        route, usage = outcome.record.route.name, outcome.record.usage
+        tokens = usage.input_tokens, usage.output_tokens
+    elif isinstance(outcome, Answered) and outcome.reused is None:
+        tokens = outcome.output.usage.input_tokens, outcome.output.usage.output_tokens
+    code = outcome.error.code if isinstance(outcome, (DeadLettered, Retried)) else None
+    progress = context.progress
+    return EndedJob(
+        context.job_id, context.tenant, route, outcome.label, code, progress.seconds, progress.elapsed_s, *tokens
+    )
 
 
 def observe_inference(metrics: Metrics, output: RequestOutput) -> None:
