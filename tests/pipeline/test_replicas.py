@@ -60,3 +60,11 @@ def test_replicas_go_on_where_nobody_reads_what_they_say(tmp_path: Path) -> None
     finally:
         parent.kill()
     assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1"}
+
+
+def test_a_replica_whose_parent_ended_before_it_could_ask_for_its_signal_ends() -> None:
+    script = "from nanovllm.pipeline.operations.replicas import end_with_parent; end_with_parent(); print('goes on')"
+    for parent, code, output in ((os.getpid(), 0, b"goes on\n"), (1 << 30, 1, b"")):
+        environment = {**os.environ, "_NANOVLLM_PARENT": str(parent)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        assert (done.returncode, done.stdout) == (code, output)

@@ -29,6 +29,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _LASTING_S = 60.0  # a replica that ran for so long begins anew with the shortest pause
 _MOST_ENDS = 5  # of one replica in a row, none of which lasted
 _PR_SET_PDEATHSIG = 1
+_PARENT = "_NANOVLLM_PARENT"  # variable with the process id of what has started a replica
 _LAST_PORT = 65_535
 _LAST_LINES_S = 1.0  # for what a replica wrote before its end; a process that it started may hold its output for longer
 
@@ -132,7 +133,12 @@ class Replicas:
         try:
             process = subprocess.Popen(
                 [*self._command, "--replica", str(index)],
-                env={**os.environ, **replica_variables(self._settings, index), **_threads(len(cores))},
+                env={
+                    **os.environ,
+                    **replica_variables(self._settings, index),
+                    **_threads(len(cores)),
+                    _PARENT: str(os.getpid()),
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # a terminal's Ctrl-C comes by this process alone: a second signal would not drain
@@ -186,9 +192,14 @@ def _threads(cores: int) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Have the system send this process SIGTERM when its parent ends, however it does."""
+    """Have the system send this process SIGTERM when its parent ends, however it does.
+
+    Raises SystemExit where the parent has ended already: nothing would tell this process.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.environ.pop(_PARENT, str(os.getppid())) != str(os.getppid()):
+        raise SystemExit(FAILED)
 
 
 def _pass_on(output: IO[bytes], prefix: bytes) -> None:
