@@ -19,6 +19,7 @@ from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.errors import status_of
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
+from nanovllm.pipeline.operations.replicas import cores_of_replicas
 from nanovllm.settings.worker import Settings
 from nanovllm.start_phases import START, Phase
 from nanovllm.terminal import Row, long_work, print_table
@@ -43,6 +44,7 @@ def doctor(
     """
     settings = engine_settings(config, checkpoint)
     check_settings(settings.s3)
+    replicas = list(_replicas(settings))
     match settings.engine.backend:
         case "openai":
             rows = _servers(settings)
@@ -53,6 +55,7 @@ def doctor(
         case _:
             rows = _engine(settings, seconds)
     rows += [Row(*row) for row in profile_rows(model_profile(settings.engine))]
+    rows += replicas
     rows += surroundings(settings)
     print_table(("what", "is", "why"), [row[:3] for row in rows], as_json=as_json)
     if check and any(row.fails for row in rows):
@@ -76,7 +79,8 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
 
         build.image_limits(settings.images)
         build.begin_digest(settings)
-        with build.build_engine(settings.engine) as engine:
+        shares = settings.replicas * settings.engine.cpu_memory_shares
+        with build.build_engine(settings.engine.model_copy(update={"cpu_memory_shares": shares})) as engine:
             of_profile = heeded_sampling(model_profile(settings.engine).profile, SAMPLING_NAMES)
             defaults = sampling_defaults(settings, engine.generation_defaults, of_profile)
             first = take_first_token(engine)
@@ -104,13 +108,22 @@ def _vllm(settings: Settings) -> list[Row]:
 
 def surroundings(settings: Settings) -> Iterator[Row]:
     """What answers of all that a worker with ``settings`` speaks to; nothing is created, and a wait is short."""
-    yield _port(settings)
+    ports = range(settings.http.port, settings.http.port + settings.replicas) if settings.http.port else [0]
+    yield from (_port(settings.http.host, port) for port in ports)
     yield from _brokers(settings)
     yield from _stores(settings)
 
 
-def _port(settings: Settings) -> Row:
-    host, port = settings.http.host, settings.http.port
+def _replicas(settings: Settings) -> Iterator[Row]:
+    """The cores of each replica; raises ConfigurationError where there are too few cores or ports."""
+    if settings.replicas == 1:
+        return
+    sets = [",".join(map(str, cores)) for cores in cores_of_replicas(settings)]
+    note = "memory is what one of them has; threads and speeds are those of one process on all cores"
+    yield Row("replicas", f"{settings.replicas}, on cores {' | '.join(sets)}", note)
+
+
+def _port(host: str, port: int) -> Row:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import socket
 from typing import Any
 
@@ -52,6 +54,22 @@ def test_a_port_in_use_is_told() -> None:
             told(settings(kafka=kafka, http={"host": "127.0.0.1", "port": port}))["http port"][0]
             == f"{port} is not free"
         )
+
+
+def test_each_replica_has_its_port_and_its_cores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "echo")
+    monkeypatch.setenv("NANOVLLM_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    monkeypatch.setenv("NANOVLLM_REPLICAS", "2")
+    assert main(["doctor", "--json"]) == 0
+    rows = [(row["what"], row["is"]) for row in json.loads(capsys.readouterr().out)]
+    assert ("replicas", "2, on cores 0 | 1") in rows
+    assert [value.split()[0] for subject, value in rows if subject == "http port"] == ["8080", "8081"]
+    monkeypatch.setenv("NANOVLLM_HTTP__PORT", "65535")
+    assert main(["doctor", "--json"]) == 2
+    assert "http.port=65535: the last of 2 replicas would listen on port 65536; set 65534" in capsys.readouterr().err
 
 
 def store(s3: S3Part, *buckets: str, endpoint_url: str | None = None) -> dict[str, tuple[str, str]]:

@@ -68,10 +68,7 @@ class Replicas:
         """
         self._settings, self._command = settings, command
         self._signals: list[int] = []
-        self._cores = core_sets(settings.replicas)
-        last = settings.http.port + settings.replicas - 1
-        if settings.http.port and last > _LAST_PORT:
-            raise ConfigurationError(f"http.port={settings.http.port}: the last replica would listen on port {last}")
+        self._cores = cores_of_replicas(settings)
 
     def run(self, *, until_all_end: bool = False) -> int:
         """Run the replicas until they are stopped; returns the exit code of the process.
@@ -154,6 +151,17 @@ class Replicas:
             port + index if port else "free",
         )
         return _Replica(index, cores, process, output, time.monotonic())
+
+
+def cores_of_replicas(settings: Settings) -> list[tuple[int, ...]]:
+    """The numbers of each replica's cores; raises ConfigurationError where there are too few cores or ports."""
+    last = settings.http.port + settings.replicas - 1
+    if settings.http.port and last > _LAST_PORT:
+        raise ConfigurationError(
+            f"http.port={settings.http.port}: the last of {settings.replicas} replicas would listen on port {last}; "
+            f"set {_LAST_PORT - settings.replicas + 1} at most"
+        )
+    return core_sets(settings.replicas)
 
 
 def replica_variables(settings: Settings, index: int) -> dict[str, str]:
