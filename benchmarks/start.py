@@ -68,7 +68,9 @@ def phases_in(text: str) -> dict[str, float]:
 def environment(tree: Path, **variables: str) -> dict[str, str]:
     """Variables for a process of ``tree``, with threads that sleep while they wait, as a worker sets them."""
     threads = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**os.environ, **threads, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", **variables}
+    # A worker refuses what is no setting of its own, as the benchmarks' variables are.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")}
+    return {**inherited, **threads, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", **variables}
 
 
 def start_in_python(tree: Path, directory: Path) -> Start:

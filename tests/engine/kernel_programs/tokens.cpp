@@ -58,14 +58,15 @@ void check_attention() {
     std::copy_n(whole.const_data_ptr<Computed>() + first * row, count * row, piece.mutable_data_ptr<Computed>());
     return piece;
   };
-  at::Tensor tables({1, 3}, at::kInt);
-  for (int32_t i = 0; i < 3; ++i) tables.mutable_data_ptr<int32_t>()[i] = 3 - i;
+  at::Tensor tables({2, 3}, at::kInt);  // the sequence has the second row
+  for (int32_t i = 0; i < 6; ++i) tables.mutable_data_ptr<int32_t>()[i] = i < 3 ? 0 : 6 - i;
   for (const auto& [first, count] : {std::pair<int64_t, int64_t>{0, 39}, {39, 1}}) {
     std::vector<int64_t> slots;
     for (int64_t i = first; i < first + count; ++i) slots.push_back(slot(i));
     const at::Tensor output =
         paged_attention(part(query, first, count), part(key, first, count), part(value, first, count), cache, block,
-                        whole_numbers(slots), whole_numbers({0, count}), whole_numbers({first + count}), tables, 0.2);
+                        whole_numbers(slots), whole_numbers({0, count}), whole_numbers({first + count}), tables,
+                        whole_numbers({1}), 0.2, std::nullopt);
     for (int64_t token = 0; token < count; ++token)
       for (int64_t head = 0; head < heads; ++head) {
         std::vector<double> weights, expected(d);
