@@ -17,10 +17,12 @@ from parts import S3Part, VersityNode, create_topic
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import ConfigurationError, FetchFailed, StoreUnreachable
 from nanovllm.messages.result import Result, result_id_for
+from nanovllm.metrics import Metrics
 from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
+from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.pipeline.stages.receive import Receive
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.settings.failures import RetrySettings
@@ -120,7 +122,7 @@ def stored_name(tenant: str = "", *, group_id: str = "group", via: str = "jobs",
         headers = retry_topics.origin_of(consumed).retry_headers(4, datetime.now(UTC), FetchFailed("503"))
         later = {"topic": via, "partition": 0, "offset": 77, "timestamp_ms": 88, "headers": headers}
         consumed = ConsumedRecord(**{**fields, **later}, ledger=ledger)
-    context = replace(Receive(settings, retry_topics).context_of(consumed), tenant=tenant)
+    context = replace(Receive(settings, retry_topics, EngineIdle(Metrics())).context_of(consumed), tenant=tenant)
     return RecordBuilder(settings, EchoEngine().model_info, lambda _: 1_000, retry_topics).stored_name(context)
 
 
