@@ -144,6 +144,28 @@ def test_damaged_panels_are_told_of_and_made_anew(
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize("make", [make_qwen3, make_llava], ids=["text", "image"])
+def test_a_file_of_another_module_is_passed_over(
+    make: Callable[[Path], Path],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directory, sees = make(tmp_path / "model"), make is make_llava
+    expected = logits(directory, sees=sees, packed_weights_bytes=0)
+    add, written = PackedFileWriter.add, set[int]()
+
+    def add_all_but_the_first(writer: PackedFileWriter, name: str, tensor: Tensor) -> None:
+        if id(writer) in written:
+            add(writer, name, tensor)
+        written.add(id(writer))
+
+    monkeypatch.setattr(PackedFileWriter, "add", add_all_but_the_first)
+    assert torch.equal(logits(directory, sees=sees), expected)
+    assert caplog.text.count("is passed over, and weights are packed in memory: it lacks") == 1 + sees
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_panels_are_packed_in_memory_where_the_cache_cannot_be_written(
     checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.layers import huge_pages, linear
 from nanovllm.engine.layers.linear import Linear, choose_torch_layouts, has_panels
 from nanovllm.engine.layers.packed_cache import PackedCache, key_of
-from nanovllm.engine.layers.packed_file import PackedFileWriter
+from nanovllm.engine.layers.packed_file import DamagedFile, PackedFileWriter, PackedTensors
 from nanovllm.engine.layers.packed_state import release, restore, state_of
 from nanovllm.engine.models import registry
 from nanovllm.engine.models.decoder import Decoder
@@ -27,6 +28,8 @@ from nanovllm.engine.models.text_model import TextModel
 from nanovllm.start_phases import START, Phase
 from nanovllm.vision.encoders import base
 from nanovllm.vision.encoders.base import ImageEncoder
+
+logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 16 << 20
 """Weights of a module that are worth a file: fewer are packed in no time."""
@@ -57,8 +60,7 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
                 release(unfilled.model)
             return {_ALIASES: json.dumps(aliases)}
 
-        if (kept := cache.open(key, expected, write)) is not None:
-            restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]), deterministic=config.deterministic)
+        if (kept := cache.open(key, expected, write)) is not None and _restored(shell, kept, config):
             for module in shell.modules():
                 if isinstance(module, Linear):
                     module.use_tile(_tile(config))
@@ -90,8 +92,7 @@ def load_packed_encoder(
                 assert encoder is not None
                 return {_ALIASES: json.dumps(_write_state(writer, encoder)), _REVISION: encoder.revision}
 
-            if (kept := cache.open(key, expected, write)) is not None:
-                restore(shell, kept.tensors, json.loads(kept.notes[_ALIASES]), deterministic=config.deterministic)
+            if (kept := cache.open(key, expected, write)) is not None and _restored(shell, kept, config):
                 shell.revision = kept.notes[_REVISION]
                 return shell
     return _load_encoder(config, checkpoint, text, dtype, device)
@@ -113,6 +114,16 @@ def _cache(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Pa
     if not config.packed_weights_bytes or not (has_panels(stored, device) and has_panels(dtype, device)):
         return None
     return PackedCache(config.packed_weights_bytes)
+
+
+def _restored(module: nn.Module, kept: PackedTensors, config: EngineConfig) -> bool:
+    """Give ``module`` what a file has; False, and told, where it is that of another module."""
+    try:
+        restore(module, kept.tensors, json.loads(kept.notes[_ALIASES]), deterministic=config.deterministic)
+    except DamagedFile as error:
+        logger.warning("%s is passed over, and weights are packed in memory: %s; remove it", kept.path, error)
+        return False
+    return True
 
 
 def _pack(model: Decoder, linears: Sequence[Linear], config: EngineConfig) -> None:
