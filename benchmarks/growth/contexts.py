@@ -38,8 +38,8 @@ def _metadata(context: int) -> dict[tuple[str, str], float]:
         return {_METADATA: 1e3 * best(lambda: plan(AttentionBatch([1] * ROWS, [context] * ROWS, lists)))}
     for table in lists:
         kept.extend(kept.take_seat(), table)
-    seats = list(range(ROWS))
-    return {_METADATA: 1e3 * best(lambda: plan(AttentionBatch([1] * ROWS, [context] * ROWS, kept.of(seats, width))))}
+    seats, rows = list(range(ROWS)), ([1] * ROWS, [context] * ROWS)
+    return {_METADATA: 1e3 * best(lambda: plan(AttentionBatch(*rows, kept.rows, seats)))}
 
 
 _METADATA = ("attention metadata of 64 decoding rows", "ms")
