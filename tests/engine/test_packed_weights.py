@@ -320,3 +320,12 @@ def test_workers_that_start_at_once_pack_panels_once_and_share_them(checkpoint: 
         found = list(pool.map(lambda _: Counting(1 << 30, cache).open("key", 1, write), range(4)))
     assert len(written) == 1
     assert all(kept is not None and torch.equal(kept.tensors["it"], torch.arange(70_000)) for kept in found)
+
+
+def test_a_tower_warns_once_whether_its_weights_are_read_or_mapped(tmp_path: Path, cache: Path) -> None:
+    directory = make_llava(tmp_path / "model", patch=16, size=64)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="trained on images of 64 pixels") as caught:
+            logits(directory, sees=True, max_image_size=128, num_vision_tokens=16)
+        assert len([one for one in caught if "trained on" in str(one.message)]) == 1
+    assert len(files(cache)) == 2

@@ -75,7 +75,7 @@ def test_more_copies_than_brokers_are_refused_by_the_options_name(
         async def create_topics(self, new: list[NewTopic]) -> SimpleNamespace:
             return SimpleNamespace(topic_errors=[(one.name, 38, "larger than available brokers: 1") for one in new])
 
-    monkeypatch.setattr("nanovllm.kafka.admin._admin", lambda kafka: contextlib.nullcontext(OneBroker()))
+    monkeypatch.setattr("nanovllm.kafka.admin.connected_admin", lambda kafka: contextlib.nullcontext(OneBroker()))
     assert main(["topics", "create", "--replication", "3"]) == 2
     assert "--replication" in capsys.readouterr().err
 

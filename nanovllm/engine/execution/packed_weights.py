@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -80,7 +81,8 @@ def load_packed_encoder(
     """The image encoder, if there is one, with its weights in the layouts of this machine; raises as `load_encoder`."""
     cache = _cache(config, dtype, device)
     if cache is not None:
-        with _META:
+        with warnings.catch_warnings(record=True) as told, _META:
+            warnings.simplefilter("always")
             shell = load_encoder(checkpoint, config, text, dtype, _META)
         if shell is None:
             return None
@@ -94,6 +96,8 @@ def load_packed_encoder(
 
             if (kept := cache.open(key, expected, write)) is not None and _restored(shell, kept, config):
                 shell.revision = kept.notes[_REVISION]
+                for one in told:  # where weights are read, the encoder that has them warns
+                    warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
                 return shell
     return _load_encoder(config, checkpoint, text, dtype, device)
 
