@@ -45,9 +45,7 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on engines compute with every Triton kernel of ours and read tokens late, as on a GPU."""
     monkeypatch.setattr(kernels, "missing", lambda: "a GPU has none")
     monkeypatch.setattr(fused, "serves", lambda _: True)
-    monkeypatch.setattr(
-        model_runner, "choose_backend", lambda device, dtype, block, heads: TritonAttention(device, block)
-    )
+    monkeypatch.setattr(model_runner, "choose_backend", lambda device, dtype, block, *_: TritonAttention(device, block))
     monkeypatch.setattr(model_runner, "choose_kernels", lambda *_: triton_kernels())
     monkeypatch.setattr(llm_engine, "is_asynchronous", lambda _: True)
 

@@ -92,11 +92,12 @@ def load_packed_encoder(
             def write(writer: PackedFileWriter) -> Mapping[str, str]:
                 encoder = _load_encoder(config, checkpoint, text, dtype, device)
                 assert encoder is not None
+                told.clear()  # it has warned itself
                 return {_ALIASES: json.dumps(_write_state(writer, encoder)), _REVISION: encoder.revision}
 
             if (kept := cache.open(key, expected, write)) is not None and _restored(shell, kept, config):
                 shell.revision = kept.notes[_REVISION]
-                for one in told:  # where weights are read, the encoder that has them warns
+                for one in told:
                     warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
                 return shell
     return _load_encoder(config, checkpoint, text, dtype, device)
