@@ -18,7 +18,7 @@ from nanovllm.checkpoints.checkpoint import Checkpoint
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.layers import huge_pages, linear
-from nanovllm.engine.layers.linear import Linear, choose_torch_layouts, has_panels
+from nanovllm.engine.layers.linear import Linear, choose_torch_layouts
 from nanovllm.engine.layers.packed_cache import PackedCache, key_of
 from nanovllm.engine.layers.packed_file import DamagedFile, PackedFileWriter, PackedTensors
 from nanovllm.engine.layers.packed_state import release, restore, state_of
@@ -116,7 +116,7 @@ def _load_encoder(
 def _cache(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> PackedCache | None:
     """The cache, where one is wanted and weights are packed to what a file can hold: our own panels."""
     stored = torch.int8 if config.quantization == "int8" else dtype
-    if not config.packed_weights_bytes or not (has_panels(stored, device) and has_panels(dtype, device)):
+    if not config.packed_weights_bytes or not (linear.has_panels(stored, device) and linear.has_panels(dtype, device)):
         return None
     return PackedCache(config.packed_weights_bytes)
 
