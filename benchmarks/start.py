@@ -128,8 +128,8 @@ async def start_worker(tree: Path, directory: Path, brokers: str, log: Path) -> 
             raise SystemExit(f"{tree} did not answer:\n{worker.tail(30)}") from None
         finally:
             worker.stop()
-    told = STARTED.search(worker.tail(1_000))
-    return Start(round(seconds, 3), phases_in(told[1]) if told else {})
+    told = STARTED.findall(worker.tail(1_000))  # the log of earlier runs stands before
+    return Start(round(seconds, 3), phases_in(told[-1]) if told else {})
 
 
 async def measure(trees: dict[str, Path], directory: Path, runs: int) -> dict[str, dict[str, list[Start]]]:
