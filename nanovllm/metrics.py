@@ -98,6 +98,16 @@ class _Histogram(_KeptChildren, Histogram):
         return super()._child_samples()
 
 
+def totals_by(counter: Counter, label: str) -> dict[str, float]:
+    """The totals of a counter by the values of one of its labels; may be called in any thread."""
+    totals: dict[str, float] = {}
+    for family in counter.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                totals[sample.labels[label]] = totals.get(sample.labels[label], 0.0) + sample.value
+    return totals
+
+
 class Metrics:
     """The registry of one worker. A process may hold several (tests do): nothing here is global."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -79,20 +80,8 @@ def as_object(group: GroupStatus, rates: GroupRates) -> dict[str, Any]:
         "written_per_s": rates.written,
         "finished_per_s": rates.finished,
         "seconds_left": rates.seconds_left(group.lag),
-        "workers": [
-            {"client_id": one.client_id, "host": one.host, "partitions": one.partitions} for one in group.members
-        ],
-        "partitions": [
-            {
-                "topic": one.topic,
-                "partition": one.partition,
-                "finished": one.finished,
-                "end": one.end,
-                "lag": one.lag,
-                "client_id": one.client_id,
-            }
-            for one in group.partitions
-        ],
+        "workers": [asdict(one) for one in group.members],
+        "partitions": [{**asdict(one), "lag": one.lag} for one in group.partitions],
     }
 
 

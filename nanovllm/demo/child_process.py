@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,18 @@ from nanovllm.errors import SystemicError
 HOST = "127.0.0.1"
 
 _steps = itertools.count(secrets.randbelow(17_000))  # onwards, so that a process is not given one port twice
+
+
+def read_loopback(url: str) -> bytes:
+    """What a server on loopback answers, which is never reached through the proxy that the environment may name.
+
+    Raises:
+        OSError: it does not answer, or not with success.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=5) as answer:
+        body: bytes = answer.read()
+    return body
 
 
 def free_port() -> int:

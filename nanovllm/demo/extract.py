@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections import Counter
 from datetime import UTC, datetime
 
@@ -13,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanovllm.client.connection import connected_producer
 from nanovllm.client.reconcile import created_event
 from nanovllm.client.results import ResultReader, client_settings
-from nanovllm.demo.child_process import HOST, LocalProcess
+from nanovllm.demo.child_process import HOST, LocalProcess, read_loopback
 from nanovllm.demo.document_outcome import DocumentOutcome
 from nanovllm.demo.documents import DemoDocument, DemoDocuments
 from nanovllm.demo.jobs import BUCKET
@@ -86,16 +85,10 @@ class DocumentsAtWork:
     async def _ended(self) -> Counter[str]:
         """The worker's events by what came of them, as its metrics count them."""
         try:
-            page = await asyncio.to_thread(self._page)
+            page = (await asyncio.to_thread(read_loopback, self._metrics_url)).decode()
         except OSError:
             return Counter()
         samples = [one for family in text_string_to_metric_families(page) for one in family.samples]
         return Counter(
             {one.labels["outcome"]: int(one.value) for one in samples if one.name == "nanovllm_events_total"}
         )
-
-    def _page(self) -> str:
-        # Loopback is never reached through the proxy that the environment may name.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(self._metrics_url, timeout=5) as answer:
-            return str(answer.read().decode())

@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.text import Text
 from nanovllm.client.producer import JobProducer
 from nanovllm.client.results import ResultReader, client_settings
 from nanovllm.demo.broker import EmbeddedBroker
-from nanovllm.demo.child_process import HOST, LocalProcess, free_port
+from nanovllm.demo.child_process import HOST, LocalProcess, free_port, read_loopback
 from nanovllm.demo.document_outcome import DocumentOutcome, DocumentSummary
 from nanovllm.demo.documents import LETTERS, PREFIX, SCANS, DemoDocuments, demo_documents, write_routes
 from nanovllm.demo.extract import DocumentsAtWork
@@ -198,11 +197,8 @@ def _worker_environment(settings: Mapping[str, str], port: int) -> dict[str, str
 
 def _idle_seconds(port: int) -> dict[str, float]:
     """What the worker's engine waited for, in seconds; nothing where the worker tells nothing."""
-    # Loopback is never reached through the proxy that the environment may name.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{HOST}:{port}/stats", timeout=5) as answer:
-            return dict(json.load(answer)["idle"]["seconds"])
+        return dict(json.loads(read_loopback(f"http://{HOST}:{port}/stats"))["idle"]["seconds"])
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.metrics import totals_by
 from nanovllm.start_phases import START
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def worker_status(worker: Worker) -> dict[str, Any]:
     """What ``GET /stats`` answers; may be called in any thread."""
     settings, health, stats, recent = worker.settings, worker.health, worker.engine_stats, worker.recent
     lags = worker.lags
-    idle = worker.idle.seconds()
+    idle = totals_by(worker.metrics.engine_idle_seconds, "reason")
     return {
         "now": time.time(),
         "worker": {
@@ -51,19 +51,10 @@ def worker_status(worker: Worker) -> dict[str, Any]:
         "latency_s": recent.latencies(),
         "idle": {"now": worker.idle.current, "seconds": idle},
         "caches": _caches(worker),
-        "dead_letters": _dead_letters(worker),
+        "dead_letters": {code: int(total) for code, total in totals_by(worker.metrics.dead_letters, "code").items()},
         "routes": _routes(worker, idle),
         "recent": [_shown(asdict(job)) for job in recent.last(SHOWN_JOBS)],
     }
-
-
-def _dead_letters(worker: Worker) -> dict[str, int]:
-    codes: Counter[str] = Counter()
-    for family in worker.metrics.dead_letters.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                codes[sample.labels["code"]] += int(sample.value)
-    return dict(codes)
 
 
 def _caches(worker: Worker) -> dict[str, Any]:

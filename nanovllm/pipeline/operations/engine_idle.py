@@ -33,8 +33,7 @@ class EngineIdle:
     """
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._metric = metrics.engine_idle_seconds
-        self._seconds: dict[str, float] = {}
+        self._seconds = metrics.engine_idle_seconds
         self._clock = clock
         self._requests = 0
         self._at_work: dict[Wait, int] = dict.fromkeys(NEAREST_FIRST, 0)
@@ -70,7 +69,7 @@ class EngineIdle:
     def observe(self, stats: EngineStats) -> None:
         """Count until now, and what ``stats`` say of images."""
         self._charge()
-        self._count("encode", max(0.0, stats.image_seconds - self._image_seconds))
+        self._seconds.labels("encode").inc(max(0.0, stats.image_seconds - self._image_seconds))
         self._image_seconds = stats.image_seconds
 
     @property
@@ -86,18 +85,10 @@ class EngineIdle:
         """What the engine waits for now; None while it has a request."""
         return None if self._requests else self.reason
 
-    def seconds(self) -> dict[str, float]:
-        """The seconds of each reason, counted so far; may be called in any thread."""
-        return dict(self._seconds)
-
-    def _count(self, reason: str, seconds: float) -> None:
-        self._metric.labels(reason).inc(seconds)
-        self._seconds[reason] = self._seconds.get(reason, 0.0) + seconds
-
     def _charge(self) -> None:
         now = self._clock()
         if not self._requests:
-            self._count(self.reason, now - self._since)
+            self._seconds.labels(self.reason).inc(now - self._since)
         self._since = now
 
     def _enter(self, wait: Wait) -> None:

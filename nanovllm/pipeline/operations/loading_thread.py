@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
+
+from nanovllm.objects.daemon_threads import DaemonThreads
 
 T = TypeVar("T")
 
@@ -18,17 +18,7 @@ async def in_loading_thread(load: Callable[[], T]) -> T:
 
     Not an executor's thread: those are waited for, and weights are read for minutes.
     """
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # a task that is cancelled does not end the thread
-
-    def run() -> None:
-        try:
-            outcome.set_result(load())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name=_NAME, daemon=True).start()
-    return await asyncio.wrap_future(outcome)
+    return await DaemonThreads(_NAME, idle_s=0.0).run(load)
 
 
 def is_loading() -> bool:

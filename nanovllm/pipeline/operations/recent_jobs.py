@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanovllm.messages.dead_letter import Stage
-from nanovllm.value_object import value_object
+from nanovllm.value_object import changed, value_object
 
 KEPT_JOBS = 1_000
 RATE_S = 60.0
@@ -52,8 +52,7 @@ class RecentJobs:
 
     def add(self, job: EndedJob) -> None:
         """Keep ``job``, which has ended now."""
-        job.__dict__["ended_at"] = self._clock()
-        self._jobs.append(job)
+        self._jobs.append(changed(job, ended_at=self._clock()))
         known = job.route in self._routes or len(self._routes) < MAX_ROUTES
         totals = self._routes[job.route if known else OTHER_ROUTES]
         totals.jobs += 1
