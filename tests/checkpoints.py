@@ -6,7 +6,9 @@ and a forgotten bias or norm weight shows. Every builder takes a directory that 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,3 +405,15 @@ def _text_config(
         pad_token_id=tokenizer.pad_token_id,
         **config,
     )
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3": make_qwen3,
+    "qwen2, tied": functools.partial(make_text, family="qwen2", tie_word_embeddings=True),
+    "llama, biases": functools.partial(make_text, family="llama", attention_bias=True, mlp_bias=True),
+    "llava, clip": make_llava,
+    "llava, siglip, tied": functools.partial(make_llava, tower="siglip", patch=16, size=64, tie_word_embeddings=True),
+    "qwen2.5-vl": make_qwen_vl,
+    "qwen3-vl, tied": functools.partial(make_qwen_vl, family="qwen3_vl", tie_word_embeddings=True),
+}
+"""One checkpoint of each way to name and to tie tensors."""

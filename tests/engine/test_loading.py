@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import as_lfs_pointer, as_shards, cut, edit_json, edit_tensors, empty
-from checkpoints import CHAT_TEMPLATE, make_llava, make_qwen3, make_qwen_vl, make_text
+from checkpoints import CHAT_TEMPLATE, MAKERS, make_llava, make_qwen3, make_qwen_vl, make_text
 from engine_parts import Reference, drain, greedy, noise_image, recording_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,15 +31,6 @@ from nanovllm.engine.execution import kv_cache_size
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigurationError, ModelNotFound, UnsupportedModel
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "qwen3": make_qwen3,
-    "qwen2, tied": functools.partial(make_text, family="qwen2", tie_word_embeddings=True),
-    "llama, biases": functools.partial(make_text, family="llama", attention_bias=True, mlp_bias=True),
-    "llava, clip": make_llava,
-    "llava, siglip, tied": functools.partial(make_llava, tower="siglip", patch=16, size=64, tie_word_embeddings=True),
-    "qwen2.5-vl": make_qwen_vl,
-    "qwen3-vl, tied": functools.partial(make_qwen_vl, family="qwen3_vl", tie_word_embeddings=True),
-}
 SEE = ("llava", "qwen2.5-vl", "qwen3-vl")
 
 

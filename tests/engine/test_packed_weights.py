@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import edit_tensors
-from checkpoints import make_llava, make_qwen3, make_qwen_vl, make_text
+from checkpoints import MAKERS, make_llava, make_qwen3, make_text
 from engine_parts import drain, greedy, noise_image, recording_engine
 from torch import Tensor
 
@@ -33,15 +32,6 @@ OPTIONS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int8 of bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
-}
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "qwen3": make_qwen3,
-    "qwen2, tied": functools.partial(make_text, family="qwen2", tie_word_embeddings=True),
-    "llama, biases": functools.partial(make_text, family="llama", attention_bias=True, mlp_bias=True),
-    "llava, clip": make_llava,
-    "llava, siglip": functools.partial(make_llava, tower="siglip", patch=16, size=64, tie_word_embeddings=True),
-    "qwen2.5-vl": make_qwen_vl,
-    "qwen3-vl": functools.partial(make_qwen_vl, family="qwen3_vl", tie_word_embeddings=True),
 }
 
 
