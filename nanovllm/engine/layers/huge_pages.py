@@ -48,11 +48,13 @@ def for_new_memory() -> Iterator[None]:
     """Put what the block allocates, and keeps in large pieces, on huge pages, as far as the system has them.
 
     For memory that libraries allocate for themselves: oneDNN's and FBGEMM's packed weights. Pages are copied to huge
-    ones in a thread of lowest priority, up to three seconds a gigabyte: whoever starts does not wait for it.
+    ones in a thread of lowest priority, up to three seconds a gigabyte: whoever starts does not wait for it. A piece
+    at the address of an equally large one that was freed within the block passes for the old one, and is left out.
     """
-    before = _large_mappings()
+    before = _mappings()
     yield
-    found = _large_mappings() - before
+    # Parsed afterwards: the objects of parsing can start a garbage collection, which frees what is taken for old here.
+    found = _large(_mappings()) - _large(before)
     for start, end in found:
         _advise(start, end, _HUGEPAGE)
     if found:
@@ -74,14 +76,17 @@ def _advise(start: int, end: int, advice: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
-def _large_mappings() -> set[tuple[int, int]]:
-    """First and last address of the process's large private anonymous mappings."""
-    found: set[tuple[int, int]] = set()
+def _mappings() -> str:
     try:
-        lines = _MAPS.read_text().splitlines()
+        return _MAPS.read_text()
     except OSError:
-        return found
-    for line in lines:
+        return ""
+
+
+def _large(mappings: str) -> set[tuple[int, int]]:
+    """First and last address of the large private anonymous ones of a process's mappings."""
+    found: set[tuple[int, int]] = set()
+    for line in mappings.splitlines():
         addresses, rights, _, _, inode, *_ = line.split()
         start, end = (int(address, 16) for address in addresses.split("-"))
         if rights == "rw-p" and inode == "0" and end - start >= _WORTH_IT:
