@@ -8,6 +8,7 @@ from typing import Any
 from nanovllm.errors import InvalidJob
 from nanovllm.messages.codec import decode_fields
 from nanovllm.messages.job import MAX_ITEMS, MAX_URI_CHARS
+from nanovllm.messages.s3_uri import is_object_uri
 
 
 def input_names(value: bytes | None) -> tuple[str, ...]:
@@ -31,7 +32,7 @@ def _of_messages(messages: Any) -> Iterator[Any]:
         for part in _items(message.get("content") if isinstance(message, dict) else None):
             image = part.get("image_url") if isinstance(part, dict) else None
             url = image.get("url") if isinstance(image, dict) else None
-            if isinstance(url, str) and url.startswith("s3://"):  # others hold the image itself
+            if isinstance(url, str) and is_object_uri(url):  # others hold the image itself
                 yield url
 
 

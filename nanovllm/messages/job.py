@@ -32,7 +32,7 @@ from pydantic import (
 from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
-from nanovllm.messages.s3_uri import MAX_KEY_BYTES, split_object_uri
+from nanovllm.messages.s3_uri import MAX_KEY_BYTES, ObjectAddress, is_object_uri, split_object
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
 from nanovllm.sampling_params import CONSTRAINTS, MAX_SCHEMA_CHARS, SamplingParams, at_most
 
@@ -72,10 +72,11 @@ def _bytes_to_base64(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def _check_s3_uri(value: Any) -> Any:
+def _check_object_uri(value: Any) -> Any:
     # It runs before pydantic has looked at the type, which refuses what is no text.
-    if isinstance(value, str) and split_object_uri(value) is None:
-        raise ValueError(f"is not an s3://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
+    if isinstance(value, str) and split_object(value) is None:
+        scheme = value.partition("://")[0] if is_object_uri(value) else "s3"
+        raise ValueError(f"is no {scheme}://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
     return value
 
 
@@ -101,7 +102,7 @@ ImageBytes = Annotated[
     PlainSerializer(_bytes_to_base64, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
-S3Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARS), BeforeValidator(_check_s3_uri)]
+ObjectUri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARS), BeforeValidator(_check_object_uri)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Reuse = Literal["none", "images", "answers"]
 ImageName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_PRINTABLE)]
@@ -149,9 +150,11 @@ VersionId = Annotated[str, Field(min_length=1, max_length=MAX_VERSION_ID_BYTES),
 
 
 class ImageRef(_Strict):
-    """One image: an object in S3, or its bytes."""
+    """One image: an object in a store, or its bytes."""
 
-    uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
+    uri: ObjectUri | None = Field(
+        None, description="`s3://bucket/key`; `gs://bucket/key` and `az://container/key` where the worker reads those."
+    )
     version_id: VersionId | None = Field(None, description="Version of the object.")
     etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
@@ -169,16 +172,21 @@ class ImageRef(_Strict):
         return self
 
     @property
-    def bucket_and_key(self) -> tuple[str, str]:
-        """Bucket and key of the object; the key is taken literally, as S3 does.
+    def address(self) -> ObjectAddress:
+        """Where the object is; its key is taken literally, as the stores do.
 
         Raises:
             ValueError: the image is given by its bytes.
         """
-        parts = split_object_uri(self.uri or "")
-        if parts is None:
+        address = split_object(self.uri or "")
+        if address is None:
             raise ValueError("this image has no uri")
-        return parts
+        return address
+
+    @property
+    def bucket_and_key(self) -> tuple[str, str]:
+        """Bucket and key of the object. Raises as ``address``."""
+        return self.address[1:]
 
     @property
     def identity(self) -> str:
@@ -195,7 +203,7 @@ def _image_from_uri(value: Any) -> Any:
     return {"uri": value} if isinstance(value, str) else value
 
 
-Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=S3Uri | ImageRef)]
+Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=ObjectUri | ImageRef)]
 
 
 class TextPart(_Strict):
@@ -214,7 +222,7 @@ class ImagePart(_Strict):
 class ImageUrl(_Strict):
     """Where an image of a message is."""
 
-    url: str = Field(description="An s3:// URI, or a data: URL with base64.")
+    url: str = Field(description="The URI of an object, as `uri` of an image, or a data: URL with base64.")
     detail: Literal["auto"] = Field("auto", description="Only `auto`: the checkpoint decides the resolution.")
 
     @field_validator("url")
@@ -222,9 +230,9 @@ class ImageUrl(_Strict):
     def _check_url(cls, url: str) -> str:
         if _DATA_URL.match(url):
             return url
-        if not url.startswith("s3://"):
+        if not is_object_uri(url):
             raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
-        return str(_check_s3_uri(url))
+        return str(_check_object_uri(url))
 
 
 class ImageUrlPart(_Strict):

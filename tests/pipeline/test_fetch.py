@@ -32,7 +32,9 @@ from nanovllm.errors import (
     StoreUnreachable,
 )
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects import fetch
+from nanovllm.messages.s3_uri import ObjectAddress
+from nanovllm.objects import boto3_reader
+from nanovllm.objects.boto3_reader import Boto3Reader
 from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.errors import classify
 from nanovllm.objects.fetch import AllowList, ObjectFetcher
@@ -67,17 +69,17 @@ def fetcher_for(endpoint_url: str, *allow: str, max_bytes: int = 1_000_000, **se
     ],
 )
 def test_a_prefix_ends_at_a_path_boundary(entry: str, key: str, is_allowed: bool) -> None:
-    allow = AllowList([entry])
+    allow, address = AllowList([entry]), ObjectAddress("s3", "in", key)
     if is_allowed:
-        allow.check("in", key)
+        allow.check(address)
     else:
         with pytest.raises(ForbiddenUri):
-            allow.check("in", key)
+            allow.check(address)
 
 
 def test_an_empty_allow_list_allows_nothing() -> None:
     with pytest.raises(ForbiddenUri):
-        AllowList([]).check("in", "key.png")
+        AllowList([]).check(ObjectAddress("s3", "in", "key.png"))
 
 
 def test_a_forbidden_object_is_refused_before_anything_is_read() -> None:
@@ -380,11 +382,13 @@ async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: by
 async def test_the_thread_of_an_object_that_nothing_waits_for_ends() -> None:
     with dribbling(OBJECT) as url:
         fetcher, others = fetcher_for(url, "s3://bucket"), reading_threads()
-        fetcher._threads = DaemonThreads("nanovllm-fetch", idle_s=0.01)  # a thread that reads no more is soon gone
+        reader = fetcher._readers["s3"]
+        assert isinstance(reader, Boto3Reader)
+        reader._threads = DaemonThreads("nanovllm-fetch", idle_s=0.01)  # a thread that reads no more is soon gone
         with pytest.MonkeyPatch.context() as patch:
             began = threading.Event()
-            begin = fetch._Body.begin
-            patch.setattr(fetch._Body, "begin", lambda self, body: (begin(self, body), began.set()))
+            begin = boto3_reader._Body.begin
+            patch.setattr(boto3_reader._Body, "begin", lambda self, body: (begin(self, body), began.set()))
             reading = asyncio.create_task(fetcher.fetch(ImageRef(uri="s3://bucket/k")))
             await eventually(began.is_set)
         assert reading_threads() - others

@@ -14,7 +14,8 @@ from bench import Bench, eventually, png
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, FetchFailed, NanoVLLMError, ObjectRefused, StoreUnreachable
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import PROBE_KEY, ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.reader import PROBE_KEY
 from nanovllm.settings.s3 import S3Settings
 
 Answer = tuple[int, str | None, dict[str, str]]

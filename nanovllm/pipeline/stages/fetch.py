@@ -9,7 +9,7 @@ from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
@@ -55,7 +55,7 @@ class Fetch:
             return []
         progress, tenant, reservation = admitted.context.progress, admitted.context.tenant, admitted.reservation
         objects = [ref for ref in admitted.refs if ref.data is None]
-        buckets = {ref.bucket_and_key[0] for ref in objects}
+        buckets = {ref.address.store for ref in objects}
         pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
         while True:
             if any(self._holds.is_held(bucket, tenant) for bucket in buckets):
