@@ -10,7 +10,15 @@ from contextlib import asynccontextmanager
 from copy import copy
 from typing import Any, Self
 
-from nanovllm.errors import DocumentTooLarge, FetchFailed, ForbiddenKey, ForbiddenUri, ImageTooLarge, ObjectChanged
+from nanovllm.errors import (
+    ConfigurationError,
+    DocumentTooLarge,
+    FetchFailed,
+    ForbiddenKey,
+    ForbiddenUri,
+    ImageTooLarge,
+    ObjectChanged,
+)
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import ObjectAddress, split_prefix
 from nanovllm.objects.boto3_reader import Boto3Reader
@@ -49,15 +57,42 @@ class AllowList:
         raise ForbiddenUri(f"s3.allow of this worker does not list {address.store}, or not with this prefix of the key")
 
 
+def readers_of(
+    settings: S3Settings, client_factory: Callable[[S3Settings], Any] | None = None
+) -> dict[str, ObjectReader]:
+    """The reader of each scheme that ``settings`` name.
+
+    Raises:
+        ConfigurationError: one of them takes obstore, which is not installed.
+    """
+    boto3 = Boto3Reader(settings, client_factory)
+    readers: dict[str, ObjectReader] = {"s3": boto3}
+    if settings.obstore_schemes:
+        try:
+            from nanovllm.objects.obstore_stores import obstore_readers
+        except ImportError as error:
+            named = ", ".join(f"{scheme}://" for scheme in sorted(settings.obstore_schemes))
+            raise ConfigurationError(
+                f"{named} of s3.client or s3.allow takes obstore, which cannot be imported ({error}): pip install "
+                "'nanovllm[obstore]'"
+            ) from error
+        readers |= obstore_readers(settings, boto3)
+    return readers
+
+
 class ObjectFetcher:
-    """Reads images by the reader of their URI's scheme, at most ``max_connections`` at a time, one attempt a call."""
+    """Reads images by the reader of their URI's scheme, at most ``max_connections`` at a time, one attempt a call.
+
+    Raises:
+        ConfigurationError: as `readers_of`.
+    """
 
     def __init__(
         self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
     ) -> None:
         self._allow = AllowList(settings.allow)
         self._limit = SizeLimit(max_bytes, ImageTooLarge)
-        self._readers: dict[str, ObjectReader] = {"s3": Boto3Reader(settings, client_factory)}
+        self._readers = readers_of(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
         self._timeout_s = settings.object_timeout_s
 

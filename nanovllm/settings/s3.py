@@ -43,6 +43,12 @@ class S3Settings(SettingsModel):
         None, description="Larger results go there; unset: only those that their topic does not take."
     )
 
+    @property
+    def obstore_schemes(self) -> frozenset[str]:
+        """The schemes whose objects obstore reads."""
+        others = {address.scheme for address in map(split_prefix, self.allow) if address is not None} - {"s3"}
+        return frozenset(others | ({"s3"} if self.client == "obstore" else set()))
+
     @model_validator(mode="after")
     def _check_allow(self) -> S3Settings:
         if self.large_result_bytes is not None and self.large_results is None:
