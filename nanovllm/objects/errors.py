@@ -23,7 +23,7 @@ from nanovllm.errors import (
 # CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
 _OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession", "ListObjectsV2"})
 
-# Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status.
+# Codes of AWS S3, MinIO, Ceph and Versity, and of Google and Azure where they differ. Others are told by their status.
 _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "AccountProblem": CredentialsRefused,
     "AuthorizationHeaderMalformed": CredentialsRefused,  # the SDK has tried the region that it names
@@ -71,6 +71,11 @@ _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "SlowDown": FetchFailed,
     "TooManyRequests": FetchFailed,
     "TooManyRequestsException": FetchFailed,
+    "AccountIsDisabled": CredentialsRefused,
+    "AuthenticationFailed": CredentialsRefused,
+    "AuthenticationRequired": CredentialsRefused,
+    "InvalidAuthenticationInfo": CredentialsRefused,
+    "BlobArchived": ObjectArchived,
     "InvalidRequest": ObjectUnavailable,  # encrypted with a customer-provided key (SSE-C), which GetObject has to name
     "PermanentRedirect": ObjectUnavailable,
     "Redirect": ObjectUnavailable,
