@@ -16,6 +16,7 @@ from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job, image_name
 from nanovllm.messages.result import Result
+from nanovllm.messages.s3_uri import is_object_uri
 from nanovllm.terminal import long_work, plain, print_json
 
 
@@ -75,7 +76,7 @@ def ask(
 
 def _is_picture(word: str) -> bool:
     has_suffix = PurePath(word).suffix.lower() in IMAGE_SUFFIXES
-    return word.startswith("s3://") or (has_suffix and (len(word.split()) == 1 or Path(word).exists()))
+    return is_object_uri(word) or (has_suffix and (len(word.split()) == 1 or Path(word).exists()))
 
 
 def _image(source: str) -> ImageRef:

@@ -16,7 +16,7 @@ from nanovllm.client.upload import IMAGE_HEAD_BYTES, image_type
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
-from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.messages.s3_uri import is_object_uri, split_object, split_object_uri
 from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
 
@@ -112,7 +112,7 @@ def plan_submissions(
             f"the prompt has {counted(places, 'image placeholder')}; "
             f"{counted(len(images), 'image')} cannot be dealt out evenly"
         )
-    uris = [image for image in images if isinstance(image, str)]
+    uris = [image for image in images if isinstance(image, str) and split_object_uri(image) is not None]
     known = find_objects(uris) if uris and find_objects is not None else {}
     images = [known.get(image, image) if isinstance(image, str) else image for image in images]
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
@@ -168,10 +168,10 @@ def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
 
 
 def check_object_uri(source: str) -> None:
-    """Raise InvalidInput where ``source`` is not the URI of one object in S3."""
-    if not source.startswith("s3://"):
+    """Raise InvalidInput where ``source`` is not the URI of one object."""
+    if not is_object_uri(source):
         raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
-    if split_object_uri(source) is None:
+    if split_object(source) is None:
         raise InvalidInput(
             f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters"
         )
