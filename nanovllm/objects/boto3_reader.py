@@ -16,7 +16,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.errors import classify, no_entity_tag, status_of
 from nanovllm.objects.reader import PROBE_KEY, FetchedImage, ObjectHead, SizeLimit, confirmed, needs_probe
-from nanovllm.objects.s3_client import S3Client
+from nanovllm.objects.s3_client import S3Client, make_reading_client
 from nanovllm.objects.versions import lasting_version
 from nanovllm.settings.s3 import S3Settings
 
@@ -30,7 +30,7 @@ class Boto3Reader:
     """
 
     def __init__(self, settings: S3Settings, make_client: Callable[[S3Settings], Any] | None = None) -> None:
-        self._client = S3Client(settings, make_client)
+        self._client = S3Client(settings, make_client or make_reading_client)
         self._threads = DaemonThreads("nanovllm-fetch")
 
     async def read(self, ref: ImageRef, held: FetchedImage | None, limit: SizeLimit) -> FetchedImage:
@@ -118,7 +118,9 @@ def _read(client: Any, ref: ImageRef, held: FetchedImage | None, limit: SizeLimi
 
 
 def _read_body(answer: Any, limit: SizeLimit) -> bytes:
-    limit.check(answer.get("ContentLength", 0))
+    if "ContentLength" in answer:
+        limit.check(answer["ContentLength"])
+        return bytes(answer["Body"].read())
     data = bytearray()
     for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
         data += chunk
