@@ -159,7 +159,11 @@ class ObstoreReader:
         options: GetOptions = {"head": True}
         if ref.version_id:
             options["version"] = ref.version_id
-        answer = await self._get(ref.address, options)
+        try:
+            answer = await self._get(ref.address, options)
+        except SystemicError:
+            self._forget()
+            raise
         assert answer is not None  # it has no condition
         meta, attributes = answer.meta, answer.attributes
         return ObjectHead(
