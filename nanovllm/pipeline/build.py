@@ -112,7 +112,7 @@ async def started_parts(settings: Settings) -> AsyncIterator[Parts]:
         ConfigurationError: one cannot be made.
     """
     async with AsyncExitStack() as stack:
-        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes, http=settings.http_images)
         stack.callback(fetcher.close)
         if settings.s3.allow or settings.documents.routes is not None:
             fetcher.begin_connecting()
