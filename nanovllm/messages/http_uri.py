@@ -14,6 +14,7 @@ _SCHEME = re.compile(r"https?://", re.IGNORECASE)
 _CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]*")
 _PARTS = re.compile(r"(https?)://([^/?#]*)((?:/[^?#]*)?(?:\?[^#]*)?)(#.*)?", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
+_IPV6 = re.compile(r"\[([0-9A-Fa-f:.]+)\]")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _BEFORE_QUERY = re.compile(r"(\s*https?:/*)(?:[^/?#]*@)?([^?#]*).*", re.IGNORECASE | re.DOTALL)
@@ -88,8 +89,9 @@ def digested(uri: str) -> str:
 
 def _host(text: str) -> str:
     if text.startswith("["):
+        literal = _IPV6.fullmatch(text)  # without a zone, which `IPv6Address` takes
         try:
-            return str(IPv6Address(text[1:-1]))
+            return str(IPv6Address(literal[1] if literal else ""))
         except ValueError:
             raise ValueError("has no IPv6 address in its brackets") from None
     host = text.lower().removesuffix(".")
