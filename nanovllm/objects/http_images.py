@@ -76,7 +76,7 @@ class HttpImages:
         self._limit = limit
         self._hosts = [AllowedHost.of(entry) for entry in settings.allow]
         self._networks: list[Network] = [ip_network(network) for network in settings.allow_networks]
-        self._tls = _tls_context(settings) if self._hosts else None
+        self._tls = tls_context(settings) if self._hosts else None
         self._connections = asyncio.Semaphore(settings.max_connections)
         self._threads = DaemonThreads("nanovllm-http")
 
@@ -189,6 +189,17 @@ class HttpImages:
         return bytes(data)
 
 
+def tls_context(settings: HttpImageSettings) -> ssl.SSLContext:
+    """The TLS context of connections to hosts. Raises ConfigurationError where ``ca_file`` cannot be read."""
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError(f"http_images.ca_file {settings.ca_file} cannot be read: {reason}") from None
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 class _Exchange:
     """The socket that a thread uses, which the event loop can shut down."""
 
@@ -282,16 +293,6 @@ class _BoundedReads:
 
 def _parsed(ref: ImageRef) -> HttpUri:
     return parse_http_uri(ref.uri or "")
-
-
-def _tls_context(settings: HttpImageSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigurationError(f"http_images.ca_file {settings.ca_file} cannot be read: {reason}") from None
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 def _headers(uri: HttpUri, ref: ImageRef, held: FetchedImage | None) -> Mapping[str, str]:
