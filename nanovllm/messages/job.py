@@ -32,6 +32,7 @@ from pydantic import (
 from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
+from nanovllm.messages.http_uri import MAX_HTTP_URI_CHARS, digested, is_http_uri, parse_http_uri
 from nanovllm.messages.s3_uri import MAX_KEY_BYTES, ObjectAddress, is_object_uri, split_object
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
 from nanovllm.sampling_params import CONSTRAINTS, MAX_SCHEMA_CHARS, SamplingParams, at_most
@@ -72,9 +73,13 @@ def _bytes_to_base64(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def _check_object_uri(value: Any) -> Any:
+def _check_image_uri(value: Any) -> Any:
     # It runs before pydantic has looked at the type, which refuses what is no text.
-    if isinstance(value, str) and split_object(value) is None:
+    if isinstance(value, str) and is_http_uri(value):
+        parse_http_uri(value)
+    elif isinstance(value, str) and len(value) > MAX_URI_CHARS:
+        raise ValueError(f"has more than {MAX_URI_CHARS} characters")
+    elif isinstance(value, str) and split_object(value) is None:
         scheme = value.partition("://")[0] if is_object_uri(value) else "s3"
         raise ValueError(f"is no {scheme}://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
     return value
@@ -102,7 +107,7 @@ ImageBytes = Annotated[
     PlainSerializer(_bytes_to_base64, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
-ObjectUri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARS), BeforeValidator(_check_object_uri)]
+ImageUri = Annotated[str, StringConstraints(max_length=MAX_HTTP_URI_CHARS), BeforeValidator(_check_image_uri)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Reuse = Literal["none", "images", "answers"]
 ImageName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_PRINTABLE)]
@@ -150,10 +155,12 @@ VersionId = Annotated[str, Field(min_length=1, max_length=MAX_VERSION_ID_BYTES),
 
 
 class ImageRef(_Strict):
-    """One image: an object in a store, or its bytes."""
+    """One image: an object in a store, what a host serves over HTTP, or its bytes."""
 
-    uri: ObjectUri | None = Field(
-        None, description="`s3://bucket/key`; `gs://bucket/key` and `az://container/key` where the worker reads those."
+    uri: ImageUri | None = Field(
+        None,
+        description="`s3://bucket/key`; `gs://bucket/key`, `az://container/key` and `https://host/path` where the "
+        "worker reads those.",
     )
     version_id: VersionId | None = Field(None, description="Version of the object.")
     etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
@@ -169,7 +176,14 @@ class ImageRef(_Strict):
             raise ValueError("an image has either uri or data")
         if self.uri is None and (self.version_id is not None or self.etag is not None):
             raise ValueError("version_id and etag belong to a uri")
+        if self.is_http and self.version_id is not None:
+            raise ValueError("version_id belongs to an object in a store, and not to an https:// URI")
         return self
+
+    @property
+    def is_http(self) -> bool:
+        """Whether a host serves it over HTTP: it is no object in a store then."""
+        return self.uri is not None and is_http_uri(self.uri)
 
     @property
     def address(self) -> ObjectAddress:
@@ -190,20 +204,20 @@ class ImageRef(_Strict):
 
     @property
     def identity(self) -> str:
-        """The same for images that are provably the same before anything is downloaded."""
+        """The same for images that are provably the same before anything is downloaded; without the query of a URI."""
         if self.sha256:
             return f"sha256:{self.sha256}"
         if self.data is not None:
             return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
-        version = self.version_id or self.etag
-        return f"{self.uri}#{version}" if version else str(self.uri)
+        uri, version = digested(str(self.uri)), self.version_id or self.etag
+        return f"{uri}#{version}" if version else uri
 
 
 def _image_from_uri(value: Any) -> Any:
     return {"uri": value} if isinstance(value, str) else value
 
 
-Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=ObjectUri | ImageRef)]
+Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=ImageUri | ImageRef)]
 
 
 class TextPart(_Strict):
@@ -222,7 +236,7 @@ class ImagePart(_Strict):
 class ImageUrl(_Strict):
     """Where an image of a message is."""
 
-    url: str = Field(description="The URI of an object, as `uri` of an image, or a data: URL with base64.")
+    url: str = Field(description="A URI, as `uri` of an image, or a data: URL with base64.")
     detail: Literal["auto"] = Field("auto", description="Only `auto`: the checkpoint decides the resolution.")
 
     @field_validator("url")
@@ -230,9 +244,9 @@ class ImageUrl(_Strict):
     def _check_url(cls, url: str) -> str:
         if _DATA_URL.match(url):
             return url
-        if not is_object_uri(url):
-            raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
-        return str(_check_object_uri(url))
+        if not is_object_uri(url) and not is_http_uri(url):
+            raise ValueError("is neither an s3:// or https:// URI nor a data:image/…;base64 URL")
+        return str(_check_image_uri(url))
 
 
 class ImageUrlPart(_Strict):

@@ -22,7 +22,9 @@ from nanovllm.errors import (
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import ObjectAddress, split_prefix
 from nanovllm.objects.boto3_reader import Boto3Reader
+from nanovllm.objects.http_images import HttpImages
 from nanovllm.objects.reader import FetchedImage, ObjectHead, ObjectReader, SizeLimit
+from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.settings.s3 import S3Settings
 
 
@@ -83,15 +85,23 @@ def readers_of(
 class ObjectFetcher:
     """Reads images by the reader of their URI's scheme, at most ``max_connections`` at a time, one attempt a call.
 
+    Those over HTTP have limits and connections of their own.
+
     Raises:
-        ConfigurationError: as `readers_of`.
+        ConfigurationError: as `HttpImages` and `readers_of`.
     """
 
     def __init__(
-        self, settings: S3Settings, *, max_bytes: int, client_factory: Callable[[S3Settings], Any] | None = None
+        self,
+        settings: S3Settings,
+        *,
+        max_bytes: int,
+        http: HttpImageSettings | None = None,
+        client_factory: Callable[[S3Settings], Any] | None = None,
     ) -> None:
         self._allow = AllowList(settings.allow)
         self._limit = SizeLimit(max_bytes, ImageTooLarge)
+        self._http = HttpImages(http or HttpImageSettings(), self._limit)
         self._readers = readers_of(settings, client_factory)
         self._connections = asyncio.Semaphore(settings.max_connections)
         self._timeout_s = settings.object_timeout_s
@@ -111,11 +121,13 @@ class ObjectFetcher:
         """Refuse before anything is read what a job may not read.
 
         Raises:
-            ForbiddenUri: its bucket, prefix or key is not allowed.
+            ForbiddenUri: its bucket, prefix or key is not allowed, or its host.
             ImageTooLarge: its bytes, given in the job itself, are too many.
         """
         if ref.data is not None:
             self._limit.check(len(ref.data), "an image in the job")
+        elif ref.is_http:
+            self._http.check(ref)
         else:
             self._allow.check(ref.address)
 
@@ -123,14 +135,16 @@ class ObjectFetcher:
         """The bytes of one image; those of ``held``, read from the same object before, where they are still its bytes.
 
         Raises:
-            ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged:
-                for good.
+            ForbiddenUri, ImageTooLarge, InvalidInput, ObjectNotFound, ObjectForbidden, ObjectArchived, ObjectChanged,
+            UrlRefused: for good.
             FetchFailed, ObjectUnavailable, ObjectRefused: worth another attempt.
             CredentialsRefused, StoreUnreachable: nothing can be read until the configuration or the store is repaired.
         """
         self.check(ref)
         if ref.data is not None:
             return self.checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
+        if ref.is_http:
+            return self.checked(ref, await self._http.fetch(ref, held=held))
         async with self._connection(f"the object was not read within {self._timeout_s:g} s"):
             return self.checked(ref, await self._reader(ref).read(ref, held, self._limit))
 

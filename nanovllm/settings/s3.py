@@ -34,7 +34,9 @@ class S3Settings(SettingsModel):
     connect_timeout_s: Seconds = Field(5.0, description="Longest wait for a connection.")
     read_timeout_s: Seconds = Field(20.0, description="Longest silence while an object is read.")
     object_timeout_s: Seconds = Field(120.0, description="Longest time in which one object is read.")
-    max_attempts: int = Field(4, ge=1, le=20, description="Attempts at one object before the job is a dead letter.")
+    max_attempts: int = Field(
+        4, ge=1, le=20, description="Attempts at one object, or one image over HTTP, before the job is a dead letter."
+    )
     max_connections: int = Field(16, ge=1, description="Objects that are read at the same time.")
     large_results: str | None = Field(
         None, description="`s3://bucket/prefix` for results too large for a message; unset: those are dead letters."

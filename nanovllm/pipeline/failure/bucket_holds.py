@@ -152,8 +152,8 @@ class WatchedFetcher:
 
     async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None, tenant: str = "") -> FetchedImage:
         """As `ObjectFetcher.fetch`. Raises BucketHeldError where the object's bucket is held back from ``tenant``."""
-        if ref.data is not None:
-            return await self._fetcher.fetch(ref)
+        if ref.data is not None or ref.is_http:
+            return await self._fetcher.fetch(ref, held=held)
         return await self._watch(ref, self._fetcher.fetch(ref, held=held), tenant)
 
     async def head(self, ref: ImageRef, tenant: str = "") -> ObjectHead:
