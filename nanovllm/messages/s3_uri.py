@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 _ALL_BELOW = re.compile(r"((^|/)\*{1,2})+$")
@@ -48,6 +49,7 @@ def split_uri(uri: str) -> ObjectAddress | None:
     return ObjectAddress(uri.partition("://")[0], match[1], match[2] or "") if match else None
 
 
+@lru_cache(maxsize=256)  # asked for several times while an object is read
 def split_object(uri: str) -> ObjectAddress | None:
     """As ``split_uri``, for the URI of one object: its key has 1 to ``MAX_KEY_BYTES`` bytes and no NUL."""
     address = split_uri(uri)

@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import botocore
 import botocore.exceptions as sdk
 import botocore.handlers
 import botocore.session
@@ -93,18 +94,18 @@ class S3Client:
                 self._client = None
 
 
-def make_client(settings: S3Settings, *, max_attempts: int = 1, validates: bool = True) -> Any:
+def make_client(settings: S3Settings, *, max_attempts: int = 1, config: Config | None = None) -> Any:
     """A botocore S3 client with the time-outs of ``settings``; credentials come from the SDK's own chain.
 
     It fetches credentials before each operation and apart from it. An operation raises CredentialsRefused where that
-    fails.
+    fails. ``config`` adds to that of the session.
 
     Raises:
         BotoCoreError, ValueError, OSError: the environment or the SDK's files do not allow one.
     """
     # Not a shared session: it keeps credentials that were refused.
     session = make_session(settings, max_attempts=max_attempts)
-    client = _client_of(session, settings, validates=validates)
+    client = _client_of(session, settings, config)
 
     def fetch_credentials(**_: Any) -> None:
         check_credentials(session)
@@ -123,10 +124,11 @@ def make_client(settings: S3Settings, *, max_attempts: int = 1, validates: bool 
 def make_reading_client(settings: S3Settings) -> Any:
     """As `make_client`, for one attempt at reading: it spends less CPU a request.
 
-    What it asks for is validated already, and the headers that number a request's attempts, which are signed too, say
-    nothing where there is one.
+    What it asks for is validated already; the headers that number a request's attempts, which are signed too, say
+    nothing where there is one; a user agent that is set is not composed anew.
     """
-    client = make_client(settings, validates=False)
+    agent = f"nanovllm Botocore/{botocore.__version__}"
+    client = make_client(settings, config=Config(parameter_validation=False, user_agent=agent))
     if (add_retry_headers := getattr(botocore.handlers, "add_retry_headers", None)) is not None:
         client.meta.events.unregister("request-created", add_retry_headers)
     return client
@@ -197,13 +199,8 @@ def make_session(settings: S3Settings, *, max_attempts: int = 1) -> Any:
     return session
 
 
-def _client_of(session: Any, settings: S3Settings, *, validates: bool = True) -> Any:
-    return session.create_client(
-        "s3",
-        endpoint_url=settings.endpoint_url,
-        region_name=settings.region,
-        config=Config(parameter_validation=validates),
-    )
+def _client_of(session: Any, settings: S3Settings, config: Config | None = None) -> Any:
+    return session.create_client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
 
 
 def _time_of(value: Any) -> datetime:
