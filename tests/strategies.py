@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanovllm.messages.base import Message
 from nanovllm.messages.encoding import MAX_INTEGER
 from nanovllm.messages.job import _BARE_TAG, MAX_METADATA_BYTES, ImageRef, Job
-from nanovllm.messages.s3_uri import _S3_URI, split_object_uri
+from nanovllm.messages.s3_uri import _FORMS, split_object_uri
 from nanovllm.sampling_params import SamplingParams
 
 Schema = dict[str, Any]
@@ -119,7 +119,7 @@ def _consistent(sampling: dict[str, Any]) -> dict[str, Any]:
 
 _BASE64 = st.binary(min_size=1).map(lambda data: base64.b64encode(data).decode())
 _TAGS = st.from_regex(_BARE_TAG, fullmatch=True).filter(lambda tag: tag != "*" and len(tag) <= 1022)
-_URIS = st.from_regex(_S3_URI, fullmatch=True).filter(
+_URIS = st.from_regex(_FORMS["s3"], fullmatch=True).filter(
     lambda uri: len(uri) <= 2048 and split_object_uri(uri) is not None
 )
 # What the schemas leave to code: the form of a URI and of a tag, a version's bytes, token ids as keys, metadata's size.
