@@ -211,7 +211,8 @@ class ImageCache:
 
 def _stored(prepared: PreparedImage, image: FetchedImage) -> PreparedImage:
     """``prepared`` with the place of its file in S3, which an equal file of another job may not have."""
-    is_version = image.version_id is not None and split_object_uri(image.uri or "") is not None
-    if prepared.file is None or not prepared.file.is_original or not is_version:
+    if prepared.file is None or not prepared.file.is_original or image.uri is None or image.version_id is None:
+        return prepared
+    if split_object_uri(image.uri) is None:
         return prepared
     return replace(prepared, stored_at=(image.uri, image.version_id))
