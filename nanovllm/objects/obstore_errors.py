@@ -20,6 +20,7 @@ _STATUSES: dict[type[Exception], int] = {
     NotModifiedError: 304,
     UnauthenticatedError: 401,
     PermissionDeniedError: 403,
+    FileNotFoundError: 404,
     NotFoundError: 404,
     AlreadyExistsError: 409,
     PreconditionError: 412,
@@ -28,6 +29,8 @@ _STATUS = re.compile(r"\bstatus(?: code)?: (\d{3})\b")
 # The last one: the text of some errors has the key, whose characters a job chose, before the answer.
 _CODE = re.compile(r".*<Error\b.*?<Code>([\w.]+)</Code>", re.DOTALL)
 _KIND = re.compile(r"\bkind: (Connect|Request|Timeout|Interrupted|Decode|Unknown)\b")
+# A connection that takes too long is a Timeout whose source is this.
+_CONNECTING = re.compile(r"legacy::Error\(\s*Connect,")
 _TOKEN = re.compile(r"\bToken(?:Request|ResponseBody) \{")
 
 
@@ -65,7 +68,7 @@ def classify_obstore(error: Exception) -> NanoVLLMError:
     text, kind = str(error), _KIND.search(str(error))
     if _TOKEN.search(text):
         return CredentialsRefused("no usable credentials for the object store: it gives no token for them")
-    if "Error(Connect" in text or (kind and kind[1] == "Connect"):
+    if _CONNECTING.search(text) or (kind and kind[1] == "Connect"):
         return StoreUnreachable("the object store cannot be reached: Connect")
     if kind:
         return FetchFailed(f"the object store broke off: {kind[1]}")
