@@ -161,7 +161,6 @@ async def test_what_the_token_service_answers_is_no_objects_fault(
 
 async def test_credentials_that_end_and_cannot_be_renewed_are_no_objects_fault_either(
     s3: S3Part,
-    object_client: str,
     images: Callable[[str, bytes], str],
     aws: Callable[..., None],
     sts: TokenService,
@@ -171,7 +170,7 @@ async def test_credentials_that_end_and_cannot_be_renewed_are_no_objects_fault_e
     aws(web_identity(sts, tmp_path))
     # The SDK renews what ends within ten minutes before it uses it.
     sts.lasts_s = 300
-    fetcher = ObjectFetcher(settings_for(s3, client=object_client), max_bytes=10)
+    fetcher = ObjectFetcher(settings_for(s3), max_bytes=10)
     assert (await fetcher.fetch(ImageRef(uri=uri))).data == b"bytes"
     sts.code = "InvalidIdentityToken"
     with pytest.raises(CredentialsRefused, match="InvalidIdentityToken"):

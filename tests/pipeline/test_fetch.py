@@ -245,7 +245,8 @@ async def test_a_redirect_to_nowhere_is_not_followed_for_ever(s3: Any, object_cl
         with pytest.raises(StoreUnreachable, match="answered 301"):
             await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
         fetcher.close()
-    assert len(answers) >= 6, "two each for the object and for the probe"
+    # boto3 asks twice each for the object and for the probe, obstore once before it leaves both to boto3.
+    assert len(answers) >= 5
 
 
 async def test_a_bucket_of_another_region_is_read_there(s3: Any, object_client: str) -> None:

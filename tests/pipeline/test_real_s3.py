@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from parts import S3Part
+from parts import S3Part, unique_name
 
 from nanovllm.cli.sending import finder_of
 from nanovllm.cli.sources import plan_submissions
@@ -142,17 +142,18 @@ async def test_an_object_that_may_not_be_read_is_permanent_and_its_neighbour_is_
     store = Store(versity_s3, object_client)
     store.put(b"open", "open/k")
     store.put(b"closed", "closed/k")
-    make_user(versity_s3, "worker", "worker-secret")
+    user = unique_name("worker")
+    make_user(versity_s3, user, "worker-secret")
     statement = {
         "Effect": "Allow",
-        "Principal": ["worker"],
+        "Principal": [user],
         "Action": "s3:GetObject",
         "Resource": f"arn:aws:s3:::{store.bucket}/open/*",
     }
     store.s3.client.put_bucket_policy(
         Bucket=store.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     )
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "worker")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", user)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "worker-secret")
     with pytest.raises(ObjectForbidden) as caught:
         await store.read(store.ref("closed/k"))
