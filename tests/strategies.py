@@ -122,10 +122,13 @@ _TAGS = st.from_regex(_BARE_TAG, fullmatch=True).filter(lambda tag: tag != "*" a
 _URIS = st.from_regex(_FORMS["s3"], fullmatch=True).filter(
     lambda uri: len(uri) <= 2048 and split_object_uri(uri) is not None
 )
+_HTTP_URIS = st.from_regex(
+    r"https?://[a-z0-9]{1,20}\.example(:[1-9][0-9]{0,3})?/[!$&-;=?-Z_a-z~]{0,20}", fullmatch=True
+)
 # What the schemas leave to code: the form of a URI and of a tag, a version's bytes, token ids as keys, metadata's size.
 _OWN: dict[str, Values] = {
     "uri": _URIS,
-    "url": _URIS | _BASE64.map("data:image/png;base64,{}".format),
+    "url": _URIS | _HTTP_URIS | _BASE64.map("data:image/png;base64,{}".format),
     "version_id": st.text(min_size=1, max_size=256),
     "etag": _TAGS | _TAGS.map('"{}"'.format),
     "logit_bias": st.dictionaries(
