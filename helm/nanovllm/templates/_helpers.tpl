@@ -184,7 +184,9 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicaCount) (int .Values.keda.maxReplicaCount)) }}
 {{- fail "keda.minReplicaCount is above keda.maxReplicaCount" }}
 {{- end }}
-{{- $most := ternary .Values.keda.maxReplicaCount .Values.replicaCount .Values.keda.enabled | int }}
+{{- include "nanovllm.checkScaling" . }}
+{{- $hpa := .Values.autoscaling.hpa }}
+{{- $most := ternary .Values.keda.maxReplicaCount (ternary $hpa.maxReplicas .Values.replicaCount $hpa.enabled) .Values.keda.enabled | int }}
 {{- if and .Values.settings.kafka.group_instance_id (gt $most 1) }}
 {{- fail (printf "settings.kafka.group_instance_id is one for all pods of a Deployment, of which there may be %d: each would take the others' place in the group. Leave it out" $most) }}
 {{- end }}
