@@ -25,6 +25,7 @@ class LocalPod:
 
     def __init__(self, api: client.ApiClient, pod: client.V1Pod, directory: Path) -> None:
         self._core = client.CoreV1Api(api)
+        self._pod = pod
         self._namespace: str = pod.metadata.namespace
         self._spec = pod.spec
         (self._container,) = pod.spec.containers
@@ -55,6 +56,8 @@ class LocalPod:
             return Path(volume.host_path.path)
         folder = self._directory / name
         folder.mkdir()
+        if volume.projected is not None:
+            write_credentials(self._core, self._pod, folder)
         source = volume.secret or volume.config_map
         if source is not None:
             data = self._secret(source.secret_name) if volume.secret else self._config(source.name)
@@ -63,7 +66,8 @@ class LocalPod:
         return folder
 
     def _variables(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        host, port = self._core.api_client.configuration.host.removeprefix("https://").split(":")
+        found = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
         for source in self._container.env_from:
             found |= self._config(source.config_map_ref.name) if source.config_map_ref else {}
             found |= self._secret(source.secret_ref.name) if source.secret_ref else {}
@@ -73,6 +77,9 @@ class LocalPod:
                 found[entry.name] = entry.value
             elif origin.secret_key_ref is not None:
                 found[entry.name] = self._secret(origin.secret_key_ref.name)[origin.secret_key_ref.key]
+            elif origin.field_ref is not None:
+                assert origin.field_ref.field_path == "metadata.name"
+                found[entry.name] = self._pod.metadata.name
             else:
                 group, resource = origin.resource_field_ref.resource.split(".")
                 amount = parse_quantity(getattr(self._container.resources, group)[resource])
@@ -85,6 +92,19 @@ class LocalPod:
 
     def _config(self, name: str) -> dict[str, str]:
         return dict(self._core.read_namespaced_config_map(name, self._namespace).data)
+
+
+def write_credentials(core: client.CoreV1Api, pod: client.V1Pod, folder: Path) -> None:
+    """What the projected volume of a ServiceAccount holds: a token bound to the pod, the CA, and the namespace."""
+    bound = client.V1BoundObjectReference(api_version="v1", kind="Pod", name=pod.metadata.name, uid=pod.metadata.uid)
+    request = client.AuthenticationV1TokenRequest(
+        spec=client.V1TokenRequestSpec(audiences=[], expiration_seconds=3600, bound_object_ref=bound)
+    )
+    account, namespace = pod.spec.service_account_name, pod.metadata.namespace
+    token = core.create_namespaced_service_account_token(account, namespace, request).status.token
+    authority = Path(core.api_client.configuration.ssl_ca_cert).read_text()
+    for name, text in (("token", token), ("ca.crt", authority), ("namespace", namespace)):
+        (folder / name).write_text(text)
 
 
 def _moved(text: str, places: dict[str, str]) -> str:
