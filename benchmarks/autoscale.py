@@ -440,11 +440,12 @@ def contestants(workers: Workers) -> dict[str, Scaling]:
     """The chart's defaults, and what is met elsewhere: messages as a measure, and workers that go at once."""
     ours = chart_defaults(workers.seconds_per_job)
     at_once = Behaviour(0, (Policy("Percent", 100, 15),))
+    soon = replace(ours, cooldown_s=30, down=at_once)
     hasty = Scaling(polling_s=15, cooldown_s=30, down=at_once)
     return {
         "chart": ours,
-        "chart, idle pod first": replace(ours, idle_first=True),
-        "chart, pods go at once": replace(ours, cooldown_s=30, down=at_once),
+        "chart, pods go at once": soon,
+        "chart, pods go at once, idle first": replace(soon, idle_first=True),
         "KEDA's defaults": Scaling(),
         "10 messages, at once": hasty,
         "1 message, at once": replace(hasty, target=1, lag_threshold=1),
@@ -487,11 +488,12 @@ def workloads() -> dict[str, Workload]:
     slow = Workers()
     quick = Workers(service_s=0.64, jobs_at_once=32)
     long = Workers(service_s=120, jobs_at_once=4, load_s=180)
-    bursts = [20 * 60.0 * number for number in range(3)]
+    near, far = [240.0 * number for number in range(6)], [1200.0 * number for number in range(3)]
     return {
-        "slow jobs, steady": Workload(tuple(steady(HOUR_S, 1.2)), slow, 2 * HOUR_S),
-        "slow jobs, bursts": Workload(tuple((at, 600) for at in bursts), slow, 2 * HOUR_S),
-        "quick jobs, bursts": Workload(tuple((at, 3000) for at in bursts), quick, 2 * HOUR_S, 0.25),
+        "slow jobs, steady": Workload(tuple(steady(HOUR_S, 1.2)), slow, 1.5 * HOUR_S),
+        "slow jobs, bursts every four minutes": Workload(tuple((at, 300) for at in near), slow, HOUR_S),
+        "slow jobs, bursts every twenty minutes": Workload(tuple((at, 300) for at in far), slow, 1.5 * HOUR_S),
+        "quick jobs, bursts every four minutes": Workload(tuple((at, 3000) for at in near), quick, HOUR_S, 0.25),
         "jobs of two minutes": Workload(((0.0, 80), (1200.0, 80)), long, 2 * HOUR_S),
         "a day": Workload(tuple(daily(2.0)), slow, 26 * HOUR_S, 2.0),
     }
