@@ -34,7 +34,7 @@ class LocalPod:
         self.process: LocalProcess = python_process(
             directory,
             *("-m", "nanovllm.cli.main", *self._container.args),
-            settings={"XDG_CACHE_HOME": _COMPILED} | self.environment,
+            settings=self.environment | {"XDG_CACHE_HOME": _COMPILED},
             name=pod.metadata.name,
         )
 

@@ -24,7 +24,8 @@ def chart_path() -> Path:
 def render(chart_path: Path) -> Render:
     """``render({"gpu": {"count": 1}})`` → the objects by kind, of release ``demo`` in namespace ``ns``.
 
-    The ConfigMap of routes is ``RoutesConfigMap``.
+    The ConfigMap of routes is ``RoutesConfigMap``, that of the dashboard ``DashboardConfigMap``, and the KafkaTopic of
+    a topic ``KafkaTopic NAME``.
     """
     chart = Chart.load(chart_path)
 
@@ -47,4 +48,7 @@ def render(chart_path: Path) -> Render:
 
 def kind_of(document: dict[str, Any]) -> str:
     kind: str = document["kind"]
-    return f"Routes{kind}" if document["metadata"]["name"].endswith("-routes") else kind
+    if kind == "KafkaTopic":
+        return f"{kind} {document['spec']['topicName']}"
+    name = document["metadata"]["name"]
+    return next((f"{part.title()}{kind}" for part in ("routes", "dashboard") if name.endswith(f"-{part}")), kind)

@@ -292,6 +292,7 @@ def answer_of_a_pod(
         "http": {"port": free_port()},
     }
     values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
+    values["probes"] = {"startup": {"seconds": 3}}
     with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
         helm.install(chart_path, "nanovllm", values, namespace=namespace)
         wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
