@@ -142,7 +142,11 @@ OUT_OF_FORM: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown_value": ({"replicas": 3}, "''", "additional properties 'replicas' not allowed"),
     "text_for_a_number": ({"keda": {"maxReplicaCount": "8"}}, "/keda/maxReplicaCount", "got string, want integer"),
     "startup_of_no_time": ({"probes": {"startup": {"seconds": 0}}}, "/probes/startup/seconds", "got 0, want 1"),
-    "startup_in_words": ({"probes": {"startup": {"seconds": "5m"}}}, "/probes/startup/seconds", "got string, want null or integer"),
+    "startup_in_words": (
+        {"probes": {"startup": {"seconds": "5m"}}},
+        "/probes/startup/seconds",
+        "got string, want null or integer",
+    ),
     "glob_of_a_model": ({"model": {"s3": {"uri": "s3://models/*"}}}, "/model/s3/uri", "does not match pattern"),
     "model_from_the_web": ({"model": {"s3": {"uri": "https://a/b"}}}, "/model/s3/uri", "does not match pattern"),
     "cache_without_a_size": ({"cache": {"sizeLimit": "much"}}, "/cache/sizeLimit", "does not match pattern"),
