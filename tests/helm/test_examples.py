@@ -1,7 +1,7 @@
 """Each file of values under examples/, installed by real Helm; its pod runs as a process and answers a job.
 
-Brokers, group, topics and port are the test's own. A backend that needs a GPU, servers or weights that are not here gives
-way to echo, and a login to none, in the process alone; ``test_install.py`` runs servers, TLS and weights.
+Brokers, group, topics and port are the test's own. A backend that needs a GPU, servers or weights that are not here
+gives way to echo, and a login to none, in the process alone; ``test_install.py`` runs servers, TLS and weights.
 """
 
 from __future__ import annotations
