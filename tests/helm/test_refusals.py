@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from chart_release import merged
 from helm_python.chart import Chart
 from helm_python.errors import HelmError
 
@@ -204,12 +205,3 @@ def test_files_of_features_go_with_each_file_of_a_backend(render: Any, backend: 
         both = merged(VALUE_FILES[backend], values)
         chart.validate_schema(both)
         assert render(both), name
-
-
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """``second`` over ``first``, as Helm merges files of values."""
-    both = dict(first)
-    for name, value in second.items():
-        below = both.get(name)
-        both[name] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return both

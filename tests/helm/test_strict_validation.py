@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from control_plane import wait_for
 from kubernetes import client
 from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
+from kubernetes.dynamic.exceptions import ResourceNotFoundError
 
 from tests.helm.test_chart import VALUE_FILES, VALUES
 
@@ -22,29 +24,27 @@ CRDS = Path(__file__).with_name("operator_crds.yaml")
 Create = Callable[[dict[str, Any]], Any]
 
 
-def make(create: Callable[[dict[str, Any]], Any], document: dict[str, Any]) -> None:
-    """Create what may be there already."""
+def define(crds: client.ApiextensionsV1Api, document: dict[str, Any]) -> None:
+    """Create a definition, or put it in the place of one that another test has made."""
     try:
-        create(document)
+        crds.create_custom_resource_definition(document)
     except ApiException as error:
         if error.status != 409:
             raise
-
-
-def is_established(crd: client.V1CustomResourceDefinition) -> bool:
-    return any(one.type == "Established" and one.status == "True" for one in crd.status.conditions or ())
+        found = crds.read_custom_resource_definition(document["metadata"]["name"])
+        metadata = document["metadata"] | {"resourceVersion": found.metadata.resource_version}
+        crds.replace_custom_resource_definition(document["metadata"]["name"], document | {"metadata": metadata})
 
 
 @pytest.fixture(scope="module")
 def create(api: client.ApiClient) -> Create:
     """Have the API server look at an object as if it were created; raises ApiException where it refuses."""
-    crds = client.ApiextensionsV1Api(api)
-    for document in yaml.safe_load_all(CRDS.read_text(encoding="utf-8")):
-        make(crds.create_custom_resource_definition, document)
-        name = document["metadata"]["name"]
-        wait_for(lambda name=name: is_established(crds.read_custom_resource_definition(name)), f"{name} is not served")
+    definitions = list(yaml.safe_load_all(CRDS.read_text(encoding="utf-8")))
+    for document in definitions:
+        define(client.ApiextensionsV1Api(api), document)
     for name in ("ns", "streaming"):
-        make(client.CoreV1Api(api).create_namespace, {"metadata": {"name": name}})
+        with suppress(ApiException):  # another test has made it
+            client.CoreV1Api(api).create_namespace({"metadata": {"name": name}})
     dynamic = DynamicClient(api)
 
     def dry_run(document: dict[str, Any]) -> Any:
@@ -52,6 +52,18 @@ def create(api: client.ApiClient) -> Create:
         namespace = document["metadata"].get("namespace") if kind.namespaced else None
         return kind.create(body=document, namespace=namespace, dry_run="All", field_validation="Strict")
 
+    def is_strict(definition: dict[str, Any]) -> bool:
+        spec = definition["spec"]
+        version = f"{spec['group']}/{spec['versions'][0]['name']}"
+        wrong = {"apiVersion": version, "kind": spec["names"]["kind"], "metadata": {"name": "a", "namespace": "ns"}}
+        try:
+            dry_run(wrong | {"spec": {"unknown": 1}})
+        except (ApiException, ResourceNotFoundError) as error:
+            return "unknown field" in str(error)
+        return False
+
+    for document in definitions:
+        wait_for(lambda document=document: is_strict(document), f"{document['metadata']['name']} is not in force")
     return dry_run
 
 
