@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from helm_python.chart import Chart
 
 from nanovllm.cli.main import app
@@ -268,16 +268,18 @@ def test_there_are_values_for_what_users_run_and_each_file_says_how() -> None:
         assert f"| `{name}.yaml` |" in page
 
 
-def test_the_page_of_values_says_each_value_once() -> None:
-    """The values and their comments are the reference; what has no comment is not documented."""
+def test_every_value_is_described_where_it_stands() -> None:
+    """By a comment above it, or above the map that it is in."""
+    described: dict[int, bool] = {}
     lines = (CHART / "values.yaml").read_text(encoding="utf-8").splitlines()
-    values = yaml.safe_load("\n".join(lines))
-    told = {match[1] for line in lines if (match := re.match(r"(\w+):", line))}
-    assert told == values.keys()
-    for number, line in enumerate(lines):
-        if re.match(r"\w+:", line) and line.split(":")[0] != "settings":
-            around = lines[number - 1] + (lines[number + 1] if number + 1 < len(lines) else "")
-            assert "#" in around, line
+    for above, line in pairwise(lines):
+        if (found := re.match(r"( *)[\w.-]+:(.*)", line)) is None:
+            continue
+        depth = len(found[1])
+        described = {other: is_told for other, is_told in described.items() if other < depth}
+        described[depth] = above.strip().startswith("#")
+        if found[2].strip():
+            assert any(described.values()), line
 
 
 def test_notes_name_the_smoke_test(chart_path: Path) -> None:
