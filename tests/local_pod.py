@@ -141,7 +141,9 @@ class LocalPod:
         return [(item.path, data[item.key]) for item in items if item.key in data or not origin.optional]
 
     def _token(self, source: client.V1ServiceAccountTokenProjection) -> str:
-        request = {"spec": {"audiences": [source.audience] if source.audience else [], "expirationSeconds": 3_600}}
+        audiences = [source.audience] if source.audience else []
+        bound = {"apiVersion": "v1", "kind": "Pod", "name": self._pod.metadata.name, "uid": self._pod.metadata.uid}
+        request = {"spec": {"audiences": audiences, "expirationSeconds": 3_600, "boundObjectRef": bound}}
         account = self._pod.spec.service_account_name
         answer = self._core.create_namespaced_service_account_token(account, self._namespace, request)
         return str(answer.status.token)

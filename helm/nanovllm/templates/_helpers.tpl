@@ -247,6 +247,7 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicaCount) (int .Values.keda.maxReplicaCount)) }}
 {{- fail "keda.minReplicaCount is above keda.maxReplicaCount" }}
 {{- end }}
+{{- include "nanovllm.checkScaling" . }}
 {{- $most := include "nanovllm.mostWorkers" . | int }}
 {{- if and .Values.settings.kafka.group_instance_id (gt $most 1) }}
 {{- fail (printf "settings.kafka.group_instance_id is one for all pods of a Deployment, of which there may be %d: each would take the others' place in the group. Leave it out" $most) }}
