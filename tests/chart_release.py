@@ -27,6 +27,7 @@ Values = dict[str, Any]
 Object = dict[str, Any]
 
 SLOW_WORKER = (sys.executable, str(Path(__file__).with_name("slow_worker.py")))
+OPERATOR_KINDS = Path(__file__).parent / "helm" / "operator_crds.yaml"
 WORK_S = 0.1
 SEATS = 4
 TRANSACTION_JOBS = 20
@@ -53,8 +54,8 @@ def values_of(world: World) -> Values:
     }
 
 
-def slow_workers(world: World, delivery: str, attempts: Path, **more: Any) -> Values:
-    """Values of workers that run ``SLOW_WORKER``; ``attempts`` is its folder."""
+def slow_workers(world: World, delivery: str, attempts: Path, work_s: float = WORK_S, **more: Any) -> Values:
+    """Values of workers that run ``SLOW_WORKER``, ``work_s`` seconds for a job; ``attempts`` is its folder."""
     own: Values = {
         "settings": {
             "delivery": delivery,
@@ -67,7 +68,7 @@ def slow_workers(world: World, delivery: str, attempts: Path, **more: Any) -> Va
         "extraVolumes": [{"name": "attempts", "hostPath": {"path": str(attempts)}}],
         "extraVolumeMounts": [{"name": "attempts", "mountPath": "/attempts"}],
         "extraEnv": [
-            {"name": "SLOW_WORKER_S", "value": str(WORK_S)},
+            {"name": "SLOW_WORKER_S", "value": str(work_s)},
             {"name": "SLOW_WORKER_ATTEMPTS", "value": "/attempts"},
         ],
     }
@@ -94,8 +95,8 @@ def provide(api: client.ApiClient, namespace: str, objects: list[Object]) -> Non
     """
     own = {(one["kind"], one["metadata"]["name"]) for one in objects}
     core, keys = client.CoreV1Api(api), defaultdict[tuple[str, str], set[str]](set)
+    _provide_kinds(api, {one["kind"] for one in objects})
     for one in objects:
-        _provide_kind(api, one)
         if (other := one["metadata"].get("namespace", namespace)) != namespace:
             _unless_there(lambda name=other: core.create_namespace({"metadata": {"name": name}}))  # type: ignore[misc]
         if one["kind"] == "Deployment":
@@ -149,24 +150,20 @@ def _provide_classes(api: client.ApiClient, spec: Object) -> None:
         _unless_there(lambda: client.SchedulingV1Api(api).create_priority_class(of_pods))
 
 
-def _provide_kind(api: client.ApiClient, one: Object) -> None:
-    """A definition that takes any fields, where an operator's kind is unknown to the cluster."""
-    group, _, version = one["apiVersion"].rpartition("/")
-    definitions, plural = client.ApiextensionsV1Api(api), one["kind"].lower() + "s"
-    if "." not in group or group.endswith((".k8s.io", "keda.sh")):
-        return
-    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    served = {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
-    names = {"plural": plural, "singular": one["kind"].lower(), "kind": one["kind"]}
-    spec = {"group": group, "scope": "Namespaced", "names": names, "versions": [served]}
-    body = {"metadata": {"name": f"{plural}.{group}"}, "spec": spec}
-    _unless_there(lambda: definitions.create_custom_resource_definition(body))
+def _provide_kinds(api: client.ApiClient, kinds: set[str]) -> None:
+    """Definitions of ``kinds``, as far as they are other operators'."""
+    definitions = client.ApiextensionsV1Api(api)
+    for definition in yaml.safe_load_all(OPERATOR_KINDS.read_text(encoding="utf-8")):
+        name = definition["metadata"]["name"]
+        if definition["spec"]["names"]["kind"] not in kinds:
+            continue
+        _unless_there(lambda definition=definition: definitions.create_custom_resource_definition(definition))
 
-    def is_established() -> bool:
-        found = definitions.read_custom_resource_definition(f"{plural}.{group}").status
-        return any(one.type == "Established" and one.status == "True" for one in found.conditions or ())
+        def is_established(name: str = name) -> bool:
+            conditions = definitions.read_custom_resource_definition(name).status.conditions or ()
+            return any(one.type == "Established" and one.status == "True" for one in conditions)
 
-    wait_for(is_established, f"{one['kind']} is not served")
+        wait_for(is_established, f"{name} is not served")
 
 
 def _unless_there(create: Callable[[], object]) -> None:
@@ -209,13 +206,13 @@ class Load:
         """Jobs that have a result or a dead letter."""
         return len(self.outcomes.expected) - len(self.outcomes.missing)
 
-    async def send(self, count: int, prompt: str = "Say") -> None:
-        """Send ``count`` jobs, evenly to the partitions."""
+    async def send(self, count: int, prompt: str = "Say", partition: int | None = None) -> None:
+        """Send ``count`` jobs to ``partition``, or evenly to all."""
         sent = 0
         while sent < count:
             async with self._producer.transaction():
                 for _ in range(min(TRANSACTION_JOBS, count - sent)):
-                    await self._send_one(prompt)
+                    await self._send_one(prompt, partition)
                     sent += 1
 
     async def send_until(self, task: asyncio.Task[Any], per_s: float) -> None:
@@ -244,11 +241,12 @@ class Load:
         report = self.outcomes.check(lags)
         return {kind: report[kind] for kind in broken_promises(report, delivery)}
 
-    async def _send_one(self, prompt: str) -> None:
+    async def _send_one(self, prompt: str, partition: int | None) -> None:
         number = len(self.outcomes.expected)
+        partition = number % PARTITIONS if partition is None else partition
         job = Job(job_id=f"job-{number:05d}", prompt=f"{prompt} {number:05d}")
         self.outcomes.expected[str(job.job_id)] = Expectation(frozenset({ANSWER}), job.prompt)
-        await self._producer.send(self._world.topics.jobs, encode_job(job), partition=number % PARTITIONS)
+        await self._producer.send(self._world.topics.jobs, encode_job(job), partition=partition)
 
     async def _read(self) -> None:
         while True:

@@ -25,7 +25,7 @@ from typing import Any
 from kubernetes import client, watch
 from local_pod import ENTRY_POINT, LocalPod, Variables
 
-from nanovllm.demo.child_process import LocalProcess
+from nanovllm.demo.child_process import LocalProcess, read_loopback
 
 LOOK_S = 0.1
 RESTART_S = 0.5
@@ -98,9 +98,13 @@ class Kubelet:
 
     def process(self, pod: str) -> LocalProcess:
         """The process of the container of the pod that is called ``pod``."""
-        (thread,) = (one for one in self._pods.values() if one.pod_name == pod)
-        assert thread.process is not None, f"{pod} has no process yet"
-        return thread.process
+        process = self._thread(pod).process
+        assert process is not None, f"{pod} has no process yet"
+        return process
+
+    def read(self, pod: str, path: str) -> bytes:
+        """What the port ``http`` of the pod that is called ``pod`` answers. Raises OSError as ``read_loopback``."""
+        return read_loopback(self._thread(pod).url + path)
 
     def logs(self) -> str:
         """What all containers have printed."""
@@ -109,6 +113,10 @@ class Kubelet:
     def local_pod(self, pod: client.V1Pod, address: str) -> LocalPod:
         """The folders of ``pod``, which listens on ``address``."""
         return LocalPod(self.api, pod, self.directory / pod.metadata.name, address=address, **self._local)
+
+    def _thread(self, pod: str) -> _PodThread:
+        (thread,) = (one for one in self._pods.values() if one.pod_name == pod)
+        return thread
 
     @staticmethod
     def _free_addresses() -> Callable[[], str]:
@@ -172,6 +180,8 @@ class _PodThread(threading.Thread):
         self._pod = pod
         self._address = address
         (self._container,) = pod.spec.containers
+        ports = {port.name: port.container_port for port in self._container.ports or ()}
+        self.url = f"http://{address}:{ports.get('http')}"
         self._grace_s: int = pod.spec.termination_grace_period_seconds
         self._is_ending = threading.Event()
         self._is_killed = threading.Event()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from helm_python.chart import Chart
 
 from nanovllm.cli.main import app
 from nanovllm.pipeline.routing.routes import load_routes
 from nanovllm.pipeline.topic_checks import topic_needs
 from nanovllm.settings.worker import Settings
-from tests.helm.test_chart import CHART, REPOSITORY, VALUE_FILES, VALUES, container_of, pod_of
+from tests.helm.test_chart import CHART, REPOSITORY, VALUE_FILES, VALUES, container_of, every_value_set, pod_of
 
 MODEL = {"model": {"s3": {"uri": "s3://models/qwen/vl-2b/"}}}
 
@@ -30,6 +30,54 @@ def volumes_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def mounts_of(container: dict[str, Any]) -> dict[str, Any]:
     return {one["name"]: one for one in container["volumeMounts"]}
+
+
+def containers_of(objects: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """All containers of all pods, those that come first among them."""
+    specs = [pod_of(objects)] + [one["spec"] for one in objects.values() if one["kind"] == "Pod"]
+    return [container for spec in specs for container in [*spec.get("initContainers", ()), *spec["containers"]]]
+
+
+# Every container
+
+
+@every_value_set
+def test_no_container_has_a_secret_in_plain_text(render: Any, values: dict[str, Any]) -> None:
+    for container in containers_of(render(values)):
+        for name, value in variables_of(container).items():
+            if re.search("(KEYS?|KEY_ID|PASSWORD|SECRET|TOKEN)$", name):
+                assert "secretKeyRef" in value, (container["name"], name)
+            elif isinstance(value, str):
+                assert "@" not in value, (container["name"], name)
+
+
+@every_value_set
+def test_every_container_runs_without_root_and_rights_on_a_read_only_root(render: Any, values: dict[str, Any]) -> None:
+    objects = render(values)
+    for container in containers_of(objects):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    for spec in [pod_of(objects), objects["Pod"]["spec"]]:
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+
+
+@every_value_set
+def test_a_pod_has_longer_than_its_drain_and_its_probes_ask_for_what_they_decide(
+    render: Any, values: dict[str, Any]
+) -> None:
+    objects = render(values)
+    drain_s = float(objects["ConfigMap"]["data"]["NANOVLLM_ADMISSION__DRAIN_TIMEOUT_S"])
+    assert pod_of(objects)["terminationGracePeriodSeconds"] > drain_s + 15
+    worker = container_of(objects)
+    asked = {name: worker[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert asked == {"startupProbe": "/startupz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}
 
 
 # The startup probe
@@ -268,16 +316,18 @@ def test_there_are_values_for_what_users_run_and_each_file_says_how() -> None:
         assert f"| `{name}.yaml` |" in page
 
 
-def test_the_page_of_values_says_each_value_once() -> None:
-    """The values and their comments are the reference; what has no comment is not documented."""
+def test_every_value_is_described_where_it_stands() -> None:
+    """By a comment above it, or above the map that it is in."""
+    described: dict[int, bool] = {}
     lines = (CHART / "values.yaml").read_text(encoding="utf-8").splitlines()
-    values = yaml.safe_load("\n".join(lines))
-    told = {match[1] for line in lines if (match := re.match(r"(\w+):", line))}
-    assert told == values.keys()
-    for number, line in enumerate(lines):
-        if re.match(r"\w+:", line) and line.split(":")[0] != "settings":
-            around = lines[number - 1] + (lines[number + 1] if number + 1 < len(lines) else "")
-            assert "#" in around, line
+    for above, line in pairwise(lines):
+        if (found := re.match(r"( *)[\w.-]+:(.*)", line)) is None:
+            continue
+        depth = len(found[1])
+        described = {other: is_told for other, is_told in described.items() if other < depth}
+        described[depth] = above.strip().startswith("#")
+        if found[2].strip():
+            assert any(described.values()), line
 
 
 def test_notes_name_the_smoke_test(chart_path: Path) -> None:

@@ -61,6 +61,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "kafkaTopics.enabled needs kafkaTopics.partitions",
         "the most workers that shall have work at once",
     ),
+    "topics_that_nothing_could_be_written_to": (
+        {"kafkaTopics": TOPICS | {"replicas": 1}},
+        "kafkaTopics.replicas (1) is below min.insync.replicas (2) of kafkaTopics.config: nothing could be written",
+        "Raise it, or lower the other",
+    ),
     "one_group_instance_id": (
         {"settings": {"kafka": {"group_instance_id": "w"}}},
         "settings.kafka.group_instance_id is one for all pods of a Deployment, of which there may be 8",

@@ -57,6 +57,10 @@
 {{- if and .enabled (not .partitions) }}
 {{- fail "kafkaTopics.enabled needs kafkaTopics.partitions, the most workers that shall have work at once" }}
 {{- end }}
+{{- $inSync := int (get .config "min.insync.replicas") }}
+{{- if and .enabled (lt (int .replicas) $inSync) }}
+{{- fail (printf "kafkaTopics.replicas (%d) is below min.insync.replicas (%d) of kafkaTopics.config: nothing could be written. Raise it, or lower the other" (int .replicas) $inSync) }}
+{{- end }}
 {{- end }}
 {{- $most := include "nanovllm.mostWorkers" . | int }}
 {{- $told := dict "keda.partitions" (get .Values.keda "partitions") }}
