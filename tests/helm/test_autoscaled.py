@@ -1,4 +1,4 @@
-"""KEDA on seconds of work, Prometheus beside it, and the idle pod first, on a control plane with Apache Kafka."""
+"""KEDA on seconds of work, Prometheus beside it, and what a pod may write of itself, on a control plane with Apache Kafka."""
 
 from __future__ import annotations
 
@@ -128,55 +128,7 @@ def test_what_a_job_takes_is_measured_by_prometheus(
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
 
 
-def test_an_hpa_without_keda_follows_the_seconds_of_work(
-    chart_path: Path,
-    kubeconfig: Path,
-    api: client.ApiClient,
-    namespace: str,
-    kafka_broker: str,
-    unique: Callable[[str], str],
-) -> None:
-    """KEDA serves the external metric in prometheus-adapter's place, of a ScaledObject that scales something else."""
-    topic, labels = unique("jobs"), {"matchLabels": {"app": "meter"}}
-    asyncio.run(create_topic(kafka_broker, topic))
-    container = {"name": "meter", "image": "meter"}
-    template = {"metadata": {"labels": labels["matchLabels"]}, "spec": {"containers": [container]}}
-    client.AppsV1Api(api).create_namespaced_deployment(
-        namespace, {"metadata": {"name": "meter"}, "spec": {"selector": labels, "template": template}}
-    )
-    trigger = {
-        "bootstrapServers": kafka_broker,
-        "consumerGroup": topic,
-        "topic": topic,
-        "offsetResetPolicy": "earliest",
-        "lagThreshold": "1000",
-    }
-    scaled = {
-        "apiVersion": "keda.sh/v1alpha1",
-        "kind": "ScaledObject",
-        "metadata": {"name": "meter"},
-        "spec": {"scaleTargetRef": {"name": "meter"}, "triggers": [{"type": "kafka", "metadata": trigger}]},
-    }
-    client.CustomObjectsApi(api).create_namespaced_custom_object(
-        "keda.sh", "v1alpha1", namespace, "scaledobjects", scaled
-    )
-    metric = {"name": f"s0-kafka-{topic}", "matchLabels": {"scaledobject.keda.sh/name": "meter"}}
-    values: Values = {
-        "settings": {"kafka": {"bootstrap_servers": kafka_broker, "group_id": topic}, "topics": {"jobs": topic}},
-        "keda": {"enabled": False},
-        "autoscaling": {"hpa": {"enabled": True, "maxReplicas": 6, "secondsPerWorker": 10, "metric": metric}},
-    }
-    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
-        helm.install(chart_path, "nanovllm", values, namespace=namespace)
-        wait_for(lambda: replicas(api, namespace) == 1, "an HPA has one worker at least")
-        asyncio.run(produce(kafka_broker, topic, 40))
-        wait_for(lambda: replicas(api, namespace) == 4, "40 s of work at 10 s a worker did not bring four")
-        asyncio.run(produce(kafka_broker, topic, 400))
-        wait_for(lambda: replicas(api, namespace) == 6, "more work did not bring the most workers")
-        helm.uninstall("nanovllm")
-
-
-def test_a_pod_may_write_its_own_deletion_cost_alone_and_the_idle_one_goes_first(
+def test_a_pod_may_write_its_own_deletion_cost_alone(
     chart_path: Path,
     kubeconfig: Path,
     api: client.ApiClient,
@@ -184,8 +136,8 @@ def test_a_pod_may_write_its_own_deletion_cost_alone_and_the_idle_one_goes_first
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    core, apps = client.CoreV1Api(api), client.AppsV1Api(api)
-    values: Values = {"keda": {"enabled": False}, "replicaCount": 3, "podDeletionCost": {"enabled": True}}
+    core = client.CoreV1Api(api)
+    values: Values = {"keda": {"enabled": False}, "replicaCount": 2, "podDeletionCost": {"enabled": True}}
     host, port = api.configuration.host.removeprefix("https://").split(":")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
@@ -195,17 +147,16 @@ def test_a_pod_may_write_its_own_deletion_cost_alone_and_the_idle_one_goes_first
 
     with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
         helm.install(chart_path, "nanovllm", values, namespace=namespace)
-        wait_for(lambda: len(listed()) == 3, "the pods do not exist")
-        first, idle, _ = names = listed()
+        wait_for(lambda: len(listed()) == 2, "the pods do not exist")
+        first, second = names = listed()
         for pod in core.list_namespaced_pod(namespace).items:
             write_credentials(core, pod, tmp_path / pod.metadata.name)
         own = [OwnPod(KubernetesSettings(pod_name=name, credentials=tmp_path / name)) for name in names]
         # The API server learns of a new Role and a new policy within a second or two.
         wait_for(lambda: has_set(own[0], 3), "the Role does not let a pod write its own cost")
-        stranger = OwnPod(KubernetesSettings(pod_name=idle, credentials=tmp_path / first))
+        stranger = OwnPod(KubernetesSettings(pod_name=second, credentials=tmp_path / first))
         wait_for(lambda: not has_set(stranger, 9), "the policy lets a pod write another's cost")
         own[1].set_deletion_cost(1)
-        own[2].set_deletion_cost(3)
         annotated = core.read_namespaced_pod(first, namespace).metadata.annotations
         assert annotated[ANNOTATION] == "3"
 
@@ -219,10 +170,6 @@ def test_a_pod_may_write_its_own_deletion_cost_alone_and_the_idle_one_goes_first
                 worker.patch_namespaced_pod_status(first, namespace, change)
         with pytest.raises(client.ApiException, match="forbidden"):
             worker.patch_namespaced_pod(first, namespace, {"metadata": {"labels": {"app": "other"}}})
-
-        apps.patch_namespaced_deployment_scale("nanovllm", namespace, {"spec": {"replicas": 2}})
-        wait_for(lambda: len(listed()) == 2, "no pod went")
-        assert idle not in listed()
         helm.uninstall("nanovllm")
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
 
