@@ -451,6 +451,7 @@ def contestants(workers: Workers) -> dict[str, Scaling]:
         "1 message, at once": replace(hasty, target=1, lag_threshold=1),
         "100 messages": replace(ours, target=100, per_message=1, formula=False, lag_threshold=100),
         "chart, excludePersistentLag": replace(ours, exclude_persistent_lag=True),
+        "HPA, without KEDA": replace(ours, keda=False),
     }
 
 

@@ -172,6 +172,13 @@ def test_workers_that_load_slowly_do_not_bring_more_of_them() -> None:
     assert [run.most_replicas for run in runs] == [4, 4]
 
 
+def test_an_hpa_alone_keeps_one_worker() -> None:
+    workers, scaling = Workers(load_s=20), replace(chart_defaults(2.0), keda=False)
+    run = simulate([(0.0, 200)], workers, scaling, until_s=1_500)
+    assert run.unfinished == 0
+    assert (run.most_replicas, run.samples[-1][1]) == (7, 1)
+
+
 def test_exclude_persistent_lag_takes_the_workers_of_long_jobs_away() -> None:
     workers = Workers(service_s=120, spread=0, jobs_at_once=1, load_s=10, drain_s=25, partitions=8)
     ours = chart_defaults(workers.seconds_per_job)

@@ -128,6 +128,54 @@ def test_what_a_job_takes_is_measured_by_prometheus(
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
 
 
+def test_an_hpa_without_keda_follows_the_seconds_of_work(
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    kafka_broker: str,
+    unique: Callable[[str], str],
+) -> None:
+    """KEDA serves the external metric in prometheus-adapter's place, of a ScaledObject that scales something else."""
+    topic, labels = unique("jobs"), {"matchLabels": {"app": "meter"}}
+    asyncio.run(create_topic(kafka_broker, topic))
+    container = {"name": "meter", "image": "meter"}
+    template = {"metadata": {"labels": labels["matchLabels"]}, "spec": {"containers": [container]}}
+    client.AppsV1Api(api).create_namespaced_deployment(
+        namespace, {"metadata": {"name": "meter"}, "spec": {"selector": labels, "template": template}}
+    )
+    trigger = {
+        "bootstrapServers": kafka_broker,
+        "consumerGroup": topic,
+        "topic": topic,
+        "offsetResetPolicy": "earliest",
+        "lagThreshold": "1000",
+    }
+    scaled = {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": "meter"},
+        "spec": {"scaleTargetRef": {"name": "meter"}, "triggers": [{"type": "kafka", "metadata": trigger}]},
+    }
+    client.CustomObjectsApi(api).create_namespaced_custom_object(
+        "keda.sh", "v1alpha1", namespace, "scaledobjects", scaled
+    )
+    metric = {"name": f"s0-kafka-{topic}", "matchLabels": {"scaledobject.keda.sh/name": "meter"}}
+    values: Values = {
+        "settings": {"kafka": {"bootstrap_servers": kafka_broker, "group_id": topic}, "topics": {"jobs": topic}},
+        "keda": {"enabled": False},
+        "autoscaling": {"hpa": {"enabled": True, "maxReplicas": 6, "secondsPerWorker": 10, "metric": metric}},
+    }
+    with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        wait_for(lambda: replicas(api, namespace) == 1, "an HPA has one worker at least")
+        asyncio.run(produce(kafka_broker, topic, 40))
+        wait_for(lambda: replicas(api, namespace) == 4, "40 s of work at 10 s a worker did not bring four")
+        asyncio.run(produce(kafka_broker, topic, 400))
+        wait_for(lambda: replicas(api, namespace) == 6, "more work did not bring the most workers")
+        helm.uninstall("nanovllm")
+
+
 def test_a_pod_may_write_its_own_deletion_cost_alone_and_the_idle_one_goes_first(
     chart_path: Path,
     kubeconfig: Path,

@@ -104,19 +104,12 @@ def test_an_hpa_takes_kedas_place(render: Render) -> None:
     assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (1, 3)
 
 
-def test_the_rules_of_the_hpas_metric_come_with_the_alerts(render: Render, chart_path: Path) -> None:
-    from helm_python.chart import Chart
-
-    values = {
-        "keda": {"enabled": False},
-        "autoscaling": {"hpa": {"enabled": True}},
-        "metrics": {"rules": {"enabled": True, "labels": {"release": "prom"}}},
-    }
-    text = Chart.load(chart_path).render(values, name="demo", namespace="ns")["nanovllm/templates/hpa.yaml"]
-    _, rule = yaml.safe_load_all(text)
-    assert rule["metadata"]["labels"]["release"] == "prom"
-    assert rule["spec"] == yaml.safe_load(RULES.read_text(encoding="utf-8"))
-    assert "PrometheusRule" not in render(values | {"metrics": {"rules": {"enabled": False}}})
+def test_the_rules_of_the_hpas_metric_come_with_the_alerts(render: Render) -> None:
+    rules = {"metrics": {"rules": {"enabled": True}}}
+    (alerts,) = render(rules)["PrometheusRule"]["spec"]["groups"]
+    hpa = {"keda": {"enabled": False}, "autoscaling": {"hpa": {"enabled": True}}}
+    groups = render(rules | hpa)["PrometheusRule"]["spec"]["groups"]
+    assert groups == [alerts, *yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]]
 
 
 def test_a_pod_may_change_its_status_alone_and_has_a_token_for_it(render: Render) -> None:
