@@ -26,8 +26,8 @@ def chart_path() -> Path:
 def render(chart_path: Path) -> Render:
     """``render({"gpu": {"count": 1}})`` → the objects by kind, of release ``demo`` in namespace ``ns``.
 
-    The ConfigMap of routes is ``RoutesConfigMap``, that of the dashboard ``DashboardConfigMap``, and the KafkaTopic of
-    a topic ``KafkaTopic NAME``.
+    The ConfigMap of routes is ``RoutesConfigMap``, that of the dashboard ``DashboardConfigMap``, the rules of scaling
+    ``ScalingPrometheusRule``, and the KafkaTopic of a topic ``KafkaTopic NAME``.
     """
     chart = Chart.load(chart_path)
 
@@ -53,7 +53,9 @@ def kind_of(document: dict[str, Any]) -> str:
     if kind == "KafkaTopic":
         return f"{kind} {document['spec']['topicName']}"
     name = document["metadata"]["name"]
-    return next((f"{part.title()}{kind}" for part in ("routes", "dashboard") if name.endswith(f"-{part}")), kind)
+    return next(
+        (f"{part.title()}{kind}" for part in ("routes", "dashboard", "scaling") if name.endswith(f"-{part}")), kind
+    )
 
 
 @pytest.fixture(scope="session")

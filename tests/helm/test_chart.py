@@ -166,8 +166,13 @@ CORE_KINDS = {
     "NetworkPolicy",
     "Pod",
     "DashboardConfigMap",
+    "HorizontalPodAutoscaler",
+    "Role",
+    "RoleBinding",
 }
-OPERATORS_KINDS = {"PodMonitor", "PrometheusRule"}
+# Of Kubernetes 1.30 and newer.
+NEWER_KINDS = {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+OPERATORS_KINDS = {"PodMonitor", "PrometheusRule", "ScalingPrometheusRule"}
 KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
 
 every_value_set = pytest.mark.parametrize(
@@ -213,7 +218,9 @@ def test_core_objects_are_valid_kubernetes(render: Render, values: dict[str, Any
     for kind in CORE_KINDS & objects.keys():
         for version in ("1.27", "1.35"):
             kubernetes_validate.validate(objects[kind], version, strict=True)
-    others = objects.keys() - CORE_KINDS - KEDA_KINDS - OPERATORS_KINDS
+    for kind in NEWER_KINDS & objects.keys():
+        kubernetes_validate.validate(objects[kind], "1.35", strict=True)
+    others = objects.keys() - CORE_KINDS - NEWER_KINDS - KEDA_KINDS - OPERATORS_KINDS
     assert all(name.startswith("KafkaTopic ") for name in others)
 
 

@@ -51,6 +51,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "kafkaTopics.partitions (2) is below the most workers (3)",
         "Raise it",
     ),
+    "fewer_partitions_than_workers_of_an_autoscaler": (
+        {
+            "kafkaTopics": TOPICS | {"partitions": 2},
+            "keda": {"enabled": False},
+            "autoscaling": {"hpa": {"enabled": True, "maxReplicas": 3}},
+        },
+        "kafkaTopics.partitions (2) is below the most workers (3)",
+        "Raise it",
+    ),
     "topics_of_no_cluster": (
         {"kafkaTopics": {"enabled": True, "partitions": 12}},
         "kafkaTopics.enabled needs kafkaTopics.cluster",
