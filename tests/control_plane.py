@@ -27,10 +27,10 @@ def cluster_program() -> Path | None:
 
 
 @contextlib.contextmanager
-def control_plane(program: Path, directory: Path, *options: str) -> Iterator[Path]:
+def control_plane(program: Path, directory: Path) -> Iterator[Path]:
     """A control plane that runs ``program`` on ``directory``; gives its kubeconfig."""
     port = first_of_free_ports(8)
-    command = [sys.executable, str(program), "--dir", str(directory), "--port", str(port), *options]
+    command = [sys.executable, str(program), "--dir", str(directory), "--port", str(port)]
     cluster = LocalProcess("cluster", command, directory / "cluster.log")
     cluster.start()
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from chart_release import SLOW_WORKER, Load, slow_workers
-from control_plane import cluster_program, control_plane, lags_by_keda, ready_workers, replicas, until, workers
-from external_metric import ExternalMetric
+from control_plane import lags_by_keda, ready_workers, replicas, until, workers
 from helm_python import Config
 from kubelet import Kubelet
-from kubernetes import client, config
+from kubernetes import client
 from parts import S3Part, create_topic
 from world import World
 
@@ -115,40 +112,4 @@ async def test_the_idle_worker_goes_first_though_it_is_the_older_one(
             assert names() == {younger}, "the busy worker went"
             await load.all_answered()
             assert not await load.broken_promises("at_least_once")
-        helm.uninstall("nanovllm")
-
-
-async def test_without_keda_an_hpa_follows_the_seconds_of_work(
-    chart_path: Path, kafka_broker: str, s3: S3Part, tmp_path: Path, unique: Callable[[str], str]
-) -> None:
-    if (program := cluster_program()) is None:
-        pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
-    world, namespace = World(kafka_broker, s3, tmp_path, {}), unique("ns")
-    await world.create_topics()
-    await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
-    at_once = {"stabilizationWindowSeconds": 2, "policies": [{"type": "Pods", "value": MOST, "periodSeconds": 1}]}
-    hpa = {"enabled": True, "maxReplicas": MOST, "secondsPerWorker": 40, "behavior": {"scaleDown": at_once}}
-    values = slow_workers(world, "exactly_once", tmp_path, 0.25, keda={"enabled": False}, autoscaling={"hpa": hpa})
-    with ExitStack() as stack:
-        plane = tmp_path / "k8s"
-        kubeconfig = stack.enter_context(control_plane(program, plane, "--no-keda"))
-        api = config.new_client_from_config(str(kubeconfig))
-        client.CoreV1Api(api).create_namespace({"metadata": {"name": namespace}})
-        load = Load(world)
-        # A job is told to be a second of work.
-        adapter = ExternalMetric("nanovllm_seconds_of_work", lambda: len(load.outcomes.missing))
-        stack.enter_context(adapter.served(api, plane / "pki"))
-        helm = stack.enter_context(Config(kubeconfig_path=kubeconfig, namespace=namespace))
-        kubelet = stack.enter_context(Kubelet(api, namespace, tmp_path / "pods", image=SLOW_WORKER))
-        helm.install(chart_path, "nanovllm", values, namespace=namespace)
-        await until(lambda: ready_workers(api, namespace), "no worker became ready")
-        async with load:
-            await load.send(JOBS // 2)
-            await until(lambda: len(ready_workers(api, namespace)) == MOST, f"no {MOST} workers became ready")
-            await load.all_answered()
-            await until(lambda: len(workers(api, namespace)) == 1, "no work waits, and more than one worker stays")
-            await until(lambda: len(kubelet.exits) == MOST - 1, "a worker does not end")
-            assert {one.exit_code for one in kubelet.exits} == {0}, kubelet.logs()
-            assert not await load.broken_promises("exactly_once")
-        assert adapter.selectors == {"release=nanovllm"}
         helm.uninstall("nanovllm")
