@@ -144,7 +144,7 @@ class Kubelet:
             if uid in self._pods:
                 self._pods[uid].kill()
         elif pod.spec.node_name is None:
-            if pod.metadata.deletion_timestamp is None:
+            if pod.metadata.deletion_timestamp is None and pod.spec.scheduler_name == "default-scheduler":
                 self._bind(pod)
         elif uid in self._pods:
             if pod.metadata.deletion_timestamp is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chart_release import SLOW_WORKER, Load, slow_workers
@@ -113,3 +114,71 @@ async def test_the_idle_worker_goes_first_though_it_is_the_older_one(
             await load.all_answered()
             assert not await load.broken_promises("at_least_once")
         helm.uninstall("nanovllm")
+
+
+async def test_without_keda_an_hpa_follows_the_work_that_waits(
+    chart_path: Path,
+    kubeconfig: Path,
+    api: client.ApiClient,
+    namespace: str,
+    kafka_broker: str,
+    s3: S3Part,
+    tmp_path: Path,
+) -> None:
+    world = World(kafka_broker, s3, tmp_path, {})
+    await world.create_topics()
+    await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
+    at_once = {"stabilizationWindowSeconds": 2, "policies": [{"type": "Pods", "value": MOST, "periodSeconds": 1}]}
+    hpa = {
+        "enabled": True,
+        "maxReplicas": MOST,
+        "secondsPerWorker": 20,  # a job counts as a second
+        "metric": meter(api, namespace, world),
+        "behavior": {"scaleDown": at_once},
+    }
+    values = slow_workers(world, "exactly_once", tmp_path, 0.25, keda={"enabled": False}, autoscaling={"hpa": hpa})
+    with (
+        Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm,
+        Kubelet(api, namespace, tmp_path / "pods", image=SLOW_WORKER) as kubelet,
+    ):
+        helm.install(chart_path, "nanovllm", values, namespace=namespace)
+        await until(lambda: ready_workers(api, namespace), "no worker became ready")
+        async with Load(world) as load:
+            await load.send(JOBS // 2)
+            await until(lambda: len(ready_workers(api, namespace)) == MOST, f"no {MOST} workers became ready")
+            await load.all_answered()
+            await until(lambda: len(workers(api, namespace)) == 1, "no work waits, and more than one worker stays")
+            await until(lambda: len(kubelet.exits) == MOST - 1, "a worker does not end")
+            assert {one.exit_code for one in kubelet.exits} == {0}, kubelet.logs()
+            assert not await load.broken_promises("exactly_once")
+        helm.uninstall("nanovllm")
+
+
+def meter(api: client.ApiClient, namespace: str, world: World) -> dict[str, Any]:
+    """An external metric: the group's lag, which KEDA serves in the place of an adapter for Prometheus.
+
+    It is that of a ScaledObject over a Deployment that no node takes.
+    """
+    labels = {"app": "meter"}
+    spec = {"schedulerName": "none", "containers": [{"name": "meter", "image": "meter"}]}
+    template = {"metadata": {"labels": labels}, "spec": spec}
+    deployment = {"metadata": {"name": "meter"}, "spec": {"selector": {"matchLabels": labels}, "template": template}}
+    client.AppsV1Api(api).create_namespaced_deployment(namespace, deployment)
+    metadata = {
+        "bootstrapServers": world.bootstrap_servers,
+        "consumerGroup": world.group,
+        "topic": world.topics.jobs,
+        "offsetResetPolicy": "earliest",
+        "lagThreshold": "1000",
+        "allowIdleConsumers": "true",
+    }
+    scaled = {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": "meter"},
+        "spec": {"scaleTargetRef": {"name": "meter"}, "triggers": [{"type": "kafka", "metadata": metadata}]},
+    }
+    client.CustomObjectsApi(api).create_namespaced_custom_object(
+        "keda.sh", "v1alpha1", namespace, "scaledobjects", scaled
+    )
+    return {"name": f"s0-kafka-{world.topics.jobs}", "matchLabels": {"scaledobject.keda.sh/name": "meter"}}
