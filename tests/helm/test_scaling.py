@@ -181,4 +181,5 @@ def meter(api: client.ApiClient, namespace: str, world: World) -> dict[str, Any]
     client.CustomObjectsApi(api).create_namespaced_custom_object(
         "keda.sh", "v1alpha1", namespace, "scaledobjects", scaled
     )
-    return {"name": f"s0-kafka-{world.topics.jobs}", "matchLabels": {"scaledobject.keda.sh/name": "meter"}}
+    name = world.topics.jobs.replace(".", "-")  # as KEDA writes it
+    return {"name": f"s0-kafka-{name}", "matchLabels": {"scaledobject.keda.sh/name": "meter"}}
