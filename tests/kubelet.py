@@ -24,6 +24,7 @@ from typing import Any
 
 from kubernetes import client, watch
 from local_pod import ENTRY_POINT, LocalPod, Variables
+from urllib3.exceptions import HTTPError
 
 from nanovllm.demo.child_process import LocalProcess, read_loopback
 
@@ -71,7 +72,7 @@ class Kubelet:
         """How containers ended, init containers left out where they succeeded."""
         self._local = {"image": image, "claims": claims, "adapt": adapt}
         self._addresses = self._free_addresses()
-        self._pods: dict[str, _PodThread] = {}
+        self._pods: dict[str, _RunningPod] = {}
         self._watch: watch.Watch | None = None
         self._is_closed = threading.Event()
         self._watching = threading.Thread(target=self._follow, name="kubelet", daemon=True)
@@ -92,19 +93,19 @@ class Kubelet:
         for pod in self._pods.values():
             pod.kill()
         for pod in self._pods.values():
-            pod.join(10)
+            pod.thread.join(10)
         for name in self.nodes:
             self.core.delete_node(name)
 
     def process(self, pod: str) -> LocalProcess:
         """The process of the container of the pod that is called ``pod``."""
-        process = self._thread(pod).process
+        process = self._running(pod).process
         assert process is not None, f"{pod} has no process yet"
         return process
 
     def read(self, pod: str, path: str) -> bytes:
         """What the port ``http`` of the pod that is called ``pod`` answers. Raises OSError as ``read_loopback``."""
-        return read_loopback(self._thread(pod).url + path)
+        return read_loopback(self._running(pod).url + path)
 
     def logs(self) -> str:
         """What all containers have printed."""
@@ -114,9 +115,9 @@ class Kubelet:
         """The folders of ``pod``, which listens on ``address``."""
         return LocalPod(self.api, pod, self.directory / pod.metadata.name, address=address, **self._local)
 
-    def _thread(self, pod: str) -> _PodThread:
-        (thread,) = (one for one in self._pods.values() if one.pod_name == pod)
-        return thread
+    def _running(self, pod: str) -> _RunningPod:
+        (running,) = (one for one in self._pods.values() if one.pod_name == pod)
+        return running
 
     @staticmethod
     def _free_addresses() -> Callable[[], str]:
@@ -134,7 +135,7 @@ class Kubelet:
                     self._see(event["type"], event["object"])
                     if self._is_closed.is_set():
                         return
-            except (client.ApiException, http.client.HTTPException, OSError):
+            except (client.ApiException, HTTPError, OSError):
                 if self._is_closed.wait(LOOK_S):
                     return
 
@@ -150,15 +151,15 @@ class Kubelet:
             if pod.metadata.deletion_timestamp is not None:
                 self._pods[uid].end(pod.metadata.deletion_grace_period_seconds)
         elif pod.spec.node_name in self.nodes and pod.status.phase not in ("Succeeded", "Failed"):
-            self._pods[uid] = _PodThread(self, pod, self._addresses())
-            self._pods[uid].start()
+            self._pods[uid] = _RunningPod(self, pod, self._addresses())
+            self._pods[uid].thread.start()
 
     def _bind(self, pod: client.V1Pod) -> None:
         """Bind ``pod`` to the node with the fewest pods that is not cordoned, where there is one."""
         nodes = [name for name in self.nodes if not self.core.read_node(name).spec.unschedulable]
         if not nodes:
             return
-        bound = [thread.node for thread in self._pods.values() if thread.is_alive()]
+        bound = [running.node for running in self._pods.values() if running.thread.is_alive()]
         node = min(nodes, key=bound.count)
         target = {"apiVersion": "v1", "kind": "Node", "name": node}
         body = {"metadata": {"name": pod.metadata.name}, "target": target}
@@ -168,11 +169,11 @@ class Kubelet:
             raise client.ApiException(http_resp=answer)
 
 
-class _PodThread(threading.Thread):
+class _RunningPod:
     """The life of one pod, from its binding to its deletion."""
 
     def __init__(self, kubelet: Kubelet, pod: client.V1Pod, address: str) -> None:
-        super().__init__(name=pod.metadata.name, daemon=True)
+        self.thread = threading.Thread(target=self._run, name=pod.metadata.name, daemon=True)
         self.pod_name: str = pod.metadata.name
         self.node: str = pod.spec.node_name
         self.process: LocalProcess | None = None
@@ -203,7 +204,7 @@ class _PodThread(threading.Thread):
         if self.process is not None and self.process.is_running:
             self.process.kill()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
             self._live()
             if self._is_ending.wait() and not self._is_killed.is_set():
