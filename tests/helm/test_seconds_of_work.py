@@ -155,7 +155,7 @@ def test_the_formula_fits_kedas_own_schema(render: Render, values: dict[str, Any
         (COST | {"settings": {"kubernetes": {"pod_deletion_cost": True}}}, "is set by podDeletionCost.enabled"),
         ({"keda": {"secondsPerWorker": 1.5}}, "secondsPerWorker"),
         ({"keda": {"secondsPerJob": 0}}, "secondsPerJob"),
-        ({"keda": {"prometheus": {"serverAddress": "http://user:hunter2@prometheus"}}}, "serverAddress"),
+        ({"keda": {"prometheus": {"serverAddress": "http://user:hunter2@prometheus"}}}, "take keda.prometheus.auth"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

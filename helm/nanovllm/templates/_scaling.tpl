@@ -78,6 +78,9 @@ metricType: AverageValue
 {{- fail "autoscaling.hpa.minReplicas is above autoscaling.hpa.maxReplicas" }}
 {{- end }}
 {{- if and $keda.enabled $keda.prometheus.serverAddress }}
+{{- if contains "@" $keda.prometheus.serverAddress }}
+{{- fail "keda.prometheus.serverAddress holds a user or a password, which would stand in the ScaledObject: take keda.prometheus.authenticationRef" }}
+{{- end }}
 {{- if $keda.lagThreshold }}
 {{- fail (printf "keda.lagThreshold is %d messages, but keda.prometheus measures what a job takes: leave one of them out" (int64 $keda.lagThreshold)) }}
 {{- end }}
