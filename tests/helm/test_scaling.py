@@ -145,7 +145,12 @@ async def test_without_keda_an_hpa_follows_the_work_that_waits(
         await until(lambda: ready_workers(api, namespace), "no worker became ready")
         async with Load(world) as load:
             await load.send(JOBS // 2)
-            await until(lambda: len(ready_workers(api, namespace)) == MOST, f"no {MOST} workers became ready")
+            try:
+                await until(lambda: len(ready_workers(api, namespace)) == MOST, f"no {MOST} workers became ready", 40)
+            except AssertionError:
+                print(client.AutoscalingV2Api(api).list_namespaced_horizontal_pod_autoscaler(namespace).items)
+                print(client.CustomObjectsApi(api).list_namespaced_custom_object("keda.sh", "v1alpha1", namespace, "scaledobjects"))
+                raise
             await load.all_answered()
             await until(lambda: len(workers(api, namespace)) == 1, "no work waits, and more than one worker stays")
             await until(lambda: len(kubelet.exits) == MOST - 1, "a worker does not end")
