@@ -1,4 +1,4 @@
-"""KEDA on seconds of work, Prometheus beside it, and what a pod may write of itself, on a control plane with Apache Kafka."""
+"""KEDA on seconds of work, Prometheus beside it, what a pod may write of itself: a control plane and Apache Kafka."""
 
 from __future__ import annotations
 

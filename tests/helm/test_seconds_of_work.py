@@ -151,11 +151,12 @@ def test_the_formula_fits_kedas_own_schema(render: Render, values: dict[str, Any
         ({"keda": MEASURED["keda"] | {"lagThreshold": 5}}, "5 messages, but keda.prometheus measures"),
         ({"keda": MEASURED["keda"] | {"limitToPartitionsWithLag": True}}, "leave one of them out"),
         ({"keda": MEASURED["keda"] | {"extraTriggers": [{"type": "cron"}]}}, "write keda.advanced.scalingModifiers"),
+        ({"keda": {"excludePersistentLag": True}}, "none would ever start"),
         (COST | {"serviceAccount": {"create": False}}, "every pod of the namespace"),
         (COST | {"settings": {"kubernetes": {"pod_deletion_cost": True}}}, "is set by podDeletionCost.enabled"),
         ({"keda": {"secondsPerWorker": 1.5}}, "secondsPerWorker"),
         ({"keda": {"secondsPerJob": 0}}, "secondsPerJob"),
-        ({"keda": {"prometheus": {"serverAddress": "http://user:hunter2@prometheus"}}}, "serverAddress"),
+        ({"keda": {"prometheus": {"serverAddress": "http://user:hunter2@prometheus"}}}, "take keda.prometheus.auth"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
