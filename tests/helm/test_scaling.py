@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ async def test_the_idle_worker_goes_first_though_it_is_the_older_one(
             return {name: int(found[DELETION_COST]) for name, found in annotations.items() if DELETION_COST in found}
 
         def partitions_of(pod: str) -> list[int]:
-            listed = json.loads(kubelet.read(pod, "/stats"))["queue"]["partitions"]
-            return [one["partition"] for one in listed if one["topic"] == world.topics.jobs]
+            owned = rf'^nanovllm_consumer_watermark_offset{{partition="(\d+)",topic="{re.escape(world.topics.jobs)}"}}'
+            return [int(number) for number in re.findall(owned, kubelet.read(pod, "/metrics").decode(), re.MULTILINE)]
 
         helm.install(chart_path, "nanovllm", values, namespace=namespace)
         await until(lambda: ready_workers(api, namespace), "the first worker did not become ready")
