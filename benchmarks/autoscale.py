@@ -361,7 +361,9 @@ def simulate(
     replicas = scaling.min_replicas if scaling.keda else max(1, scaling.min_replicas)
     group.scale(0.0, replicas)
     coming, numbers = deque(arrivals), itertools.count()
-    next_poll, next_sync, worker_seconds = 0.0 if scaling.keda else NOTHING_S, 0.0, 0.0
+    # The first job comes in the middle of an interval, as the mean one does.
+    next_poll, next_sync = scaling.polling_s / 2 if scaling.keda else NOTHING_S, scaling.sync_s / 2
+    worker_seconds = 0.0
     samples: list[tuple[float, int, int]] = []
     for tick in range(round(until_s / step_s) + 1):
         now = tick * step_s
@@ -382,7 +384,7 @@ def simulate(
         worker_seconds += replicas * step_s
         if not samples or samples[-1][1] != replicas or tick % max(1, round(1 / step_s)) == 0:
             samples.append((now, replicas, group.lag))
-    last = arrivals[-1][0] if arrivals else 0.0
+    last = max((at for at, count in arrivals if count), default=0.0)
     left = group.lag
     waits = sorted(group.waits)
     return Run(

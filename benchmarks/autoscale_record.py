@@ -32,9 +32,9 @@ from nanovllm.demo.child_process import LocalProcess
 
 TOPIC, GROUP, NAMESPACE = "autoscale-jobs", "autoscale", "default"
 FIRST_PORT = 31_450
-LOAD_S, SERVICE_S, PARTITIONS = 6.0, 0.5, 8
+LOAD_S, SERVICE_S, PARTITIONS = 6.0, 0.5, 24
 SYNC_S = 2
-BURSTS = ((0.0, 260), (100.0, 70))
+BURSTS = ((0.0, 480), (110.0, 100))
 LONGEST_S = 300.0
 WORKERS = Workers(
     partitions=PARTITIONS, service_s=SERVICE_S, spread=0, jobs_at_once=1, load_s=LOAD_S, drain_s=5, rebalance_s=2
@@ -184,13 +184,19 @@ async def _worker(brokers: str, stop: asyncio.Event) -> None:
         group_id=GROUP,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        max_poll_records=1,
         heartbeat_interval_ms=500,
         session_timeout_ms=6_000,
     ) as consumer:
         while not stop.is_set():
-            for partition, records in (await consumer.getmany(timeout_ms=200, max_records=1)).items():
-                await asyncio.sleep(SERVICE_S)
-                # A rebalance meanwhile: the next owner repeats the job.
-                with contextlib.suppress(KafkaError):
-                    await consumer.commit({partition: OffsetAndMetadata(records[-1].offset + 1, "")})
+            is_idle = True
+            for partition in sorted(consumer.assignment()):  # in turn, as a worker reads them
+                if stop.is_set() or partition not in consumer.assignment():
+                    continue
+                for record in (await consumer.getmany(partition, timeout_ms=0, max_records=1)).get(partition, []):
+                    is_idle = False
+                    await asyncio.sleep(SERVICE_S)
+                    # A rebalance meanwhile: the next owner repeats the job.
+                    with contextlib.suppress(KafkaError):
+                        await consumer.commit({partition: OffsetAndMetadata(record.offset + 1, "")})
+            if is_idle:
+                await asyncio.sleep(0.05)

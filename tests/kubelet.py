@@ -73,6 +73,7 @@ class Kubelet:
         self._local = {"image": image, "claims": claims, "adapt": adapt}
         self._addresses = self._free_addresses()
         self._pods: dict[str, _RunningPod] = {}
+        self._bound: dict[str, str] = {}
         self._watch: watch.Watch | None = None
         self._is_closed = threading.Event()
         self._watching = threading.Thread(target=self._follow, name="kubelet", daemon=True)
@@ -142,6 +143,7 @@ class Kubelet:
     def _see(self, event: str, pod: client.V1Pod) -> None:
         uid = pod.metadata.uid
         if event == "DELETED":
+            self._bound.pop(uid, None)
             if uid in self._pods:
                 self._pods[uid].kill()
         elif pod.spec.node_name is None:
@@ -159,14 +161,14 @@ class Kubelet:
         nodes = [name for name in self.nodes if not self.core.read_node(name).spec.unschedulable]
         if not nodes:
             return
-        bound = [running.node for running in self._pods.values() if running.thread.is_alive()]
-        node = min(nodes, key=bound.count)
+        node = min(nodes, key=list(self._bound.values()).count)
         target = {"apiVersion": "v1", "kind": "Node", "name": node}
         body = {"metadata": {"name": pod.metadata.name}, "target": target}
         # The answer is a Status, which the client would take for a Binding.
         answer = self.core.create_namespaced_binding(self.namespace, body, _preload_content=False)
         if answer.status >= 300 and answer.status not in (404, 409):  # deleted, or bound, since it was seen
             raise client.ApiException(http_resp=answer)
+        self._bound[pod.metadata.uid] = node
 
 
 class _RunningPod:

@@ -93,7 +93,7 @@ def test_an_example_installs_and_its_worker_answers_a_job(
     ):
         assert helm.install(chart_path, "nanovllm", values, namespace=namespace)["status"] == "deployed"
         try:
-            count = 1 if values.get("keda", {}).get("enabled", True) else values["replicaCount"]
+            count = 1 if values.get("keda", {}).get("enabled", True) else values.get("replicaCount", 1)
             wait_for(lambda: len(ready_workers(api, namespace)) == count, "no worker became ready", within_s=120)
             asyncio.run(read_result(world))
         except BaseException:
@@ -119,7 +119,7 @@ def stored_model(s3: S3Part) -> Values:
 
 async def make_topics(world: World, objects: list[dict[str, Any]]) -> None:
     await world.create_topics()
-    others = consumed_topics(objects) - {world.topics.jobs} | {world.topics.events}
+    others = consumed_topics(objects) - {world.topics.jobs} | {world.topics.events, world.topics.in_flight}
     async with connected_admin(world.kafka) as admin:
         there = set(await admin.list_topics())  # lanes keep the names that their file gives them
     await create_topic(world.bootstrap_servers, *sorted(others - there))

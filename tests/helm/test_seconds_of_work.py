@@ -151,6 +151,7 @@ def test_the_formula_fits_kedas_own_schema(render: Render, values: dict[str, Any
         ({"keda": MEASURED["keda"] | {"lagThreshold": 5}}, "5 messages, but keda.prometheus measures"),
         ({"keda": MEASURED["keda"] | {"limitToPartitionsWithLag": True}}, "leave one of them out"),
         ({"keda": MEASURED["keda"] | {"extraTriggers": [{"type": "cron"}]}}, "write keda.advanced.scalingModifiers"),
+        ({"keda": {"excludePersistentLag": True}}, "none would ever start"),
         (COST | {"serviceAccount": {"create": False}}, "every pod of the namespace"),
         (COST | {"settings": {"kubernetes": {"pod_deletion_cost": True}}}, "is set by podDeletionCost.enabled"),
         ({"keda": {"secondsPerWorker": 1.5}}, "secondsPerWorker"),

@@ -77,6 +77,10 @@ metricType: AverageValue
 {{- if and $hpa.enabled (gt (int $hpa.minReplicas) (int $hpa.maxReplicas)) }}
 {{- fail "autoscaling.hpa.minReplicas is above autoscaling.hpa.maxReplicas" }}
 {{- end }}
+{{- $hasFormula := or (hasKey (default dict $keda.advanced) "scalingModifiers") (not $keda.extraTriggers) }}
+{{- if and $keda.enabled $keda.excludePersistentLag $hasFormula (not $keda.minReplicaCount) }}
+{{- fail "keda.excludePersistentLag counts no partition whose offset stands still, and with no worker all of them do: none would ever start. Leave it out, or set keda.minReplicaCount to 1" }}
+{{- end }}
 {{- if and $keda.enabled $keda.prometheus.serverAddress }}
 {{- if contains "@" $keda.prometheus.serverAddress }}
 {{- fail "keda.prometheus.serverAddress holds a user or a password, which would stand in the ScaledObject: take keda.prometheus.authenticationRef" }}
