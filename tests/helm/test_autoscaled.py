@@ -50,7 +50,7 @@ def test_lanes_are_summed_up_and_workers_stay_while_prometheus_is_away(
             "kafka": {"bootstrap_servers": kafka_broker, "group_id": topic},
             "topics": {"jobs": topic, "lanes": {lane: -10}},
         },
-        "keda": {"secondsPerWorker": 10, "secondsPerJob": 0.5, "pollingInterval": 1, "cooldownPeriod": 2},
+        "keda": {"secondsPerWorker": 10, "secondsPerJob": 0.5, "pollingInterval": 1, "cooldownPeriod": 3},
     }
     with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
         helm.install(chart_path, "nanovllm", values, namespace=namespace)
@@ -61,7 +61,7 @@ def test_lanes_are_summed_up_and_workers_stay_while_prometheus_is_away(
         values["keda"]["prometheus"] = {"serverAddress": f"http://127.0.0.1:{free_port()}"}
         helm.upgrade(chart_path, "nanovllm", values, namespace=namespace)
         wait_for(lambda: condition(scaled_object(api, namespace), "Fallback") == "True", "no fallback came")
-        time.sleep(6)  # three times the cooldown
+        time.sleep(7)  # twice the cooldown
         assert replicas(api, namespace) == 3
         helm.uninstall("nanovllm")
     wait_for(lambda: not leftovers(api, namespace), "an uninstalled release leaves objects behind")
