@@ -399,7 +399,9 @@ def test_an_empty_file_is_refused_before_anything_is_sent(tmp_path: Path, place:
         ("{}/empty.png", "empty.png is no image: the file is empty"),
         ("s3://bucket/", "s3://bucket/ names no object"),
         ("s3://x/y.png", "s3://x/y.png names no object"),
-        ("https://example.com/a.png", "only s3:// URIs"),
+        ("ftp://example.com/a.png", "only s3:// and https:// URIs"),
+        ("https://example.com/a.png", "http_images.allow of these settings does not list https://example.com"),
+        ("https://user:hunter2@example.com/a.png", "a URI that begins with http has a user or a password"),
         ("{}/none.png", "none.png cannot be read"),
     ],
 )
