@@ -179,7 +179,8 @@ class HttpImages:
 
     def _body(self, uri: HttpUri, response: HTTPResponse) -> bytes:
         self._limit.check(response.length or 0, "the image")
-        response.fp = _BoundedReads(response.fp)  # type: ignore[attr-defined]
+        bounded: Any = _BoundedReads(response.fp)
+        response.fp = bounded
         data = bytearray()
         while chunk := response.read(CHUNK_BYTES):
             data += chunk

@@ -34,7 +34,7 @@ class AllowedHost:
         is_wildcard = rest.startswith("*.")
         uri = parse_http_uri(f"{scheme}://{rest.removeprefix('*.')}")
         if uri.target != "/":
-            raise ValueError("has a path: hosts are allowed, and not paths")
+            raise ValueError("has a path")
         if is_wildcard and (_is_address(uri.host) or uri.host.count(".") + 1 < MIN_WILDCARD_LABELS):
             raise ValueError("has a wildcard before less than a domain such as example.com")
         return cls(uri, is_wildcard)
@@ -72,7 +72,9 @@ class HttpImageSettings(SettingsModel):
                 AllowedHost.of(entry)
             except ValueError as error:
                 # Not shown: it may hold a password or a signature.
-                raise ValueError(f"number {number} {error}; it is a host, with a port where that is not 443") from None
+                raise ValueError(
+                    f"number {number} {error}; an entry is a host such as images.example.com, with its port if not 443"
+                ) from None
         return allow
 
     @field_validator("allow_networks")

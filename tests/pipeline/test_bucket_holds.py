@@ -226,7 +226,7 @@ def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatc
 async def test_what_concerns_one_object_ends_the_hold() -> None:
     buckets, told = holds()
     for number in range(REFUSED_OBJECTS):
-        buckets.refused("bucket", f"k{number}", FORBIDDEN)
+        buckets.refused("s3://bucket", f"k{number}", FORBIDDEN)
 
     class Missing:
         async def fetch(self, ref: Any, **held: Any) -> Any:
