@@ -176,9 +176,7 @@ class Mounted(Strict):
 
 class Service(Strict):
     # By a release's tag or a digest: what starts today starts next year.
-    image: Annotated[str, Field(pattern=r"^[\w./-]+(:[\w.-]*[0-9][\w.-]*|@sha256:[0-9a-f]{64})$")] | None = (
-        None
-    )
+    image: Annotated[str, Field(pattern=r"^[\w./-]+(:[\w.-]*[0-9][\w.-]*|@sha256:[0-9a-f]{64})$")] | None = None
     build: str | None = None
     command: str | list[str] | None = None
     entrypoint: list[str] | None = None
