@@ -25,6 +25,8 @@ from tools.build_image import FOLDER, ROOT, Storage, name_of
 
 # What buildah and CRI-O take for RuntimeDefault; Debian's golang-github-containers-common, which buildah depends on.
 SECCOMP_PROFILE = Path("/usr/share/containers/seccomp.json")
+# crun refuses a machine with both versions of cgroups, though it is asked for none: one version, in mounts of its own.
+OWN_MOUNTS = ["unshare", "--mount", "sh", "-c", 'mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"', "sh"]
 # What a kubelet writes into each container.
 HOST_FILES = ("/etc/hosts", "/etc/resolv.conf")
 MASKED = ("/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/timer_list")
@@ -177,7 +179,7 @@ class Container:
     @property
     def command(self) -> list[str]:
         """The command line that runs it in the foreground; signals go to its process."""
-        return [*self._crun, "run", "--bundle", str(self._bundle), self.name]
+        return [*OWN_MOUNTS, *self._crun, "run", "--bundle", str(self._bundle), self.name]
 
     @property
     def pid(self) -> int:
