@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import json
 import os
 import shlex
 import shutil
@@ -213,3 +214,19 @@ def test_the_seccomp_profile_keeps_calls_that_need_a_capability_from_the_process
     allowed = {name for rule in rules if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
     assert {"read", "openat", "futex"} <= allowed
     assert not {"init_module", "bpf", "kexec_load"} & allowed
+
+
+def test_the_documents_have_the_sizes_and_the_start_that_were_measured() -> None:
+    measured = json.loads((REPOSITORY / "benchmarks" / "results" / "image.json").read_text())
+    page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert measured["machine"]["cpu"]
+    for variant, image in measured["images"].items():
+        own = image["layers"][-1]
+        row = f"| `{variant}` | {megabytes(own['bytes'])} MB | {megabytes(own['compressed_bytes'])} MB |"
+        assert row in page, row
+        if start := image.get("start"):
+            assert f"| {start['cpu_seconds']:.1f} s |" in page[page.index(row) :].splitlines()[0]
+
+
+def megabytes(size: int) -> str:
+    return f"{round(size / 1e6):,}"
