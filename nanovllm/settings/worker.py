@@ -21,6 +21,7 @@ from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.tracing import TracingSettings
 from nanovllm.settings.vllm import VllmSettings
 
 ENV_PREFIX = "NANOVLLM_"
@@ -80,6 +81,7 @@ class Settings(BaseSettings):
     topics: TopicSettings = TopicSettings()
     s3: S3Settings = S3Settings()
     http: HttpSettings = HttpSettings()
+    tracing: TracingSettings = TracingSettings()
     engine: EngineSettings = EngineSettings()
     remote: RemoteSettings = RemoteSettings()
     vllm: VllmSettings = VllmSettings()
