@@ -150,6 +150,8 @@ class JobTrace:
         """``headers`` with this trace in place of theirs."""
         carrier: dict[str, str] = {}
         _PROPAGATOR.inject(carrier, set_span_in_context(self._span))
+        if not carrier:
+            return headers  # OTEL_SDK_DISABLED
         own = [(name, value.encode()) for name, value in carrier.items()]
         return (*own, *(header for header in headers if header[0].lower() not in TRACE_HEADERS))
 
