@@ -86,7 +86,6 @@ class Tracing:
 
     def begin(self, topic: str, partition: int, offset: int, headers: Headers) -> JobTrace:
         """The trace of a record that is received now; headers that are no trace context count as none."""
-        began = time.monotonic()
         span = self._tracer.start_span(
             f"process {topic}",
             _parent(headers),
@@ -101,7 +100,7 @@ class Tracing:
                 "messaging.consumer.group.name": self._group_id,
             },
         )
-        return JobTrace(self._tracer, span, began)
+        return JobTrace(self._tracer, span)
 
     async def close(self) -> None:
         """Export what waits, for at most ``FLUSH_S``; spans that end later are lost."""
@@ -127,10 +126,10 @@ class JobTrace:
     A stage becomes a span when the job ends: what is timed in pieces, as by attempts, is one span.
     """
 
-    def __init__(self, tracer: Tracer, span: Span, began: float) -> None:
+    def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
-        self._wall_ns = time.time_ns() - round(1e9 * began)
+        self._wall_ns = time.time_ns() - time.monotonic_ns()
         self._stages: dict[Stage, _StageTime] = {}
         self._joined: list[SpanContext] = []
         self._parts: list[JobTrace] = []
@@ -158,7 +157,7 @@ class JobTrace:
     def part(self) -> JobTrace:
         """The trace of one of the record's events."""
         span = self._tracer.start_span("process event", set_span_in_context(self._span))
-        self._parts.append(JobTrace(self._tracer, span, time.monotonic()))
+        self._parts.append(JobTrace(self._tracer, span))
         return self._parts[-1]
 
     def add_stage(self, name: Stage, began: float, ended: float) -> None:
@@ -200,7 +199,7 @@ class JobTrace:
         self._span.set_attributes({**(attributes or {}), **({"nanovllm.outcome": outcome} if outcome else {})})
         if failure is not None:
             _fail(self._span, failure[1])
-        self._span.end()
+        self._span.end(self._ns(time.monotonic()))
 
     def close(self, *, is_cut_short: bool) -> None:
         """End what has not ended: ``is_cut_short`` where its records go back to Kafka."""

@@ -195,8 +195,8 @@ class TraceReceive:
 
     async def __call__(self, record: ConsumedRecord) -> Received | ReceivedEvents | InvalidRecord:
         """As ``receive``; an invalid record has a context too."""
-        began = time.monotonic()
         trace = self._tracing.begin(record.topic, record.partition, record.offset, record.headers)
+        began = time.monotonic()
         received = await self._receive(record)
         context = received.context or self._context_of(record)
         trace.add_stage("receive", began, time.monotonic())
