@@ -31,6 +31,7 @@ The page is generated (`.venv/bin/python tools/licences.py`).
 """
 
 _EXPRESSIONS = {
+    "3-clause bsd license": "BSD-3-Clause",
     "apache": "Apache-2.0",
     "apache 2": "Apache-2.0",
     "apache 2.0 license": "Apache-2.0",
