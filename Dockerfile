@@ -6,7 +6,7 @@ FROM python:3.12-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/nanovllm
 ENV PATH=/opt/nanovllm/bin:$PATH
-ARG EXTRAS=worker,documents,remote,otel
+ARG EXTRAS=worker,documents,remote
 # By itself, before the sources: pip's own index would bring the CUDA build, and this layer outlives changes of ours.
 RUN case ",$EXTRAS," in *,worker,*) \
         pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<3" ;; \
