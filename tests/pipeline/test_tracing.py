@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ import pytest
 from bench import Bench, FaultyFetcher, GatedEngine, eventually, png, reached
 from document_bench import Documents
 from document_files import drawn, receipts_pdf, receipts_route
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -162,6 +165,31 @@ async def test_headers_that_are_no_trace_context_begin_a_new_trace(
     assert trace_id != TRACE_ID
     assert trace_of(result) == (trace_id, span_id)
     assert "tracestate" not in dict(result.headers)
+
+
+HEADERS = st.lists(
+    st.tuples(
+        st.sampled_from(["traceparent", "Traceparent", "tracestate", "other"]),
+        st.binary(max_size=1_500)
+        | st.from_regex(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]\n?", fullmatch=True).map(str.encode)
+        | st.from_regex(r"[a-z]{1,4}=[!-~]{1,8}(,[a-z]{1,4}=[ -~]{1,8})*", fullmatch=True).map(str.encode),
+    ),
+    max_size=5,
+)
+
+
+@given(HEADERS)
+def test_what_is_carried_on_is_a_trace_context_whatever_came(headers: list[tuple[str, bytes]]) -> None:
+    trace = Tracing(TracerProvider(shutdown_on_exit=False), "group").begin("jobs", 0, 0, tuple(headers))
+    carried = trace.carried(tuple(headers))
+    parents = [value for name, value in carried if name.lower() == "traceparent"]
+    states = [value for name, value in carried if name.lower() == "tracestate"]
+    assert [bool(re.fullmatch(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-0[0-3]", value)) for value in parents] == [True]
+    assert len(states) <= 1
+    assert all(len(state) <= 512 and state.isascii() for state in states)
+    assert [one for one in carried if one[0] == "other"] == [one for one in headers if one[0] == "other"]
+    if not any(re.fullmatch(rb"[ \t]*[0-9a-f]{2}-[0-9a-f]{32}-.*", value, re.DOTALL) for _, value in headers):
+        assert not states
 
 
 async def test_the_state_of_a_trace_is_carried_on_and_its_decision_is_followed(bench: Bench) -> None:
