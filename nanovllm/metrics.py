@@ -18,6 +18,9 @@ from nanovllm.statistics import EngineStats
 
 MAX_PENDING_VALUES = 512
 """Values of a histogram that wait to be counted."""
+MAX_ROUTES = 100
+"""Routes that are told apart."""
+OTHER_ROUTE = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -131,12 +134,21 @@ class Metrics:
         self.events = self._counter("events", "Events of object stores by what came of them.", ("outcome",))
         self.pages = self._counter(
             "document_pages",
-            "Pages of documents by how they ended and where their answer came from.",
-            ("status", "source"),
+            "Pages of documents by how they ended, where their answer came from, and their route.",
+            ("status", "source", "route"),
+        )
+        self.documents = self._counter(
+            "documents", "Deliveries of documents by their route and how they ended.", ("route", "outcome")
+        )
+        self.document_infer_seconds = self._counter(
+            "document_infer_seconds", "Time of documents at the engine, its queue included, by their route.", ("route",)
         )
         self.engine_seconds_saved = self._counter(
-            "document_engine_seconds_saved", "Engine time that kept, blank and stopped pages saved."
+            "document_engine_seconds_saved",
+            "Engine time that kept, blank and stopped pages saved, by their route.",
+            ("route",),
         )
+        self._routes: set[str] = set()
         self.process_seconds = self._histogram(
             "messaging_process_duration_seconds", "From the receipt of a job to its settlement.", _SECONDS
         )
@@ -198,6 +210,12 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a request.", _TOKENS
         )
         self.images = self._counter("images", "Images by where their embedding came from.", ("outcome",))
+
+    def route(self, name: str) -> str:
+        """The label of a route: its name; ``other`` for none, and for those after the first ``MAX_ROUTES``."""
+        if name and len(self._routes) < MAX_ROUTES:
+            self._routes.add(name)
+        return name if name in self._routes else OTHER_ROUTE
 
     def watch_engine(self, snapshot: Callable[[], EngineStats]) -> None:
         """Add the engine's own figures, read anew at every scrape; ``snapshot`` is called in the scraping thread."""

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from parts import S3Part, create_topic
@@ -39,6 +39,9 @@ from nanovllm.settings.worker import Settings
 from nanovllm.sinks.kafka import KafkaSink
 from nanovllm.vision.images.decode import ImageLimits
 from nanovllm.vision.images.pool import DecoderPool
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import Tracing
 
 PARTITIONS = 2
 
@@ -110,7 +113,13 @@ class Bench:
 
     @asynccontextmanager
     async def working(
-        self, engine: EngineBackend, /, fetcher: Any = None, sink: KafkaSink | None = None, **settings: Any
+        self,
+        engine: EngineBackend,
+        /,
+        fetcher: Any = None,
+        sink: KafkaSink | None = None,
+        traces: Tracing | None = None,
+        **settings: Any,
     ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
@@ -127,6 +136,7 @@ class Bench:
             self.health,
             routes=worker_routes(effective),
             backoff=Backoff(base_s=0.01, cap_s=0.05),
+            tracing=traces,
         )
         source = build_source(worker, sink.limits)
         self.source = source

@@ -120,6 +120,7 @@ def versity_s3(versity_node: VersityNode, monkeypatch: pytest.MonkeyPatch) -> S3
 
 _STAGES = "nanovllm.pipeline.stages"
 _LEVELLED = ("aiokafka", "botocore", "boto3", "urllib3", "httpx", "httpcore", "botocore.credentials",
+             "opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.exporter.otlp.common",
              f"{_STAGES}.failure", f"{_STAGES}.invalid_records")  # fmt: skip
 
 

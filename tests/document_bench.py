@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_plus
 
 import yaml
@@ -22,6 +22,9 @@ from nanovllm.pipeline import build
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.documents import DocumentSettings
 from nanovllm.settings.engine import EngineSettings
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import Tracing
 
 
 def event(
@@ -92,7 +95,9 @@ class Documents:
         return [DocumentRecord.model_validate_json(one.value) for one in found]
 
     @asynccontextmanager
-    async def working(self, **settings: Any) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
+    async def working(
+        self, traces: Tracing | None = None, **settings: Any
+    ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
         effective = self.bench.settings.model_copy(update=settings)
         engine = await build.load_engine(effective)
         await engine.start()
@@ -101,7 +106,7 @@ class Documents:
         await decoders.start()
         bench = replace(self.bench, decoders=decoders)
         try:
-            async with bench.working(engine, **settings) as at_work:
+            async with bench.working(engine, traces=traces, **settings) as at_work:
                 yield at_work
         finally:
             await decoders.close()

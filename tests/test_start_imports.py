@@ -40,6 +40,7 @@ OF_THE_WORKER = {
     "rich": "of the command line",
     "pydantic_settings": "of the worker and the command line",
     "prometheus_client": "of the worker",
+    "opentelemetry": "of traces",
 }
 OF_ENGINES = {
     "torch": "a second",
@@ -51,6 +52,7 @@ OF_ENGINES = {
     "jinja2": "of templates",
     "boto3": "a client is made when an object is asked for",
     "moto": "of the demo",
+    "opentelemetry": "of traces",
 }
 
 FIRST_TOKEN = """

@@ -97,6 +97,23 @@ PANELS = (
     ),
     Panel("Dead letters a second by code", "ops", (("{{code}}", _rate("nanovllm_dead_letters_total", "code")),)),
     Panel(
+        "Documents a second by route",
+        "ops",
+        (("{{route}}, {{outcome}}", _rate("nanovllm_documents_total", "route, outcome")),),
+    ),
+    Panel("Pages a second by route", "ops", (("{{route}}", _rate("nanovllm_document_pages_total", "route")),)),
+    Panel(
+        "Seconds of a document at the engines, by route",
+        "s",
+        (
+            (
+                "{{route}}",
+                f"{_rate('nanovllm_document_infer_seconds_total', 'route')}"
+                f" / {_rate('nanovllm_documents_total', 'route')}",
+            ),
+        ),
+    ),
+    Panel(
         "Faults",
         "short",
         (

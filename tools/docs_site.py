@@ -32,6 +32,7 @@ NAVIGATION = {
     "Engine": ("docs/engine.md", "docs/backends.md", "docs/align.md", "benchmarks/README.md"),
     "Operations": (
         *("docs/deploy.md", "docs/stores.md", "docs/operations.md", "helm/nanovllm/README.md", "docs/metrics.md"),
+        "docs/tracing.md",
         "docs/reliability.md",
         "docs/security.md",
     ),

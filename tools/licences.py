@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
-EXTRAS = ("worker", "documents", "remote", "heic", "msk", "obstore", "convert")
+EXTRAS = ("worker", "documents", "remote", "heic", "msk", "obstore", "convert", "otel")
 """What users install; ``cuda`` and ``vllm`` bring builds of their own, ``dev`` stays with the developers."""
 
 _HEAD = """# Licences
@@ -31,6 +31,7 @@ The page is generated (`.venv/bin/python tools/licences.py`).
 """
 
 _EXPRESSIONS = {
+    "3-clause bsd license": "BSD-3-Clause",
     "apache": "Apache-2.0",
     "apache 2": "Apache-2.0",
     "apache 2.0 license": "Apache-2.0",

@@ -85,8 +85,11 @@ _METRICS_HEAD = """# Metrics
 
 `GET /metrics` of a worker (port `http.port`) answers in the text format of Prometheus. Names follow vLLM's under
 `nanovllm_` where there are any. They are promised: a name, its kind and its labels change with a major version alone.
-A histogram has `_bucket`, `_sum` and `_count`. `GET /healthz` says whether the process should be restarted (its event
-loop and its engine, never the brokers), `/startupz` whether its model is loaded, `/readyz` whether it takes work.
+A histogram has `_bucket`, `_sum` and `_count`. A process serves one model, which `nanovllm_worker_info` names:
+`… * on (instance) group_left (model) nanovllm_worker_info` gives a metric its `model`. A `route` is the name of a route
+of documents: the first 100, and `other` for further ones and for what no route takes. `GET /healthz` says whether the
+process should be restarted (its event loop and its engine, never the brokers), `/startupz` whether its model is loaded,
+`/readyz` whether it takes work.
 
 This page is generated from the registry itself (`PYTHONPATH=. .venv/bin/python tools/reference.py`).
 

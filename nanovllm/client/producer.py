@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from nanovllm.client.connection import connected_producer
 from nanovllm.client.outcomes import Outcomes
 from nanovllm.client.results import Outcome, client_settings
+from nanovllm.client.send_span import send_span
 from nanovllm.client.upload import ImageUploader
 from nanovllm.errors import InvalidInput, InvalidJob, MessageTooLarge
 from nanovllm.kafka.admin import message_limits
-from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.kafka.records import Headers, OutgoingRecord
 from nanovllm.kafka.topic_presence import require_topics
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.encoding import CONTENT_TYPES, MessageFormat
@@ -166,10 +167,12 @@ class JobProducer:
         if self._outcomes is not None:
             # An id that followed from the offset would be known after the result may have come.
             job = job if job.job_id else job.model_copy(update={"job_id": uuid4().hex})
-        record = await self._record(job)
-        if self._outcomes is not None:
-            self._outcomes.expect(str(job.job_id))
-        sent = await send_record(self._producer, record)
+        with send_span(self.topic) as span:
+            record = await self._record(job, span.headers)
+            if self._outcomes is not None:
+                self._outcomes.expect(str(job.job_id))
+            sent = await send_record(self._producer, record)
+            span.sent(sent.partition, sent.offset)
         return job.job_id or derive_job_id(sent.topic, sent.partition, sent.offset)
 
     async def result(self, job_id: str, *, timeout_s: float | None = None) -> Outcome:
@@ -191,13 +194,13 @@ class JobProducer:
             return image
         return (await uploader.upload(image.data, image.name)).model_copy(update={"name": image.name})
 
-    async def _record(self, job: Job) -> OutgoingRecord:
+    async def _record(self, job: Job, headers: Headers) -> OutgoingRecord:
         key = self._record_key(job)
-        record = self._encode(job, key)
+        record = self._encode(job, key, headers)
         if record.size_bytes > self._max_bytes and self._uploader is not None:
             images = [await self._uploaded(self._uploader, image) for image in job.images]
             job = job.model_copy(update={"images": tuple(images)})
-            record = self._encode(job, key)
+            record = self._encode(job, key, headers)
         if record.size_bytes > self._max_bytes:
             held = any(image.data is not None for image in job.images)
             hint = "; give large images a place by upload='s3://bucket/prefix' (in a shell --upload)" if held else ""
@@ -212,9 +215,9 @@ class JobProducer:
         key = {"image": image, "job_id": job.job_id, "none": None}[self._key]
         return None if key is None else key.encode()
 
-    def _encode(self, job: Job, key: bytes | None) -> OutgoingRecord:
-        headers = (("content-type", CONTENT_TYPES[self._format].encode()),)
-        return OutgoingRecord(self.topic, key, encode_job(job, self._format), headers)
+    def _encode(self, job: Job, key: bytes | None, headers: Headers) -> OutgoingRecord:
+        content_type = ("content-type", CONTENT_TYPES[self._format].encode())
+        return OutgoingRecord(self.topic, key, encode_job(job, self._format), (content_type, *headers))
 
 
 class SyncJobProducer:

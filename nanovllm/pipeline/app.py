@@ -139,6 +139,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         # a login, image formats, the device), then the topics. The brokers are asked while torch is imported and the
         # model is loaded, which take seconds to minutes.
         client_kwargs(settings.kafka)
+        tracing = build.build_tracing(settings)
         routes = await asyncio.to_thread(_read_routes, settings)
         asking = asyncio.create_task(_ask_brokers(settings, routes, health), name="brokers")
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # another error may end the start
@@ -177,7 +178,11 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         await producer.start()
         guard = build.build_crash_guard(settings, producer)
         sink = KafkaSink(producer, limits)
-        worker = build.build_worker(settings, parts, sink, metrics, health, routes=routes, crash_guard=guard)
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
+        worker = build.build_worker(
+            settings, parts, sink, metrics, health, routes=routes, crash_guard=guard, tracing=tracing
+        )
         source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
         server.status = partial(worker_status, worker)

@@ -1,7 +1,7 @@
 """The composition root: every object of a worker, from the settings and the parts that have connections or processes.
 
 The process, the tests and the benchmarks build their workers here. What is optional is absent when it is off: crash
-guard, response cache, claim check, key order, retry topics.
+guard, response cache, claim check, key order, retry topics, traces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from nanovllm.checkpoints import digest
 from nanovllm.checkpoints.resolve import register_alias, resolve_checkpoint, weight_files
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import ConfigurationError, NanoVLLMError
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
@@ -75,9 +75,10 @@ from nanovllm.pipeline.stages.observe import observe
 from nanovllm.pipeline.stages.prepare import Prepare
 from nanovllm.pipeline.stages.process import Stages
 from nanovllm.pipeline.stages.publish import Answer, AnswerByClaimCheck, Publish
-from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive, ReceiveByTopic
+from nanovllm.pipeline.stages.receive import DecodeJob, GuardReceive, Receive, ReceiveByTopic, TraceReceive
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.pipeline.stages.trace import TraceOutcome
 from nanovllm.pipeline.worker import Worker
 from nanovllm.settings.engine import DEFAULT_MODEL, EngineSettings
 from nanovllm.settings.images import ImageSettings
@@ -90,6 +91,7 @@ from nanovllm.vision.images.pool import DecoderPool
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.pipeline.operations.tracing import Tracing
 
 logger = logging.getLogger("nanovllm.worker")
 
@@ -141,6 +143,7 @@ def build_worker(
     crash_guard: CrashGuard | None = None,
     backoff: Backoff | None = None,
     decode: DecodeJob | None = None,
+    tracing: Tracing | None = None,
 ) -> Worker:
     """A worker without a source, which is not started; its parts and whatever the sink needs are.
 
@@ -244,6 +247,15 @@ def build_worker(
         publish=publish,
         observe=partial(observe, metrics, health, recent),
     )
+    if tracing is not None:
+        model = engine.model_info.id
+        stages = replace(
+            stages,
+            receive=TraceReceive(stages.receive, tracing, receive.context_of),
+            observe=TraceOutcome(stages.observe, model),
+        )
+        if event_stages is not None:
+            event_stages = replace(event_stages, observe=TraceOutcome(event_stages.observe, model))
     return Worker(
         settings,
         stages=stages,
@@ -321,6 +333,23 @@ def required_topics(settings: Settings, routes: Routes | None) -> list[str]:
 def build_producer(settings: Settings, limits: TopicLimits) -> RecoveringProducer:
     """The producer of a worker, not started; ``limits``: those of the topics that it writes."""
     return RecoveringProducer.within(settings.kafka, limits)
+
+
+def build_tracing(settings: Settings) -> Tracing | None:
+    """The traces of a worker, where ``tracing.enabled`` asks for them.
+
+    Raises:
+        ConfigurationError: the extra ``otel`` is not installed, or as `Tracing.of`.
+    """
+    if not settings.tracing.enabled:
+        return None
+    try:
+        from nanovllm.pipeline.operations.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"tracing.enabled needs {error.name}, which is not installed: pip install '.[otel]' in a clone"
+        ) from error
+    return Tracing.of(settings)
 
 
 def build_crash_guard(settings: Settings, producer: RecoveringProducer) -> CrashGuard | None:

@@ -255,8 +255,10 @@ class Worker:
         record = context.record
         reservation = self.admission.admit(len(record.value), self.lanes.get(record.topic, 0))
 
-        def close(_: bool) -> int:
+        def close(is_cut_short: bool) -> int:
             reservation.release()
+            if (trace := context.progress.trace) is not None:
+                trace.close(is_cut_short=is_cut_short)
             for end in ends:
                 end()
             return 1

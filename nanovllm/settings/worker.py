@@ -23,6 +23,7 @@ from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 from nanovllm.settings.topics import TopicSettings
+from nanovllm.settings.tracing import TracingSettings
 from nanovllm.settings.vllm import VllmSettings
 
 ENV_PREFIX = "NANOVLLM_"
@@ -84,6 +85,7 @@ class Settings(BaseSettings):
     http_images: HttpImageSettings = HttpImageSettings()
     http: HttpSettings = HttpSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
+    tracing: TracingSettings = TracingSettings()
     engine: EngineSettings = EngineSettings()
     remote: RemoteSettings = RemoteSettings()
     vllm: VllmSettings = VllmSettings()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from nanovllm.metrics import _SECONDS, MAX_PENDING_VALUES, Metrics
+from nanovllm.metrics import _SECONDS, MAX_PENDING_VALUES, MAX_ROUTES, OTHER_ROUTE, Metrics
 
 # Dyadic numbers: their sum is the same in any order.
 SECONDS = st.integers(-1_024, 400 * 1_024).map(lambda number: number / 1_024) | st.sampled_from(_SECONDS[8:])
@@ -66,6 +66,13 @@ def test_no_value_is_lost_or_counted_twice_while_threads_observe_and_scrape() ->
     metrics.exposition()
     assert metrics.registry.get_sample_value(f"{name}_count") == 4 * each
     assert metrics.registry.get_sample_value(f"{name}_sum") == 4 * sum(number % 7 for number in range(each))
+
+
+def test_routes_are_told_apart_up_to_a_bound() -> None:
+    metrics, names = Metrics(), [f"route-{number}" for number in range(2 * MAX_ROUTES)]
+    assert metrics.route("") == OTHER_ROUTE
+    for _ in range(2):
+        assert {metrics.route(name) for name in names} == {*names[:MAX_ROUTES], OTHER_ROUTE}
 
 
 def test_partitions_that_have_left_show_nothing_and_come_back() -> None:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import (
@@ -37,6 +38,9 @@ from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.settings.kafka import KafkaSettings
 
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import JobTrace
+
 logger = logging.getLogger(__name__)
 
 MAX_JOBS = 500
@@ -52,6 +56,7 @@ ReadCommitted = Callable[[TopicPartition], Awaitable[int | None]]
 class _Output:
     records: Sequence[OutgoingRecord]
     released: asyncio.Future[None]
+    trace: JobTrace | None
 
 
 class PartitionTransactions:
@@ -104,8 +109,12 @@ class PartitionTransactions:
         if self._releasing is None:
             self._releasing = asyncio.create_task(self._release_runs(), name=f"transactions of {self._tp}")
 
-    async def release(self, outputs: Mapping[int, Sequence[OutgoingRecord]]) -> None:
+    async def release(
+        self, outputs: Mapping[int, Sequence[OutgoingRecord]], traces: Mapping[int, JobTrace | None] | None = None
+    ) -> None:
         """Return when the transactions with the records of each offset are committed. Settled offsets are left alone.
+
+        The ``traces`` of a transaction's offsets are joined.
 
         Never returns once the partition is fenced: the jobs are the next owner's, and their tasks are to be cancelled.
 
@@ -114,7 +123,7 @@ class PartitionTransactions:
         """
         loop, ledger = asyncio.get_running_loop(), self._ledger
         waiting = {
-            offset: _Output(records, loop.create_future())
+            offset: _Output(records, loop.create_future(), (traces or {}).get(offset))
             for offset, records in outputs.items()
             if ledger is None or ledger.is_open(offset)
         }
@@ -180,6 +189,8 @@ class PartitionTransactions:
                         output.released.set_exception(error)
             return
         self._max_jobs = min(self._jobs_bound, 2 * self._max_jobs)
+        if traces := [output.trace for output in outputs if output.trace is not None]:
+            traces[0].join(traces[1:])
         for offset, output in zip(offsets, outputs, strict=True):
             ledger.complete(offset)
             if not output.released.done():

@@ -55,6 +55,9 @@ def log_to_stderr(level: str, format: LogFormat = "text", worker_id: str | None 
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     # A traceback for each attempt at credentials; what failed is in CredentialsRefused.
     logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
+    # Each attempt at a receiver of traces, with the receiver's own words; that spans are lost is told by tracing.
+    for name in ("proto.http.trace_exporter", "common"):
+        logging.getLogger(f"opentelemetry.exporter.otlp.{name}").setLevel(logging.CRITICAL)
 
 
 class JsonLines(logging.Formatter):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.errors import DeadlineExceeded, ErrorClass, NanoVLLMError, TransientError
@@ -21,6 +21,9 @@ from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import Origin
 from nanovllm.pipeline.operations.engine_idle import EngineIdle
 from nanovllm.value_object import value_object
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import JobTrace
 
 _CLASSES: dict[ErrorClass, DeadLetterClass] = {
     ErrorClass.INVALID: "invalid",
@@ -39,7 +42,7 @@ def dead_letter_class(error: NanoVLLMError | type[NanoVLLMError]) -> DeadLetterC
 class Progress:
     """How far a job has come; mutable, owned by one task. ``began`` is the monotonic time of the record's receipt.
 
-    ``attempts`` are those of this delivery, ``seconds`` those of each stage.
+    ``attempts`` are those of this delivery, ``seconds`` those of each stage; ``trace`` is there where it is sampled.
     """
 
     began: float
@@ -50,6 +53,7 @@ class Progress:
     failed_stage: Stage = "receive"
     seconds: dict[Stage, float] = field(default_factory=dict)
     idle: EngineIdle | None = None
+    trace: JobTrace | None = None
 
     @property
     def elapsed_s(self) -> float:
@@ -81,14 +85,17 @@ class _StageTimer:
             idle.leave_stage(name)
         if error_type is not None:
             progress.failed_stage = name
-        progress.seconds[name] = progress.seconds.get(name, 0.0) + time.monotonic() - self._started
+        ended = time.monotonic()
+        progress.seconds[name] = progress.seconds.get(name, 0.0) + ended - self._started
+        if (trace := progress.trace) is not None:
+            trace.add_stage(name, self._started, ended)
 
 
 @value_object
 class JobContext:
     """What is known of a job beside the job itself; ``salt`` keeps the tenants' caches apart.
 
-    ``subject``: the URI of its document, for logs.
+    ``subject``: the URI of its document, for logs; ``route``: the name of the route that takes it.
     """
 
     record: ConsumedRecord
@@ -101,6 +108,7 @@ class JobContext:
     expires_at: datetime | None = None
     result_topic: str | None = None
     subject: str | None = None
+    route: str = ""
 
     @property
     def total_attempts(self) -> int:

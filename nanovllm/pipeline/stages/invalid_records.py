@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from nanovllm.errors import MessageTooLarge, NanoVLLMError
 from nanovllm.kafka.batch_send import YIELD_EVERY_RECORDS
@@ -20,13 +21,17 @@ from nanovllm.metrics import Metrics
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
-from nanovllm.pipeline.stages.context import JobContext, dead_letter_class
+from nanovllm.pipeline.stages.context import DeadLettered, JobContext, dead_letter_class
 from nanovllm.pipeline.stages.failure import DeadLetterLimit
 from nanovllm.pipeline.stages.observe import observe_stages
 from nanovllm.pipeline.stages.record_builder import RecordBuilder
 from nanovllm.pipeline.stages.retry import Retry
+from nanovllm.pipeline.stages.trace import job_attributes
 from nanovllm.sinks.base import Sink
 from nanovllm.sinks.kafka import Unsent
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import JobTrace
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,11 @@ class InvalidRecord:
     record: ConsumedRecord
     error: NanoVLLMError
     context: JobContext | None = None
+
+    @property
+    def trace(self) -> JobTrace | None:
+        """Its trace, where it is sampled."""
+        return None if self.context is None else self.context.progress.trace
 
     def is_like(self, other: InvalidRecord) -> bool:
         """Whether the dead letters of two records of one partition differ in their source alone."""
@@ -83,6 +93,9 @@ class InvalidRecords:
         """Forget what is left of a partition, and return how many there were: they go back to Kafka."""
         left = self._pending.pop(ledger, ())
         _release(left)
+        for one, _ in left:
+            if (trace := one.trace) is not None:
+                trace.close(is_cut_short=True)
         return len(left)
 
     async def work_off(self, ledger: PartitionLedger) -> None:
@@ -105,16 +118,18 @@ class InvalidRecords:
     async def _dead_letter(self, invalid: Sequence[InvalidRecord]) -> None:
         first = invalid[0].context or self.context_of(invalid[0].record)
         letters, errors = zip(*await self._letters(invalid, first), strict=True)
-        transactions = first.record.transactions
+        transactions, began = first.record.transactions, time.monotonic()
         with first.progress.stage("publish"):
             if transactions is None:
                 await self._publish(letters, first)
             else:
                 outputs = {one.record.offset: [letter] for one, letter in zip(invalid, letters, strict=True)}
-                await self.retry(lambda: transactions.release(outputs), "kafka producer", first.progress)
+                traces = {one.record.offset: one.trace for one in invalid}
+                await self.retry(lambda: transactions.release(outputs, traces), "kafka producer", first.progress)
         for one in invalid:
             one.record.complete()
         self._observe(errors, first, letters[0].topic)
+        _end_traces(invalid, errors, began, are_joined=transactions is not None)
 
     async def _publish(self, letters: Sequence[OutgoingRecord], first: JobContext) -> None:
         unsent = Unsent(self.sink, letters)
@@ -172,3 +187,18 @@ def _release(ended: Iterable[tuple[InvalidRecord, Reservation | None]]) -> None:
     for _, reservation in ended:
         if reservation is not None:
             reservation.release()
+
+
+def _end_traces(
+    invalid: Sequence[InvalidRecord], errors: Sequence[NanoVLLMError], began: float, *, are_joined: bool
+) -> None:
+    """End the traces of records whose dead letters were published together; ``are_joined``: by their transaction."""
+    ended = time.monotonic()
+    traces = [trace for one in invalid if (trace := one.trace) is not None]
+    if traces and not are_joined:
+        traces[0].join(traces[1:])
+    for one, error in zip(invalid, errors, strict=True):
+        if (trace := one.trace) is not None and one.context is not None:
+            if one is not invalid[0]:  # whose stage is timed
+                trace.add_stage("publish", began, ended)
+            trace.end(DeadLettered.label, job_attributes(one.context), failure=("receive", error.code))

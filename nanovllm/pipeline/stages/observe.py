@@ -39,18 +39,20 @@ def observe_event(metrics: Metrics, health: Health, recent: RecentJobs, outcome:
         return
     metrics.events.labels(outcome.label).inc()
     observe(metrics, health, recent, outcome, context)
+    route = metrics.route(context.route)
+    metrics.documents.labels(route, outcome.label).inc()
+    metrics.document_infer_seconds.labels(route).inc(context.progress.seconds.get("infer", 0.0))
     if isinstance(outcome, Extracted):
         for page in outcome.record.pages:
             source = "reused" if page.reused else page.source or "none"
-            metrics.pages.labels(page.status, source).inc()
-        metrics.engine_seconds_saved.inc(outcome.record.timings_ms.saved / 1000)
+            metrics.pages.labels(page.status, source, route).inc()
+        metrics.engine_seconds_saved.labels(route).inc(outcome.record.timings_ms.saved / 1000)
 
 
 def _ended(outcome: Outcome, context: JobContext) -> EndedJob:
-    route, tokens = context.origin.source.topic, (0, 0)
+    route, tokens = context.route or context.origin.source.topic, (0, 0)
     if isinstance(outcome, Extracted):
-        route, usage = outcome.record.route.name, outcome.record.usage
-        tokens = usage.input_tokens, usage.output_tokens
+        tokens = outcome.record.usage.input_tokens, outcome.record.usage.output_tokens
     elif isinstance(outcome, Answered) and outcome.reused is None:
         tokens = outcome.output.usage.input_tokens, outcome.output.usage.output_tokens
     code = outcome.error.code if isinstance(outcome, (DeadLettered, Retried)) else None

@@ -48,7 +48,9 @@ async def process_events(received: ReceivedEvents, reservation: Reservation, sta
         if len(received.events) > 1:
             # What is dead-lettered or waits for a retry is this event, not those beside it.
             alone = replace(context.record, value=notification)
-            context = replace(context, record=alone, progress=replace(context.progress, seconds={}))
+            trace = None if context.progress.trace is None else context.progress.trace.part()
+            progress = replace(context.progress, seconds={}, trace=trace)
+            context = replace(context, record=alone, progress=progress)
         ended.append(await _process_event(event, context, reservation, stages, jobs))
         reservation.give_bytes_back()
         # As bytes for Kafka, and about as much as the document's record.

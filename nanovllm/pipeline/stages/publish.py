@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.errors import MessageTooLarge
@@ -125,4 +126,5 @@ class Publish:
         # It may wait for the transactions of lower offsets: others may have its slot meanwhile. Outputs above its
         # offset wait for this one, also where it has no records.
         reservation.release_slot(sum(one.size_bytes for one in records))
-        await self._retry(lambda: transactions.release({record.offset: records}), "kafka producer", context.progress)
+        release = partial(transactions.release, {record.offset: records}, {record.offset: context.progress.trace})
+        await self._retry(release, "kafka producer", context.progress)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nanovllm.errors import CrashedWorker, InvalidJob
 from nanovllm.messages.codec import decode_job, message_format
@@ -25,6 +25,9 @@ from nanovllm.pipeline.stages.failure import dead_letter_reason
 from nanovllm.pipeline.stages.invalid_records import InvalidRecord
 from nanovllm.settings.worker import Settings
 from nanovllm.value_object import changed, value_object
+
+if TYPE_CHECKING:
+    from nanovllm.pipeline.operations.tracing import Tracing
 
 MAX_BYTES_AT_ONCE = 64 << 10
 """Longest message that is decoded in the event loop: a few milliseconds at the worst."""
@@ -175,6 +178,31 @@ class GuardReceive:
             job_id = job_id_in_json(record.value)
             context = replace(self._context_of(record), job_id=job_id) if job_id else None
             return InvalidRecord(record, error, context)
+
+
+class TraceReceive:
+    """Begins the trace of each record; what is sent for it carries that in place of the headers that came."""
+
+    def __init__(
+        self,
+        receive: Callable[[ConsumedRecord], Awaitable[Received | ReceivedEvents | InvalidRecord]],
+        tracing: Tracing,
+        context_of: Callable[[ConsumedRecord], JobContext],
+    ) -> None:
+        self._receive = receive
+        self._tracing = tracing
+        self._context_of = context_of
+
+    async def __call__(self, record: ConsumedRecord) -> Received | ReceivedEvents | InvalidRecord:
+        """As ``receive``; an invalid record has a context too."""
+        trace = self._tracing.begin(record.topic, record.partition, record.offset, record.headers)
+        began = time.monotonic()
+        received = await self._receive(record)
+        context = received.context or self._context_of(record)
+        trace.add_stage("receive", began, time.monotonic())
+        context.progress.trace = trace if trace.is_recorded else None
+        origin = changed(context.origin, headers=trace.carried(context.origin.headers))
+        return replace(received, context=changed(context, origin=origin))
 
 
 async def decoded(record: ConsumedRecord, decode: Callable[[bytes], T]) -> T:

@@ -94,6 +94,7 @@ class RouteEvent:
             expires_at=_expiry(began, route.deadline_s),
             result_topic=route.result_topic,
             subject=source.uri,
+            route=route.name,
         )
         return RoutedEvent(event, route, source, ref, context)
 
