@@ -239,6 +239,7 @@ class Keda:
 class Worker:
     """A pod: it loads, is a member of the group, and leaves."""
 
+    number: int
     created: float
     ready_at: float
     partitions: list[Partition] = field(default_factory=list)
@@ -253,6 +254,7 @@ class Group:
         self._workers, self._idle_first = workers, scaling.idle_first
         self._random = random.Random(seed)
         self._members: list[Worker] = []
+        self._numbers = itertools.count()
         self._paused_until = 0.0
         self.partitions = [Partition() for _ in range(workers.partitions)]
         self.pods: list[Worker] = []  # those that the Deployment counts
@@ -269,7 +271,7 @@ class Group:
     def scale(self, now: float, replicas: int) -> None:
         """Make or end pods until there are ``replicas``."""
         while len(self.pods) < replicas:
-            self.pods.append(Worker(now, now + self._workers.load_s))
+            self.pods.append(Worker(next(self._numbers), now, now + self._workers.load_s))
         if len(self.pods) == replicas:
             return
         for victim in sorted(self.pods, key=lambda pod: self._rank(now, pod))[: len(self.pods) - replicas]:
@@ -292,8 +294,8 @@ class Group:
                 self.given_back += len(worker.jobs)
                 self._leaving.remove(worker)
         members = [worker for worker in [*self.pods, *self._leaving] if worker.ready_at <= now]
-        members.sort(key=lambda worker: (worker.created, id(worker)))
-        if [id(one) for one in members] != [id(one) for one in self._members]:
+        members.sort(key=lambda worker: worker.number)
+        if [one.number for one in members] != [one.number for one in self._members]:
             self._paused_until = now + self._workers.rebalance_s
             self._members = members
             for number, member in enumerate(members):

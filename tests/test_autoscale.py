@@ -20,11 +20,13 @@ from benchmarks.autoscale import (
     Workers,
     agreement,
     chart_defaults,
+    compare,
     replay,
     simulate,
 )
 
-TRACE = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "autoscale-trace.json"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+TRACE = RESULTS / "autoscale-trace.json"
 AT_ONCE = Behaviour(0, (Policy("Percent", 100, 15),))
 """A scale-down behaviour that holds nothing back."""
 
@@ -196,6 +198,14 @@ def test_workers_that_go_at_once_turn_more_often_than_those_of_the_chart() -> No
     runs = [simulate(bursts, workers, scaling, until_s=3_000) for scaling in (ours, hasty)]
     assert runs[0].turns < runs[1].turns
     assert runs[0].given_back <= runs[1].given_back
+
+
+def test_the_published_figures_are_those_of_the_charts_defaults() -> None:
+    """After another default: python benchmarks/autoscale.py --output benchmarks/results/autoscale.json."""
+    published = json.loads((RESULTS / "autoscale.json").read_text(encoding="utf-8"))["workloads"]
+    name = "jobs of two minutes"
+    figures, _ = compare([name])
+    assert figures[name] == published[name]
 
 
 def test_a_recorded_trace_comes_out_within_a_fifth() -> None:

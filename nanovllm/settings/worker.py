@@ -15,6 +15,7 @@ from nanovllm.settings.base import MAX_TOPIC_CHARS, SettingsModel
 from nanovllm.settings.documents import DocumentSettings
 from nanovllm.settings.engine import EngineSettings, SamplingSettings
 from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
+from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.settings.images import ImageSettings, ReuseSettings
 from nanovllm.settings.kafka import KafkaSettings
 from nanovllm.settings.kubernetes import KubernetesSettings
@@ -80,6 +81,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     topics: TopicSettings = TopicSettings()
     s3: S3Settings = S3Settings()
+    http_images: HttpImageSettings = HttpImageSettings()
     http: HttpSettings = HttpSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
     engine: EngineSettings = EngineSettings()

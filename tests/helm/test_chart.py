@@ -442,7 +442,8 @@ def test_values_that_contradict_one_another_are_refused_with_the_reason(
 def test_vllm_gets_all_of_its_gpus_in_one_pod_or_by_ray(render: Render) -> None:
     vllm: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
     for count, more in ((8, {}), (4, {"distributed_executor_backend": "ray"}), (0, {})):
-        values = {"settings": {"engine": {"backend": "vllm"}, "vllm": vllm | more}, "gpu": {"count": count}}
+        settings = {"engine": {"backend": "vllm"}, "vllm": vllm | more}
+        values = {"settings": settings, "gpu": {"count": count}, "keda": {"cooldownPeriod": 900}}
         limits = container_of(render(values))["resources"]["limits"]
         assert limits.get("nvidia.com/gpu") == (str(count) if count else None)
 
