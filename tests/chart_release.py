@@ -93,7 +93,7 @@ def provide(api: client.ApiClient, namespace: str, objects: list[Object]) -> Non
 
     Namespaces that some of them are made in, too.
     """
-    own = {(one["kind"], one["metadata"]["name"]) for one in objects}
+    own = {("ConfigMap", "kube-root-ca.crt"), *((one["kind"], one["metadata"]["name"]) for one in objects)}
     core, keys = client.CoreV1Api(api), defaultdict[tuple[str, str], set[str]](set)
     _provide_kinds(api, {one["kind"] for one in objects})
     for one in objects:

@@ -65,7 +65,7 @@ class LocalPod:
         self._directory = directory
         self._address = address
         self._image = image
-        self._claims = claims or {}
+        self._claims = {} if claims is None else claims
         self._adapt = adapt
         self._volumes = {volume.name: self._folder(volume) for volume in pod.spec.volumes or ()}
 

@@ -97,8 +97,7 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if not (kindIs "invalid" .Values.probes.startup.seconds) }}
 {{- int .Values.probes.startup.seconds }}
 {{- else if not (include "nanovllm.loadsWeights" .) }}1
-{{- else if has $backend (list "generic" "vllm") }}600
-{{- else if or .Values.model.s3.uri (dig "engine" "model" "" .Values.settings) }}300
+{{- else if or (has $backend (list "generic" "vllm")) .Values.model.s3.uri (dig "engine" "model" "" .Values.settings) }}300
 {{- else }}3
 {{- end }}
 {{- end }}
