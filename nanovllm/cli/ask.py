@@ -16,7 +16,7 @@ from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job, image_name
 from nanovllm.messages.result import Result
-from nanovllm.terminal import long_work, plain, print_json
+from nanovllm.terminal import long_engine_work, plain, print_json
 
 
 def ask(
@@ -53,7 +53,7 @@ def ask(
     admission = settings.admission.model_copy(update={"max_job_bytes": len(line)})
     results: list[bytes] = []
     refused: list[DeadLetter] = []
-    with long_work("answering"):
+    with long_engine_work("answering"):
         run_lines(
             settings.model_copy(update={"admission": admission}),
             LineSource([(0, line)], FinishedJobs("ask")),
