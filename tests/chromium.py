@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,7 +63,7 @@ _OVERFLOW = """() => {
 
 @asynccontextmanager
 async def window(size: tuple[int, int] = DESKTOP) -> AsyncIterator[Window]:
-    """An empty page of a browser of its own."""
+    """An empty page of a browser of its own; ``SCREENSHOTS`` names a folder for a picture of it at the end."""
     from playwright.async_api import async_playwright
 
     async with async_playwright() as playwright:
@@ -74,5 +76,7 @@ async def window(size: tuple[int, int] = DESKTOP) -> AsyncIterator[Window]:
             page.on("requestfailed", lambda request: opened.faults.append(f"{request.url}: {request.failure}"))
             page.on("request", lambda request: opened.requests.append(request.url))
             yield opened
+            if folder := os.environ.get("SCREENSHOTS"):
+                await page.screenshot(path=f"{folder}/{time.time_ns()}.png", full_page=True)
         finally:
             await browser.close()

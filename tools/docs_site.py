@@ -49,6 +49,7 @@ project = "nanovllm"
 extensions = ["myst_parser", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = "nanovllm"
+html_favicon = "icon.svg"
 html_show_sourcelink = False
 html_show_copyright = False
 html_copy_source = False
@@ -59,6 +60,11 @@ copybutton_prompt_text = "$ "
 suppress_warnings = ["misc.highlighting_failure", "myst.header"]
 """
 
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0ea5e9"/>'
+    '<path d="M4 12V4l8 8V4" fill="none" stroke="#fff" stroke-width="2"/></svg>'
+)
+
 _LINK = re.compile(r"(?<=\]\()(?!#)([^)\s]+)(?=\))")
 
 
@@ -67,6 +73,7 @@ def build(site: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="nanovllm-docs-") as name:
         staged = Path(name)
         (staged / "conf.py").write_text(_CONFIGURATION, encoding="utf-8")
+        (staged / "icon.svg").write_text(_ICON, encoding="utf-8")
         for page in _pages():
             _stage(page, staged)
         command = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -133,7 +134,8 @@ async def opened(url: str, size: tuple[int, int]) -> AsyncIterator[Window]:
 
 async def row_of(shown: Window, table: str, name: str) -> list[str]:
     """The cells of the row that ``name`` begins, once it is there."""
-    row = shown.page.locator(f"#{table} tr").filter(has=shown.page.get_by_role("cell", name=name, exact=True)).first
+    first = shown.page.locator("td:first-child", has_text=re.compile(f"^{re.escape(name)}$"))
+    row = shown.page.locator(f"#{table} tr").filter(has=first).first
     await row.wait_for(timeout=30_000)
     cells: list[str] = await row.locator("td").all_text_contents()
     return cells
