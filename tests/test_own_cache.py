@@ -22,16 +22,17 @@ def test_packed_weights_go_after_an_hour_and_what_others_cached_is_linked(
     weights = tmp_path / "nanovllm" / "weights-of-the-user.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"of the user")
+    (weights.parent / "cpu-1.so").write_bytes(b"kernels")
     (tmp_path / "others").mkdir()
     own_cache.use()
     own = Path(os.environ["XDG_CACHE_HOME"])
     assert own == tmp_path / own_cache.NAME
     assert (own / "others").readlink() == tmp_path / "others"
+    assert [path.name for path in (own / "nanovllm").iterdir()] == ["cpu-1.so"]
     own_cache.use()
     assert os.environ["XDG_CACHE_HOME"] == str(own), "once is enough"
 
     kept, old, kernel = (own / "nanovllm" / name for name in ("weights-1.safetensors", "weights-2.safetensors", "a.so"))
-    kept.parent.mkdir()
     for file in (kept, old, kernel):
         file.write_bytes(b"")
     for file in (old, kernel, weights):
