@@ -307,7 +307,8 @@ def test_about_as_much_is_expected_of_a_file_as_it_has(
     edit_tensors(checkpoint, rewritten)
     logits(checkpoint, **OPTIONS[options])
     (file,) = files(cache)
-    assert file.stat().st_size == pytest.approx(expected[0], rel=0.2)
+    # The file itself begins with up to a huge page for its header.
+    assert sum(tensor.nbytes for tensor in read_packed(file).tensors.values()) == pytest.approx(expected[0], rel=0.1)
 
 
 def test_what_one_process_writes_to_its_panels_another_does_not_see(checkpoint: Path, cache: Path) -> None:
