@@ -23,7 +23,9 @@ import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from bench import png
 from certificates import write_certificate
+from containers import require_docker
 from helm_python import Config
+from k3s import k3s_with_keda
 from kubernetes import client, config
 from local_pod import LocalPod
 from openai_server import OpenAIServer
@@ -67,9 +69,12 @@ def wait_for(is_true: Callable[[], object], why: str, within_s: float = 90.0) ->
 @pytest.fixture(scope="module")
 def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     program = cluster_program()
-    if program is None:
-        pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
     directory = tmp_path_factory.mktemp("k8s")
+    if program is None:
+        require_docker("a Kubernetes control plane", "no K8S_CLUSTER, no ../shared/k8s/cluster")
+        with k3s_with_keda(directory) as kubeconfig:
+            yield kubeconfig
+        return
     port = first_of_free_ports(8)
     cluster = LocalProcess(
         "cluster",
