@@ -1,4 +1,4 @@
-"""The Dockerfile against the files and names that it relies on; a build itself needs Docker and the internet."""
+"""The Dockerfiles against the files and names that they rely on; test_image.py builds and starts them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from nanovllm.engine.kernels import installed_folder
 from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,19 +24,23 @@ INDEXES = {
     "Dockerfile": "https://download.pytorch.org/whl/cpu",
     "Dockerfile.cuda": "https://download.pytorch.org/whl/cu130",
 }
+QUIET = ("find", "mkdir", "rm", "strip")
+WITHOUT_PIP = "python -m pip uninstall -y pip"
 Stage = list[tuple[str, str]]
 
 
 def read(name: str) -> list[Stage]:
-    """(instruction, arguments) pairs of every build stage of a Dockerfile."""
+    """(instruction, arguments) pairs of every build stage of a Dockerfile, on the bases that it names by default."""
     text = (REPOSITORY / name).read_text()
     lines = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    before: Stage = []
     found: list[Stage] = []
     for line in filter(str.strip, lines.splitlines()):
         instruction, _, arguments = line.strip().partition(" ")
         if instruction == "FROM":
+            arguments = Template(arguments).substitute(defaults_of(before))
             found.append([])
-        found[-1].append((instruction, arguments.strip()))
+        (found[-1] if found else before).append((instruction, arguments.strip()))
     return found
 
 
@@ -64,7 +71,11 @@ def only(stage: Stage, instruction: str) -> str:
 
 
 def defaults_of(stage: Stage) -> dict[str, str]:
-    return dict(argument.split("=", 1) for argument in all_of(stage, "ARG"))
+    found: dict[str, str] = {}
+    for argument in all_of(stage, "ARG"):
+        name, _, value = argument.partition("=")
+        found[name] = Template(value).substitute(found)
+    return found
 
 
 def copied_by(stage: Stage) -> list[str]:
@@ -153,28 +164,32 @@ def commands(stage: Stage, directory: Path, **arguments: str) -> list[str]:
     """What the shell runs of a stage with these arguments; programs that write down their names stand in for all."""
     log = directory / "log"
     log.touch()
-    for program in ("pip", "apt-get", "python", "python3", "rm", "mkdir"):
+    for program in ("pip", "apt-get", "python", "python3", *QUIET):
         (directory / program).write_text(f'#!/bin/sh\necho "${{0##*/}} $*" >> {log}\n')
         (directory / program).chmod(0o755)
     environment = {**defaults_of(stage), **arguments, "PATH": str(directory)}
     for command in all_of(stage, "RUN"):
         subprocess.run(["/bin/sh", "-c", command], env=environment, check=True)
-    return [line for line in log.read_text().splitlines() if not line.startswith(("apt-get", "rm", "mkdir"))]
+    return [line for line in log.read_text().splitlines() if not line.startswith(("apt-get", *QUIET))]
 
 
 def test_the_image_for_servers_is_built_without_torch_and_compiler(tmp_path: Path) -> None:
     run = commands(read("Dockerfile")[0], tmp_path, EXTRAS="remote")
-    assert run == ["python -m venv /opt/nanovllm", "pip install .[remote]"]
+    assert run == ["python3 -m venv /opt/nanovllm", "pip install .[remote]", WITHOUT_PIP]
 
 
 def test_the_image_with_an_engine_has_torch_before_the_package_and_compiled_kernels(
     name: str, stages: list[Stage], tmp_path: Path
 ) -> None:
-    venv, torch, package, kernels = commands(stages[-2], tmp_path)
-    assert venv == "python -m venv /opt/nanovllm"
+    venv, torch, package, kernels, end = commands(stages[-2], tmp_path)
+    assert venv == "python3 -m venv /opt/nanovllm"
     assert torch.startswith(f"pip install --index-url {INDEXES[name]} torch")
     assert package.endswith(".[worker,documents,remote]")
     assert kernels == "python -m nanovllm.engine.kernels"
+    assert end == WITHOUT_PIP
+    (tmp_path / "own").mkdir()
+    own_index = commands(stages[-2], tmp_path / "own", TORCH_INDEX="")[1]
+    assert own_index == f"pip install {torch.split()[-1]}"
 
 
 def test_torch_is_in_the_range_of_the_package(
@@ -191,7 +206,7 @@ def test_torch_is_in_the_range_of_the_package(
     else:  # one torch, and the same one after the package's other requirements are there
         (pinned,) = (one.version for one in asked[0].specifier)
         assert pinned in requirement.specifier
-        assert commands(stages[-2], tmp_path)[-2] == f"pip install torch=={pinned} .[worker,documents,remote]"
+        assert commands(stages[-2], tmp_path)[-3] == f"pip install torch=={pinned} .[worker,documents,remote]"
 
 
 def test_flash_attn_is_built_for_the_torch_and_python_of_the_image_or_left_out(
@@ -225,6 +240,17 @@ def test_all_that_a_gpus_image_writes_is_below_tmp_and_kernels_find_a_compiler()
     plain = read("Dockerfile")[-1]
     shared = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(plain, "ENV"))))
     assert shared.items() <= environment.items()
+
+
+def test_kernels_lie_where_a_worker_with_another_cache_finds_them(
+    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chart gives the worker a volume as its cache; the image's kernels are those of its Python environment."""
+    environment = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(stages[-1], "ENV"))))
+    (virtual,) = [one.split()[-1] for one in all_of(stages[-1], "COPY") if one.startswith("--from=build")]
+    assert environment["PATH"].startswith(f"{virtual}/bin:")
+    monkeypatch.setattr(sys, "prefix", virtual)
+    assert installed_folder() == Path(environment["XDG_CACHE_HOME"], "nanovllm")
 
 
 def test_the_python_is_one_that_the_package_supports(

@@ -9,17 +9,20 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Literal
 
 import pytest
 import yaml
 from bench import Bench, bench_on
 from parts import S3Part
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import LocalProcess, free_port
@@ -139,10 +142,91 @@ def test_the_compose_file_sets_what_a_worker_knows() -> None:
     services = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))["services"]
     for service in services.values():
         assert "image" in service or (EXAMPLES / service["build"] / "Dockerfile").is_file()
-        assert set(service.get("depends_on", ())) <= services.keys()
-        assert all(isinstance(value, str) for value in service.get("environment", {}).values())
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), "nothing is open to the network"
     worker = services["worker"]["environment"]
     assert not list(unknown_variables(worker))
     brokers = services["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
     assert f"INTERNAL://{worker['NANOVLLM_KAFKA__BOOTSTRAP_SERVERS']}" in brokers
+
+
+class Strict(BaseModel):
+    """Keys of the Compose specification that the file uses, and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Duration = Annotated[str, Field(pattern=r"^([0-9]+(ms|s|m|h))+$")]
+
+
+class HealthCheck(Strict):
+    test: Annotated[list[str], Field(min_length=2)]
+    interval: Duration
+    timeout: Duration
+    start_period: Duration
+
+
+class Dependency(Strict):
+    condition: Literal["service_started", "service_healthy", "service_completed_successfully"]
+
+
+class Mounted(Strict):
+    source: str
+    target: str
+
+
+class Service(Strict):
+    # By a release's tag or a digest: what starts today starts next year.
+    image: Annotated[str, Field(pattern=r"^[\w./-]+(:[\w.-]*[0-9][\w.-]*|@sha256:[0-9a-f]{64})$")] | None = None
+    build: str | None = None
+    command: str | list[str] | None = None
+    entrypoint: list[str] | None = None
+    environment: dict[str, str] = {}
+    ports: list[str] = []
+    configs: list[Mounted] = []
+    depends_on: dict[str, Dependency] = {}
+    restart: Literal["no", "always", "on-failure", "unless-stopped"] = "no"
+    healthcheck: HealthCheck | None = None
+
+
+class Config(Strict):
+    content: str
+
+
+class ComposeFile(Strict):
+    services: dict[str, Service]
+    configs: dict[str, Config]
+
+
+def test_the_compose_file_has_keys_of_the_specification_pinned_images_and_checks_of_health() -> None:
+    file = ComposeFile.model_validate(yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8")))
+    for name, service in file.services.items():
+        assert (service.image is None) != (service.build is None), name
+        assert {one.source for one in service.configs} <= file.configs.keys()
+        for other, dependency in service.depends_on.items():
+            depended_on = file.services[other]
+            if dependency.condition == "service_healthy":
+                assert depended_on.healthcheck is not None, (
+                    f"{name} waits for the health of {other}, which has no check"
+                )
+            # What is started again and again never completes.
+            assert dependency.condition != "service_completed_successfully" or depended_on.restart == "no", other
+    assert file.services["worker"].healthcheck is not None
+    assert set(file.services["worker"].depends_on) == {"topics", "bucket"}
+
+
+@pytest.mark.parametrize("command", [["docker", "compose"], ["docker-compose"]], ids=" ".join)
+def test_compose_itself_reads_the_file(command: list[str]) -> None:
+    """``config`` needs no engine."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]} on this machine")
+    version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
+    if version.returncode:
+        pytest.skip(f"{' '.join(command)} does not answer: {version.stderr.strip()[:200]}")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version.stdout)[:2])
+    if numbers < (2, 23):
+        pytest.skip(f"{' '.join(command)} is {version.stdout.strip()}, and `configs` with `content` came with 2.23.1")
+    read = [*command, "-f", str(EXAMPLES / "compose.yaml"), "config", "--format", "json"]
+    found = subprocess.run(read, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    file = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))
+    assert json.loads(found.stdout)["services"].keys() == file["services"].keys()

@@ -13,6 +13,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,13 +69,17 @@ def missing() -> str | None:
 
 
 def _load_kept(library: Path) -> bool:
-    """Load a library that was compiled before; whether there is one. Raises as `check_ownership`."""
-    for path in (library.parent, library):
-        check_ownership(path)
-    if not library.exists():
-        return False
-    torch.ops.load_library(str(library))
-    return True
+    """Load a library that was compiled before, for the user or for all; whether there is one.
+
+    Raises: as `check_ownership`.
+    """
+    for place in (library, installed_folder() / library.name):
+        for path in (place.parent, place):
+            check_ownership(path)
+        if place.exists():
+            torch.ops.load_library(str(place))
+            return True
+    return False
 
 
 @contextmanager
@@ -116,6 +121,11 @@ def cache_folder() -> Path:
         raise RuntimeError(f"there is no folder for them (set HOME or XDG_CACHE_HOME): {error}") from error
 
 
+def installed_folder() -> Path:
+    """Kernels that came with the Python environment, as in an image; they need not be in the user's cache."""
+    return Path(sys.prefix, "cache", "nanovllm")
+
+
 def check_ownership(path: Path) -> None:
     """Refuse a folder or a library that another user could have written: loading it runs its code.
 
@@ -133,12 +143,12 @@ def check_ownership(path: Path) -> None:
         raise PermissionError(f"{path} is writable by other users: chmod go-w {path}")
 
 
-def compile_for(capability: str, library: Path) -> None:
+def compile_for(capability: str, library: Path, timeout_s: float = _COMPILE_TIMEOUT_S) -> None:
     """Compile for a CPU of ``capability``, a key of FLAGS and not necessarily this one, into ``library``.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
-        subprocess.TimeoutExpired: it took five minutes.
+        subprocess.TimeoutExpired: it took longer than ``timeout_s`` seconds.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
@@ -160,7 +170,7 @@ def compile_for(capability: str, library: Path) -> None:
         ),
         *(part for folder in include_paths("cpu") for part in ("-isystem", folder)),
     ]
-    deadline = time.monotonic() + _COMPILE_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
 
     def run(command: list[str]) -> None:
         left_s = max(0.0, deadline - time.monotonic())
