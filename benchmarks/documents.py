@@ -41,7 +41,7 @@ from nanovllm.pipeline.app import prepare_threads
 prepare_threads()
 
 from document_files import SCHEMA, native_receipts_pdf, receipts_pdf
-from parts import S3Part, VersityNode, s3_node_program
+from parts import S3Part, VersityNode, has_s3_node
 
 from benchmarks.machine import busy_seconds, describe_machine
 from benchmarks.output import add_output, write_text
@@ -207,7 +207,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 @contextlib.contextmanager
 def s3_server(directory: Path) -> Iterator[S3Part]:
     """A real S3 server; moto's where there is none."""
-    if s3_node_program() is not None:
+    if has_s3_node():
         node = VersityNode(directory / "s3")
         try:
             yield node.start()

@@ -6,6 +6,7 @@ Rich is imported by what draws with it: a worker, whose start counts, draws noth
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import threading
@@ -158,3 +159,31 @@ def long_work(what: str, total: int | None = None) -> Iterator[Callable[[int], N
     finally:
         ended.set()
         teller.join()
+
+
+@contextmanager
+def long_engine_work(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """As `long_work`; says when the engine's kernels are compiled, which takes half a minute."""
+    with _shown_on_stderr("nanovllm.engine.kernels"), long_work(what, total) as show:
+        yield show
+
+
+@contextmanager
+def _shown_on_stderr(logger: str) -> Iterator[None]:
+    """Show a logger's messages of INFO and above on stderr, also beside a bar or a spinner."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(record.getMessage(), file=sys.stderr)
+
+    handler, chosen = Shown(), logging.getLogger(logger)
+    level, propagates = chosen.level, chosen.propagate
+    chosen.addHandler(handler)
+    chosen.setLevel(logging.INFO)
+    chosen.propagate = False
+    try:
+        yield
+    finally:
+        chosen.removeHandler(handler)
+        chosen.setLevel(level)
+        chosen.propagate = propagates

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import own_cache
 import pytest
 import skips
-from parts import KafkaNode, S3Part, VersityNode, docker_answers, kafka_node_program, s3_node_program, unique_name
+from parts import KafkaNode, MinioNode, S3Part, VersityNode, unique_name
 
 from nanovllm.demo.broker import EmbeddedBroker
 
@@ -25,6 +26,7 @@ for _name in [name for name in os.environ if name.startswith(("NANOVLLM_", "AWS_
 os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
 os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+own_cache.use()
 # Without a GPU, Triton's kernels run in its interpreter. It asks when it is imported, and torch imports it early.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -62,18 +64,10 @@ def embedded_broker() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``host:port`` of an Apache Kafka node, shared by the session. Tests that use it carry the marker ``kafka``."""
-    if kafka_node_program() is not None:
-        node = KafkaNode(tmp_path_factory.mktemp("kafka"))
-        asyncio.run(node.start())
-        yield node.bootstrap_servers
-        node.stop()
-    elif docker_answers():
-        from testcontainers.kafka import KafkaContainer
-
-        with KafkaContainer().with_kraft() as container:
-            yield container.get_bootstrap_server()
-    else:
-        pytest.skip("Apache Kafka: no KAFKA_NODE, no ../shared/kafka/kafka-node, and no Docker daemon answers")
+    node = KafkaNode(tmp_path_factory.mktemp("kafka"))
+    asyncio.run(node.start())
+    yield node.bootstrap_servers
+    node.stop()
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +98,6 @@ def s3(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3Part:
 @pytest.fixture(scope="session")
 def versity_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VersityNode]:
     """A real S3 server, shared by the session."""
-    if s3_node_program() is None:
-        pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
     node = VersityNode(tmp_path_factory.mktemp("s3"))
     node.start()
     yield node
@@ -115,7 +107,27 @@ def versity_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VersityNo
 @pytest.fixture
 def versity_s3(versity_node: VersityNode, monkeypatch: pytest.MonkeyPatch) -> S3Part:
     """The real S3 server as ``s3``. Tests that use it carry the marker ``s3``."""
-    return _use(S3Part(versity_node.endpoint_url, "test", "testsecret"), monkeypatch)
+    return _use(versity_node.part, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def minio_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioNode]:
+    """A MinIO server, shared by the session."""
+    from docker.errors import ImageNotFound
+
+    node = MinioNode(tmp_path_factory.mktemp("minio"))
+    try:
+        node.start()
+    except ImageNotFound as error:  # its makers have withdrawn images before
+        pytest.skip(f"MinIO: no MINIO, and the image cannot be pulled: {error}")
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def minio_s3(minio_node: MinioNode, monkeypatch: pytest.MonkeyPatch) -> S3Part:
+    """MinIO as ``s3``. Tests that use it carry the marker ``minio``."""
+    return _use(minio_node.part, monkeypatch)
 
 
 _STAGES = "nanovllm.pipeline.stages"

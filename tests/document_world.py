@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from parts import S3Part, VersityNode, create_topic, s3_node_program, unique_name
+from parts import S3Part, VersityNode, create_topic, unique_name
 from prometheus_client.parser import text_string_to_metric_families
 from world import PARTITIONS, World
 
@@ -43,12 +42,10 @@ class DocumentWorld:
     @asynccontextmanager
     async def on(cls, kafka_broker: str, directory: Path, settings: Mapping[str, str]) -> AsyncIterator[DocumentWorld]:
         """``settings``: environment variables of its workers."""
-        if s3_node_program() is None:
-            pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
         events = unique_name("events")
         # The server's own record of a test comes when it starts: the topic is there before.
         await create_topic(kafka_broker, events, partitions=PARTITIONS)
-        node = VersityNode(directory / "s3", more=["--kafka", kafka_broker, "--topic", events])
+        node = VersityNode(directory / "s3", notifies=(kafka_broker, events))
         try:
             world = World(kafka_broker, node.start(), directory, {}, events=events)
             await world.create_topics()

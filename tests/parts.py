@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -23,6 +23,14 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 from aiokafka.protocol.group import LeaveGroupRequest
 from botocore.config import Config
+from containers import (
+    ContainerProcess,
+    broker_properties,
+    docker_answers,
+    kafka_process,
+    require_docker,
+    versity_process,
+)
 from PIL import Image
 
 from nanovllm.demo.broker import answers_metadata
@@ -60,30 +68,49 @@ def s3_node_program() -> Path | None:
     return program_of("S3_NODE", REPOSITORY.parent / "shared" / "s3" / "s3-node")
 
 
-@cache
-def docker_answers() -> bool:
-    """Whether a Docker daemon answers here."""
-    import docker
-    from docker.errors import DockerException
+def has_s3_node() -> bool:
+    """Whether `VersityNode` can be started here."""
+    return s3_node_program() is not None or docker_answers()
 
-    try:
-        client = docker.from_env(timeout=5)
-    except DockerException:
-        return False
-    with contextlib.closing(client):
-        try:
-            return bool(client.ping())
-        except DockerException:
-            return False
+
+class PartProcess(Protocol):
+    """A server of the tests, whether a local program or a container."""
+
+    @property
+    def is_running(self) -> bool: ...
+    @property
+    def exit_code(self) -> int | None: ...
+    def start(self) -> None: ...
+    def tail(self, lines: int = 10) -> str: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def stop(self, grace_s: float = 10.0) -> object: ...
+    def kill(self) -> None: ...
+
+
+class LocalPart(LocalProcess):
+    """A local program as a `PartProcess`."""
+
+    def pause(self) -> None:
+        """Stop its clock: connections stay open, and nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.pid is not None
+        os.killpg(self.pid, number)
 
 
 class KafkaNode:
     """One Apache Kafka node on loopback, on its own directory: start, stop, kill, start again.
 
+    It is the local program, else a container; without both, its start skips the test.
     ``settings`` are broker properties that win over the node's own (``{port}`` in a value is replaced by the node's
     port, ``{controller_port}`` by its controller's), ``scram`` user names with their passwords.
     ``probe`` False skips the wait for a plaintext Metadata answer: a listener with TLS or a login gives none.
-    ``cluster`` numbers the node among others; see ``kafka_cluster``.
+    ``node_id`` and ``voters`` make it one of several; see ``kafka_cluster``.
     """
 
     def __init__(
@@ -97,19 +124,16 @@ class KafkaNode:
         self.directory = directory
         self.port = free_port()
         self.controller_port = free_port()
-        self.cluster: tuple[str, ...] = ()
+        self.node_id = 1
+        self.voters = ""
         self._settings = dict(settings or {})
         self._scram = dict(scram or {})
         self._probe = probe
-        self._process: LocalProcess | None = None
+        self._process: PartProcess | None = None
 
     @property
     def bootstrap_servers(self) -> str:
         return f"127.0.0.1:{self.port}"
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
 
     @property
     def data(self) -> Path:
@@ -117,16 +141,7 @@ class KafkaNode:
         return self.directory / "node" / "data"
 
     async def start(self, timeout_s: float = 90.0) -> None:
-        program = kafka_node_program()
-        assert program is not None, "ask kafka_node_program() first"
-        command = [str(program), "--dir", str(self.directory / "node"), "--port", str(self.port)]
-        command += ["--controller-port", str(self.controller_port), *self.cluster]
-        for name, value in self._settings.items():
-            text = value.replace("{port}", str(self.port)).replace("{controller_port}", str(self.controller_port))
-            command += ["--set", f"{name}={text}"]
-        for user, password in self._scram.items():
-            command += ["--scram", f"{user}:{password}"]
-        self._process = LocalProcess("kafka", command, self.directory / "kafka.log")
+        self._process = self._made()
         self._process.start()
         deadline = time.monotonic() + timeout_s
         while not await (answers_metadata(self.bootstrap_servers) if self._probe else self._is_open()):
@@ -136,6 +151,26 @@ class KafkaNode:
                 self.stop()
                 raise RuntimeError(f"kafka did not answer within {timeout_s:g} s: {self._process.tail(20)}")
             await asyncio.sleep(0.1)
+
+    def _made(self) -> PartProcess:
+        folder, ports = self.directory / "node", {"port": self.port, "controller_port": self.controller_port}
+        settings = {
+            name: value.replace("{port}", str(self.port)).replace("{controller_port}", str(self.controller_port))
+            for name, value in self._settings.items()
+        }
+        program = kafka_node_program()
+        if program is None:
+            require_docker("Apache Kafka", "no KAFKA_NODE, no ../shared/kafka/kafka-node")
+            own = broker_properties(self.data, **ports, node_id=self.node_id, voters=self.voters)
+            return kafka_process(folder, own | settings, self._scram)
+        command = [str(program), "--dir", str(folder), "--node-id", str(self.node_id)]
+        command += ["--port", str(self.port), "--controller-port", str(self.controller_port)]
+        command += ["--voters", self.voters] if self.voters else []
+        for name, value in settings.items():
+            command += ["--set", f"{name}={value}"]
+        for user, password in self._scram.items():
+            command += ["--scram", f"{user}:{password}"]
+        return LocalPart("kafka", command, self.directory / "kafka.log")
 
     async def _is_open(self) -> bool:
         try:
@@ -153,6 +188,16 @@ class KafkaNode:
         if self._process is not None:
             self._process.kill()
 
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """It hangs: connections stay open, and nothing is answered."""
+        assert self._process is not None
+        self._process.pause()
+        try:
+            yield
+        finally:
+            self._process.resume()
+
     async def __aenter__(self) -> KafkaNode:
         await self.start()
         return self
@@ -165,7 +210,7 @@ def kafka_cluster(nodes: Sequence[KafkaNode]) -> None:
     """Make nodes that were not started yet one cluster; then start them together, for none is ready alone."""
     voters = ",".join(f"{number}@127.0.0.1:{node.controller_port}" for number, node in enumerate(nodes, 1))
     for number, node in enumerate(nodes, 1):
-        node.cluster = ("--node-id", str(number), "--voters", voters)
+        node.node_id, node.voters = number, voters
 
 
 async def create_topic(
@@ -344,36 +389,46 @@ def png(colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> bytes
     return buffer.getvalue()
 
 
-class VersityNode:
-    """A real S3 server (Versity S3 Gateway) on its own directory; ``more`` are further options of ``s3-node``."""
+class S3Node:
+    """A real S3 server on its own directory; a subclass says which, and how it is started.
 
-    def __init__(self, directory: Path, *, more: Iterable[str] = ()) -> None:
+    It is a local program, else a container; without both, its start skips the test.
+    """
+
+    keys = "test", "testsecret"
+    health: str
+
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.port = free_port()
-        self._more = list(more)
-        self._process: LocalProcess | None = None
+        self._process: PartProcess | None = None
 
     @property
     def endpoint_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def part(self) -> S3Part:
+        return S3Part(self.endpoint_url, *self.keys)
+
     def start(self, timeout_s: float = 60.0) -> S3Part:
-        program = s3_node_program()
-        assert program is not None, "ask s3_node_program() first"
-        command = [str(program), "--dir", str(self.directory / "node"), "--port", str(self.port), *self._more]
-        self._process = LocalProcess("s3", command, self.directory / "s3.log")
+        self._process = self._made()
         self._process.start()
         deadline = time.monotonic() + timeout_s
         while not self._is_up():
             if not self._process.is_running or time.monotonic() > deadline:
+                said = self._process.tail(20)
                 self.stop()
-                raise RuntimeError(f"the S3 server does not answer: {self._process.tail(20)}")
+                raise RuntimeError(f"the S3 server does not answer: {said}")
             time.sleep(0.05)
-        return S3Part(self.endpoint_url, "test", "testsecret")
+        return self.part
+
+    def _made(self) -> PartProcess:
+        raise NotImplementedError
 
     def _is_up(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.endpoint_url}{self.health}", timeout=5) as answer:
                 return bool(answer.status == 200)
         except urllib.error.HTTPError:
             return False
@@ -387,6 +442,42 @@ class VersityNode:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
+
+
+class VersityNode(S3Node):
+    """Versity's S3 gateway; ``notifies``: the broker and the topic of its buckets' notifications."""
+
+    health = "/healthz"
+
+    def __init__(self, directory: Path, *, notifies: tuple[str, str] | None = None) -> None:
+        super().__init__(directory)
+        self._notifies = notifies
+
+    def _made(self) -> PartProcess:
+        folder, program = self.directory / "node", s3_node_program()
+        if program is None:
+            require_docker("a real S3 server", "no S3_NODE, no ../shared/s3/s3-node")
+            return versity_process(folder, self.port, self.keys, self._notifies)
+        command = [str(program), "--dir", str(folder), "--port", str(self.port)]
+        if self._notifies is not None:
+            command += ["--kafka", self._notifies[0], "--topic", self._notifies[1]]
+        return LocalPart("s3", command, self.directory / "s3.log")
+
+
+class MinioNode(S3Node):
+    """MinIO: the same requests, answered by another implementation."""
+
+    health = "/minio/health/live"
+
+    def _made(self) -> PartProcess:
+        folder = self.directory / "node"
+        command = ["server", str(folder), "--address", f"127.0.0.1:{self.port}"]
+        command += ["--console-address", f"127.0.0.1:{free_port()}", "--quiet"]
+        env = {"MINIO_ROOT_USER": self.keys[0], "MINIO_ROOT_PASSWORD": self.keys[1]}
+        if program := os.environ.get("MINIO"):
+            return LocalPart("minio", [program, *command], self.directory / "minio.log", env=os.environ | env)
+        require_docker("MinIO", "no MINIO")
+        return ContainerProcess("minio", command, env=env, writes=folder)
 
 
 def python_process(

@@ -19,6 +19,8 @@ PROGRAMS = {
     "kafka": "KAFKA_NODE",
     "s3": "S3_NODE",
     "k8s": "K8S_CLUSTER",
+    "minio": "MINIO",
+    "toxiproxy": "TOXIPROXY",
     "llamacpp": "LLAMA_SERVER",
     "vllm": "NANOVLLM_VLLM_PYTHON",
     "documents": "DOCUMENTS",

@@ -44,6 +44,11 @@ def test_the_real_s3_server_keeps_objects(versity_s3):
     keeps_objects(versity_s3)
 
 
+@pytest.mark.minio
+def test_minio_keeps_objects(minio_s3):
+    keeps_objects(minio_s3)
+
+
 async def test_the_embedded_object_store_answers_once_started():
     store = EmbeddedObjectStore()
     await store.start()

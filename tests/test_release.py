@@ -1,4 +1,4 @@
-"""A release: archives, a clean environment with them, bill of materials, licences, and the documentation's site."""
+"""A release: archives, a clean environment with them, bill of materials, and licences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from tools import release
-from tools.docs_site import build as build_site
 from tools.licences import EXTRAS, PAGE, dependencies, licence, normalised, page
 from tools.release import bill_of_materials, build_archives, check_extras, check_versions, version
 
@@ -128,18 +127,3 @@ def test_the_page_of_licences_names_each_dependency_with_what_it_declares() -> N
 def test_nothing_under_a_licence_that_binds_our_users_is_a_dependency() -> None:
     rows = dict(re.findall(r"^\| ([^ |]+) \| ([^|]+?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     assert not {name: one for name, one in rows.items() if re.search(r"GPL|SSPL|BUSL|^$", one)}
-
-
-@pytest.mark.slow
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_others(tmp_path: Path) -> None:
-    build_site(tmp_path)
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert pages == {path.stem for path in (tmp_path / "docs").glob("*.html")}
-    start = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert all(f'href="docs/{name}.html"' in start for name in pages), "a page of docs/ is not in the navigation"
-    loaded = []
-    for file in tmp_path.rglob("*.html"):
-        text = file.read_text(encoding="utf-8")
-        loaded += re.findall(r'<(?:script|img|iframe)[^>]+src="(https?:[^"]+)"', text)
-        loaded += re.findall(r'<link[^>]+rel="(?:stylesheet|preload)"[^>]+href="(https?:[^"]+)"', text)
-    assert loaded == []

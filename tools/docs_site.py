@@ -50,6 +50,9 @@ project = "nanovllm"
 extensions = ["myst_parser", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = "nanovllm"
+html_favicon = "icon.svg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_show_copyright = False
 html_copy_source = False
@@ -60,6 +63,14 @@ copybutton_prompt_text = "$ "
 suppress_warnings = ["misc.highlighting_failure", "myst.header"]
 """
 
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#0ea5e9"/>'
+    '<path d="M4 12V4l8 8V4" fill="none" stroke="#fff" stroke-width="2"/></svg>'
+)
+
+# Names of metrics and settings break, so that the column which explains them has room.
+_STYLE = ".content td { min-width: 7em } .content td code { white-space: normal; overflow-wrap: anywhere }"
+
 _LINK = re.compile(r"(?<=\]\()(?!#)([^)\s]+)(?=\))")
 
 
@@ -68,6 +79,9 @@ def build(site: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="nanovllm-docs-") as name:
         staged = Path(name)
         (staged / "conf.py").write_text(_CONFIGURATION, encoding="utf-8")
+        (staged / "icon.svg").write_text(_ICON, encoding="utf-8")
+        (staged / "_static").mkdir()
+        (staged / "_static" / "site.css").write_text(_STYLE, encoding="utf-8")
         for page in _pages():
             _stage(page, staged)
         command = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]

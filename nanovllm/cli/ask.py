@@ -19,7 +19,7 @@ from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job, image_name
 from nanovllm.messages.result import Result
 from nanovllm.messages.s3_uri import is_object_uri
 from nanovllm.settings.http_images import HttpImageSettings
-from nanovllm.terminal import long_work, plain, print_json
+from nanovllm.terminal import long_engine_work, plain, print_json
 
 
 def ask(
@@ -58,7 +58,7 @@ def ask(
     admission = settings.admission.model_copy(update={"max_job_bytes": len(line)})
     results: list[bytes] = []
     refused: list[DeadLetter] = []
-    with long_work("answering"):
+    with long_engine_work("answering"):
         run_lines(
             settings.model_copy(update={"admission": admission}),
             LineSource([(0, line)], FinishedJobs("ask")),

@@ -22,7 +22,7 @@ from nanovllm.pipeline.documents.model_profile import model_profile, profile_row
 from nanovllm.pipeline.operations.replicas import cores_of_replicas
 from nanovllm.settings.worker import Settings
 from nanovllm.start_phases import START, Phase
-from nanovllm.terminal import Row, long_work, print_table
+from nanovllm.terminal import Row, long_engine_work, long_work, print_table
 
 PATIENCE_MS = 5_000
 
@@ -69,7 +69,7 @@ def _engine(settings: Settings, seconds: float) -> list[Row]:
 
     START.add(Phase.IMPORTS, START.age_s())  # of the command line
     prepare_threads()
-    with long_work("loading and measuring the engine"):
+    with long_engine_work("loading and measuring the engine"):
         with START.timed(Phase.IMPORTS):
             from nanovllm.engine.backends.capabilities import SAMPLING_NAMES
             from nanovllm.engine.diagnostics import describe, measure, take_first_token

@@ -28,7 +28,7 @@ from nanovllm.settings.routes import Route
 from nanovllm.settings.worker import Settings
 from nanovllm.sinks.jsonl import JsonLinesSink
 from nanovllm.sinks.sidecar import head_or_none, is_sidecar
-from nanovllm.terminal import long_work, plain, print_json
+from nanovllm.terminal import long_engine_work, long_work, plain, print_json
 
 DOCUMENT_SUFFIXES = frozenset({".pdf", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp"})
 
@@ -101,7 +101,7 @@ def extract(
 
         is_finished = True
         if left:
-            with long_work("extracting", len(left)) as show:
+            with long_engine_work("extracting", len(left)) as show:
                 is_finished = extract_documents(
                     settings,
                     left,

@@ -43,6 +43,8 @@ SHORT_POLL_MS = 20
 COMMIT_INTERVAL_S = 1.0
 TICK_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
+SILENCE_S = 2.0
+"""Brokers answer a fetch within half a second, with records or without; an engine that is idle waits for them then."""
 MAX_DECODE_S = 0.005
 """Longest decoding without yielding to the event loop: a large message takes some 100 ms, and heartbeats share it."""
 
@@ -167,7 +169,7 @@ class Worker:
             failures = 0
             self.faults.clear("kafka consumer")
             await self._begin(records, source)
-            if any(rooms.values()) and not records and source.has_joined:
+            if any(rooms.values()) and not records and not self._may_have_records(source):
                 self.idle.records_wait = False
             if takes_work:
                 await self.admission.wait_for_room(POLL_MS / 1000)
@@ -340,8 +342,13 @@ class Worker:
                 self.lags = source.lags
                 self.metrics.consumer_lag.show(self.lags)
                 due = sum(lag for (topic, _), lag in self.lags.items() if topic not in self._delayed_topics)
-                self.idle.records_wait = due > self.admission.jobs or not source.has_joined
+                self.idle.records_wait = due > self.admission.jobs or self._may_have_records(source)
                 self.metrics.watermark.show(source.watermarks)
+
+    @staticmethod
+    def _may_have_records(source: RecordSource) -> bool:
+        """Whether brokers may have records that they do not hand out."""
+        return not source.has_joined or source.silence_s > SILENCE_S
 
     def _observe_outage(self) -> None:
         outage = self.engine.outage

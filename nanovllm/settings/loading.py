@@ -37,8 +37,8 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
     """Settings from a file (optional), the environment over it, and ``overrides`` (nested, as in the file) over both.
 
     Raises:
-        ConfigurationError: an unknown name, a wrong value, or a file that cannot be read. Values are never repeated in
-            the message: they may be secrets.
+        ConfigurationError: an unknown name, a wrong value, or a file that cannot be read. Of values, numbers out of
+            their range are repeated in the message, and no others: they may be secrets.
     """
     if unknown := list(unknown_variables(os.environ)):
         raise ConfigurationError(f"unknown settings in the environment: {', '.join(map(_with_guess, unknown))}")
@@ -48,13 +48,35 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
         _merge(values, overrides or {})
         return Settings(**values)
     except ValidationError as error:
-        origin = partial(_variables_of, overrides or {})
+        origin = partial(_origin, overrides or {}, _numbers_in(error))
         raise ConfigurationError(describe_errors(error, "settings", origin=origin)) from None
     except SettingsError:
         raise ConfigurationError(_no_json()) from None
 
 
-def _variables_of(overrides: Mapping[str, Any], place: tuple[int | str, ...], message: str) -> str | None:
+Place = tuple[int | str, ...]
+
+# Errors of pydantic's about a number, and what is one.
+_ABOUT_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number", "multiple_of")
+_NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})(e[+-]?\d{1,3})?|[+-]?(inf|nan)", re.IGNORECASE)
+
+
+def _numbers_in(error: ValidationError) -> dict[Place, str]:
+    """Numbers that are out of their range, by place. A text that is no number may be a secret in the wrong place."""
+    wrong = error.errors(include_url=False, include_context=False)
+    found = {one["loc"]: str(one["input"]).strip() for one in wrong if one["type"].startswith(_ABOUT_NUMBERS)}
+    return {place: text for place, text in found.items() if _NUMBER.fullmatch(text)}
+
+
+def _origin(overrides: Mapping[str, Any], numbers: Mapping[Place, str], place: Place, message: str) -> str | None:
+    """Where the values at ``place`` came from, and the number that is wrong there."""
+    variables, number = _variables_of(overrides, place, message), numbers.get(place)
+    if number is None:
+        return variables
+    return f"{variables}={number}" if variables else f"it is {number}"
+
+
+def _variables_of(overrides: Mapping[str, Any], place: Place, message: str) -> str | None:
     """The variables of the environment that gave the values at ``place``: of the field, of those that the message of a
     section's rule names, or of the whole section.
     """

@@ -6,17 +6,34 @@ import asyncio
 import contextlib
 import re
 from random import Random
-from typing import Literal
+from typing import Literal, Protocol
+
+LineFault = Literal["slow", "silent", "cut"]
+"""``slow`` delays what passes, ``silent`` lets nothing pass and keeps connections open, ``cut`` resets connections."""
 
 S3Fault = Literal["none", "unavailable", "slow", "truncated", "reset", "wrong_length"]
+
+
+class NetworkLine(Protocol):
+    """A port of loopback that leads to another one, and what a test makes of the way."""
+
+    port: int
+
+    async def start(self) -> None: ...
+    async def spoil(self, fault: LineFault) -> None: ...
+    async def heal(self) -> None: ...
+    async def stop(self) -> None: ...
 
 
 class TcpProxy:
     """Passes bytes to ``upstream_port`` on loopback; ``cut`` drops every connection, ``delay_s`` holds bytes back."""
 
-    def __init__(self, upstream_port: int) -> None:
+    def __init__(self, upstream_port: int, port: int = 0) -> None:
         self.upstream_port = upstream_port
         self.delay_s = 0.0
+        self._wanted_port = port
+        self._passes = asyncio.Event()
+        self._passes.set()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -26,12 +43,20 @@ class TcpProxy:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._wanted_port)
 
     def stop(self) -> None:
         assert self._server is not None
         self._server.close()
         self.cut()
+
+    def silence(self) -> None:
+        """Let nothing pass, and keep connections open."""
+        self._passes.clear()
+
+    def pass_on(self) -> None:
+        """End the silence: what was held back passes."""
+        self._passes.set()
 
     def cut(self) -> None:
         for writer in self._writers:
@@ -58,12 +83,40 @@ class TcpProxy:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
+            await self._passes.wait()
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
             writer.write(data)
             await writer.drain()
         with contextlib.suppress(OSError, RuntimeError):
             writer.write_eof()
+
+
+class OwnLine:
+    """A `TcpProxy` as a `NetworkLine`."""
+
+    def __init__(self, port: int, upstream_port: int) -> None:
+        self.port = port
+        self._proxy = TcpProxy(upstream_port, port)
+
+    async def start(self) -> None:
+        await self._proxy.start()
+
+    async def spoil(self, fault: LineFault) -> None:
+        match fault:
+            case "slow":
+                self._proxy.delay_s = 0.03
+            case "silent":
+                self._proxy.silence()
+            case "cut":
+                self._proxy.cut()
+
+    async def heal(self) -> None:
+        self._proxy.delay_s = 0.0
+        self._proxy.pass_on()
+
+    async def stop(self) -> None:
+        self._proxy.stop()
 
 
 class S3Proxy(TcpProxy):

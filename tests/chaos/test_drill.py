@@ -12,7 +12,6 @@ import pytest
 from chaos.broker_logs import late_in
 from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
 from chaos.drill import run_drill
-from parts import kafka_node_program
 from sample_messages import dead_letter, result
 
 
@@ -101,7 +100,6 @@ def test_what_the_broker_doubled_is_told_apart_and_excuses_no_third_time() -> No
 @pytest.mark.kafka
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # well above finish_s, so that a drill that loses a job ends with its report
-@pytest.mark.skipif(kafka_node_program() is None, reason="the drill starts and kills its own Apache Kafka node")
 @pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
 async def test_a_short_drill_breaks_no_promise(s3, tmp_path, delivery: str) -> None:
     port = urlsplit(s3.endpoint_url).port

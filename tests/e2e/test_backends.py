@@ -35,7 +35,7 @@ from document_files import SCHEMA, drawn, receipts_pdf, receipts_route
 from document_world import committed_in
 from generic_parts import needs_release
 from openai_server_program import MODEL
-from parts import S3Part, create_topic, eventually, python_process, s3_node_program
+from parts import S3Part, create_topic, eventually, has_s3_node, python_process
 from world import PARTITIONS, World, reader_settings
 
 from nanovllm.client.results import ResultReader
@@ -82,8 +82,8 @@ class Run:
 @pytest.fixture(scope="module")
 def store(request: pytest.FixtureRequest) -> S3Part:
     """A real S3 server where there is one, else moto's."""
-    if s3_node_program() is not None:
-        return S3Part(request.getfixturevalue("versity_node").endpoint_url, "test", "testsecret")
+    if has_s3_node():
+        return request.getfixturevalue("versity_node").part
     return S3Part(request.getfixturevalue("moto_endpoint"), "test", "testsecret")
 
 

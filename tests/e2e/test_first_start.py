@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from parts import KafkaNode, create_topic, eventually, kafka_node_program, worker_process
+from parts import KafkaNode, create_topic, eventually, worker_process
 
-pytestmark = [
-    pytest.mark.kafka,
-    pytest.mark.skipif(kafka_node_program() is None, reason="a fresh cluster: no KAFKA_NODE, no ../shared/kafka"),
-]
+pytestmark = pytest.mark.kafka
 
 JOBS = 30
 TOPICS = {name: f"first.{name}" for name in ("jobs", "results", "metrics", "dead_letters", "in_flight")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from parts import KafkaNode, create_topic, eventually, kafka_node_program, unique_name, worker_process
+from parts import KafkaNode, create_topic, eventually, unique_name, worker_process
 
 from nanovllm.demo.broker import EmbeddedBroker
 from nanovllm.demo.child_process import LocalProcess, free_port
@@ -178,7 +177,6 @@ async def test_a_worker_whose_brokers_do_not_answer_is_alive_says_so_and_hears_s
 
 
 @pytest.mark.kafka
-@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 @pytest.mark.parametrize("mode", ["at_least_once", pytest.param("exactly_once", marks=pytest.mark.slow)])
 async def test_a_listener_that_does_not_resolve_is_named_and_asked_for_with_pauses(tmp_path: Path, mode: str) -> None:
     advertised = {"advertised.listeners": "PLAINTEXT://kafka-0.nowhere.invalid:{port}"}
@@ -223,7 +221,6 @@ async def test_brokers_that_never_answer_are_waited_for(tmp_path: Path, silent_b
 
 
 @pytest.mark.kafka
-@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 async def test_a_topic_that_is_missing_ends_the_worker_before_it_joins_the_group(tmp_path: Path) -> None:
     # Kafka's default: the worker's own look must not make the topic.
     async with KafkaNode(tmp_path / "node", settings={"auto.create.topics.enable": "true"}) as node:
@@ -259,7 +256,6 @@ sys.exit(cli.main())
 
 
 @pytest.mark.kafka
-@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 async def test_a_topic_that_is_missing_ends_the_worker_while_its_model_loads(tmp_path: Path) -> None:
     async with KafkaNode(tmp_path / "node") as node:
         engine = {"NANOVLLM_ENGINE__BACKEND": "native"}
@@ -325,7 +321,6 @@ async def _members(bootstrap_servers: str, group: str) -> int:
 
 
 @pytest.mark.kafka
-@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 @pytest.mark.parametrize("fault", ["none", "down", "silent"])
 @pytest.mark.parametrize("mode", ["at_least_once", pytest.param("exactly_once", marks=pytest.mark.slow)])
 async def test_sigterm_before_the_first_job_ends_the_worker_also_while_the_broker_is_away(
@@ -347,7 +342,6 @@ async def test_sigterm_before_the_first_job_ends_the_worker_also_while_the_broke
 
 @pytest.mark.kafka
 @pytest.mark.slow
-@pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka")
 @pytest.mark.parametrize("fault", ["down", "silent"])
 @pytest.mark.parametrize("mode", ["at_least_once", "exactly_once"])
 async def test_sigterm_while_the_broker_is_away_and_results_wait_for_it_ends_the_worker_in_order(
@@ -373,12 +367,5 @@ async def test_sigterm_while_the_broker_is_away_and_results_wait_for_it_ends_the
 def _away(node: KafkaNode, fault: str) -> Iterator[None]:
     if fault == "down":
         node.kill()
-    pid = node.pid
-    if fault != "silent" or pid is None:
+    with node.silent() if fault == "silent" else nullcontext():
         yield
-        return
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)

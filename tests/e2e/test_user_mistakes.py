@@ -16,16 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from parts import KafkaNode, S3Part, create_topic, kafka_node_program
+from parts import KafkaNode, S3Part, create_topic
 
 from nanovllm.cli.main import main
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "user_mistakes.json"
-pytestmark = [
-    pytest.mark.kafka,
-    pytest.mark.s3,
-    pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka"),
-]
+pytestmark = [pytest.mark.kafka, pytest.mark.s3]
 
 
 @dataclass(frozen=True)

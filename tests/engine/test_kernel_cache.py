@@ -149,3 +149,13 @@ def test_a_source_that_does_not_compile_is_told_and_nothing_is_kept(tmp_path: Pa
     told = loading(tmp_path, program).communicate(timeout=120)[0]
     assert told == f"{program} could not compile the CPU kernels: no such instruction\n\n"
     assert list((tmp_path / "nanovllm").glob("*.so")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in kernels.FLAGS, reason="no kernels for this CPU")
+def test_doctor_says_that_it_compiles_while_it_does(tmp_path: Path) -> None:
+    program = make_compiler(tmp_path, first="exit 1")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(program), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "nanovllm.cli.main", "doctor", "--seconds", "0"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert f"compiling the CPU kernels with {program}, once for this machine" in ended.stderr

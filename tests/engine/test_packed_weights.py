@@ -286,6 +286,31 @@ def test_the_least_recently_used_panels_are_removed_beyond_the_limit(checkpoint:
     assert len(files(cache)) == 2, "what is larger than the limit is not written"
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_about_as_much_is_expected_of_a_file_as_it_has(
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, options: str, stored: torch.dtype
+) -> None:
+    expected: list[int] = []
+
+    class Noting(PackedCache):
+        def open(self, key: str, expected_bytes: int, write: Write) -> object:
+            expected.append(expected_bytes)
+            return super().open(key, expected_bytes, write)
+
+    monkeypatch.setattr(packed_weights, "PackedCache", Noting)
+    generator = torch.Generator().manual_seed(1)
+
+    def rewritten(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.randn(one.shape, generator=generator).to(stored) for name, one in tensors.items()}
+
+    edit_tensors(checkpoint, rewritten)
+    logits(checkpoint, **OPTIONS[options])
+    (file,) = files(cache)
+    # The file itself begins with up to a huge page for its header.
+    assert sum(tensor.nbytes for tensor in read_packed(file).tensors.values()) == pytest.approx(expected[0], rel=0.1)
+
+
 def test_what_one_process_writes_to_its_panels_another_does_not_see(checkpoint: Path, cache: Path) -> None:
     expected = logits(checkpoint)
     (file,) = files(cache)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from containers import require_docker
 from control_plane import cluster_program, control_plane
 from helm_python.chart import Chart
+from k3s import k3s_with_keda
 from kubernetes import client, config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,10 +63,10 @@ def kind_of(document: dict[str, Any]) -> str:
 @pytest.fixture(scope="session")
 def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The kubeconfig of a control plane with KEDA. Tests that use it carry the marker ``k8s``."""
-    program = cluster_program()
+    program, directory = cluster_program(), tmp_path_factory.mktemp("k8s")
     if program is None:
-        pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
-    with control_plane(program, tmp_path_factory.mktemp("k8s")) as kubeconfig:
+        require_docker("a Kubernetes control plane", "no K8S_CLUSTER, no ../shared/k8s/cluster")
+    with k3s_with_keda(directory) if program is None else control_plane(program, directory) as kubeconfig:
         yield kubeconfig
 
 

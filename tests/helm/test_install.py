@@ -22,7 +22,7 @@ from helm_python import Config
 from kubelet import Kubelet
 from kubernetes import client
 from openai_server import OpenAIServer
-from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
+from parts import REPOSITORY, KafkaNode, create_topic
 
 from nanovllm.checkpoints.resolve import resolve_checkpoint
 from nanovllm.demo.child_process import free_port
@@ -35,8 +35,6 @@ Values = dict[str, Any]
 @pytest.fixture
 def secured_broker(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """(``host:port``, CA as PEM) of a broker that wants TLS and SCRAM; it has a topic ``jobs``."""
-    if kafka_node_program() is None:
-        pytest.skip("Apache Kafka with TLS and SCRAM: no KAFKA_NODE and no ../shared/kafka/kafka-node")
     key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
     openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=broker"]
     openssl += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]

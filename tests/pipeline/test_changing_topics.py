@@ -14,7 +14,7 @@ from aiokafka.admin.new_partitions import NewPartitions
 from aiokafka.errors import ProducerFenced
 from aiokafka.protocol.admin import DeleteGroupsRequest
 from bench import Bench, GatedEngine, bench_on
-from parts import KafkaNode, S3Part, create_topic, eventually, kafka_node_program
+from parts import KafkaNode, S3Part, create_topic, eventually
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.kafka.client import consumer_kwargs
@@ -25,10 +25,7 @@ from nanovllm.pipeline.consuming.ledger import PartitionLedger
 from nanovllm.pipeline.consuming.start_offset import GONE, StartOffsets
 from nanovllm.pipeline.consuming.transactions import PartitionTransactions
 
-pytestmark = [
-    pytest.mark.kafka,
-    pytest.mark.skipif(kafka_node_program() is None, reason="a node of its own: no KAFKA_NODE, no ../shared/kafka"),
-]
+pytestmark = pytest.mark.kafka
 
 MODES = pytest.mark.parametrize("mode", ["at_least_once", "exactly_once"])
 WITHIN_S = 45.0

@@ -16,7 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from hypothesis import given
 from hypothesis import strategies as st
-from parts import VersityNode, create_topic, s3_node_program, unique_name
+from parts import VersityNode, create_topic, unique_name
 
 from nanovllm.errors import InvalidEvent
 from nanovllm.pipeline.events import envelope
@@ -313,11 +313,9 @@ KEYS = ["plain.pdf", "a b/50+ü &%日本.pdf", "x:y/z%2Fq.pdf", "a%20b+c.pdf", "
 @pytest.mark.s3
 @pytest.mark.kafka
 async def test_a_real_s3_servers_own_notifications_are_read(kafka_broker: str, tmp_path: Path) -> None:
-    if s3_node_program() is None:
-        pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
     topic = unique_name("events")
     await create_topic(kafka_broker, topic, partitions=1)
-    node = VersityNode(tmp_path, more=["--kafka", kafka_broker, "--topic", topic])
+    node = VersityNode(tmp_path, notifies=(kafka_broker, topic))
     try:
         part = node.start()
         bucket = part.make_bucket(versioned=True)

@@ -13,7 +13,7 @@ import pytest
 from bench import Bench, eventually
 from document_bench import Documents, event
 from document_files import drawn, receipts_pdf
-from parts import Fault, FaultProxy, VersityNode, create_topic, s3_node_program
+from parts import Fault, FaultProxy, VersityNode, create_topic
 from pdf_files import PROSE, text_pdf
 
 from nanovllm.pipeline.failure.bucket_holds import REFUSED_OBJECTS
@@ -243,11 +243,9 @@ NO_OBJECTS = {
 async def test_each_key_of_a_real_s3_server_has_a_record_by_its_own_notification(
     kafka_bench: Bench, unique: Callable[[str], str], tmp_path: Path, delivery: str
 ) -> None:
-    if s3_node_program() is None:
-        pytest.skip("a real S3 server: no S3_NODE and no ../shared/s3/s3-node")
     events = unique("events")
     await create_topic(kafka_bench.bootstrap_servers, events, partitions=2)
-    node = VersityNode(tmp_path, more=["--kafka", kafka_bench.bootstrap_servers, "--topic", events])
+    node = VersityNode(tmp_path, notifies=(kafka_bench.bootstrap_servers, events))
     try:
         s3 = node.start()
         documents = Documents(kafka_bench, s3, s3.make_bucket(versioned=True), events, tmp_path)

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import SaslAuthenticationFailed
-from parts import KafkaNode, kafka_node_program
+from parts import KafkaNode
 
 from nanovllm.errors import BrokersUnavailable, ConfigurationError
 from nanovllm.kafka import oauth_tokens as login_tokens
@@ -34,8 +34,6 @@ def unsigned_token() -> str:
 
 @pytest.mark.kafka
 async def test_connections_outlive_their_tokens_on_apache_kafka(tmp_path: Path) -> None:
-    if kafka_node_program() is None:
-        pytest.skip("Apache Kafka with tokens needs KAFKA_NODE or ../shared/kafka/kafka-node")
     login = "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required"
     broker = {
         "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",

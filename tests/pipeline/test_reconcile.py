@@ -30,7 +30,13 @@ BESIDE = "s3://{bucket}/{key}.json"
 KEYS = ("in/a.pdf", "in/a b+c%41.pdf", "in/ü/日本:1.pdf", "in/a.pdf-2", "in/own.json")
 
 
-@pytest.fixture(params=["s3", pytest.param("versity_s3", marks=pytest.mark.s3)])
+@pytest.fixture(
+    params=[
+        "s3",
+        pytest.param("versity_s3", marks=pytest.mark.s3),
+        pytest.param("minio_s3", marks=pytest.mark.minio),
+    ]
+)
 def store(request: pytest.FixtureRequest) -> S3Part:
     part: S3Part = request.getfixturevalue(request.param)
     return part

@@ -203,6 +203,37 @@ def test_a_wrong_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"NANOVLLM_HTTP__PORT": "70000"},
+            "http.port: Input should be less than or equal to 65535 (NANOVLLM_HTTP__PORT=70000)",
+        ),
+        ({"NANOVLLM_REPLICAS": "-1"}, "(NANOVLLM_REPLICAS=-1)"),
+        ({"NANOVLLM_ENGINE__MAX_NUM_SEQS": "1.5"}, "(NANOVLLM_ENGINE__MAX_NUM_SEQS=1.5)"),
+        ({"NANOVLLM_HTTP": '{"port": 70000}'}, "(NANOVLLM_HTTP=70000)"),
+    ],
+)
+def test_a_number_out_of_its_range_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+    assert said in str(refused.value)
+
+
+def test_a_number_of_a_file_is_repeated_and_a_password_that_is_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text("http: {port: 70000}\nkafka: {sasl_password: 12345}\n")
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(tmp_path / "w.yaml")
+    assert "(it is 70000)" in str(refused.value)
+    assert "kafka.sasl_password" in str(refused.value)
+    assert "12345" not in str(refused.value)
+
+
 def test_secrets_are_masked_wherever_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOVLLM_S3__ENDPOINT_URL", "https://user:hunter2@s3.example:9000/x")
     kafka = KafkaSettings(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaConsumer
 from certificates import write_certificate
-from parts import KafkaNode, kafka_node_program
+from parts import KafkaNode
 
 from nanovllm.client.producer import JobProducer
 from nanovllm.demo.child_process import free_port
@@ -48,8 +48,6 @@ class SecureBroker:
 
 @pytest.fixture
 async def secure(tmp_path: Path) -> AsyncIterator[SecureBroker]:
-    if kafka_node_program() is None:
-        pytest.skip("Apache Kafka with TLS needs KAFKA_NODE or ../shared/kafka/kafka-node")
     ca = write_certificate(tmp_path / "broker.crt", address="127.0.0.1")
     settings = {
         "listeners": "SASL_SSL://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}"

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.admin import CreateAclsRequest
 from bench import Bench
-from parts import KafkaNode, kafka_node_program
+from parts import KafkaNode
 
 from nanovllm.cli.main import main
 from nanovllm.client.dead_letters import LetterFilter, read_dead_letters
@@ -198,8 +198,6 @@ def test_topics_of_events_and_records_are_created_checked_and_granted(
 async def test_a_worker_needs_the_rights_that_are_listed_and_no_others(
     tmp_path: Path, unique: Callable[[str], str], bench: Bench
 ) -> None:
-    if kafka_node_program() is None:
-        pytest.skip("Apache Kafka with an authorizer needs KAFKA_NODE or ../shared/kafka/kafka-node")
     login = "org.apache.kafka.common.security.scram.ScramLoginModule required"
     broker = {
         "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",

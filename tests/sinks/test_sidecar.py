@@ -33,7 +33,13 @@ BESIDE = "s3://{bucket}/{key}.json"
 KEY = "in/50+ü &%日本.pdf"
 
 
-@pytest.fixture(params=["s3", pytest.param("versity_s3", marks=pytest.mark.s3)])
+@pytest.fixture(
+    params=[
+        "s3",
+        pytest.param("versity_s3", marks=pytest.mark.s3),
+        pytest.param("minio_s3", marks=pytest.mark.minio),
+    ]
+)
 def store(request: pytest.FixtureRequest) -> S3Part:
     part: S3Part = request.getfixturevalue(request.param)
     return part

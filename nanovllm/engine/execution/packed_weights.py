@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from nanovllm.checkpoints.checkpoint import Checkpoint
+from nanovllm.checkpoints.tensors import stored_bytes_a_value
 from nanovllm.engine.config import EngineConfig
 from nanovllm.engine.execution.batch_invariance import TILE
 from nanovllm.engine.layers import huge_pages, linear
-from nanovllm.engine.layers.linear import Linear, choose_torch_layouts
+from nanovllm.engine.layers.linear import Linear, choose_torch_layouts, panels_bytes
 from nanovllm.engine.layers.packed_cache import PackedCache, key_of
 from nanovllm.engine.layers.packed_file import DamagedFile, PackedFileWriter, PackedTensors
 from nanovllm.engine.layers.packed_state import release, restore, state_of
@@ -45,7 +46,9 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
     The plain weights are read and packed layer by layer, and are never all there.
     """
     shell = unfilled_text_model(checkpoint, dtype).model
-    cache, expected = _cache(config, dtype, device), _bytes(shell)
+    cache = _cache(config, dtype, device)
+    size = 1.0 if config.quantization == "int8" else stored_bytes_a_value(checkpoint.files)
+    expected = expected_bytes(shell, size, kept=shell.embed_tokens)
     if cache is not None and expected >= LEAST_BYTES:
         key = key_of(
             checkpoint.files,
@@ -91,7 +94,7 @@ def load_packed_encoder(
             shell = load_encoder(checkpoint, config, text, dtype, _META)
         if shell is None:
             return None
-        if (expected := _bytes(shell)) >= LEAST_BYTES:
+        if (expected := expected_bytes(shell, stored_bytes_a_value(shell.weight_files))) >= LEAST_BYTES:
             key = key_of(
                 shell.weight_files,
                 code=_code(),
@@ -172,5 +175,15 @@ def _shapes(module: nn.Module) -> list[tuple[str, str, list[int]]]:
     return [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in everything]
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
+def expected_bytes(module: nn.Module, bytes_a_value: float, *, kept: nn.Parameter | None = None) -> int:
+    """About what a file of ``module`` has, before its weights are read.
+
+    Panels store a value of a linear layer's weight in as few bytes as the checkpoint does (``bytes_a_value``), or in
+    one; the weight that is ``kept`` is there twice.
+    """
+    total = sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
+    for layer in module.modules():
+        if isinstance(layer, Linear | nn.Linear):
+            weight = layer.weight
+            total += panels_bytes(weight, min(bytes_a_value, weight.itemsize)) - (weight is not kept) * weight.nbytes
+    return total

@@ -223,6 +223,12 @@ def make_panels(
     return Panels(width, weight.dtype, {"panels": panels, **padded})
 
 
+def panels_bytes(weight: Tensor, bytes_a_value: float) -> int:
+    """About what the panels of a weight [out, in] take, whose values take ``bytes_a_value``; int8 has scales too."""
+    outputs = len(weight) + -len(weight) % _PANEL
+    return round(outputs * (weight.shape[1] * bytes_a_value + (8 if bytes_a_value == 1 else 0)))
+
+
 def _has_three_products(stored: Tensor) -> bool:
     """Whether kernels/three_products.h multiplies float32 by a weight as well as vectors do."""
     return stored.dtype == torch.bfloat16 and all(end.isfinite() for end in stored.aminmax())

@@ -68,6 +68,7 @@ class LineSource:
     """
 
     has_joined = True
+    silence_s = 0.0
     missing_topics: tuple[str, ...] = ()
     has_put_off = False
     can_read_put_off = False

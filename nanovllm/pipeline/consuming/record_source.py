@@ -16,6 +16,10 @@ class RecordSource(Protocol):
         """Whether there is something to read from."""
 
     @property
+    def silence_s(self) -> float:
+        """How long it has owed an answer."""
+
+    @property
     def missing_topics(self) -> tuple[str, ...]:
         """What should be there to read from, and is not."""
 

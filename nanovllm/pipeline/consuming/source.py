@@ -25,6 +25,7 @@ from nanovllm.kafka.errors import is_fenced_instance
 from nanovllm.kafka.paced_metadata import pace_metadata
 from nanovllm.kafka.prefetched import Prefetched
 from nanovllm.kafka.raw_records import RawRecord, read_raw
+from nanovllm.kafka.unanswered import Unanswered
 from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.fair_poll import FairPoll
@@ -74,6 +75,7 @@ class JobSource(ConsumerRebalanceListener):
         self._delayed = DelayedPartitions(delays_s)
         self._assignments = assignments
         self._consumer: AIOKafkaConsumer | None = None
+        self._unanswered: Unanswered | None = None
         self._has_joined = False
         self._takes_work = True
         self._positions_noted = 0.0
@@ -100,10 +102,19 @@ class JobSource(ConsumerRebalanceListener):
 
     @property
     def has_joined(self) -> bool:
-        """Whether the group has given this member its partitions (which may be none), and its coordinator answers."""
+        """Whether the group has given this member its partitions (which may be none), and its brokers answer.
+
+        A request that had no answer for as long as the group's session lasts is a membership that may be lost.
+        """
         coordinator = self._consumer._coordinator if self._consumer else None
         # aiokafka forgets the coordinator when a heartbeat fails, and looks for it until it is back.
-        return self._has_joined and coordinator is not None and coordinator.coordinator_id is not None
+        has_coordinator = coordinator is not None and coordinator.coordinator_id is not None
+        return self._has_joined and has_coordinator and self.silence_s < self._settings.session_timeout_ms / 1000
+
+    @property
+    def silence_s(self) -> float:
+        """How long the oldest request to a broker has had no answer."""
+        return self._unanswered.oldest_s if self._unanswered else 0.0
 
     @property
     def missing_topics(self) -> tuple[str, ...]:
@@ -139,6 +150,7 @@ class JobSource(ConsumerRebalanceListener):
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )
         pace_metadata(consumer._client)
+        self._unanswered = Unanswered(consumer._client)
         try:
             await self._join(consumer, on_wait)
         except BaseException as error:
