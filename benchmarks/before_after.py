@@ -122,6 +122,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="in little: to see that it works")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=32, help="sequences at once")
+    parser.add_argument(
+        "--kv-cache-bytes",
+        type=int,
+        default=256 << 20,
+        help="of both, whose defaults differ: so few are written all over by the warm-ups, and no page is new later",
+    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanovllm-peers")
     add_output(parser, "before-after.json")
     return parser.parse_args()
@@ -152,7 +158,7 @@ def describe_tree(tree: Path) -> dict[str, Any]:
 
 def read_or_begin(args: argparse.Namespace, trees: dict[str, Path]) -> dict[str, Any]:
     """The report to go on with; one of other commits or settings is refused (SystemExit)."""
-    recorded = ("size", "threads", "batch", "warm_ups", "most_other_load", "smoke")
+    recorded = ("size", "threads", "batch", "kv_cache_bytes", "warm_ups", "most_other_load", "smoke")
     begun = {
         "trees": {name: describe_tree(tree) for name, tree in trees.items()},
         "settings": {**{name: getattr(args, name) for name in recorded}, "spins": SPINS, "cpu": name_of_cpu()},
@@ -182,6 +188,7 @@ def launches(
             args.threads,
             args.batch,
             args.work,
+            flags=("--kv-cache-bytes", str(args.kv_cache_bytes)),
             tree=tree,
         )
         for name, tree in trees.items()

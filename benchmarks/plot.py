@@ -91,6 +91,52 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, path: 
     )
 
 
+def draw_steps(panels: dict[str, dict[str, list[tuple[float, float]]]], note: str, path: Path) -> None:
+    """Write values that change in steps over time as an SVG file: a panel for each title, a line for each name."""
+    width, height, left = 640, 130, 60
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colour = dict(zip(names, itertools.cycle(COLOURS.values()), strict=False))
+    parts = []
+    for number, name in enumerate(names):
+        parts.append(_text(left + number * 160, 18, name))
+        parts.append(f'<rect x="{left + number * 160 - 14}" y="8" width="10" height="10" fill="{colour[name]}"/>')
+    y = 44
+    for title, lines in panels.items():
+        longest = max(points[-1][0] for points in lines.values())
+        highest = max(1.0, *(value for points in lines.values() for _, value in points))
+        parts.append(_text(10, y, title, bold=True))
+        top = y + 10
+        for share in (0, 0.5, 1):
+            level = top + height - height * share
+            parts.append(f'<line x1="{left}" y1="{level}" x2="{left + width}" y2="{level}" stroke="#dde3e8"/>')
+            parts.append(_text(10, round(level) + 4, f"{highest * share:.0f}"))
+        for share in (0, 0.5, 1):
+            parts.append(_text(left + round(width * share) - 8, top + height + 16, f"{longest * share:.0f}"))
+        for name, points in lines.items():
+            drawn = _corners(points)
+            path_of = " ".join(
+                f"{left + width * at / longest:.1f},{top + height - height * value / highest:.1f}"
+                for at, value in drawn
+            )
+            parts.append(f'<polyline points="{path_of}" fill="none" stroke="{colour[name]}" stroke-width="1.5"/>')
+        y = top + height + 42
+    parts.append(_text(10, y, note))
+    body = "\n".join(parts)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 40}" height="{y + 14}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def _corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points at which steps begin and end; what lies on a line between them is left out."""
+    kept = points[:1]
+    for before, after in itertools.pairwise(points):
+        if after[1] != before[1]:
+            kept += [(after[0], before[1]), after]
+    return [*kept, points[-1]]
+
+
 def main() -> None:
     """Draw the bars of one report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

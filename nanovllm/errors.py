@@ -9,13 +9,12 @@ worker or object representations, because it travels into dead letters.
       InvalidInput                INVALID: a dead letter at once
         InvalidJob                  UnsupportedVersion, InvalidEvent
         InvalidImage                UnsupportedImageFormat, ImageTooLarge (TooManyPixels, TooManyFrames)
-        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri (ForbiddenKey)
+        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri (ForbiddenKey, ForbiddenHost)
         InvalidDocument             UnsupportedDocumentFormat, DocumentEncrypted, DocumentTooLarge, TooManyPages
                                     InvalidPage (PageTooLarge), InvalidPageRange
-        UnsupportedConstraint, PlaceholderMismatch, PromptTooLong, ForbiddenUri
       PermanentError              PERMANENT: a dead letter at once
         ObjectNotFound, ObjectChanged, ObjectForbidden, ObjectArchived, SidecarTaken, DecoderFailed, CrashedWorker
-        MessageTooLarge, AnswerWithheld
+        MessageTooLarge, AnswerWithheld, UrlRefused
       TransientError              TRANSIENT: attempts in place, a retry topic, then a dead letter
         FetchFailed, ObjectUnavailable, ObjectRefused, ObjectMissing, AnswerFailed
       DeadlineExceeded            EXPIRED: a dead letter
@@ -228,6 +227,15 @@ class ForbiddenKey(ForbiddenUri):
     retryable = False
 
 
+class ForbiddenHost(ForbiddenUri):
+    """A URI over HTTP of a host that is not allowed, or that lies or redirects where images may not come from."""
+
+    remedy = (
+        "Add the host to NANOVLLM_HTTP_IMAGES__ALLOW, with its port where that is not 443, and its network to "
+        "NANOVLLM_HTTP_IMAGES__ALLOW_NETWORKS where that is not public; or put the image into S3."
+    )
+
+
 class PermanentError(NanoVLLMError):
     """The job is well-formed and will never succeed."""
 
@@ -251,10 +259,21 @@ class ObjectChanged(PermanentError):
 
 
 class ObjectForbidden(PermanentError):
-    """The worker's credentials may not read this object, though they work elsewhere."""
+    """The worker's credentials may not read this object, though they work elsewhere; or a host refuses its URL."""
 
     code = "object_forbidden"
-    remedy = "Grant the worker's role s3:GetObject on the object, and kms:Decrypt on its key where it has one."
+    remedy = (
+        "Grant the worker's role s3:GetObject on the object, and kms:Decrypt on its key where it has one; for an "
+        "https:// URL that has expired, send the job with a new one."
+    )
+    retryable = True
+
+
+class UrlRefused(PermanentError):
+    """The host of an image answers its URL with what is no image: a code of 4xx, a compressed body, a redirect more."""
+
+    code = "url_refused"
+    remedy = "Name a URL that answers a plain GET with the file itself: no login, three redirects at most."
     retryable = True
 
 
@@ -309,6 +328,8 @@ class TransientError(NanoVLLMError):
     code = "transient"
     error_class = ErrorClass.TRANSIENT
     remedy = "Wait; it is retried with backoff."
+    retry_after_s: float = 0.0
+    """Least seconds until another attempt, where the other side has asked for some."""
 
 
 class AnswerFailed(TransientError):
@@ -326,7 +347,7 @@ class AnswerWithheld(PermanentError):
 
 
 class FetchFailed(TransientError):
-    """The object store broke off, or answered a server error or, for other objects too, an unknown 4xx code."""
+    """The store or a host broke off, or answered a server error or, for other objects too, an unknown 4xx code."""
 
     code = "fetch_failed"
 

@@ -115,7 +115,9 @@ class Bench:
         """A worker at work inside, stopped and awaited at the end."""
         self.health = Health()
         effective = self.settings.model_copy(update=settings)
-        fetcher = fetcher or ObjectFetcher(effective.s3, max_bytes=effective.images.max_bytes)
+        fetcher = fetcher or ObjectFetcher(
+            effective.s3, max_bytes=effective.images.max_bytes, http=effective.http_images
+        )
         sink = sink or KafkaSink(self.producer)
         worker = build_worker(
             effective,

@@ -394,11 +394,16 @@ def python_process(
 ) -> LocalProcess:
     """A process of ``python``, by default this one, not started yet; its log is in ``directory``.
 
-    ``settings`` are environment variables; nothing else of ours or of the AWS SDK's is inherited.
+    ``settings`` are environment variables; see ``process_environment``.
     """
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
-    env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
+    env = process_environment({"PYTHONUNBUFFERED": "1", **settings})
     return LocalProcess(name, [str(python), *command], directory / f"{name}.log", env=env)
+
+
+def process_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without variables of ours and of the AWS SDK's, and ``settings`` over it."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NANOVLLM_", "AWS_"))}
+    return inherited | dict(settings)
 
 
 def worker_process(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanovllm.messages.base import Message
 from nanovllm.messages.encoding import MAX_INTEGER
 from nanovllm.messages.job import _BARE_TAG, MAX_METADATA_BYTES, ImageRef, Job
-from nanovllm.messages.s3_uri import _S3_URI, split_object_uri
+from nanovllm.messages.s3_uri import _FORMS, split_object_uri
 from nanovllm.sampling_params import SamplingParams
 
 Schema = dict[str, Any]
@@ -119,13 +119,16 @@ def _consistent(sampling: dict[str, Any]) -> dict[str, Any]:
 
 _BASE64 = st.binary(min_size=1).map(lambda data: base64.b64encode(data).decode())
 _TAGS = st.from_regex(_BARE_TAG, fullmatch=True).filter(lambda tag: tag != "*" and len(tag) <= 1022)
-_URIS = st.from_regex(_S3_URI, fullmatch=True).filter(
+_URIS = st.from_regex(_FORMS["s3"], fullmatch=True).filter(
     lambda uri: len(uri) <= 2048 and split_object_uri(uri) is not None
+)
+_HTTP_URIS = st.from_regex(
+    r"https?://[a-z0-9]{1,20}\.example(:[1-9][0-9]{0,3})?/[!$&-;=?-Z_a-z~]{0,20}", fullmatch=True
 )
 # What the schemas leave to code: the form of a URI and of a tag, a version's bytes, token ids as keys, metadata's size.
 _OWN: dict[str, Values] = {
     "uri": _URIS,
-    "url": _URIS | _BASE64.map("data:image/png;base64,{}".format),
+    "url": _URIS | _HTTP_URIS | _BASE64.map("data:image/png;base64,{}".format),
     "version_id": st.text(min_size=1, max_size=256),
     "etag": _TAGS | _TAGS.map('"{}"'.format),
     "logit_bias": st.dictionaries(

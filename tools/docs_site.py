@@ -23,7 +23,7 @@ NAVIGATION = {
     "Start": ("docs/guide.md", "examples/README.md", "docs/settings.md", "docs/models.md", "CHANGELOG.md"),
     "Jobs": (
         *("docs/delivery.md", "docs/exactly-once.md", "docs/offsets.md", "docs/retries.md", "docs/dead-letters.md"),
-        *("docs/admission.md", "docs/sameness.md", "docs/run.md"),
+        *("docs/admission.md", "docs/sameness.md", "docs/http-images.md", "docs/run.md"),
     ),
     "Documents": (
         *("docs/documents.md", "docs/events.md", "docs/routes.md", "docs/profiles.md", "docs/text-layer.md"),
@@ -31,7 +31,7 @@ NAVIGATION = {
     ),
     "Engine": ("docs/engine.md", "docs/backends.md", "docs/align.md", "benchmarks/README.md"),
     "Operations": (
-        *("docs/deploy.md", "docs/operations.md", "helm/nanovllm/README.md", "docs/metrics.md"),
+        *("docs/deploy.md", "docs/stores.md", "docs/operations.md", "helm/nanovllm/README.md", "docs/metrics.md"),
         "docs/reliability.md",
         "docs/security.md",
     ),

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
-EXTRAS = ("worker", "documents", "remote", "heic", "msk", "convert")
+EXTRAS = ("worker", "documents", "remote", "heic", "msk", "obstore", "convert")
 """What users install; ``cuda`` and ``vllm`` bring builds of their own, ``dev`` stays with the developers."""
 
 _HEAD = """# Licences

@@ -39,6 +39,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", default="text", help="kinds of workload to come, by commas")
     parser.add_argument("--work", required=True, help="directory for exported or converted weights, kept between runs")
     parser.add_argument("--own-defaults", action="store_true", help="as the engine runs where nothing is set")
+    parser.add_argument("--kv-cache-bytes", type=int, help="instead of the engine's own default (nanovllm alone)")
     parser.add_argument("--clocks", action="store_true", help="time linear layers too (nanovllm alone)")
     return parser.parse_args()
 

@@ -46,7 +46,8 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
-        self.llm = LLM(args.model, max_num_seqs=args.batch, **OPTIONS[args.precision])
+        options = {**OPTIONS[args.precision], "kv_cache_bytes": args.kv_cache_bytes}
+        self.llm = LLM(args.model, max_num_seqs=args.batch, **options)
         self.versions = {"torch": torch.__version__}
         self.clock = LinearClock(self.llm) if args.clocks else None
 

@@ -10,19 +10,24 @@ import typer
 
 from nanovllm.cli.jobs import ConfigOption, JsonOption
 from nanovllm.cli.run import ModelOption, engine_settings, require_engine
-from nanovllm.cli.sources import IMAGE_SUFFIXES, check_file, check_object_uri, hint_at_placeholder
+from nanovllm.cli.sources import IMAGE_SUFFIXES, check_file, check_http_uri, check_object_uri, hint_at_placeholder
 from nanovllm.errors import InvalidInput, SystemicError
 from nanovllm.messages.codec import encode_job
 from nanovllm.messages.dead_letter import DeadLetter
+from nanovllm.messages.http_uri import is_http_uri
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, ImageRef, Job, image_name
 from nanovllm.messages.result import Result
+from nanovllm.messages.s3_uri import is_object_uri
+from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.terminal import long_work, plain, print_json
 
 
 def ask(
     words: Annotated[
         list[str],
-        typer.Argument(help="Pictures (files or s3:// URIs), then the question.", metavar="[IMAGE]… QUESTION"),
+        typer.Argument(
+            help="Pictures (files, s3:// or https:// URIs), then the question.", metavar="[IMAGE]… QUESTION"
+        ),
     ],
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of the answer.")] = None,
     model: ModelOption = None,
@@ -40,7 +45,7 @@ def ask(
     job = Job(
         job_id="ask",
         prompt=question,
-        images=tuple(map(_image, images)),
+        images=tuple(_image(image, settings.http_images) for image in images),
         sampling={} if max_tokens is None else {"max_tokens": max_tokens},
     )
     require_engine(settings)
@@ -75,10 +80,13 @@ def ask(
 
 def _is_picture(word: str) -> bool:
     has_suffix = PurePath(word).suffix.lower() in IMAGE_SUFFIXES
-    return word.startswith("s3://") or (has_suffix and (len(word.split()) == 1 or Path(word).exists()))
+    return is_object_uri(word) or is_http_uri(word) or (has_suffix and (len(word.split()) == 1 or Path(word).exists()))
 
 
-def _image(source: str) -> ImageRef:
+def _image(source: str, http: HttpImageSettings) -> ImageRef:
+    if is_http_uri(source):
+        check_http_uri(source, http)
+        return ImageRef(uri=source)
     if "://" in source:
         check_object_uri(source)
         return ImageRef(uri=source)

@@ -78,7 +78,8 @@ def submit(
         raise InvalidInput(f"no worker of these settings reads jobs from {topic}: topics.lanes does not name it")
     sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
     lister, finder = listing_of(settings.s3), finder_of(settings.s3)
-    submissions = plan_submissions(sources or [], _read_prompt(prompt, prompt_file), sampling, lister, finder)
+    text = _read_prompt(prompt, prompt_file)
+    submissions = plan_submissions(sources or [], text, sampling, lister, finder, settings.http_images)
     uploader = ImageUploader(upload, settings.s3) if upload else None
     if forbidden := forbidden_uris(settings.s3, submissions, uploader):
         more = f", nor {len(forbidden) - 1:,} more" if len(forbidden) > 1 else ""

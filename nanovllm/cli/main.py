@@ -35,11 +35,13 @@ from nanovllm.cli.dlq import dlq_app
 from nanovllm.cli.evaluate import evaluate
 from nanovllm.cli.extract import extract
 from nanovllm.cli.extras import require
+from nanovllm.cli.fetch_model import fetch_model
 from nanovllm.cli.flags import Application
 from nanovllm.cli.jobs import ConfigOption, results, submit
 from nanovllm.cli.reconcile import reconcile
 from nanovllm.cli.routes import routes_app
 from nanovllm.cli.run import require_engine, run
+from nanovllm.cli.smoke import smoke
 from nanovllm.cli.status import status
 from nanovllm.cli.topics import topics_app
 from nanovllm.errors import ConfigurationError, InvalidInput, InvalidRoutes, NanoVLLMError
@@ -66,6 +68,7 @@ app = Application(
 )
 app.command("submit")(submit)
 app.command("status")(status)
+app.command("smoke")(smoke)
 app.command("doctor")(doctor)
 app.command("results")(results)
 app.command("run")(run)
@@ -73,6 +76,7 @@ app.command("ask")(ask)
 app.command("extract")(extract)
 app.command("evaluate")(evaluate)
 app.command("reconcile")(reconcile)
+app.command("fetch-model")(fetch_model)
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(bridge_app, name="bridge")

@@ -26,7 +26,7 @@ from nanovllm.errors import (
     counted,
 )
 from nanovllm.messages.job import ImageRef, image_name
-from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.messages.s3_uri import split_object
 from nanovllm.objects.fetch import AllowList
 from nanovllm.objects.listing import ListedObject, ObjectPattern, find_object, list_objects
 from nanovllm.objects.s3_client import S3Client, check_settings
@@ -97,10 +97,10 @@ def _uri(image: Image) -> str | None:
 
 
 def _is_allowed(allow: AllowList, uri: str) -> bool:
-    parts = split_object_uri(uri)
+    address = split_object(uri)
     try:
-        if parts is not None:  # what is no URI is refused as such
-            allow.check(*parts)
+        if address is not None:  # what is no URI is refused as such
+            allow.check(address)
     except ForbiddenUri:
         return False
     return True

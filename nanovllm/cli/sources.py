@@ -15,10 +15,12 @@ from typing import Any
 from nanovllm.client.upload import IMAGE_HEAD_BYTES, image_type
 from nanovllm.errors import InvalidInput, InvalidJob, counted
 from nanovllm.messages.codec import decode_job
+from nanovllm.messages.http_uri import is_http_uri, parse_http_uri
 from nanovllm.messages.job import IMAGE_PLACEHOLDER, Job
-from nanovllm.messages.s3_uri import split_object_uri
+from nanovllm.messages.s3_uri import is_object_uri, split_object, split_object_uri
 from nanovllm.messages.validation import printable
 from nanovllm.objects.listing import ListedObject, ObjectPattern
+from nanovllm.settings.http_images import AllowedHost, HttpImageSettings
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 # Those of LLaVA and Qwen, and of vLLM's and llama.cpp's examples.
@@ -80,11 +82,13 @@ def plan_submissions(
     sampling: dict[str, Any],
     list_objects: ListObjects | None = None,
     find_objects: FindObjects | None = None,
+    http: HttpImageSettings | None = None,
 ) -> list[Submission]:
     """The jobs that ``sources`` and ``prompt`` ask for.
 
     A source is an image, a directory of images, a glob, an ``s3://`` URI of an object, of a prefix (with a slash at
-    its end) or with wildcards, or a file of JSON lines (``-``: standard input) whose lines are whole jobs. Each image
+    its end) or with wildcards, an ``https://`` URI of a host that ``http`` allows, or a file of JSON lines (``-``:
+    standard input) whose lines are whole jobs. Each image
     becomes a job with ``prompt``; a prompt with several ``<|image|>`` takes as many images a job, one without any gets
     one at its end. No source at all: one job of text. Prefixes are listed by ``list_objects``; ``find_objects`` tells
     the versions of single objects, as far as they can be known.
@@ -94,7 +98,7 @@ def plan_submissions(
         InvalidJob: a line that is no job, named by its file and number.
     """
     jobs = [Submission(job=job) for source in sources if _is_job_file(source) for job in _read_jobs(source)]
-    images = [image for source in sources if not _is_job_file(source) for image in _expand(source, list_objects)]
+    images = [image for source in sources if not _is_job_file(source) for image in _expand(source, list_objects, http)]
     if not sources:
         if not prompt:
             raise InvalidInput("nothing to send: name images, a .jsonl file of jobs, or a --prompt")
@@ -112,7 +116,7 @@ def plan_submissions(
             f"the prompt has {counted(places, 'image placeholder')}; "
             f"{counted(len(images), 'image')} cannot be dealt out evenly"
         )
-    uris = [image for image in images if isinstance(image, str)]
+    uris = [image for image in images if isinstance(image, str) and split_object_uri(image) is not None]
     known = find_objects(uris) if uris and find_objects is not None else {}
     images = [known.get(image, image) if isinstance(image, str) else image for image in images]
     groups = (tuple(images[start : start + places]) for start in range(0, len(images), places))
@@ -144,7 +148,10 @@ def _read_jobs(source: str) -> Iterator[Job]:
                 raise InvalidJob(f"{source}, line {number}: {error}; nothing was sent") from None
 
 
-def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
+def _expand(source: str, list_objects: ListObjects | None, http: HttpImageSettings | None) -> list[Image]:
+    if is_http_uri(source):
+        check_http_uri(source, http or HttpImageSettings())
+        return [source]
     if "://" in source:
         pattern = ObjectPattern.of(source)
         if pattern is not None:
@@ -168,12 +175,25 @@ def _expand(source: str, list_objects: ListObjects | None) -> list[Image]:
 
 
 def check_object_uri(source: str) -> None:
-    """Raise InvalidInput where ``source`` is not the URI of one object in S3."""
-    if not source.startswith("s3://"):
-        raise InvalidInput("only s3:// URIs can be sent; download what lies elsewhere, or put it into S3")
-    if split_object_uri(source) is None:
+    """Raise InvalidInput where ``source`` is not the URI of one object."""
+    if not is_object_uri(source):
+        raise InvalidInput("only s3:// and https:// URIs can be sent; download what lies elsewhere, or put it into S3")
+    if split_object(source) is None:
         raise InvalidInput(
             f"{source} names no object: it is s3://bucket/key, and a bucket's name has 3 to 63 characters"
+        )
+
+
+def check_http_uri(source: str, http: HttpImageSettings) -> None:
+    """Raise InvalidInput where ``source`` is no URI over HTTP, or one of a host that ``http`` does not allow."""
+    try:
+        uri = parse_http_uri(source)
+    except ValueError as error:
+        raise InvalidInput(f"a URI that begins with http {error}") from None
+    if not any(AllowedHost.of(entry).allows(uri) for entry in http.allow):
+        raise InvalidInput(
+            f"http_images.allow of these settings does not list {uri.origin}: set NANOVLLM_HTTP_IMAGES__ALLOW as the "
+            "workers have it, download the image, or put it into S3"
         )
 
 

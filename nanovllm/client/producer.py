@@ -129,8 +129,9 @@ class JobProducer:
         Give a ``job_id`` of your own where the call may be repeated: the result's identity depends on it alone.
 
         Args:
-            images: ``s3://`` URIs, paths of local files, encoded bytes, open files, or ImageRef; one for each
-                ``<|image|>``, and a single one may stand without a list. The result names each by its path or URI.
+            images: ``s3://`` or ``https://`` URIs, paths of local files, encoded bytes, open files, or ImageRef; one
+                for each ``<|image|>``, and a single one may stand without a list. The result names each by its path or
+                URI.
             sampling: only what is set is sent; the worker's defaults stand for the rest.
 
         Raises:

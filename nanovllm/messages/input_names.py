@@ -1,4 +1,7 @@
-"""The names of a job's images, or of an event's objects, in a message that need not be valid: as dead letters are."""
+"""The names of a job's images, or of an event's objects, in a message that need not be valid: as dead letters are.
+
+A URI over HTTP is named without its query, which can be a signature.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any
 
 from nanovllm.errors import InvalidJob
 from nanovllm.messages.codec import decode_fields
+from nanovllm.messages.http_uri import is_http_uri, without_secrets
 from nanovllm.messages.job import MAX_ITEMS, MAX_URI_CHARS
+from nanovllm.messages.s3_uri import is_object_uri
 
 
 def input_names(value: bytes | None) -> tuple[str, ...]:
@@ -23,7 +28,8 @@ def input_names(value: bytes | None) -> tuple[str, ...]:
 
 def _of_images(images: Any) -> Iterator[Any]:
     for image in _items(images):
-        yield (image.get("name") or image.get("uri")) if isinstance(image, dict) else image
+        name, uri = (image.get("name"), image.get("uri")) if isinstance(image, dict) else (None, image)
+        yield name or (without_secrets(uri) if isinstance(uri, str) else None)
 
 
 def _of_messages(messages: Any) -> Iterator[Any]:
@@ -31,8 +37,8 @@ def _of_messages(messages: Any) -> Iterator[Any]:
         for part in _items(message.get("content") if isinstance(message, dict) else None):
             image = part.get("image_url") if isinstance(part, dict) else None
             url = image.get("url") if isinstance(image, dict) else None
-            if isinstance(url, str) and url.startswith("s3://"):  # others hold the image itself
-                yield url
+            if isinstance(url, str) and (is_object_uri(url) or is_http_uri(url)):  # others hold the image itself
+                yield without_secrets(url)
 
 
 def _of_events(records: Any) -> Iterator[str]:

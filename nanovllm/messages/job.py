@@ -32,7 +32,8 @@ from pydantic import (
 from nanovllm.errors import InvalidJob, PlaceholderMismatch, counted
 from nanovllm.image_placeholder import IMAGE_PLACEHOLDER
 from nanovllm.messages.encoding import check_json_value
-from nanovllm.messages.s3_uri import MAX_KEY_BYTES, split_object_uri
+from nanovllm.messages.http_uri import MAX_HTTP_URI_CHARS, digested, is_http_uri, parse_http_uri
+from nanovllm.messages.s3_uri import MAX_KEY_BYTES, ObjectAddress, is_object_uri, split_object
 from nanovllm.messages.validation import describe_errors, is_one_edit, printable
 from nanovllm.sampling_params import CONSTRAINTS, MAX_SCHEMA_CHARS, SamplingParams, at_most
 
@@ -72,10 +73,15 @@ def _bytes_to_base64(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def _check_s3_uri(value: Any) -> Any:
+def _check_image_uri(value: Any) -> Any:
     # It runs before pydantic has looked at the type, which refuses what is no text.
-    if isinstance(value, str) and split_object_uri(value) is None:
-        raise ValueError(f"is not an s3://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
+    if isinstance(value, str) and is_http_uri(value):
+        parse_http_uri(value)
+    elif isinstance(value, str) and len(value) > MAX_URI_CHARS:
+        raise ValueError(f"has more than {MAX_URI_CHARS} characters")
+    elif isinstance(value, str) and split_object(value) is None:
+        scheme = value.partition("://")[0] if is_object_uri(value) else "s3"
+        raise ValueError(f"is no {scheme}://bucket/key URI with a key of at most {MAX_KEY_BYTES} bytes in UTF-8")
     return value
 
 
@@ -101,7 +107,7 @@ ImageBytes = Annotated[
     PlainSerializer(_bytes_to_base64, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
-S3Uri = Annotated[str, StringConstraints(max_length=MAX_URI_CHARS), BeforeValidator(_check_s3_uri)]
+ImageUri = Annotated[str, StringConstraints(max_length=MAX_HTTP_URI_CHARS), BeforeValidator(_check_image_uri)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Reuse = Literal["none", "images", "answers"]
 ImageName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_PRINTABLE)]
@@ -149,9 +155,13 @@ VersionId = Annotated[str, Field(min_length=1, max_length=MAX_VERSION_ID_BYTES),
 
 
 class ImageRef(_Strict):
-    """One image: an object in S3, or its bytes."""
+    """One image: an object in a store, what a host serves over HTTP, or its bytes."""
 
-    uri: S3Uri | None = Field(None, description="`s3://bucket/key`.")
+    uri: ImageUri | None = Field(
+        None,
+        description="`s3://bucket/key`; `gs://bucket/key`, `az://container/key` and `https://host/path` where the "
+        "worker reads those.",
+    )
     version_id: VersionId | None = Field(None, description="Version of the object.")
     etag: EntityTag | None = Field(None, description="Entity tag that the object must have, with or without quotes.")
     sha256: Sha256 | None = Field(None, description="Digest that the bytes must have, in lower-case hexadecimal.")
@@ -166,36 +176,48 @@ class ImageRef(_Strict):
             raise ValueError("an image has either uri or data")
         if self.uri is None and (self.version_id is not None or self.etag is not None):
             raise ValueError("version_id and etag belong to a uri")
+        if self.is_http and self.version_id is not None:
+            raise ValueError("version_id belongs to an object in a store, and not to an https:// URI")
         return self
 
     @property
-    def bucket_and_key(self) -> tuple[str, str]:
-        """Bucket and key of the object; the key is taken literally, as S3 does.
+    def is_http(self) -> bool:
+        """Whether a host serves it over HTTP: it is no object in a store then."""
+        return self.uri is not None and is_http_uri(self.uri)
+
+    @property
+    def address(self) -> ObjectAddress:
+        """Where the object is; its key is taken literally, as the stores do.
 
         Raises:
             ValueError: the image is given by its bytes.
         """
-        parts = split_object_uri(self.uri or "")
-        if parts is None:
+        address = split_object(self.uri or "")
+        if address is None:
             raise ValueError("this image has no uri")
-        return parts
+        return address
+
+    @property
+    def bucket_and_key(self) -> tuple[str, str]:
+        """Bucket and key of the object. Raises as ``address``."""
+        return self.address[1:]
 
     @property
     def identity(self) -> str:
-        """The same for images that are provably the same before anything is downloaded."""
+        """The same for images that are provably the same before anything is downloaded; without the query of a URI."""
         if self.sha256:
             return f"sha256:{self.sha256}"
         if self.data is not None:
             return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
-        version = self.version_id or self.etag
-        return f"{self.uri}#{version}" if version else str(self.uri)
+        uri, version = digested(str(self.uri)), self.version_id or self.etag
+        return f"{uri}#{version}" if version else uri
 
 
 def _image_from_uri(value: Any) -> Any:
     return {"uri": value} if isinstance(value, str) else value
 
 
-Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=S3Uri | ImageRef)]
+Image = Annotated[ImageRef, BeforeValidator(_image_from_uri, json_schema_input_type=ImageUri | ImageRef)]
 
 
 class TextPart(_Strict):
@@ -214,7 +236,7 @@ class ImagePart(_Strict):
 class ImageUrl(_Strict):
     """Where an image of a message is."""
 
-    url: str = Field(description="An s3:// URI, or a data: URL with base64.")
+    url: str = Field(description="A URI, as `uri` of an image, or a data: URL with base64.")
     detail: Literal["auto"] = Field("auto", description="Only `auto`: the checkpoint decides the resolution.")
 
     @field_validator("url")
@@ -222,9 +244,9 @@ class ImageUrl(_Strict):
     def _check_url(cls, url: str) -> str:
         if _DATA_URL.match(url):
             return url
-        if not url.startswith("s3://"):
-            raise ValueError("is neither an s3:// URI nor a data:image/…;base64 URL")
-        return str(_check_s3_uri(url))
+        if not is_object_uri(url) and not is_http_uri(url):
+            raise ValueError("is neither an s3:// or https:// URI nor a data:image/…;base64 URL")
+        return str(_check_image_uri(url))
 
 
 class ImageUrlPart(_Strict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,14 +24,13 @@ class DaemonThreads:
     def __init__(self, name: str, *, idle_s: float = IDLE_S) -> None:
         self._name = name
         self._idle_s = idle_s
-        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]] = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0  # threads that wait for a call, less the calls that wait for a thread
 
     async def run(self, function: Callable[[], T]) -> T:
         """What ``function`` returns or raises in a thread; a caller that is cancelled does not end the call."""
-        outcome: Future[T] = Future()
-        outcome.set_running_or_notify_cancel()
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._lock:
             is_served = self._idle > 0
             self._idle -= is_served
@@ -39,9 +38,9 @@ class DaemonThreads:
             self._calls.put((function, outcome))
         else:
             threading.Thread(target=self._serve, args=(function, outcome), name=self._name, daemon=True).start()
-        return await asyncio.wrap_future(outcome)
+        return await outcome
 
-    def _serve(self, function: Callable[[], Any], outcome: Future[Any]) -> None:
+    def _serve(self, function: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:
         while True:
             result, raised = None, None
             try:
@@ -50,10 +49,8 @@ class DaemonThreads:
                 raised = error
             with self._lock:
                 self._idle += 1  # before the caller knows: its next call finds this thread
-            if raised is None:
-                outcome.set_result(result)
-            else:
-                outcome.set_exception(raised)
+            with suppress(RuntimeError):  # the loop is closed, and nothing waits
+                outcome.get_loop().call_soon_threadsafe(_settle, outcome, result, raised)
             del function, outcome, result, raised  # what they hold is not kept while the thread waits
             try:
                 function, outcome = self._calls.get(timeout=self._idle_s)
@@ -63,3 +60,12 @@ class DaemonThreads:
                         self._idle -= 1
                         return
                 function, outcome = self._calls.get()  # each thread that waits has a call on its way
+
+
+def _settle(outcome: asyncio.Future[Any], result: Any, raised: BaseException | None) -> None:
+    if outcome.done():
+        return  # the caller was cancelled
+    if raised is None:
+        outcome.set_result(result)
+    else:
+        outcome.set_exception(raised)

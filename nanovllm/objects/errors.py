@@ -1,4 +1,4 @@
-"""Classification of botocore's errors: the job's fault or the store's, transient or not.
+"""Classification of stores' answers and botocore's errors: the job's fault or the store's, transient or not.
 
 Only what an operation on an object answered can be a job's fault; everything else concerns every job."""
 
@@ -23,7 +23,7 @@ from nanovllm.errors import (
 # CreateSession is what the SDK asks a directory bucket (S3 Express) before each operation on it.
 _OBJECT_OPERATIONS = frozenset({"GetObject", "HeadObject", "PutObject", "CreateSession", "ListObjectsV2"})
 
-# Codes of AWS S3, MinIO, Ceph and Versity. Others are told by their status.
+# Codes of AWS S3, MinIO, Ceph and Versity, and of Google and Azure where they differ. Others are told by their status.
 _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "AccountProblem": CredentialsRefused,
     "AuthorizationHeaderMalformed": CredentialsRefused,  # the SDK has tried the region that it names
@@ -71,6 +71,11 @@ _BY_CODE: dict[str, type[NanoVLLMError]] = {
     "SlowDown": FetchFailed,
     "TooManyRequests": FetchFailed,
     "TooManyRequestsException": FetchFailed,
+    "AccountIsDisabled": CredentialsRefused,
+    "AuthenticationFailed": CredentialsRefused,
+    "AuthenticationRequired": CredentialsRefused,
+    "InvalidAuthenticationInfo": CredentialsRefused,
+    "BlobArchived": ObjectArchived,
     "InvalidRequest": ObjectUnavailable,  # encrypted with a customer-provided key (SSE-C), which GetObject has to name
     "PermanentRedirect": ObjectUnavailable,
     "Redirect": ObjectUnavailable,
@@ -90,7 +95,7 @@ def classify(error: Exception) -> NanoVLLMError:
     """What a failure of an S3 operation means for the job. The message never repeats URLs, paths or credentials."""
     if isinstance(error, sdk.ClientError):
         if error.operation_name in _OBJECT_OPERATIONS:
-            return _classify_answer(error)
+            return classify_answer(_code(error), status_of(error))
         return CredentialsRefused(f"no usable credentials for the object store: {reason_of(error)}")
     if isinstance(error, sdk.ParamValidationError):
         return InvalidInput("the object store's SDK refuses the bucket, key or version of the image")
@@ -106,8 +111,9 @@ def classify(error: Exception) -> NanoVLLMError:
     return FetchFailed(f"reading the object broke off: {type(error).__name__}")
 
 
-def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
-    code, status, said = _code(error), status_of(error), f"the object store {_answer(error)}"
+def classify_answer(code: str, status: int) -> NanoVLLMError:
+    """What the answer to an operation on an object means: its error ``code`` ("": none) and HTTP ``status``."""
+    said = f"the object store answered {status} {code}".rstrip()
     if code in _BY_CODE:
         return _BY_CODE[code](said)
     if code.startswith("KMS."):
@@ -124,6 +130,11 @@ def _classify_answer(error: sdk.ClientError) -> NanoVLLMError:
     if (400 <= status < 500 or status == 501) and status not in _TRANSIENT_STATUSES:
         return ObjectRefused(said)
     return FetchFailed(said)
+
+
+def no_entity_tag() -> StoreUnreachable:
+    """An answer 200 without an entity tag: by a console, a proxy or a captive portal, which say so to anything."""
+    return StoreUnreachable("what answers at the endpoint of the object store is no S3 server: no ETag")
 
 
 def reason_of(error: Exception) -> str:

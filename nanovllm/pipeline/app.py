@@ -181,6 +181,13 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
         source = build.build_source(worker, limits, guard)
         metrics.watch_engine(lambda: worker.engine_stats)
         server.status = partial(worker_status, worker)
+        if settings.kubernetes.pod_deletion_cost:
+            from nanovllm.pipeline.operations.pod_deletion_cost import OwnPod, keep_deletion_cost
+
+            pod, every_s = OwnPod(settings.kubernetes), settings.kubernetes.pod_deletion_cost_every_s
+            keeping = keep_deletion_cost(pod.set_deletion_cost, lambda: worker.admission.jobs, every_s)
+            telling = asyncio.create_task(keeping, name="deletion-cost")
+            stack.callback(telling.cancel)
         # These objects stay: the collector need not look through them again and again while jobs pass.
         gc.collect()
         gc.freeze()

@@ -25,6 +25,7 @@ from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
 from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.http_images import tls_context
 from nanovllm.objects.s3_client import S3Client, check_settings
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
@@ -112,7 +113,7 @@ async def started_parts(settings: Settings) -> AsyncIterator[Parts]:
         ConfigurationError: one cannot be made.
     """
     async with AsyncExitStack() as stack:
-        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes)
+        fetcher = ObjectFetcher(settings.s3, max_bytes=settings.images.max_bytes, http=settings.http_images)
         stack.callback(fetcher.close)
         if settings.s3.allow or settings.documents.routes is not None:
             fetcher.begin_connecting()
@@ -362,13 +363,15 @@ def check_surroundings(settings: Settings) -> None:
     """Find out what can be known without torch.
 
     Raises:
-        ConfigurationError, ModelNotFound: S3 cannot be spoken to so, or what reads documents, an image format or the
-            model are not there.
+        ConfigurationError, ModelNotFound: S3 or hosts of images cannot be spoken to so, or what reads documents, an
+            image format or the model are not there.
     """
     if settings.documents.routes is not None:
         check_extra({"openai": "remote", "vllm": "vllm"}.get(settings.engine.backend, "worker"))
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
         check_settings(settings.s3)
+    if settings.http_images.allow:
+        tls_context(settings.http_images)
     image_limits(settings.images)
     engine = settings.engine
     if engine.backend == "echo":

@@ -15,8 +15,10 @@ from nanovllm.settings.base import MAX_TOPIC_CHARS, SettingsModel
 from nanovllm.settings.documents import DocumentSettings
 from nanovllm.settings.engine import EngineSettings, SamplingSettings
 from nanovllm.settings.failures import DeadLetterSettings, RetrySettings, retry_topic
+from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.settings.images import ImageSettings, ReuseSettings
 from nanovllm.settings.kafka import KafkaSettings
+from nanovllm.settings.kubernetes import KubernetesSettings
 from nanovllm.settings.remote import RemoteSettings
 from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
@@ -79,7 +81,9 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     topics: TopicSettings = TopicSettings()
     s3: S3Settings = S3Settings()
+    http_images: HttpImageSettings = HttpImageSettings()
     http: HttpSettings = HttpSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
     engine: EngineSettings = EngineSettings()
     remote: RemoteSettings = RemoteSettings()
     vllm: VllmSettings = VllmSettings()
@@ -111,6 +115,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"vllm.* is set, and engine.backend is {self.engine.backend}: set it to vllm, or unset the section"
             )
+        if self.replicas > 1 and self.kubernetes.pod_deletion_cost:
+            raise ValueError("replicas and kubernetes.pod_deletion_cost exclude each other: one pod has one cost")
         self._check_topics()
         max_jobs, num_priorities = self.admission.max_jobs, len(set(self.consumed_topics.values()))
         if max_jobs is not None and max_jobs < num_priorities:

@@ -52,6 +52,40 @@ def test_a_folder_of_ones_own_passes(library: Path) -> None:
     kernels.check_ownership(library.with_name("not-there"))
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in kernels.FLAGS, reason="no kernels for this CPU")
+def test_kernels_that_came_with_the_environment_are_taken_where_the_cache_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image brings its kernels read-only, and XDG_CACHE_HOME is a volume of the pod's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "volume"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    monkeypatch.setattr(kernels, "compile_for", lambda *_: pytest.fail("the kernels were compiled"))
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    installed = kernels.installed_folder() / kernels.kept(kernels.kind()).name
+    installed.parent.mkdir(mode=0o755, parents=True)
+    installed.write_bytes(b"")
+    installed.chmod(0o444)
+    assert kernels.missing.__wrapped__() is None
+    assert loaded == [str(installed)]
+    own = kernels.kept(kernels.kind())
+    own.parent.mkdir(mode=0o755, parents=True)
+    own.write_bytes(b"")
+    assert kernels.missing.__wrapped__() is None
+    assert loaded == [str(installed), str(own)]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in kernels.FLAGS, reason="no kernels for this CPU")
+def test_an_installed_library_that_others_may_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "volume"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    installed = kernels.installed_folder() / kernels.kept(kernels.kind()).name
+    installed.parent.mkdir(mode=0o755, parents=True)
+    installed.write_bytes(b"")
+    installed.chmod(0o666)
+    assert "is writable by other users" in (kernels.missing.__wrapped__() or "")
+
+
 def test_without_a_home_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -140,6 +140,22 @@ def test_panels_of_bytes_are_the_rounded_products_exactly(
     torch.testing.assert_close(product.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-2)
 
 
+@pytest.mark.skipif(not has_panels(torch.float32, torch.device("cpu")), reason="no panels in float32 here")
+def test_panels_of_a_small_layer_give_the_same_bits_by_any_number_of_threads() -> None:
+    layer, before = make_layer(1536, 160), torch.get_num_threads()  # torch's own product differs between 1 and 2
+    layer.choose_layout(tile=16)
+    x = torch.randn(33, 1536)
+    products = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                products.append(layer(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(product, products[0]) for product in products)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_libraries_multiply_where_our_kernel_is_missing(
     quantization: linear.Quantization | None, monkeypatch: pytest.MonkeyPatch

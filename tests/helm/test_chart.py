@@ -146,8 +146,12 @@ VALUES: dict[str, dict[str, Any]] = {
     },
 }
 CHART = REPOSITORY / "helm" / "nanovllm"
-OF_BACKENDS: dict[str, dict[str, Any]] = {
+VALUE_FILES: dict[str, dict[str, Any]] = {
     file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CHART / "examples").glob("*.yaml"))
+}
+# The others say how a worker of any backend runs, and come after a file of one.
+OF_BACKENDS = {
+    name: values for name, values in VALUE_FILES.items() if "backend" in values.get("settings", {}).get("engine", {})
 }
 BACKENDS = set(get_args(EngineSettings.model_fields["backend"].annotation))
 
@@ -160,11 +164,19 @@ CORE_KINDS = {
     "Service",
     "PodDisruptionBudget",
     "NetworkPolicy",
+    "Pod",
+    "DashboardConfigMap",
+    "HorizontalPodAutoscaler",
+    "Role",
+    "RoleBinding",
 }
+# Of Kubernetes 1.30 and newer.
+NEWER_KINDS = {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+OPERATORS_KINDS = {"PodMonitor", "PrometheusRule", "ScalingPrometheusRule"}
 KEDA_KINDS = {"ScaledObject", "TriggerAuthentication"}
 
 every_value_set = pytest.mark.parametrize(
-    "values", [*VALUES.values(), *OF_BACKENDS.values()], ids=[*VALUES, *OF_BACKENDS]
+    "values", [*VALUES.values(), *VALUE_FILES.values()], ids=[*VALUES, *VALUE_FILES]
 )
 every_backend = pytest.mark.parametrize("values", OF_BACKENDS.values(), ids=OF_BACKENDS.keys())
 Render = Callable[..., dict[str, dict[str, Any]]]
@@ -206,7 +218,10 @@ def test_core_objects_are_valid_kubernetes(render: Render, values: dict[str, Any
     for kind in CORE_KINDS & objects.keys():
         for version in ("1.27", "1.35"):
             kubernetes_validate.validate(objects[kind], version, strict=True)
-    assert objects.keys() <= CORE_KINDS | KEDA_KINDS | {"PodMonitor"}
+    for kind in NEWER_KINDS & objects.keys():
+        kubernetes_validate.validate(objects[kind], "1.35", strict=True)
+    others = objects.keys() - CORE_KINDS - NEWER_KINDS - KEDA_KINDS - OPERATORS_KINDS
+    assert all(name.startswith("KafkaTopic ") for name in others)
 
 
 @every_value_set
@@ -318,7 +333,7 @@ def test_the_chart_refuses_an_engine_setting_of_another_backend(name: str, value
         ({"gpu": {"count": -1}}, "count"),
         ({"gpu": {"resourceName": "gpu"}}, "resourceName"),
         ({"extraEnv": [{"value": "x"}]}, "extraEnv"),
-        ({"startupProbe": {"httpGet": {"path": "/"}}}, "httpGet"),
+        ({"probes": {"startup": {"httpGet": {"path": "/"}}}}, "httpGet"),
         ({"kafka": {"sasl": {"password": "hunter2"}}}, "password"),
         ({"aws": {"secretAccessKey": "hunter2"}}, "secretAccessKey"),
         ({"settings": {"remote": {"api_keys": ["hunter2"]}}}, "api_keys"),
@@ -591,7 +606,7 @@ def test_probes_and_metrics_meet_at_the_workers_port(render: Render) -> None:
     assert objects["Service"]["spec"]["ports"][0]["targetPort"] == "http"
     asked = {name: container[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked == {
-        "startupProbe": {"path": "/healthz", "port": "http"},
+        "startupProbe": {"path": "/startupz", "port": "http"},
         "livenessProbe": {"path": "/healthz", "port": "http"},
         "readinessProbe": {"path": "/readyz", "port": "http"},
     }

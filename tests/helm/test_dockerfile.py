@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from string import Template
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from nanovllm.engine.kernels import installed_folder
 from nanovllm.settings.worker import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -238,6 +240,17 @@ def test_all_that_a_gpus_image_writes_is_below_tmp_and_kernels_find_a_compiler()
     plain = read("Dockerfile")[-1]
     shared = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(plain, "ENV"))))
     assert shared.items() <= environment.items()
+
+
+def test_kernels_lie_where_a_worker_with_another_cache_finds_them(
+    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chart gives the worker a volume as its cache; the image's kernels are those of its Python environment."""
+    environment = dict(word.split("=", 1) for word in shlex.split(" ".join(all_of(stages[-1], "ENV"))))
+    (virtual,) = [one.split()[-1] for one in all_of(stages[-1], "COPY") if one.startswith("--from=build")]
+    assert environment["PATH"].startswith(f"{virtual}/bin:")
+    monkeypatch.setattr(sys, "prefix", virtual)
+    assert installed_folder() == Path(environment["XDG_CACHE_HOME"], "nanovllm")
 
 
 def test_the_python_is_one_that_the_package_supports(

@@ -6,14 +6,8 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
-import random
-import re
-import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,75 +17,19 @@ import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from bench import png
 from certificates import write_certificate
+from control_plane import condition, leftovers, ready_workers, replicas, scaled_object, secret, wait_for
 from helm_python import Config
-from kubernetes import client, config
-from local_pod import LocalPod
+from kubelet import Kubelet
+from kubernetes import client
 from openai_server import OpenAIServer
 from parts import REPOSITORY, KafkaNode, create_topic, kafka_node_program
 
 from nanovllm.checkpoints.resolve import resolve_checkpoint
-from nanovllm.demo.child_process import LocalProcess, free_port
+from nanovllm.demo.child_process import free_port
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
 
 Values = dict[str, Any]
-
-
-def cluster_program() -> Path | None:
-    """The program that runs a control plane with KEDA: ``K8S_CLUSTER``, or the one beside the repository."""
-    program = Path(os.environ.get("K8S_CLUSTER") or REPOSITORY.parent / "shared" / "k8s" / "cluster")
-    return program if os.access(program, os.X_OK) else None
-
-
-def first_of_free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring ports that are free, below those that the kernel hands out by itself."""
-    while True:
-        first = random.randrange(15_000, 30_000)
-        try:
-            with contextlib.ExitStack() as stack:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-
-
-def wait_for(is_true: Callable[[], object], why: str, within_s: float = 90.0) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (answer := is_true()):
-        assert time.monotonic() < deadline, why
-        time.sleep(0.2)
-    return answer
-
-
-@pytest.fixture(scope="module")
-def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    program = cluster_program()
-    if program is None:
-        pytest.skip("a Kubernetes control plane: no K8S_CLUSTER and no ../shared/k8s/cluster")
-    directory = tmp_path_factory.mktemp("k8s")
-    port = first_of_free_ports(8)
-    cluster = LocalProcess(
-        "cluster",
-        [sys.executable, str(program), "--dir", str(directory), "--port", str(port)],
-        directory / "cluster.log",
-    )
-    cluster.start()
-    try:
-
-        def is_ready() -> bool:
-            assert cluster.is_running, cluster.tail(20)
-            return re.search(r"^ready kubeconfig=", cluster.tail(20), re.MULTILINE) is not None
-
-        wait_for(is_ready, "the control plane did not become ready", within_s=150)
-        yield directory / "kubeconfig"
-    finally:
-        cluster.stop(grace_s=30)
-
-
-@pytest.fixture(scope="module")
-def api(kubeconfig: Path) -> client.ApiClient:
-    return config.new_client_from_config(str(kubeconfig))
 
 
 @pytest.fixture
@@ -123,27 +61,6 @@ def secured_broker(tmp_path: Path) -> Iterator[tuple[str, str]]:
         yield f"127.0.0.1:{port}", certificate.read_text()
     finally:
         node.stop()
-
-
-@pytest.fixture
-def namespace(api: client.ApiClient, unique: Callable[[str], str]) -> str:
-    name = unique("ns")
-    client.CoreV1Api(api).create_namespace({"metadata": {"name": name}})
-    return name
-
-
-def scaled_object(api: client.ApiClient, namespace: str) -> dict[str, Any]:
-    custom = client.CustomObjectsApi(api)
-    return custom.get_namespaced_custom_object("keda.sh", "v1alpha1", namespace, "scaledobjects", "nanovllm")
-
-
-def condition(found: dict[str, Any], kind: str) -> str | None:
-    conditions = found.get("status", {}).get("conditions", [])
-    return next((one["status"] for one in conditions if one["type"] == kind), None)
-
-
-def replicas(api: client.ApiClient, namespace: str) -> int:
-    return client.AppsV1Api(api).read_namespaced_deployment("nanovllm", namespace).spec.replicas or 0
 
 
 async def produce(bootstrap_servers: str, topic: str, count: int) -> None:
@@ -292,25 +209,19 @@ def answer_of_a_pod(
         "http": {"port": free_port()},
     }
     values["keda"] |= {"pollingInterval": 1, "cooldownPeriod": 3}
+    values["probes"] = {"startup": {"seconds": 3}}
     with Config(kubeconfig_path=kubeconfig, namespace=namespace) as helm:
         helm.install(chart_path, "nanovllm", values, namespace=namespace)
         wait_for(lambda: condition(scaled_object(api, namespace), "Ready") == "True", "ScaledObject is not ready")
         image = base64.b64encode(png()).decode()
         job = {"job_id": "one", "prompt": "what is <|image|>", "images": [{"data": image}]}
         asyncio.run(send_job(broker, topics["jobs"], job))
-        (pod,) = wait_for(lambda: core.list_namespaced_pod(namespace).items, "a job brought no worker")
-        worker = LocalPod(api, pod, folder)
-        worker.process.start()
-        try:
-            wait_for(lambda: worker.passes("readiness") or not worker.process.is_running, "not ready", within_s=180)
-            assert worker.process.is_running, worker.process.tail(20)
-            assert worker.passes("startup")
-            assert worker.passes("liveness")
+        with Kubelet(api, namespace, folder) as kubelet:
+            (pod,) = wait_for(lambda: ready_workers(api, namespace), "a job brought no worker", within_s=180)
             result = asyncio.run(read_result(broker, topics["results"]))
             wait_for(lambda: replicas(api, namespace) == 0, "the job is done, and still a worker runs")
-            assert worker.process.stop(grace_s=pod.spec.termination_grace_period_seconds) == 0
-        finally:
-            worker.process.kill()
+            wait_for(lambda: not core.list_namespaced_pod(namespace).items, "a pod does not end")
+            assert [one.exit_code for one in kubelet.exits] == [0], kubelet.logs()
         helm.uninstall("nanovllm")
     assert (result["job_id"], result["status"]) == ("one", "ok")
     return result, pod
@@ -352,7 +263,7 @@ def test_a_job_brings_a_worker_in_front_of_servers_that_answers_it_and_goes(
     assert len(asked.image_urls) == 1
     assert asked.headers["authorization"] == f"Bearer {key}"
     assert key not in str(pod), "the API key stands in the pod"
-    assert key not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    assert key not in "".join(log.read_text() for log in tmp_path.rglob("*.log"))
     wait_for(lambda: set(leftovers(api, namespace)) <= {"ca-bundle"}, "an uninstalled release leaves objects behind")
 
 
@@ -365,36 +276,5 @@ def test_a_job_brings_a_worker_that_reads_weights_from_its_volume_and_tries_them
     values["resources"]["requests"]["cpu"] = "1500m"
     result, _ = answer_of_a_pod(chart_path, kubeconfig, api, namespace, values, kafka_broker, tmp_path)
     assert result["usage"]["image_tokens"] == 49
-    (log,) = tmp_path.glob("*.log")
+    (log,) = tmp_path.rglob("*.log")
     assert "transformers' layers, measured over" in log.read_text()
-
-
-def secret(name: str, **texts: str) -> dict[str, Any]:
-    return {"metadata": {"name": name}, "stringData": texts}
-
-
-def leftovers(api: client.ApiClient, namespace: str) -> list[str]:
-    """Names of what an uninstalled release left in its namespace."""
-    core, apps, custom = client.CoreV1Api(api), client.AppsV1Api(api), client.CustomObjectsApi(api)
-    found = [apps.list_namespaced_deployment(namespace), core.list_namespaced_service(namespace)]
-    found += [
-        core.list_namespaced_pod(namespace),
-        client.AutoscalingV2Api(api).list_namespaced_horizontal_pod_autoscaler(namespace),
-    ]
-    found += [client.PolicyV1Api(api).list_namespaced_pod_disruption_budget(namespace)]
-    found += [client.NetworkingV1Api(api).list_namespaced_network_policy(namespace)]
-    names = [item.metadata.name for one in found for item in one.items]
-    for kind in ("scaledobjects", "triggerauthentications"):
-        listed = custom.list_namespaced_custom_object("keda.sh", "v1alpha1", namespace, kind)
-        names += [item["metadata"]["name"] for item in listed["items"]]
-    names += [
-        one.metadata.name
-        for one in core.list_namespaced_config_map(namespace).items
-        if "kube-root" not in one.metadata.name
-    ]
-    names += [
-        one.metadata.name
-        for one in core.list_namespaced_service_account(namespace).items
-        if one.metadata.name != "default"
-    ]
-    return names

@@ -28,6 +28,15 @@ async def kafka_bench(kafka_broker: str, unique: Callable[[str], str], s3: S3Par
         yield bench
 
 
+@pytest.fixture(params=["boto3", "obstore"])
+def object_client(request: pytest.FixtureRequest) -> str:
+    """Each value of ``s3.client`` in turn."""
+    client: str = request.param
+    if client == "obstore":
+        pytest.importorskip("obstore", reason="obstore: pip install 'nanovllm[obstore]'")
+    return client
+
+
 @pytest.fixture
 def images(s3: S3Part) -> Callable[[str, bytes], str]:
     names = {bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]}

@@ -133,18 +133,18 @@ def holds() -> tuple[BucketHolds, list[tuple[str, ...]]]:
 def test_a_few_refused_objects_among_readable_ones_hold_nothing() -> None:
     buckets, told = holds()
     for number in range(200):
-        buckets.refused("b", f"k{number}", FORBIDDEN)
+        buckets.refused("s3://b", f"k{number}", FORBIDDEN)
         if number % (REFUSED_OBJECTS - 1) == 0:
-            buckets.answered("b")
+            buckets.answered("s3://b")
     assert not told
 
 
 def test_one_object_asked_for_again_and_again_holds_nothing_nor_do_different_reasons() -> None:
     buckets, told = holds()
     for _ in range(100):
-        buckets.refused("b", "same", FORBIDDEN)
+        buckets.refused("s3://b", "same", FORBIDDEN)
     for number in range(100):
-        buckets.refused("b", f"k{number}", ObjectUnavailable(f"reason {number % 2}"))
+        buckets.refused("s3://b", f"k{number}", ObjectUnavailable(f"reason {number % 2}"))
     assert not told
 
 
@@ -153,15 +153,15 @@ async def test_while_a_bucket_is_held_one_caller_asks_at_each_interval() -> None
     told: list[tuple[str, ...]] = []
     buckets = BucketHolds(lambda from_all, _: told.append(from_all), clock=lambda: now)
     for number in range(REFUSED_OBJECTS):
-        buckets.refused("b", f"k{number}", FORBIDDEN)
+        buckets.refused("s3://b", f"k{number}", FORBIDDEN)
     assert told == [("s3://b is held back: the object store answered 403 AccessDenied",)]
     await buckets.wait(["other"])
     now = PROBE_INTERVAL_S
-    await buckets.wait(["b"])  # the probe
-    waiting = [asyncio.create_task(buckets.wait(["b"])) for _ in range(5)]
+    await buckets.wait(["s3://b"])  # the probe
+    waiting = [asyncio.create_task(buckets.wait(["s3://b"])) for _ in range(5)]
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in waiting)
-    buckets.answered("b")
+    buckets.answered("s3://b")
     await asyncio.wait_for(asyncio.gather(*waiting), 5)
     assert told[-1] == ()
 
@@ -190,26 +190,27 @@ def test_versions_of_one_object_hold_nothing_back() -> None:
 def test_what_one_tenant_is_refused_holds_no_other() -> None:
     buckets, told = holds()
     for number in range(3 * REFUSED_OBJECTS):
-        buckets.refused("b", f"k{number}", FORBIDDEN, "evil")
-    assert buckets.is_held("b", "evil")
-    assert not buckets.is_held("b", "good")
+        buckets.refused("s3://b", f"k{number}", FORBIDDEN, "evil")
+    assert buckets.is_held("s3://b", "evil")
+    assert not buckets.is_held("s3://b", "good")
     assert told[-1] == (
         "s3://b is held back from the jobs of tenant 'evil': the object store answered 403 AccessDenied",
     )
-    buckets.answered("b", "good")
-    assert buckets.is_held("b", "evil"), "another tenant's objects say nothing of these"
-    assert not buckets.refused("b", "one", FORBIDDEN, "good"), "one forbidden object among readable ones"
-    buckets.answered("b", "evil")
-    assert not buckets.is_held("b", "evil")
+    buckets.answered("s3://b", "good")
+    assert buckets.is_held("s3://b", "evil"), "another tenant's objects say nothing of these"
+    assert not buckets.refused("s3://b", "one", FORBIDDEN, "good"), "one forbidden object among readable ones"
+    buckets.answered("s3://b", "evil")
+    assert not buckets.is_held("s3://b", "evil")
     assert not told[-1]
 
 
 def test_a_bucket_that_refuses_all_tenants_costs_each_one_object() -> None:
     buckets, _ = holds()
-    held = [buckets.refused("b", f"k{number}", FORBIDDEN, f"tenant {number}") for number in range(2 * REFUSED_OBJECTS)]
+    tenants = range(2 * REFUSED_OBJECTS)
+    held = [buckets.refused("s3://b", f"k{number}", FORBIDDEN, f"tenant {number}") for number in tenants]
     assert held == [False] * (REFUSED_OBJECTS - 1) + [True] * (REFUSED_OBJECTS + 1)
-    buckets.answered("b", "tenant 7")
-    assert not any(buckets.is_held("b", f"tenant {number}") for number in range(2 * REFUSED_OBJECTS))
+    buckets.answered("s3://b", "tenant 7")
+    assert not any(buckets.is_held("s3://b", f"tenant {number}") for number in range(2 * REFUSED_OBJECTS))
 
 
 def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,15 +218,15 @@ def test_what_is_remembered_of_tenants_is_bounded(monkeypatch: pytest.MonkeyPatc
     buckets, told = holds()
     for tenant in range(10):
         for number in range(REFUSED_OBJECTS):
-            buckets.refused("b", f"{tenant}/{number}", FORBIDDEN, f"tenant {tenant}")
-    assert [buckets.is_held("b", f"tenant {tenant}") for tenant in range(10)] == [False] * 5 + [True] * 5
+            buckets.refused("s3://b", f"{tenant}/{number}", FORBIDDEN, f"tenant {tenant}")
+    assert [buckets.is_held("s3://b", f"tenant {tenant}") for tenant in range(10)] == [False] * 5 + [True] * 5
     assert len(told[-1]) == 5
 
 
 async def test_what_concerns_one_object_ends_the_hold() -> None:
     buckets, told = holds()
     for number in range(REFUSED_OBJECTS):
-        buckets.refused("bucket", f"k{number}", FORBIDDEN)
+        buckets.refused("s3://bucket", f"k{number}", FORBIDDEN)
 
     class Missing:
         async def fetch(self, ref: Any, **held: Any) -> Any:

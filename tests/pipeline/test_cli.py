@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +24,8 @@ from nanovllm.cli.sources import plan_submissions
 from nanovllm.demo import jobs as demo_jobs
 from nanovllm.errors import InvalidInput, InvalidJob
 from nanovllm.kafka.records import OutgoingRecord
+from nanovllm.objects.listing import ListedObject
+from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.sinks.cloud_events import event_record
 from nanovllm.sinks.dead_letter_record import dead_letter_record
 from nanovllm.terminal import long_work, plain
@@ -374,10 +376,17 @@ def test_a_line_that_is_no_job_is_named(tmp_path: Path) -> None:
         plan_submissions([str(file)], None, {})
 
 
-@pytest.mark.parametrize("source", ["https://example.com/a.png", "ftp://x/y"])
-def test_only_s3_uris_are_sent(source: str) -> None:
-    with pytest.raises(InvalidInput, match=r"s3://"):
-        plan_submissions([source], "x", {})
+@pytest.mark.parametrize("source", ["https://example.com/a.png", "https://images.test:8443/a.png", "ftp://x/y"])
+def test_only_uris_of_objects_and_of_allowed_hosts_are_sent(source: str) -> None:
+    def find(uris: Sequence[str]) -> dict[str, ListedObject]:
+        raise AssertionError(f"the store was asked for {uris}")
+
+    http = HttpImageSettings(allow=("images.test",))
+    with pytest.raises(InvalidInput, match=r"http_images\.allow|s3://"):
+        plan_submissions([source], "x", {}, None, find, http)
+    signed = "https://images.test/a.png?sig=1"
+    (sent,) = plan_submissions([signed], "x", {}, None, find, http)
+    assert (sent.images, sent.job_id) == ((signed,), None)
 
 
 @pytest.mark.parametrize("source", ["s3://", "s3://b", "s3://x/y.png", "s3://bucket/" + "k" * 1025])
@@ -399,7 +408,9 @@ def test_an_empty_file_is_refused_before_anything_is_sent(tmp_path: Path, place:
         ("{}/empty.png", "empty.png is no image: the file is empty"),
         ("s3://bucket/", "s3://bucket/ names no object"),
         ("s3://x/y.png", "s3://x/y.png names no object"),
-        ("https://example.com/a.png", "only s3:// URIs"),
+        ("ftp://example.com/a.png", "only s3:// and https:// URIs"),
+        ("https://example.com/a.png", "http_images.allow of these settings does not list https://example.com"),
+        ("https://user:hunter2@example.com/a.png", "a URI that begins with http has a user or a password"),
         ("{}/none.png", "none.png cannot be read"),
     ],
 )

@@ -138,6 +138,7 @@ def settings_for(s3: S3Part, **more: Any) -> S3Settings:
 )
 async def test_what_the_token_service_answers_is_no_objects_fault(
     s3: S3Part,
+    object_client: str,
     images: Callable[[str, bytes], str],
     aws: Callable[..., None],
     sts: TokenService,
@@ -147,7 +148,7 @@ async def test_what_the_token_service_answers_is_no_objects_fault(
 ) -> None:
     uri = images("k", b"bytes")
     aws(web_identity(sts, tmp_path))
-    fetcher = ObjectFetcher(settings_for(s3), max_bytes=10)
+    fetcher = ObjectFetcher(settings_for(s3, client=object_client), max_bytes=10)
     sts.status, sts.code = status, code
     for key in ("k", "missing"):
         with pytest.raises(CredentialsRefused, match=f"AssumeRoleWithWebIdentity answered {status} {code}$") as caught:
@@ -159,7 +160,11 @@ async def test_what_the_token_service_answers_is_no_objects_fault(
 
 
 async def test_credentials_that_end_and_cannot_be_renewed_are_no_objects_fault_either(
-    s3: S3Part, images: Callable[[str, bytes], str], aws: Callable[..., None], sts: TokenService, tmp_path: Path
+    s3: S3Part,
+    images: Callable[[str, bytes], str],
+    aws: Callable[..., None],
+    sts: TokenService,
+    tmp_path: Path,
 ) -> None:
     uri = images("k", b"bytes")
     aws(web_identity(sts, tmp_path))
@@ -219,6 +224,7 @@ CHAINS = {
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
 async def test_a_broken_chain_is_systemic_and_is_tried_anew(
     s3: S3Part,
+    object_client: str,
     images: Callable[[str, bytes], str],
     aws: Callable[..., None],
     chain: tuple[dict[str, str], str],
@@ -226,7 +232,7 @@ async def test_a_broken_chain_is_systemic_and_is_tried_anew(
     variables, config = chain
     uri = images("k", b"bytes")
     aws(variables, config)
-    settings = settings_for(s3)
+    settings = settings_for(s3, client=object_client)
     fetcher = ObjectFetcher(settings, max_bytes=10)
     store = S3ResultStore("s3://images/results", S3Client(settings).call)
     with pytest.raises(CredentialsRefused) as caught:
@@ -254,10 +260,15 @@ WRONG = {
 
 @pytest.mark.parametrize(("variables", "settings", "says"), WRONG.values(), ids=WRONG.keys())
 async def test_what_can_never_work_is_known_before_a_job_comes_and_is_systemic_later(
-    s3: S3Part, aws: Callable[..., None], variables: dict[str, str], settings: dict[str, Any], says: str
+    s3: S3Part,
+    object_client: str,
+    aws: Callable[..., None],
+    variables: dict[str, str],
+    settings: dict[str, Any],
+    says: str,
 ) -> None:
     aws({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **variables})
-    wrong = S3Settings.model_validate({**settings_for(s3).model_dump(), **settings})
+    wrong = S3Settings.model_validate({**settings_for(s3, client=object_client).model_dump(), **settings})
     with pytest.raises(ConfigurationError, match=says) as caught:
         check_settings(wrong)
     assert_says_no_secret(caught.value)

@@ -32,7 +32,9 @@ from nanovllm.errors import (
     StoreUnreachable,
 )
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects import fetch
+from nanovllm.messages.s3_uri import ObjectAddress
+from nanovllm.objects import boto3_reader
+from nanovllm.objects.boto3_reader import Boto3Reader
 from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.errors import classify
 from nanovllm.objects.fetch import AllowList, ObjectFetcher
@@ -67,17 +69,17 @@ def fetcher_for(endpoint_url: str, *allow: str, max_bytes: int = 1_000_000, **se
     ],
 )
 def test_a_prefix_ends_at_a_path_boundary(entry: str, key: str, is_allowed: bool) -> None:
-    allow = AllowList([entry])
+    allow, address = AllowList([entry]), ObjectAddress("s3", "in", key)
     if is_allowed:
-        allow.check("in", key)
+        allow.check(address)
     else:
         with pytest.raises(ForbiddenUri):
-            allow.check("in", key)
+            allow.check(address)
 
 
 def test_an_empty_allow_list_allows_nothing() -> None:
     with pytest.raises(ForbiddenUri):
-        AllowList([]).check("in", "key.png")
+        AllowList([]).check(ObjectAddress("s3", "in", "key.png"))
 
 
 def test_a_forbidden_object_is_refused_before_anything_is_read() -> None:
@@ -90,21 +92,21 @@ def test_a_forbidden_object_is_refused_before_anything_is_read() -> None:
     fetcher.close()
 
 
-async def test_reads_an_object_with_its_digest(s3: Any) -> None:
+async def test_reads_an_object_with_its_digest(s3: Any, object_client: str) -> None:
     bucket = s3.make_bucket()
     uri = s3.put(bucket, "a key with ümlaut & %20.png", b"bytes")
-    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", client=object_client)
     image = await fetcher.fetch(ImageRef(uri=uri))
     assert (image.data, image.uri, image.version_id) == (b"bytes", uri, None)
     assert image.sha256 == hashlib.sha256(b"bytes").hexdigest()
     fetcher.close()
 
 
-async def test_reads_the_version_that_the_job_names(s3: Any) -> None:
+async def test_reads_the_version_that_the_job_names(s3: Any, object_client: str) -> None:
     bucket = s3.make_bucket(versioned=True)
     first = s3.client.put_object(Bucket=bucket, Key="k", Body=b"first")["VersionId"]
     second = s3.client.put_object(Bucket=bucket, Key="k", Body=b"second")["VersionId"]
-    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", client=object_client)
     old = await fetcher.fetch(ImageRef(uri=f"s3://{bucket}/k", version_id=first))
     new = await fetcher.fetch(ImageRef(uri=f"s3://{bucket}/k"))
     assert (old.data, old.version_id) == (b"first", first)
@@ -120,10 +122,10 @@ async def test_bytes_in_the_job_need_no_store() -> None:
     fetcher.close()
 
 
-async def test_what_the_job_promised_must_be_there(s3: Any) -> None:
+async def test_what_the_job_promised_must_be_there(s3: Any, object_client: str) -> None:
     bucket = s3.make_bucket()
     uri = s3.put(bucket, "k", b"other")
-    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}")
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", client=object_client)
     with pytest.raises(ObjectChanged):
         await fetcher.fetch(ImageRef(uri=uri, sha256=hashlib.sha256(b"promised").hexdigest()))
     with pytest.raises(ObjectNotFound):
@@ -131,10 +133,10 @@ async def test_what_the_job_promised_must_be_there(s3: Any) -> None:
     fetcher.close()
 
 
-async def test_an_object_above_the_limit_is_not_read(s3: Any) -> None:
+async def test_an_object_above_the_limit_is_not_read(s3: Any, object_client: str) -> None:
     bucket = s3.make_bucket()
     uri = s3.put(bucket, "k", b"x" * 11)
-    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_bytes=10)
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_bytes=10, client=object_client)
     with pytest.raises(ImageTooLarge, match="11 bytes or more, above the limit of 10"):
         await fetcher.fetch(ImageRef(uri=uri))
     fetcher.close()
@@ -222,9 +224,11 @@ def s3_error(status: str, code: str) -> bytes:
         (s3_error("404 Not Found", "NoSuchBucket"), ObjectNotFound),
     ],
 )
-async def test_each_failure_of_the_store_has_its_class(s3: Any, response: bytes, expected: type[NanoVLLMError]) -> None:
+async def test_each_failure_of_the_store_has_its_class(
+    s3: Any, object_client: str, response: bytes, expected: type[NanoVLLMError]
+) -> None:
     with answering(response) as endpoint_url:
-        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        fetcher = fetcher_for(endpoint_url, "s3://bucket", client=object_client)
         with pytest.raises(expected) as caught:
             await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
         assert type(caught.value) is expected
@@ -234,40 +238,41 @@ async def test_each_failure_of_the_store_has_its_class(s3: Any, response: bytes,
         fetcher.close()
 
 
-async def test_a_redirect_to_nowhere_is_not_followed_for_ever(s3: Any) -> None:
+async def test_a_redirect_to_nowhere_is_not_followed_for_ever(s3: Any, object_client: str) -> None:
     answers = [http("301 Moved Permanently")] * 10
     with answering(answers.pop) as endpoint_url:
-        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        fetcher = fetcher_for(endpoint_url, "s3://bucket", client=object_client)
         with pytest.raises(StoreUnreachable, match="answered 301"):
             await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
         fetcher.close()
-    assert len(answers) >= 6, "two each for the object and for the probe"
+    # boto3 asks twice each for the object and for the probe, obstore once before it leaves both to boto3.
+    assert len(answers) >= 5
 
 
-async def test_a_bucket_of_another_region_is_read_there(s3: Any) -> None:
+async def test_a_bucket_of_another_region_is_read_there(s3: Any, object_client: str) -> None:
     moved = b"<Error><Code>PermanentRedirect</Code><Message>m</Message></Error>"
     head = b"HTTP/1.1 301 Moved Permanently\r\nx-amz-bucket-region: eu-central-1\r\nConnection: close\r\n"
     answers = [head + b"Content-Length: %d\r\n\r\n" % len(moved) + moved, http("200 OK", b"bytes")]
     with answering(lambda: answers.pop(0)) as endpoint_url:
-        fetcher = fetcher_for(endpoint_url, "s3://bucket")
+        fetcher = fetcher_for(endpoint_url, "s3://bucket", client=object_client)
         assert (await fetcher.fetch(ImageRef(uri="s3://bucket/k"))).data == b"bytes"
         fetcher.close()
     assert not answers
 
 
-async def test_a_store_that_is_not_there_is_nobodys_fault(s3: Any) -> None:
+async def test_a_store_that_is_not_there_is_nobodys_fault(s3: Any, object_client: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    fetcher = fetcher_for(f"http://127.0.0.1:{port}", "s3://bucket")
+    fetcher = fetcher_for(f"http://127.0.0.1:{port}", "s3://bucket", client=object_client)
     with pytest.raises(StoreUnreachable):
         await fetcher.fetch(ImageRef(uri="s3://bucket/k"))
     fetcher.close()
 
 
-async def test_a_cancelled_fetch_gives_its_place_to_the_next(s3: Any) -> None:
+async def test_a_cancelled_fetch_gives_its_place_to_the_next(s3: Any, object_client: str) -> None:
     bucket = s3.make_bucket()
     uri = s3.put(bucket, "k", b"bytes")
-    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_connections=1)
+    fetcher = fetcher_for(s3.endpoint_url, f"s3://{bucket}", max_connections=1, client=object_client)
     first = asyncio.create_task(fetcher.fetch(ImageRef(uri=uri)))
     await asyncio.sleep(0)
     first.cancel()
@@ -312,7 +317,7 @@ def test_nothing_secret_is_repeated() -> None:
         assert "secret" not in str(classify(said))
 
 
-async def test_what_answers_without_an_entity_tag_is_no_store_and_no_objects_fault(s3: Any) -> None:
+async def test_what_answers_without_an_entity_tag_is_no_store_and_no_objects_fault(s3: Any, object_client: str) -> None:
     """A console, a proxy or a captive portal says 200 to everything."""
 
     class Portal(BaseHTTPRequestHandler):
@@ -328,7 +333,7 @@ async def test_what_answers_without_an_entity_tag_is_no_store_and_no_objects_fau
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        fetcher = fetcher_for(f"http://127.0.0.1:{server.server_address[1]}", "s3://images")
+        fetcher = fetcher_for(f"http://127.0.0.1:{server.server_address[1]}", "s3://images", client=object_client)
         with pytest.raises(StoreUnreachable, match="no S3 server"):
             await fetcher.fetch(ImageRef(uri="s3://images/a.png"))
     finally:
@@ -365,9 +370,9 @@ ERROR = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Len
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("head", [OBJECT, ERROR], ids=["object", "error"])
-async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: bytes) -> None:
+async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: bytes, object_client: str) -> None:
     with dribbling(head) as url:
-        fetcher = fetcher_for(url, "s3://bucket", max_connections=1, object_timeout_s=0.5)
+        fetcher = fetcher_for(url, "s3://bucket", max_connections=1, object_timeout_s=0.5, client=object_client)
         ref = ImageRef(uri="s3://bucket/k")
         # Both wait for the one slot: the second has it as soon as the first is given up.
         outcomes = await asyncio.gather(fetcher.fetch(ref), fetcher.fetch(ref), return_exceptions=True)
@@ -380,11 +385,13 @@ async def test_a_body_that_dribbles_is_given_up_and_gives_its_slot_back(head: by
 async def test_the_thread_of_an_object_that_nothing_waits_for_ends() -> None:
     with dribbling(OBJECT) as url:
         fetcher, others = fetcher_for(url, "s3://bucket"), reading_threads()
-        fetcher._threads = DaemonThreads("nanovllm-fetch", idle_s=0.01)  # a thread that reads no more is soon gone
+        reader = fetcher._readers["s3"]
+        assert isinstance(reader, Boto3Reader)
+        reader._threads = DaemonThreads("nanovllm-fetch", idle_s=0.01)  # a thread that reads no more is soon gone
         with pytest.MonkeyPatch.context() as patch:
             began = threading.Event()
-            begin = fetch._Body.begin
-            patch.setattr(fetch._Body, "begin", lambda self, body: (begin(self, body), began.set()))
+            begin = boto3_reader._Body.begin
+            patch.setattr(boto3_reader._Body, "begin", lambda self, body: (begin(self, body), began.set()))
             reading = asyncio.create_task(fetcher.fetch(ImageRef(uri="s3://bucket/k")))
             await eventually(began.is_set)
         assert reading_threads() - others

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.backends.echo import EchoEngine
-from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.fetch_shares import TIMES_FREE, FetchShares
 from nanovllm.settings.tenants import TenantSettings

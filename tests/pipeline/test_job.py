@@ -116,7 +116,10 @@ def test_any_path_makes_a_name(text: str, name: str | None) -> None:
         ({"job_id": ""}, "job_id"),
         ({"job_id": "a\nb"}, "job_id"),
         ({"job_id": 7}, "job_id"),
-        ({"images": ["https://example.com/a.png"]}, "images.0.uri"),
+        ({"images": ["ftp://example.com/a.png"]}, "images.0.uri"),
+        ({"images": ["https://user@example.com/a.png"]}, "images.0.uri"),
+        ({"images": ["s3://bucket/" + "a/" * 1_024]}, "images.0.uri"),
+        ({"images": [{"uri": "https://example.com/a.png", "version_id": "v"}]}, "images.0"),
         ({"images": ["file:///etc/passwd"]}, "images.0.uri"),
         ({"images": ["s3://bucket"]}, "images.0.uri"),
         ({"images": ["s3://bucket/" + "a" * 1_025]}, "images.0.uri"),
@@ -164,6 +167,10 @@ def test_the_key_is_the_first_images_identity() -> None:
     assert by_uri.image_key() == "s3://bucket/k"
     versioned = job(prompt="<|image|>", images=[{"uri": "s3://bucket/k", "version_id": "2"}])
     assert versioned.image_key() != by_uri.image_key()
+    signed, again = (job(prompt="<|image|>", images=[f"https://x.example/a.png?sig={n}"]).image_key() for n in "12")
+    assert signed != again
+    assert str(signed).startswith("https://x.example/a.png#")
+    assert "sig" not in str(signed)
     assert job().image_key() is None
 
 
@@ -199,7 +206,8 @@ def test_images_of_a_chat_come_in_the_order_of_their_places() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+        {"type": "image_url", "image_url": {"url": "ftp://example.com/a.png"}},
+        {"type": "image_url", "image_url": {"url": "https://example.com:0/a.png"}},
         {"type": "image_url", "image_url": {"url": "data:text/html;base64,QUJD"}},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,###"}},
         {"type": "image_url", "image_url": {"url": "s3://bucket/k", "detail": "high"}},

@@ -168,7 +168,7 @@ async def test_mistakes_are_refused_before_anything_is_sent(embedded_broker: str
         with pytest.raises(InvalidJob, match="max_tokenz"):
             await producer.send("a", sampling={"max_tokenz": 1})
         with pytest.raises(InvalidJob, match="uri"):
-            await producer.send("<|image|>", images=["https://example.com/a.png"])
+            await producer.send("<|image|>", images=["ftp://example.com/a.png"])
         with pytest.raises(InvalidInput, match="cannot be read"):
             await producer.send("<|image|>", images=[tmp_path / "nope.png"])
     with pytest.raises(InvalidInput, match="not started"):

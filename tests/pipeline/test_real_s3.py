@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from parts import S3Part
+from parts import S3Part, unique_name
 
 from nanovllm.cli.sending import finder_of
 from nanovllm.cli.sources import plan_submissions
@@ -50,11 +50,18 @@ MIB = 1 << 20
 class Store:
     """A bucket on the real server, and the worker's own way of reading it."""
 
-    def __init__(self, s3: S3Part, *, versioned: bool = False, bucket: str | None = None) -> None:
+    def __init__(
+        self, s3: S3Part, client: str = "boto3", *, versioned: bool = False, bucket: str | None = None
+    ) -> None:
         self.s3 = s3
         self.bucket = bucket or s3.make_bucket(versioned=versioned)
-        self.settings = S3Settings(
-            endpoint_url=s3.endpoint_url, allow=(f"s3://{self.bucket}",), addressing_style="path"
+        self.settings = S3Settings.model_validate(
+            {
+                "endpoint_url": s3.endpoint_url,
+                "allow": [f"s3://{self.bucket}"],
+                "addressing_style": "path",
+                "client": client,
+            }
         )
         self.metrics = Metrics()
         self.fetcher = ObjectFetcher(self.settings, max_bytes=32 * MIB)
@@ -81,8 +88,10 @@ class Store:
         return int(self.metrics.fetched_objects._value.get())
 
 
-async def test_a_version_is_read_after_the_object_was_replaced_and_the_newest_without_one(versity_s3: S3Part) -> None:
-    store = Store(versity_s3, versioned=True)
+async def test_a_version_is_read_after_the_object_was_replaced_and_the_newest_without_one(
+    versity_s3: S3Part, object_client: str
+) -> None:
+    store = Store(versity_s3, object_client, versioned=True)
     old = store.put(b"old")["VersionId"]
     assert await store.read(store.ref()) == b"old"
     new = store.put(b"new")["VersionId"]
@@ -97,23 +106,25 @@ async def test_a_version_is_read_after_the_object_was_replaced_and_the_newest_wi
         await store.read(store.ref(version_id="no-such-version"))
 
 
-async def test_an_entity_tag_that_the_job_names_is_a_condition_and_a_version(versity_s3: S3Part) -> None:
-    store = Store(versity_s3)
+async def test_an_entity_tag_that_the_job_names_is_a_condition_and_a_version(
+    versity_s3: S3Part, object_client: str
+) -> None:
+    store = Store(versity_s3, object_client)
     tag = store.put(b"first")["ETag"]
     for written in (tag, tag.strip('"')):
         assert await store.read(store.ref(etag=written)) == b"first"
     store.put(b"second")
     assert await store.read(store.ref(etag=tag)) == b"first", "what is at hand under this tag needs no request"
-    fresh = Store(versity_s3, bucket=store.bucket)
+    fresh = Store(versity_s3, object_client, bucket=store.bucket)
     with pytest.raises(ObjectChanged, match="412 PreconditionFailed: the object has another entity tag"):
         await fresh.read(fresh.ref(etag=tag))
     assert await fresh.read(fresh.ref()) == b"second"
 
 
 async def test_a_wrong_secret_is_systemic_and_stands_in_no_error(
-    versity_s3: S3Part, monkeypatch: pytest.MonkeyPatch
+    versity_s3: S3Part, object_client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(versity_s3)
+    store = Store(versity_s3, object_client)
     store.put(b"bytes")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     for key in ("k", "missing"):
@@ -126,22 +137,23 @@ async def test_a_wrong_secret_is_systemic_and_stands_in_no_error(
 
 
 async def test_an_object_that_may_not_be_read_is_permanent_and_its_neighbour_is_read(
-    versity_s3: S3Part, monkeypatch: pytest.MonkeyPatch
+    versity_s3: S3Part, object_client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(versity_s3)
+    store = Store(versity_s3, object_client)
     store.put(b"open", "open/k")
     store.put(b"closed", "closed/k")
-    make_user(versity_s3, "worker", "worker-secret")
+    user = unique_name("worker")
+    make_user(versity_s3, user, "worker-secret")
     statement = {
         "Effect": "Allow",
-        "Principal": ["worker"],
+        "Principal": [user],
         "Action": "s3:GetObject",
         "Resource": f"arn:aws:s3:::{store.bucket}/open/*",
     }
     store.s3.client.put_bucket_policy(
         Bucket=store.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     )
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "worker")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", user)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "worker-secret")
     with pytest.raises(ObjectForbidden) as caught:
         await store.read(store.ref("closed/k"))
@@ -150,8 +162,10 @@ async def test_an_object_that_may_not_be_read_is_permanent_and_its_neighbour_is_
     assert await store.read(store.ref("open/k")) == b"open"
 
 
-async def test_a_name_with_spaces_signs_and_other_scripts_is_read_as_it_is_written(versity_s3: S3Part) -> None:
-    store = Store(versity_s3)
+async def test_a_name_with_spaces_signs_and_other_scripts_is_read_as_it_is_written(
+    versity_s3: S3Part, object_client: str
+) -> None:
+    store = Store(versity_s3, object_client)
     store.put(b"right", NAME)
     store.put(b"wrong", quote(NAME))
     store.put(b"wrong", NAME.replace("+", " "))
@@ -161,8 +175,8 @@ async def test_a_name_with_spaces_signs_and_other_scripts_is_read_as_it_is_writt
         assert await store.read(ref) == b"right"
 
 
-async def test_a_large_object_of_many_parts_is_read_whole_and_once(versity_s3: S3Part) -> None:
-    store = Store(versity_s3)
+async def test_a_large_object_of_many_parts_is_read_whole_and_once(versity_s3: S3Part, object_client: str) -> None:
+    store = Store(versity_s3, object_client)
     body = b"".join(hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(20 * MIB // 32))
     part = TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB)
     store.s3.client.upload_fileobj(io.BytesIO(body), store.bucket, "large", Config=part)
@@ -235,8 +249,8 @@ async def test_a_store_that_ignores_the_condition_gives_no_other_object(versity_
 
 
 @pytest.mark.parametrize("tag", ["*", '"', '""'])
-async def test_a_tag_that_every_object_has_names_no_version(versity_s3: S3Part, tag: str) -> None:
-    store = Store(versity_s3)
+async def test_a_tag_that_every_object_has_names_no_version(versity_s3: S3Part, object_client: str, tag: str) -> None:
+    store = Store(versity_s3, object_client)
     store.put(b"first")
     with pytest.raises((ValueError, ObjectChanged)):
         await store.read(store.ref(etag=tag))
@@ -246,16 +260,18 @@ async def test_a_tag_that_every_object_has_names_no_version(versity_s3: S3Part, 
     ("key", "promises"), [("k", {"etag": "a\nb"}), ("a\0b", {})], ids=["a line break in the tag", "a null in the key"]
 )
 async def test_what_no_store_can_be_asked_for_is_the_jobs_mistake(
-    versity_s3: S3Part, key: str, promises: dict[str, str]
+    versity_s3: S3Part, object_client: str, key: str, promises: dict[str, str]
 ) -> None:
-    store = Store(versity_s3)
+    store = Store(versity_s3, object_client)
     store.put(b"bytes")
     with pytest.raises(ValueError):
         await store.read(store.ref(key, **promises))
 
 
-async def test_equal_bytes_written_again_are_not_called_by_the_older_version(versity_s3: S3Part) -> None:
-    store = Store(versity_s3, versioned=True)
+async def test_equal_bytes_written_again_are_not_called_by_the_older_version(
+    versity_s3: S3Part, object_client: str
+) -> None:
+    store = Store(versity_s3, object_client, versioned=True)
     store.put(b"same")
     await store.read(store.ref())
     newest = store.put(b"same")["VersionId"]

@@ -14,7 +14,8 @@ from bench import Bench, eventually, png
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.errors import CredentialsRefused, FetchFailed, NanoVLLMError, ObjectRefused, StoreUnreachable
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import PROBE_KEY, ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.reader import PROBE_KEY
 from nanovllm.settings.s3 import S3Settings
 
 Answer = tuple[int, str | None, dict[str, str]]
@@ -78,9 +79,11 @@ def lying(answer: Callable[[str], Answer]) -> Iterator[str]:
         server.server_close()
 
 
-async def failure_of(bad: Answer, probe: Answer) -> NanoVLLMError:
+async def failure_of(bad: Answer, probe: Answer, client: str) -> NanoVLLMError:
     with lying(lambda key: probe if key == PROBE_KEY else bad) as url:
-        settings = S3Settings(endpoint_url=url, addressing_style="path", allow=("s3://images",))
+        settings = S3Settings.model_validate(
+            {"endpoint_url": url, "addressing_style": "path", "allow": ["s3://images"], "client": client}
+        )
         fetcher = ObjectFetcher(settings, max_bytes=100_000)
         try:
             with pytest.raises(NanoVLLMError) as caught:
@@ -99,8 +102,10 @@ async def failure_of(bad: Answer, probe: Answer) -> NanoVLLMError:
         (REDIRECT, FORBIDDEN),
     ],
 )
-async def test_what_another_object_is_not_answered_concerns_one_object(bad: Answer, probe: Answer) -> None:
-    error = await failure_of(bad, probe)
+async def test_what_another_object_is_not_answered_concerns_one_object(
+    bad: Answer, probe: Answer, object_client: str
+) -> None:
+    error = await failure_of(bad, probe, object_client)
     assert type(error) is ObjectRefused
     assert "this object alone" in str(error)
 
@@ -116,15 +121,15 @@ async def test_what_another_object_is_not_answered_concerns_one_object(bad: Answ
     ],
 )
 async def test_what_another_object_is_answered_too_is_the_stores_fault(
-    answer: Answer, expected: type[NanoVLLMError]
+    answer: Answer, expected: type[NanoVLLMError], object_client: str
 ) -> None:
-    assert type(await failure_of(answer, answer)) is expected
+    assert type(await failure_of(answer, answer, object_client)) is expected
 
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("bad", [NO_ENTITY_TAG, BAD_SIGNATURE, CLIENT_ERRORS[0]])
-async def test_a_probe_that_breaks_off_leaves_it_to_the_circuit_breaker(bad: Answer) -> None:
-    assert type(await failure_of(bad, (503, "SlowDown", {}))) is FetchFailed
+async def test_a_probe_that_breaks_off_leaves_it_to_the_circuit_breaker(bad: Answer, object_client: str) -> None:
+    assert type(await failure_of(bad, (503, "SlowDown", {}), object_client)) is FetchFailed
 
 
 @pytest.mark.parametrize("bad", [REDIRECT, NO_ENTITY_TAG, CLIENT_ERRORS[0], (416, "InvalidRange", {})])

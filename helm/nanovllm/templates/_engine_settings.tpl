@@ -46,3 +46,12 @@
   }
 }
 {{- end }}
+
+{{/* Settings that are secrets, with the values that take their places; generated too. */}}
+{{- define "nanovllm.secretSettings" -}}
+{
+  "kafka.sasl_password": "kafka.sasl.existingSecret",
+  "kafka.ssl_key_password": "kafka.tls.existingSecret with keyPasswordKey",
+  "remote.api_keys": "remote.apiKeys.existingSecret"
+}
+{{- end }}

@@ -53,6 +53,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 
 {{/* NANOVLLM_SECTION__FIELD: "text" lines of .Values.settings; null means unset. */}}
 {{- define "nanovllm.settings" -}}
+{{- with include "nanovllm.packedBytes" . }}
+NANOVLLM_ENGINE__PACKED_WEIGHTS_BYTES: {{ . | quote }}
+{{- end }}
 {{- range $section, $fields := .Values.settings }}
 {{- if kindIs "map" $fields }}
 {{- range $field, $value := $fields }}
@@ -71,16 +74,75 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- default 25 $admission.drain_timeout_s | ceil | int }}
 {{- end }}
 
+{{/* Seconds to give back, publish, commit and leave the group, after the drain; a test compares it with the worker's limits. */}}
+{{- define "nanovllm.commitSeconds" -}}15{{- end }}
+
 {{- define "nanovllm.graceSeconds" -}}
 {{- $drain := include "nanovllm.drainSeconds" . | int }}
+{{- $commit := include "nanovllm.commitSeconds" . | int }}
 {{- if kindIs "invalid" .Values.terminationGracePeriodSeconds }}
 {{- add $drain 30 }}
 {{- else }}
 {{- $grace := int .Values.terminationGracePeriodSeconds }}
-{{- if le $grace $drain }}
-{{- fail (printf "terminationGracePeriodSeconds (%d) must be above settings.admission.drain_timeout_s (%d): a worker killed while it drains repeats its jobs" $grace $drain) }}
+{{- if le $grace (add $drain $commit | int) }}
+{{- fail (printf "terminationGracePeriodSeconds (%d) must be above settings.admission.drain_timeout_s (%d) and %d more to commit: a worker killed before repeats its jobs. Raise it, or set it to null" $grace $drain $commit) }}
 {{- end }}
 {{- $grace }}
+{{- end }}
+{{- end }}
+
+{{/* Seconds of a start until the model is loaded. Measured: under 2 s without weights, 5 to 15 s with small models (docs/deploy.md). */}}
+{{- define "nanovllm.loadSeconds" -}}
+{{- $backend := include "nanovllm.backend" . }}
+{{- if not (kindIs "invalid" .Values.probes.startup.seconds) }}
+{{- int .Values.probes.startup.seconds }}
+{{- else if not (include "nanovllm.loadsWeights" .) }}1
+{{- else if has $backend (list "generic" "vllm") }}600
+{{- else if or .Values.model.s3.uri (dig "engine" "model" "" .Values.settings) }}300
+{{- else }}3
+{{- end }}
+{{- end }}
+
+{{/* Seconds that the startup probe waits. */}}
+{{- define "nanovllm.startupSeconds" -}}
+{{- max (ternary 180 60 (eq (include "nanovllm.loadsWeights" .) "true")) (mul 3 (include "nanovllm.loadSeconds" . | int)) }}
+{{- end }}
+
+{{- define "nanovllm.startupAttempts" -}}
+{{- divf (include "nanovllm.startupSeconds" .) .Values.probes.startup.periodSeconds | ceil | int }}
+{{- end }}
+
+{{- define "nanovllm.smokeSeconds" -}}
+{{- default (add 120 (include "nanovllm.startupSeconds" . | int)) .Values.smokeTest.timeoutSeconds | int }}
+{{- end }}
+
+{{/* The most workers that there may be. */}}
+{{- define "nanovllm.mostWorkers" -}}
+{{- $hpa := dig "hpa" dict (default dict .Values.autoscaling) }}
+{{- ternary .Values.keda.maxReplicaCount (ternary $hpa.maxReplicas .Values.replicaCount (default false $hpa.enabled)) .Values.keda.enabled | int }}
+{{- end }}
+
+{{- define "nanovllm.hasModelVolume" -}}
+{{- if or .Values.model.existingClaim .Values.model.volume .Values.model.s3.uri }}true{{ end }}
+{{- end }}
+
+{{/* Where the copy of model.s3.uri lies. */}}
+{{- define "nanovllm.copiedModel" -}}
+{{- printf "%s/%s" (trimSuffix "/" .Values.model.mountPath) (trimSuffix "/" .Values.model.s3.uri | base) }}
+{{- end }}
+
+{{/* The bytes of a quantity such as 16Gi. */}}
+{{- define "nanovllm.bytes" -}}
+{{- $number := regexFind "^[0-9.]+" . }}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 }}
+{{- mulf (float64 $number) (get $units (trimPrefix $number .)) | int64 }}
+{{- end }}
+
+{{/* Bytes of packed weights that an emptyDir may hold; empty: the worker's own limit. A pod whose emptyDir grows above its
+     limit is evicted, and a file that replaces another lies beside it. */}}
+{{- define "nanovllm.packedBytes" -}}
+{{- if and (has (include "nanovllm.backend" .) (list "auto" "native" "generic")) (not .Values.cache.existingClaim) (kindIs "invalid" (dig "engine" "packed_weights_bytes" nil .Values.settings)) }}
+{{- div (include "nanovllm.bytes" .Values.cache.sizeLimit | int64) 2 }}
 {{- end }}
 {{- end }}
 
@@ -166,6 +228,7 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{/* What must agree between values; called by the Deployment. */}}
 {{- define "nanovllm.check" -}}
 {{- include "nanovllm.checkBackend" . }}
+{{- include "nanovllm.refusals" . }}
 {{- range .Values.extraEnv }}
 {{- if and .value (regexMatch "(KEYS?|PASSWORD|SECRET|TOKEN)$" (upper .name)) }}
 {{- fail (printf "extraEnv: %s is a secret, and its value would stand in the Deployment: take valueFrom.secretKeyRef" .name) }}
@@ -184,7 +247,8 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicaCount) (int .Values.keda.maxReplicaCount)) }}
 {{- fail "keda.minReplicaCount is above keda.maxReplicaCount" }}
 {{- end }}
-{{- $most := ternary .Values.keda.maxReplicaCount .Values.replicaCount .Values.keda.enabled | int }}
+{{- include "nanovllm.checkScaling" . }}
+{{- $most := include "nanovllm.mostWorkers" . | int }}
 {{- if and .Values.settings.kafka.group_instance_id (gt $most 1) }}
 {{- fail (printf "settings.kafka.group_instance_id is one for all pods of a Deployment, of which there may be %d: each would take the others' place in the group. Leave it out" $most) }}
 {{- end }}

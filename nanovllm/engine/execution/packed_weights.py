@@ -48,7 +48,12 @@ def load_packed_text(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.
     cache, expected = _cache(config, dtype, device), _bytes(shell)
     if cache is not None and expected >= LEAST_BYTES:
         key = key_of(
-            checkpoint.files, code=_code(), kind=config.quantization, config=checkpoint.fields, tensors=_shapes(shell)
+            checkpoint.files,
+            code=_code(),
+            kind=config.quantization,
+            deterministic=config.deterministic,
+            config=checkpoint.fields,
+            tensors=_shapes(shell),
         )
 
         def write(writer: PackedFileWriter) -> Mapping[str, str]:
@@ -87,7 +92,13 @@ def load_packed_encoder(
         if shell is None:
             return None
         if (expected := _bytes(shell)) >= LEAST_BYTES:
-            key = key_of(shell.weight_files, code=_code(), kind=shell.identity, tensors=_shapes(shell))
+            key = key_of(
+                shell.weight_files,
+                code=_code(),
+                kind=shell.identity,
+                deterministic=config.deterministic,
+                tensors=_shapes(shell),
+            )
 
             def write(writer: PackedFileWriter) -> Mapping[str, str]:
                 encoder = _load_encoder(config, checkpoint, text, dtype, device)

@@ -13,6 +13,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,13 +69,17 @@ def missing() -> str | None:
 
 
 def _load_kept(library: Path) -> bool:
-    """Load a library that was compiled before; whether there is one. Raises as `check_ownership`."""
-    for path in (library.parent, library):
-        check_ownership(path)
-    if not library.exists():
-        return False
-    torch.ops.load_library(str(library))
-    return True
+    """Load a library that was compiled before, for the user or for all; whether there is one.
+
+    Raises: as `check_ownership`.
+    """
+    for place in (library, installed_folder() / library.name):
+        for path in (place.parent, place):
+            check_ownership(path)
+        if place.exists():
+            torch.ops.load_library(str(place))
+            return True
+    return False
 
 
 @contextmanager
@@ -114,6 +119,11 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "nanovllm"
     except RuntimeError as error:
         raise RuntimeError(f"there is no folder for them (set HOME or XDG_CACHE_HOME): {error}") from error
+
+
+def installed_folder() -> Path:
+    """Kernels that came with the Python environment, as in an image; they need not be in the user's cache."""
+    return Path(sys.prefix, "cache", "nanovllm")
 
 
 def check_ownership(path: Path) -> None:

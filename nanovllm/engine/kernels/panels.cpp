@@ -19,6 +19,7 @@
 #include <optional>
 #include <vector>
 
+#include "aligned.h"
 #include "panels.h"
 #include "panels_tiles.h"
 #include "parallel.h"
@@ -164,7 +165,7 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
   const int64_t groups = groups_of_rows(num_panels, all_blocks / kWidenedBlocks);
   share_out(0, groups * num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
-    std::vector<float> wide(widens ? steps * kOutputs : 0);
+    float* const wide = widens ? floats_of_thread(steps * kOutputs) : nullptr;
     int64_t some;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t number = item % num_panels, group = item / num_panels, last = (group + 1) * rows / groups;
@@ -172,8 +173,8 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
       const char* panel = panels + number * panel_bytes;
       const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
       const char* following = item + 1 < end && number + 1 < num_panels ? panel + panel_bytes : panel;
-      if (widens) widen<Dot>(panel, steps, wide.data());
-      const char* own_panel = widens ? reinterpret_cast<const char*>(wide.data()) : panel;
+      if (widens) widen<Dot>(panel, steps, wide);
+      const char* own_panel = widens ? reinterpret_cast<const char*>(wide) : panel;
       for (int64_t row = group * rows / groups, block = 0; row < last; row += some, ++block) {
         some = (last - row + blocks - block - 1) / (blocks - block);
         // Every block of rows fetches its share of the next panel; a single one fetches what it needs itself soon.

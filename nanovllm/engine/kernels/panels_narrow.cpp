@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "aligned.h"
 #include "panel_lanes.h"
 #include "parallel.h"
 
@@ -30,20 +31,20 @@ void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_pa
   const bool widens = is_short && blocks >= kWidenedBlocks;
   share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
     float results[kRows * kOutputs];
-    std::vector<float> wide(widens ? steps * kOutputs : 0);
+    float* const wide = widens ? floats_of_thread(steps * kOutputs) : nullptr;
     int64_t some;
     for (int64_t number = begin; number < end; ++number) {
       const char* panel = panels + number * panel_bytes;
       const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
       const char* following = number + 1 < end ? panel + panel_bytes : panel;
       if constexpr (is_short)
-        if (widens) widen<Dot>(panel, steps, wide.data());
+        if (widens) widen<Dot>(panel, steps, wide);
       for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
         some = (rows - row + blocks - block - 1) / (blocks - block);
         Epilogue own = epilogue;
         if (own.row_scales) own.row_scales += row;
         if (widens) {
-          const char* own_panel = reinterpret_cast<const char*>(wide.data());
+          const char* own_panel = reinterpret_cast<const char*>(wide);
           multiply_rows<Floats>(some, inputs + row * steps, own_panel, steps, own_panel, own, first, results);
         } else {
           // The first of several blocks of rows fetches the next panel; a single one what it needs itself soon.

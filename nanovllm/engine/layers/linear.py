@@ -102,7 +102,7 @@ class Linear(nn.Module):
         if quantization == "int8":
             self.layout, product = "int8", int8_product(self.weight, self.bias)
         else:
-            self.layout, product = fastest_layout(self.weight, self.bias)
+            self.layout, product = fastest_layout(self.weight, self.bias, deterministic=tile is not None)
         self.use_tile(tile)
         if isinstance(product, Panels):
             self.take_panels(product, deterministic=tile is not None)
@@ -143,12 +143,18 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not is_emulated(weight.dtype))
 
 
-def fastest_layout(weight: Tensor, bias: Tensor | None) -> tuple[Layout, Panels | Multiply | None]:
-    """The fastest layout of a weight [out, in] without a change of type, and what multiplies by it; None: as it is."""
-    if weight.numel() < _MIN_PACKED_ELEMENTS and not is_emulated(weight.dtype):
-        return "plain", None
-    if has_panels(weight.dtype, weight.device):
+def fastest_layout(
+    weight: Tensor, bias: Tensor | None, *, deterministic: bool = False
+) -> tuple[Layout, Panels | Multiply | None]:
+    """The fastest layout of a weight [out, in] without a change of type, and what multiplies by it; None: as it is.
+
+    With ``deterministic`` small weights are in panels too: the bits of a library's products depend on its threads.
+    """
+    is_small = weight.numel() < _MIN_PACKED_ELEMENTS and not is_emulated(weight.dtype)
+    if has_panels(weight.dtype, weight.device) and (deterministic or not is_small):
         return "panels", make_panels(weight, bias)
+    if is_small:
+        return "plain", None
     return ("packed", packed_multiply(weight, bias)) if can_pack(weight) else ("plain", None)
 
 
@@ -161,7 +167,7 @@ def choose_torch_layouts(module: nn.Module, *, deterministic: bool = False) -> N
         for layer in module.modules():
             if type(layer) is not nn.Linear:
                 continue
-            _, product = fastest_layout(layer.weight, layer.bias)
+            _, product = fastest_layout(layer.weight, layer.bias, deterministic=deterministic)
             if isinstance(product, Panels):
                 give_panels(layer, product, deterministic=deterministic)
             elif product is not None:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from nanovllm.errors import NanoVLLMError, ObjectForbidden, ObjectUnavailable, SystemicError, TransientError
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import FetchedImage, ObjectFetcher, ObjectHead
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.reader import FetchedImage, ObjectHead
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class BucketHolds:
     They were refused for one reason and asked for by this tenant, or by all tenants together: then the bucket is held
     back from each that was refused itself. A tenant's refusals so never hold up another that can read. One job of the
     tenant asks every ``PROBE_INTERVAL_S`` whether that has ended; the first answer that is no refusal ends it. Other
-    buckets go on. ``changed`` is told what is held back and why: from all jobs (there are no tenants), and from some.
+    buckets go on. A bucket is named with its scheme, ``s3://bucket``. ``changed`` is told what is held back and why:
+    from all jobs (there are no tenants), and from some.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class BucketHolds:
             self._by_bucket[bucket] = _Refusals()
         if was_held:
             if own is not None:
-                logger.info("s3://%s can be read again", bucket)
+                logger.info("%s can be read again", bucket)
             self._released.set()
             self._tell()
 
@@ -132,7 +134,7 @@ class BucketHolds:
 
 def _described(bucket: str, tenant: str, refusals: _Refusals) -> str:
     whom = f" from the jobs of tenant {tenant[:100]!r}" if tenant else ""
-    return f"s3://{bucket} is held back{whom}: {refusals.reason}"
+    return f"{bucket} is held back{whom}: {refusals.reason}"
 
 
 class BucketHeldError(Exception):
@@ -150,8 +152,8 @@ class WatchedFetcher:
 
     async def fetch(self, ref: ImageRef, *, held: FetchedImage | None = None, tenant: str = "") -> FetchedImage:
         """As `ObjectFetcher.fetch`. Raises BucketHeldError where the object's bucket is held back from ``tenant``."""
-        if ref.data is not None:
-            return await self._fetcher.fetch(ref)
+        if ref.data is not None or ref.is_http:
+            return await self._fetcher.fetch(ref, held=held)
         return await self._watch(ref, self._fetcher.fetch(ref, held=held), tenant)
 
     async def head(self, ref: ImageRef, tenant: str = "") -> ObjectHead:
@@ -159,7 +161,7 @@ class WatchedFetcher:
         return await self._watch(ref, self._fetcher.head(ref), tenant)
 
     async def _watch(self, ref: ImageRef, asked: Awaitable[T], tenant: str) -> T:
-        bucket, key = ref.bucket_and_key
+        bucket, key = ref.address.store, ref.address.key
         try:
             answer = await asked
         except (ObjectForbidden, ObjectUnavailable) as error:

@@ -16,8 +16,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from nanovllm.errors import NanoVLLMError
 from nanovllm.messages.job import ImageRef
+from nanovllm.messages.s3_uri import split_object_uri
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.vision.images.pool import DecoderPool
 from nanovllm.vision.images.preprocess import PreparedImage
 
@@ -209,7 +210,9 @@ class ImageCache:
 
 
 def _stored(prepared: PreparedImage, image: FetchedImage) -> PreparedImage:
-    """``prepared`` with the place of its file, which an equal file of another job may not have."""
+    """``prepared`` with the place of its file in S3, which an equal file of another job may not have."""
     if prepared.file is None or not prepared.file.is_original or image.uri is None or image.version_id is None:
+        return prepared
+    if split_object_uri(image.uri) is None:
         return prepared
     return replace(prepared, stored_at=(image.uri, image.version_id))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from nanovllm.engine.backends.base import Request
 from nanovllm.messages.document_record import DocumentRecord
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.admission.tenant_shares import CHARS_PER_TOKEN, TokenRates
 from nanovllm.pipeline.consuming.crash_guard import CrashGuard

@@ -9,7 +9,7 @@ from functools import partial
 
 from nanovllm.engine.backends.base import EngineBackend
 from nanovllm.messages.job import ImageRef
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
 from nanovllm.pipeline.failure.bucket_holds import BucketHeldError, BucketHolds
 from nanovllm.pipeline.failure.circuit_breaker import CircuitBreaker
@@ -18,6 +18,7 @@ from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.retry import Retry, gather
 
 OBJECT_STORE = "object store"
+IMAGE_HOST = "image host"
 
 
 class Fetch:
@@ -55,7 +56,7 @@ class Fetch:
             return []
         progress, tenant, reservation = admitted.context.progress, admitted.context.tenant, admitted.reservation
         objects = [ref for ref in admitted.refs if ref.data is None]
-        buckets = {ref.bucket_and_key[0] for ref in objects}
+        buckets = {ref.address.store for ref in objects if not ref.is_http}
         pixels = decoded_bytes(self._engine.image_transform, len(admitted.refs))
         while True:
             if any(self._holds.is_held(bucket, tenant) for bucket in buckets):
@@ -100,7 +101,10 @@ class Fetch:
         slots, progress = asyncio.Semaphore(at_once), admitted.context.progress
         return await gather(
             self._retry(
-                partial(self._read, ref, admitted, slots), OBJECT_STORE, progress, max_attempts=self._max_attempts
+                partial(self._read, ref, admitted, slots),
+                IMAGE_HOST if ref.is_http else OBJECT_STORE,
+                progress,
+                max_attempts=self._max_attempts,
             )
             for ref in admitted.refs
         )
@@ -109,4 +113,6 @@ class Fetch:
         context = admitted.context
         fetch = partial(self._images.fetch, ref, context.salt, context.tenant, may_reuse=admitted.reuses_images)
         async with slots:
+            if ref.is_http:
+                return await fetch()  # a host that fails says nothing about the store, nor about other hosts
             return await self._breaker.call(ref.identity, fetch)

@@ -6,7 +6,8 @@ from datetime import datetime
 
 from nanovllm.engine.outputs import ModelInfo
 from nanovllm.errors import ObjectChanged, ObjectMissing, ObjectNotFound
-from nanovllm.objects.fetch import FetchedImage, ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.documents.sidecars import Sidecars
 from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.ask_store import AskStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.stages.admit import AdmittedJob
 from nanovllm.pipeline.stages.caches import ImageCache
 from nanovllm.pipeline.stages.retry import Retry, gather

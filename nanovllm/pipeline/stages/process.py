@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from nanovllm.messages.job import Job
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.stages.admit import AdmittedJob

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nanovllm.messages.document_record import DocumentRecord
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.events.event import ObjectEvent
 from nanovllm.pipeline.stages.admit import AdmittedJob

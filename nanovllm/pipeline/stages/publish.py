@@ -10,7 +10,7 @@ from nanovllm.kafka.records import OutgoingRecord
 from nanovllm.messages.job import Job
 from nanovllm.messages.result import Result
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.stages.context import Answered, DeadLettered, Inference, JobContext, Outcome
 from nanovllm.pipeline.stages.failure import DeadLetterLimit, Failure

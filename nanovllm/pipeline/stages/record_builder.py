@@ -30,7 +30,7 @@ from nanovllm.messages.result import (
     TokenLogprobs,
     result_id_for,
 )
-from nanovllm.objects.fetch import FetchedImage
+from nanovllm.objects.reader import FetchedImage
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
 from nanovllm.pipeline.consuming.retry_topics import RetryTopics
 from nanovllm.pipeline.stages.context import Inference, JobContext, dead_letter_class

@@ -46,7 +46,8 @@ class Retry:
                 elif failures >= max_attempts:
                     raise
                 self._metrics.retries.labels(progress.current_stage).inc()
-                await asyncio.sleep(self._backoff.wait_s(failures))
+                asked_s = error.retry_after_s if isinstance(error, TransientError) else 0.0
+                await asyncio.sleep(max(self._backoff.wait_s(failures), asked_s))
             else:
                 self._faults.clear(part)
                 return value

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from nanovllm.errors import InvalidEvent, ObjectNotFound
 from nanovllm.messages.job import ImageRef
 from nanovllm.messages.validation import describe_errors
-from nanovllm.objects.fetch import ObjectHead
+from nanovllm.objects.reader import ObjectHead
 from nanovllm.objects.versions import lasting_version
 from nanovllm.pipeline.admission.admission import Reservation
 from nanovllm.pipeline.documents.extraction import DocumentSource
@@ -105,9 +105,9 @@ class RouteEvent:
         if (ref.version_id or ref.etag) and not self._routes.needs_head(bucket, key):
             return None
         while True:
-            if self._holds.is_held(bucket, context.tenant):
+            if self._holds.is_held(ref.address.store, context.tenant):
                 with reservation.without_slot():
-                    await self._holds.wait([bucket], context.tenant)
+                    await self._holds.wait([ref.address.store], context.tenant)
             try:
                 return await self._ask(ref.identity, lambda: self._fetcher.head(ref, context.tenant), context.progress)
             except ObjectNotFound as missing:
