@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from openai_server import OpenAIServer
-from parts import S3Part
+from parts import S3Part, eventually
 from world import World
 
 from nanovllm.demo.child_process import LocalProcess, free_port, read_loopback
@@ -121,13 +121,20 @@ async def check_that_it_answers(
         ((result,),) = world.results.values()
         expected = sample.answer if variant == "cpu" else sample.prompt.partition("<")[0].lower().strip()
         assert result.text.lower().startswith(expected.lower())
-        assert read_loopback(f"http://127.0.0.1:{port}/readyz")
+        await eventually(lambda: is_ready(port), why="the worker answers jobs and is not ready")
         check_that_it_is_confined(container.pid, compiled=variant == "cpu")
         assert await asyncio.to_thread(process.stop, 60) == 0, process.tail(30)
         assert await world.lag() == 0
         log = process.log.read_text()
         assert "Traceback" not in log
         assert "Read-only file system" not in log
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return bool(read_loopback(f"http://127.0.0.1:{port}/readyz"))
+    except OSError:
+        return False
 
 
 def check_that_it_is_confined(pid: int, *, compiled: bool) -> None:
