@@ -30,6 +30,7 @@ from nanovllm.pipeline.consuming.assignments import Assignments
 from nanovllm.pipeline.consuming.delayed_partitions import DelayedPartitions
 from nanovllm.pipeline.consuming.fair_poll import FairPoll
 from nanovllm.pipeline.consuming.partition import ConsumedRecord
+from nanovllm.pipeline.consuming.topic_shares import TopicSharesAssignor
 from nanovllm.pipeline.consuming.topic_watch import INTERVAL_S, TopicWatch
 from nanovllm.settings.kafka import KafkaSettings
 
@@ -147,7 +148,7 @@ class JobSource(ConsumerRebalanceListener):
         """
         consumer = AIOKafkaConsumer(
             **consumer_kwargs(self._settings, drain_timeout_s=self._drain_timeout_s),
-            partition_assignment_strategy=(StickyPartitionAssignor,),
+            partition_assignment_strategy=(TopicSharesAssignor, StickyPartitionAssignor),
         )
         pace_metadata(consumer._client)
         self._unanswered = Unanswered(consumer._client)
