@@ -273,7 +273,8 @@ def test_commands_that_work_long_show_it(
         with long_work(what, total) as show:
             yield show
 
-    for module in ("main", "sending", "dlq", "run", "ask", "diagnostics"):
+    monkeypatch.setattr("nanovllm.terminal.long_work", recorded)
+    for module in ("main", "sending", "dlq", "run", "diagnostics"):
         monkeypatch.setattr(f"nanovllm.cli.{module}.long_work", recorded)
     monkeypatch.setenv("NANOVLLM_ENGINE__BACKEND", "native")
     monkeypatch.setenv("NANOVLLM_ENGINE__MODEL", str(tmp_path / "none"))
