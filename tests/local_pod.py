@@ -80,7 +80,7 @@ class LocalPod:
             "KUBERNETES_SERVICE_PORT": str(self._server.port),
         }
         if credentials := places.get(CREDENTIALS):
-            own["NANOVLLM_KUBERNETES__CREDENTIALS"] = credentials
+            own["NANOVLLM_KUBERNETES__SERVICE_ACCOUNT_FOLDER"] = credentials
         command = [_moved(_expanded(text, variables), places) for text in self._command(container)]
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "KILL", "--", *command]

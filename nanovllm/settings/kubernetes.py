@@ -20,7 +20,7 @@ class KubernetesSettings(SettingsModel):
     )
     pod_deletion_cost_every_s: Seconds = Field(10.0, description="Least seconds between two changes of the annotation.")
     pod_name: str | None = Field(None, min_length=1, description="Name of the pod; unset: the host's name.")
-    credentials: Path = Field(
+    service_account_folder: Path = Field(
         Path("/var/run/secrets/kubernetes.io/serviceaccount"),
         description="Folder with `token`, `ca.crt` and `namespace` of the pod's ServiceAccount. The address of the API "
         "server is in `KUBERNETES_SERVICE_HOST` and `KUBERNETES_SERVICE_PORT`, which Kubernetes sets.",

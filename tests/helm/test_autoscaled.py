@@ -151,10 +151,10 @@ def test_a_pod_may_write_its_own_deletion_cost_alone(
         first, second = names = listed()
         for pod in core.list_namespaced_pod(namespace).items:
             write_credentials(core, pod, tmp_path / pod.metadata.name)
-        own = [OwnPod(KubernetesSettings(pod_name=name, credentials=tmp_path / name)) for name in names]
+        own = [OwnPod(KubernetesSettings(pod_name=name, service_account_folder=tmp_path / name)) for name in names]
         # The API server learns of a new Role and a new policy within a second or two.
         wait_for(lambda: has_set(own[0], 3), "the Role does not let a pod write its own cost")
-        stranger = OwnPod(KubernetesSettings(pod_name=second, credentials=tmp_path / first))
+        stranger = OwnPod(KubernetesSettings(pod_name=second, service_account_folder=tmp_path / first))
         wait_for(lambda: not has_set(stranger, 9), "the policy lets a pod write another's cost")
         own[1].set_deletion_cost(1)
         annotated = core.read_namespaced_pod(first, namespace).metadata.annotations

@@ -51,7 +51,7 @@ async def test_a_failure_is_logged_and_tried_again(caplog: pytest.LogCaptureFixt
 
 
 def test_outside_of_a_pod_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pod = OwnPod(KubernetesSettings(credentials=tmp_path))
+    pod = OwnPod(KubernetesSettings(service_account_folder=tmp_path))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(OSError, match="KUBERNETES_SERVICE_HOST is not set"):
         pod.set_deletion_cost(1)

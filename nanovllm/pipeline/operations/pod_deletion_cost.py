@@ -30,7 +30,7 @@ class OwnPod:
     """The pod of this process at the API server, asked with the token of its ServiceAccount."""
 
     def __init__(self, settings: KubernetesSettings) -> None:
-        self._credentials = settings.credentials
+        self._folder = settings.service_account_folder
         self._name = settings.pod_name or socket.gethostname()
 
     def set_deletion_cost(self, cost: int) -> None:
@@ -46,13 +46,13 @@ class OwnPod:
         if not host:
             raise OSError("KUBERNETES_SERVICE_HOST is not set: this is no pod")
         token, namespace = (
-            (self._credentials / name).read_text(encoding="utf-8").strip()  # read again: tokens are renewed
+            (self._folder / name).read_text(encoding="utf-8").strip()  # read again: tokens are renewed
             for name in ("token", "namespace")
         )
         path = f"/api/v1/namespaces/{quote(namespace, safe='')}/pods/{quote(self._name, safe='')}/status"
         body = json.dumps({"metadata": {"annotations": {ANNOTATION: str(cost)}}})
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/merge-patch+json"}
-        context = ssl.create_default_context(cafile=str(self._credentials / "ca.crt"))
+        context = ssl.create_default_context(cafile=str(self._folder / "ca.crt"))
         connection = HTTPSConnection(host, int(port), timeout=REQUEST_TIMEOUT_S, context=context)
         try:
             connection.request("PATCH", path, body, headers)
