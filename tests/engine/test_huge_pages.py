@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,21 @@ from nanovllm.engine.attention.cpu_paged import PagedCpuAttention
 from nanovllm.engine.layers import huge_pages
 
 MIB = 1 << 20
+IN_THE_HEAP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from nanovllm.engine.layers import huge_pages
+from test_huge_pages import MIB, asks_for_them
+
+torch.ones(6 * MIB)  # freed: from now on glibc takes pieces of less than 24 MiB from its heap
+pieces = [torch.ones(5 * MIB) for _ in range(6)]
+last = torch.ones(MIB)  # so that what is freed below it stays the heap's
+del pieces
+with huge_pages.for_new_memory():
+    weight = torch.ones(16 * MIB)
+print(asks_for_them(weight))
+"""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
 
@@ -61,6 +77,14 @@ def test_what_is_kept_of_a_block_s_memory_asks_for_huge_pages() -> None:
         weight = torch.ones(16 * MIB)  # 64 MiB
     assert weight.sum() == before.sum() == 16 * MIB
     assert asks_for_them(weight)
+
+
+@pytest.mark.skipif(not can_have_them(), reason="this system has no huge pages")
+def test_what_lies_in_a_free_part_of_the_heap_asks_for_huge_pages() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_HEAP, str(Path(__file__).parent)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "True"
 
 
 def test_memory_that_cannot_be_looked_at_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ def for_new_memory() -> Iterator[None]:
     before = _mappings()
     yield
     # Parsed afterwards: the objects of parsing can start a garbage collection, which frees what is taken for old here.
-    found = _large(_mappings()) - _large(before)
+    # malloc's heap is never old: what is new can lie in what was free of it.
+    found = _large(_mappings()) - _large(before, with_heap=False)
     for start, end in found:
         _advise(start, end, _HUGEPAGE)
     if found:
@@ -83,12 +84,13 @@ def _mappings() -> str:
         return ""
 
 
-def _large(mappings: str) -> set[tuple[int, int]]:
+def _large(mappings: str, *, with_heap: bool = True) -> set[tuple[int, int]]:
     """First and last address of the large private anonymous ones of a process's mappings."""
     found: set[tuple[int, int]] = set()
     for line in mappings.splitlines():
         addresses, rights, _, _, inode, *_ = line.split()
         start, end = (int(address, 16) for address in addresses.split("-"))
-        if rights == "rw-p" and inode == "0" and end - start >= _WORTH_IT:
+        is_wanted = rights == "rw-p" and inode == "0" and (with_heap or not line.endswith("[heap]"))
+        if is_wanted and end - start >= _WORTH_IT:
             found.add((start, end))
     return found
