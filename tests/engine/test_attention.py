@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import flash_attn_reference
+import own_cache
 import pytest
 import torch
 import torch.nn.functional as F
@@ -330,4 +331,4 @@ def test_kernels_for_a_lesser_cpu_compile_anew_and_pass_the_same_tests(tmp_path:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout
-    assert len(list((tmp_path / "nanovllm").glob("cpu-*.so"))) == 1
+    assert len(list((tmp_path / own_cache.NAME / "nanovllm").glob("cpu-*.so"))) == 1
