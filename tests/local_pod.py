@@ -81,7 +81,7 @@ class LocalPod:
         }
         if credentials := places.get(CREDENTIALS):
             own["NANOVLLM_KUBERNETES__SERVICE_ACCOUNT_FOLDER"] = credentials
-        command = [_moved(_expanded(text, variables), places) for text in self._command(container)]
+        command = self._command(container, lambda text: _moved(_expanded(text, variables), places))
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "KILL", "--", *command]
         return LocalProcess(
@@ -97,10 +97,11 @@ class LocalPod:
         """The file of what ``container`` prints."""
         return self._directory / f"{container}.log"
 
-    def _command(self, container: client.V1Container) -> list[str]:
+    def _command(self, container: client.V1Container, outside: Callable[[str], str]) -> list[str]:
+        """The command line; ``outside`` says what a word of the container means here, as the image's program does."""
         program, *arguments = container.command or ["nanovllm"]
         known = {"nanovllm": self._image, "python": (sys.executable,), "python3": (sys.executable,)}
-        return [*known.get(program, (program,)), *arguments, *(container.args or ())]
+        return [*known.get(program, (outside(program),)), *map(outside, [*arguments, *(container.args or ())])]
 
     def _places(self, container: client.V1Container) -> dict[str, str]:
         """The folder or file of each mount, by its path in the container."""
