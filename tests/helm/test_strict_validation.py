@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tests.helm.test_chart import VALUE_FILES, VALUES
 pytestmark = [pytest.mark.k8s, pytest.mark.timeout(280)]
 
 CRDS = Path(__file__).with_name("operator_crds.yaml")
+NAMESPACE = "strict-validation"
 STRICTLY = {"dryRun": "All", "fieldValidation": "Strict"}
 Create = Callable[[dict[str, Any]], Any]
 
@@ -43,20 +43,20 @@ def create(api: client.ApiClient) -> Create:
     definitions = list(yaml.safe_load_all(CRDS.read_text(encoding="utf-8")))
     for document in definitions:
         define(client.ApiextensionsV1Api(api), document)
-    for name in ("ns", "streaming"):
-        with suppress(ApiException):  # another test has made it
-            client.CoreV1Api(api).create_namespace({"metadata": {"name": name}})
+    client.CoreV1Api(api).create_namespace({"metadata": {"name": NAMESPACE}})
     dynamic = DynamicClient(api)
 
     def dry_run(document: dict[str, Any]) -> Any:
         kind = dynamic.resources.get(api_version=document["apiVersion"], kind=document["kind"])
-        namespace = document["metadata"].get("namespace") if kind.namespaced else None
-        return kind.create(body=document, namespace=namespace, query_params=list(STRICTLY.items()))
+        # Where no other test has put one of the same name.
+        place = {"namespace": NAMESPACE} if kind.namespaced else {}
+        body = document | {"metadata": document["metadata"] | place}
+        return kind.create(body=body, query_params=list(STRICTLY.items()), **place)
 
     def is_strict(definition: dict[str, Any]) -> bool:
         spec = definition["spec"]
         version = f"{spec['group']}/{spec['versions'][0]['name']}"
-        wrong = {"apiVersion": version, "kind": spec["names"]["kind"], "metadata": {"name": "a", "namespace": "ns"}}
+        wrong = {"apiVersion": version, "kind": spec["names"]["kind"], "metadata": {"name": "a"}}
         try:
             dry_run(wrong | {"spec": {"unknown": 1}})
         except (ApiException, ResourceNotFoundError) as error:
