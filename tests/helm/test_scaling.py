@@ -83,8 +83,7 @@ async def test_the_idle_worker_goes_first_though_it_is_the_older_one(
     world = World(kafka_broker, s3, tmp_path, {})
     await world.create_topics()
     await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
-    # Without retry topics: the assignor balances partitions of all topics, and may give one worker all of the jobs'.
-    settings = {"kubernetes": {"pod_deletion_cost_every_s": 0.5}, "retries": {"delays_s": []}}
+    settings = {"kubernetes": {"pod_deletion_cost_every_s": 0.5}}
     more = {"settings": settings, "podDeletionCost": {"enabled": True}}
     values = slow_workers(world, "at_least_once", tmp_path, 8.0, keda={"enabled": False}, replicaCount=1, **more)
     with (
