@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, Self
 
 from nanovllm.errors import (
     ConfigurationError,
     DocumentTooLarge,
-    FetchFailed,
     ForbiddenKey,
     ForbiddenUri,
     ImageTooLarge,
@@ -23,7 +21,7 @@ from nanovllm.messages.job import ImageRef
 from nanovllm.messages.s3_uri import ObjectAddress, split_prefix
 from nanovllm.objects.boto3_reader import Boto3Reader
 from nanovllm.objects.http_images import HttpImages
-from nanovllm.objects.reader import FetchedImage, ObjectHead, ObjectReader, SizeLimit
+from nanovllm.objects.reader import FetchedImage, ObjectHead, ObjectReader, SizeLimit, connection_within
 from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.settings.s3 import S3Settings
 
@@ -145,13 +143,15 @@ class ObjectFetcher:
             return self.checked(ref, FetchedImage(ref.data, hashlib.sha256(ref.data).hexdigest()))
         if ref.is_http:
             return self.checked(ref, await self._http.fetch(ref, held=held))
-        async with self._connection(f"the object was not read within {self._timeout_s:g} s"):
+        timed_out = f"the object was not read within {self._timeout_s:g} s"
+        async with connection_within(self._connections, self._timeout_s, timed_out):
             return self.checked(ref, await self._reader(ref).read(ref, held, self._limit))
 
     async def head(self, ref: ImageRef) -> ObjectHead:
         """What the store says of an object now, whatever entity tag ``ref`` names. Raises as ``fetch``."""
         self.check(ref)
-        async with self._connection(f"the store said nothing of the object within {self._timeout_s:g} s"):
+        timed_out = f"the store said nothing of the object within {self._timeout_s:g} s"
+        async with connection_within(self._connections, self._timeout_s, timed_out):
             return await self._reader(ref).head(ref)
 
     def checked(self, ref: ImageRef, image: FetchedImage) -> FetchedImage:
@@ -179,15 +179,3 @@ class ObjectFetcher:
 
     def _reader(self, ref: ImageRef) -> ObjectReader:
         return self._readers[ref.address.scheme]
-
-    @asynccontextmanager
-    async def _connection(self, timed_out: str) -> AsyncIterator[None]:
-        """One of the connections, for ``object_timeout_s`` at most. Raises FetchFailed, ``timed_out``, after that."""
-        async with self._connections:
-            try:
-                async with asyncio.timeout(self._timeout_s) as limit:
-                    yield
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                raise FetchFailed(timed_out) from None

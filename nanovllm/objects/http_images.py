@@ -36,7 +36,7 @@ from nanovllm.messages.http_uri import HttpUri, parse_http_uri, without_secrets
 from nanovllm.messages.job import ImageRef
 from nanovllm.objects.daemon_threads import DaemonThreads
 from nanovllm.objects.public_addresses import Network, is_allowed
-from nanovllm.objects.reader import FetchedImage, SizeLimit
+from nanovllm.objects.reader import FetchedImage, SizeLimit, connection_within
 from nanovllm.settings.http_images import AllowedHost, HttpImageSettings
 
 MAX_REDIRECTS = 3
@@ -97,15 +97,11 @@ class HttpImages:
             ForbiddenHost, ObjectNotFound, ObjectForbidden, ObjectChanged, ImageTooLarge, UrlRefused: for good.
             FetchFailed: worth another attempt, after ``retry_after_s`` at the earliest.
         """
-        async with self._connections:
-            exchange, longest_s = _Exchange(), self._settings.image_timeout_s
+        exchange, longest_s = _Exchange(), self._settings.image_timeout_s
+        timed_out = f"the image was not read within {longest_s:g} s"
+        async with connection_within(self._connections, longest_s, timed_out):
             try:
-                async with asyncio.timeout(longest_s) as limit:
-                    return await self._threads.run(lambda: self._read(ref, held, exchange))
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                raise FetchFailed(f"the image was not read within {longest_s:g} s") from None
+                return await self._threads.run(lambda: self._read(ref, held, exchange))
             finally:
                 exchange.abandon()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -78,6 +80,19 @@ class ObjectReader(Protocol):
 
     def close(self) -> None:
         """Close idle connections."""
+
+
+@asynccontextmanager
+async def connection_within(connections: asyncio.Semaphore, seconds: float, timed_out: str) -> AsyncIterator[None]:
+    """One of ``connections``, for so many seconds once it is free. Raises FetchFailed, ``timed_out``, after them."""
+    async with connections:
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise FetchFailed(timed_out) from None
 
 
 def needs_probe(said: NanoVLLMError) -> bool:
