@@ -16,7 +16,7 @@ from chaos.checker import ANSWER, Expectation, Ledger, broken_promises
 from control_plane import secret, wait_for
 from helm_python.chart import Chart
 from kubernetes import client
-from parts import unique_name
+from parts import create_topic, unique_name
 from world import PARTITIONS, World
 
 from nanovllm.demo.child_process import free_port
@@ -30,6 +30,7 @@ SLOW_WORKER = (sys.executable, str(Path(__file__).with_name("slow_worker.py")))
 OPERATOR_KINDS = Path(__file__).parent / "helm" / "operator_crds.yaml"
 WORK_S = 0.1
 SEATS = 4
+RETRY_DELAY_S = 1
 TRANSACTION_JOBS = 20
 
 
@@ -60,7 +61,7 @@ def slow_workers(world: World, delivery: str, attempts: Path, work_s: float = WO
         "settings": {
             "delivery": delivery,
             "engine": {"backend": "echo", "max_num_seqs": SEATS},
-            "retries": {"delays_s": [1]},
+            "retries": {"delays_s": [RETRY_DELAY_S]},
             "kafka": {"session_timeout_ms": 6_000, "heartbeat_interval_ms": 500},
             # A narrow window: jobs wait in Kafka, where KEDA counts them, and are many times as many as are in hand.
             "admission": {"drain_timeout_s": 10, "max_jobs": 2 * SEATS},
@@ -73,6 +74,12 @@ def slow_workers(world: World, delivery: str, attempts: Path, work_s: float = WO
         ],
     }
     return merged(merged(values_of(world), own), more)
+
+
+async def create_topics_of_slow_workers(world: World) -> None:
+    """The topics of ``world``, and the retry topic that `slow_workers` names."""
+    await world.create_topics()
+    await create_topic(world.bootstrap_servers, f"{world.topics.jobs}.retry-{RETRY_DELAY_S}s")
 
 
 def rendered(chart_path: Path, values: Values, namespace: str) -> list[Object]:
@@ -236,7 +243,7 @@ class Load:
         Lag counts as KEDA counts it: the log's end, markers of transactions included, without the committed offset.
         """
         await asyncio.sleep(1)  # for an answer that comes twice
-        topics = [self._world.topics.jobs, f"{self._world.topics.jobs}.retry-1s"]
+        topics = [self._world.topics.jobs, f"{self._world.topics.jobs}.retry-{RETRY_DELAY_S}s"]
         lags = {number: await self._world.lag(topic) for number, topic in enumerate(topics)}
         report = self.outcomes.check(lags)
         return {kind: report[kind] for kind in broken_promises(report, delivery)}

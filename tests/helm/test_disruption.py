@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_release import SLOW_WORKER, Load, Values, slow_workers
+from chart_release import SLOW_WORKER, Load, Values, create_topics_of_slow_workers, slow_workers
 from control_plane import ready_workers, until
 from helm_python import Config
 from kubelet import Kubelet
 from kubernetes import client
-from parts import S3Part, create_topic
+from parts import S3Part
 from world import World
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
@@ -44,8 +44,7 @@ class Release:
     @asynccontextmanager
     async def loaded(self, values: Values, nodes: tuple[str, ...] = ()) -> AsyncIterator[tuple[Config, Kubelet, Load]]:
         """Helm, the kubelet and the load, once every worker is ready and some jobs are answered."""
-        await self.world.create_topics()
-        await create_topic(self.world.bootstrap_servers, f"{self.world.topics.jobs}.retry-1s")
+        await create_topics_of_slow_workers(self.world)
         with (
             Config(kubeconfig_path=self.kubeconfig, namespace=self.namespace) as helm,
             Kubelet(self.api, self.namespace, self.folder / "pods", image=SLOW_WORKER, nodes=nodes) as kubelet,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_release import SLOW_WORKER, Load, slow_workers
+from chart_release import SLOW_WORKER, Load, create_topics_of_slow_workers, slow_workers
 from control_plane import lags_by_keda, ready_workers, replicas, until, workers
 from helm_python import Config
 from kubelet import Kubelet
 from kubernetes import client
-from parts import S3Part, create_topic
+from parts import S3Part
 from world import World
 
 pytestmark = [pytest.mark.k8s, pytest.mark.kafka, pytest.mark.timeout(280)]
@@ -41,8 +41,7 @@ async def test_replicas_follow_the_lag_from_none_to_four_and_back_and_no_job_is_
     tmp_path: Path,
 ) -> None:
     world = World(kafka_broker, s3, tmp_path, {})
-    await world.create_topics()
-    await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
+    await create_topics_of_slow_workers(world)
 
     def are_most() -> bool:
         return len(ready_workers(api, namespace)) == MOST
@@ -81,8 +80,7 @@ async def test_the_idle_worker_goes_first_though_it_is_the_older_one(
     tmp_path: Path,
 ) -> None:
     world = World(kafka_broker, s3, tmp_path, {})
-    await world.create_topics()
-    await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
+    await create_topics_of_slow_workers(world)
     settings = {"kubernetes": {"pod_deletion_cost_every_s": 0.5}}
     more = {"settings": settings, "podDeletionCost": {"enabled": True}}
     values = slow_workers(world, "at_least_once", tmp_path, 8.0, keda={"enabled": False}, replicaCount=1, **more)
@@ -135,8 +133,7 @@ async def test_without_keda_an_hpa_follows_the_work_that_waits(
     tmp_path: Path,
 ) -> None:
     world = World(kafka_broker, s3, tmp_path, {})
-    await world.create_topics()
-    await create_topic(kafka_broker, f"{world.topics.jobs}.retry-1s")
+    await create_topics_of_slow_workers(world)
 
     def are_most() -> bool:
         return len(ready_workers(api, namespace)) == MOST
