@@ -6,6 +6,7 @@ fencing and read_committed work with aiokafka. Its limits:
 - it writes its snapshots behind the traffic, so a crash of the broker loses the last second;
 - it never enforces session timeouts: a killed member keeps its partitions, and no other one gets them, until a member
   leaves the group in its name or the broker restarts; it ignores ``transaction_timeout_ms``;
+- a second member that joins a running group may wait for its partitions for minutes: one worker a group;
 - offset commits during a rebalance fail;
 - it knows no TLS and no SCRAM.
 """

@@ -14,7 +14,10 @@ from world import World
 
 from nanovllm.demo.child_process import LocalProcess
 
-pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two replicas need two cores")
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two replicas need two cores"),
+]
 
 START_S, READ_S = 120.0, 120.0
 SETTINGS = {"NANOVLLM_WORKER_ID": "host", "NANOVLLM_KAFKA__GROUP_INSTANCE_ID": "seat"}
@@ -60,8 +63,8 @@ async def read(world: World, names: set[str]) -> None:
             assert time.monotonic() < deadline, f"without an answer: {sorted(names - world.results.keys())}"
 
 
-async def test_replicas_share_cores_and_jobs_and_lose_none_when_one_is_killed(embedded_broker, s3, tmp_path: Path):
-    world = World(embedded_broker, s3, tmp_path, SETTINGS)
+async def test_replicas_share_cores_and_jobs_and_lose_none_when_one_is_killed(kafka_broker, s3, tmp_path: Path):
+    world = World(kafka_broker, s3, tmp_path, SETTINGS)
     await world.create_topics()
     parent = world.worker("replicas", "--replicas", "2")
     parent.start()

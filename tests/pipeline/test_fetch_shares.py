@@ -16,25 +16,31 @@ from hypothesis import strategies as st
 
 from nanovllm.engine.backends.echo import EchoEngine
 from nanovllm.objects.fetch import ObjectFetcher
-from nanovllm.objects.reader import FetchedImage
+from nanovllm.objects.s3_client import make_reading_client
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.fetch_shares import TIMES_FREE, FetchShares
+from nanovllm.settings.s3 import S3Settings
 from nanovllm.settings.tenants import TenantSettings
 
 MIB = 2**20
 
 
-class SlowStore(ObjectFetcher):
-    """Objects whose keys begin with ``slow`` come only when ``opened``; each keeps its thread and connection."""
+class SlowObjects:
+    """A client of S3 that gets objects whose keys begin with ``slow`` only when ``opened``; each keeps its thread."""
 
-    opened = threading.Event()
-    slow = 0
+    def __init__(self, settings: S3Settings) -> None:
+        self._client = make_reading_client(settings)
+        self.opened = threading.Event()
+        self.slow = 0
 
-    def _read(self, ref: Any, *others: Any) -> FetchedImage:
-        if ref.bucket_and_key[1].startswith("slow"):
+    def get_object(self, **request: Any) -> Any:
+        if request["Key"].startswith("slow"):
             self.slow += 1
             self.opened.wait(60)
-        return super()._read(ref, *others)
+        return self._client.get_object(**request)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
 
 
 @pytest.mark.parametrize("images_each", [1, 6], ids=["one object", "more objects than connections"])
@@ -45,8 +51,8 @@ async def test_slow_objects_of_one_tenant_hold_no_other_tenants_jobs(
     s3 = bench.settings.s3.model_copy(update={"max_connections": 4, "allow": ("s3://images",)})
     pictures = bench.settings.images.model_copy(update={"max_bytes": MIB})
     admission = bench.settings.admission.model_copy(update={"max_jobs": 4, "max_bytes": 7 * MIB})
-    store = SlowStore(s3, max_bytes=MIB)
-    store.opened = threading.Event()
+    objects = SlowObjects(s3)
+    fetcher = ObjectFetcher(s3, max_bytes=MIB, client_factory=lambda _: objects)
     tenants = TenantSettings(header="tenant")
     prompt = "<|image|>" * images_each
     try:
@@ -54,18 +60,18 @@ async def test_slow_objects_of_one_tenant_hold_no_other_tenants_jobs(
             uris = [images(f"slow-{number}-{image}.png", png()) for image in range(images_each)]
             job = {"job_id": f"slow-{number}", "prompt": prompt, "images": uris}
             await bench.send(job, headers=[("tenant", b"slow")])
-        async with bench.working(EchoEngine(), store, s3=s3, images=pictures, admission=admission, tenants=tenants):
-            await eventually(lambda: store.slow >= 3)
+        async with bench.working(EchoEngine(), fetcher, s3=s3, images=pictures, admission=admission, tenants=tenants):
+            await eventually(lambda: objects.slow >= 3)
             for number in range(10):
                 job = {"job_id": f"quick-{number}", "prompt": "<|image|>", "images": [images("quick.png", png())]}
                 await bench.send(job, headers=[("tenant", b"quick")])
             assert set(await bench.results(10)) == {f"quick-{number}" for number in range(10)}
-            assert store.slow == 3, "three quarters of the connections"
-            store.opened.set()
+            assert objects.slow == 3, "three quarters of the connections"
+            objects.opened.set()
             assert len(await bench.results(30)) == 30
             await eventually(lambda: reached(bench, 30))
     finally:
-        store.opened.set()
+        objects.opened.set()
 
 
 @asynccontextmanager
