@@ -46,6 +46,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         f"kafkaTopics.partitions {TOO_SMALL}",
         "lower the most workers",
     ),
+    "fewer_partitions_of_topics_made_elsewhere_than_workers": (
+        {"kafkaTopics": {"partitions": 4}},
+        f"kafkaTopics.partitions {TOO_SMALL}",
+        "lower the most workers",
+    ),
     "fewer_partitions_than_workers_without_keda": (
         {"kafkaTopics": TOPICS | {"partitions": 2}, "keda": {"enabled": False}, "replicaCount": 3},
         "kafkaTopics.partitions (2) is below the most workers (3)",

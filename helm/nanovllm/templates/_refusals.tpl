@@ -63,13 +63,9 @@
 {{- end }}
 {{- end }}
 {{- $most := include "nanovllm.mostWorkers" . | int }}
-{{- $told := dict "keda.partitions" (get .Values.keda "partitions") }}
-{{- if .Values.kafkaTopics.enabled }}
-{{- $_ := set $told "kafkaTopics.partitions" .Values.kafkaTopics.partitions }}
-{{- end }}
-{{- range $name, $partitions := $told }}
-{{- if and $partitions (lt (int $partitions) $most) (not $.Values.keda.allowIdleConsumers) }}
-{{- fail (printf "%s (%d) is below the most workers (%d): a partition has one worker, and the others would idle. Raise it, or lower the most workers" $name (int $partitions) $most) }}
+{{- with .Values.kafkaTopics.partitions }}
+{{- if and (lt (int .) $most) (not $.Values.keda.allowIdleConsumers) }}
+{{- fail (printf "kafkaTopics.partitions (%d) is below the most workers (%d): a partition has one worker, and the others would idle. Raise it, or lower the most workers" (int .) $most) }}
 {{- end }}
 {{- end }}
 {{- if gt (default 1 .Values.settings.replicas | int) 1 }}
