@@ -262,10 +262,62 @@ void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64
     multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, ahead, epilogue, output, results);
 }
 
-// A panel as it is multiplied, in floats [steps, 48].
+// For many rows a panel is cut into blocks of so many steps, whose floats for one pass stay in a core's first cache.
+constexpr int64_t kBlockSteps = 192;
+constexpr int64_t kBlockVectors = vectors_at_once<Floats, kRows>();  // of a pass
+
+// So many steps of a panel in floats [passes, steps, kBlockVectors * kWidth].
 template <typename Dot>
 void widen(const char* panel, int64_t steps, float* wide) {
-  for (int64_t i = 0; i < steps * kVectors; ++i) store(wide + i * kWidth, Dot::weights(panel + i * Dot::kBytes));
+  for (int64_t pass = 0; pass < kVectors; pass += kBlockVectors)
+    for (int64_t step = 0; step < steps; ++step)
+      for (int64_t v = pass; v < pass + kBlockVectors; ++v, wide += kWidth)
+        store(wide, Dot::weights(panel + (step * kVectors + v) * Dot::kBytes));
+}
+
+// Adds to sums [R, 48] the products of R rows of inputs, `stride` apart, with what `widen` made.
+template <int64_t R>
+void add_products(const int32_t* inputs, int64_t stride, const float* wide, int64_t steps, float* sums) {
+  for (int64_t pass = 0; pass < kVectors; pass += kBlockVectors) {
+    float* const own = sums + pass * kWidth;
+    Vector held[R][kBlockVectors];
+    UNROLLED for (int64_t r = 0; r < R; ++r)
+      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) held[r][v] = load(own + r * kOutputs + v * kWidth);
+    for (int64_t step = 0; step < steps; ++step, wide += kBlockVectors * kWidth) {
+      Vector weights[kBlockVectors];
+      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) weights[v] = load(wide + v * kWidth);
+      UNROLLED for (int64_t r = 0; r < R; ++r) {
+        const Floats::Input input = Floats::input(inputs + r * stride + step);
+        UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) held[r][v] = Floats::add(held[r][v], input, weights[v]);
+      }
+    }
+    UNROLLED for (int64_t r = 0; r < R; ++r)
+      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) store(own + r * kOutputs + v * kWidth, held[r][v]);
+  }
+}
+
+template <int64_t R = kRows>
+void add_products_of(int64_t rows, const int32_t* inputs, int64_t stride, const float* wide, int64_t steps, float* sums) {
+  if (rows == R)
+    add_products<R>(inputs, stride, wide, steps, sums);
+  else if constexpr (R > 1)
+    add_products_of<R - 1>(rows, inputs, stride, wide, steps, sums);
+}
+
+// As `multiply` of any number of rows, for floats; `wide` has room for kBlockFloats.
+constexpr int64_t kBlockFloats = kBlockSteps * kOutputs;
+template <typename Dot>
+void multiply_blocks(int64_t rows, const int32_t* inputs, const char* panel, int64_t steps, const float* bias, float* wide,
+                     float* results) {
+  std::fill_n(results, rows * kOutputs, 0.0f);
+  for (int64_t step = 0; step < steps; step += kBlockSteps) {
+    const int64_t count = std::min(kBlockSteps, steps - step);
+    widen<Dot>(panel + step * kVectors * Dot::kBytes, count, wide);
+    for (int64_t row = 0; row < rows; row += kRows)
+      add_products_of(std::min(kRows, rows - row), inputs + row * steps + step, steps, wide, count, results + row * kOutputs);
+  }
+  if (bias == nullptr) return;
+  for (int64_t i = 0; i < rows * kOutputs; i += kWidth) store(results + i, add(load(results + i), load(bias + i % kOutputs)));
 }
 
 // A row of d floats as bytes around `offset`, the largest magnitude 127 away from it; returns what a unit is worth.

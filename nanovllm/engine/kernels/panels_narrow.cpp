@@ -20,39 +20,52 @@ namespace {
 
 using namespace panel_lanes;
 
-constexpr int64_t kWidenedBlocks = 6;  // of rows, from which on a panel is widened once
+// Panels of floats, and of what is widened to them, are multiplied block by block from so many rows on.
+constexpr int64_t kRowsOfBlocks = 96, kRowsOfWidenedBlocks = 24;
+constexpr int64_t kMostRowsOfBlocks = 240;  // at a time
 
 // inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
 template <typename Dot, typename Stored>
 void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, const Epilogue& epilogue,
          int64_t width, Stored* output) {
-  const int64_t blocks = (rows + kRows - 1) / kRows, panel_bytes = steps * kVectors * Dot::kBytes;
-  constexpr bool is_short = std::is_base_of_v<Floats, Dot> && !std::is_same_v<Floats, Dot>;
-  const bool widens = is_short && blocks >= kWidenedBlocks;
-  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
-    float results[kRows * kOutputs];
-    float* const wide = widens ? floats_of_thread(steps * kOutputs) : nullptr;
-    int64_t some;
-    for (int64_t number = begin; number < end; ++number) {
-      const char* panel = panels + number * panel_bytes;
-      const int64_t first = number * kOutputs, count = std::min(kOutputs, width - first);
-      const char* following = number + 1 < end ? panel + panel_bytes : panel;
-      if constexpr (is_short)
-        if (widens) widen<Dot>(panel, steps, wide);
-      for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
-        some = (rows - row + blocks - block - 1) / (blocks - block);
-        Epilogue own = epilogue;
-        if (own.row_scales) own.row_scales += row;
-        if (widens) {
-          const char* own_panel = reinterpret_cast<const char*>(wide);
-          multiply_rows<Floats>(some, inputs + row * steps, own_panel, steps, own_panel, own, first, results);
-        } else {
-          // The first of several blocks of rows fetches the next panel; a single one what it needs itself soon.
-          const char* ahead = blocks == 1 ? panel + kAhead : block == 0 ? following : panel;
-          multiply_rows<Dot>(some, inputs + row * steps, panel, steps, ahead, own, first, results);
-        }
-        for (int64_t r = 0; r < some; ++r) store(results + r * kOutputs, count, output + (row + r) * width + first);
+  const int64_t panel_bytes = steps * kVectors * Dot::kBytes;
+  const auto share = [&](const auto& multiply_panel) {
+    share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const char* panel = panels + number * panel_bytes;
+        multiply_panel(panel, number + 1 < end ? panel + panel_bytes : panel, number * kOutputs);
       }
+    });
+  };
+  const auto keep = [&](const float* results, int64_t row, int64_t count, int64_t first) {
+    for (int64_t r = 0; r < count; ++r)
+      store(results + r * kOutputs, std::min(kOutputs, width - first), output + (row + r) * width + first);
+  };
+  if constexpr (std::is_base_of_v<Floats, Dot>) {
+    if (rows >= (std::is_same_v<Floats, Dot> ? kRowsOfBlocks : kRowsOfWidenedBlocks))
+      return share([&](const char* panel, const char*, int64_t first) {
+        float* const wide = floats_of_thread(kBlockFloats + kMostRowsOfBlocks * kOutputs);
+        float* const results = wide + kBlockFloats;
+        const float* bias = epilogue.bias ? epilogue.bias + first : nullptr;
+        for (int64_t row = 0, some; row < rows; row += some) {
+          some = std::min(kMostRowsOfBlocks, rows - row);
+          multiply_blocks<Dot>(some, inputs + row * steps, panel, steps, bias, wide, results);
+          keep(results, row, some, first);
+        }
+      });
+  }
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  share([&](const char* panel, const char* following, int64_t first) {
+    float results[kRows * kOutputs];
+    int64_t some;
+    for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
+      some = (rows - row + blocks - block - 1) / (blocks - block);
+      Epilogue own = epilogue;
+      if (own.row_scales) own.row_scales += row;
+      // The first of several blocks of rows fetches the next panel; a single one what it needs itself soon.
+      const char* ahead = blocks == 1 ? panel + kAhead : block == 0 ? following : panel;
+      multiply_rows<Dot>(some, inputs + row * steps, panel, steps, ahead, own, first, results);
+      keep(results, row, some, first);
     }
   });
 }

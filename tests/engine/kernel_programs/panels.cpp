@@ -58,9 +58,24 @@ void check_floats(const char* form, int64_t rows, int64_t steps, const std::vect
   const lanes::Epilogue epilogue{nullptr, nullptr, nullptr, bias.data()};
   lanes::multiply_rows<Dot>(rows, words, bytes, steps, bytes, epilogue, 0, found.data());
   compare(form, rows, steps, found, expected);
-  std::vector<float> wide(steps * lanes::kOutputs);
-  lanes::widen<Dot>(bytes, steps, wide.data());
-  compare("widened", rows, steps, wide, weights);
+}
+
+// Rows in blocks of panels are those of `multiply`, one by one.
+template <typename Dot, typename Stored>
+void check_blocks(int64_t rows, int64_t steps, const std::vector<Stored>& panel) {
+  std::vector<float> inputs(rows * steps), bias(lanes::kOutputs), found(rows * lanes::kOutputs), expected(found.size());
+  for (float& number : inputs) number = draw();
+  for (float& number : bias) number = draw();
+  const auto* words = reinterpret_cast<const int32_t*>(inputs.data());
+  const auto* bytes = reinterpret_cast<const char*>(panel.data());
+  for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(bias.data())}) {
+    for (int64_t r = 0; r < rows; ++r)
+      lanes::multiply_rows<Dot>(1, words + r * steps, bytes, steps, bytes, lanes::Epilogue{nullptr, nullptr, nullptr, added}, 0,
+                                &expected[r * lanes::kOutputs]);
+    std::vector<float> wide(lanes::kBlockFloats);
+    lanes::multiply_blocks<Dot>(rows, words, bytes, steps, added, wide.data(), found.data());
+    compare("in blocks", rows, steps, found, expected);
+  }
 }
 
 template <typename Dot>
@@ -99,7 +114,7 @@ void check_bytes(const char* form, int64_t rows, int64_t steps) {
 }
 
 int main() {
-  for (const int64_t steps : {1, 7, 64, 300}) {
+  for (const int64_t steps : {1, 7, 192, 401}) {
     std::vector<float> weights(steps * lanes::kOutputs), shorter(weights.size()), halves(weights.size());
     std::vector<uint16_t> as_shorter(weights.size()), as_halves(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
@@ -113,6 +128,11 @@ int main() {
       check_floats<lanes::FloatsByHalves>("float16", rows, steps, as_halves, halves);
       check_bytes<lanes::Bytes>(lanes::kByteForm, rows, steps);
       if (lanes::has_dot_products()) check_bytes<lanes::BytesByDotProducts>(lanes::kDotProductForm, rows, steps);
+    }
+    for (const int64_t rows : {1, 2, 3, 5, 24, 31}) {
+      check_blocks<lanes::Floats>(rows, steps, weights);
+      check_blocks<lanes::FloatsByBFloat16s>(rows, steps, as_shorter);
+      check_blocks<lanes::FloatsByHalves>(rows, steps, as_halves);
     }
   }
   std::printf("%s; %s%s%s\n", lanes::kFloatForm, lanes::kByteForm, lanes::has_dot_products() ? "; " : "",
