@@ -41,7 +41,8 @@ PRECISIONS = ("fp32", "bf16", "int8")
 # Sized so that all of it takes three quarters of an hour on two cores with SmolLM2.
 WORKLOADS: dict[str, Maker] = {
     "text": partial(make_text, count=20),
-    "decode-1": make_decode(1, prompt=16, answer=385),  # in a turn of a second, what others took is lost in the clock's ticks
+    # In a turn of a second, what others took is lost in the clock's ticks.
+    "decode-1": make_decode(1, prompt=16, answer=385),
     "decode-8": make_decode(8, prompt=16, answer=65),
     "decode-32": make_decode(32, prompt=16, answer=49),
     "prompts": partial(make_prompts, count=8),

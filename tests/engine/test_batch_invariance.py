@@ -181,6 +181,9 @@ def test_the_same_run_without_the_mode_differs_in_some_bits(
 ) -> None:
     if world[0] != "packed":
         pytest.skip("small products happen to be the same for any number of rows")
+    x, product = torch.randn(32, 768), linear.packed_multiply(torch.randn(768, 768), None)
+    if all(torch.equal(product(x[:rows]), product(x)[:rows]) for rows in range(1, 32)):
+        pytest.skip("oneDNN's products are the same for any number of rows on this CPU")
     # Our kernel sums a row by itself, in whatever batch: oneDNN is what needs the mode.
     monkeypatch.setattr(linear, "has_panels", lambda *_: False)
     run = Run(world, "float32")

@@ -63,6 +63,10 @@ struct Floats {
   static float32x4_t weights(const char* panel) { return vld1q_f32(reinterpret_cast<const float*>(panel)); }
   static Sum add(Sum sum, Input input, float32x4_t weights) { return vfmaq_f32(sum, input, weights); }
   static Vector finish(Sum sum, const Epilogue&, int64_t) { return sum; }
+  using Wide = Floats;
+  static constexpr int64_t kParts = 1;
+  static Sum load_sum(const float* memory) { return load(memory); }
+  static void store_sum(float* memory, Sum sum) { store(memory, sum); }
 };
 
 struct FloatsByBFloat16s : Floats {
@@ -140,6 +144,10 @@ struct Floats {
   static __m256 weights(const char* panel) { return _mm256_loadu_ps(reinterpret_cast<const float*>(panel)); }
   static Sum add(Sum sum, Input input, __m256 weights) { return _mm256_fmadd_ps(input, weights, sum); }
   static Vector finish(Sum sum, const Epilogue&, int64_t) { return sum; }
+  using Wide = Floats;
+  static constexpr int64_t kParts = 1;
+  static Sum load_sum(const float* memory) { return load(memory); }
+  static void store_sum(float* memory, Sum sum) { store(memory, sum); }
 };
 
 struct FloatsByBFloat16s : Floats {
@@ -189,8 +197,30 @@ struct BytesByDotProducts : WholeNumbers {
   }
 };
 
-// Pairs of products are added in 16 bits, which hold them, as inputs and weights are at most 127 from zero.
+// Pairs of whole numbers of 16 bits.
+struct Pairs : WholeNumbers {
+  static constexpr int64_t kRegisters = 14;
+  static Sum add(Sum sum, Input input, __m256i weights) { return _mm256_add_epi32(sum, _mm256_madd_epi16(input, weights)); }
+  static Sum load_sum(const float* memory) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(memory)); }
+  static void store_sum(float* memory, Sum sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(memory), sum); }
+};
+
+// Pairs of products are added in 16 bits, which hold them, as inputs and weights are at most 127 from zero. That takes an
+// instruction more than Pairs, which take twice the memory.
 struct Bytes : WholeNumbers {
+  using Wide = Pairs;
+  static constexpr int64_t kParts = 2;
+  // The first and the second two of each four.
+  static void split(const char* weights, char* first, char* second) {
+    const __m256i bytes = WholeNumbers::weights(weights);
+    const __m256i high = _mm256_and_si256(bytes, _mm256_set1_epi16(static_cast<short>(0xff00)));
+    const __m256i low = _mm256_slli_epi16(bytes, 8);
+    // Of the numbers' high bytes: the even ones of a four in `low`, the odd ones in `high`.
+    const __m256i firsts = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(high, 16));
+    const __m256i seconds = _mm256_or_si256(_mm256_srli_epi32(low, 16), _mm256_andnot_si256(_mm256_set1_epi32(0xffff), high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm256_srai_epi16(firsts, 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm256_srai_epi16(seconds, 8));
+  }
   static constexpr int64_t kRegisters = 13;
   static constexpr int32_t kOffset = 0;
   static Sum add(Sum sum, Input input, __m256i weights) {
@@ -221,6 +251,15 @@ constexpr int64_t vectors_at_once() {
   return most;
 }
 
+// What becomes of a row's sums of the outputs from `output` on.
+template <typename Dot>
+inline Vector finished(typename Dot::Sum sum, const Epilogue& epilogue, int64_t row, int64_t output) {
+  Vector result = Dot::finish(sum, epilogue, output);
+  if (epilogue.scales)
+    result = multiply(result, multiply(load(epilogue.scales + output), broadcast(epilogue.row_scales[row])));
+  return epilogue.bias ? add(result, load(epilogue.bias + output)) : result;
+}
+
 // R rows of inputs, `steps` steps each, times one panel. Fetches as much of `ahead`.
 template <typename Dot, int64_t R>
 void multiply(const int32_t* inputs, const char* panel, int64_t steps, const char* ahead, const Epilogue& epilogue,
@@ -242,13 +281,8 @@ void multiply(const int32_t* inputs, const char* panel, int64_t steps, const cha
     }
     UNROLLED for (int64_t v = 0; v < V; ++v) {
       const int64_t own = (pass + v) * kWidth, first = output + own;
-      UNROLLED for (int64_t r = 0; r < R; ++r) {
-        Vector result = Dot::finish(sums[r][v], epilogue, first);
-        if (epilogue.scales)
-          result = multiply(result, multiply(load(epilogue.scales + first), broadcast(epilogue.row_scales[r])));
-        if (epilogue.bias) result = add(result, load(epilogue.bias + first));
-        store(results + r * kOutputs + own, result);
-      }
+      UNROLLED for (int64_t r = 0; r < R; ++r)
+        store(results + r * kOutputs + own, finished<Dot>(sums[r][v], epilogue, r, first));
     }
   }
 }
@@ -260,64 +294,6 @@ void multiply_rows(int64_t rows, const int32_t* inputs, const char* panel, int64
     multiply<Dot, R>(inputs, panel, steps, ahead, epilogue, output, results);
   else if constexpr (R > 1)
     multiply_rows<Dot, R - 1>(rows, inputs, panel, steps, ahead, epilogue, output, results);
-}
-
-// For many rows a panel is cut into blocks of so many steps, whose floats for one pass stay in a core's first cache.
-constexpr int64_t kBlockSteps = 192;
-constexpr int64_t kBlockVectors = vectors_at_once<Floats, kRows>();  // of a pass
-
-// So many steps of a panel in floats [passes, steps, kBlockVectors * kWidth].
-template <typename Dot>
-void widen(const char* panel, int64_t steps, float* wide) {
-  for (int64_t pass = 0; pass < kVectors; pass += kBlockVectors)
-    for (int64_t step = 0; step < steps; ++step)
-      for (int64_t v = pass; v < pass + kBlockVectors; ++v, wide += kWidth)
-        store(wide, Dot::weights(panel + (step * kVectors + v) * Dot::kBytes));
-}
-
-// Adds to sums [R, 48] the products of R rows of inputs, `stride` apart, with what `widen` made.
-template <int64_t R>
-void add_products(const int32_t* inputs, int64_t stride, const float* wide, int64_t steps, float* sums) {
-  for (int64_t pass = 0; pass < kVectors; pass += kBlockVectors) {
-    float* const own = sums + pass * kWidth;
-    Vector held[R][kBlockVectors];
-    UNROLLED for (int64_t r = 0; r < R; ++r)
-      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) held[r][v] = load(own + r * kOutputs + v * kWidth);
-    for (int64_t step = 0; step < steps; ++step, wide += kBlockVectors * kWidth) {
-      Vector weights[kBlockVectors];
-      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) weights[v] = load(wide + v * kWidth);
-      UNROLLED for (int64_t r = 0; r < R; ++r) {
-        const Floats::Input input = Floats::input(inputs + r * stride + step);
-        UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) held[r][v] = Floats::add(held[r][v], input, weights[v]);
-      }
-    }
-    UNROLLED for (int64_t r = 0; r < R; ++r)
-      UNROLLED for (int64_t v = 0; v < kBlockVectors; ++v) store(own + r * kOutputs + v * kWidth, held[r][v]);
-  }
-}
-
-template <int64_t R = kRows>
-void add_products_of(int64_t rows, const int32_t* inputs, int64_t stride, const float* wide, int64_t steps, float* sums) {
-  if (rows == R)
-    add_products<R>(inputs, stride, wide, steps, sums);
-  else if constexpr (R > 1)
-    add_products_of<R - 1>(rows, inputs, stride, wide, steps, sums);
-}
-
-// As `multiply` of any number of rows, for floats; `wide` has room for kBlockFloats.
-constexpr int64_t kBlockFloats = kBlockSteps * kOutputs;
-template <typename Dot>
-void multiply_blocks(int64_t rows, const int32_t* inputs, const char* panel, int64_t steps, const float* bias, float* wide,
-                     float* results) {
-  std::fill_n(results, rows * kOutputs, 0.0f);
-  for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    const int64_t count = std::min(kBlockSteps, steps - step);
-    widen<Dot>(panel + step * kVectors * Dot::kBytes, count, wide);
-    for (int64_t row = 0; row < rows; row += kRows)
-      add_products_of(std::min(kRows, rows - row), inputs + row * steps + step, steps, wide, count, results + row * kOutputs);
-  }
-  if (bias == nullptr) return;
-  for (int64_t i = 0; i < rows * kOutputs; i += kWidth) store(results + i, add(load(results + i), load(bias + i % kOutputs)));
 }
 
 // A row of d floats as bytes around `offset`, the largest magnitude 127 away from it; returns what a unit is worth.

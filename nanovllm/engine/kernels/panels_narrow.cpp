@@ -13,6 +13,7 @@
 
 #include "lanes.h"
 #include "aligned.h"
+#include "panel_blocks.h"
 #include "panel_lanes.h"
 #include "parallel.h"
 
@@ -20,68 +21,99 @@ namespace {
 
 using namespace panel_lanes;
 
-// Panels of floats, and of what is widened to them, are multiplied block by block from so many rows on.
-constexpr int64_t kRowsOfBlocks = 96, kRowsOfWidenedBlocks = 24;
-constexpr int64_t kMostRowsOfBlocks = 240;  // at a time
+// A panel is multiplied block by block from so many rows on.
+template <typename Dot>
+constexpr int64_t kRowsOfBlocks = 24;
+template <>
+constexpr int64_t kRowsOfBlocks<Floats> = 96;  // nothing is widened
+constexpr int64_t kMostRowsOfBlocks = 240;     // at a time
+
+// Calls function(panel, the panel that this thread multiplies next, the panel's first output) for each panel.
+template <typename Function>
+void for_panels(const char* panels, int64_t num_panels, int64_t panel_bytes, const Function& function) {
+  share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) {
+      const char* panel = panels + number * panel_bytes;
+      function(panel, number + 1 < end ? panel + panel_bytes : panel, number * kOutputs);
+    }
+  });
+}
+
+template <typename Stored>
+void store_rows(const float* results, int64_t rows, int64_t first, int64_t width, Stored* output) {
+  for (int64_t r = 0; r < rows; ++r)
+    store(results + r * kOutputs, std::min(kOutputs, width - first), output + r * width + first);
+}
+
+Epilogue from_row(Epilogue epilogue, int64_t row) {
+  if (epilogue.row_scales) epilogue.row_scales += row;
+  return epilogue;
+}
 
 // inputs [rows, steps] times panels [panels, steps, 48], to output [rows, width].
 template <typename Dot, typename Stored>
 void run(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, const Epilogue& epilogue,
          int64_t width, Stored* output) {
-  const int64_t panel_bytes = steps * kVectors * Dot::kBytes;
-  const auto share = [&](const auto& multiply_panel) {
-    share_out(0, num_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t number = begin; number < end; ++number) {
-        const char* panel = panels + number * panel_bytes;
-        multiply_panel(panel, number + 1 < end ? panel + panel_bytes : panel, number * kOutputs);
-      }
-    });
-  };
-  const auto keep = [&](const float* results, int64_t row, int64_t count, int64_t first) {
-    for (int64_t r = 0; r < count; ++r)
-      store(results + r * kOutputs, std::min(kOutputs, width - first), output + (row + r) * width + first);
-  };
-  if constexpr (std::is_base_of_v<Floats, Dot>) {
-    if (rows >= (std::is_same_v<Floats, Dot> ? kRowsOfBlocks : kRowsOfWidenedBlocks))
-      return share([&](const char* panel, const char*, int64_t first) {
-        float* const wide = floats_of_thread(kBlockFloats + kMostRowsOfBlocks * kOutputs);
-        float* const results = wide + kBlockFloats;
-        const float* bias = epilogue.bias ? epilogue.bias + first : nullptr;
-        for (int64_t row = 0, some; row < rows; row += some) {
-          some = std::min(kMostRowsOfBlocks, rows - row);
-          multiply_blocks<Dot>(some, inputs + row * steps, panel, steps, bias, wide, results);
-          keep(results, row, some, first);
-        }
-      });
-  }
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  share([&](const char* panel, const char* following, int64_t first) {
+  for_panels(panels, num_panels, steps * kVectors * Dot::kBytes, [&](const char* panel, const char* following, int64_t first) {
     float results[kRows * kOutputs];
     int64_t some;
     for (int64_t row = 0, block = 0; row < rows; row += some, ++block) {
       some = (rows - row + blocks - block - 1) / (blocks - block);
-      Epilogue own = epilogue;
-      if (own.row_scales) own.row_scales += row;
       // The first of several blocks of rows fetches the next panel; a single one what it needs itself soon.
       const char* ahead = blocks == 1 ? panel + kAhead : block == 0 ? following : panel;
-      multiply_rows<Dot>(some, inputs + row * steps, panel, steps, ahead, own, first, results);
-      keep(results, row, some, first);
+      multiply_rows<Dot>(some, inputs + row * steps, panel, steps, ahead, from_row(epilogue, row), first, results);
+      store_rows(results, some, first, width, output + row * width);
     }
   });
+}
+
+// The same for kRowsOfBlocks and more; inputs [rows, steps * kParts].
+template <typename Dot, typename Stored>
+void run_blocks(const int32_t* inputs, int64_t rows, const char* panels, int64_t num_panels, int64_t steps,
+                const Epilogue& epilogue, int64_t width, Stored* output) {
+  for_panels(panels, num_panels, steps * kVectors * Dot::kBytes, [&](const char* panel, const char*, int64_t first) {
+    float* const results = floats_of_thread(kMostRowsOfBlocks * kOutputs + kBlockBytes<Dot> / sizeof(float));
+    char* const wide = reinterpret_cast<char*>(results + kMostRowsOfBlocks * kOutputs);
+    for (int64_t row = 0, some; row < rows; row += some) {
+      some = std::min(kMostRowsOfBlocks, rows - row);
+      const int32_t* own = inputs + row * steps * Dot::kParts;
+      multiply_blocks<Dot>(some, own, panel, steps, from_row(epilogue, row), first, wide, results);
+      store_rows(results, some, first, width, output + row * width);
+    }
+  });
+}
+
+template <typename Dot>
+void run_floats(const at::Tensor& x, int64_t rows, const char* panels, int64_t num_panels, int64_t steps, const Epilogue& epilogue,
+                int64_t width, at::Tensor& output) {
+  const auto* inputs = static_cast<const int32_t*>(x.const_data_ptr());
+  (rows < kRowsOfBlocks<Dot> ? run<Dot, float> : run_blocks<Dot, float>)(inputs, rows, panels, num_panels, steps, epilogue, width,
+                                                                        output.mutable_data_ptr<float>());
 }
 
 template <typename Dot, typename Stored>
 void run_bytes(const Stored* source, int64_t rows, int64_t d, const char* panels, int64_t num_panels, int64_t steps,
                Epilogue epilogue, int64_t width, Stored* output) {
-  std::vector<int32_t> inputs(rows * steps);
+  constexpr bool has_wide = requires { typename Dot::Wide; };
+  const bool in_blocks = has_wide && rows >= kRowsOfBlocks<Dot>;
+  int64_t parts = 1;
+  if constexpr (has_wide) parts = in_blocks ? Dot::kParts : 1;
+  std::vector<int32_t> inputs(rows * steps * parts);
   std::vector<float> row_scales(rows);
   share_out(0, rows, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(d);
-    for (int64_t row = begin; row < end; ++row)
-      row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, Dot::kOffset,
-                                 reinterpret_cast<uint8_t*>(&inputs[row * steps]));
+    std::vector<int32_t> bytes(steps);
+    for (int64_t row = begin; row < end; ++row) {
+      int32_t* const own = &inputs[row * steps * parts];
+      int32_t* const narrow = in_blocks ? bytes.data() : own;
+      row_scales[row] = to_bytes(as_float(source + row * d, d, scratch.data()), d, Dot::kOffset, reinterpret_cast<uint8_t*>(narrow));
+      if (in_blocks) widen_inputs(narrow, steps, own);
+    }
   });
   epilogue.row_scales = row_scales.data();
+  if constexpr (has_wide)
+    if (in_blocks) return run_blocks<Dot>(inputs.data(), rows, panels, num_panels, steps, epilogue, width, output);
   run<Dot>(inputs.data(), rows, panels, num_panels, steps, epilogue, width, output);
 }
 
@@ -107,14 +139,12 @@ at::Tensor multiply_narrow_panels(const at::Tensor& x, const at::Tensor& panels,
     return output;
   }
   TORCH_CHECK(x.scalar_type() == at::kFloat && steps == d, "inputs in float, and panels of one number a step");
-  const auto* inputs = static_cast<const int32_t*>(x.const_data_ptr());
-  float* results = output.mutable_data_ptr<float>();
   if (panels.scalar_type() == at::kBFloat16)
-    run<FloatsByBFloat16s>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+    run_floats<FloatsByBFloat16s>(x, rows, weights, num_panels, steps, epilogue, width, output);
   else if (panels.scalar_type() == at::kHalf)
-    run<FloatsByHalves>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+    run_floats<FloatsByHalves>(x, rows, weights, num_panels, steps, epilogue, width, output);
   else
-    run<Floats>(inputs, rows, weights, num_panels, steps, epilogue, width, results);
+    run_floats<Floats>(x, rows, weights, num_panels, steps, epilogue, width, output);
   return output;
 }
 

@@ -1,5 +1,6 @@
-// Holds every product of panel_lanes.h against sums in plain C++, to the bit, and says which were computed.
+// Holds every product of panel_lanes.h and panel_blocks.h against sums in plain C++, to the bit, and says which were computed.
 
+#include "panel_blocks.h"
 #include "panel_lanes.h"
 
 #include <cmath>
@@ -63,18 +64,43 @@ void check_floats(const char* form, int64_t rows, int64_t steps, const std::vect
 // Rows in blocks of panels are those of `multiply`, one by one.
 template <typename Dot, typename Stored>
 void check_blocks(int64_t rows, int64_t steps, const std::vector<Stored>& panel) {
-  std::vector<float> inputs(rows * steps), bias(lanes::kOutputs), found(rows * lanes::kOutputs), expected(found.size());
-  for (float& number : inputs) number = draw();
+  std::vector<float> bias(lanes::kOutputs), found(rows * lanes::kOutputs), expected(found.size());
   for (float& number : bias) number = draw();
-  const auto* words = reinterpret_cast<const int32_t*>(inputs.data());
+  std::vector<int32_t> inputs(rows * steps), wide_inputs(rows * steps * Dot::kParts);
+  std::vector<float> scales(lanes::kOutputs, 0.5f), row_scales(rows);
+  for (float& scale : row_scales) scale = draw();
+  if constexpr (Dot::kParts == 1) {
+    for (int32_t& input : inputs) {
+      const float number = draw();
+      std::memcpy(&input, &number, sizeof number);
+    }
+    wide_inputs = inputs;
+  } else {
+    auto* bytes = reinterpret_cast<int8_t*>(inputs.data());
+    for (size_t i = 0; i < 4 * inputs.size(); ++i) bytes[i] = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+    lanes::widen_inputs(inputs.data(), rows * steps, wide_inputs.data());
+  }
   const auto* bytes = reinterpret_cast<const char*>(panel.data());
-  for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(bias.data())}) {
-    for (int64_t r = 0; r < rows; ++r)
-      lanes::multiply_rows<Dot>(1, words + r * steps, bytes, steps, bytes, lanes::Epilogue{nullptr, nullptr, nullptr, added}, 0,
-                                &expected[r * lanes::kOutputs]);
-    std::vector<float> wide(lanes::kBlockFloats);
-    lanes::multiply_blocks<Dot>(rows, words, bytes, steps, added, wide.data(), found.data());
+  for (const bool is_plain : {true, false}) {
+    lanes::Epilogue epilogue{nullptr, nullptr, nullptr, is_plain ? nullptr : bias.data()};
+    if (Dot::kParts > 1) epilogue.scales = scales.data();
+    for (int64_t r = 0; r < rows; ++r) {
+      if (epilogue.scales) epilogue.row_scales = &row_scales[r];
+      lanes::multiply_rows<Dot>(1, &inputs[r * steps], bytes, steps, bytes, epilogue, 0, &expected[r * lanes::kOutputs]);
+    }
+    epilogue.row_scales = row_scales.data();
+    std::vector<char> wide(lanes::kBlockBytes<Dot>);
+    lanes::multiply_blocks<Dot>(rows, wide_inputs.data(), bytes, steps, epilogue, 0, wide.data(), found.data());
     compare("in blocks", rows, steps, found, expected);
+  }
+}
+
+template <typename Dot>
+void check_blocks_of_bytes(int64_t rows, int64_t steps) {
+  if constexpr (requires { typename Dot::Wide; }) {
+    std::vector<int8_t> panel(steps * lanes::kOutputs * 4);
+    for (int8_t& byte : panel) byte = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+    check_blocks<Dot>(rows, steps, panel);
   }
 }
 
@@ -133,6 +159,7 @@ int main() {
       check_blocks<lanes::Floats>(rows, steps, weights);
       check_blocks<lanes::FloatsByBFloat16s>(rows, steps, as_shorter);
       check_blocks<lanes::FloatsByHalves>(rows, steps, as_halves);
+      check_blocks_of_bytes<lanes::Bytes>(rows, steps);
     }
   }
   std::printf("%s; %s%s%s\n", lanes::kFloatForm, lanes::kByteForm, lanes::has_dot_products() ? "; " : "",
