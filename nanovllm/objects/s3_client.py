@@ -33,6 +33,9 @@ from nanovllm.settings.s3 import S3Settings
 
 T = TypeVar("T")
 
+READ_OF_AN_OBJECT = frozenset({"Body", "ContentLength", "ETag", "Metadata", "VersionId"})
+"""What `make_reading_client` tells of a GetObject's answer."""
+
 
 class S3Client:
     """A boto3 S3 client for many threads: made at its first use, and anew after a systemic failure.
@@ -125,12 +128,17 @@ def make_reading_client(settings: S3Settings) -> Any:
     """As `make_client`, for one attempt at reading: it spends less CPU a request.
 
     What it asks for is validated already; the headers that number a request's attempts, which are signed too, say
-    nothing where there is one; a user agent that is set is not composed anew.
+    nothing where there is one; a user agent that is set is not composed anew; of an object's answer, it tells
+    `READ_OF_AN_OBJECT` alone.
     """
     agent = f"nanovllm Botocore/{botocore.__version__}"
     client = make_client(settings, config=Config(parameter_validation=False, user_agent=agent))
     if (add_retry_headers := getattr(botocore.handlers, "add_retry_headers", None)) is not None:
         client.meta.events.unregister("request-created", add_retry_headers)
+    # The parser looks for each of forty headers in every answer.
+    answer = client.meta.service_model.operation_model("GetObject").output_shape.members
+    for name in answer.keys() - READ_OF_AN_OBJECT:
+        del answer[name]
     return client
 
 
