@@ -20,6 +20,7 @@ class Phase(StrEnum):
 
     IMPORTS = "imports"
     BROKERS = "brokers"
+    ROUTES = "routes"
     DIGEST = "digest"
     TOKENIZER = "tokenizer"
     KERNELS = "kernels"

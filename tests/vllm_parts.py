@@ -163,6 +163,8 @@ class VllmProcess:
 class ProcessEngine(EngineBackend):
     """The backend in a `VllmProcess`, as a backend of this one."""
 
+    name = "vllm"
+
     def __init__(self, process: VllmProcess) -> None:
         super().__init__(ModelInfo("", "", ""), ImageTransform.for_files("png"), 8)
         self._process = process

@@ -17,7 +17,8 @@ from nanovllm.errors import NanoVLLMError
 from nanovllm.kafka.admin import topic_states
 from nanovllm.messages.s3_uri import split_s3_uri
 from nanovllm.objects.errors import status_of
-from nanovllm.objects.s3_client import S3Client, check_settings
+from nanovllm.objects.fetch import check_stores
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.documents.model_profile import model_profile, profile_rows
 from nanovllm.pipeline.operations.replicas import cores_of_replicas
 from nanovllm.settings.worker import Settings
@@ -43,7 +44,7 @@ def doctor(
     Asks the brokers and the object store too; what does not answer there is a line of the table.
     """
     settings = engine_settings(config, checkpoint)
-    check_settings(settings.s3)
+    check_stores(settings.s3)
     replicas = list(_replicas(settings))
     match settings.engine.backend:
         case "openai":

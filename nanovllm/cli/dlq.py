@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Annotated, TypeVar, get_args
@@ -66,6 +66,7 @@ def dlq_list(
     """
     wanted = _filter(code, error_class, stage, job_id, since, until, retryable)
     letters = _collect(client_settings(config, bootstrap_servers), wanted)
+    _tell_if_none(letters)
     if count:
         kinds = Counter((one.letter.error_class, one.letter.code, one.letter.stage) for one in letters)
         rows = [(*kind, number) for kind, number in kinds.most_common()]
@@ -127,8 +128,14 @@ def dlq_replay(
     letters = read_dead_letters(settings, wanted)
     with long_work("replaying dead letters"):
         replays = asyncio.run(_all(replay(settings, topics, letters, per_second=rate, send=not dry_run, again=again)))
+    _tell_if_none(replays)
     rows = [_replay_row(one) for one in replays]
     print_table(("place", "job_id", "inputs", "state", "reason"), rows, as_json=as_json)
+
+
+def _tell_if_none(found: Sequence[object]) -> None:
+    if not found:
+        print("nanovllm: no dead letter is such a one", file=sys.stderr)
 
 
 def _collect(settings: Settings, wanted: LetterFilter) -> list[DeadLetterRecord]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from copy import copy
+from types import ModuleType
 from typing import Any, Self
 
 from nanovllm.errors import (
@@ -22,6 +24,7 @@ from nanovllm.messages.s3_uri import ObjectAddress, split_prefix
 from nanovllm.objects.boto3_reader import Boto3Reader
 from nanovllm.objects.http_images import HttpImages
 from nanovllm.objects.reader import FetchedImage, ObjectHead, ObjectReader, SizeLimit, connection_within
+from nanovllm.objects.s3_client import check_settings
 from nanovllm.settings.http_images import HttpImageSettings
 from nanovllm.settings.s3 import S3Settings
 
@@ -68,16 +71,30 @@ def readers_of(
     boto3 = Boto3Reader(settings, client_factory)
     readers: dict[str, ObjectReader] = {"s3": boto3}
     if settings.obstore_schemes:
-        try:
-            from nanovllm.objects.obstore_stores import obstore_readers
-        except ImportError as error:
-            named = ", ".join(f"{scheme}://" for scheme in sorted(settings.obstore_schemes))
-            raise ConfigurationError(
-                f"{named} of s3.client or s3.allow takes obstore, which cannot be imported ({error}): pip install "
-                "'nanovllm[obstore]'"
-            ) from error
-        readers |= obstore_readers(settings, boto3)
+        readers |= _obstore_stores(settings).obstore_readers(settings, boto3)
     return readers
+
+
+def check_stores(settings: S3Settings) -> None:
+    """Find out what can be known of the stores of ``settings`` without a request and without credentials of S3.
+
+    Raises:
+        ConfigurationError: the SDK can make no client for one of them, or obstore is not installed.
+    """
+    check_settings(settings)
+    if settings.obstore_schemes - {"s3"}:
+        _obstore_stores(settings).check_stores(settings)
+
+
+def _obstore_stores(settings: S3Settings) -> ModuleType:
+    try:
+        return importlib.import_module("nanovllm.objects.obstore_stores")
+    except ImportError as error:
+        named = ", ".join(f"{scheme}://" for scheme in sorted(settings.obstore_schemes))
+        raise ConfigurationError(
+            f"{named} of s3.client or s3.allow takes obstore, which cannot be imported ({error}): pip install "
+            "'nanovllm[obstore]'"
+        ) from error
 
 
 class ObjectFetcher:

@@ -301,9 +301,15 @@ def _headers(uri: HttpUri, ref: ImageRef, held: FetchedImage | None) -> Mapping[
 
 
 def _redirected(uri: HttpUri, location: str) -> HttpUri:
+    if not location:
+        raise UrlRefused(f"{uri.origin} redirects to nowhere: its answer has no Location")
+    try:
+        joined = urljoin(uri.origin + uri.target, location)
+    except ValueError:
+        raise UrlRefused(f"{uri.origin} redirects to what is no URL") from None
     try:
         # A fragment is the reader's own, and is not sent.
-        target = parse_http_uri(urljoin(uri.origin + uri.target, location).partition("#")[0])
+        target = parse_http_uri(joined.partition("#")[0])
     except ValueError as error:
         raise UrlRefused(f"{uri.origin} redirects to what {error}") from None
     if uri.scheme == "https" and target.scheme == "http":

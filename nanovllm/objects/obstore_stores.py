@@ -13,9 +13,10 @@ from botocore.exceptions import ParamValidationError
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from nanovllm.errors import CredentialsRefused, NanoVLLMError
+from nanovllm.errors import ConfigurationError, CredentialsRefused, NanoVLLMError
+from nanovllm.messages.s3_uri import split_prefix
 from nanovllm.objects.errors import classify, reason_of
-from nanovllm.objects.obstore_reader import ObstoreReader
+from nanovllm.objects.obstore_reader import ObstoreReader, Stores
 from nanovllm.objects.reader import ObjectReader
 from nanovllm.objects.s3_client import check_credentials, make_session, unsigned_client
 from nanovllm.settings.s3 import S3Settings
@@ -113,12 +114,34 @@ class EnvironmentStores:
 
 def obstore_readers(settings: S3Settings, boto3: ObjectReader) -> dict[str, ObjectReader]:
     """The readers of the schemes that obstore reads with ``settings``; ``boto3`` reads what it cannot of S3."""
-    readers = {
-        "s3": lambda: ObstoreReader(S3Stores(settings), boto3),
-        "gs": lambda: ObstoreReader(EnvironmentStores(settings, GCSStore, "GOOGLE_…")),
-        "az": lambda: ObstoreReader(EnvironmentStores(settings, AzureStore, "AZURE_…")),
+    stores: dict[str, Stores] = {"s3": S3Stores(settings), **_of_environment(settings)}
+    return {
+        scheme: ObstoreReader(stores[scheme], boto3 if scheme == "s3" else None) for scheme in settings.obstore_schemes
     }
-    return {scheme: readers[scheme]() for scheme in settings.obstore_schemes}
+
+
+def check_stores(settings: S3Settings) -> None:
+    """Find out what can be known without a request.
+
+    Raises:
+        ConfigurationError: the variables allow no client for a bucket or container of ``s3.allow``.
+    """
+    for entry in filter(None, map(split_prefix, settings.allow)):
+        stores = _of_environment(settings).get(entry.scheme)
+        if stores is not None:
+            try:
+                stores.open(entry.bucket)
+            except CredentialsRefused as error:
+                raise ConfigurationError(
+                    f"s3.allow names {entry.store}, and {error}: set them, or leave it out"
+                ) from error
+
+
+def _of_environment(settings: S3Settings) -> dict[str, EnvironmentStores]:
+    return {
+        "gs": EnvironmentStores(settings, GCSStore, "GOOGLE_…"),
+        "az": EnvironmentStores(settings, AzureStore, "AZURE_…"),
+    }
 
 
 class _Credentials:

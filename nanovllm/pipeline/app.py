@@ -160,7 +160,7 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
                 "version": version("nanovllm"),
                 "model": model.id,
                 "revision": model.revision,
-                "backend": settings.engine.backend,
+                "backend": parts.engine.name,
             }
         )
         logger.info("model %s (%s) is loaded", model.id, model.parameter_digest[:12])
@@ -255,7 +255,7 @@ def _check_model(settings: Settings, routes: Routes | None) -> None:
     if routes is not None:
         from nanovllm.pipeline.route_checks import check_routes
 
-        with _told(f"the routes of {settings.documents.routes} hold"):
+        with _told(f"the routes of {settings.documents.routes} hold"), START.timed(Phase.ROUTES):
             check_routes(routes, settings)
 
 

@@ -24,9 +24,9 @@ from nanovllm.errors import ConfigurationError, NanoVLLMError
 from nanovllm.kafka.recovering_producer import RecoveringProducer
 from nanovllm.kafka.topic_limits import TopicLimits
 from nanovllm.metrics import Metrics
-from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.objects.fetch import ObjectFetcher, check_stores
 from nanovllm.objects.http_images import tls_context
-from nanovllm.objects.s3_client import S3Client, check_settings
+from nanovllm.objects.s3_client import S3Client
 from nanovllm.pipeline.admission.admission import Admission
 from nanovllm.pipeline.admission.engine_queue import EngineQueue
 from nanovllm.pipeline.admission.fetch_shares import FetchShares
@@ -398,7 +398,7 @@ def check_surroundings(settings: Settings) -> None:
     if settings.documents.routes is not None:
         check_extra({"openai": "remote", "vllm": "vllm"}.get(settings.engine.backend, "worker"))
     if settings.s3.allow or settings.s3.large_results or settings.documents.routes is not None:
-        check_settings(settings.s3)
+        check_stores(settings.s3)
     if settings.http_images.allow:
         tls_context(settings.http_images)
     image_limits(settings.images)

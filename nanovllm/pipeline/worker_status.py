@@ -29,7 +29,7 @@ def worker_status(worker: Worker) -> dict[str, Any]:
             "version": version("nanovllm"),
             "model": worker.engine.model_info.id,
             "revision": worker.engine.model_info.revision,
-            "backend": settings.engine.backend,
+            "backend": worker.engine.name,
             "age_s": START.age_s(),
             "state": "draining" if health.is_draining else "ready" if not health.unready else "not ready",
             "reasons": health.unready,

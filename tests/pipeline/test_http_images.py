@@ -341,6 +341,8 @@ async def test_a_redirect_is_followed_to_a_host_on_the_list_and_is_checked_anew(
         ("file:///etc/passwd", UrlRefused, "is no http"),
         ("gopher://127.0.0.1/", UrlRefused, "is no http"),
         ("s3://private/a.png", UrlRefused, "is no http"),
+        ("http://[::1", UrlRefused, "redirects to what is no URL"),
+        ("", UrlRefused, "has no Location"),
     ],
 )
 async def test_a_redirect_out_of_the_list_is_refused_before_anything_is_asked(

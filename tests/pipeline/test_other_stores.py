@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from nanovllm.errors import (
+    ConfigurationError,
     CredentialsRefused,
     FetchFailed,
     ForbiddenUri,
@@ -28,7 +29,9 @@ from nanovllm.errors import (
 from nanovllm.messages.job import ImageRef, Job
 from nanovllm.messages.s3_uri import ObjectAddress, split_object, split_prefix
 from nanovllm.objects.fetch import ObjectFetcher
+from nanovllm.pipeline.build import check_surroundings
 from nanovllm.settings.s3 import S3Settings
+from nanovllm.settings.worker import Settings
 
 pytest.importorskip("obstore", reason="obstore: pip install 'nanovllm[obstore]'")
 
@@ -190,6 +193,13 @@ async def test_each_failure_has_its_class(
     assert "127.0.0.1" not in str(caught.value)
     store.failure = None
     assert (await fetcher.fetch(ImageRef(uri=uri))).data == b"bytes"
+
+
+def test_a_store_that_variables_allow_no_client_for_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    settings = Settings.model_construct(s3=S3Settings(allow=("s3://bucket", "az://container-1/in")))
+    with pytest.raises(ConfigurationError, match=r"s3\.allow names az://container-1, and .* AZURE_"):
+        check_surroundings(settings)
 
 
 async def test_variables_that_are_none_are_systemic(store: PlayedStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -450,6 +450,25 @@ def test_what_is_missing_or_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         build_tracing(settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "hunter2:4318", "is no http:// or https:// URL"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/such/file", "is /no/such/file, which is no file"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-tenant=a b,Authorization: Bearer hunter2", "header 2 of"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "hunter2", "header 1 of"),
+    ],
+)
+def test_a_variable_that_would_lose_the_spans_is_refused_without_its_secrets(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        build_tracing(Settings.model_construct(tracing=TracingSettings(enabled=True)))
+    assert name in str(refused.value)
+    assert "hunter2" not in str(refused.value) + caplog.text
+
+
 async def test_a_send_that_fails_has_the_errors_code_and_not_its_text(
     embedded_broker: str, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

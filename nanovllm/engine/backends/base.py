@@ -194,8 +194,10 @@ class EngineBackend(ABC):
     ``image_transform`` says how images must be prepared for it; None when it takes no images. About twice as many
     requests as ``max_num_seqs``, which run at once, are worth submitting. ``dead`` is set once the engine can answer
     nothing any more, and ``death`` says why: watch it and exit. ``capabilities`` are known once it is started.
+    ``name`` is what computes, in the words of ``engine.backend``, whose ``auto`` is no engine.
     """
 
+    name: str
     capabilities = Capabilities()
 
     def __init__(self, model_info: ModelInfo, image_transform: ImageTransform | None, max_num_seqs: int) -> None:

@@ -38,6 +38,8 @@ class EchoEngine(EngineBackend):
     new to this engine and a ``hit`` afterwards.
     """
 
+    name = "echo"
+
     capabilities = Capabilities(
         guided=frozenset(), logprobs=None, prompt_logprobs=False, n=False, sampling=frozenset(), settings=frozenset()
     )

@@ -54,12 +54,15 @@ class AsyncEngine(EngineBackend):
     ``dead`` is set. A dead engine never recovers: its process should end.
     """
 
+    name = "native"
+
     def __init__(self, engine: LLMEngine, *, step_timeout_s: float | None = 300.0) -> None:
         transform = engine.processor.encoder.transform if engine.processor is not None else None
         super().__init__(engine.model_info, transform, engine.scheduler.max_num_seqs)
         self.generation_defaults = engine.generation_defaults
         able = self.capabilities
         if engine.model_runner.trial is not None:
+            self.name = "generic"
             able = GENERIC_WITH_STATES if engine.model_runner.model.has_states else GENERIC
         self.capabilities = replace(able, images=transform is not None, context=engine.max_model_len)
         self._engine = engine

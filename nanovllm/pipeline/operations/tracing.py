@@ -8,18 +8,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import (
+    OTEL_EXPORTER_OTLP_CERTIFICATE,
+    OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE,
+    OTEL_EXPORTER_OTLP_CLIENT_KEY,
     OTEL_EXPORTER_OTLP_ENDPOINT,
+    OTEL_EXPORTER_OTLP_HEADERS,
     OTEL_EXPORTER_OTLP_PROTOCOL,
+    OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE,
+    OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE,
+    OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY,
     OTEL_EXPORTER_OTLP_TRACES_ENDPOINT,
+    OTEL_EXPORTER_OTLP_TRACES_HEADERS,
     OTEL_EXPORTER_OTLP_TRACES_PROTOCOL,
 )
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -28,6 +38,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.re import parse_env_headers
 from opentelemetry.util.types import AttributeValue
 
 from nanovllm.errors import ConfigurationError
@@ -44,6 +55,11 @@ Attributes = Mapping[str, AttributeValue]
 FLUSH_S = 3.0
 """Longest wait for the receiver when the worker ends."""
 PROTOCOL = "http/protobuf"
+_FILES = (
+    *(OTEL_EXPORTER_OTLP_CERTIFICATE, OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE),
+    *(OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE, OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE),
+    *(OTEL_EXPORTER_OTLP_CLIENT_KEY, OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY),
+)
 _MAX_CHARS = {"traceparent": 128, "tracestate": 512}
 _PROPAGATOR = TraceContextTextMapPropagator()
 _KINDS: dict[Stage, SpanKind] = {"publish": SpanKind.PRODUCER}
@@ -247,7 +263,26 @@ def _otlp_exporter() -> OTLPSpanExporter:
             f"{name} is {protocol}: the worker speaks {PROTOCOL}; unset it, and name the receiver's port for that "
             f"(mostly 4318) in {OTEL_EXPORTER_OTLP_ENDPOINT}"
         )
+    _check_headers()
+    for name in _FILES:
+        if (path := os.environ.get(name)) and not Path(path).is_file():
+            raise ConfigurationError(f"{name} is {path}, which is no file: name one, or unset it")
+    for name in (OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT):
+        if (url := os.environ.get(name)) and not re.match("https?://[^/]", url):
+            raise ConfigurationError(f"{name} is no http:// or https:// URL of a receiver, such as http://host:4318")
     return OTLPSpanExporter()
+
+
+def _check_headers() -> None:
+    # opentelemetry-api 1.45 logs a header that it cannot read, token and all, and goes on without it.
+    logging.getLogger(parse_env_headers.__module__).disabled = True
+    for name in (OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_EXPORTER_OTLP_HEADERS):
+        for number, header in enumerate(os.environ.get(name, "").split(","), 1):
+            if header.strip() and not parse_env_headers(header, liberal=True):
+                raise ConfigurationError(
+                    f"header {number} of {name} is not name=value: write authorization=Bearer%20…, without spaces or "
+                    "commas, and one comma between two headers"
+                )
 
 
 def _receiver() -> str:

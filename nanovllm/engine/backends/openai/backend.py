@@ -73,6 +73,8 @@ class OpenAIEngine(EngineBackend):
     (400, 413, 422) ends with InvalidInput.
     """
 
+    name = "openai"
+
     def __init__(self, options: OpenAIOptions) -> None:
         """Raises ConfigurationError: ``ca_file`` cannot be read."""
         transform = ImageTransform.for_files(options.image_format) if options.images else None
@@ -109,9 +111,8 @@ class OpenAIEngine(EngineBackend):
             tick_s=self._options.breaker_wait_s,
             idle_s=self._options.breaker_max_wait_s,
         )
-        logger.info(
-            "model %s of %s: dialect %s, context %s", self.model_info.id, urls, self._options.dialect.name, context
-        )
+        model, dialect = self.model_info.id, self._options.dialect.name
+        logger.info("model %s of %s: dialect %s, context %s", model, urls, dialect, context)
 
     async def listings(self, timeout_s: float | None = None) -> dict[str, Listing | EndpointFault | None]:
         """What each endpoint answers when it is asked for its models, once: their contexts, None for no list.

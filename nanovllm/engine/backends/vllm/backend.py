@@ -62,6 +62,8 @@ class VllmEngine(EngineBackend):
     requests are at work, this one is ``dead``.
     """
 
+    name = "vllm"
+
     capabilities = CAPABILITIES
 
     def __init__(self, loaded: LoadedVllm, options: VllmOptions) -> None:
