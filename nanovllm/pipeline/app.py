@@ -135,6 +135,8 @@ async def _run(settings: Settings, signals: StopSignals, exit_when_drained: bool
                 "s3.allow is not set: jobs that name objects in S3 become dead letters (forbidden_uri)%s",
                 "; documents are read from the buckets of the routes" if settings.documents.routes else "",
             )
+        if schemes := settings.s3.obstore_schemes:
+            logger.info("obstore reads %s", ", ".join(f"{scheme}://" for scheme in sorted(schemes)))
         # What a user must change is told first: what can be known without a broker (certificates, keys, the signer of
         # a login, image formats, the device), then the topics. The brokers are asked while torch is imported and the
         # model is loaded, which take seconds to minutes.

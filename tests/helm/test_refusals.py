@@ -105,6 +105,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "extraEnv: NANOVLLM_KAFKA__SASL_PASSWORD is a secret, and its value would stand in the Deployment",
         "take valueFrom.secretKeyRef",
     ),
+    "token_among_the_headers_of_traces": (
+        {"extraEnv": [{"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": f"authorization=Bearer%20{SECRET}"}]},
+        "extraEnv: OTEL_EXPORTER_OTLP_HEADERS is a secret",
+        "take valueFrom.secretKeyRef",
+    ),
+    "connection_string_in_a_plain_variable": (
+        {"extraEnv": [{"name": "AZURE_STORAGE_CONNECTION_STRING", "value": f"AccountKey={SECRET}"}]},
+        "extraEnv: AZURE_STORAGE_CONNECTION_STRING is a secret",
+        "take valueFrom.secretKeyRef",
+    ),
+    "setting_in_a_variable": (
+        {"extraEnv": [{"name": "NANOVLLM_TOPICS__JOBS", "value": "others"}]},
+        "extraEnv: NANOVLLM_TOPICS__JOBS is a setting",
+        "write it among settings",
+    ),
+    "section_of_settings_in_a_variable": (
+        {"extraEnv": [{"name": "NANOVLLM_KAFKA", "value": f'{{"sasl_password": "{SECRET}"}}'}]},
+        "extraEnv: NANOVLLM_KAFKA is a setting",
+        "write it among settings",
+    ),
     "login_in_the_url_of_a_variable": (
         {"extraEnv": [{"name": "HTTPS_PROXY", "value": f"http://me:{SECRET}@proxy:3128"}]},
         "extraEnv: HTTPS_PROXY is a URL with a user or a password",

@@ -229,8 +229,11 @@ NANOVLLM_{{ upper $section }}: {{ include "nanovllm.settingText" $fields | quote
 {{- include "nanovllm.checkBackend" . }}
 {{- include "nanovllm.refusals" . }}
 {{- range .Values.extraEnv }}
-{{- if and .value (regexMatch "(KEYS?|PASSWORD|SECRET|TOKEN)$" (upper .name)) }}
+{{- if and .value (regexMatch "(KEYS?|PASSWORD|PASSWD|PASS|_PW|SECRET|TOKEN|CONNECTION_STRING|JAAS_CONFIG|OTLP(_TRACES)?_HEADERS)$" (upper .name)) }}
 {{- fail (printf "extraEnv: %s is a secret, and its value would stand in the Deployment: take valueFrom.secretKeyRef" .name) }}
+{{- end }}
+{{- if and .value (or (regexMatch "^NANOVLLM_.*__" .name) (and (hasPrefix "NANOVLLM_" .name) (hasPrefix "{" (trim .value)))) }}
+{{- fail (printf "extraEnv: %s is a setting, which other objects of the chart read and Helm checks: write it among settings, as section and field" .name) }}
 {{- end }}
 {{- end }}
 {{- $protocol := default "PLAINTEXT" .Values.settings.kafka.security_protocol }}

@@ -98,6 +98,8 @@ class Tracing:
             provider.add_span_processor(BatchSpanProcessor(ReportedExporter(exporter or _otlp_exporter())))
         except ValueError as error:
             raise ConfigurationError(f"a variable OTEL_* has a wrong value: {error}") from error
+        if exporter is None:
+            logger.info("spans go to %s", _receiver())
         return cls(provider, settings.kafka.group_id)
 
     def begin(self, topic: str, partition: int, offset: int, headers: Headers) -> JobTrace:
