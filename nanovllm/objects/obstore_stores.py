@@ -126,15 +126,14 @@ def check_stores(settings: S3Settings) -> None:
     Raises:
         ConfigurationError: the variables allow no client for a bucket or container of ``s3.allow``.
     """
+    stores = _of_environment(settings)
     for entry in filter(None, map(split_prefix, settings.allow)):
-        stores = _of_environment(settings).get(entry.scheme)
-        if stores is not None:
-            try:
-                stores.open(entry.bucket)
-            except CredentialsRefused as error:
-                raise ConfigurationError(
-                    f"s3.allow names {entry.store}, and {error}: set them, or leave it out"
-                ) from error
+        if entry.scheme not in stores:
+            continue
+        try:
+            stores[entry.scheme].open(entry.bucket)
+        except CredentialsRefused as error:
+            raise ConfigurationError(f"s3.allow names {entry.store}, and {error}: set them, or leave it out") from error
 
 
 def _of_environment(settings: S3Settings) -> dict[str, EnvironmentStores]:
